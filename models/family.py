@@ -1,0 +1,346 @@
+"""The model family on five pages: Head, Bottleneck density, Tail, TextDecoder, DraftDecoder.
+
+One head on the board, one latent on the wire, several targets on the servers. Everything here is a plain network:
+it knows nothing of training schedules, bitstreams, batching or files.
+
+Shapes used throughout: B batch, C = 64 latent channels, N = 49 positions (7 x 7), D width, T tokens, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbone import BLOCKS, CUT, CUT_CHANNELS, FEATURES, MAP_CHANNELS, Block, Conv, normalise
+
+LATENT = (64, 7, 7)  # channels, height, width
+POSITIONS = LATENT[1] * LATENT[2]
+PAD, BOS, EOS, UNKNOWN = range(4)
+NEVER_EMITTED = (PAD, BOS, UNKNOWN)  # a decoder may be asked about them, but no text contains them
+
+
+class Head(nn.Module):
+    """The board's part: blocks 0..10 of the backbone and the bottleneck convolution.
+
+    The latent's unit is the symbol: rounding it half to even gives what is coded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = Conv(3, 32, 3, stride=2)
+        self.blocks = nn.Sequential(*(Block(shape) for shape in BLOCKS[:CUT]))
+        self.bottleneck = Conv(CUT_CHANNELS, LATENT[0], 3, stride=2, linear=True)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 RGB [B, 224, 224, 3] to the latent, float [B, 64, 7, 7]."""
+        latent: Tensor = self.bottleneck(self.blocks(self.stem(normalise(pixels, self.stem.weight.dtype))))
+        return latent
+
+
+class Density(nn.Module):
+    """The bottleneck's prior q(z): per channel a mixture of three logistics, integrated over unit bins.
+
+    Training pays -log2 of it on the latent plus uniform noise, an upper bound on I(X; Z) (Ballé et al., arXiv
+    1611.01704; Alemi et al., deep variational information bottleneck, arXiv 1612.00410). It is thrown away after
+    training: the shipped tables are counted on rounded symbols.
+    """
+
+    def __init__(self, channels: int = LATENT[0], components: int = 3) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(channels, components))
+        self.means = nn.Parameter(torch.linspace(-0.5, 0.5, components).repeat(channels, 1))
+        self.log_scales = nn.Parameter(torch.linspace(-1.0, 1.0, components).repeat(channels, 1))
+
+    def bits(self, latent: Tensor) -> Tensor:
+        """Float [B, C, H, W] to bits per element, same shape."""
+        x = latent.float()[..., None]
+        means, logits = self.means[:, None, None], self.logits[:, None, None]
+        scales = self.log_scales[:, None, None].exp()
+        upper, lower = torch.sigmoid((x + 0.5 - means) / scales), torch.sigmoid((x - 0.5 - means) / scales)
+        mass = ((upper - lower) * logits.softmax(-1)).sum(-1)
+        return -torch.log2(mass.clamp_min(2.0**-16))
+
+
+class Tail(nn.Module):
+    """The server's part of the image network: symbols back to the backbone's last map and 1280 features.
+
+    The expander guesses the map at the cut from the symbols; the backbone's remaining blocks, fine-tuned, go on.
+    """
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(
+            Conv(LATENT[0], width, 3), Conv(width, width, 3), Conv(width, 4 * CUT_CHANNELS, 1, linear=True)
+        )
+        self.blocks = nn.Sequential(*(Block(shape) for shape in BLOCKS[CUT:]))
+        self.features = Conv(MAP_CHANNELS, FEATURES, 1)
+
+    def last_map(self, symbols: Tensor) -> Tensor:
+        """Symbols, float [B, 64, 7, 7], to the backbone's last map, float [B, 320, 7, 7]."""
+        last: Tensor = self.blocks(F.pixel_shuffle(self.expand(symbols), 2))
+        return last
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        """Symbols, float [B, 64, 7, 7], to features, float [B, N, 1280], >= 0."""
+        features: Tensor = self.features(self.last_map(symbols))
+        return features.flatten(2).transpose(1, 2)
+
+
+class Classifier(nn.Module):
+    """Labels from the pooled features."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(FEATURES, classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [B, N, 1280] to logits [B, classes]."""
+        logits: Tensor = self.linear(features.mean(1))
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """Sizes of a TextDecoder; kept in the bundle's manifest."""
+
+    vocabulary: int
+    width: int = 256
+    heads: int = 4
+    encoder_layers: int = 1
+    decoder_layers: int = 3
+    max_tokens: int = 24  # of a text, its end token included
+
+
+class Attention(nn.Module):
+    """Multi-head attention in its explicit form: matmul, softmax, matmul.
+
+    Fused kernels change the order of sums with the length of their buffers, so that a token's bits would depend on
+    what else is computed with it; the explicit form does not, which is what makes speculation exact in floating
+    point.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, heads, T, D / heads]."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What others attend to, [B, T, D] each to [B, heads, T, D / heads]."""
+        return self.split(self.key(x)), self.split(self.value(x))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, T, D]; keys, values [B, heads, S, D / heads]; mask [B or 1, 1, T, S], 0 or -inf; to [B, T, D]."""
+        query = self.split(self.query(x))
+        scores = query @ keys.transpose(-1, -2) * (1.0 / math.sqrt(query.shape[-1]))
+        if mask is not None:
+            scores = scores + mask
+        attended: Tensor = self.out((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
+        return attended
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with a GELU, four times as wide inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention over positions, pre-norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention, self.feed_forward = Attention(width, heads), FeedForward(width)
+
+    def forward(self, x: Tensor, drop: "Dropout") -> Tensor:
+        """[B, N, D] to [B, N, D]."""
+        y = self.norm1(x)
+        x = x + drop(self.attention(y, *self.attention.keys_values(y)))
+        return x + drop(self.feed_forward(self.norm2(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention over the text, attention over the image, feed-forward; pre-norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.self_attention, self.image_attention = Attention(width, heads), Attention(width, heads)
+        self.feed_forward = FeedForward(width)
+
+
+class Dropout:
+    """Dropout while training, nothing otherwise; a value handed down rather than a module in every layer."""
+
+    def __init__(self, rate: float = 0.0) -> None:
+        self.rate = rate
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0:
+            return x
+        return x * (torch.rand_like(x) >= self.rate).to(x.dtype) / (1.0 - self.rate)
+
+
+@dataclass(slots=True)
+class Cache:
+    """Static key/value buffers of a batch: one pair [B, heads, capacity, D / heads] per decoder layer.
+
+    A row is visible iff its index is at most the query's position, so that rolling back is not advancing the start:
+    stale rows are overwritten before they are seen. They must be finite, hence the zeros.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+Memory = list[tuple[Tensor, Tensor]]  # per decoder layer, keys and values of the image [B, heads, N + 1, D / heads]
+
+
+class TextDecoder(nn.Module):
+    """A transformer that writes a caption while looking at the features (Vaswani et al., arXiv 1706.03762).
+
+    Input and output embeddings are shared. `forward` trains; `step` serves: the same layers over a static cache.
+    """
+
+    never_emitted: Tensor
+
+    def __init__(self, shape: DecoderShape) -> None:
+        super().__init__()
+        self.shape = shape
+        D = shape.width
+        self.image = nn.Linear(FEATURES, D)
+        self.image_positions = nn.Parameter(torch.randn(POSITIONS + 1, D) * 0.02)
+        self.encoder = nn.ModuleList(EncoderLayer(D, shape.heads) for _ in range(shape.encoder_layers))
+        self.image_norm = nn.LayerNorm(D)
+        self.tokens = nn.Embedding(shape.vocabulary, D)
+        self.positions = nn.Parameter(torch.randn(shape.max_tokens, D) * 0.02)
+        self.layers = nn.ModuleList(DecoderLayer(D, shape.heads) for _ in range(shape.decoder_layers))
+        self.norm = nn.LayerNorm(D)
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        banned = torch.zeros(shape.vocabulary)
+        banned[list(NEVER_EMITTED)] = -math.inf
+        self.register_buffer("never_emitted", banned, persistent=False)
+
+    def look(self, features: Tensor, drop: Dropout | None = None) -> Memory:
+        """Features [B, N, 1280] to what every decoder layer sees of the image."""
+        drop = drop or Dropout()
+        x = self.image(torch.cat([features, features.mean(1, keepdim=True)], 1)) + self.image_positions
+        x = drop(x)
+        for layer in self.encoder:
+            x = layer(x, drop)
+        x = self.image_norm(x)
+        return [layer.image_attention.keys_values(x) for layer in self.layers]  # type: ignore[union-attr, operator]
+
+    def forward(self, tokens: Tensor, memory: Memory, drop: Dropout | None = None) -> Tensor:
+        """Teacher forcing: tokens int64 [B, T] from BOS on, to logits [B, T, V] of what follows each."""
+        T = tokens.shape[1]
+        mask = torch.full((T, T), -math.inf, device=tokens.device).triu(1)[None, None]
+        x = self.tokens(tokens) + self.positions[:T]
+        return self._layers(x, memory, mask, None, None, drop or Dropout())
+
+    def new_cache(self, batch: int, block: int) -> Cache:
+        """Empty buffers for `batch` texts written in blocks of `block` tokens."""
+        shape = self.shape
+        # Padding tokens of a block write rows too: with room for a whole block past the longest text, no pad can
+        # overwrite a real row.
+        size = (batch, shape.heads, shape.max_tokens + block, shape.width // shape.heads)
+        weight = self.tokens.weight
+        zeros = [[weight.new_zeros(size) for _ in self.layers] for _ in range(2)]
+        return Cache(*zeros)
+
+    def step(self, tokens: Tensor, start: Tensor, memory: Memory, cache: Cache) -> Tensor:
+        """One block: tokens int64 [B, W], row b at positions start[b]..start[b] + W - 1, to logits [B, W, V].
+
+        Writes the block's keys and values into `cache`; key j is visible to position i iff j <= i.
+        """
+        positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        capacity = cache.keys[0].shape[2]
+        hidden = torch.arange(capacity, device=tokens.device) > positions[..., None]
+        mask = torch.zeros(hidden.shape, dtype=self.positions.dtype, device=tokens.device)
+        mask = mask.masked_fill_(hidden, -math.inf)[:, None]
+        x = self.tokens(tokens) + self.positions[positions.clamp_max(self.shape.max_tokens - 1)]
+        logits = self._layers(x, memory, mask, cache, positions, Dropout())
+        return logits + self.never_emitted
+
+    def _layers(
+        self, x: Tensor, memory: Memory, mask: Tensor, cache: Cache | None, positions: Tensor | None, drop: Dropout
+    ) -> Tensor:
+        x = drop(x)
+        for i, (layer, image) in enumerate(zip(self.layers, memory, strict=True)):
+            assert isinstance(layer, DecoderLayer)
+            y = layer.norm1(x)
+            keys, values = layer.self_attention.keys_values(y)
+            if cache is not None and positions is not None:
+                rows = torch.arange(len(x), device=x.device)[:, None]
+                cache.keys[i][rows, :, positions] = keys.transpose(1, 2)
+                cache.values[i][rows, :, positions] = values.transpose(1, 2)
+                keys, values = cache.keys[i], cache.values[i]
+            x = x + drop(layer.self_attention(y, keys, values, mask))
+            x = x + drop(layer.image_attention(layer.norm2(x), *image))
+            x = x + drop(layer.feed_forward(layer.norm3(x)))
+        return F.linear(self.norm(x), self.tokens.weight)
+
+
+DRAFT_EMBEDDING, DRAFT_STATE, DRAFT_MEMORY = 128, 256, 128
+
+
+class DraftDecoder(nn.Module):
+    """The board's own writer: a gated recurrent unit (Cho et al., arXiv 1406.1078) that looks at the latent.
+
+    Under a million parameters; `look` once a frame, then `step` once a token.
+    """
+
+    never_emitted: Tensor
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.look1 = nn.Conv2d(LATENT[0], DRAFT_MEMORY, 3, padding=1)
+        self.look_positions = nn.Parameter(torch.zeros(DRAFT_MEMORY, *LATENT[1:]))
+        self.tokens = nn.Embedding(vocabulary, DRAFT_EMBEDDING)
+        self.query = nn.Linear(DRAFT_STATE, DRAFT_MEMORY)
+        self.input_gates = nn.Linear(DRAFT_EMBEDDING + DRAFT_MEMORY, 3 * DRAFT_STATE)
+        self.state_gates = nn.Linear(DRAFT_STATE, 3 * DRAFT_STATE)
+        self.out = nn.Linear(DRAFT_STATE + DRAFT_MEMORY, DRAFT_EMBEDDING)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        nn.init.normal_(self.tokens.weight, std=0.1)
+        banned = torch.zeros(vocabulary)
+        banned[list(NEVER_EMITTED)] = -1e4  # finite, so that it survives 8-bit export as part of the bias
+        self.register_buffer("never_emitted", banned, persistent=False)
+
+    def look(self, symbols: Tensor) -> Tensor:
+        """Symbols, float [B, 64, 7, 7], to the memory, float [B, N, 128]."""
+        memory = F.relu(self.look1(symbols) + self.look_positions)
+        return memory.flatten(2).transpose(1, 2)
+
+    def new_state(self, batch: int) -> Tensor:
+        """The state before the first token, zeros [B, 256]."""
+        return self.bias.new_zeros(batch, DRAFT_STATE)
+
+    def step(self, token: Tensor, state: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """token int64 [B], state [B, 256], memory [B, N, 128], to (logits [B, V], next state [B, 256])."""
+        scores = memory @ self.query(state)[:, :, None] * (1.0 / math.sqrt(DRAFT_MEMORY))  # [B, N, 1]
+        seen = (scores.softmax(1) * memory).sum(1)
+        x = self.input_gates(torch.cat([self.tokens(token), seen], -1))
+        h = self.state_gates(state)
+        x_reset, x_update, x_new = x.chunk(3, -1)
+        h_reset, h_update, h_new = h.chunk(3, -1)
+        update = torch.sigmoid(x_update + h_update)
+        new = torch.tanh(x_new + torch.sigmoid(x_reset + h_reset) * h_new)
+        state = new + update * (state - new)
+        hidden = self.out(torch.cat([state, seen], -1))
+        return F.linear(hidden, self.tokens.weight, self.bias + self.never_emitted), state
+
+    def forward(self, tokens: Tensor, memory: Tensor, dropout: float = 0.0) -> Tensor:
+        """Teacher forcing: tokens int64 [B, T] from BOS on, to logits [B, T, V]."""
+        drop, state, out = Dropout(dropout), self.new_state(len(tokens)), []
+        for t in range(tokens.shape[1]):
+            logits, state = self.step(tokens[:, t], state, drop(memory))
+            out.append(logits)
+        return torch.stack(out, 1)
