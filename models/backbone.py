@@ -105,8 +105,8 @@ class Lite0(nn.Module):
     def cut_features(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 224, 224, 3] RGB to the map at the cut, float [B, 112, 14, 14]."""
         x: Tensor = self.stem(normalise(pixels, self.stem.weight.dtype))
-        x = self.blocks[:CUT](x)
-        return x
+        cut: Tensor = self.blocks[:CUT](x)
+        return cut
 
     def rest(self, cut: Tensor) -> tuple[Tensor, Tensor]:
         """Map at the cut, float [B, 112, 14, 14], to (last map [B, 320, 7, 7], ImageNet logits [B, 1000])."""
@@ -130,7 +130,7 @@ def pretrained_lite0() -> Lite0:
     _fold(net.stem, weights, "_conv_stem", "_bn0")
     for i, block in enumerate(net.blocks):
         names = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
-        for layer, (conv, norm) in zip(block.layers, names[-len(block.layers) :], strict=True):  # type: ignore[union-attr, arg-type]
+        for layer, (conv, norm) in zip(block.layers, names[-len(block.layers) :], strict=True):  # type: ignore[arg-type]
             _fold(layer, weights, f"_blocks.{i}.{conv}", f"_blocks.{i}.{norm}")
     _fold(net.features, weights, "_conv_head", "_bn1")
     net.classifier.load_state_dict({"weight": weights["_fc.weight"], "bias": weights["_fc.bias"]})
