@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: make demo, make test. Each makes its own virtual environment first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch>=2.13
+BUNDLE := models/zoo/flickr8k-lite0
+
+.PHONY: help venv demo test lint bench clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+venv: $(VENV)/.ready  ## the virtual environment with everything in it
+
+# Where there is no NVIDIA GPU, the CPU build of torch is several gigabytes smaller; it is asked for first, so that
+# nothing pulls the other one in.
+$(VENV)/.ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m firmware_tools.install_torch
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: venv  ## broker, server and board on this machine, on real photos; writes demo.html
+	$(BIN)/aiflow demo
+
+test: venv  ## every test; those that need a broker are skipped where mosquitto is not installed
+	$(BIN)/python -m pytest -q
+
+lint: venv  ## ruff, mypy strict, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config setup.cfg
+
+bench: venv  ## codec, device, server and gateway, as ratios
+	for what in codec device server gateway; do $(BIN)/aiflow bench $$what; done
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,198 @@
+"""What comes back, or does not: every request that the board sent ends in exactly one more event.
+
+One thread owns the table of open requests. The frame path and the MQTT client only put values on its queue; it sends,
+sends again with the same id, turns replies into "update" events and passed deadlines into "lost" events.
+"""
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from edge_runtime.bundle import Bundle
+from edge_runtime.events import Events
+from edge_runtime.mqtt import MqttClient, Outcome
+from edge_runtime.open_requests import Lost, Open, OpenRequests
+from edge_runtime.wire import (
+    AnsweredBy,
+    Event,
+    EventHop,
+    Reply,
+    Request,
+    Status,
+    WireError,
+    decode_reply,
+    encode_request,
+    topics,
+)
+
+logger = logging.getLogger(__name__)
+
+QUEUE = 256  # values between threads; a board has a few a second
+IDLE_S = 0.5  # the longest wait between two looks at the clock
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request on its way and the event that announced it."""
+
+    request: Request
+    payload: bytes  # the request as first sent
+    seen: Event  # the "new" event of the same frame
+    deadline: float  # seconds, time.monotonic(): the draft stands after it
+
+
+@dataclass(frozen=True, slots=True)
+class NotTaken:
+    """The broker did not take a request, and will not."""
+
+    request_id: bytes
+    outcome: Outcome
+
+
+class Answers:
+    """The board's open requests; `with` starts and ends its thread."""
+
+    def __init__(
+        self, client: MqttClient, bundle: Bundle, site: str, board: str, events: Events, capacity: int, resend_s: float
+    ) -> None:
+        self._client, self._bundle, self._events = client, bundle, events
+        self._requests: OpenRequests[Question] = OpenRequests(capacity, min_resend_s=resend_s, rng=random.Random())
+        self._topic = topics.request(site, board)
+        self._inbox: queue.Queue[Question | NotTaken | bytes | None] = queue.Queue(QUEUE)
+        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
+        self.counts: Counter[str] = Counter()  # replies by status, and those that were none
+
+    def __enter__(self) -> "Answers":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inbox.put(None)
+        self._thread.join()
+
+    def ask(self, question: Question) -> None:
+        """Takes a question over; any thread. Never waits for the network."""
+        self._inbox.put(question)
+
+    def reply_arrived(self, payload: bytes) -> None:
+        """One message on the board's reply topic; on the MQTT client's thread."""
+        self._inbox.put(payload)
+
+    @property
+    def open(self) -> int:
+        """How many requests wait for their reply."""
+        return self._requests.counts.open
+
+    def wait_until_settled(self, timeout_s: float) -> None:
+        """Waits until every request has its answer or is lost, or until the time is up."""
+        until = time.monotonic() + timeout_s
+        while (self.open or not self._inbox.empty()) and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def summary(self) -> dict[str, int]:
+        """Counters; accepted = answered + lost + open."""
+        counts = self._requests.counts
+        names = ("accepted", "answered", "lost", "open", "resent", "busy", "duplicate", "late", "unknown")
+        return {name: getattr(counts, name) for name in names} | dict(self.counts)
+
+    def _run(self) -> None:
+        while True:
+            wait = min(IDLE_S, max(0.0, self._requests.next_at() - time.monotonic()))
+            try:
+                item = self._inbox.get(timeout=wait)
+            except queue.Empty:
+                self._look_at_the_clock()
+                continue
+            if item is None:
+                break
+            if isinstance(item, Question):
+                self._open(item)
+            elif isinstance(item, NotTaken):
+                self._end_lost(self._requests.lose(item.request_id, f"broker: {item.outcome.value}"))
+            else:
+                self._reply(item)
+            self._look_at_the_clock()
+        for lost in self._requests.close("the board stops"):
+            self._end_lost(lost)
+
+    def _open(self, question: Question) -> None:
+        now = time.monotonic()
+        for lost in self._requests.open(question.request.id, question, question.deadline, now):
+            self._end_lost(lost)
+        self._send(question.request.id, question.payload, question.deadline - now)
+
+    def _send(self, request_id: bytes, payload: bytes, left_s: float) -> None:
+        outcome = partial(self._sent, request_id)
+        self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, left_s), on_outcome=outcome)
+
+    def _sent(self, request_id: bytes, outcome: Outcome) -> None:  # on the MQTT client's thread
+        # What the queue dropped or what expired there is sent again, or lost at its deadline, as anything unanswered.
+        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED):
+            self._inbox.put(NotTaken(request_id, outcome))
+
+    def _look_at_the_clock(self) -> None:
+        now = time.monotonic()
+        for lost in self._requests.expired(now):
+            self._end_lost(lost)
+        for entry in self._requests.due(now):
+            question, left_s = entry.content, entry.deadline - now
+            waited_ms = int(1e3 * (now - entry.opened_at))
+            again = msgspec.structs.replace(
+                question.request, age_ms=question.request.age_ms + waited_ms, budget_ms=int(1e3 * left_s)
+            )
+            self._send(entry.id, encode_request(again), left_s)
+
+    def _reply(self, payload: bytes) -> None:
+        try:
+            reply = decode_reply(payload)
+        except WireError as error:
+            self.counts["unreadable"] += 1
+            logger.warning("reply unreadable error=%s", error)
+            return
+        now = time.monotonic()
+        self.counts[reply.status.name.lower()] += 1
+        if reply.status is Status.BUSY:
+            self._requests.busy(reply.id, (reply.retry_after_ms or 1000) / 1e3, now)
+        elif reply.status is Status.OK:
+            entry = self._requests.answered(reply.id, now)
+            if entry:
+                self._events.publish(_update(entry, reply, self._bundle, now))
+        else:
+            status = reply.status.name.lower()
+            self._end_lost(self._requests.lose(reply.id, f"server {reply.server}: {status}: {reply.error}"))
+
+    def _end_lost(self, lost: Lost[Question] | None) -> None:
+        if lost is None:
+            return
+        logger.info("request lost id=%s reason=%s", lost.id.hex(), lost.reason)
+        self._events.publish(
+            msgspec.structs.replace(lost.content.seen, type="lost", final=True, why=lost.reason[:1024])
+        )
+
+
+def _update(entry: Open[Question], reply: Reply, bundle: Bundle, now: float) -> Event:
+    """The verified answer to the event that announced the frame."""
+    seen = entry.content.seen
+    changes: dict[str, Any] = {
+        "type": "update",
+        "final": True,
+        "tokens": tuple(reply.token_ids),
+        "text": reply.text or bundle.text(reply.token_ids),
+        "answered_by": AnsweredBy("cloud" if reply.tier.name == "CLOUD" else "edge", reply.server),
+        "accepted": reply.accepted,
+        "proposed": reply.proposed,
+        "hops": tuple(EventHop.from_hop(hop) for hop in reply.hops),
+        "label": reply.label,
+        "scores": reply.scores or {},
+        "bytes_up": seen.bytes_up * entry.sends,
+        "timings_ms": seen.timings_ms | {"answer": round(1e3 * (now - entry.opened_at), 1)},
+    }
+    return msgspec.structs.replace(seen, **changes)

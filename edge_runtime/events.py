@@ -1,0 +1,29 @@
+"""Where events go: the board's event topic, its retained last event, and listeners in the same process."""
+
+import logging
+from collections.abc import Callable
+
+from edge_runtime.mqtt import MqttClient
+from edge_runtime.wire import Event, encode_event, topics
+
+logger = logging.getLogger(__name__)
+
+
+class Events:
+    """Publishes what became known about frames, and counts it."""
+
+    def __init__(
+        self, client: MqttClient, site: str, board: str, listener: Callable[[Event], None] | None = None
+    ) -> None:
+        self._client, self._listener = client, listener
+        self._event, self._last = topics.event(site, board), topics.last(site, board)
+        self.counts = {"new": 0, "update": 0, "lost": 0}
+
+    def publish(self, event: Event) -> None:
+        """Never blocks; any thread."""
+        payload = encode_event(event)
+        self.counts[event.type] += 1
+        self._client.publish(self._event, payload, qos=1)
+        self._client.publish(self._last, payload, qos=1, retain=True)
+        if self._listener:
+            self._listener(event)

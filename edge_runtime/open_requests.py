@@ -1,0 +1,153 @@
+"""The board's requests that wait for a reply: when to send again, and how each of them ends.
+
+A PUBACK says only that a broker took a message, and a server that dies takes its share with it. So a request stays open
+until a reply with its id comes, is sent again with the *same* id (servers answer a repeat from their cache), and at its
+deadline ends as lost. accepted = answered + lost + open, at every moment.
+
+Pure: time is an argument (seconds on any one clock that never goes back), so is the source of jitter. One thread.
+"""
+
+import random
+from collections import Counter, OrderedDict, deque
+from dataclasses import dataclass
+from math import ceil, inf
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+SAMPLES = 64  # reply times that the resend interval is made of: some seconds of a busy board
+
+
+@dataclass(frozen=True, slots=True)
+class Open(Generic[T]):
+    """A request that waits. `content` is the caller's: what to send again, and whom to tell."""
+
+    id: bytes
+    content: T
+    opened_at: float
+    deadline: float
+    resend_at: float
+    sends: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Lost(Generic[T]):
+    """A request that ended without a reply, and why."""
+
+    id: bytes
+    content: T
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """accepted = answered + lost + open. The rest explains them."""
+
+    accepted: int
+    answered: int
+    lost: int
+    open: int
+    resent: int
+    busy: int  # "come again later" from a server
+    duplicate: int  # replies to what was answered before
+    late: int  # replies to what was lost before
+    unknown: int  # replies to nothing we remember
+
+
+class OpenRequests(Generic[T]):
+    """At most `capacity` open requests; the oldest is lost when one more comes."""
+
+    def __init__(self, capacity: int, *, min_resend_s: float = 3.0, rng: random.Random) -> None:
+        if capacity < 1 or min_resend_s <= 0:
+            raise ValueError(f"capacity = {capacity}, min_resend_s = {min_resend_s}: want at least 1, and more than 0")
+        self._capacity, self._min_resend_s, self._rng = capacity, min_resend_s, rng
+        self._open: dict[bytes, Open[T]] = {}  # in the order of opening
+        self._ended: OrderedDict[bytes, str] = OrderedDict()  # id -> what a further reply is; the latest `capacity`
+        self._reply_times: deque[float] = deque(maxlen=SAMPLES)
+        self._counts: Counter[str] = Counter()
+
+    def open(self, request_id: bytes, content: T, deadline: float, now: float) -> list[Lost[T]]:
+        """Take a request that is being sent now. Returns what had to go for it. ValueError: the id is open already."""
+        if request_id in self._open:
+            raise ValueError(f"request {request_id.hex()} is open already: ids are used once")
+        self._counts["accepted"] += 1
+        displaced = [next(iter(self._open))] if len(self._open) >= self._capacity else []
+        lost = [self._lose(oldest, "table full") for oldest in displaced]
+        self._open[request_id] = Open(request_id, content, now, deadline, now + self._interval(1))
+        return lost
+
+    def due(self, now: float) -> list[Open[T]]:
+        """What to send again now, with the same id. Each is counted as sent; call `expired` first."""
+        due = [entry for entry in self._open.values() if entry.resend_at <= now < entry.deadline]
+        for entry in due:
+            sends = entry.sends + 1
+            self._reschedule(entry, now + self._interval(sends), sends)
+        self._counts["resent"] += len(due)
+        return due
+
+    def answered(self, request_id: bytes, now: float) -> Open[T] | None:
+        """End a request by its reply. None: the reply is a duplicate, late, or to nothing we know; and counted so."""
+        entry = self._open.pop(request_id, None)
+        if entry is None:
+            self._counts[self._ended.get(request_id, "unknown")] += 1
+            return None
+        self._counts["answered"] += 1
+        self._remember(request_id, "duplicate")
+        if entry.sends == 1:  # else nobody knows which copy was answered: Karn's rule, RFC 6298, section 3
+            self._reply_times.append(now - entry.opened_at)
+        return entry
+
+    def busy(self, request_id: bytes, retry_after_s: float, now: float) -> bool:
+        """A server wants to be asked later: the request stays open. False: not open, counted as `answered` does."""
+        entry = self._open.get(request_id)
+        if entry is None:
+            self._counts[self._ended.get(request_id, "unknown")] += 1
+            return False
+        self._counts["busy"] += 1
+        # Later than told, never earlier, and not all boards in the same moment. Never counted as sent once again:
+        # the copy that comes next says nothing about the reply time of the first.
+        self._reschedule(entry, now + retry_after_s * self._rng.uniform(1, 1.5), max(entry.sends, 2))
+        return True
+
+    def expired(self, now: float) -> list[Lost[T]]:
+        """End what has passed its deadline."""
+        late = [entry for entry in self._open.values() if entry.deadline <= now]
+        return [self._lose(entry.id, f"no reply to {entry.sends} sent") for entry in late]
+
+    def lose(self, request_id: bytes, reason: str) -> Lost[T] | None:
+        """End one request for a reason of the caller's, such as a refusal by the broker. None: it is not open."""
+        return self._lose(request_id, reason) if request_id in self._open else None
+
+    def close(self, reason: str = "closed") -> list[Lost[T]]:
+        """End all."""
+        return [self._lose(request_id, reason) for request_id in list(self._open)]
+
+    def next_at(self) -> float:
+        """When `expired` or `due` will next have something; inf when nothing is open."""
+        return min((min(entry.resend_at, entry.deadline) for entry in self._open.values()), default=inf)
+
+    @property
+    def counts(self) -> Counts:
+        names = ("accepted", "answered", "lost", "resent", "busy", "duplicate", "late", "unknown")
+        return Counts(open=len(self._open), **{name: self._counts[name] for name in names})
+
+    def _lose(self, request_id: bytes, reason: str) -> Lost[T]:
+        entry = self._open.pop(request_id)
+        self._counts["lost"] += 1
+        self._remember(request_id, "late")
+        return Lost(request_id, entry.content, reason)
+
+    def _remember(self, request_id: bytes, meaning: str) -> None:
+        self._ended[request_id] = meaning
+        self._ended.move_to_end(request_id)
+        if len(self._ended) > self._capacity:
+            self._ended.popitem(last=False)
+
+    def _reschedule(self, entry: Open[T], resend_at: float, sends: int) -> None:
+        self._open[entry.id] = Open(entry.id, entry.content, entry.opened_at, entry.deadline, resend_at, sends)
+
+    def _interval(self, sends: int) -> float:
+        """Seconds to wait for a reply after so many sends: four times what nearly all replies take, then doubling."""
+        times = sorted(self._reply_times)
+        p95 = times[ceil(0.95 * len(times)) - 1] if times else 0.0
+        return max(self._min_resend_s, 4 * p95) * 2.0 ** min(sends - 1, 16) * self._rng.uniform(1, 1.5)

@@ -1,0 +1,73 @@
+"""What crosses the network, as values and functions of values: no I/O, no clock, no model. See docs/protocol.md.
+
+- `tables`, `entropy`, `bitstream`: a latent's symbols as a few hundred bytes
+- `envelope`: request and reply, msgpack
+- `event`: what users of a board see, JSON
+- `topics`: where each of them goes; used as `topics.request(site, board)`
+"""
+
+from edge_runtime.wire import topics
+from edge_runtime.wire.bitstream import Decoded, Header, decode, encode
+from edge_runtime.wire.envelope import (
+    MAX_ENVELOPE,
+    MAX_TOKEN,
+    MAX_TOKENS,
+    ContentKind,
+    Hop,
+    Options,
+    Paradigm,
+    Reply,
+    Request,
+    RequestIds,
+    Status,
+    Tier,
+    decode_reply,
+    decode_request,
+    decode_tokens,
+    encode_reply,
+    encode_request,
+    encode_tokens,
+)
+from edge_runtime.wire.errors import BitstreamError, EnvelopeError, TablesError, TopicError, WireError
+from edge_runtime.wire.event import AnsweredBy, Event, EventHop, decode_event, encode_event
+from edge_runtime.wire.tables import Tables, cost_bits, count_tables, entropy_bytes
+
+__all__ = [
+    "MAX_ENVELOPE",
+    "MAX_TOKEN",
+    "MAX_TOKENS",
+    "AnsweredBy",
+    "BitstreamError",
+    "ContentKind",
+    "Decoded",
+    "EnvelopeError",
+    "Event",
+    "EventHop",
+    "Header",
+    "Hop",
+    "Options",
+    "Paradigm",
+    "Reply",
+    "Request",
+    "RequestIds",
+    "Status",
+    "Tables",
+    "TablesError",
+    "Tier",
+    "TopicError",
+    "WireError",
+    "cost_bits",
+    "count_tables",
+    "decode",
+    "decode_event",
+    "decode_reply",
+    "decode_request",
+    "decode_tokens",
+    "encode",
+    "encode_event",
+    "encode_reply",
+    "encode_request",
+    "encode_tokens",
+    "entropy_bytes",
+    "topics",
+]

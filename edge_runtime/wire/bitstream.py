@@ -1,0 +1,118 @@
+"""Symbols to bytes and back: a 2-byte header, then the channel groups, entropy-coded; docs/protocol.md, section 5.
+
+Geometry comes from the tables, never from the message, so nothing in a message sizes an allocation. The same bytes on
+every CPU: after the symbols there is no floating point. A message that was cut decodes to its complete groups, and says
+that nothing vouches for them.
+"""
+
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.wire.entropy import FLAT, pull, push
+from edge_runtime.wire.errors import BitstreamError
+from edge_runtime.wire.tables import Tables
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """First two bytes of a bitstream."""
+
+    level: int  # coarseness, 0..7, 0 = coarsest
+    groups: int  # channel groups that follow, 1..4
+    table_set: int  # low 6 bits of the tables' id, 0..63
+
+    def to_bytes(self) -> bytes:
+        return bytes([FORMAT << 4 | self.level << 1, self.table_set << 2 | self.groups - 1])
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Header":
+        """Looks at the first two bytes only. Raises BitstreamError."""
+        if len(data) < 2:
+            raise BitstreamError(f"bitstream of {len(data)} bytes, its header alone is 2: was the message cut?")
+        if data[0] >> 4 != FORMAT or data[0] & 1:
+            raise BitstreamError(
+                f"header {data[:2].hex()} is not of format {FORMAT} with a zero bit 0: update the older side"
+            )
+        return cls(level=data[0] >> 1 & 7, groups=(data[1] & 3) + 1, table_set=data[1] >> 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a bitstream held."""
+
+    symbols: NDArray[np.int8]  # [C, H, W]; channels outside the complete groups are zero
+    header: Header
+    complete_groups: int  # how many of header.groups arrived whole, 0..4
+    checked: bool  # False: the message was cut, and this prefix has no check
+
+
+def encode(symbols: NDArray[np.int8], tables: Tables, level: int = 0, groups: int | None = None) -> bytes:
+    """Codes symbols int8 [C, H, W], -127..127, with the tables of this level; the first groups only, or all.
+
+    At most 4 bytes longer than header and `cost_bits` rounded up to bytes. Raises BitstreamError for symbols, level or
+    groups outside what the tables code.
+    """
+    groups = tables.groups if groups is None else groups
+    if symbols.dtype != np.int8 or symbols.shape != tables.shape:
+        raise BitstreamError(
+            f"symbols are {symbols.dtype} {list(symbols.shape)}, these tables code int8 {list(tables.shape)}"
+        )
+    if not (0 <= level < tables.levels and 1 <= groups <= tables.groups):
+        raise BitstreamError(
+            f"level {level}, groups {groups}: want 0..{tables.levels - 1} and 1..{tables.groups} with these tables"
+        )
+    sent = symbols[: tables.channels // tables.groups * groups]
+    if sent.min() == -128:
+        raise BitstreamError("symbol -128 cannot be coded, only -127..127: clip the latent before it is quantised")
+    entries = tables.entries(sent, level).ravel()
+    frequencies, starts = tables.frequencies.ravel()[entries], tables.starts.ravel()[entries]
+    escaped = np.flatnonzero(np.abs(sent.ravel()) > tables.largest)
+    if escaped.size:
+        frequencies = np.insert(frequencies, escaped + 1, FLAT)
+        starts = np.insert(starts, escaped + 1, (sent.ravel()[escaped].astype(np.int16) + 128) * FLAT)
+    header = Header(level, groups, tables.set_id & 63).to_bytes()
+    return header + push(frequencies.tolist(), starts.tolist(), _check(tables, header, sent.tobytes()))
+
+
+def decode(data: bytes, tables: Tables) -> Decoded:
+    """Decodes any bytes to symbols, or raises BitstreamError; time and memory are bounded by the tables' geometry.
+
+    A message that has all its bytes is verified by its check. One that ends early is a prefix: complete groups,
+    `checked=False`. A damaged message may also look cut, so whoever expects whole messages refuses what is not checked.
+    """
+    header = Header.from_bytes(data)
+    if header.table_set != tables.set_id & 63:
+        raise BitstreamError(
+            f"coded with table set {header.table_set}, these are {tables.set_id & 63}: use the sender's bundle"
+        )
+    if header.level >= tables.levels or header.groups > tables.groups:
+        raise BitstreamError(
+            f"level {header.level}, {header.groups} groups: these tables have {tables.levels} and {tables.groups}"
+        )
+    group = tables.channels // tables.groups
+    channel = tables.height * tables.width
+    # A symbol takes two steps at most, of 12 and 8 bits and a rounding below 1/8 bit each: less than 3 bytes.
+    longest = 6 + 3 * header.groups * group * channel
+    if len(data) > longest:
+        raise BitstreamError(
+            f"bitstream of {len(data)} bytes, no message with these tables exceeds {longest}: is it a bitstream?"
+        )
+    by_channel = tables.codings(header.level)[: header.groups * group]
+    found, check = pull(data[2:], by_channel, tables.height, tables.width, tables.largest)
+    complete = len(found) // (group * channel)
+    if check is not None and check != _check(tables, data[:2], bytes(found)):
+        raise BitstreamError("the check does not match: the message was damaged, or other tables wrote it")
+    symbols = np.zeros(tables.shape, np.int8)
+    whole = found[: complete * group * channel]
+    symbols.ravel()[: len(whole)] = np.frombuffer(whole, np.int8)
+    return Decoded(symbols, header, complete, check is not None)
+
+
+def _check(tables: Tables, header: bytes, symbols: bytes) -> int:
+    """Low 16 bits of the CRC-32 of tables, header and symbols: tables too, so that wrong ones are always found."""
+    return crc32(symbols, crc32(header, tables.crc)) & 0xFFFF

@@ -1,0 +1,242 @@
+"""The two envelopes: what a board asks and what a server answers, as msgpack arrays, so that field names cost nothing.
+
+The order of the fields is the protocol (docs/protocol.md, sections 3 and 4): new fields go at the end, with a default,
+and a reader ignores those it does not know. Knows nothing of MQTT, of clocks and of what the content means.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_runtime.wire.errors import EnvelopeError
+
+VERSION = 1
+MAX_ENVELOPE = 256 * 1024  # bytes; room for a full-size JPEG, and checked before anything is parsed
+MAX_TOKENS = 1024  # ids in one draft or reply; captions have tens
+MAX_TOKEN = (1 << 20) - 1  # largest id: three varint bytes, twice the largest vocabularies in use
+
+
+class Paradigm(IntEnum):
+    """Who does what for a frame."""
+
+    DEVICE = 0
+    SPLIT = 1
+    SPECULATIVE = 2
+    OFFLOAD = 3
+
+
+class ContentKind(IntEnum):
+    """What the content bytes are."""
+
+    LATENT = 0  # a bitstream
+    JPEG = 1
+    WEBP = 2
+
+
+class Status(IntEnum):
+    """How a request ended."""
+
+    OK = 0
+    STALE = 1  # its budget was spent before it could be served
+    BUSY = 2  # ask again after retry_after_ms
+    UNKNOWN_BUNDLE = 3
+    BAD_REQUEST = 4
+    FAILED = 5
+
+
+class Tier(IntEnum):
+    """A station on the way of a request."""
+
+    DEVICE = 0
+    EDGE = 1
+    CLOUD = 2
+
+
+Bytes8 = Annotated[bytes, Meta(min_length=8, max_length=8)]
+Varints = Annotated[bytes, Meta(max_length=3 * MAX_TOKENS)]
+UInt32 = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Millis = Annotated[float, Meta(ge=0, le=1e9)]
+Name = Annotated[str, Meta(max_length=64)]
+Text = Annotated[str, Meta(max_length=8192)]  # characters; twice what 1024 tokens usually spell
+
+
+class Options(Struct, frozen=True, omit_defaults=True):
+    """What a request may wish for; a map, since it is usually absent and mostly empty."""
+
+    tier: Tier | None = None  # answer on this tier, or higher
+    min_confidence: Share | None = None  # below it the answer is passed up a tier
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None  # longest text
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = (
+        None  # of the sampling noise; the same seed, the same tokens
+    )
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None  # 0 or none: greedy
+    top_k: Annotated[int, Meta(ge=1, le=MAX_TOKEN)] | None = None
+    top_p: Share | None = None
+
+
+class Request(Struct, array_like=True, frozen=True, kw_only=True):
+    """Board to server, or a server to the tier above. Costs at most 40 bytes beside content, draft and options."""
+
+    version: int = VERSION
+    id: Bytes8  # unique per board, sorts by time; a resend has the same id
+    bundle: Bytes8  # first 8 bytes of the SHA-256 of the bundle's manifest
+    paradigm: Paradigm
+    age_ms: UInt32  # since the frame was captured
+    budget_ms: UInt32  # left for the answer, when this was sent
+    content_kind: ContentKind
+    content: bytes
+    draft: Varints = b""  # token ids, see draft_ids
+    options: Options | None = None
+
+    @property
+    def draft_ids(self) -> list[int]:
+        """Token ids that the board, or a lower tier, proposes."""
+        return decode_tokens(self.draft)
+
+
+class Hop(Struct, array_like=True, frozen=True):
+    """One station's record in a reply."""
+
+    tier: Tier
+    server: Name
+    queue_ms: Millis
+    compute_ms: Millis
+    stages_ms: Annotated[dict[Name, Millis], Meta(max_length=32)] | None = None  # parts of compute_ms, by name
+
+
+class Reply(Struct, array_like=True, frozen=True, kw_only=True):
+    """Server to board, one per request."""
+
+    version: int = VERSION
+    id: Bytes8  # the request's
+    status: Status
+    tokens: Varints = b""  # token ids of the text, see token_ids
+    text: Text = ""
+    tier: Tier = Tier.EDGE  # with `server`: who answered
+    server: Name = ""
+    accepted: UInt32 = 0  # how many of the proposed tokens the answering tier kept
+    proposed: UInt32 = 0
+    passes: UInt32 = 0  # forward passes of the target
+    confidence: Share | None = None
+    hops: Annotated[tuple[Hop, ...], Meta(max_length=16)] = ()
+    error: Annotated[str, Meta(max_length=1024)] = ""  # for people; empty when status is ok
+    retry_after_ms: UInt32 | None = None  # with busy
+    label: Name | None = None  # of a bundle that classifies
+    scores: Annotated[dict[Name, Share], Meta(max_length=64)] | None = None  # of the likeliest labels
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Token ids of the text."""
+        return decode_tokens(self.tokens)
+
+
+class _Versioned(Struct, array_like=True):
+    version: int
+
+
+Envelope = TypeVar("Envelope", Request, Reply)
+_version = msgspec.msgpack.Decoder(_Versioned)
+_request = msgspec.msgpack.Decoder(Request)
+_reply = msgspec.msgpack.Decoder(Reply)
+
+
+def encode_request(request: Request) -> bytes:
+    """Raises EnvelopeError for what `decode_request` would refuse: a mistake is found where it is made."""
+    data = _encode(request)
+    decode_request(data)
+    return data
+
+
+def decode_request(data: bytes) -> Request:
+    """Raises EnvelopeError for anything that is not a request of this version within its bounds."""
+    request = _decode(data, _request)
+    decode_tokens(request.draft)
+    return request
+
+
+def encode_reply(reply: Reply) -> bytes:
+    """Raises EnvelopeError for what `decode_reply` would refuse."""
+    data = _encode(reply)
+    decode_reply(data)
+    return data
+
+
+def decode_reply(data: bytes) -> Reply:
+    """Raises EnvelopeError for anything that is not a reply of this version within its bounds."""
+    reply = _decode(data, _reply)
+    decode_tokens(reply.tokens)
+    return reply
+
+
+def _encode(envelope: Request | Reply) -> bytes:
+    try:
+        return msgspec.msgpack.encode(envelope)
+    except (OverflowError, UnicodeError) as error:
+        raise EnvelopeError(f"an envelope cannot hold this: {error}") from error
+
+
+def _decode(data: bytes, decoder: "msgspec.msgpack.Decoder[Envelope]") -> Envelope:
+    if len(data) > MAX_ENVELOPE:
+        raise EnvelopeError(
+            f"envelope of {len(data)} bytes, at most {MAX_ENVELOPE} are read: send a smaller picture or a latent"
+        )
+    try:
+        version = _version.decode(data).version
+        if version != VERSION:
+            raise EnvelopeError(f"envelope of version {version}, this side speaks {VERSION}: update the older side")
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise EnvelopeError(f"not an envelope of version {VERSION}: {error}") from error
+
+
+def encode_tokens(ids: Sequence[int]) -> bytes:
+    """Token ids as LEB128 varints (DWARF 5, section 7.6): 7 bits a byte, lowest first, bit 7 set while more follow.
+
+    Raises EnvelopeError for too many or too large ones.
+    """
+    if len(ids) > MAX_TOKENS or not all(0 <= i <= MAX_TOKEN for i in ids):
+        raise EnvelopeError(f"{len(ids)} token ids up to {max(ids)}, want at most {MAX_TOKENS} from 0 to {MAX_TOKEN}")
+    data = bytearray()
+    for i in ids:
+        last = max(i.bit_length() - 1, 0) // 7
+        data += bytes(i >> 7 * k & 127 | (128 if k < last else 0) for k in range(last + 1))
+    return bytes(data)
+
+
+def decode_tokens(data: bytes) -> list[int]:
+    """The ids of `encode_tokens`. Raises EnvelopeError for too many, too large, cut, or longer than needed."""
+    ids: list[int] = []
+    value = shift = 0
+    for byte in data:
+        value |= (byte & 127) << shift
+        shift += 7
+        if value > MAX_TOKEN or shift > 21 or len(ids) == MAX_TOKENS:
+            raise EnvelopeError(f"token ids must be at most {MAX_TOKENS} from 0 to {MAX_TOKEN}: not a list of varints?")
+        if byte < 128:
+            if byte == 0 and shift > 7:
+                raise EnvelopeError("token id with a needless zero byte: write varints the shortest way")
+            ids.append(value)
+            value = shift = 0
+    if shift:
+        raise EnvelopeError("token ids end inside a varint: the list was cut")
+    return ids
+
+
+class RequestIds:
+    """Ids of one board: strictly rising, whatever its clock does, and sorting by time. For one thread."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def next(self, now_ms: int, salt: int) -> bytes:
+        """8 bytes big-endian: now_ms, Unix time in ms (48 bits), then salt, 16 random bits.
+
+        The salt keeps two ids apart when a board without a battery-backed clock starts twice at the same time. A clock
+        that stands still or steps back gives the last id plus one.
+        """
+        self._last = max(self._last + 1, now_ms << 16 | salt)
+        return self._last.to_bytes(8, "big")

@@ -1,0 +1,91 @@
+"""Events: what the users of a board subscribe to, as JSON for people and Home Assistant. Empty fields are left out.
+
+Enumerations are words here, since people read them: the lower-case names of the envelope's members.
+"""
+
+from datetime import datetime, timedelta
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_runtime.wire.envelope import MAX_TOKENS, Hop, Millis, Name, Share, Text, UInt32
+from edge_runtime.wire.errors import EnvelopeError
+
+MAX_EVENT = 64 * 1024  # bytes of JSON; a caption takes 1 KB, 1024 tokens and their text some 12 KB
+
+TierName = Literal["device", "edge", "cloud"]
+ParadigmName = Literal["device", "split", "speculative", "offload"]
+Stages = Annotated[dict[Name, Millis], Meta(max_length=32)]
+
+
+class AnsweredBy(Struct, frozen=True, omit_defaults=True):
+    """Whose text this is."""
+
+    tier: TierName
+    server: Name = ""
+
+
+class EventHop(Struct, frozen=True, omit_defaults=True):
+    """A reply's hop, readable."""
+
+    tier: TierName
+    server: Name
+    queue_ms: Millis
+    compute_ms: Millis
+    stages_ms: Stages = {}
+
+    @classmethod
+    def from_hop(cls, hop: Hop) -> "EventHop":
+        tier: TierName = ("device", "edge", "cloud")[hop.tier]
+        return cls(tier, hop.server, hop.queue_ms, hop.compute_ms, hop.stages_ms or {})
+
+
+class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """One thing that became known about one frame."""
+
+    type: Literal["new", "update", "lost"]  # the draft; a server's answer; no answer came
+    frame: Annotated[
+        str, Meta(max_length=64)
+    ]  # the same in all events of a frame; the request's id in hex where there is one
+    camera: Name
+    captured: Annotated[datetime, Meta(tz=True)]  # UTC
+    final: bool = False  # no further event of this frame follows
+    text: Text = ""
+    tokens: Annotated[tuple[int, ...], Meta(max_length=MAX_TOKENS)] = ()
+    answered_by: AnsweredBy | None = None
+    label: Name | None = None
+    scores: Annotated[dict[Name, Share], Meta(max_length=64)] = {}
+    paradigm: ParadigmName | None = None
+    why: Annotated[str, Meta(max_length=1024)] = ""  # of the paradigm, or of a loss
+    bytes_up: UInt32 = 0  # whole PUBLISH payloads of this frame, resends included
+    jpeg_bytes: UInt32 = 0  # what the frame would have cost as a picture
+    timings_ms: Stages = {}
+    hops: Annotated[tuple[EventHop, ...], Meta(max_length=16)] = ()
+    accepted: UInt32 = 0
+    proposed: UInt32 = 0
+
+
+_event = msgspec.json.Decoder(Event)
+
+
+def encode_event(event: Event) -> bytes:
+    """UTF-8 JSON. Raises EnvelopeError for what `decode_event` would refuse, and for a capture time that is not UTC."""
+    if event.captured.utcoffset() != timedelta(0):
+        raise EnvelopeError(f"captured = {event.captured.isoformat()}, want UTC: use datetime.now(timezone.utc)")
+    try:
+        data = msgspec.json.encode(event)
+    except (OverflowError, UnicodeError) as error:
+        raise EnvelopeError(f"an event cannot hold this: {error}") from error
+    decode_event(data)
+    return data
+
+
+def decode_event(data: bytes) -> Event:
+    """Raises EnvelopeError for anything that is not an event within its bounds; fields it does not know are ignored."""
+    if len(data) > MAX_EVENT:
+        raise EnvelopeError(f"event of {len(data)} bytes, at most {MAX_EVENT} are read: shorten its text")
+    try:
+        return _event.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise EnvelopeError(f"not an event: {error}") from error

@@ -1,0 +1,249 @@
+"""Static integer frequency tables: what both ends must share before a bitstream means anything.
+
+Probabilities that a device computes in floating point differ between CPUs, and then a learned codec decodes to garbage
+(Ballé, Johnston & Minnen, "Integer networks for data compression with latent-variable models", ICLR 2019). Ours are
+counted once, as integers, and shipped. An alphabet of M entries is the symbols -A..A, then the escape: M = 2 A + 2.
+After an escape the symbol follows as one flat byte. The file is docs/protocol.md, section 6.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.wire.entropy import ESCAPE, ESCAPE_BITS, PRECISION, TOTAL, Coding
+from edge_runtime.wire.errors import TablesError
+
+MAGIC = b"AIFT"
+VERSION = 1
+# Magic, version, levels, contexts, alphabet, groups, zero, channels, height, width, set id.
+_PREFIX = struct.Struct("<4s6B4H")
+MAX_CHANNELS = 512  # with MAX_SIDE: a frame of at most 2 Mi symbols, slot maps of at most 6 MiB a level
+MAX_SIDE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Frequencies for every (level, channel, context), and the geometry of the symbols that they code.
+
+    One context is none; three are the sign of the summed signs of the left and the upper neighbour, see
+    `neighbour_signs`. Raises TablesError where a property does not hold.
+    """
+
+    # [levels 1..8, channels, contexts 1 or 3, alphabet], each >= 1, and over the alphabet they sum to 4096
+    frequencies: NDArray[np.uint16]
+    height: int  # rows of a channel, 1..64
+    width: int  # columns, 1..64
+    groups: int  # nested channel groups of equal size, 1..4
+    set_id: int  # which tables these are, 0..65535; a bitstream carries the low 6 bits
+    _codings: dict[int, list[list[Coding]]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        f = self.frequencies
+        if f.dtype != np.uint16 or f.ndim != 4:
+            raise TablesError(
+                f"frequencies are {f.dtype} {list(f.shape)}, want uint16 [levels, channels, contexts, alphabet]"
+            )
+        levels, channels, contexts, alphabet = f.shape
+        for name, found, wanted in (
+            ("levels", levels, range(1, 9)),
+            ("channels", channels, range(1, MAX_CHANNELS + 1)),
+            ("contexts", contexts, (1, 3)),
+            ("alphabet", alphabet, range(4, 255, 2)),
+            ("height", self.height, range(1, MAX_SIDE + 1)),
+            ("width", self.width, range(1, MAX_SIDE + 1)),
+            ("groups", self.groups, range(1, 5)),
+            ("table set id", self.set_id, range(1 << 16)),
+        ):
+            if found not in wanted:
+                raise TablesError(f"tables with {name} = {found}, want {wanted}: was the file made for this version?")
+        if channels % self.groups:
+            raise TablesError(f"{channels} channels do not divide into {self.groups} equal groups: change one of them")
+        bad = (f.sum(axis=-1, dtype=np.int64) != TOTAL) | (f.min(axis=-1) < 1)
+        if bad.any():
+            where = np.argwhere(bad)[0].tolist()
+            raise TablesError(
+                f"table [level, channel, context] = {where} must have entries >= 1 that sum to {TOTAL}: count again"
+            )
+        f.flags.writeable = False  # slot maps and the CRC below are made from it once
+
+    @property
+    def levels(self) -> int:
+        return int(self.frequencies.shape[0])
+
+    @property
+    def channels(self) -> int:
+        return int(self.frequencies.shape[1])
+
+    @property
+    def largest(self) -> int:
+        """A: the largest magnitude that needs no escape."""
+        return int(self.frequencies.shape[3]) // 2 - 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one frame's symbols."""
+        return self.channels, self.height, self.width
+
+    @cached_property
+    def starts(self) -> NDArray[np.uint16]:
+        """Exclusive prefix sums over the alphabet, shaped as the frequencies."""
+        return (np.cumsum(self.frequencies, axis=-1) - self.frequencies).astype(np.uint16)
+
+    @cached_property
+    def bits(self) -> NDArray[np.float64]:
+        """Ideal code length of every entry, the byte after an escape included; shaped as the frequencies."""
+        bits = PRECISION - np.log2(self.frequencies.astype(np.float64))
+        bits[..., -1] += ESCAPE_BITS
+        return bits
+
+    @cached_property
+    def crc(self) -> int:
+        """CRC-32 of the file without its last four bytes, which hold it. Every bitstream's check starts from it."""
+        return crc32(self._body())
+
+    def codings(self, level: int) -> list[list[Coding]]:
+        """For the decoder, per channel: its table by (sign on the left + sign above).
+
+        That index is -2..2, and the last two of five are Python's -2 and -1. Made at the first use of a level, in some
+        milliseconds; with 64 channels and 3 contexts it takes 2 MB, which a board that only encodes never pays.
+        """
+        if level not in self._codings:
+            as_byte = np.array([s & 0xFF for s in range(-self.largest, self.largest + 1)] + [ESCAPE], np.uint8)
+            channels = []
+            for rows in zip(self.frequencies[level], self.starts[level], strict=True):
+                made = []
+                for f, c in zip(*rows, strict=True):
+                    frequency, start = np.zeros((2, 256), np.int64)
+                    frequency[as_byte], start[as_byte] = f, c
+                    made.append(Coding(np.repeat(as_byte, f).tobytes(), frequency.tolist(), start.tolist()))
+                negative, none, positive = made if len(made) == 3 else made * 3
+                channels.append([none, positive, positive, negative, negative])
+            self._codings[level] = channels
+        return self._codings[level]
+
+    def _body(self) -> bytes:
+        levels, channels, contexts, alphabet = self.frequencies.shape
+        geometry = channels, self.height, self.width, self.set_id
+        prefix = _PREFIX.pack(MAGIC, VERSION, levels, contexts, alphabet, self.groups, 0, *geometry)
+        return prefix + self.frequencies.astype("<u2").tobytes()
+
+    def to_bytes(self) -> bytes:
+        """The table file; the same tables give the same bytes everywhere."""
+        return self._body() + struct.pack("<I", self.crc)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Tables":
+        """Reads a table file. Raises TablesError; allocates no more than the file's own size a few times."""
+        if len(data) < _PREFIX.size or data[:4] != MAGIC:
+            raise TablesError(f"{len(data)} bytes that begin with {data[:4].hex()}, want a table file ({MAGIC.hex()})")
+        _, version, levels, contexts, alphabet, groups, zero, *geometry = _PREFIX.unpack_from(data)
+        channels, height, width, set_id = geometry
+        if version != VERSION or zero:
+            raise TablesError(f"table file of version {version}.{zero}, this side reads {VERSION}.0: update one")
+        shape = levels, channels, contexts, alphabet
+        wanted = _PREFIX.size + 2 * levels * channels * contexts * alphabet + 4
+        if len(data) != wanted:
+            raise TablesError(f"table file of {len(data)} bytes, its own geometry wants {wanted}: copy it again")
+        if int.from_bytes(data[-4:], "little") != crc32(data[:-4]):
+            raise TablesError("table file with a wrong checksum: it was damaged, copy it again")
+        frequencies = np.frombuffer(data, "<u2", offset=_PREFIX.size, count=(wanted - 4 - _PREFIX.size) // 2)
+        return cls(frequencies.astype(np.uint16).reshape(shape), height, width, groups, set_id)
+
+    def entries(self, symbols: NDArray[np.int8], level: int) -> NDArray[np.intp]:
+        """Which entry codes each symbol: indices into the flattened frequencies, shaped as symbols int8 [..., c, H, W].
+
+        The first c <= C channels may be given alone. Symbols beyond A point at the escape of their table.
+        """
+        _, channels, contexts, alphabet = self.frequencies.shape
+        table = (level * channels + np.arange(symbols.shape[-3]))[:, None, None] * contexts
+        if contexts == 3:
+            table = table + (neighbour_signs(symbols) + 1)
+        entry = symbols.astype(np.intp)
+        entry += self.largest
+        # One unsigned comparison: symbols below -A wrap to large numbers.
+        entry[entry.view(np.uintp) > 2 * self.largest] = alphabet - 1
+        entry += table * alphabet
+        return entry
+
+
+def neighbour_signs(symbols: NDArray[np.int8]) -> NDArray[np.int8]:
+    """Sign of (left neighbour's sign + upper neighbour's sign), outside 0: int8 [..., H, W] to -1, 0, 1 likewise.
+
+    Neighbours are of the same channel, and come before their symbol in raster order, so a decoder knows them. A linear
+    latent is correlated with its sign, so signs tell more than magnitudes.
+    """
+    signs = np.sign(symbols)
+    near = np.zeros_like(signs)
+    near[..., 1:] = signs[..., :-1]
+    near[..., 1:, :] += signs[..., :-1, :]
+    return np.sign(near)
+
+
+def cost_bits(symbols: NDArray[np.int8], tables: Tables, level: int = 0) -> NDArray[np.float64]:
+    """Sum of -log2 q over every frame, escapes included: symbols int8 [..., c, H, W] to bits float64 [...].
+
+    c may be the channels of the first groups only. A bitstream is at most 4 bytes longer than header and this in whole
+    bytes.
+    """
+    return np.asarray(tables.bits.ravel()[tables.entries(symbols, level)].sum(axis=(-3, -2, -1)))
+
+
+def entropy_bytes(symbols: NDArray[np.int8], tables: Tables, level: int = 0) -> float:
+    """Mean ideal bytes of a frame under these tables; symbols int8 [N, c, H, W]. No header, no coder overhead."""
+    return float(cost_bits(symbols, tables, level).mean()) / 8
+
+
+def count_tables(
+    symbols: Sequence[NDArray[np.int8]], *, groups: int = 4, contexts: int = 1, largest: int = 7, set_id: int = 0
+) -> Tables:
+    """Counts tables on symbols int8 [N, C, H, W], one array for each level, coarsest first. N >= 500 photos is enough.
+
+    Each context is smoothed towards its channel (weight 30 symbols), each channel towards all channels (weight 20).
+    Only integer sums and single float64 operations decide, so that every machine counts the same bytes. Raises
+    TablesError.
+    """
+    if not symbols or {a.shape[1:] for a in symbols} != {symbols[0].shape[1:]} or symbols[0].ndim != 4:
+        raise TablesError(
+            f"symbols are {[a.shape for a in symbols]}, want one int8 [N, C, H, W] per level, all of one geometry"
+        )
+    if any(a.dtype != np.int8 or not a.size or a.min() == -128 for a in symbols):
+        raise TablesError(
+            "symbols must be int8 from -127 to 127, at least one frame per level: quantise with a smaller gain"
+        )
+    _, channels, height, width = symbols[0].shape
+    shape = len(symbols), channels, contexts, 2 * largest + 2
+    # Any valid tables will do here: only their geometry is used, to find the entry of every symbol.
+    blank = Tables(np.broadcast_to(_integers(np.ones(shape[3:])), shape).copy(), height, width, groups, set_id)
+    counts = np.zeros(shape, np.int64)
+    for level, frames in enumerate(symbols):
+        counts += np.bincount(blank.entries(frames, level).ravel(), minlength=counts.size).reshape(shape)
+    everywhere = counts.sum(axis=(1, 2), keepdims=True) + 1
+    channel = _smooth(counts.sum(axis=2, keepdims=True), everywhere / everywhere.sum(axis=-1, keepdims=True), 20)
+    return Tables(_integers(_smooth(counts, channel, 30) if contexts > 1 else channel), height, width, groups, set_id)
+
+
+def _smooth(counts: NDArray[np.int64], parent: NDArray[np.float64], weight: int) -> NDArray[np.float64]:
+    smoothed: NDArray[np.float64] = (counts + weight * parent) / (counts.sum(axis=-1, keepdims=True) + weight)
+    return smoothed
+
+
+def _integers(p: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """Weights [..., M] > 0 to frequencies >= 1 that sum to 4096: round down, then move counts where they matter most.
+
+    One more count for a frequency f saves p ln((f + 1) / f), near p / (f + 1/2): the Sainte-Laguë rule, which needs no
+    logarithm (they differ between C libraries). Ties go to the lowest index.
+    """
+    shape: Any = p.shape
+    p = (p / p.sum(axis=-1, keepdims=True)).reshape(-1, shape[-1])
+    f = np.maximum(np.floor(TOTAL * p), 1)
+    while (missing := TOTAL - f.sum(axis=-1)).any():
+        more, less = np.flatnonzero(missing > 0), np.flatnonzero(missing < 0)
+        f[more, np.argmax(p[more] / (f[more] + 0.5), axis=-1)] += 1
+        f[less, np.argmin(np.where(f[less] > 1, p[less] / (f[less] - 0.5), np.inf), axis=-1)] -= 1
+    return f.astype(np.uint16).reshape(shape)

@@ -1,0 +1,94 @@
+"""The topics, as functions of ids; docs/protocol.md, section 2.
+
+Directions are in the topic, so that a broker's access list is two patterns a board: it may write
+`aiflow/<site>/<board>/up/#` and read `aiflow/<site>/<board>/down/#`.
+"""
+
+import re
+
+from edge_runtime.wire.errors import TopicError
+
+ROOT = "aiflow"
+SERVERS = "server"  # stands where a board's id would, so no board may have this name
+_ID = re.compile(r"[a-z0-9-]{1,32}")
+_NAME = re.compile(r"[a-z0-9_-]{1,32}")
+_REQUEST = re.compile(rf"({ROOT}/{_ID.pattern}/({_ID.pattern}))/up/request")
+
+
+def request(site: str, board: str) -> str:
+    """Board to servers, QoS 1."""
+    return f"{_board(site, board)}/up/request"
+
+
+def request_share(pool: str, site: str) -> str:
+    """What the servers of a pool subscribe to: each request of the site goes to one of them (MQTT 5, section 4.8.2)."""
+    return f"$share/{_id('pool', pool)}/{ROOT}/{_id('site', site)}/+/up/request"
+
+
+def reply(site: str, board: str) -> str:
+    """Server to board, QoS 1."""
+    return f"{_board(site, board)}/down/reply"
+
+
+def board_of(request_topic: str) -> str:
+    """The board that asked. Raises TopicError for any topic that is not a request's."""
+    return _parse(request_topic)[1]
+
+
+def reply_topic_for(request_topic: str) -> str:
+    """Where the answer goes. Derived, since a response-topic property would let a board publish in another's name."""
+    return f"{_parse(request_topic)[0]}/down/reply"
+
+
+def event(site: str, board: str) -> str:
+    """Board to users, JSON, QoS 1."""
+    return f"{_board(site, board)}/up/event"
+
+
+def last(site: str, board: str) -> str:
+    """The last event, retained."""
+    return f"{_board(site, board)}/up/last"
+
+
+def status(site: str, board: str) -> str:
+    """Board to all, JSON, retained; the last will says offline."""
+    return f"{_board(site, board)}/up/status"
+
+
+def server_status(site: str, server: str) -> str:
+    """Server to all, JSON, retained; the last will says offline."""
+    return f"{ROOT}/{_id('site', site)}/{SERVERS}/{_id('server', server)}/status"
+
+
+def frame(site: str, board: str) -> str:
+    """Camera software to board: a picture file as it is, QoS 0."""
+    return f"{_board(site, board)}/down/frame"
+
+
+def setting(site: str, board: str, name: str) -> str:
+    """To a board's run-time switch."""
+    return f"{_board(site, board)}/down/set/{_id('name', name, _NAME)}"
+
+
+def state(site: str, board: str, name: str) -> str:
+    """The state of a run-time switch, retained."""
+    return f"{_board(site, board)}/up/state/{_id('name', name, _NAME)}"
+
+
+def _id(what: str, value: str, pattern: re.Pattern[str] = _ID) -> str:
+    if not pattern.fullmatch(value):
+        raise TopicError(f"{what} {value[:64]!r} must match {pattern.pattern}: it becomes a level of MQTT topics")
+    return value
+
+
+def _board(site: str, board: str) -> str:
+    if board == SERVERS:
+        raise TopicError(f"a board cannot be called {SERVERS!r}, the servers' topics are there: rename it")
+    return f"{ROOT}/{_id('site', site)}/{_id('board', board)}"
+
+
+def _parse(request_topic: str) -> tuple[str, str]:
+    found = _REQUEST.fullmatch(request_topic)
+    if not found or found[2] == SERVERS:
+        raise TopicError(f"topic {request_topic[:128]!r} is no request's: want {ROOT}/<site>/<board>/up/request")
+    return found[1], found[2]

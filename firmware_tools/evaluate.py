@@ -1,0 +1,207 @@
+"""`aiflow evaluate`: quality and bytes on photos, through the real codec, envelopes and verifier in one process."""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.draft import Draft
+from edge_runtime.head import Head
+from edge_runtime.pictures import Picture, read_pictures
+
+if TYPE_CHECKING:
+    from server.engine import Answer, Engine, Job
+
+BATCH = 8
+SHIPPED_BUNDLE = Path(__file__).parent.parent / "models" / "zoo" / "flickr8k-lite0"
+
+
+class EvaluationError(ValueError):
+    """Photos and captions that cannot be scored."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`caption` and `classify`."""
+    kinds = parser.add_subparsers(dest="kind", metavar="caption|classify", required=True)
+    caption = kinds.add_parser("caption", help="CIDEr and BLEU against people's captions")
+    caption.add_argument("--captions", type=Path, required=True, metavar="TSV", help="columns split, image, caption")
+    caption.add_argument("--split", help="only photos of this split")
+    caption.add_argument("--paradigm", choices=["device", "split", "speculative", "offload"], required=True)
+    caption.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
+    classify = kinds.add_parser("classify", help="accuracy on pictures named class/name.JPEG")
+    for kind in (caption, classify):
+        kind.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR")
+        kind.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="default: the bundle that is shipped")
+        kind.add_argument("--backend", choices=["onnx", "litert"], default="onnx")
+        kind.add_argument("--limit", type=int, help="only the first N photos")
+        kind.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the figures and writes the JSON."""
+    from firmware_tools.terminal import print_figures
+
+    bundle = open_bundle(args.bundle)
+    figures = _captions(args, bundle) if args.kind == "caption" else _classes(args, bundle)
+    print_figures(figures)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One photo as the server got it."""
+
+    name: str
+    payload_bytes: int  # the whole PUBLISH payload; 0 if nothing was sent
+    draft: tuple[int, ...]  # end token included
+    symbols: np.ndarray  # int8 [64, 7, 7], decoded from the payload
+
+
+class Chain:
+    """Board and server of one bundle without a network between them."""
+
+    def __init__(self, bundle: Bundle, paradigm: str, backend: str, tier: str, engine: "Engine | None") -> None:
+        from edge_runtime.pipeline import Plan
+        from edge_runtime.runtime import load_draft, load_head
+
+        self.bundle, self.engine, self.tier = bundle, engine, tier
+        self.plan = Plan(paradigm, "evaluation", budget_ms=60_000)  # type: ignore[arg-type]
+        self.head: Head = load_head(bundle, backend, 1)
+        self.draft: Draft | None = load_draft(bundle, backend, 1) if paradigm in ("device", "speculative") else None
+
+    def send(self, picture: Picture) -> Sent:
+        """Picture -> head -> draft -> envelope -> bytes -> envelope -> symbols."""
+        from edge_runtime import wire
+        from edge_runtime.pipeline import build_request
+        from edge_runtime.preprocess import decode_picture, to_input
+
+        pixels = to_input(decode_picture(picture.data))
+        symbols = self.head.symbols(pixels)
+        draft = self.draft.write(symbols).tokens if self.draft else ()
+        if self.plan.paradigm == "device":
+            return Sent(picture.name, 0, draft, symbols)
+        payload = wire.encode_request(build_request(self.bundle, bytes(8), self.plan, pixels, symbols, draft))
+        request = wire.decode_request(payload)
+        if request.content_kind is wire.ContentKind.LATENT:
+            received = wire.decode(request.content, self.bundle.tables).symbols
+        else:
+            assert self.engine is not None
+            received = self.engine.symbols(to_input(decode_picture(request.content)))
+        return Sent(picture.name, len(payload), tuple(request.draft_ids), received)
+
+    def job(self, sent: Sent, draft: tuple[int, ...] = (), wants_label: bool = False) -> "Job":
+        """What the engine is asked."""
+        from server.engine import Job
+
+        return Job(sent.symbols, self.bundle.manifest.latent.gains[-1], draft, self.tier, wants_label=wants_label)
+
+
+def _chain(args: argparse.Namespace, bundle: Bundle, paradigm: str, tier: str) -> Chain:
+    if paradigm == "device":
+        return Chain(bundle, paradigm, args.backend, tier, None)
+    from server.engine import load_engine
+    from server.numerics import prove
+
+    engine = load_engine(bundle, [tier], threads=2)
+    engine.proof = prove(engine)
+    return Chain(bundle, paradigm, args.backend, tier, engine)
+
+
+def _batches(args: argparse.Namespace, wanted: set[str] | None, note: str) -> Iterator[list[Picture]]:
+    """The pictures asked for, in batches; with progress on a terminal."""
+    from firmware_tools.terminal import track
+
+    pictures = (p for source in args.images for p in read_pictures(source))
+    chosen = (p for p in pictures if wanted is None or PurePosixPath(p.name).name in wanted)
+    shown = track(islice(chosen, args.limit), note, total=args.limit or (len(wanted) if wanted else None))
+    while batch := list(islice(shown, BATCH)):
+        yield batch
+
+
+def _captions(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
+    from models.captions import read_captions
+
+    captions = {n: texts for n, (split, texts) in read_captions(args.captions).items() if args.split in (None, split)}
+    chain = _chain(args, bundle, args.paradigm, args.tier)
+    texts: dict[str, str] = {}
+    sent: list[Sent] = []
+    answers: list[Answer] = []
+    alone: list[Answer] = []
+    seconds = 0.0
+    for pictures in _batches(args, set(captions), f"{args.paradigm} {args.tier}"):
+        started = time.perf_counter()
+        batch = [chain.send(picture) for picture in pictures]
+        if chain.engine is None:
+            tokens = [list(s.draft) for s in batch]
+        else:
+            written = chain.engine.answer([chain.job(s, s.draft) for s in batch])
+            tokens = [list(answer.tokens) for answer in written]
+            answers += written
+        seconds += time.perf_counter() - started
+        if chain.engine is not None:
+            # What the tier writes alone: the same symbols, no draft, one photo at a time.
+            alone += [chain.engine.answer([chain.job(s)])[0] for s in batch]
+        sent += batch
+        texts |= {PurePosixPath(s.name).name: bundle.text(t) for s, t in zip(batch, tokens, strict=True)}
+    if not texts:
+        raise EvaluationError("none of the pictures has a caption: do the names in the TSV match the files?")
+    sizes = np.array([s.payload_bytes for s in sent])
+    same = [a.tokens == b.tokens for a, b in zip(answers, alone, strict=True)] or [True]
+    return {
+        "images": len(texts),
+        **score({name: captions[name] for name in texts}, texts),
+        "bytes_mean": float(sizes.mean()),
+        "bytes_p95": float(np.percentile(sizes, 95)),
+        "tokens_mean": float(np.mean([len(a.tokens) for a in answers] or [len(s.draft) for s in sent])),
+        "proposed_mean": float(np.mean([a.proposed for a in answers] or [0])),
+        "accepted_mean": float(np.mean([a.accepted for a in answers] or [0])),
+        "passes_mean": float(np.mean([a.passes for a in answers] or [0])),
+        "passes_alone_mean": float(np.mean([a.passes for a in alone] or [0])),
+        "identical_to_tier": float(np.mean(same)),
+        "images_per_second": len(texts) / seconds,
+    }
+
+
+def _classes(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
+    if not bundle.manifest.classes:
+        raise EvaluationError(f"bundle {bundle.manifest.name} has no classifier")
+    tier = next(iter(bundle.manifest.targets))
+    chain = _chain(args, bundle, "split", tier)
+    assert chain.engine is not None
+    right, sizes = [], []
+    for pictures in _batches(args, None, "classify"):
+        batch = [chain.send(picture) for picture in pictures]
+        scores = chain.engine.classify([s.symbols for s in batch])
+        for picture, sent, row in zip(pictures, batch, scores, strict=True):
+            label = PurePosixPath(picture.name).parent.name
+            if label not in bundle.manifest.classes:
+                raise EvaluationError(
+                    f"{picture.name}: class {label!r} is none of {', '.join(bundle.manifest.classes)}"
+                )
+            right.append(max(row, key=lambda name: row[name]) == label)
+            sizes.append(sent.payload_bytes)
+    if not right:
+        raise EvaluationError("no pictures: want members named class/name.JPEG")
+    return {"images": len(right), "accuracy": float(np.mean(right)), "bytes_mean": float(np.mean(sizes))}
+
+
+def score(references: dict[str, Sequence[str]], texts: dict[str, str]) -> dict[str, float]:
+    """CIDEr and BLEU-4 of pycocoevalcap on lower-cased words without punctuation, one text a photo."""
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    from models.captions import words_of
+
+    plain = {name: [" ".join(words_of(text)) for text in rows] for name, rows in references.items()}
+    ours = {name: [" ".join(words_of(text))] for name, text in texts.items()}
+    cider, _ = Cider().compute_score(plain, ours)
+    bleu, _ = Bleu(4).compute_score(plain, ours, verbose=0)
+    return {"cider": float(cider), "bleu4": float(bleu[3])}

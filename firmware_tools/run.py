@@ -1,0 +1,17 @@
+"""`aiflow run board.toml`: a board."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The configuration's path."""
+    parser.add_argument("config", type=Path, help="board.toml; `aiflow validate` checks it, README.md has an example")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs until the sources end, SIGINT or SIGTERM."""
+    from edge_runtime.config import RuntimeConfig, load_toml
+    from edge_runtime.runtime import run_board, stop_on_signals
+
+    run_board(load_toml(args.config, RuntimeConfig), stop_on_signals())

@@ -1,0 +1,18 @@
+"""`aiflow serve server.toml`: an edge or cloud server."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The configuration's path."""
+    parser.add_argument("config", type=Path, help="server.toml; `aiflow validate` checks it, README.md has an example")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves until SIGINT or SIGTERM, then finishes what was accepted."""
+    from edge_runtime.config import load_toml
+    from server.config import Config
+    from server.service import run_until_signal
+
+    run_until_signal(load_toml(args.config, Config))

@@ -1,0 +1,36 @@
+"""What commands print: tables and progress on a terminal, plain lines elsewhere."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import track as rich_track
+from rich.table import Table
+
+T = TypeVar("T")
+
+
+def print_figures(figures: dict[str, Any], title: str = "") -> None:
+    """Names and values, one a line."""
+    console = Console()
+    if not console.is_terminal:
+        for name, value in figures.items():
+            print(f"{name} {_short(value)}")
+        return
+    table = Table("figure", "value", title=title or None)
+    for name, value in figures.items():
+        table.add_row(name, _short(value))
+    console.print(table)
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Progress while iterating; silent where nobody watches."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield from items
+        return
+    yield from rich_track(items, description, total=total, console=console)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,46 @@
+"""`aiflow validate`: find a mistake before anything runs."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to check."""
+    parser.add_argument("path", type=Path, help="board.toml, server.toml or a bundle's directory")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints what was found in order; raises the named error of what is not."""
+    if args.path.is_dir():
+        _bundle(args.path)
+    elif _is_server(args.path):
+        from edge_runtime.config import load_toml
+        from server.config import Config
+
+        server = load_toml(args.path, Config)
+        server.mqtt_settings()
+        _bundle(Path(server.server.bundle))
+        print(f"{args.path}: server {server.server.id} of site {server.server.site} is in order")
+    else:
+        from edge_runtime.config import RuntimeConfig, load_toml
+
+        board = load_toml(args.path, RuntimeConfig)
+        board.mqtt.settings(board.board.id)
+        _bundle(Path(board.board.bundle))
+        print(f"{args.path}: board {board.board.id} with {len(board.cameras)} camera(s) is in order")
+
+
+def _is_server(path: Path) -> bool:
+    try:
+        return any(line.strip() == "[server]" for line in path.read_text().splitlines())
+    except (OSError, UnicodeDecodeError):
+        return False  # the loader says what is wrong
+
+
+def _bundle(path: Path) -> None:
+    from edge_runtime.bundle import open_bundle
+
+    bundle = open_bundle(path)
+    for name in bundle.manifest.files:
+        bundle.file(name)
+    print(f"{path}: bundle {bundle.manifest.name}, id {bundle.id.hex()}, {len(bundle.manifest.files)} files match")

@@ -1,0 +1,155 @@
+"""Post-training quantisation of the head into one list of int8 layers that both file formats are written from.
+
+Knows nothing of ONNX or LiteRT. One walk over the head carries every layer's output for a batch of calibration photos
+twice, as floats and as what int8 arithmetic makes of them: the first gives the ranges, the difference of the two
+corrects the biases. Scheme: weights symmetric per channel, activations asymmetric per tensor (Jacob et al., arXiv
+1712.05877); bias correction (Nagel et al., arXiv 1906.04721, section 4.2).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.backbone import PIXEL_MEAN, PIXEL_SCALE, PIXELS, Conv, normalise, same_padding
+from models.family import Head
+
+WEIGHT_MAX = 127  # symmetric: -128 is left out
+BIAS_MAX = 2**30  # half of int32, so that the sum it is added to has room
+# Share of an activation's calibrated values that are clipped, half at each end. Against min-max it takes 6 % off the
+# symbols that differ from the float head's; ten times as much clipping adds 20 %.
+TAIL = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """A tensor of uint8 codes; its real value is scale * (code - zero_point)."""
+
+    shape: tuple[int, int, int]  # height, width, channels
+    scale: float  # exactly a float32
+    zero_point: int  # 0..255
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int8Conv:
+    """A convolution with TensorFlow's SAME padding. A ReLU6 needs no operation: the output's codes saturate at 0."""
+
+    source: int  # index of the activation it reads
+    weight: npt.NDArray[np.int8]  # [outputs, inputs / groups, kernel, kernel]
+    weight_scales: npt.NDArray[np.float32]  # [outputs]
+    bias: npt.NDArray[np.int32]  # [outputs], in units of source scale * weight scale
+    stride: int
+    groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Add:
+    """The sum of two activations."""
+
+    left: int
+    right: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Int8Head:
+    """Layer i reads activations 0..i and writes activation i + 1; 0 are the pixels, the last is the latent."""
+
+    activations: tuple[Activation, ...]
+    layers: tuple[Int8Conv | Int8Add, ...]
+
+    @property
+    def codes_per_symbol(self) -> float:
+        """How finely the latent is resolved: codes to one symbol at gain 1. Want >= 16 at the finest level."""
+        return 1.0 / self.activations[-1].scale
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """One activation for all calibration photos, float [B, C, H, W]: exact, and as int8 arithmetic has it."""
+
+    index: int
+    exact: Tensor
+    rounded: Tensor
+
+
+def quantise(head: Head, photos: Tensor) -> Int8Head:
+    """Quantises a trained head. photos uint8 [B, 224, 224, 3] RGB, on the head's device; 64 need about 2 GB."""
+    walk = _Walk()
+    with torch.inference_mode():
+        x = walk.pixels(photos)
+        x = walk.conv(head.stem, x)
+        for block in head.blocks:
+            y = x
+            for layer in block.layers:  # type: ignore[union-attr]
+                y = walk.conv(layer, y)
+            x = walk.add(x, y) if block.residual else y
+        walk.conv(head.bottleneck, x)
+    return Int8Head(tuple(walk.activations), tuple(walk.layers))
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.activations: list[Activation] = []
+        self.layers: list[Int8Conv | Int8Add] = []
+
+    def pixels(self, photos: Tensor) -> _Stream:
+        # These codes are the pixels and their real value is (x - 127) / 128: normalising costs nothing.
+        self.activations.append(Activation((PIXELS, PIXELS, 3), 1.0 / PIXEL_SCALE, int(PIXEL_MEAN)))
+        exact = normalise(photos)
+        return _Stream(0, exact, exact)
+
+    def conv(self, layer: Conv, x: _Stream) -> _Stream:
+        stride, groups = layer.stride[0], layer.groups
+        assert layer.bias is not None
+        weight, bias = layer.weight.float(), layer.bias.float()
+        source_scale = self.activations[x.index].scale
+        # The second bound is for channels whose weights are near zero: their bias must fit its integer too.
+        scales = (weight.abs().amax((1, 2, 3)) / WEIGHT_MAX).maximum(bias.abs() / (source_scale * BIAS_MAX))
+        scales = scales.clamp_min(1e-12)
+        codes = (weight / scales[:, None, None, None]).round()
+        exact = _same_conv(x.exact, weight, stride, groups)
+        rounded = _same_conv(x.rounded, codes * scales[:, None, None, None], stride, groups)
+        unit = (source_scale * scales)[:, None, None]
+        bias_codes = ((bias[:, None, None] + (exact - rounded).mean((0, 2, 3))[:, None, None]) / unit).round()
+        exact += bias[:, None, None]
+        rounded += bias_codes * unit
+        if not layer.linear:
+            exact = F.relu6(exact)
+        conv = Int8Conv(
+            x.index,
+            codes.to(torch.int8).numpy(force=True),
+            scales.numpy(force=True),
+            bias_codes.flatten().to(torch.int32).numpy(force=True),
+            stride,
+            groups,
+        )
+        return self._append(conv, exact, rounded)
+
+    def add(self, left: _Stream, right: _Stream) -> _Stream:
+        layer = Int8Add(left.index, right.index)
+        return self._append(layer, left.exact + right.exact, left.rounded + right.rounded)
+
+    def _append(self, layer: Int8Conv | Int8Add, exact: Tensor, rounded: Tensor) -> _Stream:
+        low, high = _range(exact)
+        scale = float(np.float32(max(high - low, 1e-6) / 255))
+        zero_point = min(max(round(-low / scale), 0), 255)
+        channels, height, width = exact.shape[1:]
+        self.layers.append(layer)
+        self.activations.append(Activation((height, width, channels), scale, zero_point))
+        codes = (rounded / scale).round().add(zero_point).clamp(0, 255)
+        return _Stream(len(self.layers), exact, (codes - zero_point) * scale)
+
+
+def _range(x: Tensor) -> tuple[float, float]:
+    """Smallest and largest value, 0 included so that padding is exact; less the TAIL."""
+    flat, cut = x.flatten(), int(x.numel() * TAIL / 2)
+    low, high = (flat.kthvalue(k).values for k in (cut + 1, flat.numel() - cut))
+    return min(float(low), 0.0), max(float(high), 0.0)
+
+
+def _same_conv(x: Tensor, weight: Tensor, stride: int, groups: int) -> Tensor:
+    rows, columns = (same_padding(size, weight.shape[-1], stride) for size in x.shape[-2:])
+    return F.conv2d(F.pad(x, (*columns, *rows)), weight, None, stride, groups=groups)

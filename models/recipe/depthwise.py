@@ -1,0 +1,54 @@
+"""Depthwise convolutions of small maps as batched matrix products, for training on CPUs.
+
+The backward pass of a depthwise convolution is the slowest part of the tail by far (70 % of a training step in
+PyTorch's CPU build); a 7 x 7 map is small enough to write each channel's convolution as one matrix, and matrix
+products are what CPUs are good at. Same function, same weights, same gradients.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbone import Conv, same_padding
+
+
+class MatrixDepthwise(nn.Module):
+    """Takes the place of a depthwise `Conv`, whose parameters it shares, on maps of one size."""
+
+    index: Tensor
+
+    def __init__(self, conv: Conv, size: int) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        kernel, stride = conv.kernel_size[0], conv.stride[0]
+        before, _ = same_padding(size, kernel, stride)
+        self.out_size = -(-size // stride)
+        # Output (y, x) sees input (v, u) through tap (v - stride * y + before, u - stride * x + before).
+        at_in, at_out = torch.arange(size), torch.arange(self.out_size)
+        tap = at_in[:, None] - stride * at_out[None] + before  # [in, out]
+        tap = torch.where((tap >= 0) & (tap < kernel), tap, -1)
+        rows, columns = tap[:, None, :, None], tap[None, :, None, :]
+        index = torch.where((rows >= 0) & (columns >= 0), rows * kernel + columns, kernel * kernel)
+        self.register_buffer("index", index.reshape(-1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [B, C, H, H] to float [B, C, H', H'], ReLU6 applied."""
+        B, C = x.shape[:2]
+        taps = F.pad(self.weight.reshape(C, -1), (0, 1))  # the last tap is the zero that everything else sees
+        out = self.out_size * self.out_size
+        matrices = taps.index_select(1, self.index).view(C, -1, out).to(torch.bfloat16)
+        columns = x.flatten(2).transpose(0, 1).to(torch.bfloat16)  # [C, B, H * H]
+        y = torch.bmm(columns, matrices).transpose(0, 1).reshape(B, C, self.out_size, self.out_size)
+        assert self.bias is not None
+        return F.relu6(y.to(x.dtype) + self.bias[:, None, None].to(x.dtype))
+
+
+def use_matrices(blocks: nn.Sequential, size: int) -> None:
+    """Replaces the depthwise convolutions of a chain of blocks whose input is size x size, in place."""
+    for block in blocks:
+        layers = block.layers
+        assert isinstance(layers, nn.Sequential)
+        for i, layer in enumerate(layers):
+            if isinstance(layer, Conv) and layer.groups > 1:
+                layers[i] = MatrixDepthwise(layer, size)
+                size = -(-size // layer.stride[0])

@@ -1,0 +1,75 @@
+"""CIDEr on token ids, for choosing while training; reported figures come from pycocoevalcap through `aiflow evaluate`.
+
+Vedantam et al., arXiv 1411.5726, in its D variant without the length penalty's clipping differences: tf-idf vectors of
+1- to 4-grams, cosine similarity with a Gaussian length penalty, document frequencies over the references given.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from models.family import EOS, PAD
+from models.recipe.workspace import Workspace
+
+MAX_N = 4
+SIGMA = 6.0
+Grams = Counter[tuple[int, ...]]
+
+
+def grams(tokens: Sequence[int]) -> Grams:
+    """All 1- to 4-grams of a text."""
+    return Counter(tuple(tokens[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(tokens) - n + 1))
+
+
+class Cider:
+    """Scores texts against the references of a set of photos."""
+
+    def __init__(self, references: Sequence[Sequence[Sequence[int]]], end: bool = False) -> None:
+        """`end` appends the end token to every text, so that where a text stops counts (Rennie et al., section 5)."""
+        self.end = [EOS] if end else []
+        counted = [[grams([*text, *self.end]) for text in texts] for texts in references]
+        self.frequency: Counter[tuple[int, ...]] = Counter(g for texts in counted for g in set().union(*texts))
+        self.log_documents = math.log(len(references))
+        self.references = [
+            [(*self._vector(c), len(t) + len(self.end)) for c, t in zip(cs, ts, strict=True)]
+            for cs, ts in zip(counted, references, strict=True)
+        ]
+
+    def _vector(self, counts: Grams) -> tuple[list[dict[tuple[int, ...], float]], list[float]]:
+        vectors: list[dict[tuple[int, ...], float]] = [{} for _ in range(MAX_N)]
+        for gram, count in counts.items():
+            vectors[len(gram) - 1][gram] = count * (self.log_documents - math.log(max(1, self.frequency[gram])))
+        return vectors, [math.sqrt(sum(v * v for v in vector.values())) for vector in vectors]
+
+    def score(self, photo: int, text: Sequence[int]) -> float:
+        """CIDEr-D of one text for one photo, 0 to 10, as published figures are."""
+        vectors, norms = self._vector(grams([*text, *self.end]))
+        total = 0.0
+        for others, other_norms, length in self.references[photo]:
+            penalty = math.exp(-((len(text) + len(self.end) - length) ** 2) / (2 * SIGMA**2))
+            for mine, theirs, a, b in zip(vectors, others, norms, other_norms, strict=True):
+                if a > 0 and b > 0:
+                    total += (
+                        penalty * sum(min(v, theirs[g]) * theirs[g] for g, v in mine.items() if g in theirs) / (a * b)
+                    )
+        return 10 * total / MAX_N / len(self.references[photo])
+
+
+@lru_cache(maxsize=4)
+def _scorer(work: Workspace, split: str, photos: int) -> Cider:
+    captions = np.load(work / f"captions-{split}.npy")[:photos]
+    return Cider([[strip(row) for row in texts] for texts in captions.tolist()])
+
+
+def strip(row: list[int]) -> list[int]:
+    """A padded row, from its start token on, to the words in between."""
+    return [t for t in row[1:] if t not in (PAD, EOS)]
+
+
+def cider(work: Workspace, split: str, texts: list[list[int]]) -> float:
+    """Mean CIDEr-D of one text a photo, for the first len(texts) photos of a split."""
+    scorer = _scorer(work, split, len(texts))
+    return float(np.mean([scorer.score(i, text) for i, text in enumerate(texts)]))

@@ -1,0 +1,56 @@
+"""Several views a photo through the frozen backbone, once: crops and flips, and their maps at the cut as float16.
+
+A cached map cannot be augmented any more, hence several views; 44 KB each.
+"""
+
+import cv2
+import numpy as np
+import torch
+
+from edge_runtime.preprocess import PIXELS
+from models.backbone import CUT_CHANNELS, pretrained_lite0
+from models.recipe.workspace import Workspace, channels_last, steps
+
+NAME = "2-views"
+VIEWS = 4
+BATCH = 32
+
+
+def view_of(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [224, 224, 3] to a random crop (60 to 100 % of the area, mildly stretched) and flip, same shape."""
+    area, stretch = rng.uniform(0.6, 1.0), np.exp(rng.uniform(-0.15, 0.15))
+    height, width = (min(1.0, np.sqrt(area * s)) for s in (stretch, 1 / stretch))
+    h, w = round(PIXELS * height), round(PIXELS * width)
+    y, x = rng.integers(0, PIXELS - h + 1), rng.integers(0, PIXELS - w + 1)
+    crop = pixels[y : y + h, x : x + w]
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    return cv2.resize(np.ascontiguousarray(crop), (PIXELS, PIXELS), interpolation=cv2.INTER_LINEAR)
+
+
+def photo_views(photos: np.ndarray, views: int) -> list[tuple[int, int]]:
+    """(photo, view) pairs in the order of a cache; view 0 is the photo as it is."""
+    return [(photo, view) for view in range(views) for photo in range(len(photos))]
+
+
+def make_view(photos: np.ndarray, photo: int, view: int, seed: int) -> np.ndarray:
+    """View 0 is the photo itself; others are random, but the same each time."""
+    return photos[photo] if view == 0 else view_of(photos[photo], np.random.default_rng((seed, view, photo)))
+
+
+def run(work: Workspace) -> None:
+    """Writes cut-train and cut-classes: float16 [views * photos, 14, 14, 112]."""
+    net = channels_last(pretrained_lite0().to(torch.bfloat16))
+    sizes = {}
+    for seed, part in enumerate(("train", "classes")):
+        photos = work.array(f"photos-{part}")
+        pairs = photo_views(photos, VIEWS)
+        cut = work.new_array(f"cut-{part}", (len(pairs), 14, 14, CUT_CHANNELS), np.float16)
+        for step in steps(f"views of {part}", 0, -(-len(pairs) // BATCH)):
+            chosen = pairs[step * BATCH : (step + 1) * BATCH]
+            pixels = np.stack([make_view(photos, photo, view, seed) for photo, view in chosen])
+            with torch.inference_mode():
+                features = net.cut_features(torch.from_numpy(pixels))
+            cut[step * BATCH : step * BATCH + len(chosen)] = features.permute(0, 2, 3, 1).to(torch.float16).numpy()
+        sizes[part] = len(pairs)
+    work.finish(NAME, sizes)

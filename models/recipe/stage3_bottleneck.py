@@ -1,0 +1,164 @@
+"""The information bottleneck: which few hundred bytes of a photo the answers need.
+
+Trains the bottleneck convolution, its density and the tail on cached maps at the cut, against three tasks that share
+the bits: the backbone's last map (mean squared error), its ImageNet logits (distillation) and the captions
+(cross-entropy through a throw-away decoder). Rate in training: first -log2 of the density on the latent plus uniform
+noise, then on the rounded symbols themselves (soft, then hard: Guo et al., arXiv 2104.05168), since noise overprices
+the many symbols that are zero; the tail sees rounded symbols with straight-through gradients all the time (Minnen &
+Singh, arXiv 2007.08739). The rate's weight is steered so that a photo's symbols cost the wanted bytes.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbone import CUT, CUT_CHANNELS, Conv, Lite0, pretrained_lite0
+from models.family import LATENT, PAD, UNKNOWN, DecoderShape, Density, Dropout, Tail, TextDecoder
+from models.recipe.depthwise import use_matrices
+from models.recipe.workspace import Average, Workspace, channels_last, steps
+
+NAME = "3-bottleneck"
+PHOTOS, CLASS_PHOTOS = 48, 16  # of a step
+CAPTIONS = 3  # of a photo and step
+CHECKPOINT_EVERY = 100
+FIRST_PRICE = 4e-4  # loss per byte; about where 385 bytes settle
+PRICE_FIXED_STEPS = 200  # before it is steered: the latent has to find its scale first
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How long and for how many bytes."""
+
+    steps: int = 1800
+    bytes: float = 385.0  # per photo, under the density, rounded symbols
+    learning_rate: float = 1.5e-3
+    known_rate: float = 2e-4  # of what comes from the pretrained backbone
+    caption_weight: float = 0.5
+    soft: float = 0.4  # share of the steps whose rate is that of the noisy latent
+
+
+class Cut(nn.Module):
+    """Everything that stage 3 trains."""
+
+    def __init__(self, backbone: Lite0, vocabulary: int) -> None:
+        super().__init__()
+        self.bottleneck = Conv(CUT_CHANNELS, LATENT[0], 3, stride=2, linear=True)
+        self.density = Density()
+        self.tail = Tail()
+        for mine, known in zip(self.tail.blocks, list(backbone.blocks)[CUT:], strict=True):
+            mine.load_state_dict(known.state_dict())
+        self.tail.features.load_state_dict(backbone.features.state_dict())
+        self.decoder = TextDecoder(DecoderShape(vocabulary, decoder_layers=2))
+
+    def symbols(self, cut: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps at the cut to (latent, symbols with straight-through gradients)."""
+        latent = self.bottleneck(cut).float()
+        return latent, latent + (latent.round().clamp(-127, 127) - latent).detach()
+
+
+class Losses(NamedTuple):
+    """Of one batch."""
+
+    error: Tensor  # squared error of the last map, as a share of its variance
+    kl: Tensor  # nats per photo to the backbone's own ImageNet logits
+    caption: Tensor  # nats per token
+    priced_bytes: Tensor  # per photo, the rate that is trained on
+    hard_bytes: Tensor  # per photo, of rounded symbols
+
+
+def caption_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1) -> Tensor:
+    """Mean cross-entropy per token, padding and unknown words left out; logits [B, T, V], targets [B, T]."""
+    targets = targets.masked_fill(targets == UNKNOWN, PAD)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=PAD, label_smoothing=smoothing)
+
+
+def repeat_memory(memory: list[tuple[Tensor, Tensor]], times: int) -> list[tuple[Tensor, Tensor]]:
+    """What a decoder sees of B photos, for `times` texts of each."""
+    return [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in memory]
+
+
+def losses_of(net: Cut, backbone: Lite0, cut: Tensor, texts: Tensor, is_soft: bool) -> Losses:
+    """cut bfloat16 [B, 112, 14, 14]; texts int64 [PHOTOS * CAPTIONS, T] of its first rows."""
+    drop = Dropout(0.1)
+    with torch.no_grad():
+        true_map, true_logits = backbone.rest(cut)
+    with torch.autocast("cpu", torch.bfloat16):
+        latent, symbols = net.symbols(cut)
+        last = net.tail.last_map(symbols)
+        features = net.tail.features(last).flatten(2).transpose(1, 2)
+        logits = backbone.classifier(features.mean(1))
+        memory = repeat_memory(net.decoder.look(features[:PHOTOS], drop), CAPTIONS)
+        words = net.decoder(texts[:, :-1], memory, drop)
+    priced = latent + torch.rand_like(latent) - 0.5 if is_soft else symbols
+    log_probabilities = logits.float().log_softmax(-1), true_logits.float().log_softmax(-1)
+    return Losses(
+        (last.float() - true_map.float()).square().mean() / true_map.float().var(),
+        F.kl_div(*log_probabilities, log_target=True, reduction="batchmean"),
+        caption_loss(words, texts[:, 1:]),
+        net.density.bits(priced).sum((1, 2, 3)).mean() / 8,
+        net.density.bits(latent.detach().round()).sum((1, 2, 3)).mean().detach() / 8,
+    )
+
+
+def run(work: Workspace, settings: Settings) -> None:
+    """Writes 3-bottleneck.pt with the averaged weights of bottleneck and tail."""
+    torch.manual_seed(3)
+    rng = np.random.default_rng(3)
+    backbone = channels_last(pretrained_lite0()).to(torch.bfloat16)
+    captions = work.array("captions-train")
+    net = channels_last(Cut(pretrained_lite0(), len((work / "vocabulary.txt").read_text().split())))
+    use_matrices(net.tail.blocks, 14)
+    optimiser, rates = optimiser_of(net, settings)
+    average = Average(net, 0.998)
+    first = work.load(NAME, net=net, optimiser=optimiser, average=average)
+    price = float((work / "price.txt").read_text()) if first else FIRST_PRICE
+    photos, class_photos = work.array("cut-train"), work.array("cut-classes")
+    seen: list[list[float]] = []
+    figures: dict[str, float] = {}
+    started = time.monotonic()
+    for step in steps("bottleneck", first, settings.steps):
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1.0, (step + 1) / 100) * (1.0 - step / settings.steps) ** 0.7
+        chosen = np.sort(rng.integers(0, len(photos), PHOTOS))
+        also = np.sort(rng.integers(0, len(class_photos), CLASS_PHOTOS))
+        maps = np.concatenate([photos[chosen], class_photos[also]])
+        some = rng.permutation(captions.shape[1])[:CAPTIONS]
+        texts = torch.from_numpy(captions[chosen % len(captions)][:, some].astype(np.int64)).flatten(0, 1)
+        cut = torch.from_numpy(maps).permute(0, 3, 1, 2).to(torch.bfloat16)
+
+        loss = losses_of(net, backbone, cut, texts, is_soft=step < settings.soft * settings.steps)
+        total = loss.error + 0.5 * loss.kl + settings.caption_weight * loss.caption + price * loss.priced_bytes
+        optimiser.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups[:2] for p in group["params"]], 1.0)
+        optimiser.step()
+        average.update(net, step)
+        if step >= PRICE_FIXED_STEPS:
+            price *= float(np.exp(0.01 * np.clip(loss.hard_bytes.item() / settings.bytes - 1.0, -1, 1)))
+        seen.append([value.item() for value in loss])
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
+            work.save(NAME, step + 1, net=net, optimiser=optimiser, average=average)
+            (work / "price.txt").write_text(repr(price))
+            figures = dict(zip(Losses._fields, np.mean(seen[-CHECKPOINT_EVERY:], 0).round(4).tolist(), strict=True))
+            figures |= {"price": price, "minutes": (time.monotonic() - started) / 60, "steps": step + 1}
+            print(figures, flush=True)
+    work.finish(NAME, figures)
+
+
+def optimiser_of(net: Cut, settings: Settings) -> tuple[torch.optim.Optimizer, tuple[float, ...]]:
+    """AdamW over new layers, pretrained layers and the density, and the peak rate of each.
+
+    Folded weights are small: steps that suit new layers would wipe out what the backbone knows.
+    """
+    density = list(net.density.parameters())
+    known = [*net.tail.blocks.parameters(), *net.tail.features.parameters()]
+    others = {id(p) for p in density + known}
+    new = [p for p in net.parameters() if id(p) not in others]
+    groups = [{"params": new}, {"params": known}, {"params": density}]
+    rates = (settings.learning_rate, settings.known_rate, 6e-3)
+    return torch.optim.AdamW(groups, lr=rates[0], weight_decay=0.01, betas=(0.9, 0.98)), rates

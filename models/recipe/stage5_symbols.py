@@ -1,0 +1,50 @@
+"""What the deployed int8 head really sends: symbols of many views, the tables counted on them, and their bytes.
+
+Everything after this stage trains on these symbols, so that nothing has to be adapted to quantisation later.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from edge_runtime.backends import load_model
+from edge_runtime.head import Head
+from edge_runtime.wire import bitstream
+from edge_runtime.wire.tables import count_tables, entropy_bytes
+from models.family import LATENT
+from models.recipe.stage2_views import make_view, photo_views
+from models.recipe.workspace import Workspace, steps
+
+NAME = "5-symbols"
+VIEWS = {"train": 12, "classes": 6, "dev": 1}
+BATCH = 64
+GROUPS = 4
+
+
+def run(work: Workspace) -> None:
+    """Writes symbols-{train,classes,dev}, int8 [views * photos, 64, 7, 7], and tables.bin."""
+    head = Head(load_model(work / "head.onnx", threads=1))
+    for seed, (part, views) in enumerate(VIEWS.items()):
+        photos = work.array(f"photos-{part}")
+        pairs = photo_views(photos, views)
+        symbols = work.new_array(f"symbols-{part}", (len(pairs), *LATENT), np.int8)
+
+        def symbols_of(pair: tuple[int, int], photos: np.ndarray = photos, seed: int = seed) -> np.ndarray:
+            return head.symbols(make_view(photos, *pair, seed))
+
+        with ThreadPoolExecutor(2) as pool:  # the runtime lets go of the interpreter while it computes
+            for step in steps(f"symbols of {part}", 0, -(-len(pairs) // BATCH)):
+                chosen = slice(step * BATCH, (step + 1) * BATCH)
+                symbols[chosen] = list(pool.map(symbols_of, pairs[chosen]))
+    train, dev = work.array("symbols-train"), work.array("symbols-dev")
+    figures: dict[str, float] = {}
+    sizes = {}
+    for contexts in (1, 3):
+        tables = count_tables([train], groups=GROUPS, contexts=contexts)
+        sizes[contexts] = float(np.mean([entropy_bytes(s, tables) for s in dev]))
+        figures[f"dev_entropy_bytes_{contexts}_contexts"] = sizes[contexts]
+    tables = count_tables([train], groups=GROUPS, contexts=min(sizes, key=lambda c: sizes[c]))
+    (work / "tables.bin").write_bytes(tables.to_bytes())
+    figures["dev_bytes"] = float(np.mean([len(bitstream.encode(s, tables)) for s in dev]))
+    figures["largest_symbol"] = int(np.abs(train).max())
+    work.finish(NAME, figures)

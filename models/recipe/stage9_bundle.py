@@ -1,0 +1,146 @@
+"""Everything that ships, in one directory, with a manifest that pins it and a card that says what it is for."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors.torch import save_file
+
+from edge_runtime.backends import load_model
+from edge_runtime.bundle import MANIFEST, SCHEMA, FileRecord, LatentRecord, Manifest, TargetRecord, file_hash
+from edge_runtime.draft import Draft
+from edge_runtime.preprocess import PIXELS
+from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
+from models.family import LATENT, DraftDecoder
+from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage8_draft
+from models.recipe.scores import cider
+from models.recipe.stage4_head import float_symbols, trained_head
+from models.recipe.workspace import Workspace
+
+NAME = "9-bundle"
+FLOAT_CHECK = 256  # dev photos on which the float head's symbols are compared
+
+
+def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
+    """Writes the bundle to `out`, replacing what is there."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for name in ("head.onnx", "head.tflite", "tables.bin", "vocabulary.txt"):
+        shutil.copy(work / name, out / name)
+    _save(torch.load(work / "head.pt", weights_only=True), out / "head.safetensors")
+    targets = {tier: stage7_critic.final_weights(work, tier) for tier in ("edge", "cloud")}
+    shared = {k: v for k, v in targets["cloud"].items() if not k.startswith("decoder.")}
+    _save(shared, out / "tail.safetensors")
+    for tier, weights in targets.items():
+        _save(
+            {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")},
+            out / f"{tier}.safetensors",
+        )
+    draft = DraftDecoder(len((work / "vocabulary.txt").read_text().split()))
+    draft.load_state_dict(
+        torch.load(work / f"{stage8_draft.NAME}.pt", map_location="cpu", weights_only=True)["average"]
+    )
+    int8 = quantise_draft(draft)
+    for suffix, files in (("onnx", write_draft_onnx(int8)), ("tflite", write_draft_litert(int8))):
+        for part, data in zip(("look", "step"), files, strict=True):
+            (out / f"draft_{part}.{suffix}").write_bytes(data)
+
+    quality = measure(work, out)
+    manifest = manifest_of(work, out, licences, quality)
+    (out / "MODEL_CARD.md").write_text(card(manifest))
+    manifest = manifest_of(work, out, licences, quality)
+    (out / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+    work.finish(NAME, quality | {"megabytes": sum(p.stat().st_size for p in out.iterdir()) / 1e6})
+
+
+def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """float16: half the size, and far finer than what training leaves undecided."""
+    save_file({k: v.to(torch.float16).contiguous() for k, v in weights.items()}, path)
+
+
+def measure(work: Workspace, out: Path) -> dict[str, float]:
+    """What the recipe itself can measure on the dev split; `aiflow evaluate` measures the whole chain."""
+    symbols = work.array("symbols-dev")
+    quality = {"dev_latent_bytes": work.figures(stage5_symbols.NAME)["dev_bytes"]}
+    for tier in ("edge", "cloud"):
+        quality[f"dev_cider_{tier}"] = stage6_targets.evaluate(
+            work, stage7_critic.final_weights(work, tier), tier, len(symbols)
+        )["cider"]
+    for suffix in ("onnx", "tflite"):
+        draft = Draft(*(load_model(out / f"draft_{part}.{suffix}") for part in ("look", "step")), max_tokens=24)
+        texts = [list(draft.write(s).tokens) for s in symbols]
+        quality[f"dev_cider_draft_{suffix}"] = cider(work, "dev", [t[:-1] if t[-1] == 2 else t for t in texts])
+    unquantised = float_symbols(trained_head(work), work.array("photos-dev")[:FLOAT_CHECK])
+    quality["head_int8_equal_symbols"] = float((unquantised == symbols[:FLOAT_CHECK]).mean())
+    return {name: round(value, 4) for name, value in quality.items()}
+
+
+def manifest_of(work: Workspace, out: Path, licences: dict[str, str], quality: dict[str, float]) -> Manifest:
+    """The manifest of the files that are in `out`; nothing in it depends on when or where it was made."""
+    words = len((work / "vocabulary.txt").read_text().split())
+    shapes = stage6_targets.shapes(words)
+    return Manifest(
+        schema=SCHEMA,
+        name=out.name,
+        files={p.name: FileRecord(file_hash(p), p.stat().st_size) for p in sorted(out.iterdir()) if p.name != MANIFEST},
+        pixels=PIXELS,
+        latent=LatentRecord(*LATENT, groups=stage5_symbols.GROUPS, gains=(1.0,)),
+        vocabulary=words,
+        max_tokens=shapes["cloud"].max_tokens,
+        targets={
+            tier: TargetRecord(f"{tier}.safetensors", s.width, s.heads, s.encoder_layers, s.decoder_layers)
+            for tier, s in shapes.items()
+        },
+        tail="tail.safetensors",
+        classes=tuple((work / "classes.txt").read_text().split()),
+        licences=licences,
+        training_commit=_commit(),
+        quality=quality,
+    )
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def card(manifest: Manifest) -> str:
+    """The model card: what it was trained on, under which terms, what it is for and what it is not for."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in manifest.quality.items())
+    terms = "\n".join(f"- {name}: {text}" for name, text in manifest.licences.items())
+    return f"""# {manifest.name}
+
+Captions and ten object classes from {manifest.pixels} x {manifest.pixels} photos: an int8 head and draft decoder for a
+board, and the tail, edge and cloud text decoders for servers. English, {manifest.vocabulary} words, everyday scenes.
+
+Made by `python -m models.recipe` at commit {manifest.training_commit}.
+
+## Measured by the recipe on its development split
+
+| figure | value |
+| --- | --- |
+{rows}
+
+`aiflow evaluate` measures the whole chain, bytes included.
+
+## Trained on, and under which terms
+
+{terms}
+
+## For
+
+Showing and measuring split and speculative captioning; a start for training on a camera's own photos.
+
+## Not for
+
+Decisions about people, safety, surveillance of individuals, or commercial use where the terms above forbid it. It has
+seen some six thousand amateur photos, mostly of people, dogs and sports outdoors: what it has not seen it describes as
+the nearest thing that it has, with confidence. It repeats the views of those who wrote the captions.
+"""

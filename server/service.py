@@ -1,0 +1,310 @@
+"""The path of a request, top to bottom: receive, decode, seen before?, admit or busy, batch, bits, tail, verify, reply.
+
+`receive` runs on the MQTT client's thread and never waits; `serve` owns the engine on a thread of its own. Between them
+are the queue and the cache of replies. Whatever becomes of a request has a status, which its board is told, and a
+counter: received = replied to (by status) + repeated + joined + waiting.
+"""
+
+import logging
+import signal
+import statistics
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime import __version__
+from edge_runtime.bundle import Bundle, BundleError, open_bundle
+from edge_runtime.preprocess import PictureError, decode_picture, to_input
+from edge_runtime.wire import (
+    BitstreamError,
+    ContentKind,
+    EnvelopeError,
+    Hop,
+    Reply,
+    Request,
+    Status,
+    Tier,
+    decode,
+    decode_request,
+    encode_reply,
+    encode_tokens,
+)
+from edge_runtime.wire.envelope import Bytes8
+from server.batcher import Batch, Batcher
+from server.config import Config, ServerConfig
+from server.engine import SIZES, Answer, Engine, Job, load_engine
+from server.gateway import Arrival, Gateway
+from server.numerics import prove
+from server.reply_cache import Cached, InFlight, ReplyCache
+
+logger = logging.getLogger(__name__)
+
+STATUS_PERIOD_S = 10.0
+PROBE_PERIOD_S = 1.0  # until the broker is proven to deliver
+RECENT = 64  # batches whose times give the prices in the status
+MIN_RETRY_MS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request that will be answered."""
+
+    arrival: Arrival
+    request: Request
+    deadline: float  # seconds, time.monotonic()
+
+
+class Service:
+    """What one server does with requests. Knows nothing of MQTT."""
+
+    def __init__(self, config: ServerConfig, bundle: Bundle, engine: Engine, replies: ReplyCache) -> None:
+        self.config, self.bundle, self.engine, self.replies = config, bundle, engine, replies
+        self.tier = Tier[config.tier.upper()]
+        wait_s = config.batch_wait_ms / 1e3
+        self.batcher: Batcher[Accepted] = Batcher(config.queue, config.max_batch, wait_s, time.monotonic)
+        self.counts: Counter[str] = Counter()
+        self._lock = threading.Lock()  # over counts and _is_stopping; held for a few statements
+        self._is_stopping = False
+        self._prices = {"batch": deque([0.0], RECENT), "pass": deque([0.0], RECENT)}  # ms
+
+    # ---- the MQTT client's thread ----
+
+    def receive(self, arrival: Arrival) -> None:
+        """From bytes to a place in the queue, or to a refusal at once."""
+        self._count("received")
+        try:
+            request = decode_request(arrival.payload)
+        except EnvelopeError as error:
+            self._count("bad_request")
+            refusal = Reply(id=readable_id(arrival.payload), status=Status.BAD_REQUEST, error=str(error))
+            arrival.reply(self._encoded(refusal), 0.0)
+        else:
+            accepted = Accepted(arrival, request, arrival.at + request.budget_ms / 1e3)
+            seen = self.replies.begin(arrival.board, request.id)
+            if isinstance(seen, Cached):
+                self._count("repeated")
+                arrival.reply(seen.reply, request.budget_ms / 1e3)
+            elif isinstance(seen, InFlight):
+                self._count("joined")  # its reply is on the way
+            elif objection := self._objection(request):
+                self._refuse(accepted, *objection)
+            else:
+                self._admit(accepted)
+        arrival.accept()
+
+    def _objection(self, request: Request) -> tuple[Status, str] | None:
+        """Why this server cannot answer, now or later."""
+        options = request.options
+        if request.content_kind is ContentKind.LATENT and request.bundle != self.bundle.id:
+            ours = self.bundle.id.hex()
+            return Status.UNKNOWN_BUNDLE, f"bundle {request.bundle.hex()} is not here, {ours} is: install one on both"
+        if options and options.tier is not None and options.tier > self.tier:
+            return Status.BAD_REQUEST, f"tier {options.tier.name.lower()} is wanted, this is {self.config.tier}"
+        if options and options.temperature:
+            return (
+                Status.BAD_REQUEST,
+                f"temperature {options.temperature} is wanted, this server writes greedily: want 0",
+            )
+        return None
+
+    def _admit(self, accepted: Accepted) -> None:
+        with self._lock:
+            is_open = not self._is_stopping
+            if is_open:
+                refused = self.batcher.put(accepted.arrival.board, accepted, accepted.deadline)
+        if not is_open:
+            self._busy(accepted, "this server stops: another one may answer")
+        elif refused:
+            self._busy(refused, f"{self.config.queue} requests wait already: come back later")
+
+    # ---- the thread that owns the engine ----
+
+    def serve(self, stop: threading.Event, heartbeat: Callable[[], bool]) -> None:
+        """Answers until `stop` is set, then finishes what was accepted, as far as `stop_s` allows.
+
+        heartbeat tells the status, and whether the broker is proven to deliver; it is called here, so that a worker
+        that hangs is seen.
+        """
+        next_beat = time.monotonic()
+        while not stop.is_set():
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + (STATUS_PERIOD_S if heartbeat() else PROBE_PERIOD_S)
+            self.answer(self.batcher.take(timeout_s=0.2))
+        with self._lock:
+            self._is_stopping = True
+        give_up = time.monotonic() + self.config.stop_s
+        while len(self.batcher):
+            batch = self.batcher.take(timeout_s=0)
+            if time.monotonic() < give_up:
+                self.answer(batch)
+            else:
+                for accepted in (*batch.items, *batch.stale):
+                    self._busy(accepted, "this server stops before it could answer: another one may")
+
+    def answer(self, batch: Batch[Accepted]) -> None:
+        """One batch, from content bytes to replies."""
+        for accepted in batch.stale:
+            self._refuse(accepted, Status.STALE, f"its {accepted.request.budget_ms} ms were spent in the queue")
+        started = time.monotonic()
+        jobs = [(accepted, job) for accepted in batch.items if (job := self._job(accepted)) is not None]
+        if not jobs:
+            return
+        decoded = time.monotonic()
+        try:
+            answers = self.engine.answer([job for _, job in jobs])
+        except Exception as error:  # whatever it is, the boards must be told and the server must go on
+            logger.exception("batch failed rows=%d", len(jobs))
+            answers = [Answer((), error=f"{type(error).__name__} in the engine, see the server's log")] * len(jobs)
+        done = time.monotonic()
+        for (accepted, _), answer in zip(jobs, answers, strict=True):
+            if answer.error:
+                self._refuse(accepted, Status.FAILED, answer.error)
+                continue
+            stages = {"decode": 1e3 * (decoded - started)} | answer.stages_ms
+            queued_ms, compute_ms = 1e3 * (started - accepted.arrival.at), 1e3 * (done - started)
+            hop = Hop(self.tier, self.config.id, queued_ms, compute_ms, stages)
+            self._finish(accepted, self._ok(accepted.request.id, answer, hop))
+        self._prices["batch"].append(1e3 * (done - started))
+        passes = max(answer.passes for answer in answers)
+        self._prices["pass"].append(max(answer.stages_ms.get("passes", 0.0) for answer in answers) / max(passes, 1))
+
+    def _job(self, accepted: Accepted) -> Job | None:
+        """What the engine is asked; None: refused, its content is not readable."""
+        request = accepted.request
+        try:
+            symbols, gain = self._symbols(request)
+        except (BitstreamError, PictureError, BundleError) as error:
+            self._refuse(accepted, Status.BAD_REQUEST, str(error))
+            return None
+        max_tokens = request.options.max_tokens if request.options else None
+        wants_label = bool(self.bundle.manifest.classes)
+        return Job(symbols, gain, tuple(request.draft_ids), self.config.tier, max_tokens, wants_label)
+
+    def _symbols(self, request: Request) -> tuple[NDArray[np.int8], float]:
+        """The latent's symbols and the gain of their level. Raises BitstreamError, PictureError, BundleError."""
+        if request.content_kind is not ContentKind.LATENT:
+            return self.engine.symbols(to_input(decode_picture(request.content))), 1.0
+        decoded = decode(request.content, self.bundle.tables)
+        if not decoded.checked:  # a cut message and a damaged one look alike, and MQTT cuts none
+            raise BitstreamError("bitstream ends early, so nothing vouches for it: send it whole")
+        return decoded.symbols, self.bundle.manifest.latent.gains[decoded.header.level]
+
+    def _ok(self, request_id: bytes, answer: Answer, hop: Hop) -> Reply:
+        return Reply(
+            id=request_id,
+            status=Status.OK,
+            tokens=encode_tokens(answer.tokens),
+            text=self.bundle.text(list(answer.tokens)),
+            accepted=answer.accepted,
+            proposed=answer.proposed,
+            passes=answer.passes,
+            confidence=min(answer.confidence, 1.0),
+            hops=(hop,),
+            label=next(iter(answer.scores), None),
+            scores=answer.scores or None,
+        )
+
+    # ---- either thread ----
+
+    def status(self) -> dict[str, Any]:
+        """For everybody who watches servers."""
+        proof = self.engine.proof
+        with self._lock:
+            counts = dict(self.counts)
+        return {
+            "version": __version__,
+            "tier": self.config.tier,
+            "bundles": {self.bundle.id.hex(): self.bundle.manifest.name},
+            "queue": {"waiting": len(self.batcher), "capacity": self.config.queue},
+            # Without a draft a text costs a pass a token.
+            "price_ms": {name: round(statistics.median(recent), 2) for name, recent in self._prices.items()},
+            "strict": proof.may_speculate,  # a text's bits do not depend on drafts, batches and neighbours
+            "numerics": proof.numerics,
+            "batch_sizes": {"tail": proof.tail_sizes, "look": proof.look_sizes, "pass": proof.pass_sizes},
+            "counts": counts,
+        }
+
+    def _busy(self, accepted: Accepted, why: str) -> None:
+        batches = 1 + len(self.batcher) / self.config.max_batch
+        retry_ms = max(MIN_RETRY_MS, int(batches * statistics.median(self._prices["batch"])))
+        self._finish(accepted, Reply(id=accepted.request.id, status=Status.BUSY, error=why, retry_after_ms=retry_ms))
+
+    def _refuse(self, accepted: Accepted, status: Status, why: str) -> None:
+        self._finish(accepted, Reply(id=accepted.request.id, status=status, error=why))
+
+    def _finish(self, accepted: Accepted, reply: Reply) -> None:
+        """The end of every request that had an id."""
+        data = self._encoded(reply)
+        board, request_id = accepted.arrival.board, accepted.request.id
+        if reply.status is Status.OK:
+            self.replies.put(board, request_id, data)
+        else:  # asking again may end otherwise
+            self.replies.forget(board, request_id)
+        self._count(reply.status.name.lower())
+        # Last: a repeat that crosses it must not be told that a reply is still to come.
+        accepted.arrival.reply(data, accepted.deadline - time.monotonic())
+
+    def _encoded(self, reply: Reply) -> bytes:
+        named = msgspec.structs.replace(reply, tier=self.tier, server=self.config.id, error=reply.error[:1024])
+        return encode_reply(named)
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self.counts[name] += 1
+
+
+class _Identified(msgspec.Struct, array_like=True):
+    """The start of every request, of whatever version."""
+
+    version: int
+    id: Bytes8
+
+
+def readable_id(payload: bytes) -> bytes:
+    """The id of a request that cannot be read otherwise, so that its board learns why; zeros if there is none."""
+    try:
+        return msgspec.msgpack.decode(payload, type=_Identified).id
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return bytes(8)
+
+
+def load(config: ServerConfig) -> tuple[Bundle, Engine]:
+    """Opens the bundle, loads the tier's networks and runs the start test. Raises BundleError."""
+    bundle = open_bundle(Path(config.bundle))
+    if len(bundle.manifest.latent.gains) != bundle.tables.levels:
+        raise BundleError(
+            f"bundle {bundle.manifest.name} has {bundle.tables.levels} levels of tables, gains for others"
+        )
+    engine = load_engine(bundle, (config.tier,), config.device, config.threads)
+    engine.proof = prove(engine, [size for size in SIZES if size <= config.max_batch])
+    return bundle, engine
+
+
+def run_server(config: Config, stop: threading.Event) -> None:
+    """Serves until `stop` is set, then finishes what was accepted and says offline.
+
+    Raises BundleError and MqttConfigError for what cannot start.
+    """
+    settings, server = config.mqtt_settings(), config.server
+    bundle, engine = load(server)
+    service = Service(server, bundle, engine, ReplyCache())
+    logger.info("server ready id=%s bundle=%s proof=%s", server.id, bundle.id.hex(), engine.proof)
+    with Gateway(settings, server.site, server.id, server.pool, service.receive, service.status) as gateway:
+        service.serve(stop, gateway.heartbeat)
+    logger.info("server stopped id=%s counts=%s", server.id, dict(service.counts))
+
+
+def run_until_signal(config: Config) -> None:
+    """`run_server` until SIGTERM or SIGINT."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    run_server(config, stop)

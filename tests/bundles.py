@@ -1,0 +1,82 @@
+"""Small bundles for tests: the real networks with random weights, real tables and a real manifest."""
+
+import math
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from edge_runtime.bundle import (
+    MANIFEST,
+    SCHEMA,
+    Bundle,
+    FileRecord,
+    LatentRecord,
+    Manifest,
+    TargetRecord,
+    file_hash,
+    open_bundle,
+)
+from edge_runtime.wire import count_tables
+from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
+
+VOCABULARY = 40  # small, so that random texts end: each token is the end token one time in 37
+MAX_TOKENS = 24
+SHAPES = {"edge": (32, 2, 1, 1), "cloud": (64, 2, 1, 2)}  # width, heads, encoder and decoder layers
+CLASSES = ("cat", "dog", "horse")
+
+
+def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 7) -> Bundle:
+    """Writes a bundle as a server needs it; the same seed gives the same files. With 7, edge texts have all lengths."""
+    torch.manual_seed(seed)
+    path.mkdir(parents=True)
+    tail = {f"tail.{name}": weight for name, weight in lively(Tail()).state_dict().items()}
+    if classes:
+        classifier = lively(Classifier(len(classes))).state_dict()
+        tail |= {f"classifier.{name}": weight for name, weight in classifier.items()}
+    networks = {"tail": tail, "head": lively(Head()).state_dict()}
+    for tier, sizes in SHAPES.items():
+        networks[tier] = lively(TextDecoder(DecoderShape(VOCABULARY, *sizes, MAX_TOKENS))).state_dict()
+    for name, weights in networks.items():
+        halved = {key: weight.to(torch.float16).contiguous() for key, weight in weights.items()}
+        save_file(halved, path / f"{name}.safetensors")
+    (path / "tables.bin").write_bytes(count_tables([random_symbols(64, seed)], set_id=seed).to_bytes())
+    words = ["<pad>", "<start>", "<end>", "<unknown>", *(f"word{i}" for i in range(4, VOCABULARY))]
+    (path / "vocabulary.txt").write_text("".join(f"{word}\n" for word in words))
+    manifest = Manifest(
+        schema=SCHEMA,
+        name=f"tiny-{seed}",
+        files={p.name: FileRecord(file_hash(p), p.stat().st_size) for p in sorted(path.iterdir())},
+        pixels=224,
+        latent=LatentRecord(*LATENT, groups=4, gains=(1.0,)),
+        vocabulary=VOCABULARY,
+        max_tokens=MAX_TOKENS,
+        targets={tier: TargetRecord(f"{tier}.safetensors", *sizes) for tier, sizes in SHAPES.items()},
+        tail="tail.safetensors",
+        classes=classes,
+        licences={"weights": "random"},
+        training_commit="none",
+        quality={},
+    )
+    (path / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
+    return open_bundle(path)
+
+
+def random_symbols(count: int, seed: int = 0) -> np.ndarray:
+    """Latents int8 [count, 64, 7, 7], most symbols small."""
+    return np.random.default_rng(seed).laplace(0, 1.5, (count, *LATENT)).round().clip(-9, 9).astype(np.int8)
+
+
+def lively(network: nn.Module) -> nn.Module:
+    """Weights under which every layer passes its input on, so that different latents give different texts."""
+    for name, weight in network.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            # Mixed signs keep a decoder whose input embedding is its output from repeating its last token for ever.
+            nn.init.normal_(weight) if name == "norm.weight" else nn.init.ones_(weight)
+        elif weight.ndim > 1:
+            embeds = name.endswith(("tokens.weight", "positions"))
+            nn.init.normal_(weight, std=0.7 if embeds else math.sqrt((8 if "image" in name else 2) / weight[0].numel()))
+    return network

@@ -1,0 +1,172 @@
+"""Vectors that every version reproduces byte for byte, and a second decoder that shares nothing with the first."""
+
+import json
+import zlib
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge_runtime.wire import (
+    BitstreamError,
+    ContentKind,
+    Hop,
+    Paradigm,
+    Reply,
+    Request,
+    Status,
+    Tables,
+    Tier,
+    decode,
+    decode_reply,
+    decode_request,
+    encode,
+    encode_reply,
+    encode_request,
+    encode_tokens,
+)
+
+ROOT = Path(__file__).parents[3]
+BITSTREAMS = json.loads((ROOT / "tests/golden/bitstream.json").read_text())
+ENVELOPES = json.loads((ROOT / "tests/golden/envelope.json").read_text())
+
+
+class CutError(Exception):
+    pass
+
+
+def plain_decode(file: bytes, data: bytes) -> tuple[list[int], int, bool]:
+    """docs/protocol.md, sections 5 and 6, word for word: plain, slow. Symbols, complete groups, checked."""
+    levels, contexts, M, G = file[5:9]
+    C, H, W = (int.from_bytes(file[i : i + 2], "little") for i in (10, 12, 14))
+    level, sent = data[0] >> 1 & 7, (data[1] & 3) + 1
+    assert level < levels
+    assert file[16] & 63 == data[1] >> 2
+    position = 6
+    x = int.from_bytes(data[2:6], "big")
+
+    def step(f: list[int]) -> int:
+        nonlocal x, position
+        refill()
+        v, k, c = x & 4095, 0, 0
+        while v >= c + f[k]:
+            c += f[k]
+            k += 1
+        x = f[k] * (x // 4096) + v - c
+        return k
+
+    def refill() -> None:
+        nonlocal x, position
+        if x < 65536:
+            if position + 2 > len(data):
+                raise CutError
+            x = x * 65536 + int.from_bytes(data[position : position + 2], "big")
+            position += 2
+
+    def sign(c: int, y: int, x: int) -> int:
+        s = symbols[(c, y, x)] if y >= 0 and x >= 0 else 0
+        return (s > 0) - (s < 0)
+
+    symbols: dict[tuple[int, int, int], int] = {}
+    checked = False
+    try:
+        if len(data) < 6:
+            raise CutError
+        for at in product(range(C // G * sent), range(H), range(W)):
+            channel, row, column = at
+            t = sign(channel, row, column - 1) + sign(channel, row - 1, column)
+            context = (t > 0) - (t < 0) + 1 if contexts == 3 else 0
+            begin = 18 + 2 * ((level * C + channel) * contexts + context) * M
+            f = [int.from_bytes(file[i : i + 2], "little") for i in range(begin, begin + 2 * M, 2)]
+            k = step(f)
+            symbols[at] = k - (M // 2 - 1) if k < M - 1 else step([16] * 256) - 128
+        refill()
+        covered = file[:-4] + data[:2] + bytes(s & 255 for s in symbols.values())
+        assert position == len(data)
+        assert x - 65536 == zlib.crc32(covered) & 0xFFFF
+        checked = True
+    except CutError:
+        pass
+    complete = len(symbols) // (C // G * H * W)
+    whole = list(symbols.values())[: complete * (C // G) * H * W]
+    return whole + [0] * (C * H * W - len(whole)), complete, checked
+
+
+@pytest.mark.parametrize("vector", BITSTREAMS["vectors"], ids=lambda v: f"{v['tables']}, {v['name']}")
+def test_bitstreams_are_what_they_always_were(vector: dict[str, Any]):
+    file, data = bytes.fromhex(BITSTREAMS["tables"][vector["tables"]]), bytes.fromhex(vector["bytes"])
+    tables = Tables.from_bytes(file)
+    symbols = np.frombuffer(bytes.fromhex(vector["symbols"]), np.int8).reshape(tables.shape)
+    assert tables.to_bytes() == file
+    assert encode(symbols, tables, vector["level"], vector["groups"])[: len(data)] == data
+    decoded = decode(data, tables)
+    assert (decoded.complete_groups, decoded.checked) == (vector["complete_groups"], vector["checked"])
+    kept = tables.channels // tables.groups * decoded.complete_groups
+    assert np.array_equal(decoded.symbols[:kept], symbols[:kept])
+    assert plain_decode(file, data) == (decoded.symbols.ravel().tolist(), decoded.complete_groups, decoded.checked)
+
+
+def test_a_second_decoder_agrees_on_every_message_and_every_cut(tables: Tables, frames: NDArray[np.int8]):
+    for i, symbols in enumerate(frames):
+        data = encode(symbols, tables, i % 2, 1 + i % 4)
+        for size in [*range(2, len(data), 7), len(data)]:
+            decoded = decode(data[:size], tables)
+            wanted = decoded.symbols.ravel().tolist(), decoded.complete_groups, decoded.checked
+            assert plain_decode(tables.to_bytes(), data[:size]) == wanted
+
+
+def test_one_changed_entry_of_a_golden_table_is_found():
+    """The negative control of the vectors: they can fail."""
+    vector = BITSTREAMS["vectors"][-1]
+    tables = Tables.from_bytes(bytes.fromhex(BITSTREAMS["tables"][vector["tables"]]))
+    frequencies = tables.frequencies.copy()
+    frequencies[0, 63, 0, 6:8] += np.array([1, -1], np.int16).astype(np.uint16)
+    with pytest.raises(BitstreamError):
+        decode(bytes.fromhex(vector["bytes"]), Tables(frequencies, 7, 7, 4, tables.set_id))
+
+
+@pytest.mark.parametrize("vector", ENVELOPES, ids=lambda v: v["name"])
+def test_envelopes_are_what_they_always_were(vector: dict[str, Any]):
+    data = bytes.fromhex(vector["bytes"])
+    raw = [{"hex": i.hex()} if isinstance(i, bytes) else i for i in msgspec.msgpack.decode(data)]
+    assert raw == vector["array"]
+    if vector["name"].startswith("request"):
+        assert encode_request(decode_request(data)) == data
+    else:
+        assert encode_reply(decode_reply(data)) == data
+
+
+def test_the_worked_example_of_the_protocol_is_right():
+    text = (ROOT / "docs/protocol.md").read_text()
+    tables = Tables(np.array([[[[1024, 2048, 1000, 24]]]], np.uint16), height=1, width=3, groups=1, set_id=5)
+    latent = encode(np.array([[[0, 1, -5]]], np.int8), tables)
+    request = Request(
+        id=bytes.fromhex("0123456789abcdef"),
+        bundle=bytes.fromhex("00112233445566ff"),
+        paradigm=Paradigm.SPECULATIVE,
+        age_ms=40,
+        budget_ms=1960,
+        content_kind=ContentKind.LATENT,
+        content=latent,
+        draft=encode_tokens([2, 300, 70000]),
+    )
+    reply = Reply(
+        id=request.id,
+        status=Status.OK,
+        tokens=encode_tokens([2, 300, 9]),
+        text="a dog",
+        tier=Tier.EDGE,
+        server="e1",
+        accepted=2,
+        proposed=3,
+        passes=2,
+        confidence=0.5,
+        hops=(Hop(Tier.EDGE, "e1", 1.5, 20.0),),
+    )
+    for data in (tables.to_bytes(), latent, encode_request(request), encode_reply(reply)):
+        assert f"    {data.hex(' ')}\n" in text
+    assert plain_decode(tables.to_bytes(), latent) == ([0, 1, -5], 1, True)

@@ -1,0 +1,79 @@
+"""Exported networks for tests: the pretrained head and a draft with random weights, quantised once a process."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edge_runtime.backends import Model, load_model
+from models.backbone import CUT, pretrained_lite0
+from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
+from models.export.litert_graph import write_litert
+from models.export.onnx_graph import write_onnx
+from models.export.quantise import Int8Head, quantise
+from models.family import EOS, DraftDecoder, Head
+
+VOCABULARY = 60
+
+
+@cache
+def head() -> Head:
+    """The pretrained head, its bottleneck random but scaled as a trained one: standard deviation 1 a channel."""
+    torch.manual_seed(1)
+    lite0, head = pretrained_lite0(), Head().eval()
+    head.stem, head.blocks = lite0.stem, lite0.blocks[:CUT]
+    with torch.inference_mode():
+        latent = head(pictures(8, seed=1))
+        std, mean = latent.std((0, 2, 3)), latent.mean((0, 2, 3))
+    with torch.no_grad():
+        bias = head.bottleneck.bias
+        assert bias is not None
+        head.bottleneck.weight /= std[:, None, None, None]
+        bias.copy_((bias - mean) / std)
+    return head
+
+
+def pictures(count: int, seed: int) -> Tensor:
+    """uint8 [count, 224, 224, 3]: patches of colour with noise of all sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (3, 9, 40, 224)
+    layers = [torch.randn(count, 3, size, size, generator=generator) for size in sizes]
+    image = sum(F.interpolate(x, (224, 224), mode="bilinear") * 40 / (1 + i) for i, x in enumerate(layers))
+    assert isinstance(image, Tensor)
+    return (image + 120).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+@cache
+def int8_head() -> Int8Head:
+    return quantise(head(), pictures(8, seed=2))
+
+
+@cache
+def draft() -> DraftDecoder:
+    torch.manual_seed(2)
+    draft = DraftDecoder(VOCABULARY).eval()
+    with torch.no_grad():
+        draft.tokens.weight.normal_()  # logits as far apart as a trained decoder's
+        draft.look_positions.normal_()
+        draft.bias[EOS] = 4.0  # so that some texts end early and some do not
+    return draft
+
+
+@cache
+def files() -> dict[str, bytes]:
+    """head, look and step for both runtimes."""
+    int8_draft = quantise_draft(draft())
+    drafts = {".onnx": write_draft_onnx(int8_draft), ".tflite": write_draft_litert(int8_draft)}
+    heads = {".onnx": write_onnx(int8_head()), ".tflite": write_litert(int8_head())}
+    looks = {f"look{suffix}": look for suffix, (look, _) in drafts.items()}
+    steps = {f"step{suffix}": step for suffix, (_, step) in drafts.items()}
+    return {f"head{suffix}": data for suffix, data in heads.items()} | looks | steps
+
+
+def loaded(directory: Path, name: str, data: bytes | None = None) -> Model:
+    """One of `files`, or other data, written to a directory and loaded."""
+    path = directory / name
+    path.write_bytes(files()[name] if data is None else data)
+    return load_model(path)

@@ -1,0 +1,81 @@
+"""The queue: bounded, fair, nothing stale, and every item leaves it once."""
+
+import threading
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.batcher import Batch, Batcher
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def batcher(capacity: int = 8, max_batch: int = 4, clock: Clock | None = None) -> Batcher[str]:
+    return Batcher(capacity, max_batch, 0.0, clock or Clock())
+
+
+def test_a_batch_takes_one_of_each_board_in_turn() -> None:
+    queue = batcher()
+    for item in ("a1", "a2", "a3", "b1", "c1"):
+        assert queue.put(item[0], item, 1.0) is None
+    assert queue.take(0).items == ["a1", "b1", "c1", "a2"]
+    assert queue.take(0).items == ["a3"]
+    assert queue.take(0) == Batch()
+
+
+def test_a_stale_request_is_taken_out_but_not_served() -> None:
+    clock = Clock()
+    queue = batcher(clock=clock)
+    queue.put("a", "late", 1.0)
+    queue.put("b", "in time", 2.0)
+    clock.now = 1.0
+    assert queue.take(0) == Batch(items=["in time"], stale=["late"])
+
+
+def test_a_full_queue_refuses_the_board_that_fills_it_and_admits_the_others() -> None:
+    queue = batcher(capacity=4)
+    assert [queue.put("flood", f"f{i}", 1.0) for i in range(6)] == [None] * 4 + ["f4", "f5"]
+    assert queue.put("quiet", "q0", 1.0) == "f3"
+    assert queue.put("quiet", "q1", 1.0) == "f2"
+    assert queue.put("quiet", "q2", 1.0) == "q2"  # both have half: the newcomer waits
+    assert queue.put("third", "t0", 1.0) in ("f1", "q1")
+    assert len(queue) == 4
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=60), st.integers(1, 5), st.integers(1, 4))
+def test_every_item_leaves_once_and_no_board_holds_more_than_its_share_against_another(puts, capacity, size) -> None:
+    queue, left = batcher(capacity, size), []
+    held: Counter[str] = Counter()
+    for number, (board, takes) in enumerate(puts):
+        refused = queue.put(board, f"{board}{number}", 1.0)
+        held[board] += 1
+        if refused:
+            left.append(refused)
+            held[refused[0]] -= 1
+            assert held[refused[0]] + 1 >= max(held.values())  # nobody was longer
+        if takes:
+            taken = queue.take(0).items
+            assert len(taken) <= size
+            left += taken
+            held -= Counter(item[0] for item in taken)
+        assert len(queue) == sum(held.values()) <= capacity
+    while taken := queue.take(0).items:
+        left += taken
+    assert sorted(left) == sorted(f"{board}{i}" for i, (board, _) in enumerate(puts))
+
+
+def test_a_waiting_worker_is_woken_by_the_first_item() -> None:
+    queue = batcher()
+    taken: list[Batch[str]] = []
+    worker = threading.Thread(target=lambda: taken.append(queue.take(60)))
+    worker.start()
+    queue.put("a", "a1", 1.0)
+    worker.join(60)
+    assert taken == [Batch(items=["a1"])]

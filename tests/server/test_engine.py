@@ -1,0 +1,263 @@
+"""The engine on a small bundle: an answer is the same alone and in any batch, with any draft, to the bit."""
+
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.bundle import BOS, EOS, Bundle, BundleError, FileRecord, file_hash
+from models.family import DecoderShape, Tail, TextDecoder
+from server.engine import BLOCK, SIZES, Answer, Engine, Job, Proof, Writing, load_engine, look
+from server.numerics import REJECTED, prove, read
+from server.verify import new_text
+from tests.bundles import CLASSES, MAX_TOKENS, VOCABULARY, lively, random_symbols, tiny_bundle
+
+TIERS = ("edge", "cloud")
+SYMBOLS = random_symbols(16, seed=1)
+
+
+def result(answer: Answer) -> tuple[object, ...]:
+    """What must be the same to the bit."""
+    return answer.tokens, answer.confidence, answer.scores, answer.error
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine) -> dict[str, list[Answer]]:
+    """Every latent's answer by itself, without a draft."""
+    return {tier: [engine.answer([Job(s, tier=tier, wants_label=True)])[0] for s in SYMBOLS] for tier in TIERS}
+
+
+def test_the_small_bundle_writes_texts_worth_comparing(alone: dict[str, list[Answer]]) -> None:
+    texts = [answer.tokens for answer in alone["edge"]]
+    assert len(set(texts)) > 8
+    assert len({len(text) for text in texts}) > 5
+    assert {len(text) == MAX_TOKENS for text in texts} == {True, False}
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_token_is_the_one_that_training_would_have_put_first(engine: Engine, alone, tier: str) -> None:
+    decoder = engine.decoders[tier]
+    with torch.inference_mode():
+        memory = look(decoder, engine.features(torch.from_numpy(SYMBOLS).float(), (1,)), (1,))
+        for i, answer in enumerate(alone[tier]):
+            emitted = [*answer.tokens, EOS][:MAX_TOKENS]
+            logits = decoder(torch.tensor([[BOS, *emitted[:-1]]]), [(k[i : i + 1], v[i : i + 1]) for k, v in memory])[0]
+            chosen = logits[range(len(emitted)), emitted]
+            assert torch.all(chosen > (logits + decoder.never_emitted).max(-1).values - 1e-4)
+            probability = (logits + decoder.never_emitted).softmax(-1)[range(len(emitted)), emitted]
+            assert answer.confidence == pytest.approx(probability.log().mean().exp().item(), abs=1e-4)
+
+
+def test_the_start_test_proves_batches_and_blocks_on_this_machine(engine: Engine) -> None:
+    assert engine.proof.may_speculate
+    assert engine.proof.pass_sizes == SIZES
+    assert prove(engine) == engine.proof
+
+
+def draft_of(tokens: tuple[int, ...], seed: int) -> tuple[int, ...]:
+    """A draft somewhere between perfect and worthless."""
+    chosen = random.Random(seed)
+    agreement = chosen.choice((0.0, 0.5, 0.8, 0.95, 1.0))
+    draft = [token if chosen.random() < agreement else chosen.randrange(-1, VOCABULARY + 1) for token in tokens]
+    return tuple(draft[chosen.randrange(2) :] + [5] * chosen.randrange(3))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 15), st.sampled_from(TIERS), st.integers(0, 99)), min_size=1, max_size=11)
+)
+def test_any_batch_with_any_drafts_answers_as_each_row_alone(engine, alone, rows) -> None:
+    jobs = [Job(SYMBOLS[i], 1.0, draft_of(alone[tier][i].tokens, seed), tier, None, True) for i, tier, seed in rows]
+    for (i, tier, _), answer in zip(rows, engine.answer(jobs), strict=True):
+        assert result(answer) == result(alone[tier][i])
+        assert 0 <= answer.accepted <= answer.proposed
+        assert len(answer.tokens) - answer.accepted <= answer.passes <= alone[tier][i].passes
+
+
+def test_a_perfect_draft_needs_one_pass_a_block(engine: Engine, alone: dict[str, list[Answer]]) -> None:
+    for own, symbols in zip(alone["edge"], SYMBOLS, strict=True):
+        answer = engine.answer([Job(symbols, draft=own.tokens)])[0]
+        emitted = min(len(own.tokens) + 1, MAX_TOKENS)
+        assert (answer.tokens, answer.passes) == (own.tokens, -(-emitted // BLOCK))
+        assert answer.accepted == answer.proposed == min(len(own.tokens), MAX_TOKENS - 1)
+    assert all(own.passes == min(len(own.tokens) + 1, MAX_TOKENS) for own in alone["edge"])
+
+
+@pytest.mark.parametrize("draft", [(-1,), (VOCABULARY,), (1 << 31,), (5,) * 10**6, (0, 1, 2, 3), (EOS,)])
+def test_a_hostile_draft_changes_nothing(
+    engine: Engine, alone: dict[str, list[Answer]], draft: tuple[int, ...]
+) -> None:
+    assert result(engine.answer([Job(SYMBOLS[0], draft=draft, wants_label=True)])[0]) == result(alone["edge"][0])
+
+
+@pytest.mark.parametrize("limit", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, MAX_TOKENS, 500])
+def test_a_shorter_limit_cuts_the_same_text(engine: Engine, alone: dict[str, list[Answer]], limit: int) -> None:
+    for draft in ((), alone["cloud"][3].tokens):
+        answer = engine.answer([Job(SYMBOLS[3], draft=draft, tier="cloud", max_tokens=limit)])[0]
+        assert answer.tokens == alone["cloud"][3].tokens[:limit]
+
+
+def test_a_coarser_gain_scales_the_latent(engine: Engine, alone: dict[str, list[Answer]]) -> None:
+    doubled = (2 * SYMBOLS[0].astype(np.int16)).clip(-127, 127).astype(np.int8)
+    assert result(engine.answer([Job(doubled, gain=2.0, wants_label=True)])[0]) == result(alone["edge"][0])
+
+
+def test_a_row_without_numbers_fails_by_name_and_leaves_its_neighbours_alone(engine, alone) -> None:
+    jobs = [Job(s, wants_label=True) for s in SYMBOLS[:8]]
+    jobs[2] = replace(jobs[2], gain=float("nan"), draft=(5, 6, 7))
+    answers = engine.answer(jobs)
+    assert "no finite numbers" in answers.pop(2).error
+    assert [result(a) for a in answers] == [result(a) for i, a in enumerate(alone["edge"][:8]) if i != 2]
+    assert result(engine.answer(jobs[:1])[0]) == result(alone["edge"][0])
+
+
+def test_rejected_tokens_in_the_cache_leave_no_trace_but_a_nan_would(engine: Engine) -> None:
+    decoder = engine.decoders["edge"]
+    with torch.inference_mode():
+        memory = look(decoder, engine.features(torch.from_numpy(SYMBOLS[:1]).float(), (1,)), (1,))
+        text = torch.tensor([[1, 9, 8, 7, 6, 5, 9, 8, 7]])
+        clean = read(decoder, memory, text, size=1, cuts=(3,))
+        assert torch.equal(clean, read(decoder, memory, text, size=1, cuts=(3,), left=1e3))
+        assert read(decoder, memory, text, size=1, cuts=(3,), left=float("nan")).isnan().any()
+
+
+def test_a_batch_shrinks_as_its_rows_finish(engine: Engine, alone: dict[str, list[Answer]]) -> None:
+    decoder, rows = engine.decoders["edge"], [0, 1, 2, 3, 4, 5, 6, 7]
+    with torch.inference_mode():
+        memory = look(decoder, engine.features(torch.from_numpy(SYMBOLS[rows]).float(), (1,)), (1,))
+        writing = Writing(decoder, memory, [new_text((), VOCABULARY, MAX_TOKENS) for _ in rows], SIZES)
+        sizes = []
+        while writing.live:
+            sizes.append(writing.size)
+            writing.step()
+    assert sizes[0] == 8
+    assert sizes[-1] < 8
+    assert [text.without_end for text in writing.texts] == [alone["edge"][i].tokens for i in rows]
+
+
+def test_an_engine_without_proof_ignores_drafts_and_answers_the_same(bundle: Bundle, alone) -> None:
+    unproven = load_engine(bundle, TIERS)
+    assert unproven.proof == Proof()
+    answers = unproven.answer([Job(s, draft=(5, 6, 7), wants_label=True) for s in SYMBOLS[:5]])
+    assert [result(a) for a in answers] == [result(a) for a in alone["edge"][:5]]
+    assert all(a.proposed == 0 for a in answers)
+
+
+def full_size_decoder() -> TextDecoder:
+    torch.manual_seed(0)
+    decoder = TextDecoder(DecoderShape(512, width=256, heads=4, encoder_layers=0, decoder_layers=1))
+    return lively(decoder).eval().requires_grad_(False)
+
+
+def test_passes_of_one_token_would_be_found_to_differ_from_blocks() -> None:
+    """The negative control of the start test: where the library sums one row otherwise, it must see that."""
+    x, weight = torch.randn(BLOCK, 256), torch.randn(512, 256)
+    if torch.equal(torch.nn.functional.linear(x[:1], weight), torch.nn.functional.linear(x, weight)[:1]):
+        pytest.skip("this library multiplies one row with the same bits as many")
+    decoder = full_size_decoder()
+    with torch.inference_mode():
+        memory, text = decoder.look(torch.rand(1, 49, 1280)), torch.randint(4, 512, (1, 24))
+        blocks = read(decoder, memory, text, size=1, cuts=(BLOCK,))
+        assert torch.equal(blocks, read(decoder, memory, text, size=1, cuts=(1,)))
+        assert not torch.equal(blocks, read(decoder, memory, text, size=1, cuts=(1,), block=1))
+
+
+@pytest.mark.parametrize(
+    "flaw",
+    [
+        lambda tokens, cache: torch.arange(tokens.shape[1])[None, :, None],  # a token's place in its block
+        lambda tokens, cache: tokens[:, -1, None, None] == REJECTED,  # what follows the real tokens
+        lambda tokens, cache: cache.keys[0][:, 0, -1, 0, None, None],  # what an earlier pass left behind
+    ],
+)
+def test_a_device_whose_bits_depend_on_blocks_may_not_speculate(engine: Engine, monkeypatch, flaw) -> None:
+    step = TextDecoder.step
+
+    def flawed(self, tokens, start, memory, cache):
+        return step(self, tokens, start, memory, cache) + 1e-3 * flaw(tokens, cache)
+
+    monkeypatch.setattr(TextDecoder, "step", flawed)
+    proof = prove(engine)
+    assert (proof.may_speculate, proof.pass_sizes) == (False, (1,))
+
+
+def test_a_batch_size_with_other_bits_is_not_used(engine: Engine, monkeypatch) -> None:
+    step, forward, look = TextDecoder.step, Tail.forward, TextDecoder.look
+    odd = 1 + 1e-6
+    monkeypatch.setattr(TextDecoder, "step", lambda self, x, *rest: step(self, x, *rest) * (odd if len(x) == 4 else 1))
+    monkeypatch.setattr(TextDecoder, "look", lambda self, x: look(self, x * (odd if len(x) == 8 else 1)))
+    monkeypatch.setattr(Tail, "forward", lambda self, x: forward(self, x) * (odd if len(x) > 1 else 1))
+    proof = prove(engine)
+    assert (proof.tail_sizes, proof.look_sizes, proof.pass_sizes) == ((1,), (1, 4), (1, 8))
+    assert proof.numerics == engine.proof.numerics  # one row alone has the bits it had
+
+
+TWO_THREADS = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from edge_runtime.bundle import open_bundle
+from server.engine import Job, load_engine
+from server.numerics import prove
+from tests.bundles import random_symbols
+
+engine = load_engine(open_bundle(Path(sys.argv[1])), ("edge",), threads=2)
+engine.proof = prove(engine)
+jobs = [Job(symbols) for symbols in random_symbols(5, seed=1)]
+own = [engine.answer([job])[0] for job in jobs]
+drafted = [replace(job, draft=answer.tokens[:-3] + (5, 6)) for job, answer in zip(jobs, own)]
+same = [(a.tokens, a.confidence) == (b.tokens, b.confidence) for a, b in zip(engine.answer(drafted), own)]
+print(same, engine.proof.may_speculate, {answer.tokens for answer in own} != {()})
+"""
+
+
+def test_two_threads_keep_the_promise_too(bundle: Bundle) -> None:
+    # In a process of its own: torch's thread count is one for all, and OpenMP's way of waiting is fixed at its import.
+    command = [sys.executable, "-c", TWO_THREADS, str(bundle.path)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert done.stdout.split() == [*str([True] * 5).split(), "True", "True"]
+
+
+def test_labels_are_sorted_probabilities(alone: dict[str, list[Answer]]) -> None:
+    scores = alone["edge"][0].scores
+    assert set(scores) == set(CLASSES)
+    assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_float_head_gives_symbols_of_a_picture(engine: Engine) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    symbols = engine.symbols(pixels)
+    assert (symbols.dtype, symbols.shape) == (np.int8, (64, 7, 7))
+    assert np.abs(symbols).max() > 0
+    with torch.inference_mode():
+        latent = engine.head(torch.from_numpy(pixels)[None])[0].numpy()
+    assert np.array_equal(symbols, np.rint(latent).clip(-127, 127))
+
+
+def test_a_bundle_that_lacks_a_tier_or_weights_is_refused_by_name(bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="no target lunar"):
+        load_engine(bundle, ("lunar",))
+    mixed_up = {"edge": msgspec.structs.replace(bundle.manifest.targets["edge"], file="cloud.safetensors")}
+    wrong = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, targets=mixed_up))
+    with pytest.raises(BundleError, match="does not hold this network's weights"):
+        load_engine(wrong, ("edge",))
+
+
+def test_a_file_that_is_no_safetensors_is_refused_by_name(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    (bundle.path / "edge.safetensors").write_bytes(b"\x00" * 100)
+    record = {"edge.safetensors": FileRecord(file_hash(bundle.path / "edge.safetensors"), 100)}
+    damaged = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, files=bundle.manifest.files | record))
+    with pytest.raises(BundleError, match="no readable safetensors"):
+        load_engine(damaged, ("edge",))
