@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +14,7 @@ from models.export.draft_export import quantise_draft, write_draft_litert, write
 from models.export.litert_graph import write_litert
 from models.export.onnx_graph import write_onnx
 from models.export.quantise import Int8Head, quantise
-from models.family import EOS, DraftDecoder, Head
+from models.family import EOS, LATENT, DraftDecoder, Head
 
 VOCABULARY = 60
 
@@ -52,13 +53,23 @@ def int8_head() -> Int8Head:
 
 @cache
 def draft() -> DraftDecoder:
+    """A draft decoder whose texts depend on the latent; some end early, most do not."""
     torch.manual_seed(2)
     draft = DraftDecoder(VOCABULARY).eval()
     with torch.no_grad():
         draft.tokens.weight.normal_()  # logits as far apart as a trained decoder's
         draft.look_positions.normal_()
-        draft.bias[EOS] = 4.0  # so that some texts end early and some do not
+        for layer in (draft.query, draft.input_gates, draft.state_gates, draft.out):
+            layer.weight *= 3
+        draft.bias[EOS] = 20.0
     return draft
+
+
+def latents(count: int, seed: int) -> np.ndarray:
+    """Symbols int8 [count, 64, 7, 7], each photo with channels of its own."""
+    rng = np.random.default_rng(seed)
+    values = rng.laplace(0, 1, (count, *LATENT)) + rng.normal(0, 1, (count, LATENT[0], 1, 1))
+    return values.round().astype(np.int8)
 
 
 @cache

@@ -2,7 +2,8 @@
 
 Rennie et al., arXiv 1612.00563. Cross-entropy teaches the next word of a person's text; this teaches whole texts.
 Several texts are sampled a photo, each is rewarded by its CIDEr-D against that photo's captions, and the mean of the
-others is its baseline (Luo, arXiv 2003.09971). The end token is part of every text and of its reward: without it, texts are cut off.
+others is its baseline (Luo, arXiv 2003.09971). The end token is part of every text and of its reward:
+without it, texts are cut off.
 """
 
 import time

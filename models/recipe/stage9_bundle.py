@@ -13,7 +13,7 @@ from edge_runtime.bundle import MANIFEST, SCHEMA, FileRecord, LatentRecord, Mani
 from edge_runtime.draft import Draft
 from edge_runtime.preprocess import PIXELS
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
-from models.family import LATENT, DraftDecoder
+from models.family import EOS, LATENT, DraftDecoder
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage8_draft
 from models.recipe.scores import cider
 from models.recipe.stage4_head import float_symbols, trained_head
@@ -71,7 +71,7 @@ def measure(work: Workspace, out: Path) -> dict[str, float]:
     for suffix in ("onnx", "tflite"):
         draft = Draft(*(load_model(out / f"draft_{part}.{suffix}") for part in ("look", "step")), max_tokens=24)
         texts = [list(draft.write(s).tokens) for s in symbols]
-        quality[f"dev_cider_draft_{suffix}"] = cider(work, "dev", [t[:-1] if t[-1] == 2 else t for t in texts])
+        quality[f"dev_cider_draft_{suffix}"] = cider(work, "dev", [t[:-1] if t[-1] == EOS else t for t in texts])
     unquantised = float_symbols(trained_head(work), work.array("photos-dev")[:FLOAT_CHECK])
     quality["head_int8_equal_symbols"] = float((unquantised == symbols[:FLOAT_CHECK]).mean())
     return {name: round(value, 4) for name, value in quality.items()}

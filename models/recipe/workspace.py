@@ -76,7 +76,8 @@ S = TypeVar("S")
 
 def shortened(settings: S, share: float) -> S:
     """The same settings with a share of their training steps."""
-    counts = {name: max(1, round(value * share)) for name, value in dataclasses.asdict(settings).items()  # type: ignore[call-overload] if name.endswith("steps")}
+    values: dict[str, Any] = dataclasses.asdict(settings)  # type: ignore[call-overload]
+    counts = {name: max(1, round(value * share)) for name, value in values.items() if name.endswith("steps")}
     return dataclasses.replace(settings, **counts)  # type: ignore[type-var]
 
 

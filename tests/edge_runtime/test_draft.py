@@ -17,8 +17,7 @@ def draft(request, tmp_path) -> Draft:
 
 @pytest.fixture(scope="module")
 def symbols() -> np.ndarray:
-    """30 latents [64, 7, 7]."""
-    return np.random.default_rng(8).laplace(0, 1, (30, 64, 7, 7)).round().astype(np.int8)
+    return exports.latents(30, seed=8)
 
 
 def greedy(latent: np.ndarray) -> tuple[list[int], float]:
