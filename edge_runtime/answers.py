@@ -39,7 +39,7 @@ QUEUE = 256  # values between threads; a board has a few a second
 IDLE_S = 0.5  # the longest wait between two looks at the clock
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Question:
     """A request on its way and the event that announced it."""
 
@@ -47,6 +47,7 @@ class Question:
     payload: bytes  # the request as first sent
     seen: Event  # the "new" event of the same frame
     deadline: float  # seconds, time.monotonic(): the draft stands after it
+    bytes_up: int = 0  # whole payloads, resends included; counted by the answers' thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class Answers:
         self._topic = topics.request(site, board)
         self._inbox: queue.Queue[Question | NotTaken | bytes | None] = queue.Queue(QUEUE)
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
-        self.counts: Counter[str] = Counter()  # replies by status, and those that were none
+        self._asked = 0
+        self.counts: Counter[str] = Counter()  # replies by status, and those that were none or found no room
 
     def __enter__(self) -> "Answers":
         self._thread.start()
@@ -79,23 +81,31 @@ class Answers:
         self._thread.join()
 
     def ask(self, question: Question) -> None:
-        """Takes a question over; any thread. Never waits for the network."""
+        """Takes a question over; one thread, the frame path's. Never waits for the network."""
+        self._asked += 1
         self._inbox.put(question)
 
     def reply_arrived(self, payload: bytes) -> None:
         """One message on the board's reply topic; on the MQTT client's thread."""
-        self._inbox.put(payload)
+        self._tell(payload)
 
-    @property
-    def open(self) -> int:
-        """How many requests wait for their reply."""
-        return self._requests.counts.open
-
-    def wait_until_settled(self, timeout_s: float) -> None:
-        """Waits until every request has its answer or is lost, or until the time is up."""
+    def wait_until_settled(self, timeout_s: float, stop: threading.Event) -> None:
+        """Waits until every question has its answer or is lost, until the time is up or `stop` is set."""
         until = time.monotonic() + timeout_s
-        while (self.open or not self._inbox.empty()) and time.monotonic() < until:
+        while not self._is_settled() and time.monotonic() < until and not stop.is_set():
+            # Not stop.wait(): its lock must be free when a signal interrupts this thread to set it.
             time.sleep(0.02)
+
+    def _is_settled(self) -> bool:
+        counts = self._requests.counts
+        return counts.answered + counts.lost == self._asked
+
+    def _tell(self, value: "NotTaken | bytes") -> None:
+        """From the MQTT client's thread, which must not wait: without room the request is sent again, or lost."""
+        try:
+            self._inbox.put_nowait(value)
+        except queue.Full:
+            self.counts["overflow"] += 1
 
     def summary(self) -> dict[str, int]:
         """Counters; accepted = answered + lost + open."""
@@ -127,16 +137,17 @@ class Answers:
         now = time.monotonic()
         for lost in self._requests.open(question.request.id, question, question.deadline, now):
             self._end_lost(lost)
-        self._send(question.request.id, question.payload, question.deadline - now)
+        self._send(question, question.payload, question.deadline - now)
 
-    def _send(self, request_id: bytes, payload: bytes, left_s: float) -> None:
-        outcome = partial(self._sent, request_id)
+    def _send(self, question: Question, payload: bytes, left_s: float) -> None:
+        question.bytes_up += len(payload)
+        outcome = partial(self._sent, question.request.id)
         self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, left_s), on_outcome=outcome)
 
     def _sent(self, request_id: bytes, outcome: Outcome) -> None:  # on the MQTT client's thread
         # What the queue dropped or what expired there is sent again, or lost at its deadline, as anything unanswered.
         if outcome in (Outcome.REFUSED, Outcome.OVERSIZED):
-            self._inbox.put(NotTaken(request_id, outcome))
+            self._tell(NotTaken(request_id, outcome))
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
@@ -148,7 +159,7 @@ class Answers:
             again = msgspec.structs.replace(
                 question.request, age_ms=question.request.age_ms + waited_ms, budget_ms=int(1e3 * left_s)
             )
-            self._send(entry.id, encode_request(again), left_s)
+            self._send(question, encode_request(again), left_s)
 
     def _reply(self, payload: bytes) -> None:
         try:
@@ -164,7 +175,10 @@ class Answers:
         elif reply.status is Status.OK:
             entry = self._requests.answered(reply.id, now)
             if entry:
-                self._events.publish(_update(entry, reply, self._bundle, now))
+                try:
+                    self._events.publish(_update(entry, reply, self._bundle, now))
+                except WireError as error:  # within a reply's bounds, but not within an event's
+                    self._end_lost(Lost(entry.id, entry.content, f"server {reply.server}: {error}"))
         else:
             status = reply.status.name.lower()
             self._end_lost(self._requests.lose(reply.id, f"server {reply.server}: {status}: {reply.error}"))
@@ -173,8 +187,11 @@ class Answers:
         if lost is None:
             return
         logger.info("request lost id=%s reason=%s", lost.id.hex(), lost.reason)
+        question = lost.content
         self._events.publish(
-            msgspec.structs.replace(lost.content.seen, type="lost", final=True, why=lost.reason[:1024])
+            msgspec.structs.replace(
+                question.seen, type="lost", final=True, why=lost.reason[:1024], bytes_up=question.bytes_up
+            )
         )
 
 
@@ -192,7 +209,7 @@ def _update(entry: Open[Question], reply: Reply, bundle: Bundle, now: float) -> 
         "hops": tuple(EventHop.from_hop(hop) for hop in reply.hops),
         "label": reply.label,
         "scores": reply.scores or {},
-        "bytes_up": seen.bytes_up * entry.sends,
+        "bytes_up": entry.content.bytes_up,
         "timings_ms": seen.timings_ms | {"answer": round(1e3 * (now - entry.opened_at), 1)},
     }
     return msgspec.structs.replace(seen, **changes)

@@ -5,13 +5,16 @@ is there; it knows nothing of networks or runtimes.
 """
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
-from edge_runtime.wire import Tables
+from edge_runtime.wire import MAX_TOKENS, Tables
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -37,7 +40,8 @@ class LatentRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     height: int
     width: int
     groups: int
-    gains: tuple[float, ...]  # symbols per unit of the head's output, one per level, coarsest first
+    # Symbols per unit of the head's output, one per level, coarsest first.
+    gains: Annotated[tuple[float, ...], Meta(min_length=1, max_length=16)]
 
 
 class TargetRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -59,13 +63,19 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pixels: int  # input height and width of the head, the whole frame squashed
     latent: LatentRecord
     vocabulary: int  # tokens
-    max_tokens: int  # of a text, its end token included
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]  # of a text, its end token included
     targets: dict[str, TargetRecord]  # by tier, "edge" and "cloud"
     tail: str  # file with the tail that all targets share
     classes: tuple[str, ...]  # labels of the classifier; none: the bundle does not classify
     licences: dict[str, str]  # of weights and of what they were trained on
     training_commit: str  # of the recipe that made it
     quality: dict[str, float]  # as measured on the development split by that recipe
+
+
+class _Versioned(msgspec.Struct):
+    """What every manifest has, of whatever schema."""
+
+    schema: int
 
 
 @dataclass(frozen=True)
@@ -133,14 +143,13 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{manifest_path} is larger than {MAX_MANIFEST_BYTES} bytes: this is not a manifest")
     data = manifest_path.read_bytes()
     try:
+        schema = msgspec.json.decode(data, type=_Versioned).schema
+        if schema != SCHEMA:
+            raise BundleError(f"{manifest_path} has schema {schema}, this version reads {SCHEMA}: update the older")
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
-        raise BundleError(f"{manifest_path}: {error}") from error
-    if manifest.schema != SCHEMA:
-        raise BundleError(
-            f"{manifest_path} has schema {manifest.schema}, this version reads {SCHEMA}: update the older"
-        )
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{manifest_path}: {error}: copy the bundle again") from error
     for name in manifest.files:
-        if Path(name).name != name:
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
             raise BundleError(f"{manifest_path} names {name!r}: files lie in the bundle's own directory")
     return Bundle(path, manifest, hashlib.sha256(data).digest()[:8])

@@ -76,6 +76,11 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     cameras: Annotated[tuple[CameraConfig, ...], Meta(min_length=1, max_length=16)]
     mqtt: MqttConfig = MqttConfig()
 
+    def __post_init__(self) -> None:
+        names = [camera.name for camera in self.cameras]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two cameras have one name among {', '.join(names)}: give each its own")
+
 
 def load_toml(path: Path, kind: type[Config]) -> Config:
     """Reads and checks a TOML file whole. Raises ConfigError."""
@@ -90,7 +95,7 @@ def load_toml(path: Path, kind: type[Config]) -> Config:
         return msgspec.toml.decode(data, type=kind)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {_explain(str(error), kind)}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
 
 

@@ -26,4 +26,7 @@ class Events:
         self._client.publish(self._event, payload, qos=1)
         self._client.publish(self._last, payload, qos=1, retain=True)
         if self._listener:
-            self._listener(event)
+            try:
+                self._listener(event)
+            except Exception:  # it is the caller's; neither the frame path nor the answers may end with it
+                logger.exception("event listener raised")

@@ -1,44 +1,72 @@
 """Pictures in files: a directory, a tar or a single file, read one at a time in a fixed order."""
 
+import logging
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_runtime.preprocess import MAX_PICTURE_BYTES, PictureError
 
+logger = logging.getLogger(__name__)
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# What a damaged tar, plain or compressed, raises; MemoryError and OverflowError by sizes that it claims.
+_DAMAGED = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, MemoryError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One encoded picture; `name` is its path inside the directory or tar, with forward slashes."""
+    """One encoded picture; `name` is its path inside the directory or tar, with forward slashes.
+
+    `data` of a file that cannot be read is empty, of one that is too large cut after MAX_PICTURE_BYTES + 1 bytes:
+    `decode_picture` refuses both, so one bad file need not end the reading of all.
+    """
 
     name: str
     data: bytes
 
 
 def read_pictures(source: Path) -> Iterator[Picture]:
-    """Every picture below a directory, inside a tar, or the file itself, sorted by name. Raises PictureError."""
+    """Every picture below a directory, inside a tar, or the file itself, sorted by name.
+
+    Raises PictureError for a source that is none of these, is damaged or holds no picture.
+    """
     if source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES):
-            yield Picture(path.relative_to(source).as_posix(), _read(path))
-    elif source.suffix.lower() in SUFFIXES:
-        yield Picture(source.name, _read(source))
+        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        pictures = (Picture(path.relative_to(source).as_posix(), _read(path)) for path in paths)
+    elif source.suffix.lower() in SUFFIXES and source.is_file():
+        pictures = (Picture(path.name, _read(path)) for path in (source,))
     elif source.is_file() and tarfile.is_tarfile(source):
-        with tarfile.open(source) as tar:
-            members = [m for m in tar.getmembers() if m.isfile() and m.name.lower().endswith(SUFFIXES)]
-            for member in sorted(members, key=lambda m: m.name):
-                if member.size > MAX_PICTURE_BYTES:
-                    raise PictureError(f"{source}: {member.name} has {member.size} bytes, at most {MAX_PICTURE_BYTES}")
-                file = tar.extractfile(member)
-                assert file is not None  # it is a file, as asked above
-                yield Picture(member.name.removeprefix("./"), file.read())
+        pictures = (Picture(name, data) for name, data in _members(source))
     else:
         raise PictureError(f"{source} is not a directory, a tar or a picture ({', '.join(SUFFIXES)})")
+    first = next(pictures, None)
+    if first is None:
+        raise PictureError(f"{source} holds no picture ({', '.join(SUFFIXES)})")
+    yield first
+    yield from pictures
 
 
 def _read(path: Path) -> bytes:
-    if path.stat().st_size > MAX_PICTURE_BYTES:
-        raise PictureError(f"{path} has {path.stat().st_size} bytes, at most {MAX_PICTURE_BYTES} are read")
-    return path.read_bytes()
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_PICTURE_BYTES + 1)
+    except OSError as error:
+        logger.warning("picture cannot be read error=%s", error)
+        return b""
+
+
+def _members(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Regular files only, whatever they are called: nothing is unpacked, and links are not followed."""
+    try:
+        with tarfile.open(source) as tar:
+            members = [m for m in tar.getmembers() if m.isfile() and m.name.lower().endswith(SUFFIXES)]
+            for member in sorted(members, key=lambda m: m.name):
+                file = tar.extractfile(member)
+                assert file is not None  # it is a file, as asked above
+                yield member.name.removeprefix("./"), file.read(MAX_PICTURE_BYTES + 1)
+    except _DAMAGED as error:
+        raise PictureError(f"{source} is damaged ({error}): copy it again") from error

@@ -111,10 +111,10 @@ class Pipeline:
             jpeg_bytes=len(to_jpeg(pixels, plan.jpeg_quality)),
             timings_ms=watch.ms,
         )
+        if drafted.tokens or not request:
+            self.events.publish(seen)  # before the question leaves: no answer may overtake it
         if request:
             self.answers.ask(Question(request, payload, seen, frame.captured + plan.budget_ms / 1e3))
-        if drafted.tokens or not request:
-            self.events.publish(seen)
         watch.lap("publish")
         return seen
 

@@ -15,6 +15,7 @@ import numpy as np
 PIXELS = 224
 MAX_PICTURE_BYTES = 32 << 20  # a 24 megapixel JPEG at the best quality has about 20 MB
 MAX_PICTURE_PIXELS = 50_000_000  # 50 megapixels: 150 MB once decoded
+MAX_JPEG_SEGMENTS = 4096  # before the frame header; 32 MB of metadata in the largest segments are 512
 
 
 class PictureError(ValueError):
@@ -61,7 +62,7 @@ def claimed_size(data: bytes) -> tuple[int, int]:
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     """ITU-T T.81, B.2.2: walk the marker segments to the frame header (SOF0..SOF15 without DHT, JPG and DAC)."""
     at = 2
-    while True:
+    for _ in range(MAX_JPEG_SEGMENTS):
         if data[at] != 0xFF:
             raise PictureError(f"no JPEG marker at byte {at}: the picture is damaged")
         marker = data[at + 1]
@@ -70,8 +71,11 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
         elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = struct.unpack(">HH", data[at + 5 : at + 9])
             return width, height
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:  # these stand alone, without a length (table B.1)
+            at += 2
         else:
             at += 2 + struct.unpack(">H", data[at + 2 : at + 4])[0]
+    raise PictureError(f"no JPEG frame header within {MAX_JPEG_SEGMENTS} segments: the picture is damaged")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -83,8 +87,10 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     if kind == b"VP8L":
         bits = struct.unpack("<I", data[21:25])[0]
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-    return width, height
+    if kind != b"VP8X":
+        raise PictureError(f"a WebP cannot start with a chunk {kind!r}: the picture is damaged")
+    width, width_high, height, height_high = struct.unpack("<HBHB", data[24:30])
+    return (width | width_high << 16) + 1, (height | height_high << 16) + 1
 
 
 def to_input(pixels: np.ndarray) -> np.ndarray:

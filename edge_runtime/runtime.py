@@ -51,6 +51,7 @@ def run_board(
     """
     board, site = config.board, config.board.site
     bundle = open_bundle(Path(board.bundle))
+    _ = bundle.tables, bundle.words  # a file that is missing is found at start
     head = load_head(bundle, board.backend, board.threads)
     drafts = board.paradigm in ("device", "speculative")
     draft = load_draft(bundle, board.backend, board.threads) if drafts else None
@@ -89,9 +90,9 @@ def run_board(
     with client, answers:
         pipeline.run(merged_frames(config.cameras, arriving, stop, counters))
         # Sources that end, such as files, leave questions open: their answers are waited for, up to the deadline.
-        if not stop.is_set():
-            answers.wait_until_settled(board.deadline_ms / 1e3)
-    summary = answers.summary() | {"failed": pipeline.failed} | asdict(counters)
+        answers.wait_until_settled(board.deadline_ms / 1e3, stop)
+    mqtt = {f"mqtt_{name}": count for name, count in asdict(client.stats()).items()}
+    summary = answers.summary() | {"failed": pipeline.failed} | asdict(counters) | mqtt
     logger.info("board stopped %s", " ".join(f"{name}={value}" for name, value in summary.items()))
     return summary
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import cv2
 import numpy as np
 
 from edge_runtime.config import CameraConfig
-from edge_runtime.pictures import SUFFIXES, read_pictures
+from edge_runtime.pictures import read_pictures
 from edge_runtime.preprocess import PictureError, decode_picture
 
 logger = logging.getLogger(__name__)
 
-OPEN_TIMEOUT_MS, READ_TIMEOUT_MS = 5000, 5000  # OpenCV's own defaults are 30 s each
-MAX_PAUSE_S = 60.0
+OPEN_TIMEOUT_S = 5.0  # OpenCV's own default is 30, and for a read too: there it is the camera's stall_s
+MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0  # before a camera is opened again
+LOOK_S = 0.5  # how often who waits for a frame looks whether to stop
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 
 
@@ -64,10 +66,12 @@ class Newest:
             self._frame = frame
             self._changed.notify()
 
-    def take(self, timeout: float) -> Frame | None:
-        """The newest frame, or None when none came in time or the slot was closed."""
+    def take(self, timeout: float, stop: threading.Event) -> Frame | None:
+        """The newest frame; None when none came in time, the slot was closed or `stop` is set."""
+        until = time.monotonic() + timeout
         with self._changed:
-            self._changed.wait_for(lambda: self._frame is not None or self._closed, timeout)
+            while not (self._frame or self._closed or stop.is_set()) and (left := until - time.monotonic()) > 0:
+                self._changed.wait(min(left, LOOK_S))
             frame, self._frame = self._frame, None
             return frame
 
@@ -79,7 +83,10 @@ class Newest:
 
 
 def file_frames(camera: CameraConfig, stop: threading.Event, counters: Counters) -> Iterator[Frame]:
-    """Pictures of a directory, tar or file, in order; one that cannot be read is reported and left out."""
+    """Pictures of a directory, tar or file, in order; one that cannot be read is reported and left out.
+
+    Raises PictureError where the source holds none.
+    """
     while not stop.is_set():
         for picture in read_pictures(Path(camera.source)):
             started = time.monotonic()
@@ -88,8 +95,8 @@ def file_frames(camera: CameraConfig, stop: threading.Event, counters: Counters)
             except PictureError as error:
                 counters.unreadable += 1
                 logger.warning("picture unreadable camera=%s name=%s error=%s", camera.name, picture.name, error)
-                continue
-            yield Frame(camera.name, pixels, time.time(), time.monotonic(), picture.name, picture.data)
+            else:
+                yield Frame(camera.name, pixels, time.time(), time.monotonic(), picture.name, picture.data)
             if stop.wait(max(0.0, camera.interval_s - (time.monotonic() - started))):
                 return
         if not camera.repeat:
@@ -97,25 +104,28 @@ def file_frames(camera: CameraConfig, stop: threading.Event, counters: Counters)
 
 
 def video_frames(camera: CameraConfig, stop: threading.Event, counters: Counters) -> Iterator[Frame]:
-    """A video file at the camera's interval in the video's own time; ends with the file unless `repeat`."""
+    """A video file at the camera's interval in the video's own time; ends with the file unless `repeat`.
+
+    Raises PictureError for a file without a frame that can be decoded.
+    """
     while not stop.is_set():
-        capture = _open(camera.source)
-        if capture is None:
-            raise PictureError(f"{camera.source} cannot be opened as a video: is the path right and the codec known?")
+        capture = _open(camera)
+        if capture is None or not capture.grab():
+            raise PictureError(f"{camera.source} cannot be read as a video: is the path right and the codec known?")
         rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
         stride = max(1, round(rate * camera.interval_s))
-        number = 0
-        while capture.grab():
+        number, more = 0, True
+        while more and not stop.is_set():
             if number % stride == 0:
+                started = time.monotonic()
                 ok, pixels = capture.retrieve()
                 if ok:
                     rgb = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-                    yield Frame(camera.name, rgb, time.time(), time.monotonic(), f"{Path(camera.source).name}#{number}")
-                    if stop.wait(camera.interval_s):
-                        break
+                    yield Frame(camera.name, rgb, time.time(), started, f"{Path(camera.source).name}#{number}")
                 else:
                     counters.unreadable += 1
-            number += 1
+                stop.wait(max(0.0, camera.interval_s - (time.monotonic() - started)))
+            number, more = number + 1, capture.grab()
         capture.release()
         if not camera.repeat:
             return
@@ -127,19 +137,16 @@ def camera_frames(camera: CameraConfig, stop: threading.Event, counters: Counter
     Capturing has a thread of its own, since OpenCV's read can block; the thread of a stalled camera is left to end by
     its own read timeout, and another one takes over.
     """
-    pause = 1.0
+    pause = MIN_PAUSE_S
     while not stop.is_set():
         slot, abandoned = Newest(counters), threading.Event()
         reader = threading.Thread(
             target=_capture, args=(camera, slot, abandoned), name=f"capture-{camera.name}", daemon=True
         )
         reader.start()
-        while not stop.is_set():
-            # Opening may take as long as its timeout before the first frame can be missed.
-            frame = slot.take(camera.stall_s + OPEN_TIMEOUT_MS / 1000)
-            if frame is None:
-                break
-            pause = 1.0
+        patience = OPEN_TIMEOUT_S + camera.stall_s  # opening may take its time before a frame can be missed
+        while (frame := slot.take(patience, stop)) is not None:
+            patience, pause = camera.stall_s, MIN_PAUSE_S
             yield frame
             stop.wait(max(0.0, camera.interval_s - (time.monotonic() - frame.captured)))
         abandoned.set()
@@ -151,7 +158,7 @@ def camera_frames(camera: CameraConfig, stop: threading.Event, counters: Counter
 
 
 def _capture(camera: CameraConfig, slot: Newest, abandoned: threading.Event) -> None:
-    capture = _open(camera.source)
+    capture = _open(camera)
     try:
         while capture is not None and not abandoned.is_set():
             ok, pixels = capture.read()
@@ -166,13 +173,14 @@ def _capture(camera: CameraConfig, slot: Newest, abandoned: threading.Event) -> 
             capture.release()
 
 
-def _open(source: str) -> Any:
+def _open(camera: CameraConfig) -> Any:
     """A cv2.VideoCapture with bounded waits, or None."""
-    timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, READ_TIMEOUT_MS]
-    if source.startswith("/dev/video"):
-        capture = cv2.VideoCapture(source, cv2.CAP_V4L2)
+    if camera.source.startswith("/dev/"):
+        capture = cv2.VideoCapture(camera.source, cv2.CAP_V4L2)
     else:
-        capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, timeouts)
+        open_ms, read_ms = int(1e3 * OPEN_TIMEOUT_S), int(1e3 * camera.stall_s)
+        timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, open_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, read_ms]
+        capture = cv2.VideoCapture(camera.source, cv2.CAP_FFMPEG, timeouts)
     if capture.isOpened():
         return capture
     capture.release()
@@ -192,7 +200,7 @@ class ArrivingFrames:
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         """Decoded frames until `stop`."""
         while not stop.is_set():
-            frame = self._slot.take(0.5)
+            frame = self._slot.take(inf, stop)
             if frame is None:
                 continue
             try:
@@ -205,13 +213,10 @@ class ArrivingFrames:
 
 
 def frames_of(camera: CameraConfig) -> Callable[[CameraConfig, threading.Event, Counters], Iterator[Frame]]:
-    """The reader for a camera's source, chosen by what the source looks like."""
-    path = Path(camera.source)
-    if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-        return video_frames
-    if path.is_dir() or path.suffix.lower() in (*SUFFIXES, ".tar"):
-        return file_frames
-    return camera_frames
+    """The reader for a camera's source: what is no address and no device is a file, and must be there."""
+    if "://" in camera.source or camera.source.startswith("/dev/"):
+        return camera_frames
+    return video_frames if camera.source.lower().endswith(VIDEO_SUFFIXES) else file_frames
 
 
 def merged_frames(
@@ -219,28 +224,30 @@ def merged_frames(
 ) -> Iterator[Frame]:
     """Frames of all cameras as they come, until every source has ended or `stop` is set.
 
-    One thread a camera, and room for one frame between them and whoever handles frames: a source that waits for its
-    turn goes on with its newest frame.
+    One thread a camera. It looks for its next frame only when its last one has been handled: nothing queues, and a
+    slow board gets the newest frame. What a source raises is raised here.
     """
-    handover: queue.Queue[Frame | Exception | None] = queue.Queue(1)
+    handover: queue.SimpleQueue[tuple[Frame | Exception | None, threading.Event]] = queue.SimpleQueue()
 
     def read(camera: CameraConfig) -> None:
+        handled = threading.Event()
         try:
             source = arriving.get(camera.name)
             for frame in source.frames(stop) if source else frames_of(camera)(camera, stop, counters):
-                handover.put(frame)
-                if stop.is_set():
-                    break
-            handover.put(None)
+                handover.put((frame, handled))
+                while not handled.wait(LOOK_S) and not stop.is_set():
+                    pass
+                handled.clear()
+            handover.put((None, handled))
         except Exception as error:  # told to whoever handles frames: a source must not die in silence
-            handover.put(error)
+            handover.put((error, handled))
 
     for camera in cameras:
         threading.Thread(target=read, args=(camera,), name=f"source-{camera.name}", daemon=True).start()
     running = len(cameras)
     while running and not stop.is_set():
         try:
-            item = handover.get(timeout=0.5)
+            item, handled = handover.get(timeout=LOOK_S)
         except queue.Empty:
             continue
         if isinstance(item, Exception):
@@ -249,3 +256,4 @@ def merged_frames(
             running -= 1
         else:
             yield item
+            handled.set()

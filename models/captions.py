@@ -20,17 +20,22 @@ def read_captions(tsv: Path) -> dict[str, tuple[str, list[str]]]:
     """Photo name to (split, captions). A header line names the columns split, image, caption. Raises CaptionsError."""
     captions: dict[str, tuple[str, list[str]]] = {}
     try:
-        with tsv.open(encoding="utf-8", newline="") as file:
+        with tsv.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
             if not {"split", "image", "caption"} <= set(rows.fieldnames or ()):
                 raise CaptionsError(f"{tsv}: its header line names {rows.fieldnames}, wanted split, image, caption")
             for row in rows:
-                caption = row["caption"]
-                if caption is None or len(caption) > MAX_CAPTION_CHARACTERS:
+                split, image, caption = row["split"], row["image"], row["caption"]
+                if None in (split, image, caption) or len(caption) > MAX_CAPTION_CHARACTERS:
                     raise CaptionsError(
                         f"{tsv}, line {rows.line_num}: want three columns, captions of at most 2000 letters"
                     )
-                captions.setdefault(row["image"], (row["split"], []))[1].append(caption)
+                first_split, texts = captions.setdefault(image, (split, []))
+                if split != first_split:
+                    raise CaptionsError(
+                        f"{tsv}, line {rows.line_num}: {image} is in split {split} and in {first_split}: choose one"
+                    )
+                texts.append(caption)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CaptionsError(f"{tsv}: {error}: name a tab-separated UTF-8 file") from error
     return captions

@@ -279,8 +279,8 @@ class TextDecoder(nn.Module):
             keys, values = layer.self_attention.keys_values(y)
             if cache is not None and positions is not None:
                 rows = torch.arange(len(x), device=x.device)[:, None]
-                cache.keys[i][rows, :, positions] = keys.transpose(1, 2)
-                cache.values[i][rows, :, positions] = values.transpose(1, 2)
+                cache.keys[i][rows, :, positions] = keys.transpose(1, 2).to(cache.keys[i].dtype)
+                cache.values[i][rows, :, positions] = values.transpose(1, 2).to(cache.values[i].dtype)
                 keys, values = cache.keys[i], cache.values[i]
             x = x + drop(layer.self_attention(y, keys, values, mask))
             x = x + drop(layer.image_attention(layer.norm2(x), *image))

@@ -150,7 +150,7 @@ class Engine:
     def classify(self, latents: Sequence[NDArray[np.int8]], gain: float = 1.0) -> list[dict[str, float]]:
         """Labels alone, without a text: latents int8 [64, 7, 7] each, to the probabilities of the likeliest labels."""
         symbols = torch.from_numpy(np.stack(latents).astype(np.float32) / np.float32(gain)).to(self.device)
-        return [self._labels(row) for row in in_batches(self.tail, symbols, self.proof.tail_sizes)]
+        return [self._labels(row) for row in self.features(symbols, self.proof.tail_sizes)]
 
     def _labels(self, features: Tensor) -> dict[str, float]:
         if self.classifier is None:
@@ -256,6 +256,8 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
     Sets torch's thread count for the whole process: bits depend on it. Raises BundleError.
     """
     torch.set_num_threads(threads)
+    # On a GPU: float32 all through, and no algorithm that sums in another order at each run.
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     manifest = bundle.manifest
     if (manifest.latent.channels, manifest.latent.height, manifest.latent.width) != LATENT:
         raise BundleError(f"bundle {manifest.name} codes {manifest.latent}, this version's networks read {LATENT}")

@@ -71,9 +71,9 @@ class Service:
         wait_s = config.batch_wait_ms / 1e3
         self.batcher: Batcher[Accepted] = Batcher(config.queue, config.max_batch, wait_s, time.monotonic)
         self.counts: Counter[str] = Counter()
-        self._lock = threading.Lock()  # over counts and _is_stopping; held for a few statements
+        self._lock = threading.Lock()  # over counts, prices and _is_stopping; held for a few statements
         self._is_stopping = False
-        self._prices = {"batch": deque([0.0], RECENT), "pass": deque([0.0], RECENT)}  # ms
+        self._prices = {name: deque[float]([], RECENT) for name in ("batch", "pass")}  # ms
 
     # ---- the MQTT client's thread ----
 
@@ -172,9 +172,10 @@ class Service:
             queued_ms, compute_ms = 1e3 * (started - accepted.arrival.at), 1e3 * (done - started)
             hop = Hop(self.tier, self.config.id, queued_ms, compute_ms, stages)
             self._finish(accepted, self._ok(accepted.request.id, answer, hop))
-        self._prices["batch"].append(1e3 * (done - started))
-        passes = max(answer.passes for answer in answers)
-        self._prices["pass"].append(max(answer.stages_ms.get("passes", 0.0) for answer in answers) / max(passes, 1))
+        passes_ms = max(answer.stages_ms.get("passes", 0.0) for answer in answers)
+        with self._lock:
+            self._prices["batch"].append(1e3 * (done - started))
+            self._prices["pass"].append(passes_ms / max(1, *(answer.passes for answer in answers)))
 
     def _job(self, accepted: Accepted) -> Job | None:
         """What the engine is asked; None: refused, its content is not readable."""
@@ -219,13 +220,13 @@ class Service:
         proof = self.engine.proof
         with self._lock:
             counts = dict(self.counts)
+            prices = {name: round(statistics.median(recent or [0.0]), 2) for name, recent in self._prices.items()}
         return {
             "version": __version__,
             "tier": self.config.tier,
             "bundles": {self.bundle.id.hex(): self.bundle.manifest.name},
             "queue": {"waiting": len(self.batcher), "capacity": self.config.queue},
-            # Without a draft a text costs a pass a token.
-            "price_ms": {name: round(statistics.median(recent), 2) for name, recent in self._prices.items()},
+            "price_ms": prices,  # of a batch, and of a pass: without a draft a text costs a pass a token
             "strict": proof.may_speculate,  # a text's bits do not depend on drafts, batches and neighbours
             "numerics": proof.numerics,
             "batch_sizes": {"tail": proof.tail_sizes, "look": proof.look_sizes, "pass": proof.pass_sizes},
@@ -233,8 +234,9 @@ class Service:
         }
 
     def _busy(self, accepted: Accepted, why: str) -> None:
-        batches = 1 + len(self.batcher) / self.config.max_batch
-        retry_ms = max(MIN_RETRY_MS, int(batches * statistics.median(self._prices["batch"])))
+        with self._lock:
+            batch_ms = statistics.median(self._prices["batch"] or [0.0])
+        retry_ms = max(MIN_RETRY_MS, int(batch_ms * (1 + len(self.batcher) / self.config.max_batch)))
         self._finish(accepted, Reply(id=accepted.request.id, status=Status.BUSY, error=why, retry_after_ms=retry_ms))
 
     def _refuse(self, accepted: Accepted, status: Status, why: str) -> None:
@@ -281,7 +283,8 @@ def load(config: ServerConfig) -> tuple[Bundle, Engine]:
     bundle = open_bundle(Path(config.bundle))
     if len(bundle.manifest.latent.gains) != bundle.tables.levels:
         raise BundleError(
-            f"bundle {bundle.manifest.name} has {bundle.tables.levels} levels of tables, gains for others"
+            f"bundle {bundle.manifest.name} has {bundle.tables.levels} levels of tables and "
+            f"{len(bundle.manifest.latent.gains)} gains: build it again"
         )
     engine = load_engine(bundle, (config.tier,), config.device, config.threads)
     engine.proof = prove(engine, [size for size in SIZES if size <= config.max_batch])

@@ -21,7 +21,9 @@ from edge_runtime.bundle import (
     open_bundle,
 )
 from edge_runtime.wire import count_tables
+from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
+from tests import exports
 
 VOCABULARY = 40  # small, so that random texts end: each token is the end token one time in 37
 MAX_TOKENS = 24
@@ -29,20 +31,31 @@ SHAPES = {"edge": (32, 2, 1, 1), "cloud": (64, 2, 1, 2)}  # width, heads, encode
 CLASSES = ("cat", "dog", "horse")
 
 
-def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 7) -> Bundle:
-    """Writes a bundle as a server needs it; the same seed gives the same files. With 7, edge texts have all lengths."""
+def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 7, board: bool = False) -> Bundle:
+    """Writes a bundle as a server needs it; the same seed gives the same files. With 7, edge texts have all lengths.
+
+    board: with the head and the draft for both backends; the head is then a pretrained one, so that photos differ.
+    """
     torch.manual_seed(seed)
     path.mkdir(parents=True)
     tail = {f"tail.{name}": weight for name, weight in lively(Tail()).state_dict().items()}
     if classes:
         classifier = lively(Classifier(len(classes))).state_dict()
         tail |= {f"classifier.{name}": weight for name, weight in classifier.items()}
-    networks = {"tail": tail, "head": lively(Head()).state_dict()}
+    networks = {"tail": tail, "head": (exports.head() if board else lively(Head())).state_dict()}
     for tier, sizes in SHAPES.items():
         networks[tier] = lively(TextDecoder(DecoderShape(VOCABULARY, *sizes, MAX_TOKENS))).state_dict()
     for name, weights in networks.items():
         halved = {key: weight.to(torch.float16).contiguous() for key, weight in weights.items()}
         save_file(halved, path / f"{name}.safetensors")
+    if board:
+        files = {name: data for name, data in exports.files().items() if name.startswith("head")}
+        int8_draft = quantise_draft(exports.draft(VOCABULARY))
+        for suffix, write in ((".onnx", write_draft_onnx), (".tflite", write_draft_litert)):
+            look, step = write(int8_draft)
+            files |= {f"draft_look{suffix}": look, f"draft_step{suffix}": step}
+        for name, data in files.items():
+            (path / name).write_bytes(data)
     (path / "tables.bin").write_bytes(count_tables([random_symbols(64, seed)], set_id=seed).to_bytes())
     words = ["<pad>", "<start>", "<end>", "<unknown>", *(f"word{i}" for i in range(4, VOCABULARY))]
     (path / "vocabulary.txt").write_text("".join(f"{word}\n" for word in words))

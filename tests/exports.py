@@ -26,7 +26,7 @@ def head() -> Head:
     lite0, head = pretrained_lite0(), Head().eval()
     head.stem, head.blocks = lite0.stem, lite0.blocks[:CUT]
     with torch.inference_mode():
-        latent = head(pictures(8, seed=1))
+        latent = head(pictures(4, seed=1))
         std, mean = latent.std((0, 2, 3)), latent.mean((0, 2, 3))
     with torch.no_grad():
         bias = head.bottleneck.bias
@@ -48,14 +48,14 @@ def pictures(count: int, seed: int) -> Tensor:
 
 @cache
 def int8_head() -> Int8Head:
-    return quantise(head(), pictures(8, seed=2))
+    return quantise(head(), pictures(4, seed=2))
 
 
 @cache
-def draft() -> DraftDecoder:
+def draft(vocabulary: int = VOCABULARY) -> DraftDecoder:
     """A draft decoder whose texts depend on the latent; some end early, most do not."""
     torch.manual_seed(2)
-    draft = DraftDecoder(VOCABULARY).eval()
+    draft = DraftDecoder(vocabulary).eval()
     with torch.no_grad():
         draft.tokens.weight.normal_()  # logits as far apart as a trained decoder's
         draft.look_positions.normal_()

@@ -89,12 +89,11 @@ def pull(data: bytes, channels: Sequence[Sequence[Coding]], height: int, width: 
                     left = sign[s]
                     row.append(left)
                 above = row
-        if x < LOW:
-            x = x << 16 | word()
     except StopIteration:
         return Pulled(symbols, None)
     left_over = sum(2 for _ in words) + len(data) % 2
-    if left_over or x >= 2 * LOW:
+    # Below 2 L no step puts out a word, so the encoder's first state is the decoder's last, without a refill.
+    if left_over or not LOW <= x < 2 * LOW:
         raise BitstreamError(
             f"{left_over} bytes left over, final state {x:#x}: the message was damaged, or other tables wrote it"
         )

@@ -44,6 +44,6 @@ def run(work: Workspace) -> None:
 def float_symbols(head: Head, photos: np.ndarray) -> np.ndarray:
     """Symbols of the unquantised head, int8 [B, 64, 7, 7], to measure what 8 bits cost."""
     with torch.inference_mode():
-        latent = head(torch.from_numpy(photos))
+        latent = head(torch.from_numpy(np.array(photos)))
     symbols: np.ndarray = latent.round().clamp(-127, 127).to(torch.int8).numpy()
     return symbols

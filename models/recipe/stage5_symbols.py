@@ -16,7 +16,7 @@ from models.recipe.stage2_views import make_view, photo_views
 from models.recipe.workspace import Workspace, steps
 
 NAME = "5-symbols"
-VIEWS = {"train": 12, "classes": 6, "dev": 1}
+VIEWS = {"train": 8, "classes": 6, "dev": 1}
 BATCH = 64
 GROUPS = 4
 

@@ -1,8 +1,8 @@
-"""The targets: tail, classifier and one text decoder a tier, trained on the symbols of the deployed head.
+"""The targets: classifier and one text decoder a tier, trained on the symbols of the deployed head.
 
-The cloud's decoder trains together with the tail that both share; the edge's smaller one then trains on the frozen
-tail, so that one pass of the tail serves both. Captions first by cross-entropy, then by self-critical sequence
-training (stage 7).
+The tail was trained with the bottleneck on rounded symbols and is kept as it is, so that its maps of all views are
+computed once; what follows it trains on those: the last convolution and the classifier together with the cloud's
+decoder, then the edge's smaller decoder on the same features. One pass of the tail thus serves every tier.
 """
 
 import math
@@ -14,26 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.family import BOS, EOS, Classifier, DecoderShape, Dropout, Tail, TextDecoder
-from models.recipe.depthwise import use_matrices
+from models.backbone import MAP_CHANNELS
+from models.family import BOS, EOS, LATENT, Classifier, DecoderShape, Dropout, Tail, TextDecoder
 from models.recipe.scores import cider
-from models.recipe.stage3_bottleneck import caption_loss
+from models.recipe.stage3_bottleneck import caption_loss, repeat_memory
 from models.recipe.workspace import Average, Workspace, channels_last, steps
 
 NAME = "6-targets"
-PHOTOS = 64
-CLASS_PHOTOS = 16
+PHOTOS, CLASS_PHOTOS = 64, 16  # of a step
 CHECKPOINT_EVERY = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Sizes and lengths of training."""
+    """Lengths of training and its strength."""
 
-    cloud_steps: int = 3000
-    edge_steps: int = 1500
+    cloud_steps: int = 1800
+    edge_steps: int = 1200
     learning_rate: float = 6e-4
-    tail_rate: float = 0.3  # of the learning rate
+    features_rate: float = 0.3  # of the learning rate, for the tail's last convolution, which is not new
     dropout: float = 0.2
 
 
@@ -52,27 +51,36 @@ class Target(nn.Module):
         super().__init__()
         self.tail, self.classifier, self.decoder = Tail(), Classifier(classes), TextDecoder(shape)
 
+    def features(self, maps: Tensor) -> Tensor:
+        """The tail's last maps [B, 320, 7, 7] to features [B, N, 1280]."""
+        features: Tensor = self.tail.features(maps)
+        return features.flatten(2).transpose(1, 2)
 
-def batch_of(symbols: np.ndarray, chosen: np.ndarray) -> Tensor:
+
+def symbols_of(symbols: np.ndarray, chosen: np.ndarray | slice) -> Tensor:
     """Rows of a symbols array as float [B, 64, 7, 7]."""
     return torch.from_numpy(symbols[chosen].astype(np.float32)).contiguous(memory_format=torch.channels_last)
 
 
-def rate_at(step: int, total: int, warm_up: int = 200) -> float:
+def maps_of(maps: np.ndarray, chosen: np.ndarray | slice) -> Tensor:
+    """Rows of a cache of maps as bfloat16 [B, 320, 7, 7]."""
+    return torch.from_numpy(np.array(maps[chosen])).permute(0, 3, 1, 2).to(torch.bfloat16)
+
+
+def rate_at(step: int, total: int, warm_up: int = 100) -> float:
     """Linear warm-up, then a cosine to nothing."""
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def run(work: Workspace, settings: Settings) -> None:
     """Writes 6-targets-cloud.pt and 6-targets-edge.pt."""
-    figures: dict[str, float] = {}
     torch.manual_seed(6)
-    for tier, total in (("cloud", settings.cloud_steps), ("edge", settings.edge_steps)):
-        net = new_target(work, tier)
-        if tier == "edge":
-            cloud = torch.load(work / f"{NAME}-cloud.pt", map_location="cpu", weights_only=True)["average"]
-            net.load_state_dict({k: v for k, v in cloud.items() if not k.startswith("decoder.")}, strict=False)
-        figures |= _train(work, tier, net, total, settings)
+    cache_maps(work)
+    figures = train(work, "cloud", new_target(work, "cloud"), settings.cloud_steps, settings)
+    edge = new_target(work, "edge")
+    cloud = torch.load(work / f"{NAME}-cloud.pt", map_location="cpu", weights_only=True)["average"]
+    edge.load_state_dict({k: v for k, v in cloud.items() if not k.startswith("decoder.")}, strict=False)
+    figures |= train(work, "edge", edge, settings.edge_steps, settings)
     work.finish(NAME, figures)
 
 
@@ -86,76 +94,76 @@ def new_target(work: Workspace, tier: str) -> Target:
     return channels_last(net)
 
 
-def _train(work: Workspace, tier: str, net: Target, total: int, settings: Settings) -> dict[str, float]:
+def cache_maps(work: Workspace, batch: int = 200) -> None:
+    """Writes maps-{train,classes,dev}: the tail's last map of every view, float16 [views * photos, 7, 7, 320]."""
+    tail = new_target(work, "edge").tail
+    for part in ("train", "classes", "dev"):
+        symbols = work.array(f"symbols-{part}")
+        maps = work.new_array(f"maps-{part}", (len(symbols), *LATENT[1:], MAP_CHANNELS), np.float16)
+        for step in steps(f"maps of {part}", 0, -(-len(symbols) // batch)):
+            rows = slice(step * batch, (step + 1) * batch)
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                last = tail.last_map(symbols_of(symbols, rows))
+            maps[rows] = last.permute(0, 2, 3, 1).to(torch.float16).numpy()
+
+
+def train(work: Workspace, tier: str, net: Target, total: int, settings: Settings) -> dict[str, float]:
+    """Cross-entropy training of one tier; with the cloud, of the shared features and the classifier too."""
     rng = np.random.default_rng(6)
-    symbols, captions = work.array("symbols-train"), np.load(work / "captions-train.npy")
-    class_symbols, labels = work.array("symbols-classes"), np.load(work / "labels-classes.npy")
-    trains_tail = tier == "cloud"
-    use_matrices(net.tail.blocks, 14)
-    for p in (*net.tail.parameters(), *net.classifier.parameters()):
-        p.requires_grad_(trains_tail)
-    rates = [settings.learning_rate, settings.learning_rate * settings.tail_rate]
-    groups = [
-        {"params": list(net.decoder.parameters()) + list(net.classifier.parameters())},
-        {"params": list(net.tail.parameters())},
-    ]
+    maps, captions = work.array("maps-train"), np.load(work / "captions-train.npy")
+    class_maps, labels = work.array("maps-classes"), np.load(work / "labels-classes.npy")
+    trains_features = tier == "cloud"
+    shared = [*net.tail.features.parameters(), *net.classifier.parameters()] if trains_features else []
+    groups = [{"params": list(net.decoder.parameters())}] + [{"params": shared}] * trains_features
+    rates = [settings.learning_rate, settings.learning_rate * settings.features_rate][: len(groups)]
     optimiser = torch.optim.AdamW(groups, lr=rates[0], weight_decay=0.02, betas=(0.9, 0.98))
-    average = Average(net, 0.999)
+    average = Average(net, 0.998)
     name = f"{NAME}-{tier}"
     first = work.load(name, net=net, optimiser=optimiser, average=average)
     drop, losses, started = Dropout(settings.dropout), [], time.monotonic()
+    quality: dict[str, float] = {}
     for step in steps(tier, first, total):
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * rate_at(step, total)
-        chosen = np.sort(rng.integers(0, len(symbols), PHOTOS))
+        chosen = np.sort(rng.integers(0, len(maps), PHOTOS))
+        also = np.sort(rng.integers(0, len(class_maps), CLASS_PHOTOS))
         texts = torch.from_numpy(captions[chosen % len(captions)].astype(np.int64)).flatten(0, 1)  # [B * 5, T]
-        also = rng.integers(0, len(class_symbols), CLASS_PHOTOS)
-        inputs = torch.cat([batch_of(symbols, chosen), batch_of(class_symbols, np.sort(also))])
+        texts = texts[:, : int((texts != 0).sum(1).max())]
         with torch.autocast("cpu", torch.bfloat16):
-            features = net.tail(inputs)
-            label_loss = F.cross_entropy(
-                net.classifier(drop(features[PHOTOS:])).float(), torch.from_numpy(labels[np.sort(also) % len(labels)])
-            )
-            memory = net.decoder.look(features[:PHOTOS], drop)
-            each = captions.shape[1]
-            memory = [(k.repeat_interleave(each, 0), v.repeat_interleave(each, 0)) for k, v in memory]
-            longest = int((texts != 0).sum(1).max())
-            loss = caption_loss(net.decoder(texts[:, : longest - 1], memory, drop), texts[:, 1:longest])
+            features = net.features(torch.cat([maps_of(maps, chosen), maps_of(class_maps, also)]))
+            guesses = net.classifier(drop(features[PHOTOS:])).float()
+            memory = repeat_memory(net.decoder.look(features[:PHOTOS], drop), captions.shape[1])
+            loss = caption_loss(net.decoder(texts[:, :-1], memory, drop), texts[:, 1:])
+        label_loss = F.cross_entropy(guesses, torch.from_numpy(labels[also % len(labels)]))
         optimiser.zero_grad(set_to_none=True)
-        (loss + 0.3 * label_loss if trains_tail else loss).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], 1.0)
+        (loss + 0.3 * label_loss if trains_features else loss).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], 1.0)
         optimiser.step()
         average.update(net, step)
         losses.append((loss.item(), label_loss.item()))
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == total:
             work.save(name, step + 1, net=net, optimiser=optimiser, average=average)
-            quality = evaluate(work, average.weights, tier, 300 if step + 1 < total else 1000)
-            report = {
-                "loss": np.mean(losses[-CHECKPOINT_EVERY:], 0).round(4).tolist(),
-                **quality,
-                "minutes": round((time.monotonic() - started) / 60, 1),
-            }
-            print(tier, step + 1, report, flush=True)
+            quality = evaluate(work, average.weights, tier, 300 if step + 1 < total else None)
+            recent = np.mean(losses[-CHECKPOINT_EVERY:], 0).round(4).tolist()
+            print(tier, step + 1, recent, quality, round((time.monotonic() - started) / 60, 1), "min", flush=True)
     return {f"{tier}_{k}": v for k, v in quality.items()}
 
 
-def evaluate(work: Workspace, weights: dict[str, Tensor], tier: str, limit: int) -> dict[str, float]:
-    """CIDEr of greedy texts on `limit` dev photos."""
+def evaluate(work: Workspace, weights: dict[str, Tensor], tier: str, limit: int | None = None) -> dict[str, float]:
+    """CIDEr of greedy texts on the first `limit` dev photos."""
     net = new_target(work, tier)
     net.load_state_dict(weights)
-    net.eval()
-    texts = write(net, work.array("symbols-dev")[:limit])
-    return {"cider": cider(work, "dev", texts)}
+    return {"cider": cider(work, "dev", write(net, work.array("maps-dev")[:limit]))}
 
 
 @torch.inference_mode()
-def write(net: Target, symbols: np.ndarray) -> list[list[int]]:
+def write(net: Target, maps: np.ndarray) -> list[list[int]]:
     """Greedy texts of many photos, quickly: bfloat16, one column at a time; for choosing, not for shipping."""
     out: list[list[int]] = []
-    for at in range(0, len(symbols), 250):
-        rows = batch_of(symbols, np.arange(at, min(at + 250, len(symbols))))
+    for at in range(0, len(maps), 250):
+        rows = maps_of(maps, slice(at, at + 250))
         with torch.autocast("cpu", torch.bfloat16):
-            memory = net.decoder.look(net.tail(rows))
+            memory = net.decoder.look(net.features(rows))
             cache = net.decoder.new_cache(len(rows), 1)
             token = torch.full((len(rows), 1), BOS)
             columns = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.family import BOS, EOS, NEVER_EMITTED, PAD, Dropout
 from models.recipe import stage6_targets as targets
 from models.recipe.scores import Cider, strip
-from models.recipe.stage3_bottleneck import caption_loss
+from models.recipe.stage3_bottleneck import caption_loss, repeat_memory
 from models.recipe.workspace import Average, Workspace, steps
 
 NAME = "7-critic"
@@ -28,7 +28,7 @@ CHECKPOINT_EVERY = 200
 class Settings:
     """Length and strength."""
 
-    steps: int = 1500
+    steps: int = 500
     learning_rate: float = 1e-4
     caption_weight: float = 0.1  # of the cross-entropy that keeps texts plain
 
@@ -48,15 +48,15 @@ def run(work: Workspace, settings: Settings, tier: str = "cloud") -> None:
     optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     average = Average(net, 0.99)
     first = work.load(name, net=net, optimiser=optimiser, average=average)
-    symbols, captions = work.array("symbols-train"), np.load(work / "captions-train.npy")
+    maps, captions = work.array("maps-train"), np.load(work / "captions-train.npy")
     scorer = Cider([[strip(row) for row in texts] for texts in captions.tolist()], end=True)
     rewards_seen, started = [], time.monotonic()
     for step in steps(f"critic {tier}", first, settings.steps):
         optimiser.param_groups[0]["lr"] = settings.learning_rate * targets.rate_at(step, settings.steps, 50)
-        chosen = np.sort(rng.integers(0, len(symbols), PHOTOS))
+        chosen = np.sort(rng.integers(0, len(maps), PHOTOS))
         photos = chosen % len(captions)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            features = net.tail(targets.batch_of(symbols, chosen))
+            features = net.features(targets.maps_of(maps, chosen))
             texts = sample(net, features)
         lists = [cut(row) for row in texts[:, 1:].tolist()]
         rewards = np.array([scorer.score(photos[i // SAMPLES], text) for i, text in enumerate(lists)]).reshape(
@@ -66,7 +66,7 @@ def run(work: Workspace, settings: Settings, tier: str = "cloud") -> None:
         human = torch.from_numpy(captions[photos, rng.integers(0, captions.shape[1], PHOTOS)].astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
             memory = net.decoder.look(features)
-            each = [(k.repeat_interleave(SAMPLES, 0), v.repeat_interleave(SAMPLES, 0)) for k, v in memory]
+            each = repeat_memory(memory, SAMPLES)
             logits = net.decoder(texts[:, :-1], each).float()
             plain = caption_loss(net.decoder(human[:, :-1], memory, Dropout(0.1)), human[:, 1:])
         logits[..., list(NEVER_EMITTED)] = -torch.inf
@@ -83,7 +83,7 @@ def run(work: Workspace, settings: Settings, tier: str = "cloud") -> None:
         rewards_seen.append(rewards.mean())
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
             work.save(name, step + 1, net=net, optimiser=optimiser, average=average)
-            quality = targets.evaluate(work, average.weights, tier, 300 if step + 1 < settings.steps else 1000)
+            quality = targets.evaluate(work, average.weights, tier, 300 if step + 1 < settings.steps else None)
             minutes = (time.monotonic() - started) / 60
             print(
                 name,
@@ -97,7 +97,7 @@ def run(work: Workspace, settings: Settings, tier: str = "cloud") -> None:
 def sample(net: targets.Target, features: Tensor) -> Tensor:
     """SAMPLES texts a photo, by chance: int64 [B * SAMPLES, 1 + T], BOS first, PAD after EOS."""
     decoder = net.decoder
-    memory = [(k.repeat_interleave(SAMPLES, 0), v.repeat_interleave(SAMPLES, 0)) for k, v in decoder.look(features)]
+    memory = repeat_memory(decoder.look(features), SAMPLES)
     rows = len(features) * SAMPLES
     cache, token = decoder.new_cache(rows, 1), torch.full((rows, 1), BOS)
     columns, ended = [token], torch.zeros(rows, dtype=torch.bool)

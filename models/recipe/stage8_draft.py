@@ -27,7 +27,7 @@ CHECKPOINT_EVERY = 300
 class Settings:
     """Length of training."""
 
-    steps: int = 6000
+    steps: int = 2500
     learning_rate: float = 2e-3
     dropout: float = 0.1
 
@@ -38,11 +38,11 @@ def label(work: Workspace) -> None:
     net.load_state_dict(critic.final_weights(work, "cloud"))
     net.eval()
     for part in ("train", "classes", "dev"):
-        symbols = work.array(f"symbols-{part}")
-        rows = np.full((len(symbols), net.decoder.shape.max_tokens + 1), PAD, np.int16)
+        maps = work.array(f"maps-{part}")
+        rows = np.full((len(maps), net.decoder.shape.max_tokens + 1), PAD, np.int16)
         block = 1000
-        for step in steps(f"texts of {part}", 0, -(-len(symbols) // block)):
-            for i, text in enumerate(targets.write(net, symbols[step * block : (step + 1) * block])):
+        for step in steps(f"texts of {part}", 0, -(-len(maps) // block)):
+            for i, text in enumerate(targets.write(net, maps[step * block : (step + 1) * block])):
                 row = [BOS, *text, EOS][: rows.shape[1]]
                 rows[step * block + i, : len(row)] = row
         np.save(work / f"texts-{part}.npy", rows)
@@ -70,7 +70,7 @@ def run(work: Workspace, settings: Settings) -> None:
         rows = rows[:, : int((rows != PAD).sum(1).max())]
         split = np.searchsorted(chosen, border)
         inputs = torch.cat(
-            [targets.batch_of(symbols[0], chosen[:split]), targets.batch_of(symbols[1], chosen[split:] - border)]
+            [targets.symbols_of(symbols[0], chosen[:split]), targets.symbols_of(symbols[1], chosen[split:] - border)]
         )
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(rows[:, :-1], net.look(inputs), settings.dropout)
@@ -83,7 +83,7 @@ def run(work: Workspace, settings: Settings) -> None:
         losses.append(loss.item())
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
             work.save(NAME, step + 1, net=net, optimiser=optimiser, average=average)
-            quality = evaluate(work, average.weights, 300 if step + 1 < settings.steps else 1000)
+            quality = evaluate(work, average.weights, 300 if step + 1 < settings.steps else None)
             minutes = round((time.monotonic() - started) / 60, 1)
             print(
                 "draft",
@@ -95,13 +95,14 @@ def run(work: Workspace, settings: Settings) -> None:
 
 
 @torch.inference_mode()
-def evaluate(work: Workspace, weights: dict[str, torch.Tensor], limit: int) -> dict[str, float]:
+def evaluate(work: Workspace, weights: dict[str, torch.Tensor], limit: int | None = None) -> dict[str, float]:
     """CIDEr of the draft alone, and how much of the cloud's text it gets right before its first mistake."""
     net = DraftDecoder(weights["tokens.weight"].shape[0])
     net.load_state_dict(weights, strict=False)
     truth = np.load(work / "texts-dev.npy")[:limit]
-    memory = net.look(targets.batch_of(work.array("symbols-dev"), np.arange(limit)))
-    state, token, columns = net.new_state(limit), torch.full((limit,), BOS), []
+    count = len(truth)
+    memory = net.look(targets.symbols_of(work.array("symbols-dev"), slice(limit)))
+    state, token, columns = net.new_state(count), torch.full((count,), BOS), []
     for _ in range(truth.shape[1] - 1):
         logits, state = net.step(token, state, memory)
         token = logits.argmax(-1)

@@ -65,11 +65,12 @@ def measure(work: Workspace, out: Path) -> dict[str, float]:
     symbols = work.array("symbols-dev")
     quality = {"dev_latent_bytes": work.figures(stage5_symbols.NAME)["dev_bytes"]}
     for tier in ("edge", "cloud"):
-        quality[f"dev_cider_{tier}"] = stage6_targets.evaluate(
-            work, stage7_critic.final_weights(work, tier), tier, len(symbols)
-        )["cider"]
+        quality[f"dev_cider_{tier}"] = stage6_targets.evaluate(work, stage7_critic.final_weights(work, tier), tier)[
+            "cider"
+        ]
     for suffix in ("onnx", "tflite"):
-        draft = Draft(*(load_model(out / f"draft_{part}.{suffix}") for part in ("look", "step")), max_tokens=24)
+        look, step = (load_model(out / f"draft_{part}.{suffix}") for part in ("look", "step"))
+        draft = Draft(look, step, max_tokens=24)
         texts = [list(draft.write(s).tokens) for s in symbols]
         quality[f"dev_cider_draft_{suffix}"] = cider(work, "dev", [t[:-1] if t[-1] == EOS else t for t in texts])
     unquantised = float_symbols(trained_head(work), work.array("photos-dev")[:FLOAT_CHECK])

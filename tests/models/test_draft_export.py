@@ -29,7 +29,7 @@ def test_8_bits_hardly_ever_change_the_next_token(tmp_path, suffix):
             with torch.inference_mode():
                 exact, exact_state = draft.step(torch.tensor([token]), exact_state, exact_memory)
             logits, state = step.run(np.array([token], np.int32), state, memory)
-            assert np.abs(state - exact_state.numpy()).max() < 0.05
+            assert np.abs(state - exact_state.numpy()).max() < 0.15
             same.append(int(logits.argmax()) == int(exact.argmax()))
             assert logits[0].argmin() in NEVER_EMITTED
     assert np.mean(same) >= 0.98

@@ -210,10 +210,10 @@ from server.numerics import prove
 from tests.bundles import random_symbols
 
 engine = load_engine(open_bundle(Path(sys.argv[1])), ("edge",), threads=2)
-engine.proof = prove(engine)
-jobs = [Job(symbols) for symbols in random_symbols(5, seed=1)]
+engine.proof = prove(engine, (1, 2))
+jobs = [Job(symbols) for symbols in random_symbols(3, seed=1)]
 own = [engine.answer([job])[0] for job in jobs]
-drafted = [replace(job, draft=answer.tokens[:-3] + (5, 6)) for job, answer in zip(jobs, own)]
+drafted = [replace(job, draft=(*answer.tokens[:-3], 5, 6)) for job, answer in zip(jobs, own)]
 same = [(a.tokens, a.confidence) == (b.tokens, b.confidence) for a, b in zip(engine.answer(drafted), own)]
 print(same, engine.proof.may_speculate, {answer.tokens for answer in own} != {()})
 """
@@ -225,7 +225,7 @@ def test_two_threads_keep_the_promise_too(bundle: Bundle) -> None:
     done = subprocess.run(
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=100, check=True
     )
-    assert done.stdout.split() == [*str([True] * 5).split(), "True", "True"]
+    assert done.stdout.split() == [*str([True] * 3).split(), "True", "True"]
 
 
 def test_labels_are_sorted_probabilities(alone: dict[str, list[Answer]]) -> None:

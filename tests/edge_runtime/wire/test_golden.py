@@ -51,21 +51,17 @@ def plain_decode(file: bytes, data: bytes) -> tuple[list[int], int, bool]:
 
     def step(f: list[int]) -> int:
         nonlocal x, position
-        refill()
+        if x < 65536:
+            if position + 2 > len(data):
+                raise CutError
+            x = x * 65536 + int.from_bytes(data[position : position + 2], "big")
+            position += 2
         v, k, c = x & 4095, 0, 0
         while v >= c + f[k]:
             c += f[k]
             k += 1
         x = f[k] * (x // 4096) + v - c
         return k
-
-    def refill() -> None:
-        nonlocal x, position
-        if x < 65536:
-            if position + 2 > len(data):
-                raise CutError
-            x = x * 65536 + int.from_bytes(data[position : position + 2], "big")
-            position += 2
 
     def sign(c: int, y: int, x: int) -> int:
         s = symbols[(c, y, x)] if y >= 0 and x >= 0 else 0
@@ -84,7 +80,6 @@ def plain_decode(file: bytes, data: bytes) -> tuple[list[int], int, bool]:
             f = [int.from_bytes(file[i : i + 2], "little") for i in range(begin, begin + 2 * M, 2)]
             k = step(f)
             symbols[at] = k - (M // 2 - 1) if k < M - 1 else step([16] * 256) - 128
-        refill()
         covered = file[:-4] + data[:2] + bytes(s & 255 for s in symbols.values())
         assert position == len(data)
         assert x - 65536 == zlib.crc32(covered) & 0xFFFF
