@@ -14,10 +14,11 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in server/__init__.py
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in server/__init__.py
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.bundle import Bundle
 from models.family import LATENT, DecoderShape, Tail, TextDecoder
-from server.engine import Answer, Engine, Job, load_engine
+from server.engine import BLOCK, SIZES, Answer, Engine, Job, Proof, load_engine
 from server.numerics import prove
 
 Drafts = Sequence[Sequence[int]]
@@ -55,13 +56,14 @@ def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[i
     a server would write that never verifies; its texts are not promised to be the same, so `same_texts` counts them.
     """
     undrafted = [Job(j.symbols, j.gain, (), j.tier, j.max_tokens) for j in jobs]
-    block = engine.block
-    result: dict[str, Any] = {"captions": len(jobs), "numerics": engine.proof.numerics, "batches": {}}
+    proven = engine.proof
+    single = replace(proven, shapes=tuple((rows, 1) for rows in SIZES))
+    result: dict[str, Any] = {"captions": len(jobs), "proof": asdict(engine.proof), "batches": {}}
     for size in batches:
         ways: dict[str, Callable[[], list[Answer]]] = {
-            "verified": partial(_write, engine, jobs, size, block),
-            "alone": partial(_write, engine, undrafted, size, block),
-            "one_by_one": partial(_write, engine, undrafted, size, 1),
+            "verified": partial(_write, engine, jobs, size, proven),
+            "alone": partial(_write, engine, undrafted, size, proven),
+            "one_by_one": partial(_write, engine, undrafted, size, single),
         }
         answers = {name: way() for name, way in ways.items()}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -86,15 +88,15 @@ def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[i
     return result
 
 
-def _write(engine: Engine, jobs: Sequence[Job], size: int, block: int) -> list[Answer]:
-    before, engine.block = engine.block, block
+def _write(engine: Engine, jobs: Sequence[Job], size: int, proof: Proof) -> list[Answer]:
+    before, engine.proof = engine.proof, proof
     answers = [answer for i in range(0, len(jobs), size) for answer in engine.answer(jobs[i : i + size])]
-    engine.block = before
+    engine.proof = before
     return answers
 
 
 def pass_costs(
-    decoder: TextDecoder, widths: Sequence[int] = (1, 8, 16), sizes: Sequence[int] = (1, 8), seconds: float = 10.0
+    decoder: TextDecoder, widths: Sequence[int] = (1, 4, 8, 16), sizes: Sequence[int] = (1, 4, 8), seconds: float = 10.0
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of one pass by batch size and width: minimum, and median on this machine as it is."""
     cases: dict[str, tuple[Callable[[], Any], list[float]]] = {}
@@ -103,7 +105,7 @@ def pass_costs(
             memory = decoder.look(torch.rand(size, 49, 1280))
             for width in widths:
                 tokens, start = torch.randint(4, decoder.shape.vocabulary, (size, width)), torch.full((size,), 5)
-                cache = decoder.new_cache(size, width)
+                cache = decoder.new_cache(size, BLOCK)
                 cases[f"B={size} W={width}"] = (partial(decoder.step, tokens, start, memory, cache), [])
         until = time.perf_counter() + seconds
         while time.perf_counter() < until:

@@ -206,6 +206,7 @@ def _update(entry: Open[Question], reply: Reply, bundle: Bundle, now: float) -> 
         "answered_by": AnsweredBy("cloud" if reply.tier.name == "CLOUD" else "edge", reply.server),
         "accepted": reply.accepted,
         "proposed": reply.proposed,
+        "passes": reply.passes,
         "hops": tuple(EventHop.from_hop(hop) for hop in reply.hops),
         "label": reply.label,
         "scores": reply.scores or {},

@@ -101,23 +101,22 @@ def load_toml(path: Path, kind: type[Config]) -> Config:
 
 def _explain(message: str, kind: type) -> str:
     """msgspec's message, its path written as in TOML, with the nearest known key for an unknown one."""
-    message = re.sub(r" - at `\$\.?([^`]*)`", lambda m: f" (in {m[1]})" if m[1] else "", message)
-    unknown = re.search(r"unknown field `([^`]*)`", message)
-    if unknown:
-        known = sorted(_keys(kind))
+    found = re.search(r" - at `\$\.?([^`]*)`", message)
+    path = found[1] if found else ""
+    if found:
+        message = message.replace(found[0], f" (in {path})" if path else "")
+    if unknown := re.search(r"unknown field `([^`]*)`", message):
+        known = _keys(kind, path)
         nearest = difflib.get_close_matches(unknown[1], known, 1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
         return message.replace(unknown[0], f"unknown key `{unknown[1]}`") + f": {hint}"
     return message
 
 
-def _keys(kind: Any) -> set[str]:
-    """All keys of a tree of Structs."""
-    keys: set[str] = set()
-    for field in msgspec.inspect.type_info(kind).fields if isinstance(kind, type) else ():  # type: ignore[attr-defined]
-        keys.add(field.encode_name)
-        inner = field.type
-        for nested in (inner, getattr(inner, "item_type", None)):
-            if isinstance(nested, msgspec.inspect.StructType):
-                keys |= _keys(nested.cls)
-    return keys
+def _keys(kind: type, path: str) -> list[str]:
+    """The keys of one table of a tree of Structs; path as in `mqtt` or `cameras[0]`."""
+    table: Any = msgspec.inspect.type_info(kind)
+    for name in re.findall(r"[a-z_]+", path):
+        inner = next(field.type for field in table.fields if field.encode_name == name)
+        table = getattr(inner, "item_type", inner)
+    return [field.encode_name for field in table.fields]

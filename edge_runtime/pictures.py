@@ -34,13 +34,14 @@ def read_pictures(source: Path) -> Iterator[Picture]:
 
     Raises PictureError for a source that is none of these, is damaged or holds no picture.
     """
+    pictures: Iterator[Picture]
     if source.is_dir():
         paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         pictures = (Picture(path.relative_to(source).as_posix(), _read(path)) for path in paths)
     elif source.suffix.lower() in SUFFIXES and source.is_file():
-        pictures = (Picture(path.name, _read(path)) for path in (source,))
+        pictures = iter([Picture(source.name, _read(source))])
     elif source.is_file() and tarfile.is_tarfile(source):
-        pictures = (Picture(name, data) for name, data in _members(source))
+        pictures = _members(source)
     else:
         raise PictureError(f"{source} is not a directory, a tar or a picture ({', '.join(SUFFIXES)})")
     first = next(pictures, None)
@@ -59,7 +60,7 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def _members(source: Path) -> Iterator[tuple[str, bytes]]:
+def _members(source: Path) -> Iterator[Picture]:
     """Regular files only, whatever they are called: nothing is unpacked, and links are not followed."""
     try:
         with tarfile.open(source) as tar:
@@ -67,6 +68,6 @@ def _members(source: Path) -> Iterator[tuple[str, bytes]]:
             for member in sorted(members, key=lambda m: m.name):
                 file = tar.extractfile(member)
                 assert file is not None  # it is a file, as asked above
-                yield member.name.removeprefix("./"), file.read(MAX_PICTURE_BYTES + 1)
+                yield Picture(member.name.removeprefix("./"), file.read(MAX_PICTURE_BYTES + 1))
     except _DAMAGED as error:
         raise PictureError(f"{source} is damaged ({error}): copy it again") from error

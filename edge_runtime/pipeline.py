@@ -30,6 +30,7 @@ from edge_runtime.wire.event import AnsweredBy, Event, ParadigmName
 logger = logging.getLogger(__name__)
 
 NOTHING_DRAFTED = Drafted((), 0.0)
+NOTHING_SEEN = np.empty((0, 0, 0), np.int8)  # the symbols where the server runs the head
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,10 @@ class Stopwatch:
 class Pipeline:
     """One board's head, draft and ways out."""
 
-    def __init__(self, bundle: Bundle, head: Head, draft: Draft | None, plan: Plan, answers: Answers, events: Events):
+    def __init__(
+        self, bundle: Bundle, head: Head | None, draft: Draft | None, plan: Plan, answers: Answers, events: Events
+    ) -> None:
+        """Without a head every plan must be to offload."""
         self.bundle, self.head, self.draft, self.plan = bundle, head, draft, plan
         self.answers, self.events = answers, events
         self.ids = RequestIds()
@@ -84,7 +88,7 @@ class Pipeline:
         plan, watch = self.plan, Stopwatch()
         pixels = to_input(frame.pixels)
         watch.lap("resize")
-        symbols = self.head.symbols(pixels)
+        symbols = self.head.symbols(pixels) if self.head else NOTHING_SEEN
         watch.lap("head")
         drafted = self.draft.write(symbols) if self.draft else NOTHING_DRAFTED
         watch.lap("draft")
@@ -110,6 +114,8 @@ class Pipeline:
             bytes_up=len(payload),
             jpeg_bytes=len(to_jpeg(pixels, plan.jpeg_quality)),
             timings_ms=watch.ms,
+            # A file's name may hold bytes that are no text.
+            picture=frame.name.encode(errors="replace").decode()[-256:],
         )
         if drafted.tokens or not request:
             self.events.publish(seen)  # before the question leaves: no answer may overtake it

@@ -52,7 +52,7 @@ def run_board(
     board, site = config.board, config.board.site
     bundle = open_bundle(Path(board.bundle))
     _ = bundle.tables, bundle.words  # a file that is missing is found at start
-    head = load_head(bundle, board.backend, board.threads)
+    head = load_head(bundle, board.backend, board.threads) if board.paradigm != "offload" else None
     drafts = board.paradigm in ("device", "speculative")
     draft = load_draft(bundle, board.backend, board.threads) if drafts else None
     tier = Tier[board.tier.upper()] if board.tier else None

@@ -51,7 +51,7 @@ max_inflight_count = 100
 KEEP_USER = "user root\n" if os.geteuid() == 0 else ""
 
 
-class BrokerError(RuntimeError):
+class BrokerError(OSError):
     """No broker could be started."""
 
 
@@ -89,7 +89,9 @@ def start_embedded(port: int = 0, *, mosquitto: str | None = find_mosquitto()) -
 def run_mosquitto(program: str, config: Path, port: int) -> Iterator[None]:
     log = config.with_suffix(".log")
     with log.open("wb") as output:
-        process = subprocess.Popen(with_parent(program, "-c", str(config)), stdout=output, stderr=output)
+        # In a session of its own: Ctrl-C in a terminal is for who uses the broker, and ends it last.
+        command = with_parent(program, "-c", str(config))
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
         wait_listening(process, port, log)
         yield

@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "measure quality and bytes on captioned or labelled photos",
     "bench": "measure speed: codec, device, server, gateway",
 }
+SERVICES = ("run", "serve")  # their log is their output
 EPILOG = """\
 a first look:      aiflow demo
 a real board:      aiflow validate board.toml && aiflow run board.toml
@@ -52,9 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    level = logging.DEBUG if args.verbose else logging.INFO if args.command in SERVICES else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     return _run(args)
 
 

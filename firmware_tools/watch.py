@@ -4,6 +4,7 @@ import argparse
 import queue
 
 from edge_runtime.wire import Event
+from firmware_tools.terminal import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +66,7 @@ def line(board: str, event: Event) -> str:
         f"{event.captured:%H:%M:%S}",
         f"{board}/{event.camera}",
         f"{event.type:6}",
-        event.text or f"({event.why})",
+        printable(event.text or f"({event.why})"),
         f"[{by}, {price}" + (f", {took:.0f} ms" if took else "") + "]",
     ]
     return "  ".join(parts)

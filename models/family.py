@@ -177,15 +177,23 @@ class DecoderLayer(nn.Module):
 
 
 class Dropout:
-    """Dropout while training, nothing otherwise; a value handed down rather than a module in every layer."""
+    """Dropout while training, nothing otherwise; a value handed down rather than a module in every layer.
+
+    Masks are windows at random places of one pool: on a CPU, drawing fresh numbers costs more than using them.
+    """
 
     def __init__(self, rate: float = 0.0) -> None:
         self.rate = rate
+        self._pool = torch.empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.rate == 0.0:
             return x
-        return x * (torch.rand_like(x) >= self.rate).to(x.dtype) / (1.0 - self.rate)
+        if len(self._pool) < 2 * x.numel() or self._pool.dtype != x.dtype:
+            kept = torch.rand(4 * x.numel(), device=x.device) >= self.rate
+            self._pool = kept.to(x.dtype) / (1.0 - self.rate)
+        start = int(torch.randint(len(self._pool) - x.numel(), ()))
+        return x * self._pool[start : start + x.numel()].view(x.shape)
 
 
 @dataclass(slots=True)
@@ -238,12 +246,18 @@ class TextDecoder(nn.Module):
         x = self.image_norm(x)
         return [layer.image_attention.keys_values(x) for layer in self.layers]  # type: ignore[union-attr, operator]
 
-    def forward(self, tokens: Tensor, memory: Memory, drop: Dropout | None = None) -> Tensor:
-        """Teacher forcing: tokens int64 [B, T] from BOS on, to logits [B, T, V] of what follows each."""
+    def forward(
+        self, tokens: Tensor, memory: Memory, drop: Dropout | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Teacher forcing: tokens int64 [B, T] from BOS on, to logits [B, T, V] of what follows each.
+
+        With `wanted`, a mask [B, T], only the logits of those positions, [wanted.sum(), V].
+        """
         T = tokens.shape[1]
         mask = torch.full((T, T), -math.inf, device=tokens.device).triu(1)[None, None]
         x = self.tokens(tokens) + self.positions[:T]
-        return self._layers(x, memory, mask, None, None, drop or Dropout())
+        x = self._layers(x, memory, mask, None, None, drop or Dropout())
+        return F.linear(self.norm(x if wanted is None else x[wanted]), self.tokens.weight)
 
     def new_cache(self, batch: int, block: int) -> Cache:
         """Empty buffers for `batch` texts written in blocks of `block` tokens."""
@@ -266,8 +280,8 @@ class TextDecoder(nn.Module):
         mask = torch.zeros(hidden.shape, dtype=self.positions.dtype, device=tokens.device)
         mask = mask.masked_fill_(hidden, -math.inf)[:, None]
         x = self.tokens(tokens) + self.positions[positions.clamp_max(self.shape.max_tokens - 1)]
-        logits = self._layers(x, memory, mask, cache, positions, Dropout())
-        return logits + self.never_emitted
+        x = self._layers(x, memory, mask, cache, positions, Dropout())
+        return F.linear(self.norm(x), self.tokens.weight) + self.never_emitted
 
     def _layers(
         self, x: Tensor, memory: Memory, mask: Tensor, cache: Cache | None, positions: Tensor | None, drop: Dropout
@@ -285,7 +299,7 @@ class TextDecoder(nn.Module):
             x = x + drop(layer.self_attention(y, keys, values, mask))
             x = x + drop(layer.image_attention(layer.norm2(x), *image))
             x = x + drop(layer.feed_forward(layer.norm3(x)))
-        return F.linear(self.norm(x), self.tokens.weight)
+        return x
 
 
 DRAFT_EMBEDDING, DRAFT_STATE, DRAFT_MEMORY = 128, 256, 128

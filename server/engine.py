@@ -1,10 +1,10 @@
 """The target networks of a bundle on one device: symbols and drafts in, texts out.
 
-Every pass has the same shape, whoever is in it: [B, BLOCK] tokens over a static cache. Plain decoding is a pass with
-one real token. Libraries choose the order of sums by shape, so equal shapes are what makes a row's logits equal bit for
-bit (He et al., "Defeating Nondeterminism in LLM Inference", 2025), and with them its text, whatever its draft and its
-neighbours. Batch sizes other than one are used only where `numerics.prove` found the same bits; where the bits depend
-on how a text is cut into blocks, drafts are ignored.
+Libraries choose the order of sums by shape, so a token's bits may depend on what else is computed with it (He et al.,
+"Defeating Nondeterminism in LLM Inference", 2025). Here a text is what one row writes alone in passes of [1, BLOCK]
+tokens over a static cache, one of them real. Other shapes are used only where `numerics.prove` found the same bits, so
+that a text is the same to the bit whatever its draft and its neighbours; where bits depend on how a text is cut into
+blocks, drafts are ignored. Plain decoding and verification are one code path.
 
 Knows nothing of messages, queues and deadlines.
 """
@@ -26,7 +26,10 @@ from edge_runtime.bundle import BOS, Bundle, BundleError
 from models.family import LATENT, Classifier, DecoderShape, Head, Memory, Tail, TextDecoder
 from server.verify import Text, new_text, next_block, verify
 
-BLOCK = 16  # tokens a pass reads: a whole caption's draft; with 8, one row and many differ in bits on some CPUs
+Shape = tuple[int, int]  # of a pass: rows, tokens a row
+
+BLOCK = 16  # tokens a pass reads at most: a whole caption's draft
+WIDTHS = (4, 8, BLOCK)  # tokens a pass reads, where proven: for many rows with little to verify, less is faster
 SIZES = (1, 4, 8)  # batch sizes, where proven
 MAX_SYMBOL = 127
 MAX_LABELS = 5  # likeliest labels of an answer
@@ -64,12 +67,22 @@ class Answer:
 class Proof:
     """What the start test found on this device: see numerics.prove."""
 
-    # Batch sizes with the same bits as one row alone, by stage.
+    # Batch sizes and shapes with the same bits as one row alone, by stage.
     tail_sizes: tuple[int, ...] = (1,)
     look_sizes: tuple[int, ...] = (1,)
-    pass_sizes: tuple[int, ...] = (1,)
+    shapes: tuple[Shape, ...] = ((1, BLOCK),)
     may_speculate: bool = False  # bits do not depend on how a text is cut into blocks
     numerics: str = ""  # short id of the bits; servers with different ones may answer differently
+
+    @property
+    def block(self) -> int:
+        """Tokens that a pass reads at most."""
+        return max(width for _, width in self.shapes)
+
+    @property
+    def rows(self) -> int:
+        """Rows that a pass holds at most, at that width."""
+        return max(size for size, width in self.shapes if width == self.block)
 
 
 class Engine:
@@ -91,7 +104,6 @@ class Engine:
         self.tail, self.decoders, self.classifier, self.classes, self.head = tail, decoders, classifier, classes, head
         self.device = torch.device(device)
         self.proof = Proof()
-        self.block = BLOCK  # benchmarks try others; a proof is for this one
 
     @torch.inference_mode()
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -103,8 +115,7 @@ class Engine:
         answers: dict[int, Answer] = {}
         for tier in dict.fromkeys(job.tier for job in jobs):
             rows = [i for i, job in enumerate(jobs) if job.tier == tier]
-            size = max(self.proof.pass_sizes)
-            for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
+            for batch in (rows[i : i + self.proof.rows] for i in range(0, len(rows), self.proof.rows)):
                 written = self._write(tier, [jobs[i] for i in batch], features[batch], tail_ms)
                 answers.update(zip(batch, written, strict=True))
         return [answers[i] for i in range(len(jobs))]
@@ -128,7 +139,7 @@ class Engine:
         started = time.perf_counter()
         memory = look(decoder, features, self.proof.look_sizes)
         looked = time.perf_counter()
-        writing = Writing(decoder, memory, texts, self.proof.pass_sizes, self.block)
+        writing = Writing(decoder, memory, texts, self.proof.shapes)
         while writing.live:
             writing.step()
         done = time.perf_counter()
@@ -169,24 +180,24 @@ class Engine:
 
 
 class Writing:
-    """A batch of texts being written. Its size is one of `sizes`; what the texts do not fill is idle padding."""
+    """A batch of texts being written, each pass in the cheapest shape that holds it."""
 
-    def __init__(
-        self, decoder: TextDecoder, memory: Memory, texts: list[Text], sizes: Sequence[int], block: int = BLOCK
-    ) -> None:
-        self.decoder, self.texts, self.sizes, self.block = decoder, texts, sizes, block
+    def __init__(self, decoder: TextDecoder, memory: Memory, texts: list[Text], shapes: Sequence[Shape]) -> None:
+        self.decoder, self.memory, self.texts, self.shapes = decoder, memory, texts, shapes
+        self.block = max(width for _, width in shapes)
         self.log_probabilities = [0.0] * len(texts)  # of each text so far; NaN: it failed
-        self.live = list(range(len(texts)))  # texts that are not finished; the first rows of the batch, in this order
+        self.live = list(range(len(texts)))  # texts that are not finished
+        self.rows = self.live  # and where in the batch they are
         # Zeroed: nothing of an earlier text, and no NaN, is left in it.
-        self.cache = decoder.new_cache(len(memory[0][0]), block)
-        self.memory = memory
-        self._keep_rows(self.live)
+        self.cache = decoder.new_cache(len(texts), BLOCK)
 
-    def step(self) -> None:
-        """One pass over all rows: choose, verify, drop the rows that are finished."""
+    def step(self) -> Shape:
+        """One pass over all rows: propose, choose, verify. Returns its shape."""
         blocks = [next_block(self.texts[i], self.block) for i in self.live]
-        tokens = torch.full((self.size, self.block), BOS)
-        start = torch.zeros(self.size, dtype=torch.int64)
+        size, width = cheapest(self.shapes, len(blocks), max(map(len, blocks)))
+        self._arrange(size)
+        tokens = torch.full((size, width), BOS)
+        start = torch.zeros(size, dtype=torch.int64)
         for row, (i, block) in enumerate(zip(self.live, blocks, strict=True)):
             # The cache holds every token but the last. What the pass before wrote for rejected proposals is overwritten
             # before it becomes visible, so rolling back is not advancing.
@@ -201,25 +212,24 @@ class Writing:
             before = self.texts[i]
             self.texts[i] = verify(before, choices[: len(block)])
             self.log_probabilities[i] += sum(gained[: len(self.texts[i].tokens) - len(before.tokens)])
-        rows = [row for row, i in enumerate(self.live) if not self.texts[i].is_done]
-        self.live = [self.live[row] for row in rows]
-        if rows:
-            self._keep_rows(rows)
+        self.rows = [row for row, i in enumerate(self.live) if not self.texts[i].is_done]
+        self.live = [self.live[row] for row in self.rows]
+        return size, width
 
-    @property
-    def size(self) -> int:
-        """Rows of the batch, idle ones included."""
-        return len(self.cache.keys[0])
-
-    def _keep_rows(self, rows: list[int]) -> None:
-        """Brings these rows to the front, in the smallest size that holds them."""
-        size = fitting(len(rows), self.sizes)
-        if rows == list(range(len(rows))) and size == self.size:
+    def _arrange(self, size: int) -> None:
+        """Brings the live rows to the front of a batch of this size; copies of the first fill it up, idle."""
+        rows = [*self.rows, *self.rows[:1] * (size - len(self.rows))]
+        if rows == list(range(len(self.cache.keys[0]))):
             return
-        index = torch.tensor([*rows, *rows[:1] * (size - len(rows))], device=self.memory[0][0].device)
+        index = torch.tensor(rows, device=self.memory[0][0].device)
         self.memory = [(keys[index], values[index]) for keys, values in self.memory]
         self.cache.keys = [keys[index] for keys in self.cache.keys]
         self.cache.values = [values[index] for values in self.cache.values]
+
+
+def cheapest(shapes: Sequence[Shape], rows: int, width: int) -> Shape:
+    """The shape with the fewest tokens that holds so many rows of so many tokens; of equals the one with fewer rows."""
+    return min((s for s in shapes if s[0] >= rows and s[1] >= width), key=lambda s: (s[0] * s[1], s[0]))
 
 
 def look(decoder: TextDecoder, features: Tensor, sizes: Sequence[int]) -> Memory:

@@ -7,14 +7,17 @@ promises otherwise; so it is tried, at every start. What is proven here is all t
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count
+from itertools import count, product
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from edge_runtime.bundle import BOS, UNKNOWN
 from models.family import LATENT, Memory, TextDecoder
-from server.engine import BLOCK, SIZES, Engine, Proof, look
+from server.engine import BLOCK, SIZES, WIDTHS, Engine, Proof, Shape, look
+
+Option = TypeVar("Option", int, Shape)
 
 GARBAGE = 1e3  # left in a cache by earlier passes: finite, and far from what belongs there
 REJECTED = UNKNOWN + 1  # a token that follows the real ones of a block
@@ -26,30 +29,30 @@ CUTS = (1, 3, 5, 8, 2, 13, BLOCK)  # tokens of successive passes; each row begin
 def prove(engine: Engine, sizes: Sequence[int] = SIZES) -> Proof:
     """Runs random latents and texts in every shape; what has the bits of one row alone, one token a pass, is proven.
 
-    Varied are the batch size, a row's slot, its neighbours, how its text is cut into blocks, what follows the real
+    Varied are the batch size, the width, a row's slot, its neighbours, how its text is cut into blocks, what follows the real
     tokens in a block, and what is left in the cache. Takes about a second a target on a CPU.
     """
     random = torch.Generator().manual_seed(0)
     symbols = torch.randint(-4, 5, (max(sizes), *LATENT), generator=random).float().to(engine.device)
     features = engine.features(symbols, (1,))
-    tail_sizes = _equal_sizes(sizes, features, lambda rows, size: engine.features(symbols[rows], (size,)))
+    tail_sizes = _equal(sizes, features, lambda rows, size: engine.features(symbols[rows], (size,)))
     fingerprint = hashlib.sha256(f"{torch.__version__} {torch.get_num_threads()} {features.dtype}".encode())
     fingerprint.update(features.cpu().numpy().tobytes())
-    look_sizes, pass_sizes = tuple(sizes), tuple(sizes)
+    look_sizes, shapes = tuple(sizes), tuple(product(sizes, WIDTHS))
     for decoder in engine.decoders.values():
         memory = look(decoder, features, (1,))
-        look_sizes = _equal_sizes(look_sizes, _flat(memory), partial(_look_again, decoder, features))
+        look_sizes = _equal(look_sizes, _flat(memory), partial(_look_again, decoder, features))
         length = min(decoder.shape.max_tokens, MAX_TEXT)
         texts = torch.randint(UNKNOWN + 1, decoder.shape.vocabulary, (len(symbols), length), generator=random)
         texts[:, 0] = BOS
-        alone = read(decoder, memory, texts, size=1, cuts=(1,))
-        pass_sizes = _equal_sizes(pass_sizes, alone, partial(_read_again, decoder, memory, texts))
+        alone = read(decoder, memory, texts, (1, BLOCK), cuts=(1,))
+        shapes = _equal(shapes, alone, partial(_read_again, decoder, memory, texts))
         fingerprint.update(alone.cpu().numpy().tobytes())
-    may_speculate = 1 in pass_sizes
+    may_speculate = (1, BLOCK) in shapes
     return Proof(
         tail_sizes=tail_sizes or (1,),
         look_sizes=look_sizes or (1,),
-        pass_sizes=pass_sizes if may_speculate else (1,),
+        shapes=shapes if may_speculate else ((1, BLOCK),),
         may_speculate=may_speculate,
         numerics=fingerprint.hexdigest()[:8],
     )
@@ -59,21 +62,23 @@ def read(
     decoder: TextDecoder,
     memory: Memory,
     texts: Tensor,
-    size: int,
+    shape: Shape,
     cuts: Sequence[int],
-    block: int = BLOCK,
     filler: int = BOS,
     left: float = 0.0,
 ) -> Tensor:
-    """Passes over given texts, int64 [R, T] from BOS on, in batches of `size` rows and blocks of `cuts` tokens.
+    """Passes of this shape over given texts, int64 [R, T] from BOS on, of which they take `cuts` tokens at a time.
 
-    Returns what the engine looks at, [R, T, V + 1]: the logits of what follows each token, and their log-sum-exp.
-    `filler` fills the blocks up, `left` is what the cache holds at first.
+    Returns what the engine looks at and keeps, by token [R, T, ...]: the logits of what follows it, their log-sum-exp,
+    and its keys and values. `filler` fills the blocks up, `left` is what the cache holds at first.
     """
-    out = texts.new_zeros((*texts.shape, decoder.shape.vocabulary + 1), dtype=torch.float32)
+    size, width = shape
+    T = texts.shape[1]
+    found = texts.new_zeros((*texts.shape, decoder.shape.vocabulary + 1), dtype=torch.float32)
+    kept = []
     for rows in torch.split(torch.arange(len(texts)), size):
         seen = _rows(memory, rows)
-        cache = decoder.new_cache(size, block)
+        cache = decoder.new_cache(size, BLOCK)
         for buffer in (*cache.keys, *cache.values):
             buffer.fill_(left)
         at = [0] * size
@@ -81,35 +86,39 @@ def read(
             pieces = [texts[row, at[b] : at[b] + cuts[(b + turn) % len(cuts)]] for b, row in enumerate(rows)]
             if not any(len(piece) for piece in pieces):
                 break
-            tokens = torch.full((size, block), filler)
+            tokens = torch.full((size, width), filler)
             for b, piece in enumerate(pieces):
                 tokens[b, : len(piece)] = piece
             device = seen[0][0].device
             logits = decoder.step(tokens.to(device), torch.tensor(at, device=device), seen, cache)
-            looked_at = torch.cat([logits, logits.logsumexp(-1, keepdim=True)], -1).to(out.device)
+            looked_at = torch.cat([logits, logits.logsumexp(-1, keepdim=True)], -1).to(found.device)
             for b, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
-                out[row, at[b] : at[b] + len(piece)] = looked_at[b, : len(piece)]
+                found[row, at[b] : at[b] + len(piece)] = looked_at[b, : len(piece)]
                 at[b] += len(piece)
-    return out
+        buffers = [buffer[:, :, :T].transpose(1, 2).flatten(2) for buffer in (*cache.keys, *cache.values)]
+        kept.append(torch.cat(buffers, -1).to(found.device))
+    return torch.cat([found, torch.cat(kept)], -1)
 
 
-def _equal_sizes(sizes: Sequence[int], alone: Tensor, again: Callable[[list[int], int], Tensor]) -> tuple[int, ...]:
-    """The sizes at which `again(rows, size)` has the bits of `alone` [R, ...], whichever slots the rows are in."""
+def _equal(
+    options: Sequence[Option], alone: Tensor, again: Callable[[list[int], Option], Tensor]
+) -> tuple[Option, ...]:
+    """The sizes or shapes with which `again(rows, option)` has the bits of `alone` [R, ...], in any slots."""
+    orders = [[(row + shift) % len(alone) for row in range(len(alone))] for shift in (0, 3)]
 
-    def is_equal(size: int) -> bool:
-        R = len(alone)
-        orders = [[(row + shift) % R for row in range(R)] for shift in {0, 1, size // 2}]
-        return all(torch.equal(again(rows, size), alone[rows]) for rows in orders)
+    def is_equal(option: Option) -> bool:
+        return all(torch.equal(again(rows, option), alone[rows]) for rows in orders)
 
-    return tuple(size for size in sizes if is_equal(size))
+    return tuple(option for option in options if is_equal(option))
 
 
 def _look_again(decoder: TextDecoder, features: Tensor, rows: list[int], size: int) -> Tensor:
     return _flat(look(decoder, features[rows], (size,)))
 
 
-def _read_again(decoder: TextDecoder, memory: Memory, texts: Tensor, rows: list[int], size: int) -> Tensor:
-    return read(decoder, _rows(memory, rows), texts[rows], size, CUTS, filler=REJECTED, left=GARBAGE)
+def _read_again(decoder: TextDecoder, memory: Memory, texts: Tensor, rows: list[int], shape: Shape) -> Tensor:
+    cuts = [min(cut, shape[1]) for cut in CUTS]
+    return read(decoder, _rows(memory, rows), texts[rows], shape, cuts, filler=REJECTED, left=GARBAGE)
 
 
 def _flat(memory: Memory) -> Tensor:

@@ -229,7 +229,7 @@ class Service:
             "price_ms": prices,  # of a batch, and of a pass: without a draft a text costs a pass a token
             "strict": proof.may_speculate,  # a text's bits do not depend on drafts, batches and neighbours
             "numerics": proof.numerics,
-            "batch_sizes": {"tail": proof.tail_sizes, "look": proof.look_sizes, "pass": proof.pass_sizes},
+            "shapes": {"tail": proof.tail_sizes, "look": proof.look_sizes, "pass": proof.shapes},
             "counts": counts,
         }
 

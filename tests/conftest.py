@@ -6,10 +6,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `tests.brokers`: pytest's importlib mode adds no path of its own
 
+from edge_runtime.bundle import Bundle
 from tests.brokers import PLAIN, Mosquitto
+
+# A busy machine may take any time for an example, and the limit on a whole test stays.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture
@@ -22,3 +28,11 @@ def start_broker(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
 @pytest.fixture
 def broker(start_broker: Callable[..., Mosquitto]) -> Mosquitto:
     return start_broker()
+
+
+@pytest.fixture(scope="session")
+def board_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A small bundle with everything that board and server need."""
+    from tests.bundles import tiny_bundle
+
+    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "board", board=True)

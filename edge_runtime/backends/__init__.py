@@ -15,7 +15,7 @@ _RUNTIMES = {"onnx": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runt
 _INSTALL = {"onnx": "pip install 'aiflow-edge[board]'", "litert": "pip install 'aiflow-edge[litert]'"}
 
 
-class BackendError(RuntimeError):
+class BackendError(ValueError):
     """A network cannot be loaded or run: no runtime is installed, or the file or an input does not fit."""
 
 

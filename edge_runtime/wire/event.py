@@ -64,6 +64,8 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     hops: Annotated[tuple[EventHop, ...], Meta(max_length=16)] = ()
     accepted: UInt32 = 0
     proposed: UInt32 = 0
+    passes: UInt32 = 0  # of the target's decoder
+    picture: Annotated[str, Meta(max_length=256)] = ""  # the frame's file, where it comes from one
 
 
 _event = msgspec.json.Decoder(Event)

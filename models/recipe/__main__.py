@@ -61,3 +61,7 @@ def main() -> None:
     if not work.is_done(stage8_draft.NAME):
         stage8_draft.run(work, shortened(stage8_draft.Settings(), share))
     stage9_bundle.run(work, args.out, licences)
+
+
+if __name__ == "__main__":
+    main()

@@ -72,9 +72,11 @@ class Losses(NamedTuple):
 
 
 def caption_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1) -> Tensor:
-    """Mean cross-entropy per token, padding and unknown words left out; logits [B, T, V], targets [B, T]."""
+    """Mean cross-entropy per token, padding and unknown words left out; logits [..., V], targets [...]."""
     targets = targets.masked_fill(targets == UNKNOWN, PAD)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=PAD, label_smoothing=smoothing)
+    return F.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=PAD, label_smoothing=smoothing
+    )
 
 
 def repeat_memory(memory: list[tuple[Tensor, Tensor]], times: int) -> list[tuple[Tensor, Tensor]]:

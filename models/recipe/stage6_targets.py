@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbone import MAP_CHANNELS
-from models.family import BOS, EOS, LATENT, Classifier, DecoderShape, Dropout, Tail, TextDecoder
+from models.family import BOS, EOS, LATENT, PAD, Classifier, DecoderShape, Dropout, Tail, TextDecoder
 from models.recipe.scores import cider
 from models.recipe.stage3_bottleneck import caption_loss, repeat_memory
 from models.recipe.workspace import Average, Workspace, channels_last, steps
@@ -29,8 +29,8 @@ CHECKPOINT_EVERY = 300
 class Settings:
     """Lengths of training and its strength."""
 
-    cloud_steps: int = 1800
-    edge_steps: int = 1200
+    cloud_steps: int = 1400
+    edge_steps: int = 900
     learning_rate: float = 6e-4
     features_rate: float = 0.3  # of the learning rate, for the tail's last convolution, which is not new
     dropout: float = 0.2
@@ -75,7 +75,8 @@ def rate_at(step: int, total: int, warm_up: int = 100) -> float:
 def run(work: Workspace, settings: Settings) -> None:
     """Writes 6-targets-cloud.pt and 6-targets-edge.pt."""
     torch.manual_seed(6)
-    cache_maps(work)
+    if not (work / "maps-dev.npy").is_file():
+        cache_maps(work)
     figures = train(work, "cloud", new_target(work, "cloud"), settings.cloud_steps, settings)
     edge = new_target(work, "edge")
     cloud = torch.load(work / f"{NAME}-cloud.pt", map_location="cpu", weights_only=True)["average"]
@@ -133,7 +134,9 @@ def train(work: Workspace, tier: str, net: Target, total: int, settings: Setting
             features = net.features(torch.cat([maps_of(maps, chosen), maps_of(class_maps, also)]))
             guesses = net.classifier(drop(features[PHOTOS:])).float()
             memory = repeat_memory(net.decoder.look(features[:PHOTOS], drop), captions.shape[1])
-            loss = caption_loss(net.decoder(texts[:, :-1], memory, drop), texts[:, 1:])
+            wanted = texts[:, 1:] != PAD  # half of a padded batch
+            words = net.decoder(texts[:, :-1], memory, drop, wanted)
+            loss = caption_loss(words, texts[:, 1:][wanted])
         label_loss = F.cross_entropy(guesses, torch.from_numpy(labels[also % len(labels)]))
         optimiser.zero_grad(set_to_none=True)
         (loss + 0.3 * label_loss if trains_features else loss).backward()  # type: ignore[no-untyped-call]

@@ -455,7 +455,7 @@ def test_tls_needs_the_right_authority(
     files = f"certfile {certificates}/server.crt\nkeyfile {certificates}/server.key\n"
     broker = start_broker(PLAIN + files)
     board = start(broker.port, "b1", subscriptions=[("echo", 1)], settings={"ca_file": f"{certificates}/server.crt"})
-    for number in range(20):  # several to a TLS record: what poll() does not see must be read all the same
+    for number in range(20):
         board.publish("echo", b"%d" % number)
     assert [board.received() for _ in range(20)] == [b"%d" % number for number in range(20)]
     stranger = start(broker.port, "b2", online=False, settings={"ca_file": f"{certificates}/foreign.crt"})

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.bundle import BOS, EOS, Bundle, BundleError, FileRecord, file_hash
 from models.family import DecoderShape, Tail, TextDecoder
-from server.engine import BLOCK, SIZES, Answer, Engine, Job, Proof, Writing, load_engine, look
+from server.engine import BLOCK, Answer, Engine, Job, Proof, Shape, Writing, cheapest, load_engine, look
 from server.numerics import REJECTED, prove, read
 from server.verify import new_text
 from tests.bundles import CLASSES, MAX_TOKENS, VOCABULARY, lively, random_symbols, tiny_bundle
@@ -58,7 +58,7 @@ def test_every_token_is_the_one_that_training_would_have_put_first(engine: Engin
 
 def test_the_start_test_proves_batches_and_blocks_on_this_machine(engine: Engine) -> None:
     assert engine.proof.may_speculate
-    assert engine.proof.pass_sizes == SIZES
+    assert {(1, BLOCK), (8, BLOCK)} <= set(engine.proof.shapes)
     assert prove(engine) == engine.proof
 
 
@@ -124,23 +124,32 @@ def test_rejected_tokens_in_the_cache_leave_no_trace_but_a_nan_would(engine: Eng
     with torch.inference_mode():
         memory = look(decoder, engine.features(torch.from_numpy(SYMBOLS[:1]).float(), (1,)), (1,))
         text = torch.tensor([[1, 9, 8, 7, 6, 5, 9, 8, 7]])
-        clean = read(decoder, memory, text, size=1, cuts=(3,))
-        assert torch.equal(clean, read(decoder, memory, text, size=1, cuts=(3,), left=1e3))
-        assert read(decoder, memory, text, size=1, cuts=(3,), left=float("nan")).isnan().any()
+        clean = read(decoder, memory, text, (1, BLOCK), cuts=(3,))
+        assert torch.equal(clean, read(decoder, memory, text, (1, BLOCK), cuts=(3,), left=1e3))
+        assert read(decoder, memory, text, (1, BLOCK), cuts=(3,), left=float("nan")).isnan().any()
 
 
-def test_a_batch_shrinks_as_its_rows_finish(engine: Engine, alone: dict[str, list[Answer]]) -> None:
+def test_each_pass_has_the_cheapest_proven_shape_and_the_texts_do_not_depend_on_it(engine: Engine, alone) -> None:
     decoder, rows = engine.decoders["edge"], [0, 1, 2, 3, 4, 5, 6, 7]
+    drafts = [alone["edge"][i].tokens if i == 2 else () for i in rows]
     with torch.inference_mode():
         memory = look(decoder, engine.features(torch.from_numpy(SYMBOLS[rows]).float(), (1,)), (1,))
-        writing = Writing(decoder, memory, [new_text((), VOCABULARY, MAX_TOKENS) for _ in rows], SIZES)
-        sizes = []
+        texts = [new_text(draft, VOCABULARY, MAX_TOKENS) for draft in drafts]
+        writing = Writing(decoder, memory, texts, engine.proof.shapes)
+        used = []
         while writing.live:
-            sizes.append(writing.size)
-            writing.step()
-    assert sizes[0] == 8
-    assert sizes[-1] < 8
+            used.append(writing.step())
+    assert used[0][0] == 8
+    assert set(used) <= set(engine.proof.shapes)
+    assert len(set(used)) > 1
     assert [text.without_end for text in writing.texts] == [alone["edge"][i].tokens for i in rows]
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "shape"), [(1, 1, (1, 16)), (2, 4, (4, 4)), (3, 5, (4, 8)), (8, 4, (8, 4)), (5, 9, (8, 16))]
+)
+def test_the_cheapest_shape_holds_all_rows_and_reads_the_fewest_tokens(rows: int, width: int, shape: Shape) -> None:
+    assert cheapest(((1, 16), (4, 4), (4, 8), (4, 16), (8, 4), (8, 8), (8, 16)), rows, width) == shape
 
 
 def test_an_engine_without_proof_ignores_drafts_and_answers_the_same(bundle: Bundle, alone) -> None:
@@ -165,9 +174,9 @@ def test_passes_of_one_token_would_be_found_to_differ_from_blocks() -> None:
     decoder = full_size_decoder()
     with torch.inference_mode():
         memory, text = decoder.look(torch.rand(1, 49, 1280)), torch.randint(4, 512, (1, 24))
-        blocks = read(decoder, memory, text, size=1, cuts=(BLOCK,))
-        assert torch.equal(blocks, read(decoder, memory, text, size=1, cuts=(1,)))
-        assert not torch.equal(blocks, read(decoder, memory, text, size=1, cuts=(1,), block=1))
+        blocks = read(decoder, memory, text, (1, BLOCK), cuts=(BLOCK,))
+        assert torch.equal(blocks, read(decoder, memory, text, (1, BLOCK), cuts=(1,)))
+        assert not torch.equal(blocks, read(decoder, memory, text, (1, 1), cuts=(1,)))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +195,7 @@ def test_a_device_whose_bits_depend_on_blocks_may_not_speculate(engine: Engine, 
 
     monkeypatch.setattr(TextDecoder, "step", flawed)
     proof = prove(engine)
-    assert (proof.may_speculate, proof.pass_sizes) == (False, (1,))
+    assert (proof.may_speculate, proof.shapes) == (False, ((1, BLOCK),))
 
 
 def test_a_batch_size_with_other_bits_is_not_used(engine: Engine, monkeypatch) -> None:
@@ -196,7 +205,8 @@ def test_a_batch_size_with_other_bits_is_not_used(engine: Engine, monkeypatch) -
     monkeypatch.setattr(TextDecoder, "look", lambda self, x: look(self, x * (odd if len(x) == 8 else 1)))
     monkeypatch.setattr(Tail, "forward", lambda self, x: forward(self, x) * (odd if len(x) > 1 else 1))
     proof = prove(engine)
-    assert (proof.tail_sizes, proof.look_sizes, proof.pass_sizes) == ((1,), (1, 4), (1, 8))
+    assert (proof.tail_sizes, proof.look_sizes) == ((1,), (1, 4))
+    assert proof.shapes == tuple(shape for shape in engine.proof.shapes if shape[0] != 4)
     assert proof.numerics == engine.proof.numerics  # one row alone has the bits it had
 
 

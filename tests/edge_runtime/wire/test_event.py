@@ -40,6 +40,8 @@ def test_a_full_event_survives():
         hops=(EventHop.from_hop(Hop(Tier.EDGE, "e1", 1.5, 20.0, {"tail": 8.0})),),
         accepted=2,
         proposed=3,
+        passes=4,
+        picture="dogs/dog.jpg",
     )
     assert decode_event(encode_event(event)) == event
     assert msgspec.json.decode(encode_event(event))["hops"] == [

@@ -1,0 +1,7 @@
+"""`python -m firmware_tools`: the command `aiflow`, where its script is not on the path."""
+
+import sys
+
+from firmware_tools.cli import main
+
+sys.exit(main())

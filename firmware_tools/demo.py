@@ -1,0 +1,208 @@
+"""`aiflow demo`: broker, server and board as processes of their own on this machine, on real photos.
+
+The demo itself is a user of the board: what it shows came over MQTT as events, which anybody may subscribe to.
+"""
+
+import argparse
+import json
+import os
+import queue
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from edge_runtime.bundle import open_bundle
+from edge_runtime.config import MqttConfig
+from edge_runtime.mqtt import Message, MqttClient
+from edge_runtime.wire import decode_event, topics
+from firmware_tools.broker import start_embedded
+from firmware_tools.children import Child
+from firmware_tools.demo_page import Result, answered_by, marked, page, stages, summary
+from firmware_tools.demo_photos import Photo, collect
+from firmware_tools.evaluate import SHIPPED_BUNDLE
+from firmware_tools.terminal import print_figures, printable
+
+SITE, BOARD, SERVER = "demo", "demo-board", "demo-server"
+LIMIT = 16
+START_S = 120.0  # a slow machine takes a while to load torch
+INTERVAL_S = 0.5  # between photos: slow enough to watch
+DEADLINE_S = 10.0
+
+
+class DemoError(ValueError):
+    """The demo cannot go on."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to show, how, and where the page goes."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="your photos, not the shipped ones")
+    what.add_argument("--video", type=Path, metavar="FILE", help="a still of every second of a video")
+    parser.add_argument("--limit", type=int, default=LIMIT, metavar="N", help=f"at most N photos (default: {LIMIT})")
+    parser.add_argument(
+        "--paradigm",
+        choices=["device", "split", "speculative", "offload"],
+        default="speculative",
+        help="who does what (default: speculative)",
+    )
+    parser.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
+    parser.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, metavar="DIR", help="default: the shipped one")
+    parser.add_argument("--html", type=Path, default=Path("demo.html"), metavar="FILE", help="default: demo.html")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Shows results as they arrive, prints the summary and writes the page."""
+    if not args.html.absolute().parent.is_dir():
+        raise DemoError(f"{args.html}: there is no such directory to write the page to: make it first")
+    bundle = open_bundle(args.bundle)
+    photos = collect(args.images, args.video, max(1, args.limit))
+    console = Console()
+    with interrupted_once():
+        if console.is_terminal:
+            starting = Text("broker, server and board are starting ...")
+            with Live(starting, console=console, transient=True) as live:
+                results = play(args, photos, lambda results, _: live.update(table(results), refresh=True))
+            console.print(table(results))
+        else:
+            results = play(args, photos, lambda _, changed: print_line(changed))
+    print_figures(summary(results))
+    note = f"{bundle.manifest.name}, {args.paradigm}" + ("" if args.paradigm == "device" else f", {args.tier} tier")
+    args.html.write_text(page(results, "AI Flow at the network edge", note), encoding="utf-8")
+    print(f"page: {args.html}")
+
+
+@contextmanager
+def interrupted_once() -> Iterator[None]:
+    """The first signal to end interrupts; further ones must not cut the tidying short."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(*_: object) -> None:
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def play(
+    args: argparse.Namespace, photos: Sequence[Photo], show: Callable[[list[Result], Result], None]
+) -> list[Result]:
+    """Runs everything until each photo has its last event; `show` is told all results and the one that changed.
+
+    Raises ChildError, BrokerError, DemoError.
+    """
+    results = [Result(photo) for photo in photos]
+    inbox: queue.Queue[tuple[float, Message]] = queue.Queue(1000)
+    with ExitStack() as running:  # ends in the opposite order: board, server, broker
+        folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="aiflow-demo-")))
+        (folder / "photos").mkdir()
+        for number, photo in enumerate(photos):
+            # The same name for all kinds: whoever decodes them looks at their bytes.
+            (folder / "photos" / f"{number:04}.jpg").write_bytes(photo.data)
+        port = running.enter_context(start_embedded())
+        wanted = [(topics.event(SITE, BOARD), 1), (topics.server_status(SITE, SERVER), 1)]
+        client = MqttClient(
+            MqttConfig(port=port).settings("demo-user"),
+            subscriptions=wanted,
+            on_message=lambda message: inbox.put_nowait((time.time(), message)),
+        )
+        if not running.enter_context(client).wait_online(START_S):
+            raise DemoError(f"the broker on port {port} does not answer: {client.reason}")
+        if args.paradigm != "device":
+            server = running.enter_context(Child("serve", server_toml(args, port), folder))
+            wait_for_server(server, inbox)
+        board = running.enter_context(Child("run", board_toml(args, port, folder / "photos"), folder))
+        while not all(result.is_final for result in results):
+            # The board's end and its last events come by different ways.
+            has_ended = board.has_ended()
+            try:
+                arrived, message = inbox.get(timeout=0.5)
+            except queue.Empty:
+                if has_ended:
+                    break
+                continue
+            if message.topic == wanted[0][0]:
+                event = decode_event(message.payload)
+                number = int(Path(event.picture).stem)
+                results[number] = results[number].followed(event, arrived)
+                show(results, results[number])
+    return results
+
+
+def wait_for_server(server: Child, inbox: "queue.Queue[tuple[float, Message]]") -> None:
+    """Until its status says that requests reach it. Raises ChildError, DemoError."""
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        server.has_ended()
+        try:
+            _, message = inbox.get(timeout=0.2)
+        except queue.Empty:
+            continue
+        if json.loads(message.payload).get("share_proven"):
+            return
+    raise DemoError(f"the server did not start within {START_S:.0f} s: try again when the machine is less busy")
+
+
+def server_toml(args: argparse.Namespace, port: int) -> dict[str, dict[str, object]]:
+    """The server's configuration."""
+    server = {"id": SERVER, "site": SITE, "bundle": str(args.bundle.resolve()), "tier": args.tier}
+    return {"server": server | {"threads": min(4, os.cpu_count() or 1)}, "mqtt": {"port": port}}
+
+
+def board_toml(args: argparse.Namespace, port: int, photos: Path) -> dict[str, object]:
+    """The board's configuration."""
+    board = {"id": BOARD, "site": SITE, "bundle": str(args.bundle.resolve()), "paradigm": args.paradigm}
+    camera = {"name": "photos", "source": str(photos), "interval_s": INTERVAL_S}
+    return {"board": board | {"deadline_ms": int(1e3 * DEADLINE_S)}, "cameras": [camera], "mqtt": {"port": port}}
+
+
+def table(results: Sequence[Result]) -> Table:
+    """All photos, those without an answer yet too."""
+    shown = Table("photo", "draft, at once", "verified text", "bytes\nas JPEG", "ms", "answered by", show_lines=True)
+    for result in results:
+        event = result.last
+        if event is None:
+            shown.add_row(printable(result.photo.name), "...")
+            continue
+        verified = Text()
+        for run, differs in marked(event.text, result.draft or event.text) if result.is_final else ():
+            verified.append(f"{printable(run)} ", style="bold green" if differs else "")
+        shown.add_row(
+            Text(printable(result.photo.name)),
+            Text(printable(result.draft)),
+            verified,
+            f"{event.bytes_up or '-'}\n{event.jpeg_bytes}",
+            "\n".join(f"{stage} {ms:.1f}" for stage, ms in stages(event).items()),
+            Text(printable(answered_by(event))),
+        )
+    return shown
+
+
+def print_line(result: Result) -> None:
+    """One photo's end as a line, for logs; words that the draft does not have stand in brackets."""
+    event = result.last
+    if event is None or not result.is_final:
+        return
+    runs = marked(event.text, result.draft or event.text)
+    parts = {
+        "photo": result.photo.name,
+        "draft": result.draft or "-",
+        "text": " ".join(f"[{run}]" if differs else run for run, differs in runs),
+        "bytes": f"{event.bytes_up} (JPEG {event.jpeg_bytes})",
+        "ms": ", ".join(f"{stage} {ms:.1f}" for stage, ms in stages(event).items()),
+        "by": answered_by(event),
+    }
+    print(" | ".join(f"{name}: {printable(value)}" for name, value in parts.items()), flush=True)

@@ -1,0 +1,202 @@
+"""What came of each photo of a demo, its summary, and the page that shows both.
+
+The page is one file: pictures are data URIs, and a Content-Security-Policy forbids everything else. Whatever came from
+files or over the network is escaped.
+"""
+
+import base64
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from html import escape
+from typing import Any
+
+import cv2
+
+from edge_runtime.preprocess import decode_picture
+from edge_runtime.wire import Event
+from firmware_tools.demo_photos import Photo
+
+PREVIEW_WIDTH = 480  # pixels; a phone's screen has as many CSS pixels or fewer
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A photo and its events so far. Times are from capture to the event's arrival at a subscriber."""
+
+    photo: Photo
+    first: Event | None = None  # the first with a text
+    last: Event | None = None
+    first_ms: float | None = None
+    last_ms: float | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.last is not None and self.last.final
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether a server answered."""
+        return self.last is not None and self.last.type == "update"
+
+    @property
+    def draft(self) -> str:
+        """What the board said by itself."""
+        return self.first.text if self.first and self.first.type != "update" else ""
+
+    def followed(self, event: Event, arrived_unix: float) -> "Result":
+        """With one more event."""
+        ms = 1e3 * (arrived_unix - event.captured.timestamp())
+        result = replace(self, last=event, last_ms=ms)
+        return replace(result, first=event, first_ms=ms) if self.first is None and event.text else result
+
+
+def marked(text: str, other: str) -> list[tuple[str, bool]]:
+    """The words of a text, in runs; True for those that the other text does not have at that place."""
+    words = text.split()
+    matcher = SequenceMatcher(None, other.split(), words, autojunk=False)
+    return [(" ".join(words[i:j]), tag != "equal") for tag, _, _, i, j in matcher.get_opcodes() if j > i]
+
+
+def stages(event: Event) -> dict[str, float]:
+    """Milliseconds from pixels to the last answer: the board's stages, the link, the servers'."""
+    board = {name: event.timings_ms[name] for name in ("resize", "head", "draft", "encode") if name in event.timings_ms}
+    if "answer" not in event.timings_ms:
+        return board
+    queue, compute = sum(hop.queue_ms for hop in event.hops), sum(hop.compute_ms for hop in event.hops)
+    link = max(0.0, event.timings_ms["answer"] - queue - compute)
+    return board | {"link": link, "queue": queue, "server": compute}
+
+
+def answered_by(event: Event) -> str:
+    """Whose text an event has."""
+    if event.type == "lost":
+        return "nobody, the draft stands" if event.text else "nobody"
+    by = event.answered_by
+    return f"{by.tier} {by.server}".strip() if by else ""
+
+
+def summary(results: Sequence[Result]) -> dict[str, Any]:
+    """Figures over all photos; those of verification only over photos that a server answered."""
+    ended = [result.last for result in results if result.last and result.is_final]
+    verified = [event for event in ended if event.type == "update"]
+    sent = [event for event in ended if event.bytes_up]
+    figures: dict[str, Any] = {"photos": len(results), "lost": sum(event.type == "lost" for event in ended)}
+    if sent:
+        up, jpeg = (statistics.fmean(getattr(e, name) for e in sent) for name in ("bytes_up", "jpeg_bytes"))
+        figures |= {"bytes_mean": up, "jpeg_bytes_mean": jpeg, "jpeg_to_bytes": jpeg / up}
+    if verified:
+        figures |= {
+            "verified": len(verified),
+            "accepted": sum(event.accepted for event in verified),
+            "proposed": sum(event.proposed for event in verified),
+            "tokens": sum(len(event.tokens) for event in verified),
+            "passes": sum(event.passes for event in verified),
+        }
+    first_ms = [r.first_ms for r in results if r.first_ms is not None]
+    last_ms = [r.last_ms for r in results if r.is_verified and r.last_ms is not None]
+    for name, times in (("first_text_ms", first_ms), ("verified_text_ms", last_ms)):
+        if times:
+            figures[name] = statistics.median(times)
+    return figures
+
+
+STYLE = """
+:root{color-scheme:light dark;--line:#8884;--soft:#8882;--new:#1a7f37;--old:#b35900}
+@media(prefers-color-scheme:dark){:root{--new:#4cc46a;--old:#e0904d}}
+body{font:16px/1.45 system-ui,sans-serif;max-width:72rem;margin:auto;padding:1rem}
+h1{font-size:1.4rem;margin:.3rem 0}
+dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr));gap:.6rem;margin:1rem 0}
+dl div{background:var(--soft);border-radius:.5rem;padding:.5rem .7rem}
+dt{font-size:.8rem;opacity:.75}dd{margin:0;font-size:1.25rem;font-variant-numeric:tabular-nums}
+main{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:1rem}
+article{border:1px solid var(--line);border-radius:.7rem;overflow:hidden;display:flex;flex-direction:column}
+img{width:100%;aspect-ratio:4/3;object-fit:contain;background:var(--soft)}
+section{padding:.6rem .8rem .8rem}p{margin:.25rem 0}small{opacity:.75}
+.text{font-size:1.1rem}ins{color:var(--new);text-decoration:none;font-weight:600}del{color:var(--old)}
+.bar{display:flex;height:.5rem;border-radius:.25rem;overflow:hidden;margin:.5rem 0 .2rem}
+.bar i:nth-child(odd){background:#4a7fd4}.bar i:nth-child(even){background:#c9a13b}
+"""
+
+
+def page(results: Sequence[Result], title: str, note: str) -> str:
+    """The whole HTML document."""
+    figures = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _shown(results))
+    cards = "\n".join(_card(result) for result in results)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';img-src data:;style-src 'unsafe-inline'">
+<title>{escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{escape(title)}</h1><p>{escape(note)}</p>
+<dl>{figures}</dl>
+<main>
+{cards}
+</main>
+<p><small>Bytes are whole MQTT payloads; the JPEG beside them is of the same 224 x 224 pixels at quality 75. Times run from
+capture to the event's arrival at a subscriber. <del>Words</del> of the draft that the server did not keep,
+<ins>words</ins> that it wrote itself.</small></p>
+</body></html>
+"""
+
+
+def _shown(results: Sequence[Result]) -> Iterable[tuple[str, str]]:
+    """The summary for people."""
+    figures = summary(results)
+    yield "photos", f"{figures['photos']}" + (f", {figures['lost']} lost" if figures["lost"] else "")
+    if "bytes_mean" in figures:
+        yield "bytes a photo", f"{figures['bytes_mean']:.0f}"
+        yield "as JPEG", f"{figures['jpeg_bytes_mean']:.0f} ({figures['jpeg_to_bytes']:.0f}x)"
+    if figures.get("proposed"):
+        yield "accepted of proposed", f"{figures['accepted']} of {figures['proposed']}"
+    if "passes" in figures:
+        yield "passes for tokens", f"{figures['passes']} for {figures['tokens']}"
+    for name in ("first text", "verified text"):
+        if (key := f"{name.replace(' ', '_')}_ms") in figures:
+            yield f"ms to {name}", f"{figures[key]:.0f}"
+
+
+def _card(result: Result) -> str:
+    name = escape(result.photo.name)
+    parts = [f'<img alt="{name}" src="data:image/jpeg;base64,{_preview(result.photo)}"><section><p><small>{name}']
+    if result.photo.credit:
+        parts.append(f" · {escape(result.photo.credit)}")
+    parts.append("</small></p>")
+    event = result.last
+    if event is None:
+        return f"<article>{''.join(parts)}<p>no answer</p></section></article>"
+    if result.is_verified:
+        if result.draft:
+            parts.append(f"<p>draft: {_marked_html(result.draft, event.text, 'del')}</p>")
+        parts.append(f'<p class="text">{_marked_html(event.text, result.draft or event.text, "ins")}</p>')
+    else:
+        parts.append(f'<p class="text">{escape(event.text)}</p>')
+    if event.type == "lost":
+        parts.append(f"<p><small>lost: {escape(event.why)}</small></p>")
+    times = stages(event)
+    bar = "".join(f'<i style="flex:{ms:.2f}" title="{escape(stage)} {ms:.1f} ms"></i>' for stage, ms in times.items())
+    sent = f"{event.bytes_up} B, JPEG {event.jpeg_bytes} B" if event.bytes_up else "nothing sent"
+    counts = f" · {event.accepted} of {event.proposed} tokens accepted" if event.proposed else ""
+    shown = ", ".join(f"{escape(stage)} {ms:.1f}" for stage, ms in times.items())
+    parts.append(
+        f'<div class="bar">{bar}</div><p><small>{shown} ms</small></p>'
+        f"<p><small>{sent} · {escape(answered_by(event))}{counts}</small></p></section>"
+    )
+    return f"<article>{''.join(parts)}</article>"
+
+
+def _marked_html(text: str, other: str, tag: str) -> str:
+    runs = marked(text, other)
+    return " ".join(f"<{tag}>{escape(run)}</{tag}>" if differs else escape(run) for run, differs in runs)
+
+
+def _preview(photo: Photo) -> str:
+    """A small JPEG, in base64."""
+    pixels = decode_picture(photo.data)
+    height, width = pixels.shape[:2]
+    if width > PREVIEW_WIDTH:
+        size = (PREVIEW_WIDTH, max(1, round(height * PREVIEW_WIDTH / width)))
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
+    return base64.b64encode(jpeg.tobytes()).decode()
