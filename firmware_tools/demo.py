@@ -32,7 +32,7 @@ from firmware_tools.terminal import print_figures, printable
 
 SITE, BOARD, SERVER = "demo", "demo-board", "demo-server"
 LIMIT = 16
-START_S = 120.0  # a slow machine takes a while to load torch
+START_S = 300.0  # a slow or busy machine takes a while to load torch
 INTERVAL_S = 0.5  # between photos: slow enough to watch
 DEADLINE_S = 10.0
 

@@ -61,11 +61,12 @@ def marked(text: str, other: str) -> list[tuple[str, bool]]:
 
 def stages(event: Event) -> dict[str, float]:
     """Milliseconds from pixels to the last answer: the board's stages, the link, the servers'."""
-    board = {name: event.timings_ms[name] for name in ("resize", "head", "draft", "encode") if name in event.timings_ms}
-    if "answer" not in event.timings_ms:
+    times = event.timings_ms
+    board: dict[str, float] = {name: times[name] for name in ("resize", "head", "draft", "encode") if name in times}
+    if "answer" not in times:
         return board
     queue, compute = sum(hop.queue_ms for hop in event.hops), sum(hop.compute_ms for hop in event.hops)
-    link = max(0.0, event.timings_ms["answer"] - queue - compute)
+    link = max(0.0, times["answer"] - queue - compute)
     return board | {"link": link, "queue": queue, "server": compute}
 
 
@@ -134,9 +135,9 @@ def page(results: Sequence[Result], title: str, note: str) -> str:
 <main>
 {cards}
 </main>
-<p><small>Bytes are whole MQTT payloads; the JPEG beside them is of the same 224 x 224 pixels at quality 75. Times run from
-capture to the event's arrival at a subscriber. <del>Words</del> of the draft that the server did not keep,
-<ins>words</ins> that it wrote itself.</small></p>
+<p><small>Bytes are whole MQTT payloads; the JPEG beside them is of the same 224 x 224 pixels at quality 75. Times to a
+text run from capture to the event's arrival at a subscriber. <del>Words</del> of the draft that the server did not
+keep, <ins>words</ins> that it wrote itself.</small></p>
 </body></html>
 """
 

@@ -29,8 +29,8 @@ CUTS = (1, 3, 5, 8, 2, 13, BLOCK)  # tokens of successive passes; each row begin
 def prove(engine: Engine, sizes: Sequence[int] = SIZES) -> Proof:
     """Runs random latents and texts in every shape; what has the bits of one row alone, one token a pass, is proven.
 
-    Varied are the batch size, the width, a row's slot, its neighbours, how its text is cut into blocks, what follows the real
-    tokens in a block, and what is left in the cache. Takes about a second a target on a CPU.
+    Varied are the batch size, the width, a row's slot, its neighbours, how its text is cut into blocks, what follows
+    the real tokens in a block, and what is left in the cache. Takes about a second a target on a CPU.
     """
     random = torch.Generator().manual_seed(0)
     symbols = torch.randint(-4, 5, (max(sizes), *LATENT), generator=random).float().to(engine.device)

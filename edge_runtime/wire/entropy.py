@@ -45,14 +45,14 @@ class Pulled(NamedTuple):
     """What a stream held."""
 
     symbols: bytearray  # int8 in decoding order, as many as arrived
-    check: int | None  # the encoder's 16 bits, None where words were missing
+    check: int | None  # the encoder's 16 bits (other numbers after damage), None where words were missing
 
 
 def pull(data: bytes, channels: Sequence[Sequence[Coding]], height: int, width: int, largest: int) -> Pulled:
     """Decodes channels of height x width symbols.
 
     A word is read only when a step needs it, so a cut stream gives exactly the symbols that arrived. Raises
-    BitstreamError for what no encoder writes: a wrong first or final state, bytes left over, a needless escape.
+    BitstreamError for what no encoder writes: a first state below L, bytes left over, a needless escape.
     """
     x = int.from_bytes(data[:4], "big")
     symbols = bytearray()
@@ -92,9 +92,7 @@ def pull(data: bytes, channels: Sequence[Sequence[Coding]], height: int, width: 
     except StopIteration:
         return Pulled(symbols, None)
     left_over = sum(2 for _ in words) + len(data) % 2
+    if left_over:
+        raise BitstreamError(f"{left_over} bytes left over: the message was damaged, or other tables wrote it")
     # Below 2 L no step puts out a word, so the encoder's first state is the decoder's last, without a refill.
-    if left_over or not LOW <= x < 2 * LOW:
-        raise BitstreamError(
-            f"{left_over} bytes left over, final state {x:#x}: the message was damaged, or other tables wrote it"
-        )
     return Pulled(symbols, x - LOW)

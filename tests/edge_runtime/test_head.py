@@ -3,7 +3,7 @@ from math import floor
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_runtime.backends import SUFFIXES, BackendError
@@ -14,6 +14,7 @@ uint8 = st.integers(0, 255)
 
 
 @given(st.lists(uint8, min_size=1), uint8, st.integers(1, 1 << (SHIFT - 1)))
+@example([9, 10, 11, 12, 13, 14], 11, 1 << (SHIFT - 1))  # -1, -0.5, 0, 0.5, 1, 1.5
 def test_a_symbol_is_the_nearest_integer_and_a_tie_goes_up(codes, zero_point, factor):
     found = codes_to_symbols(np.array(codes, np.uint8), zero_point, factor)
     exact = [floor(Fraction((code - zero_point) * factor, 1 << SHIFT) + Fraction(1, 2)) for code in codes]

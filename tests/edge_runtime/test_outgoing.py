@@ -54,6 +54,14 @@ def test_a_lost_link_convicts_nobody() -> None:
     assert queue.counts()["pending"] == 1
 
 
+def test_what_was_taken_makes_room_for_as_many_bytes() -> None:
+    queue = OutgoingQueue(max_messages=10, max_bytes=10)
+    for number in range(3):
+        queue.accept(Outgoing(str(number), b"x" * 8, 1, False))
+        assert [one.topic for one in take_all(queue, window=1)] == [str(number)]
+    assert queue.counts()["dropped"] == 0
+
+
 class AnyOrderOfEvents(RuleBasedStateMachine):
     """Every message is told its outcome exactly once; the bounds hold; nothing overtakes."""
 

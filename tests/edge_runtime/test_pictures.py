@@ -62,10 +62,12 @@ def test_a_picture_is_read_alone(tmp_path):
     assert picture.name == "a.jpg"
 
 
-@pytest.mark.parametrize("name", ["absent", "absent.jpg", "absent.tar", "notes.txt"])
-def test_what_is_no_directory_tar_or_picture_is_refused(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "found"), [("absent.jpg", "does not exist: name a directory, a tar or a picture"), ("notes.txt", "no tar")]
+)
+def test_what_is_no_directory_tar_or_picture_is_refused(tmp_path, name, found):
     write_files(tmp_path, ["notes.txt"])
-    with pytest.raises(PictureError, match=f"{name} is not a directory, a tar or a picture"):
+    with pytest.raises(PictureError, match=f"{name} .*{found}"):
         list(read_pictures(tmp_path / name))
 
 
@@ -90,9 +92,7 @@ def test_members_of_a_tar_reach_nothing_outside_it(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     tar = write_tar(tmp_path / "x.tar", hostile)
     pictures = list(read_pictures(tar))
-    assert [p.name for p in pictures] == ["../../up.jpg", str(tmp_path / "absolute.jpg").lstrip("/")] or len(
-        pictures
-    ) == 2
+    assert [Path(p.name).name for p in pictures] == ["up.jpg", "absolute.jpg"]  # names, and nothing but names
     assert all(p.data == JPEG for p in pictures)
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tar])
 
@@ -103,7 +103,7 @@ def test_a_member_that_claims_more_than_there_is_damages_the_tar(tmp_path, size,
     path = tmp_path / "x.tar"
     header = member("a.jpg", kind, size=size).tobuf(tarfile.GNU_FORMAT)
     path.write_bytes(member("0.jpg").tobuf() + JPEG.ljust(1024, b"\0") + header + bytes(2048))
-    with pytest.raises(PictureError, match=r"x\.tar is damaged .*copy it again"):
+    with pytest.raises(PictureError, match=r"x\.tar is no tar, or a damaged one .*copy it again"):
         list(read_pictures(path))
 
 

@@ -120,3 +120,4 @@ def test_a_sum_saturates_like_the_relu6_before_it(tmp_path, suffix):
     found = model.run(pixels)[0].astype(int) - model.zero_point
     exact = (2 * (pixels.astype(int) - 127)).clip(0, 255).transpose(0, 3, 1, 2)
     assert np.abs(found - exact).max() <= 1
+    assert found.min() == 0

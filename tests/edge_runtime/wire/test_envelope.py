@@ -250,6 +250,12 @@ def test_hostile_counts_and_nesting_are_refused_in_little_memory(tail: bytes):
         assert peak < 100_000 + 2 * len(tail)
 
 
+def test_text_that_is_not_utf_8_is_refused():
+    data = encode_reply(msgspec.structs.replace(REPLY, text="text"))
+    with pytest.raises(EnvelopeError, match="utf-8"):
+        decode_reply(data.replace(b"text", b"te\xff\xfe"))
+
+
 def test_an_oversized_envelope_is_refused_before_it_is_parsed():
     with pytest.raises(EnvelopeError, match="at most 262144"):
         decode_request(b"\xc1" * (MAX_ENVELOPE + 1))  # 0xc1 is never msgpack, and was not looked at

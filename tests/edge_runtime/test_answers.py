@@ -1,0 +1,371 @@
+"""Every question ends in exactly one further event: against a real broker, with a server that does as it is told."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+
+from edge_runtime.answers import QUEUE, Answers, Question
+from edge_runtime.bundle import Bundle
+from edge_runtime.events import Events
+from edge_runtime.mqtt import MqttClient, MqttSettings
+from edge_runtime.wire import (
+    ContentKind,
+    Event,
+    Hop,
+    Paradigm,
+    Reply,
+    Request,
+    Status,
+    Tier,
+    decode_event,
+    decode_request,
+    encode_reply,
+    encode_request,
+    topics,
+)
+from edge_runtime.wire.envelope import MAX_TOKEN, encode_tokens
+from tests.brokers import PLAIN, Mosquitto
+from tests.listener import PATIENCE_S, QUICK, Listener
+
+SITE, BOARD = "home", "b1"
+DRAFT = (7, 8, 2)
+FOREVER_S = 600.0  # a deadline that no test waits for
+
+
+class Board:
+    """The board's side without its pipeline: what asks, and what hears the events."""
+
+    def __init__(self, port: int, bundle: Bundle, capacity: int = 8, resend_s: float = 60.0) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+        self.bundle = bundle
+        self.client = MqttClient(
+            MqttSettings("127.0.0.1", port, BOARD, keepalive_s=2),
+            subscriptions=[(topics.reply(SITE, BOARD), 1)],
+            on_message=lambda message: self.answers.reply_arrived(message.payload),
+            timing=QUICK,
+        )
+        self.listener: Callable[[Event], None] = self.events.put
+        events = Events(self.client, SITE, BOARD, lambda event: self.listener(event))
+        self.answers = Answers(self.client, bundle, SITE, BOARD, events, capacity, resend_s)
+        self.asked = 0
+
+    def ask(self, deadline_s: float = FOREVER_S) -> Request:
+        """One more question; its id is its number."""
+        self.asked += 1
+        request = Request(
+            id=self.asked.to_bytes(8, "big"),
+            bundle=self.bundle.id,
+            paradigm=Paradigm.SPECULATIVE,
+            age_ms=10,
+            budget_ms=int(1e3 * deadline_s),
+            content_kind=ContentKind.LATENT,
+            content=b"symbols",
+            draft=encode_tokens(DRAFT),
+        )
+        seen = Event(
+            type="new",
+            frame=request.id.hex(),
+            camera="door",
+            captured=datetime.now(timezone.utc),
+            text="word7 word8",
+            tokens=DRAFT,
+            timings_ms={"head": 1.0},
+        )
+        payload = encode_request(request)
+        self.answers.ask(Question(request, payload, seen, time.monotonic() + deadline_s))
+        return request
+
+    def next_event(self) -> Event:
+        return self.events.get(timeout=PATIENCE_S)
+
+    def __enter__(self) -> "Board":
+        self.client.start()
+        assert self.client.wait_online(PATIENCE_S)
+        self.running = ExitStack()
+        self.running.enter_context(self.answers)
+        return self
+
+    def stop(self) -> None:
+        """As the runtime does it: the answers first, then the client."""
+        self.running.close()
+
+    def __exit__(self, *_: object) -> None:
+        """Whatever the test was about: no event too many, and every question accounted for."""
+        self.stop()
+        self.client.close()
+        counts = self.answers.summary()
+        assert counts["accepted"] == counts["answered"] + counts["lost"] == self.asked
+        assert counts["open"] == 0
+        assert self.events.empty()
+
+
+class Server(Listener):
+    """Hears the board's requests and replies as the test says."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port, topics.request(SITE, BOARD))
+
+    def request(self) -> Request:
+        return decode_request(self.next())
+
+    def reply(self, request: Request, status: Status = Status.OK, **fields: Any) -> None:
+        reply = Reply(id=request.id, status=status, tier=Tier.CLOUD, server="s1", **fields)
+        self.say(encode_reply(reply))
+
+    def say(self, payload: bytes) -> None:
+        self.client.publish(topics.reply(SITE, BOARD), payload)
+
+
+@pytest.fixture
+def server(broker: Mosquitto) -> Iterator[Server]:
+    with Server(broker.port) as server:
+        yield server
+
+
+@pytest.fixture
+def board(broker: Mosquitto, board_bundle: Bundle) -> Iterator[Board]:
+    with Board(broker.port, board_bundle) as board:
+        yield board
+
+
+def answer_one_more(board: Board, server: Server) -> None:
+    """A question whose answer shows that everything said before has been heard: messages keep their order."""
+    board.ask()
+    server.reply(server.request())
+    assert board.next_event().frame == board.asked.to_bytes(8, "big").hex()
+
+
+def test_a_reply_becomes_a_final_update_with_all_that_it_says(board, server):
+    request = board.ask()
+    assert server.request() == request
+    server.reply(
+        request,
+        tokens=encode_tokens((7, 9, 2)),
+        accepted=1,
+        proposed=3,
+        hops=(Hop(Tier.CLOUD, "s1", 1.0, 2.0, {"tail": 0.5}),),
+        label="dog",
+        scores={"dog": 0.75},
+    )
+    event = board.next_event()
+    assert (event.type, event.final, event.frame, event.camera) == ("update", True, request.id.hex(), "door")
+    assert (event.text, event.tokens) == ("word7 word9", (7, 9, 2))
+    assert event.answered_by is not None
+    assert (event.answered_by.tier, event.answered_by.server) == ("cloud", "s1")
+    assert (event.accepted, event.proposed, event.label, event.scores) == (1, 3, "dog", {"dog": 0.75})
+    assert event.hops[0].stages_ms == {"tail": 0.5}
+    assert event.bytes_up == len(encode_request(request))
+    assert set(event.timings_ms) == {"head", "answer"}
+
+
+def test_an_update_is_published_and_retained_as_the_last_event(board, server, broker):
+    server.reply(board.ask(), text="a dog")
+    assert board.next_event().text == "a dog"
+    server.request()
+    with Listener(broker.port, topics.last(SITE, BOARD)) as late:
+        assert decode_event(late.next()).text == "a dog"
+
+
+@pytest.mark.parametrize("status", [Status.STALE, Status.UNKNOWN_BUNDLE, Status.BAD_REQUEST, Status.FAILED])
+def test_a_refusal_loses_the_question_at_once_and_says_who_and_why(board, server, status):
+    board.ask()
+    server.reply(server.request(), status, error="try this")
+    event = board.next_event()
+    assert (event.type, event.final) == ("lost", True)
+    assert event.why == f"server s1: {status.name.lower()}: try this"
+    assert (event.text, event.tokens) == ("word7 word8", DRAFT)  # the draft stands
+    assert board.answers.summary()[status.name.lower()] == 1
+
+
+def test_without_a_reply_a_question_is_lost_at_its_deadline(board, server):
+    request = board.ask(deadline_s=0.2)
+    event = board.next_event()
+    assert (event.type, event.why) == ("lost", "no reply to 1 sent")
+    assert event.bytes_up == len(encode_request(request))
+
+
+def test_a_late_reply_is_counted_and_changes_nothing(board, server):
+    request = board.ask(deadline_s=0.2)
+    assert board.next_event().type == "lost"
+    server.request()
+    server.reply(request)
+    answer_one_more(board, server)
+    assert board.answers.summary()["late"] == 1
+
+
+def test_a_duplicate_reply_is_counted_and_changes_nothing(board, server):
+    board.ask()
+    request = server.request()
+    server.reply(request)
+    server.reply(request)
+    assert board.next_event().type == "update"
+    answer_one_more(board, server)
+    assert board.answers.summary()["duplicate"] == 1
+
+
+def test_a_refusal_after_the_answer_changes_nothing(board, server):
+    board.ask()
+    request = server.request()
+    server.reply(request)
+    server.reply(request, Status.FAILED)
+    assert board.next_event().type == "update"
+    answer_one_more(board, server)
+
+
+def test_a_busy_server_is_asked_again_and_its_answer_counts(board, server):
+    board.ask()
+    first = server.request()
+    server.reply(first, Status.BUSY, retry_after_ms=20)
+    second = server.request()
+    assert second.id == first.id
+    server.reply(second, text="a dog")
+    event = board.next_event()
+    assert (event.type, event.text) == ("update", "a dog")
+    assert event.bytes_up == len(encode_request(first)) + len(encode_request(second))
+    assert board.answers.summary()["busy"] == 1
+
+
+def test_a_resend_has_the_same_id_and_content_and_says_how_old_it_has_become(broker, board_bundle, server):
+    with Board(broker.port, board_bundle, resend_s=0.05) as board:
+        board.ask(deadline_s=60)
+        sent = [server.request() for _ in range(3)]
+        server.reply(sent[0])
+        assert board.next_event().type == "update"
+        for earlier, later in zip(sent, sent[1:]):
+            assert (later.id, later.content, later.draft) == (earlier.id, earlier.content, earlier.draft)
+            assert later.age_ms > earlier.age_ms
+            assert later.budget_ms < earlier.budget_ms
+            assert abs(later.age_ms + later.budget_ms - 60_010) < 50
+        assert board.answers.summary()["resent"] >= 2
+
+
+def test_a_request_whose_server_died_is_answered_when_sent_again(broker, board_bundle):
+    with Board(broker.port, board_bundle, resend_s=0.2) as board:
+        with Server(broker.port) as first:
+            board.ask()
+            first.request()
+        with Server(broker.port) as second:
+            second.reply(second.request())
+            assert board.next_event().type == "update"
+
+
+@pytest.mark.parametrize("garbage", [b"", b"garbage", bytes(64), b"\x93\x01"])
+def test_what_is_no_reply_is_counted_and_changes_nothing(board, server, garbage):
+    server.say(garbage)
+    answer_one_more(board, server)
+    assert board.answers.summary()["unreadable"] == 1
+
+
+def test_a_reply_to_nothing_we_asked_is_counted_and_changes_nothing(board, server):
+    for status in (Status.OK, Status.BUSY, Status.FAILED):
+        server.say(encode_reply(Reply(id=b"stranger", status=status, server="s1")))
+    answer_one_more(board, server)
+    assert board.answers.summary()["unknown"] == 2
+
+
+def test_a_reply_too_large_for_an_event_loses_its_question_and_no_other(board, server):
+    board.ask()
+    names = {chr(n) * 64: 0.5 for n in range(1, 32)}  # as JSON each letter is six
+    server.reply(server.request(), text="\x01" * 8192, tokens=encode_tokens([MAX_TOKEN] * 1024), scores=names)
+    event = board.next_event()
+    assert event.type == "lost"
+    assert "at most 65536 are read" in event.why
+    answer_one_more(board, server)
+
+
+@pytest.mark.parametrize(
+    ("config", "outcome"),
+    [
+        (PLAIN + "acl_file {folder}/acl\n", "refused"),
+        (PLAIN + "max_packet_size 80\n", "oversized"),
+    ],
+)
+def test_a_request_that_the_broker_refuses_is_lost_at_once(start_broker, tmp_path, board_bundle, config, outcome):
+    (tmp_path / "acl").write_text(f"topic read #\ntopic write {topics.event(SITE, BOARD)}\n")
+    with Board(start_broker(config).port, board_bundle) as board:
+        board.ask()
+        event = board.next_event()
+        assert (event.type, event.why) == ("lost", f"broker: {outcome}")
+
+
+def test_one_question_too_many_loses_the_oldest(broker, board_bundle, server):
+    with Board(broker.port, board_bundle, capacity=2) as board:
+        asked = [board.ask() for _ in range(3)]
+        event = board.next_event()
+        assert (event.frame, event.type, event.why) == (asked[0].id.hex(), "lost", "table full")
+        for request in asked[1:]:
+            server.reply(request)
+            assert board.next_event().frame == request.id.hex()
+
+
+def test_a_board_that_stops_loses_what_is_open(board, server):
+    board.ask()
+    server.request()
+    board.stop()
+    event = board.next_event()
+    assert (event.type, event.why) == ("lost", "the board stops")
+
+
+def test_a_frozen_broker_delays_no_deadline(board, broker):
+    broker.freeze()
+    asked = [board.ask(deadline_s=0.3) for _ in range(5)]
+    events = [board.next_event() for _ in asked]
+    assert [(e.frame, e.type) for e in events] == [(r.id.hex(), "lost") for r in asked]
+    broker.thaw()
+
+
+def test_a_listener_that_raises_ends_nothing(board, server, caplog):
+    def put_and_raise(event: Event) -> None:
+        board.events.put(event)
+        raise RuntimeError("mine")
+
+    board.listener = put_and_raise
+    answer_one_more(board, server)
+    answer_one_more(board, server)
+    assert "event listener raised" in caplog.text
+
+
+# ---- waiting for the last answers, and a flood ----
+
+
+def after(seconds: float, action: Callable[[], Any]) -> None:
+    threading.Timer(seconds, action).start()
+
+
+def test_waiting_ends_when_the_last_question_has_its_event(board, server):
+    requests = [board.ask() for _ in range(2)]
+    after(0.1, lambda: [server.reply(request) for request in requests])
+    board.answers.wait_until_settled(FOREVER_S, threading.Event())
+    assert [board.next_event().type for _ in requests] == ["update", "update"]
+
+
+def test_a_question_just_asked_is_waited_for(board, server):
+    for _ in range(50):
+        board.ask(deadline_s=0)  # lost as soon as it is seen
+        board.answers.wait_until_settled(FOREVER_S, threading.Event())
+        assert board.next_event().type == "lost"
+
+
+def test_waiting_ends_with_its_time_or_with_a_stop(board):
+    board.ask()
+    board.answers.wait_until_settled(0.05, threading.Event())
+    stop = threading.Event()
+    after(0.05, stop.set)
+    board.answers.wait_until_settled(FOREVER_S, stop)
+    board.stop()
+    assert board.next_event().why == "the board stops"
+
+
+def test_a_flood_of_replies_never_blocks_the_network_thread(board_bundle):
+    client = MqttClient(MqttSettings("127.0.0.1", 1, BOARD))
+    answers = Answers(client, board_bundle, SITE, BOARD, Events(client, SITE, BOARD), 8, 1.0)  # its thread not started
+    for _ in range(QUEUE + 3):
+        answers.reply_arrived(b"x")
+    assert answers.summary()["overflow"] == 3
+    client.close()

@@ -1,0 +1,215 @@
+"""The path of a frame, with real networks and a real broker."""
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edge_runtime.answers import Answers, Question
+from edge_runtime.bundle import Bundle
+from edge_runtime.events import Events
+from edge_runtime.mqtt import MqttClient, MqttSettings
+from edge_runtime.pipeline import Pipeline, Plan, build_request
+from edge_runtime.preprocess import decode_picture, to_input
+from edge_runtime.runtime import load_draft, load_head
+from edge_runtime.sources import Frame
+from edge_runtime.wire import (
+    ContentKind,
+    Event,
+    Paradigm,
+    Reply,
+    Status,
+    Tier,
+    bitstream,
+    decode_request,
+    encode_reply,
+    topics,
+)
+from tests.brokers import Mosquitto
+from tests.listener import PATIENCE_S, QUICK, Listener
+
+SITE, BOARD = "home", "b1"
+
+
+def frame(seed: int = 0, captured_unix: float = 1.6e9) -> Frame:
+    """A coarse random picture, captured now by the clock that counts."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    return Frame("door", coarse.repeat(40, 0).repeat(40, 1), captured_unix, time.monotonic())
+
+
+class Board:
+    """A pipeline with its ways out; `order` is what it did, in the order in which it did it."""
+
+    def __init__(self, stack: ExitStack, port: int, bundle: Bundle, plan: Plan) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+        self.order: list[str] = []
+        order = self.order
+
+        class RecordedAnswers(Answers):
+            def ask(self, question: Question) -> None:
+                order.append("ask")
+                super().ask(question)
+
+        def listener(event: Event) -> None:
+            order.append(event.type)
+            self.events.put(event)
+
+        self.client = MqttClient(
+            MqttSettings("127.0.0.1", port, BOARD, keepalive_s=2),
+            subscriptions=[(topics.reply(SITE, BOARD), 1)],
+            on_message=lambda message: self.answers.reply_arrived(message.payload),
+            timing=QUICK,
+        )
+        events = Events(self.client, SITE, BOARD, listener)
+        self.answers = RecordedAnswers(self.client, bundle, SITE, BOARD, events, 64, 60.0)
+        head = load_head(bundle, "onnx", 1) if plan.paradigm != "offload" else None
+        draft = load_draft(bundle, "onnx", 1) if plan.paradigm in ("device", "speculative") else None
+        self.pipeline = Pipeline(bundle, head, draft, plan, self.answers, events)
+        stack.enter_context(self.client)
+        stack.enter_context(self.answers)
+        assert self.client.wait_online(PATIENCE_S)
+
+    def next_event(self) -> Event:
+        return self.events.get(timeout=PATIENCE_S)
+
+
+Start = Callable[..., Board]
+
+
+@pytest.fixture
+def start(broker: Mosquitto, board_bundle: Bundle) -> Iterator[Start]:
+    with ExitStack() as stack:
+        yield lambda paradigm, budget_ms=60_000, **plan: Board(
+            stack, broker.port, board_bundle, Plan(paradigm, "for the test", budget_ms, **plan)
+        )
+
+
+@pytest.fixture
+def server(broker: Mosquitto) -> Iterator[Listener]:
+    """Answers everything at once with the same text."""
+
+    def answer(payload: bytes) -> bytes:
+        return encode_reply(Reply(id=decode_request(payload).id, status=Status.OK, text="verified", server="s1"))
+
+    with Listener(broker.port, topics.request(SITE, BOARD), answer=answer, to=topics.reply(SITE, BOARD)) as listener:
+        yield listener
+
+
+def test_the_draft_is_an_event_before_its_question_leaves_and_the_answer_follows(start, server):
+    board = start("speculative")
+    for seed in range(5):
+        seen = board.pipeline.handle(frame(seed))
+        assert board.next_event() == seen
+        update = board.next_event()
+        assert (update.type, update.frame, update.text, update.final) == ("update", seen.frame, "verified", True)
+    assert board.order == 5 * ["new", "ask", "update"]
+
+
+def test_the_new_event_says_what_was_drafted_and_what_it_cost(start, board_bundle):
+    event = start("speculative").pipeline.handle(frame())
+    assert (event.type, event.final, event.camera, event.paradigm, event.why) == (
+        "new",
+        False,
+        "door",
+        "speculative",
+        "for the test",
+    )
+    assert event.tokens
+    assert event.text == board_bundle.text(list(event.tokens))
+    assert event.answered_by is not None
+    assert event.answered_by.tier == "device"
+    assert event.captured.timestamp() == 1.6e9
+    assert event.jpeg_bytes > 1000
+    assert {"resize", "head", "draft", "encode", "publish"} == set(event.timings_ms)
+
+
+@pytest.mark.parametrize("paradigm", ["split", "speculative", "offload"])
+def test_the_event_counts_the_bytes_that_the_server_gets(start, server, paradigm):
+    board = start(paradigm)
+    seen = board.pipeline.handle(frame())
+    payload = server.next()
+    assert seen.bytes_up == len(payload)
+    assert decode_request(payload).id.hex() == seen.frame
+
+
+def test_a_speculative_request_carries_the_symbols_and_the_whole_draft(start, server, board_bundle):
+    seen = start("speculative", tier=Tier.CLOUD).pipeline.handle(frame())
+    request = decode_request(server.next())
+    assert (request.paradigm, request.content_kind) == (Paradigm.SPECULATIVE, ContentKind.LATENT)
+    assert request.bundle == board_bundle.id
+    assert tuple(request.draft_ids) == seen.tokens
+    symbols = bitstream.decode(request.content, board_bundle.tables).symbols
+    assert np.array_equal(symbols, load_head(board_bundle, "onnx", 1).symbols(to_input(frame().pixels)))
+    assert request.options is not None
+    assert request.options.tier is Tier.CLOUD
+
+
+def test_split_sends_no_draft_and_has_no_event_before_the_answer(start, server):
+    board = start("split")
+    seen = board.pipeline.handle(frame())
+    request = decode_request(server.next())
+    assert (request.paradigm, request.draft) == (Paradigm.SPLIT, b"")
+    update = board.next_event()
+    assert (update.type, update.frame, update.text) == ("update", seen.frame, "verified")
+    assert board.order == ["ask", "update"]
+
+
+def test_offload_sends_the_picture_and_needs_no_head(start, server):
+    board = start("offload", jpeg_quality=90)
+    assert board.pipeline.head is None
+    board.pipeline.handle(frame())
+    request = decode_request(server.next())
+    assert (request.paradigm, request.content_kind) == (Paradigm.OFFLOAD, ContentKind.JPEG)
+    assert decode_picture(request.content).shape == (224, 224, 3)
+
+
+def test_device_sends_nothing_and_its_event_is_final(start):
+    board = start("device")
+    seen = board.pipeline.handle(frame())
+    event = board.next_event()
+    assert event == seen
+    assert (event.type, event.final, event.bytes_up) == ("new", True, 0)
+    assert board.order == ["new"]
+    assert board.client.stats().published == 2  # the event, and the retained last one
+
+
+def test_nothing_waits_for_a_frozen_broker_and_every_question_ends_at_its_deadline(start, broker):
+    board = start("speculative", budget_ms=2000)
+    broker.freeze()
+    frames = [frame(seed) for seed in range(20)]
+    seen = [board.pipeline.handle(each) for each in frames]
+    assert board.order.count("new") == board.order.count("ask") == 20
+    ended = {}
+    while len(ended) < 20:
+        event = board.next_event()
+        if event.type != "new":
+            ended[event.frame] = event
+    assert ended.keys() == {event.frame for event in seen}
+    assert all((e.type, e.final, e.text) == ("lost", True, s.text) for s, e in zip(seen, ended.values(), strict=True))
+    broker.thaw()
+
+
+def test_a_frame_that_the_head_refuses_is_counted_and_the_next_one_is_handled(start):
+    board = start("device")
+    grey = replace(frame(), pixels=np.zeros((300, 300), np.uint8))
+    board.pipeline.run([grey, frame()])
+    assert board.pipeline.failed == 1
+    assert board.order == ["new"]
+
+
+def test_ids_rise_even_when_the_clock_goes_back(start):
+    board = start("device")
+    ids = [board.pipeline.handle(frame(captured_unix=unix)).frame for unix in (1.6e9, 1.0e9, 1.7e9)]
+    assert ids == sorted(set(ids))
+
+
+def test_what_is_left_of_the_budget_is_counted_from_capture(board_bundle):
+    pixels, symbols = np.zeros((224, 224, 3), np.uint8), np.zeros((64, 7, 7), np.int8)
+    plan = Plan("split", "for the test", 1000)
+    fresh, old = (build_request(board_bundle, bytes(8), plan, pixels, symbols, (), age) for age in (300, 5000))
+    assert (fresh.age_ms, fresh.budget_ms) == (300, 700)
+    assert (old.age_ms, old.budget_ms) == (5000, 0)

@@ -1,0 +1,237 @@
+"""The demo, end to end: processes, broker, page; and that nothing of it stays behind."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+
+from edge_runtime.preprocess import PictureError
+from edge_runtime.wire import AnsweredBy, Event, EventHop
+from firmware_tools.children import Child, ChildError, toml
+from firmware_tools.demo_page import Result, marked, page, stages, summary
+from firmware_tools.demo_photos import Photo, collect, shipped
+from firmware_tools.evaluate import SHIPPED_BUNDLE
+from tests.bundles import tiny_bundle
+from tests.exports import pictures
+
+CAPTURED = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
+PATIENCE_S = 240  # processes that load torch, on a machine that may be busy
+
+pytestmark = pytest.mark.timeout(2 * PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped bundle where there is one."""
+    if (SHIPPED_BUNDLE / "manifest.json").is_file():
+        return SHIPPED_BUNDLE
+    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny", board=True).path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for name, pixels in zip(
+        ("<b>one</b>.png", "three.png", "two & a half.png"), pictures(3, seed=11).numpy(), strict=True
+    ):
+        cv2.imwrite(str(folder / name), pixels)
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def start_demo(folder: Path, *arguments: object) -> "subprocess.Popen[str]":
+    """In a temporary directory of its own, so that what stays behind is seen."""
+    (folder / "tmp").mkdir()
+    command = [sys.executable, "-m", "firmware_tools", "demo", "--html", folder / "page.html", *arguments]
+    environment = os.environ | {"TMPDIR": str(folder / "tmp"), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [str(part) for part in command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+
+
+class Pictures(HTMLParser):
+    """What a page shows, and what it would load."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.sources, self.names = "", [], []
+        self.feed(html)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_starttag(self, tag: str, attributes: Sequence[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        self.sources += [value for key, value in values.items() if key in ("src", "href", "srcset", "data", "action")]
+        if tag == "img":
+            self.names.append(values["alt"])
+
+
+def test_each_photo_is_captioned_and_on_the_page(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    demo = start_demo(tmp_path, "--bundle", bundle, "--images", photos)
+    out, err = demo.communicate(timeout=PATIENCE_S)
+    assert demo.returncode == 0, err
+    assert "broken.png" in err
+    lines = [dict(part.split(": ", 1) for part in line.split(" | ")) for line in out.splitlines() if " | " in line]
+    assert [line["photo"] for line in lines] == ["<b>one</b>.png", "three.png", "two & a half.png"]
+    shown = Pictures((tmp_path / "page.html").read_text())
+    assert shown.names == ["<b>one</b>.png", "three.png", "two & a half.png"]
+    assert all(source.startswith("data:image/jpeg;base64,") for source in shown.sources)
+    for line in lines:
+        assert line["by"] == "cloud demo-server"
+        assert re.sub(r"[][]", "", line["text"]) in shown.text
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_an_interrupt_ends_every_process_and_leaves_nothing(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    demo = start_demo(tmp_path, "--bundle", bundle, "--images", *[photos] * 5)
+    assert demo.stdout is not None
+    assert demo.stdout.readline().startswith("photo: ")  # all three run
+    children = psutil.Process(demo.pid).children(recursive=True)
+    port = int(re.findall(r"port = (\d+)", next((tmp_path / "tmp").glob("*/run.toml")).read_text())[0])
+    assert len(children) >= 3
+    demo.send_signal(signal.SIGINT)
+    demo.send_signal(signal.SIGINT)  # a second one, as impatient people do
+    _, err = demo.communicate(timeout=PATIENCE_S)
+    assert demo.returncode == 130, err
+    assert "Traceback" not in err
+    assert not [child for child in children if child.is_running()]
+    assert not list((tmp_path / "tmp").iterdir())
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_child_that_fails_speaks_for_itself(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in bundle.iterdir():
+        if file.suffix != ".onnx":
+            (damaged / file.name).symlink_to(file)
+    (damaged / "tail.safetensors").unlink()
+    demo = start_demo(tmp_path, "--bundle", damaged, "--images", photos)
+    out, err = demo.communicate(timeout=PATIENCE_S)
+    assert (demo.returncode, out) == (1, "")
+    assert "`aiflow serve` ended with exit code 78" in err
+    assert "tail.safetensors is missing: copy the whole bundle again" in err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_child_that_ended_well_is_no_error(tmp_path: Path) -> None:
+    with Child("validate", {"board": {"id": "b"}}, tmp_path) as child:
+        child.process.wait(PATIENCE_S)
+        with pytest.raises(ChildError, match=r"(?s)exit code 78.*missing required field `bundle`"):
+            child.has_ended()
+
+
+def test_generated_tables_are_toml() -> None:
+    import tomllib
+
+    tables = {
+        "board": {"id": 'a "quoted" \\ ü', "threads": 2, "repeat": True},
+        "cameras": [{"name": "a"}, {"name": "b"}],
+    }
+    assert tomllib.loads(toml(tables)) == tables
+
+
+def test_words_that_the_other_text_lacks_are_marked() -> None:
+    assert marked("a black dog runs fast", "a dog runs") == [
+        ("a", False),
+        ("black", True),
+        ("dog runs", False),
+        ("fast", True),
+    ]
+    assert marked("", "a dog") == []
+
+
+NEW = Event(
+    type="new", frame="01", camera="c", captured=CAPTURED, text="a dog", tokens=(5, 6, 2), bytes_up=300, jpeg_bytes=9000
+)
+UPDATE = Event(
+    type="update",
+    frame="01",
+    camera="c",
+    captured=CAPTURED,
+    final=True,
+    text="<script>alert(1)</script> runs",
+    tokens=(7, 8, 9, 2),
+    answered_by=AnsweredBy("cloud", "<s>"),
+    bytes_up=300,
+    jpeg_bytes=9000,
+    timings_ms={"resize": 1.0, "head": 10.0, "draft": 5.0, "encode": 1.0, "publish": 1.0, "answer": 60.0},
+    hops=(EventHop("cloud", "s", 2.0, 38.0),),
+    accepted=1,
+    proposed=3,
+    passes=2,
+)
+
+
+@pytest.fixture
+def result() -> Result:
+    data = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    at = CAPTURED.timestamp()
+    return Result(Photo("<i>", data, "by <me>")).followed(NEW, at + 0.02).followed(UPDATE, at + 0.09)
+
+
+def test_a_result_keeps_the_draft_and_takes_the_last_text(result: Result) -> None:
+    assert (result.draft, result.is_final, result.is_verified) == ("a dog", True, True)
+    assert (round(result.first_ms or 0), round(result.last_ms or 0)) == (20, 90)
+
+
+def test_stages_split_the_wait_into_link_queue_and_server() -> None:
+    assert list(stages(UPDATE).items())[-3:] == [("link", 20.0), ("queue", 2.0), ("server", 38.0)]
+    assert sum(stages(UPDATE).values()) == 17 + 60
+
+
+def test_the_summary_counts_what_was_lost(result: Result) -> None:
+    lost = Result(result.photo).followed(Event(type="lost", frame="2", camera="c", captured=CAPTURED, final=True), 0.0)
+    figures = summary([result, lost])
+    assert (figures["photos"], figures["lost"], figures["verified"]) == (2, 1, 1)
+    assert (figures["accepted"], figures["proposed"], figures["passes"], figures["jpeg_to_bytes"]) == (1, 3, 2, 30)
+    assert (round(figures["first_text_ms"]), round(figures["verified_text_ms"])) == (20, 90)
+
+
+def test_what_came_over_the_network_is_text_on_the_page(result: Result) -> None:
+    html = page([result], "<title>", "<note>")
+    shown = Pictures(html)
+    assert UPDATE.text.split()[0] in shown.text
+    assert "<script" not in html
+    assert not re.search(r"<(i|s|me|note)>", html)
+
+
+def test_a_video_gives_a_still_a_second(tmp_path: Path) -> None:
+    path = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    for shade in range(12):
+        writer.write(np.full((48, 64, 3), 20 * shade, np.uint8))
+    writer.release()
+    stills = collect(video=path)
+    assert [still.name for still in stills] == ["clip 0 s", "clip 1 s", "clip 2 s"]
+    shades = [cv2.imdecode(np.frombuffer(still.data, np.uint8), 1).mean() for still in stills]
+    assert np.allclose(shades, [0, 100, 200], atol=5)
+    assert len(collect(video=path, limit=2)) == 2
+
+
+def test_nothing_to_show_is_a_named_error(tmp_path: Path) -> None:
+    with pytest.raises(PictureError, match="cannot be read as a video"):
+        collect(video=tmp_path / "none.avi")
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(PictureError, match="no picture can be read"):
+        collect([tmp_path])
+
+
+def test_the_shipped_photos_are_all_there_and_credited() -> None:
+    photos = list(shipped())
+    assert len(photos) >= 8
+    assert all(photo.credit for photo in photos)

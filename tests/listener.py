@@ -1,0 +1,50 @@
+"""Somebody at the broker: hears what tests ask about, in order, and says what they want said."""
+
+import queue
+import time
+from collections.abc import Callable
+
+from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Timing
+
+PATIENCE_S = 20.0  # for what takes well under a second when nothing is wrong
+QUICK = Timing(backoff_base=0.02, backoff_cap=0.1, refused_cap=0.2, handshake=2.0, degraded=0.3, short_session=0.0)
+
+
+class Listener:
+    """`with` connects it, and waits until its subscriptions are in force."""
+
+    def __init__(self, port: int, *topics: str, answer: Callable[[bytes], bytes] | None = None, to: str = "") -> None:
+        """answer: called with every payload that is heard, on the client's thread; what it returns is published."""
+        self.heard: queue.Queue[Message] = queue.Queue()
+        self._answer, self._to = answer, to
+        self.client = MqttClient(
+            MqttSettings("127.0.0.1", port, "listener", keepalive_s=2),
+            subscriptions=[(topic, 1) for topic in topics],
+            on_message=self._on_message,
+            timing=QUICK,
+        )
+
+    def _on_message(self, message: Message) -> None:
+        self.heard.put(message)
+        if self._answer:
+            self.client.publish(self._to, self._answer(message.payload))
+
+    def next(self) -> bytes:
+        """The payload of the next message."""
+        return self.heard.get(timeout=PATIENCE_S).payload
+
+    def __enter__(self) -> "Listener":
+        self.client.start()
+        assert self.client.wait_online(PATIENCE_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """For what gives no event, such as another thread's counters."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.01)
