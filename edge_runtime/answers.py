@@ -111,7 +111,7 @@ class Answers:
         """Counters; accepted = answered + lost + open."""
         counts = self._requests.counts
         names = ("accepted", "answered", "lost", "open", "resent", "busy", "duplicate", "late", "unknown")
-        return {name: getattr(counts, name) for name in names} | dict(self.counts)
+        return {name: getattr(counts, name) for name in names} | {f"reply_{k}": n for k, n in self.counts.items()}
 
     def _run(self) -> None:
         while True:

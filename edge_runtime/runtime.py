@@ -92,7 +92,7 @@ def run_board(
         # Sources that end, such as files, leave questions open: their answers are waited for, up to the deadline.
         answers.wait_until_settled(board.deadline_ms / 1e3, stop)
     mqtt = {f"mqtt_{name}": count for name, count in asdict(client.stats()).items()}
-    summary = answers.summary() | {"failed": pipeline.failed} | asdict(counters) | mqtt
+    summary = answers.summary() | {"frames_failed": pipeline.failed} | asdict(counters) | mqtt
     logger.info("board stopped %s", " ".join(f"{name}={value}" for name, value in summary.items()))
     return summary
 

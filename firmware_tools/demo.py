@@ -121,13 +121,14 @@ def play(
         )
         if not running.enter_context(client).wait_online(START_S):
             raise DemoError(f"the broker on port {port} does not answer: {client.reason}")
+        children: list[Child] = []
         if args.paradigm != "device":
-            server = running.enter_context(Child("serve", server_toml(args, port), folder))
-            wait_for_server(server, inbox)
-        board = running.enter_context(Child("run", board_toml(args, port, folder / "photos"), folder))
+            children = [running.enter_context(Child("serve", server_toml(args, port), folder))]
+            wait_for_server(children[0], inbox)
+        children.append(running.enter_context(Child("run", board_toml(args, port, folder / "photos"), folder)))
         while not all(result.is_final for result in results):
-            # The board's end and its last events come by different ways.
-            has_ended = board.has_ended()
+            # The end of the board, and its last events, come by different ways.
+            has_ended = [child.has_ended() for child in children][-1]
             try:
                 arrived, message = inbox.get(timeout=0.5)
             except queue.Empty:

@@ -91,7 +91,9 @@ class Chain:
         payload = wire.encode_request(build_request(self.bundle, bytes(8), self.plan, pixels, symbols, draft))
         request = wire.decode_request(payload)
         if request.content_kind is wire.ContentKind.LATENT:
-            received = wire.decode(request.content, self.bundle.tables).symbols
+            decoded = wire.decode(request.content, self.bundle.tables)
+            assert decoded.checked  # nothing on the way can have cut it
+            received = decoded.symbols
         else:
             assert self.engine is not None
             received = self.engine.symbols(to_input(decode_picture(request.content)))

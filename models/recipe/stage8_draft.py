@@ -20,14 +20,14 @@ from models.recipe.workspace import Average, Workspace, steps
 
 NAME = "8-draft"
 BATCH = 256
-CHECKPOINT_EVERY = 300
+CHECKPOINT_EVERY = 150
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Length of training."""
 
-    steps: int = 2500
+    steps: int = 900
     learning_rate: float = 2e-3
     dropout: float = 0.1
 

@@ -1,5 +1,6 @@
 """Every question ends in exactly one further event: against a real broker, with a server that does as it is told."""
 
+import itertools
 import queue
 import threading
 import time
@@ -51,7 +52,7 @@ class Board:
             timing=QUICK,
         )
         self.listener: Callable[[Event], None] = self.events.put
-        events = Events(self.client, SITE, BOARD, lambda event: self.listener(event))
+        events = Events(self.client, SITE, BOARD, self.listener)
         self.answers = Answers(self.client, bundle, SITE, BOARD, events, capacity, resend_s)
         self.asked = 0
 
@@ -180,7 +181,7 @@ def test_a_refusal_loses_the_question_at_once_and_says_who_and_why(board, server
     assert (event.type, event.final) == ("lost", True)
     assert event.why == f"server s1: {status.name.lower()}: try this"
     assert (event.text, event.tokens) == ("word7 word8", DRAFT)  # the draft stands
-    assert board.answers.summary()[status.name.lower()] == 1
+    assert board.answers.summary()[f"reply_{status.name.lower()}"] == 1
 
 
 def test_without_a_reply_a_question_is_lost_at_its_deadline(board, server):
@@ -237,7 +238,7 @@ def test_a_resend_has_the_same_id_and_content_and_says_how_old_it_has_become(bro
         sent = [server.request() for _ in range(3)]
         server.reply(sent[0])
         assert board.next_event().type == "update"
-        for earlier, later in zip(sent, sent[1:]):
+        for earlier, later in itertools.pairwise(sent):
             assert (later.id, later.content, later.draft) == (earlier.id, earlier.content, earlier.draft)
             assert later.age_ms > earlier.age_ms
             assert later.budget_ms < earlier.budget_ms
@@ -259,7 +260,7 @@ def test_a_request_whose_server_died_is_answered_when_sent_again(broker, board_b
 def test_what_is_no_reply_is_counted_and_changes_nothing(board, server, garbage):
     server.say(garbage)
     answer_one_more(board, server)
-    assert board.answers.summary()["unreadable"] == 1
+    assert board.answers.summary()["reply_unreadable"] == 1
 
 
 def test_a_reply_to_nothing_we_asked_is_counted_and_changes_nothing(board, server):
@@ -367,5 +368,5 @@ def test_a_flood_of_replies_never_blocks_the_network_thread(board_bundle):
     answers = Answers(client, board_bundle, SITE, BOARD, Events(client, SITE, BOARD), 8, 1.0)  # its thread not started
     for _ in range(QUEUE + 3):
         answers.reply_arrived(b"x")
-    assert answers.summary()["overflow"] == 3
+    assert answers.summary()["reply_overflow"] == 3
     client.close()

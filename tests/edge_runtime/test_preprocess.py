@@ -121,8 +121,12 @@ def test_endless_jpeg_segments_are_given_up(filler):
         claimed_size(data)
 
 
-starts = st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", *(webp(k, b"") for k in (b"VP8 ", b"VP8L", b"VP8X"))])
-jpeg_markers = st.lists(st.sampled_from([b"\xff\xe0\x00\x00", b"\xff\xe0\x00\x02", b"\xff\xff", b"\xff\xd8", b"\xff\xc0"]))
+starts = st.sampled_from(
+    [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", *(webp(k, b"") for k in (b"VP8 ", b"VP8L", b"VP8X"))]
+)
+jpeg_markers = st.lists(
+    st.sampled_from([b"\xff\xe0\x00\x00", b"\xff\xe0\x00\x02", b"\xff\xff", b"\xff\xd8", b"\xff\xc0"])
+)
 
 
 @given(starts, jpeg_markers, st.binary(max_size=64))

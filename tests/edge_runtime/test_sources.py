@@ -63,7 +63,9 @@ def test_photos_come_in_order_as_they_are_and_end(tmp_path, stop):
     camera = CameraConfig("door", write_photos(tmp_path / "p", 10, 200, 100), interval_s=0)
     before = time.monotonic()
     frames = list(file_frames(camera, stop, Counters()))
-    assert [(f.camera, f.name, shade_of(f)) for f in frames] == [("door", f"{i}.jpg", s) for i, s in enumerate([10, 200, 100])]
+    assert [(f.camera, f.name, shade_of(f)) for f in frames] == [
+        ("door", f"{i}.jpg", s) for i, s in enumerate([10, 200, 100])
+    ]
     assert frames[1].encoded == jpeg(200)
     assert before <= frames[0].captured <= frames[2].captured <= time.monotonic()
 

@@ -43,7 +43,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     for name, pixels in zip(
-        ("<b>one</b>.png", "three.png", "two & a half.png"), pictures(3, seed=11).numpy(), strict=True
+        ("<b>one<b>.png", "three.png", "two & a half.png"), pictures(3, seed=11).numpy(), strict=True
     ):
         cv2.imwrite(str(folder / name), pixels)
     (folder / "broken.png").write_bytes(b"no picture")
@@ -84,9 +84,9 @@ def test_each_photo_is_captioned_and_on_the_page(tmp_path: Path, bundle: Path, p
     assert demo.returncode == 0, err
     assert "broken.png" in err
     lines = [dict(part.split(": ", 1) for part in line.split(" | ")) for line in out.splitlines() if " | " in line]
-    assert [line["photo"] for line in lines] == ["<b>one</b>.png", "three.png", "two & a half.png"]
+    assert [line["photo"] for line in lines] == ["<b>one<b>.png", "three.png", "two & a half.png"]
     shown = Pictures((tmp_path / "page.html").read_text())
-    assert shown.names == ["<b>one</b>.png", "three.png", "two & a half.png"]
+    assert shown.names == ["<b>one<b>.png", "three.png", "two & a half.png"]
     assert all(source.startswith("data:image/jpeg;base64,") for source in shown.sources)
     for line in lines:
         assert line["by"] == "cloud demo-server"
