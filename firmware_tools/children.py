@@ -5,20 +5,26 @@ failed.
 """
 
 import json
+import queue
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from edge_runtime.config import MqttConfig
+from edge_runtime.mqtt import Message, MqttClient
+from edge_runtime.wire import topics
 from firmware_tools.broker import with_parent
 
+START_S = 300.0  # a slow or busy machine takes a while to load torch
 STOP_S = 15.0  # a server finishes what it accepted, at most 10 s by its default
 LOG_LINES = 12
 
 
 class ChildError(ValueError):
-    """A child process ended when it should not have."""
+    """A child process ended when it should not have, or did not start."""
 
 
 class Child:
@@ -60,6 +66,21 @@ class Child:
             log = self._log.read_text(errors="replace").splitlines()[-LOG_LINES:]
             raise ChildError("\n  ".join([f"`aiflow {self.command}` ended with exit code {code}; it said last:", *log]))
         return code == 0
+
+
+def wait_serving(server: Child, port: int, site: str, name: str) -> None:
+    """Until a server's status says that requests reach it. Raises ChildError."""
+    statuses: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    topic = topics.server_status(site, name)
+    settings = MqttConfig(port=port).settings(f"waits-for-{name}")
+    until = time.monotonic() + START_S
+    with MqttClient(settings, subscriptions=[(topic, 1)], on_message=statuses.put):
+        while time.monotonic() < until:
+            server.has_ended()
+            with suppress(queue.Empty):
+                if json.loads(statuses.get(timeout=0.2).payload).get("share_proven"):
+                    return
+    raise ChildError(f"the server did not start within {START_S:.0f} s: try again when the machine is less busy")
 
 
 def toml(tables: dict[str, Any]) -> str:

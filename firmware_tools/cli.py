@@ -74,5 +74,5 @@ def _run(args: argparse.Namespace) -> int:
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
-        return f"the package {error.name} is not installed: pip install 'aiflow-edge[server,board,evaluate]'"
+        return f"the package {error.name} is not installed: pip install 'aiflow-edge[test]' brings all"
     return f"{error} ({type(error).__name__})"

@@ -4,7 +4,6 @@ The demo itself is a user of the board: what it shows came over MQTT as events, 
 """
 
 import argparse
-import json
 import os
 import queue
 import signal
@@ -24,7 +23,7 @@ from edge_runtime.config import MqttConfig
 from edge_runtime.mqtt import Message, MqttClient
 from edge_runtime.wire import decode_event, topics
 from firmware_tools.broker import start_embedded
-from firmware_tools.children import Child
+from firmware_tools.children import START_S, Child, wait_serving
 from firmware_tools.demo_page import Result, answered_by, marked, page, stages, summary
 from firmware_tools.demo_photos import Photo, collect
 from firmware_tools.evaluate import SHIPPED_BUNDLE
@@ -32,7 +31,6 @@ from firmware_tools.terminal import print_figures, printable
 
 SITE, BOARD, SERVER = "demo", "demo-board", "demo-server"
 LIMIT = 16
-START_S = 300.0  # a slow or busy machine takes a while to load torch
 INTERVAL_S = 0.5  # between photos: slow enough to watch
 DEADLINE_S = 10.0
 
@@ -113,10 +111,9 @@ def play(
             # The same name for all kinds: whoever decodes them looks at their bytes.
             (folder / "photos" / f"{number:04}.jpg").write_bytes(photo.data)
         port = running.enter_context(start_embedded())
-        wanted = [(topics.event(SITE, BOARD), 1), (topics.server_status(SITE, SERVER), 1)]
         client = MqttClient(
             MqttConfig(port=port).settings("demo-user"),
-            subscriptions=wanted,
+            subscriptions=[(topics.event(SITE, BOARD), 1)],
             on_message=lambda message: inbox.put_nowait((time.time(), message)),
         )
         if not running.enter_context(client).wait_online(START_S):
@@ -124,7 +121,7 @@ def play(
         children: list[Child] = []
         if args.paradigm != "device":
             children = [running.enter_context(Child("serve", server_toml(args, port), folder))]
-            wait_for_server(children[0], inbox)
+            wait_serving(children[0], port, SITE, SERVER)
         children.append(running.enter_context(Child("run", board_toml(args, port, folder / "photos"), folder)))
         while not all(result.is_final for result in results):
             # The end of the board, and its last events, come by different ways.
@@ -135,26 +132,11 @@ def play(
                 if has_ended:
                     break
                 continue
-            if message.topic == wanted[0][0]:
-                event = decode_event(message.payload)
-                number = int(Path(event.picture).stem)
-                results[number] = results[number].followed(event, arrived)
-                show(results, results[number])
+            event = decode_event(message.payload)
+            number = int(Path(event.picture).stem)
+            results[number] = results[number].followed(event, arrived)
+            show(results, results[number])
     return results
-
-
-def wait_for_server(server: Child, inbox: "queue.Queue[tuple[float, Message]]") -> None:
-    """Until its status says that requests reach it. Raises ChildError, DemoError."""
-    until = time.monotonic() + START_S
-    while time.monotonic() < until:
-        server.has_ended()
-        try:
-            _, message = inbox.get(timeout=0.2)
-        except queue.Empty:
-            continue
-        if json.loads(message.payload).get("share_proven"):
-            return
-    raise DemoError(f"the server did not start within {START_S:.0f} s: try again when the machine is less busy")
 
 
 def server_toml(args: argparse.Namespace, port: int) -> dict[str, dict[str, object]]:

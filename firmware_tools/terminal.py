@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 def print_figures(figures: dict[str, Any], title: str = "") -> None:
-    """Names and values, one a line."""
+    """Names and values, one a line; a name within a name follows it."""
     console = Console()
     if not console.is_terminal:
-        for name, value in figures.items():
+        for name, value in _flat(figures):
             print(f"{name} {_short(value)}")
         return
     table = Table("figure", "value", title=title or None)
-    for name, value in figures.items():
+    for name, value in _flat(figures):
         table.add_row(name, _short(value))
     console.print(table)
 
@@ -35,6 +35,14 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         yield from items
         return
     yield from rich_track(items, description, total=total, console=console)
+
+
+def _flat(figures: dict[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", value
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,121 @@
+"""A board's speed and memory on this machine: what each stage of a frame takes, and what the whole process does.
+
+Stages are timed in this process, through the real pipeline and MQTT client; memory and start in fresh `aiflow run`
+processes. The broker is real and nobody answers: what servers cost is benchmarks/gateway.py's. A busy machine shows in
+all of it, so compare shares and runs side by side.
+"""
+
+import queue
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from edge_runtime.answers import Answers
+from edge_runtime.bundle import Bundle
+from edge_runtime.config import MqttConfig
+from edge_runtime.events import Events
+from edge_runtime.mqtt import Message, MqttClient
+from edge_runtime.pipeline import Pipeline, Plan
+from edge_runtime.preprocess import to_input
+from edge_runtime.runtime import load_draft, load_head
+from edge_runtime.sources import Frame
+from edge_runtime.wire import decode_event, topics
+from firmware_tools.broker import start_embedded
+from firmware_tools.children import Child
+
+SITE, BOARD = "bench", "board"
+CAMERA = (640, 480)  # width and height of the frames, a cheap camera's
+STARTS = 3
+LONG_MS = 600_000  # no deadline and no second try disturbs
+PATIENCE_S = 120.0
+
+
+def run(
+    bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backends: Sequence[str] = ("onnx", "litert"), count: int = 500
+) -> dict[str, Any]:
+    """`count` frames out of uint8 RGB [H, W, 3] ones, over and over. Returns the figures by backend."""
+    sized = [cv2.resize(frame, CAMERA, interpolation=cv2.INTER_AREA) for frame in frames]
+    return {
+        "frames": count,
+        **{
+            backend: stages(bundle, sized, backend, count) | process(bundle, sized, backend, count)
+            for backend in backends
+        },
+    }
+
+
+def stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, count: int) -> dict[str, Any]:
+    """Median milliseconds of each stage, and the share of a frame's time that is neither head nor draft."""
+    head, draft = load_head(bundle, backend, 1), load_draft(bundle, backend, 1)
+    plan = Plan("speculative", "benchmark", LONG_MS)
+    with start_embedded() as port, MqttClient(MqttConfig(port=port).settings(BOARD)) as client:
+        client.wait_online(PATIENCE_S)
+        events = Events(client, SITE, BOARD)
+        with Answers(client, bundle, SITE, BOARD, events, count, LONG_MS / 1e3) as answers:
+            pipeline = Pipeline(bundle, head, draft, plan, answers, events)
+            timings = [
+                pipeline.answer_at_once(Frame("camera", pixels, time.time(), time.monotonic())).timings_ms
+                for pixels in islice(cycle(frames), count)
+            ]
+    other = [sum(t.values()) - t["head"] - t["draft"] for t in timings]
+    shares = [ms / sum(t.values()) for ms, t in zip(other, timings, strict=True)]
+    return {
+        "stages_ms": {name: round(statistics.median(t[name] for t in timings), 3) for name in timings[0]},
+        "other_ms": round(statistics.median(other), 3),
+        "other_share": round(statistics.median(shares), 3),
+    }
+
+
+def process(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, count: int) -> dict[str, Any]:
+    """Seconds from a process's start to its first event, median of some; resident megabytes on the way to `count`."""
+    with tempfile.TemporaryDirectory(prefix="aiflow-bench-") as name:
+        folder = Path(name)
+        (folder / "photos").mkdir()
+        for number, pixels in enumerate(frames):
+            jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1]
+            (folder / "photos" / f"{number:04}.jpg").write_bytes(jpeg.tobytes())
+        starts = [_board(bundle, folder, backend, [1])[0] for _ in range(STARTS - 1)]
+        first_s, megabytes = _board(bundle, folder, backend, sorted({1, min(100, count), count}))
+    return {
+        "first_event_s": round(statistics.median([*starts, first_s]), 2),
+        "resident_mb": {f"after {at}": round(mb, 1) for at, mb in megabytes.items()},
+    }
+
+
+def _board(bundle: Bundle, folder: Path, backend: str, marks: Sequence[int]) -> tuple[float, dict[int, float]]:
+    """One `aiflow run` until it has told of as many frames as the last mark says; its memory at each mark."""
+    arrived: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
+    first_s, megabytes = 0.0, {}
+    with start_embedded() as port:
+        camera = {"name": "camera", "source": str(folder / "photos"), "interval_s": 0.0, "repeat": True}
+        board = {"id": BOARD, "site": SITE, "bundle": str(bundle.path), "backend": backend}
+        user = MqttClient(
+            MqttConfig(port=port).settings("user"),
+            subscriptions=[(topics.event(SITE, BOARD), 1)],
+            on_message=lambda message: arrived.put((time.monotonic(), message)),
+        )
+        with user:
+            user.wait_online(PATIENCE_S)
+            started, seen = time.monotonic(), 0
+            with Child("run", {"board": board, "cameras": [camera], "mqtt": {"port": port}}, folder) as child:
+                measured = psutil.Process(child.process.pid)
+                while seen < marks[-1]:
+                    child.has_ended()
+                    try:
+                        at, message = arrived.get(timeout=0.5)
+                    except queue.Empty:
+                        continue
+                    seen += decode_event(message.payload).type == "new"
+                    first_s = first_s or at - started
+                    if seen in marks and seen not in megabytes:
+                        megabytes[seen] = measured.memory_info().rss / 1e6
+    return first_s, megabytes

@@ -1,0 +1,155 @@
+import json
+import math
+from collections import Counter
+
+import cv2
+import numpy as np
+import pytest
+
+from firmware_tools import cli
+from firmware_tools.evaluate import score
+
+REFERENCES = {
+    "a.jpg": ["A brown dog runs over the wet grass .", "The dog is running"],
+    "b.jpg": ["Two children play with a red ball .", "Kids with a ball on the beach"],
+    "c.jpg": ["A man climbs up a steep rock wall", "A climber in blue hangs from a cliff"],
+}
+TEXTS = {
+    "a.jpg": "a dog runs over the grass",
+    "b.jpg": "two children play on the beach",
+    "c.jpg": "a man in blue climbs a rock",
+}
+
+
+def bleu4(references: dict[str, list[list[str]]], texts: dict[str, list[str]]) -> float:
+    """Corpus BLEU-4, Papineni et al. 2002, sections 2.1 to 2.3, written down once more."""
+    logs, length = 0.0, sum(map(len, texts.values()))
+    wanted = sum(min((abs(len(r) - len(texts[n])), len(r)) for r in rows)[1] for n, rows in references.items())
+    for n in range(1, 5):
+        matched = total = 0
+        for name, text in texts.items():
+            found = Counter(zip(*(text[i:] for i in range(n))))
+            most: Counter[tuple[str, ...]] = Counter()
+            for row in references[name]:
+                most |= Counter(zip(*(row[i:] for i in range(n))))
+            matched += (found & most).total()
+            total += found.total()
+        logs += math.log(matched / total) / 4
+    return min(1.0, math.exp(1 - wanted / length)) * math.exp(logs)
+
+
+def test_bleu_is_that_of_the_paper():
+    plain = {
+        "a.jpg": ["a brown dog runs over the wet grass".split(), "the dog is running".split()],
+        "b.jpg": ["two children play with a red ball".split(), "kids with a ball on the beach".split()],
+        "c.jpg": ["a man climbs up a steep rock wall".split(), "a climber in blue hangs from a cliff".split()],
+    }
+    expected = bleu4(plain, {name: text.split() for name, text in TEXTS.items()})
+    assert 0 < expected < 0.9
+    assert score(REFERENCES, TEXTS)["bleu4"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_persons_own_words_score_the_most():
+    alone = {name: rows[:1] for name, rows in REFERENCES.items()}
+    perfect = score(alone, {name: rows[0] for name, rows in alone.items()})
+    assert perfect["bleu4"] == pytest.approx(1)
+    # CIDEr-D is ten times a cosine (Vedantam et al. 2015, section 4): words of all photos weigh nothing.
+    assert perfect["cider"] == pytest.approx(10, abs=0.01)
+    assert score(alone, TEXTS)["cider"] < 8
+
+
+def test_capitals_and_punctuation_do_not_count():
+    shouted = {name: f"{text.upper()} !" for name, text in TEXTS.items()}
+    assert score(REFERENCES, shouted) == score(REFERENCES, TEXTS)
+
+
+def test_the_order_of_photos_and_of_references_does_not_count():
+    turned = {name: REFERENCES[name][::-1] for name in reversed(REFERENCES)}
+    assert score(turned, TEXTS) == pytest.approx(score(REFERENCES, TEXTS))
+
+
+def test_every_reference_counts():
+    seconds = {name: rows[1] for name, rows in REFERENCES.items()}
+    assert score(REFERENCES, seconds)["bleu4"] == pytest.approx(1)
+
+
+def test_texts_of_other_photos_and_empty_texts_score_nothing():
+    names = list(TEXTS)
+    shifted = {name: REFERENCES[names[i - 1]][0] for i, name in enumerate(names)}
+    assert score(REFERENCES, shifted)["cider"] < 0.2
+    assert score(REFERENCES, dict.fromkeys(TEXTS, ""))["cider"] == 0
+
+
+# ---- through the command, on a small bundle with random weights ----
+
+KEYS = {
+    "images",
+    "cider",
+    "bleu4",
+    "bytes_mean",
+    "bytes_p95",
+    "tokens_mean",
+    "proposed_mean",
+    "accepted_mean",
+    "passes_mean",
+    "identical_to_tier",
+    "images_per_second",
+}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rows = ["split\timage\tcaption"]
+    for number in range(4):
+        path = tmp_path / "photos" / ("cat" if number % 2 else "dog") / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
+        path.write_bytes(cv2.imencode(".jpg", coarse.repeat(40, 0).repeat(40, 1))[1].tobytes())
+        rows += [f"{'dev' if number else 'train'}\t{number}.jpg\tword{number} word5 {words}" for words in ("a b", "c")]
+    (tmp_path / "captions.tsv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def evaluate(folder, bundle, kind, *arguments):
+    figures = folder / "figures.json"
+    code = cli.main(
+        ["evaluate", kind, "--images", str(folder / "photos"), "--bundle", str(bundle.path), "--json", str(figures)]
+        + list(arguments)
+    )
+    return code, json.loads(figures.read_text()) if figures.exists() else None
+
+
+@pytest.mark.parametrize("paradigm", ["device", "split", "speculative", "offload"])
+def test_captions_are_scored_through_every_paradigm(photos, board_bundle, paradigm):
+    tsv = str(photos / "captions.tsv")
+    code, figures = evaluate(photos, board_bundle, "caption", "--captions", tsv, "--split", "dev", "--paradigm", paradigm)
+    assert code == 0
+    assert figures.keys() >= KEYS
+    assert (figures["images"], figures["identical_to_tier"]) == (3, 1.0)
+    assert (figures["bytes_mean"] > 0) == (paradigm != "device")
+    assert (figures["proposed_mean"] > 0) == (paradigm == "speculative")
+    assert figures["tokens_mean"] > 0
+
+
+def test_a_classifier_is_scored_by_the_names_of_folders(photos, board_bundle):
+    code, figures = evaluate(photos, board_bundle, "classify", "--limit", "3")
+    assert code == 0
+    assert figures["images"] == 3
+    assert figures["accuracy"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
+    assert figures["bytes_mean"] > 0
+
+
+def test_photos_without_captions_are_refused(photos, board_bundle, capsys):
+    (photos / "captions.tsv").write_text("split\timage\tcaption\ndev\tother.jpg\ta\n")
+    code, figures = evaluate(
+        photos, board_bundle, "caption", "--captions", str(photos / "captions.tsv"), "--paradigm", "device"
+    )
+    assert (code, figures) == (1, None)
+    assert "do the names in the TSV match the files?" in capsys.readouterr().err
+
+
+def test_a_class_that_the_bundle_does_not_know_is_refused(photos, board_bundle, capsys):
+    (photos / "photos" / "cat").rename(photos / "photos" / "car")
+    code, figures = evaluate(photos, board_bundle, "classify")
+    assert (code, figures) == (1, None)
+    assert "class 'car' is none of cat, dog, horse" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""What runs on a board loads without the rest, without telemetry, and on the oldest Python that a board may have."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OLDEST = (3, 10)
+# What Python 3.11 and later added, as far as anybody is likely to reach for it.
+NEWER = {
+    "tomllib",
+    "datetime.UTC",
+    "hashlib.file_digest",
+    "enum.StrEnum",
+    "enum.ReprEnum",
+    "asyncio.TaskGroup",
+    "asyncio.timeout",
+    "asyncio.Runner",
+    "contextlib.chdir",
+    "itertools.batched",
+    "operator.call",
+    "typing.Self",
+    "typing.Never",
+    "typing.LiteralString",
+    "typing.assert_never",
+    "typing.assert_type",
+    "typing.NotRequired",
+    "typing.Required",
+    "typing.Unpack",
+    "typing.override",
+    "ExceptionGroup",
+    "BaseExceptionGroup",
+}
+BOARD_FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "edge_runtime").rglob("*.py"))
+
+
+def loaded_by(statements: str) -> set[str]:
+    """The modules in a fresh process after these statements."""
+    code = f"{statements}\nimport sys; print(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("module", ["edge_runtime.pipeline", "edge_runtime.runtime"])
+def test_the_boards_code_loads_nothing_of_the_rest(module):
+    loaded = loaded_by(f"import {module}")
+    assert module in loaded
+    assert not {"torch", "safetensors", "server", "models", "firmware_tools", "benchmarks", "rich"} & loaded
+
+
+def test_the_boards_commands_load_without_torch():
+    loaded = loaded_by(
+        "from firmware_tools.cli import main\n"
+        "for command in ('run', 'validate', 'watch'):\n"
+        "    try: main([command, '--help'])\n"
+        "    except SystemExit: pass"
+    )
+    assert {"firmware_tools.run", "firmware_tools.validate", "firmware_tools.watch"} <= loaded
+    assert not {"torch", "safetensors", "server", "models"} & loaded
+
+
+def test_onnxruntimes_telemetry_is_off_before_it_is_imported():
+    code = """
+import os, sys
+os.environ.pop("ORT_DISABLE_TELEMETRY", None)
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "onnxruntime": print(os.environ.get("ORT_DISABLE_TELEMETRY"))
+sys.meta_path.insert(0, Watch())
+import edge_runtime.runtime, edge_runtime.backends.onnx
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.split() == ["1"]
+
+
+@pytest.mark.parametrize("path", BOARD_FILES, ids=str)
+def test_the_boards_code_is_for_the_oldest_python(path):
+    tree = ast.parse((ROOT / path).read_text(), str(path), feature_version=OLDEST)
+    assert not names_used(tree) & NEWER
+
+
+def test_newer_names_would_be_seen():
+    source = "import tomllib\nfrom datetime import UTC\nimport hashlib\nhashlib.file_digest\nraise ExceptionGroup('', [])"
+    assert names_used(ast.parse(source)) >= {"tomllib", "datetime.UTC", "hashlib.file_digest", "ExceptionGroup"}
+    with pytest.raises(SyntaxError):
+        ast.parse("type Id = str", feature_version=OLDEST)
+
+
+def names_used(tree: ast.AST) -> set[str]:
+    """Modules imported and names taken from modules, as `module.name`; and bare names."""
+    used: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            used |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used.add(f"{node.value.id}.{node.attr}")
+        elif isinstance(node, ast.Name):
+            used.add(node.id)
+    return used
