@@ -25,7 +25,6 @@ from edge_runtime.config import MqttConfig
 from edge_runtime.events import Events
 from edge_runtime.mqtt import Message, MqttClient
 from edge_runtime.pipeline import Pipeline, Plan
-from edge_runtime.preprocess import to_input
 from edge_runtime.runtime import load_draft, load_head
 from edge_runtime.sources import Frame
 from edge_runtime.wire import decode_event, topics
@@ -43,7 +42,7 @@ def run(
     bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backends: Sequence[str] = ("onnx", "litert"), count: int = 500
 ) -> dict[str, Any]:
     """`count` frames out of uint8 RGB [H, W, 3] ones, over and over. Returns the figures by backend."""
-    sized = [cv2.resize(frame, CAMERA, interpolation=cv2.INTER_AREA) for frame in frames]
+    sized = [np.asarray(cv2.resize(frame, CAMERA, interpolation=cv2.INTER_AREA), np.uint8) for frame in frames]
     return {
         "frames": count,
         **{

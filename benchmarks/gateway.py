@@ -25,7 +25,7 @@ from edge_runtime.wire import RequestIds, decode_reply, encode_request, topics
 from firmware_tools.broker import start_embedded
 from firmware_tools.children import Child, wait_serving
 
-SITE, SERVER = "bench", "server"
+SITE, SERVER = "bench", "bench-server"
 DRAIN_S = 10.0  # for the questions that are open when the time is up
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # latents travel, not pictures
 
@@ -79,7 +79,7 @@ def run(
     seconds: float = 10.0,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """A bundle's tier on symbols int8 [N, 64, 7, 7] with a draft each: figures of one board, of many, and their ratio."""
+    """A bundle's tier on symbols int8 [N, 64, 7, 7] with a draft each: one board, many, and their ratio."""
     frames = cycle(list(zip(symbols, drafts, strict=True)))
     with ExitStack() as running:
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="aiflow-bench-")))

@@ -17,6 +17,7 @@ MAX_CONFIG_BYTES = 256 * 1024
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: systemd is told not to restart on it
 
 Id = Annotated[str, Meta(pattern="^[a-z0-9-]{1,32}$")]
+StationId = Annotated[str, Meta(pattern="^(?!server$)[a-z0-9-]{1,32}$")]  # a topic's level where "server" has a meaning
 Config = TypeVar("Config")
 
 
@@ -56,7 +57,7 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The board and how it answers."""
 
-    id: Id
+    id: StationId
     bundle: str  # directory of the bundle
     site: Id = "home"
     backend: Literal["auto", "onnx", "litert"] = "auto"

@@ -1,4 +1,4 @@
-"""`aiflow bench`: speed of one part, on the shipped photos or the user's own; benchmarks/ says what each figure means."""
+"""`aiflow bench`: speed of one part, on the demo's photos or the user's own; benchmarks/ says what a figure means."""
 
 import argparse
 import json

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from edge_runtime.config import Id, MqttConfig
+from edge_runtime.config import Id, MqttConfig, StationId
 from edge_runtime.mqtt import MqttSettings
 from edge_runtime.wire import MAX_ENVELOPE
 
@@ -12,7 +12,7 @@ from edge_runtime.wire import MAX_ENVELOPE
 class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The server and what it answers with."""
 
-    id: Id
+    id: StationId
     bundle: str  # directory of the bundle
     site: Id = "home"
     pool: Id = "servers"  # servers of one pool share the site's requests between them

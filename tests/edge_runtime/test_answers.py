@@ -52,9 +52,12 @@ class Board:
             timing=QUICK,
         )
         self.listener: Callable[[Event], None] = self.events.put
-        events = Events(self.client, SITE, BOARD, self.listener)
+        events = Events(self.client, SITE, BOARD, self.heard)
         self.answers = Answers(self.client, bundle, SITE, BOARD, events, capacity, resend_s)
         self.asked = 0
+
+    def heard(self, event: Event) -> None:
+        self.listener(event)
 
     def ask(self, deadline_s: float = FOREVER_S) -> Request:
         """One more question; its id is its number."""
