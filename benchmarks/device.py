@@ -54,6 +54,7 @@ def run(
 
 def stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, count: int) -> dict[str, Any]:
     """Median milliseconds of each stage, and the share of a frame's time that is neither head nor draft."""
+    cv2.setNumThreads(1)  # as the runtime does
     head, draft = load_head(bundle, backend, 1), load_draft(bundle, backend, 1)
     plan = Plan("speculative", "benchmark", LONG_MS)
     with start_embedded() as port, MqttClient(MqttConfig(port=port).settings(BOARD)) as client:

@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import cv2
+
 from edge_runtime import __version__
 from edge_runtime.answers import Answers
 from edge_runtime.backends import SUFFIXES, choose, load_model
@@ -50,6 +52,8 @@ def run_board(
     Raises the named errors of what cannot start; a broker that is away is not one of them.
     """
     board, site = config.board, config.board.site
+    # One frame's resize gains nothing from OpenCV's own pool, and waits for its workers where cores are busy.
+    cv2.setNumThreads(board.threads)
     bundle = open_bundle(Path(board.bundle))
     _ = bundle.tables, bundle.words  # a file that is missing is found at start
     head = load_head(bundle, board.backend, board.threads) if board.paradigm != "offload" else None

@@ -83,7 +83,9 @@ def test_the_boards_code_is_for_the_oldest_python(path):
 
 
 def test_newer_names_would_be_seen():
-    source = "import tomllib\nfrom datetime import UTC\nimport hashlib\nhashlib.file_digest\nraise ExceptionGroup('', [])"
+    source = (
+        "import tomllib\nfrom datetime import UTC\nimport hashlib\nhashlib.file_digest\nraise ExceptionGroup('', [])"
+    )
     assert names_used(ast.parse(source)) >= {"tomllib", "datetime.UTC", "hashlib.file_digest", "ExceptionGroup"}
     with pytest.raises(SyntaxError):
         ast.parse("type Id = str", feature_version=OLDEST)

@@ -1,6 +1,7 @@
 import json
 import math
 from collections import Counter
+from functools import partial
 
 import cv2
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 
 from firmware_tools import cli
 from firmware_tools.evaluate import score
+from models.captions import words_of
+from server.numerics import prove
 
 REFERENCES = {
     "a.jpg": ["A brown dog runs over the wet grass .", "The dog is running"],
@@ -28,10 +31,10 @@ def bleu4(references: dict[str, list[list[str]]], texts: dict[str, list[str]]) -
     for n in range(1, 5):
         matched = total = 0
         for name, text in texts.items():
-            found = Counter(zip(*(text[i:] for i in range(n))))
+            found = Counter(zip(*(text[i:] for i in range(n)), strict=False))
             most: Counter[tuple[str, ...]] = Counter()
             for row in references[name]:
-                most |= Counter(zip(*(row[i:] for i in range(n))))
+                most |= Counter(zip(*(row[i:] for i in range(n)), strict=False))
             matched += (found & most).total()
             total += found.total()
         logs += math.log(matched / total) / 4
@@ -39,12 +42,8 @@ def bleu4(references: dict[str, list[list[str]]], texts: dict[str, list[str]]) -
 
 
 def test_bleu_is_that_of_the_paper():
-    plain = {
-        "a.jpg": ["a brown dog runs over the wet grass".split(), "the dog is running".split()],
-        "b.jpg": ["two children play with a red ball".split(), "kids with a ball on the beach".split()],
-        "c.jpg": ["a man climbs up a steep rock wall".split(), "a climber in blue hangs from a cliff".split()],
-    }
-    expected = bleu4(plain, {name: text.split() for name, text in TEXTS.items()})
+    references = {name: [words_of(text) for text in rows] for name, rows in REFERENCES.items()}
+    expected = bleu4(references, {name: text.split() for name, text in TEXTS.items()})
     assert 0 < expected < 0.9
     assert score(REFERENCES, TEXTS)["bleu4"] == pytest.approx(expected, rel=1e-6)
 
@@ -98,7 +97,9 @@ KEYS = {
 
 
 @pytest.fixture
-def photos(tmp_path):
+def photos(tmp_path, monkeypatch):
+    """Four photos in two folders, with captions; and an engine that proves few shapes, since all take a while."""
+    monkeypatch.setattr("server.numerics.prove", partial(prove, sizes=(1, 2)))
     rows = ["split\timage\tcaption"]
     for number in range(4):
         path = tmp_path / "photos" / ("cat" if number % 2 else "dog") / f"{number}.jpg"
@@ -112,17 +113,17 @@ def photos(tmp_path):
 
 def evaluate(folder, bundle, kind, *arguments):
     figures = folder / "figures.json"
-    code = cli.main(
-        ["evaluate", kind, "--images", str(folder / "photos"), "--bundle", str(bundle.path), "--json", str(figures)]
-        + list(arguments)
-    )
+    images, where = ["--images", str(folder / "photos")], ["--bundle", str(bundle.path), "--json", str(figures)]
+    code = cli.main(["evaluate", kind, *images, *where, *arguments])
     return code, json.loads(figures.read_text()) if figures.exists() else None
 
 
 @pytest.mark.parametrize("paradigm", ["device", "split", "speculative", "offload"])
 def test_captions_are_scored_through_every_paradigm(photos, board_bundle, paradigm):
     tsv = str(photos / "captions.tsv")
-    code, figures = evaluate(photos, board_bundle, "caption", "--captions", tsv, "--split", "dev", "--paradigm", paradigm)
+    code, figures = evaluate(
+        photos, board_bundle, "caption", "--captions", tsv, "--split", "dev", "--paradigm", paradigm
+    )
     assert code == 0
     assert figures.keys() >= KEYS
     assert (figures["images"], figures["identical_to_tier"]) == (3, 1.0)

@@ -1,0 +1,159 @@
+"""The command line: it teaches, it starts light, and a mistake is one line that says what to do."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from firmware_tools.cli import COMMANDS, EXIT_CONFIG, EXIT_FAILED, main
+from firmware_tools.evaluate import SHIPPED_BUNDLE
+from tests.bundles import tiny_bundle
+
+BOARD = """
+[board]
+id = "b1"
+bundle = "{bundle}"
+{more}
+[[cameras]]
+name = "door"
+source = "{bundle}"
+"""
+SERVER = """
+[server]
+id = "s1"
+bundle = "{bundle}"
+{more}
+"""
+
+
+def aiflow(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "firmware_tools", *(str(argument) for argument in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped bundle where there is one."""
+    if (SHIPPED_BUNDLE / "manifest.json").is_file():
+        return SHIPPED_BUNDLE
+    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny", board=True).path
+
+
+@pytest.fixture
+def bundle(whole: Path, tmp_path: Path) -> Path:
+    """A bundle whose files a test may take away and exchange."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    for file in whole.iterdir():
+        (folder / file.name).symlink_to(file)
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, bundle: Path) -> Callable[..., Path]:
+    """A function that writes a board's or a server's TOML."""
+
+    def write(text: str, more: str = "") -> Path:
+        path = tmp_path / "config.toml"
+        path.write_text(text.format(bundle=bundle, more=more))
+        return path
+
+    return write
+
+
+def assert_one_line(done: "subprocess.CompletedProcess[str]", *parts: str) -> None:
+    """A configuration's exit code, and one line on standard error that says all of this."""
+    assert done.returncode == EXIT_CONFIG
+    (line,) = [line for line in done.stderr.splitlines() if " INFO " not in line]
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_subcommand_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"usage: aiflow {command}" in shown
+    assert COMMANDS[command] in shown
+
+
+def test_help_lists_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name} {summary}" in shown for name, summary in COMMANDS.items())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["serve", "--help"], ["run", "none.toml"]])
+def test_the_board_s_commands_start_without_torch(arguments: list[str]) -> None:
+    script = (
+        "import sys\nfrom firmware_tools.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
+        "print('LOADED', sorted({'torch', 'models', 'server'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_a_board_s_unknown_key_is_named_with_the_nearest(config: Callable[..., Path]) -> None:
+    done = aiflow("run", config(BOARD, "treads = 2"))
+    assert_one_line(done, "config.toml", "unknown key `treads`", "did you mean threads?")
+
+
+def test_a_server_s_unknown_key_is_named_with_the_nearest(config: Callable[..., Path]) -> None:
+    assert_one_line(aiflow("validate", config(SERVER, 'teer = "edge"')), "unknown key `teer`", "did you mean tier?")
+
+
+@pytest.mark.parametrize("text", [BOARD, SERVER])
+def test_nobody_is_called_as_the_servers_topics_are(config: Callable[..., Path], text: str) -> None:
+    path = config(text.replace("b1", "server").replace("s1", "server"))
+    assert_one_line(aiflow("validate", path), "config.toml", "id")
+
+
+def test_a_configuration_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert_one_line(aiflow("run", tmp_path / "none.toml"), "none.toml", "name an existing configuration file")
+
+
+@pytest.mark.parametrize(("command", "text"), [("run", BOARD), ("serve", SERVER), ("validate", BOARD)])
+def test_a_missing_bundle_is_named(config: Callable[..., Path], bundle: Path, command: str, text: str) -> None:
+    path = config(text)
+    bundle.rename(bundle.with_name("elsewhere"))
+    assert_one_line(aiflow(command, path), str(bundle), "holds no manifest.json", "name a bundle's directory")
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "name"),
+    [
+        ("run", BOARD, "head.onnx"),
+        ("run", BOARD, "draft_step.onnx"),
+        ("serve", SERVER, "edge.safetensors"),
+        ("validate", BOARD, "head.tflite"),
+    ],
+)
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_a_missing_or_altered_model_is_named(
+    config: Callable[..., Path], bundle: Path, command: str, text: str, name: str, is_missing: bool
+) -> None:
+    data = bytearray((bundle / name).read_bytes())
+    (bundle / name).unlink()
+    if not is_missing:
+        data[len(data) // 2] ^= 1
+        (bundle / name).write_bytes(data)
+    fault = "is missing: copy the whole bundle again" if is_missing else "is not the file that the manifest names"
+    assert_one_line(aiflow(command, config(text)), f"{bundle.resolve() / name} {fault}")
+
+
+def test_a_demo_without_a_bundle_says_so(tmp_path: Path) -> None:
+    done = aiflow("demo", "--bundle", tmp_path, "--html", tmp_path / "page.html")
+    assert done.returncode == EXIT_FAILED
+    assert len(done.stderr.splitlines()) == 1
+    assert "holds no manifest.json" in done.stderr
+
+
+def test_a_bundle_in_order_validates(config: Callable[..., Path]) -> None:
+    done = aiflow("validate", config(BOARD, 'backend = "onnx"'))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "board b1 with 1 camera(s) is in order" in done.stdout
