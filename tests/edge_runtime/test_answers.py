@@ -15,6 +15,7 @@ from edge_runtime.answers import QUEUE, Answers, Question
 from edge_runtime.bundle import Bundle
 from edge_runtime.events import Events
 from edge_runtime.mqtt import MqttClient, MqttSettings
+from edge_runtime.open_requests import OpenRequests
 from edge_runtime.wire import (
     ContentKind,
     Event,
@@ -349,11 +350,19 @@ def test_waiting_ends_when_the_last_question_has_its_event(board, server):
     assert [board.next_event().type for _ in requests] == ["update", "update"]
 
 
-def test_a_question_just_asked_is_waited_for(board, server):
-    for _ in range(50):
-        board.ask(deadline_s=0)  # lost as soon as it is seen
-        board.answers.wait_until_settled(FOREVER_S, threading.Event())
-        assert board.next_event().type == "lost"
+def test_a_question_is_waited_for_while_it_is_in_nobodys_hands(board, monkeypatch):
+    gate, open_request = threading.Event(), OpenRequests.open
+
+    def open_later(*arguments: Any) -> Any:
+        gate.wait(PATIENCE_S)
+        return open_request(*arguments)
+
+    monkeypatch.setattr(OpenRequests, "open", open_later)
+    board.ask(deadline_s=0)  # lost as soon as it is open
+    after(0.1, gate.set)
+    board.answers.wait_until_settled(FOREVER_S, threading.Event())
+    assert board.answers.summary()["lost"] == 1
+    assert board.next_event().type == "lost"
 
 
 def test_waiting_ends_with_its_time_or_with_a_stop(board):

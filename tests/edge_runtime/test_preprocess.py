@@ -179,6 +179,12 @@ def test_the_whole_frame_is_seen_at_any_size(size):
     assert np.abs(squashed - scene(PIXELS, PIXELS)).max() <= 3
 
 
+@pytest.mark.parametrize("side", [8 * PIXELS, 9 * PIXELS - 1])  # even: by halves; odd: at once
+def test_shrinking_averages_so_that_fine_patterns_turn_grey(side):
+    board = np.indices((side, side)).sum(0) % 2 * 255
+    assert np.abs(to_input(np.dstack(3 * [board.astype(np.uint8)])).astype(int) - 127).max() < 10
+
+
 def test_a_frame_of_the_inputs_size_stays_as_it_is():
     pixels = np.random.default_rng(0).integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)
     assert np.array_equal(to_input(pixels), pixels)

@@ -185,12 +185,14 @@ def test_what_is_open_at_a_stop_is_still_published_as_lost(board_bundle, broker,
 def test_a_missing_or_altered_file_is_found_at_start(board_bundle, tmp_path, photos, name):
     copy = Path(shutil.copytree(board_bundle.path, tmp_path / "copy"))
     config = configuration(replace(board_bundle, path=copy), 1883, photos, backend="onnx")
+    before_any_frame = threading.Event()
+    before_any_frame.set()
     (copy / name).write_bytes(b"x")
     with pytest.raises(BundleError, match=f"{name} is not the file that the manifest names"):
-        run_board(config, threading.Event())
+        run_board(config, before_any_frame)
     (copy / name).unlink()
     with pytest.raises(BundleError, match=f"{name} is missing"):
-        run_board(config, threading.Event())
+        run_board(config, before_any_frame)
 
 
 def test_a_source_that_is_not_there_ends_the_board_with_its_error(board_bundle, broker):

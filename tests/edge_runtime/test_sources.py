@@ -307,12 +307,21 @@ def test_all_frames_of_several_cameras_come_and_the_end_is_their_last(tmp_path, 
 
 
 def test_a_slow_board_gets_the_newest_frame_and_no_queue_of_old_ones(stop):
+    asked_again = threading.Event()
+
+    class Asked(ArrivingFrames):
+        def frames(self, stop: threading.Event) -> Iterator[Frame]:
+            for frame in super().frames(stop):
+                yield frame
+                asked_again.set()
+
     counters = Counters()
     camera = CameraConfig("door", "mqtt")
-    source = ArrivingFrames(camera, counters)
+    source = Asked(camera, counters)
     frames = merged_frames([camera], {"door": source}, stop, counters)
     source.arrived(jpeg(10))
     assert shade_of(next(frames)) == 10
+    assert not asked_again.wait(0.1)
     for shade in (20, 30, 40, 50):  # while the first is being handled
         source.arrived(jpeg(shade))
     assert shade_of(next(frames)) == 50
