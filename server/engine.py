@@ -31,6 +31,7 @@ Shape = tuple[int, int]  # of a pass: rows, tokens a row
 BLOCK = 16  # tokens a pass reads at most: a whole caption's draft
 WIDTHS = (4, 8, BLOCK)  # tokens a pass reads, where proven: for many rows with little to verify, less is faster
 SIZES = (1, 4, 8)  # batch sizes, where proven
+SHARED_BLOCK = 4  # tokens of a block that is not alone in its pass: measured best of 4, 8 and 16 at batch 8
 MAX_SYMBOL = 127
 MAX_LABELS = 5  # likeliest labels of an answer
 
@@ -193,7 +194,7 @@ class Writing:
 
     def step(self) -> Shape:
         """One pass over all rows: propose, choose, verify. Returns its shape."""
-        blocks = [next_block(self.texts[i], self.block) for i in self.live]
+        blocks = [next_block(self.texts[i], self._width) for i in self.live]
         size, width = cheapest(self.shapes, len(blocks), max(map(len, blocks)))
         self._arrange(size)
         tokens = torch.full((size, width), BOS)
@@ -215,6 +216,15 @@ class Writing:
         self.rows = [row for row, i in enumerate(self.live) if not self.texts[i].is_done]
         self.live = [self.live[row] for row in self.rows]
         return size, width
+
+    @property
+    def _width(self) -> int:
+        """How many tokens of a block are worth their time now.
+
+        Alone, a wide pass costs little more than a narrow one; with neighbours its price grows with its tokens, while
+        a draft's later tokens are accepted ever more rarely.
+        """
+        return self.block if len(self.live) == 1 else SHARED_BLOCK
 
     def _arrange(self, size: int) -> None:
         """Brings the live rows to the front of a batch of this size; copies of the first fill it up, idle."""

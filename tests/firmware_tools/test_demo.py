@@ -102,6 +102,7 @@ def test_an_interrupt_ends_every_process_and_leaves_nothing(tmp_path: Path, bund
     port = int(re.findall(r"port = (\d+)", next((tmp_path / "tmp").glob("*/run.toml")).read_text())[0])
     assert len(children) >= 3
     demo.send_signal(signal.SIGINT)
+    next(child for child in children if "run" in child.cmdline()).wait(PATIENCE_S)
     demo.send_signal(signal.SIGINT)  # a second one, as impatient people do
     _, err = demo.communicate(timeout=PATIENCE_S)
     assert demo.returncode == 130, err
