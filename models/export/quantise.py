@@ -62,7 +62,11 @@ class Int8Head:
 
     @property
     def codes_per_symbol(self) -> float:
-        """How finely the latent is resolved: codes to one symbol at gain 1. Want >= 16 at the finest level."""
+        """How finely the latent is resolved: codes to one symbol at gain 1.
+
+        From 16 on rounding to codes hardly matters. A trained bottleneck has few but wide channels: measured with a
+        range of 31 symbols, 8 codes, it alone changes 1 % of the symbols.
+        """
         return 1.0 / self.activations[-1].scale
 
 
