@@ -24,6 +24,7 @@ from ai_edge_litert import schema_py_generated as schema
 from onnx import TensorProto, helper
 
 from edge_runtime.backends import SUFFIXES, load_model
+from edge_runtime.bundle import BOS
 from edge_runtime.draft import STATE
 from models.backbone import PIXEL_MEAN, PIXEL_SCALE, Conv, same_padding
 from models.export import litert_graph, onnx_graph
@@ -31,7 +32,7 @@ from models.export.draft_export import quantise_draft, write_draft_litert, write
 from models.export.litert_graph import write_litert
 from models.export.onnx_graph import write_onnx
 from models.export.quantise import quantise
-from models.family import BOS, LATENT, DraftDecoder, Head
+from models.family import LATENT, DraftDecoder, Head
 
 SHAPE = (1, 224, 224, 3)
 VOCABULARY = 3000

@@ -19,7 +19,6 @@ from edge_runtime.wire import MAX_TOKENS, Tables
 SCHEMA = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 256 * 1024  # the shipped one is 4 KB
-BOARD_FILES = ("tables.bin", "vocabulary.txt")  # beside the head and the draft in one backend's format
 
 
 class BundleError(ValueError):

@@ -14,7 +14,6 @@ from msgspec import Meta, Struct
 from edge_runtime.mqtt import MqttSettings
 
 MAX_CONFIG_BYTES = 256 * 1024
-EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: systemd is told not to restart on it
 
 Id = Annotated[str, Meta(pattern="^[a-z0-9-]{1,32}$")]
 StationId = Annotated[str, Meta(pattern="^(?!server$)[a-z0-9-]{1,32}$")]  # a topic's level where "server" has a meaning
@@ -22,7 +21,7 @@ Config = TypeVar("Config")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot work; the message names file, key and fix. Commands exit with EXIT_CONFIG."""
+    """A configuration that cannot work; the message names file, key and fix. Commands exit with 78 on it."""
 
 
 class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edge_runtime.bundle import BOS, PAD, UNKNOWN
 from models.backbone import BLOCKS, CUT, CUT_CHANNELS, FEATURES, MAP_CHANNELS, Block, Conv, normalise
 
 LATENT = (64, 7, 7)  # channels, height, width
 POSITIONS = LATENT[1] * LATENT[2]
-PAD, BOS, EOS, UNKNOWN = range(4)
 NEVER_EMITTED = (PAD, BOS, UNKNOWN)  # a decoder may be asked about them, but no text contains them
 
 

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edge_runtime.backends import Model, load_model
+from edge_runtime.bundle import EOS
 from models.backbone import CUT, pretrained_lite0
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.export.litert_graph import write_litert
 from models.export.onnx_graph import write_onnx
 from models.export.quantise import Int8Head, quantise
-from models.family import EOS, LATENT, DraftDecoder, Head
+from models.family import LATENT, DraftDecoder, Head
 
 VOCABULARY = 60
 

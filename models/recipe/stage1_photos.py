@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_runtime.bundle import BOS, EOS, PAD, UNKNOWN
 from edge_runtime.pictures import read_pictures
 from edge_runtime.preprocess import PIXELS, decode_picture, to_input
 from models.captions import read_captions, words_of
-from models.family import BOS, EOS, PAD, UNKNOWN
 from models.recipe.workspace import Workspace
 
 NAME = "1-photos"

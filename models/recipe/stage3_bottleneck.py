@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edge_runtime.bundle import PAD, UNKNOWN
 from models.backbone import CUT, CUT_CHANNELS, Conv, Lite0, pretrained_lite0
-from models.family import LATENT, PAD, UNKNOWN, DecoderShape, Density, Dropout, Tail, TextDecoder
+from models.family import LATENT, DecoderShape, Density, Dropout, Tail, TextDecoder
 from models.recipe.depthwise import use_matrices
 from models.recipe.workspace import Average, Workspace, channels_last, steps
 
@@ -113,7 +114,7 @@ def run(work: Workspace, settings: Settings) -> None:
     rng = np.random.default_rng(3)
     backbone = channels_last(pretrained_lite0()).to(torch.bfloat16)
     captions = work.array("captions-train")
-    net = channels_last(Cut(pretrained_lite0(), len((work / "vocabulary.txt").read_text().split())))
+    net = channels_last(Cut(pretrained_lite0(), work.vocabulary))
     use_matrices(net.tail.blocks, 14)
     optimiser, rates = optimiser_of(net, settings)
     average = Average(net, 0.998)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edge_runtime.bundle import BOS, EOS, PAD
 from models.backbone import MAP_CHANNELS
-from models.family import BOS, EOS, LATENT, PAD, Classifier, DecoderShape, Dropout, Tail, TextDecoder
+from models.family import LATENT, Classifier, DecoderShape, Dropout, Tail, TextDecoder
 from models.recipe.scores import cider
 from models.recipe.stage3_bottleneck import caption_loss, repeat_memory
 from models.recipe.workspace import Average, Workspace, channels_last, steps
@@ -87,9 +88,8 @@ def run(work: Workspace, settings: Settings) -> None:
 
 def new_target(work: Workspace, tier: str) -> Target:
     """A target whose tail comes from the bottleneck's training and whose decoder is new."""
-    vocabulary = len((work / "vocabulary.txt").read_text().split())
     classes = max(1, len((work / "classes.txt").read_text().split()))
-    net = Target(shapes(vocabulary)[tier], classes)
+    net = Target(shapes(work.vocabulary)[tier], classes)
     cut = torch.load(work / "3-bottleneck.pt", map_location="cpu", weights_only=True)["average"]
     net.tail.load_state_dict({k.removeprefix("tail."): v for k, v in cut.items() if k.startswith("tail.")})
     return channels_last(net)

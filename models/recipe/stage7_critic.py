@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.family import BOS, EOS, NEVER_EMITTED, PAD, Dropout
+from edge_runtime.bundle import BOS, EOS, PAD
+from models.family import NEVER_EMITTED, Dropout
 from models.recipe import stage6_targets as targets
 from models.recipe.scores import Cider, strip
 from models.recipe.stage3_bottleneck import caption_loss, repeat_memory

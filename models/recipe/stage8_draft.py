@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.family import BOS, EOS, PAD, DraftDecoder
+from edge_runtime.bundle import BOS, EOS, PAD
+from models.family import DraftDecoder
 from models.recipe import stage6_targets as targets
 from models.recipe import stage7_critic as critic
 from models.recipe.scores import cider
@@ -58,7 +59,7 @@ def run(work: Workspace, settings: Settings) -> None:
     symbols = [work.array(f"symbols-{part}") for part in parts]
     texts = np.concatenate([np.load(work / f"texts-{part}.npy") for part in parts])
     border = len(symbols[0])
-    net = DraftDecoder(len((work / "vocabulary.txt").read_text().split()))
+    net = DraftDecoder(work.vocabulary)
     optimiser = torch.optim.AdamW(net.parameters(), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     average = Average(net, 0.998)
     first = work.load(NAME, net=net, optimiser=optimiser, average=average)

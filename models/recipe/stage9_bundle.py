@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import save_file
 
 from edge_runtime.backends import load_model
-from edge_runtime.bundle import MANIFEST, SCHEMA, FileRecord, LatentRecord, Manifest, TargetRecord, file_hash
+from edge_runtime.bundle import EOS, MANIFEST, SCHEMA, FileRecord, LatentRecord, Manifest, TargetRecord, file_hash
 from edge_runtime.draft import Draft
 from edge_runtime.preprocess import PIXELS
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
-from models.family import EOS, LATENT, DraftDecoder
+from models.family import LATENT, DraftDecoder
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage8_draft
 from models.recipe.scores import cider
 from models.recipe.stage4_head import float_symbols, trained_head
@@ -38,7 +38,7 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
             {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")},
             out / f"{tier}.safetensors",
         )
-    draft = DraftDecoder(len((work / "vocabulary.txt").read_text().split()))
+    draft = DraftDecoder(work.vocabulary)
     draft.load_state_dict(
         torch.load(work / f"{stage8_draft.NAME}.pt", map_location="cpu", weights_only=True)["average"]
     )
@@ -80,15 +80,14 @@ def measure(work: Workspace, out: Path) -> dict[str, float]:
 
 def manifest_of(work: Workspace, out: Path, licences: dict[str, str], quality: dict[str, float]) -> Manifest:
     """The manifest of the files that are in `out`; nothing in it depends on when or where it was made."""
-    words = len((work / "vocabulary.txt").read_text().split())
-    shapes = stage6_targets.shapes(words)
+    shapes = stage6_targets.shapes(work.vocabulary)
     return Manifest(
         schema=SCHEMA,
         name=out.name,
         files={p.name: FileRecord(file_hash(p), p.stat().st_size) for p in sorted(out.iterdir()) if p.name != MANIFEST},
         pixels=PIXELS,
         latent=LatentRecord(*LATENT, groups=stage5_symbols.GROUPS, gains=(1.0,)),
-        vocabulary=words,
+        vocabulary=work.vocabulary,
         max_tokens=shapes["cloud"].max_tokens,
         targets={
             tier: TargetRecord(f"{tier}.safetensors", s.width, s.heads, s.encoder_layers, s.decoder_layers)

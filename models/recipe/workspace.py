@@ -47,6 +47,11 @@ class Workspace:
         array: np.ndarray = np.load(self / f"{name}.npy", mmap_mode="r")
         return array
 
+    @property
+    def vocabulary(self) -> int:
+        """How many words the vocabulary of the first stage has."""
+        return len((self / "vocabulary.txt").read_text().splitlines())
+
     def new_array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """A new array on disk, to be filled in place."""
         return np.lib.format.open_memmap(self / f"{name}.npy", "w+", dtype, shape)

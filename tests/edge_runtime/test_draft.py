@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from edge_runtime.backends import SUFFIXES
+from edge_runtime.bundle import BOS, EOS
 from edge_runtime.draft import STATE, Draft
-from models.family import BOS, DRAFT_STATE, EOS
+from models.family import DRAFT_STATE
 from tests import exports
 
 MAX_TOKENS = 12
