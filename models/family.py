@@ -113,6 +113,14 @@ class DecoderShape:
     max_tokens: int = 24  # of a text, its end token included
 
 
+def decoder_shapes(vocabulary: int) -> dict[str, DecoderShape]:
+    """The decoder of each tier."""
+    return {
+        "cloud": DecoderShape(vocabulary, width=256, heads=4, encoder_layers=1, decoder_layers=3),
+        "edge": DecoderShape(vocabulary, width=160, heads=4, encoder_layers=0, decoder_layers=1),
+    }
+
+
 class Attention(nn.Module):
     """Multi-head attention in its explicit form: matmul, softmax, matmul.
 

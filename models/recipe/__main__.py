@@ -12,8 +12,9 @@ from models.recipe import (
     stage5_symbols,
     stage6_targets,
     stage7_critic,
-    stage8_draft,
-    stage9_bundle,
+    stage8_texts,
+    stage9_draft,
+    stage10_bundle,
 )
 from models.recipe.workspace import Workspace, shortened
 
@@ -53,14 +54,21 @@ def main() -> None:
         stage4_head.run(work)
     if not work.is_done(stage5_symbols.NAME):
         stage5_symbols.run(work)
-    if not work.is_done(stage6_targets.NAME):
-        stage6_targets.run(work, shortened(stage6_targets.Settings(), share))
-    for tier in ("edge", "cloud"):
-        if not work.is_done(f"{stage7_critic.NAME}-{tier}"):
-            stage7_critic.run(work, shortened(stage7_critic.Settings(), share), tier)
-    if not work.is_done(stage8_draft.NAME):
-        stage8_draft.run(work, shortened(stage8_draft.Settings(), share))
-    stage9_bundle.run(work, args.out, licences)
+    target(work, "cloud", share)
+    if not work.is_done(stage8_texts.NAME):
+        stage8_texts.run(work)
+    target(work, "edge", share)
+    if not work.is_done(stage9_draft.NAME):
+        stage9_draft.run(work, shortened(stage9_draft.Settings(), share))
+    stage10_bundle.run(work, args.out, licences)
+
+
+def target(work: Workspace, tier: str, share: float) -> None:
+    """Stages 6 and 7 of one tier."""
+    if not work.is_done(f"{stage6_targets.NAME}-{tier}"):
+        stage6_targets.run(work, shortened(stage6_targets.Settings(), share), tier)
+    if not work.is_done(f"{stage7_critic.NAME}-{tier}"):
+        stage7_critic.run(work, shortened(stage7_critic.Settings(), share), tier)
 
 
 if __name__ == "__main__":

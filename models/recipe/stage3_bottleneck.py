@@ -1,13 +1,14 @@
 """The information bottleneck: which few hundred bytes of a photo the answers need.
 
-Trains the bottleneck convolution, its density and the tail on cached maps at the cut, against three tasks that share
-the bits: the backbone's last map (mean squared error), its ImageNet logits (distillation) and the captions
-(cross-entropy through a throw-away decoder). Rate in training: first -log2 of the density on the latent plus uniform
-noise, then on the rounded symbols themselves (soft, then hard: Guo et al., arXiv 2104.05168), since noise overprices
-the many symbols that are zero; the tail sees rounded symbols with straight-through gradients all the time (Minnen &
-Singh, arXiv 2007.08739). The rate's weight is steered so that a photo's symbols cost the wanted bytes.
+Trains the bottleneck convolution, its density and the tail on cached maps at the cut, against tasks that share the
+bits: the backbone's last map (mean squared error), its ImageNet logits (distillation), the captions (cross-entropy
+through the cloud's decoder, which stage 6 goes on with) and the labels. Rate in training: -log2 of the density on the
+rounded symbols, straight-through as in the tail (Minnen & Singh, arXiv 2007.08739); the usual uniform noise overprices
+the many symbols that are zero and kills their channels. The rate's weight is steered, slowly and within bounds, so
+that a photo's symbols cost the wanted bytes under counted tables: a price that overshoots kills channels for good.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from edge_runtime.bundle import PAD, UNKNOWN
 from models.backbone import CUT, CUT_CHANNELS, Conv, Lite0, pretrained_lite0
-from models.family import LATENT, DecoderShape, Density, Dropout, Tail, TextDecoder
+from models.family import LATENT, Classifier, Density, Dropout, Tail, TextDecoder, decoder_shapes
 from models.recipe.depthwise import use_matrices
 from models.recipe.workspace import Average, Workspace, channels_last, steps
 
@@ -27,39 +28,44 @@ NAME = "3-bottleneck"
 PHOTOS, CLASS_PHOTOS = 48, 16  # of a step
 CAPTIONS = 3  # of a photo and step
 CHECKPOINT_EVERY = 100
-FIRST_PRICE = 4e-4  # loss per byte; about where 385 bytes settle
-PRICE_FIXED_STEPS = 200  # before it is steered: the latent has to find its scale first
+FIRST_PRICE = 3e-4  # loss per byte
+PRICES = 3e-5, 8e-4  # bounds; at 1.8e-3 five of six channels died
+PRICE_FIXED_STEPS = 300  # before it is steered: the latent has to find its scale first
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How long and for how many bytes."""
 
-    steps: int = 1800
-    bytes: float = 385.0  # per photo, under the density, rounded symbols
+    steps: int = 2200
+    bytes: float = 400.0  # per photo, under one table a channel
     learning_rate: float = 1.5e-3
-    known_rate: float = 2e-4  # of what comes from the pretrained backbone
+    known_rate: float = 3e-4  # of what comes from the pretrained backbone
+    kl_weight: float = 0.7
     caption_weight: float = 0.5
-    soft: float = 0.4  # share of the steps whose rate is that of the noisy latent
+    label_weight: float = 0.3
 
 
 class Cut(nn.Module):
     """Everything that stage 3 trains."""
 
-    def __init__(self, backbone: Lite0, vocabulary: int) -> None:
+    def __init__(self, backbone: Lite0, vocabulary: int, classes: int) -> None:
         super().__init__()
         self.bottleneck = Conv(CUT_CHANNELS, LATENT[0], 3, stride=2, linear=True)
+        with torch.no_grad():
+            self.bottleneck.weight *= 0.5  # symbols of a few steps: larger ones cost kilobytes at first
         self.density = Density()
         self.tail = Tail()
         for mine, known in zip(self.tail.blocks, list(backbone.blocks)[CUT:], strict=True):
             mine.load_state_dict(known.state_dict())
         self.tail.features.load_state_dict(backbone.features.state_dict())
-        self.decoder = TextDecoder(DecoderShape(vocabulary, decoder_layers=2))
+        self.classifier = Classifier(classes)
+        self.decoder = TextDecoder(decoder_shapes(vocabulary)["cloud"])
 
-    def symbols(self, cut: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps at the cut to (latent, symbols with straight-through gradients)."""
-        latent = self.bottleneck(cut).float()
-        return latent, latent + (latent.round().clamp(-127, 127) - latent).detach()
+    def symbols(self, cut: Tensor) -> Tensor:
+        """Maps at the cut to symbols, float [B, 64, 7, 7], with straight-through gradients."""
+        latent: Tensor = self.bottleneck(cut).float()
+        return latent + (latent.round().clamp(-127, 127) - latent).detach()
 
 
 class Losses(NamedTuple):
@@ -68,8 +74,9 @@ class Losses(NamedTuple):
     error: Tensor  # squared error of the last map, as a share of its variance
     kl: Tensor  # nats per photo to the backbone's own ImageNet logits
     caption: Tensor  # nats per token
-    priced_bytes: Tensor  # per photo, the rate that is trained on
-    hard_bytes: Tensor  # per photo, of rounded symbols
+    label: Tensor  # nats per class photo
+    priced_bytes: Tensor  # per photo, under the density
+    counted_bytes: Tensor  # per photo, under one table a channel, counted on this batch
 
 
 def caption_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1) -> Tensor:
@@ -85,36 +92,47 @@ def repeat_memory(memory: list[tuple[Tensor, Tensor]], times: int) -> list[tuple
     return [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in memory]
 
 
-def losses_of(net: Cut, backbone: Lite0, cut: Tensor, texts: Tensor, is_soft: bool) -> Losses:
-    """cut bfloat16 [B, 112, 14, 14]; texts int64 [PHOTOS * CAPTIONS, T] of its first rows."""
+def counted_bytes(symbols: Tensor) -> Tensor:
+    """Bytes per photo of whole-numbered symbols [B, 64, 7, 7] under one table a channel, counted on themselves."""
+    photos, channels = symbols.shape[:2]
+    values = symbols.detach().transpose(0, 1).flatten(1).long() + 128 + 256 * torch.arange(channels)[:, None]
+    shares = torch.bincount(values.flatten(), minlength=256 * channels).float() / values.shape[1]
+    return -torch.xlogy(shares, shares).sum() / math.log(2) * values.shape[1] / photos / 8
+
+
+def losses_of(net: Cut, backbone: Lite0, cut: Tensor, texts: Tensor, labels: Tensor) -> Losses:
+    """cut bfloat16 [B, 112, 14, 14]; texts int64 [PHOTOS * CAPTIONS, T] of its first rows; labels int64 of the rest."""
     drop = Dropout(0.1)
     with torch.no_grad():
         true_map, true_logits = backbone.rest(cut)
     with torch.autocast("cpu", torch.bfloat16):
-        latent, symbols = net.symbols(cut)
+        symbols = net.symbols(cut)
         last = net.tail.last_map(symbols)
         features = net.tail.features(last).flatten(2).transpose(1, 2)
         logits = backbone.classifier(features.mean(1))
         memory = repeat_memory(net.decoder.look(features[:PHOTOS], drop), CAPTIONS)
-        words = net.decoder(texts[:, :-1], memory, drop)
-    priced = latent + torch.rand_like(latent) - 0.5 if is_soft else symbols
+        wanted = texts[:, 1:] != PAD  # half of a padded batch
+        words = net.decoder(texts[:, :-1], memory, drop, wanted)
+        guesses = net.classifier(features[PHOTOS:])
     log_probabilities = logits.float().log_softmax(-1), true_logits.float().log_softmax(-1)
     return Losses(
         (last.float() - true_map.float()).square().mean() / true_map.float().var(),
         F.kl_div(*log_probabilities, log_target=True, reduction="batchmean"),
-        caption_loss(words, texts[:, 1:]),
-        net.density.bits(priced).sum((1, 2, 3)).mean() / 8,
-        net.density.bits(latent.detach().round()).sum((1, 2, 3)).mean().detach() / 8,
+        caption_loss(words, texts[:, 1:][wanted]),
+        F.cross_entropy(guesses.float(), labels),
+        net.density.bits(symbols).sum((1, 2, 3)).mean() / 8,
+        counted_bytes(symbols),
     )
 
 
 def run(work: Workspace, settings: Settings) -> None:
-    """Writes 3-bottleneck.pt with the averaged weights of bottleneck and tail."""
+    """Writes 3-bottleneck.pt with the averaged weights of bottleneck, tail, classifier and the cloud's decoder."""
     torch.manual_seed(3)
     rng = np.random.default_rng(3)
     backbone = channels_last(pretrained_lite0()).to(torch.bfloat16)
     captions = work.array("captions-train")
-    net = channels_last(Cut(pretrained_lite0(), work.vocabulary))
+    labels = np.load(work / "labels-classes.npy")
+    net = channels_last(Cut(pretrained_lite0(), work.vocabulary, work.classes))
     use_matrices(net.tail.blocks, 14)
     optimiser, rates = optimiser_of(net, settings)
     average = Average(net, 0.998)
@@ -134,15 +152,17 @@ def run(work: Workspace, settings: Settings) -> None:
         texts = torch.from_numpy(captions[chosen % len(captions)][:, some].astype(np.int64)).flatten(0, 1)
         cut = torch.from_numpy(maps).permute(0, 3, 1, 2).to(torch.bfloat16)
 
-        loss = losses_of(net, backbone, cut, texts, is_soft=step < settings.soft * settings.steps)
-        total = loss.error + 0.5 * loss.kl + settings.caption_weight * loss.caption + price * loss.priced_bytes
+        loss = losses_of(net, backbone, cut, texts, torch.from_numpy(labels[also % len(labels)]))
+        total = loss.error + settings.kl_weight * loss.kl + settings.caption_weight * loss.caption
+        total = total + settings.label_weight * loss.label + price * loss.priced_bytes
         optimiser.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([p for group in optimiser.param_groups[:2] for p in group["params"]], 1.0)
         optimiser.step()
         average.update(net, step)
         if step >= PRICE_FIXED_STEPS:
-            price *= float(np.exp(0.01 * np.clip(loss.hard_bytes.item() / settings.bytes - 1.0, -1, 1)))
+            excess = np.clip(loss.counted_bytes.item() / settings.bytes - 1.0, -1, 1)
+            price = float(np.clip(price * np.exp(0.005 * excess), *PRICES))
         seen.append([value.item() for value in loss])
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
             work.save(NAME, step + 1, net=net, optimiser=optimiser, average=average)

@@ -1,8 +1,9 @@
 """The targets: classifier and one text decoder a tier, trained on the symbols of the deployed head.
 
 The tail was trained with the bottleneck on rounded symbols and is kept as it is, so that its maps of all views are
-computed once; what follows it trains on those: the last convolution and the classifier together with the cloud's
-decoder, then the edge's smaller decoder on the same features. One pass of the tail thus serves every tier.
+computed once; what follows it trains on those. First the last convolution and the classifier together with the cloud's
+decoder, on people's captions; later the edge's smaller decoder on the same features, on the cloud's own texts
+(sequence-level distillation: Kim & Rush, arXiv 1606.07947). One pass of the tail thus serves every tier.
 """
 
 import math
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 
 from edge_runtime.bundle import BOS, EOS, PAD
 from models.backbone import MAP_CHANNELS
-from models.family import LATENT, Classifier, DecoderShape, Dropout, Tail, TextDecoder
+from models.family import LATENT, Classifier, DecoderShape, Dropout, Tail, TextDecoder, decoder_shapes
 from models.recipe.scores import cider
 from models.recipe.stage3_bottleneck import caption_loss, repeat_memory
 from models.recipe.workspace import Average, Workspace, channels_last, steps
 
 NAME = "6-targets"
-PHOTOS, CLASS_PHOTOS = 64, 16  # of a step
+TEXTS, CLASS_PHOTOS = 320, 16  # of a step
 CHECKPOINT_EVERY = 300
 
 
@@ -30,19 +31,11 @@ CHECKPOINT_EVERY = 300
 class Settings:
     """Lengths of training and its strength."""
 
-    cloud_steps: int = 1400
+    cloud_steps: int = 1200
     edge_steps: int = 900
     learning_rate: float = 6e-4
     features_rate: float = 0.3  # of the learning rate, for the tail's last convolution, which is not new
     dropout: float = 0.2
-
-
-def shapes(vocabulary: int) -> dict[str, DecoderShape]:
-    """The decoders of both tiers."""
-    return {
-        "cloud": DecoderShape(vocabulary, width=256, heads=4, encoder_layers=1, decoder_layers=3),
-        "edge": DecoderShape(vocabulary, width=160, heads=4, encoder_layers=0, decoder_layers=1),
-    }
 
 
 class Target(nn.Module):
@@ -73,25 +66,27 @@ def rate_at(step: int, total: int, warm_up: int = 100) -> float:
     return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def run(work: Workspace, settings: Settings) -> None:
-    """Writes 6-targets-cloud.pt and 6-targets-edge.pt."""
+def run(work: Workspace, settings: Settings, tier: str) -> None:
+    """Writes 6-targets-<tier>.pt; the edge's needs the cloud's texts of stage 8."""
     torch.manual_seed(6)
-    if not (work / "maps-dev.npy").is_file():
-        cache_maps(work)
-    figures = train(work, "cloud", new_target(work, "cloud"), settings.cloud_steps, settings)
-    edge = new_target(work, "edge")
-    cloud = torch.load(work / f"{NAME}-cloud.pt", map_location="cpu", weights_only=True)["average"]
-    edge.load_state_dict({k: v for k, v in cloud.items() if not k.startswith("decoder.")}, strict=False)
-    figures |= train(work, "edge", edge, settings.edge_steps, settings)
-    work.finish(NAME, figures)
+    net = new_target(work, tier)
+    if tier == "cloud":
+        if not (work / "maps-dev.npy").is_file():
+            cache_maps(work)
+        train(work, tier, net, np.load(work / "captions-train.npy"), settings.cloud_steps, settings)
+    else:
+        cloud = torch.load(work / f"{NAME}-cloud.pt", map_location="cpu", weights_only=True)["average"]
+        net.load_state_dict({k: v for k, v in cloud.items() if not k.startswith("decoder.")}, strict=False)
+        train(work, tier, net, np.load(work / "texts-train.npy")[:, None], settings.edge_steps, settings)
 
 
 def new_target(work: Workspace, tier: str) -> Target:
-    """A target whose tail comes from the bottleneck's training and whose decoder is new."""
-    classes = max(1, len((work / "classes.txt").read_text().split()))
-    net = Target(shapes(work.vocabulary)[tier], classes)
+    """A target that begins where the bottleneck's training ended; the edge's decoder alone is new."""
+    net = Target(decoder_shapes(work.vocabulary)[tier], work.classes)
     cut = torch.load(work / "3-bottleneck.pt", map_location="cpu", weights_only=True)["average"]
-    net.tail.load_state_dict({k.removeprefix("tail."): v for k, v in cut.items() if k.startswith("tail.")})
+    known = ("tail.", "classifier.", "decoder.") if tier == "cloud" else ("tail.", "classifier.")
+    missing = net.load_state_dict({k: v for k, v in cut.items() if k.startswith(known)}, strict=False).missing_keys
+    assert tier == "edge" or not missing, missing
     return channels_last(net)
 
 
@@ -108,10 +103,13 @@ def cache_maps(work: Workspace, batch: int = 200) -> None:
             maps[rows] = last.permute(0, 2, 3, 1).to(torch.float16).numpy()
 
 
-def train(work: Workspace, tier: str, net: Target, total: int, settings: Settings) -> dict[str, float]:
-    """Cross-entropy training of one tier; with the cloud, of the shared features and the classifier too."""
+def train(work: Workspace, tier: str, net: Target, captions: np.ndarray, total: int, settings: Settings) -> None:
+    """Cross-entropy training of one tier; with the cloud, of the shared features and the classifier too.
+
+    captions int16 [photos or views of them, texts, T].
+    """
     rng = np.random.default_rng(6)
-    maps, captions = work.array("maps-train"), np.load(work / "captions-train.npy")
+    maps, photos = work.array("maps-train"), TEXTS // captions.shape[1]
     class_maps, labels = work.array("maps-classes"), np.load(work / "labels-classes.npy")
     trains_features = tier == "cloud"
     shared = [*net.tail.features.parameters(), *net.classifier.parameters()] if trains_features else []
@@ -126,14 +124,14 @@ def train(work: Workspace, tier: str, net: Target, total: int, settings: Setting
     for step in steps(tier, first, total):
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * rate_at(step, total)
-        chosen = np.sort(rng.integers(0, len(maps), PHOTOS))
+        chosen = np.sort(rng.integers(0, len(maps), photos))
         also = np.sort(rng.integers(0, len(class_maps), CLASS_PHOTOS))
         texts = torch.from_numpy(captions[chosen % len(captions)].astype(np.int64)).flatten(0, 1)  # [B * 5, T]
         texts = texts[:, : int((texts != 0).sum(1).max())]
         with torch.autocast("cpu", torch.bfloat16):
             features = net.features(torch.cat([maps_of(maps, chosen), maps_of(class_maps, also)]))
-            guesses = net.classifier(drop(features[PHOTOS:])).float()
-            memory = repeat_memory(net.decoder.look(features[:PHOTOS], drop), captions.shape[1])
+            guesses = net.classifier(drop(features[photos:])).float()
+            memory = repeat_memory(net.decoder.look(features[:photos], drop), captions.shape[1])
             wanted = texts[:, 1:] != PAD  # half of a padded batch
             words = net.decoder(texts[:, :-1], memory, drop, wanted)
             loss = caption_loss(words, texts[:, 1:][wanted])
@@ -149,7 +147,7 @@ def train(work: Workspace, tier: str, net: Target, total: int, settings: Setting
             quality = evaluate(work, average.weights, tier, 300 if step + 1 < total else None)
             recent = np.mean(losses[-CHECKPOINT_EVERY:], 0).round(4).tolist()
             print(tier, step + 1, recent, quality, round((time.monotonic() - started) / 60, 1), "min", flush=True)
-    return {f"{tier}_{k}": v for k, v in quality.items()}
+    work.finish(name, quality)
 
 
 def evaluate(work: Workspace, weights: dict[str, Tensor], tier: str, limit: int | None = None) -> dict[str, float]:

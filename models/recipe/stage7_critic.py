@@ -29,7 +29,7 @@ CHECKPOINT_EVERY = 200
 class Settings:
     """Length and strength."""
 
-    steps: int = 500
+    steps: int = 800
     learning_rate: float = 1e-4
     caption_weight: float = 0.1  # of the cross-entropy that keeps texts plain
 
@@ -92,7 +92,7 @@ def run(work: Workspace, settings: Settings, tier: str = "cloud") -> None:
                 {"reward": np.mean(rewards_seen[-CHECKPOINT_EVERY:]).round(4), **quality, "minutes": round(minutes, 1)},
                 flush=True,
             )
-    work.finish(name, {f"{tier}_{k}": v for k, v in quality.items()})
+    work.finish(name, quality)
 
 
 def sample(net: targets.Target, features: Tensor) -> Tensor:

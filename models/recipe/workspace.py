@@ -52,6 +52,11 @@ class Workspace:
         """How many words the vocabulary of the first stage has."""
         return len((self / "vocabulary.txt").read_text().splitlines())
 
+    @property
+    def classes(self) -> int:
+        """How many classes a classifier tells apart; at least 1, so that it exists where no class photos do."""
+        return max(1, len((self / "classes.txt").read_text().split()))
+
     def new_array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """A new array on disk, to be filled in place."""
         return np.lib.format.open_memmap(self / f"{name}.npy", "w+", dtype, shape)

@@ -13,13 +13,13 @@ from edge_runtime.bundle import EOS, MANIFEST, SCHEMA, FileRecord, LatentRecord,
 from edge_runtime.draft import Draft
 from edge_runtime.preprocess import PIXELS
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
-from models.family import LATENT, DraftDecoder
-from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage8_draft
+from models.family import LATENT, DraftDecoder, decoder_shapes
+from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage9_draft
 from models.recipe.scores import cider
 from models.recipe.stage4_head import float_symbols, trained_head
 from models.recipe.workspace import Workspace
 
-NAME = "9-bundle"
+NAME = "10-bundle"
 FLOAT_CHECK = 256  # dev photos on which the float head's symbols are compared
 
 
@@ -40,7 +40,7 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
         )
     draft = DraftDecoder(work.vocabulary)
     draft.load_state_dict(
-        torch.load(work / f"{stage8_draft.NAME}.pt", map_location="cpu", weights_only=True)["average"]
+        torch.load(work / f"{stage9_draft.NAME}.pt", map_location="cpu", weights_only=True)["average"]
     )
     int8 = quantise_draft(draft)
     for suffix, files in (("onnx", write_draft_onnx(int8)), ("tflite", write_draft_litert(int8))):
@@ -80,7 +80,7 @@ def measure(work: Workspace, out: Path) -> dict[str, float]:
 
 def manifest_of(work: Workspace, out: Path, licences: dict[str, str], quality: dict[str, float]) -> Manifest:
     """The manifest of the files that are in `out`; nothing in it depends on when or where it was made."""
-    shapes = stage6_targets.shapes(work.vocabulary)
+    shapes = decoder_shapes(work.vocabulary)
     return Manifest(
         schema=SCHEMA,
         name=out.name,

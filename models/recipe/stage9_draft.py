@@ -1,7 +1,6 @@
 """The board's draft decoder, distilled from the cloud's own texts, so that what it proposes gets accepted.
 
-The cloud writes greedy texts for many views of the training photos (sequence-level distillation: Kim & Rush, arXiv
-1606.07947); the draft learns to write the same. Its inputs are the int8 head's symbols, as on the board.
+Its inputs are the int8 head's symbols, as on the board.
 """
 
 import time
@@ -14,12 +13,11 @@ from torch import nn
 from edge_runtime.bundle import BOS, EOS, PAD
 from models.family import DraftDecoder
 from models.recipe import stage6_targets as targets
-from models.recipe import stage7_critic as critic
 from models.recipe.scores import cider
 from models.recipe.stage3_bottleneck import caption_loss
 from models.recipe.workspace import Average, Workspace, steps
 
-NAME = "8-draft"
+NAME = "9-draft"
 BATCH = 256
 CHECKPOINT_EVERY = 150
 
@@ -33,28 +31,10 @@ class Settings:
     dropout: float = 0.1
 
 
-def label(work: Workspace) -> None:
-    """Writes texts-{train,classes,dev}: the cloud's greedy texts as rows of tokens, BOS first, PAD after EOS."""
-    net = targets.new_target(work, "cloud")
-    net.load_state_dict(critic.final_weights(work, "cloud"))
-    net.eval()
-    for part in ("train", "classes", "dev"):
-        maps = work.array(f"maps-{part}")
-        rows = np.full((len(maps), net.decoder.shape.max_tokens + 1), PAD, np.int16)
-        block = 1000
-        for step in steps(f"texts of {part}", 0, -(-len(maps) // block)):
-            for i, text in enumerate(targets.write(net, maps[step * block : (step + 1) * block])):
-                row = [BOS, *text, EOS][: rows.shape[1]]
-                rows[step * block + i, : len(row)] = row
-        np.save(work / f"texts-{part}.npy", rows)
-
-
 def run(work: Workspace, settings: Settings) -> None:
-    """Writes 8-draft.pt."""
-    if not (work / "texts-dev.npy").is_file():
-        label(work)
-    torch.manual_seed(8)
-    rng = np.random.default_rng(8)
+    """Writes 9-draft.pt."""
+    torch.manual_seed(9)
+    rng = np.random.default_rng(9)
     parts = ("train", "classes")
     symbols = [work.array(f"symbols-{part}") for part in parts]
     texts = np.concatenate([np.load(work / f"texts-{part}.npy") for part in parts])

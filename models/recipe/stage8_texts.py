@@ -1,0 +1,31 @@
+"""What the cloud writes about every view: the texts that the edge and the draft learn to write.
+
+Sequence-level distillation (Kim & Rush, arXiv 1606.07947): a small decoder that imitates one good writer ends nearer to
+it than one that imitates five people.
+"""
+
+import numpy as np
+
+from edge_runtime.bundle import BOS, EOS, PAD
+from models.recipe import stage6_targets as targets
+from models.recipe import stage7_critic as critic
+from models.recipe.workspace import Workspace, steps
+
+NAME = "8-texts"
+
+
+def run(work: Workspace) -> None:
+    """Writes texts-{train,classes,dev}: the cloud's greedy texts as rows of tokens, BOS first, PAD after EOS."""
+    net = targets.new_target(work, "cloud")
+    net.load_state_dict(critic.final_weights(work, "cloud"))
+    net.eval()
+    for part in ("train", "classes", "dev"):
+        maps = work.array(f"maps-{part}")
+        rows = np.full((len(maps), net.decoder.shape.max_tokens + 1), PAD, np.int16)
+        block = 1000
+        for step in steps(f"texts of {part}", 0, -(-len(maps) // block)):
+            for i, text in enumerate(targets.write(net, maps[step * block : (step + 1) * block])):
+                row = [BOS, *text, EOS][: rows.shape[1]]
+                rows[step * block + i, : len(row)] = row
+        np.save(work / f"texts-{part}.npy", rows)
+    work.finish(NAME, {"mean_tokens": float((rows != PAD).sum(1).mean()) - 1})
