@@ -66,11 +66,13 @@ class Density(nn.Module):
 class Tail(nn.Module):
     """The server's part of the image network: symbols back to the backbone's last map and 1280 features.
 
-    The expander guesses the map at the cut from the symbols; the backbone's remaining blocks, fine-tuned, go on.
+    The expander guesses the map at the cut from the symbols, linearly plus what a small network adds; the backbone's
+    remaining blocks, fine-tuned, go on.
     """
 
     def __init__(self, width: int = 256) -> None:
         super().__init__()
+        self.linear = Conv(LATENT[0], 4 * CUT_CHANNELS, 1, linear=True)
         self.expand = nn.Sequential(
             Conv(LATENT[0], width, 3), Conv(width, width, 3), Conv(width, 4 * CUT_CHANNELS, 1, linear=True)
         )
@@ -79,8 +81,12 @@ class Tail(nn.Module):
 
     def last_map(self, symbols: Tensor) -> Tensor:
         """Symbols, float [B, 64, 7, 7], to the backbone's last map, float [B, 320, 7, 7]."""
-        last: Tensor = self.blocks(F.pixel_shuffle(self.expand(symbols), 2))
+        last: Tensor = self.blocks(self.cut(symbols))
         return last
+
+    def cut(self, symbols: Tensor) -> Tensor:
+        """Symbols, float [B, 64, 7, 7], to the guessed map at the cut, float [B, 112, 14, 14]."""
+        return F.pixel_shuffle(self.linear(symbols) + self.expand(symbols), 2)
 
     def forward(self, symbols: Tensor) -> Tensor:
         """Symbols, float [B, 64, 7, 7], to features, float [B, N, 1280], >= 0."""

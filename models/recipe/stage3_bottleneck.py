@@ -5,7 +5,8 @@ bits: the backbone's last map (mean squared error), its ImageNet logits (distill
 through the cloud's decoder, which stage 6 goes on with) and the labels. Rate in training: -log2 of the density on the
 rounded symbols, straight-through as in the tail (Minnen & Singh, arXiv 2007.08739); the usual uniform noise overprices
 the many symbols that are zero and kills their channels. The rate's weight is steered, slowly and within bounds, so
-that a photo's symbols cost the wanted bytes under counted tables: a price that overshoots kills channels for good.
+that a photo's symbols, with the averaged weights that ship, cost the wanted bytes under counted tables: a price that
+overshoots kills channels for good.
 """
 
 import math
@@ -29,18 +30,20 @@ PHOTOS, CLASS_PHOTOS = 48, 16  # of a step
 CAPTIONS = 3  # of a photo and step
 CHECKPOINT_EVERY = 100
 FIRST_PRICE = 3e-4  # loss per byte
-PRICES = 3e-5, 8e-4  # bounds; at 1.8e-3 five of six channels died
-PRICE_FIXED_STEPS = 300  # before it is steered: the latent has to find its scale first
+PRICES = 3e-5, 1e-3  # bounds
+PRICE_FIXED_STEPS = 100  # before it is steered: the density has to find the symbols first
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How long and for how many bytes."""
 
-    steps: int = 2200
+    steps: int = 1700
     bytes: float = 400.0  # per photo, under one table a channel
-    learning_rate: float = 1.5e-3
-    known_rate: float = 3e-4  # of what comes from the pretrained backbone
+    learning_rate: float = 1e-3
+    known_rate: float = 3e-4  # of what comes from the pretrained backbone, and of the expander's linear part
+    bottleneck_rate: float = 0.02  # of the bottleneck, as a share of its weights' root mean square
+    first_step: float = 32.0  # of a symbol, see `principal`; some 550 bytes
     kl_weight: float = 0.7
     caption_weight: float = 0.5
     label_weight: float = 0.3
@@ -52,8 +55,6 @@ class Cut(nn.Module):
     def __init__(self, backbone: Lite0, vocabulary: int, classes: int) -> None:
         super().__init__()
         self.bottleneck = Conv(CUT_CHANNELS, LATENT[0], 3, stride=2, linear=True)
-        with torch.no_grad():
-            self.bottleneck.weight *= 0.5  # symbols of a few steps: larger ones cost kilobytes at first
         self.density = Density()
         self.tail = Tail()
         for mine, known in zip(self.tail.blocks, list(backbone.blocks)[CUT:], strict=True):
@@ -66,6 +67,45 @@ class Cut(nn.Module):
         """Maps at the cut to symbols, float [B, 64, 7, 7], with straight-through gradients."""
         latent: Tensor = self.bottleneck(cut).float()
         return latent + (latent.round().clamp(-127, 127) - latent).detach()
+
+
+def principal(net: Cut, backbone: Lite0, cut: Tensor, step: float) -> None:
+    """Starts bottleneck and expander as the best linear code of 2 x 2 blocks of the map at the cut.
+
+    Principal components of cut float [B, 112, 14, 14] in the metric of what the last map feels: errors weigh as the
+    mean of J^T J, with J the last map's Jacobian by a block (Hutchinson's estimate). One symbol is `step` units, the
+    same for all components, as high-rate theory wants it (Gersho & Gray, Vector Quantization, 1992, chapter 8).
+    Without a step of training this is nearer to the backbone than what thousands of steps make of a random start.
+    """
+    metric = torch.zeros(4 * CUT_CHANNELS, 4 * CUT_CHANNELS)
+    for at in range(0, 512, 64):
+        some = cut[at : at + 64].clone().requires_grad_()
+        last, _ = backbone.rest(some)
+        (slopes,) = torch.autograd.grad((last * torch.randn_like(last)).sum(), some)
+        metric += blocks_of(slopes) @ blocks_of(slopes).T
+    metric *= len(metric) / metric.trace()
+    values, vectors = torch.linalg.eigh(metric + 1e-3 * torch.eye(len(metric)))
+    root, inverse = (vectors @ torch.diag(values**power) @ vectors.T for power in (0.5, -0.5))
+    blocks = blocks_of(cut)
+    mean = blocks.mean(1)
+    components = torch.linalg.eigh(root @ torch.cov(blocks) @ root).eigenvectors.flip(1)[:, : LATENT[0]]
+    down, up = components.T @ root / step, inverse @ components * step
+    assert net.bottleneck.bias is not None
+    assert net.tail.linear.bias is not None
+    with torch.no_grad():
+        net.bottleneck.weight.zero_()
+        # SAME padding puts the first taps of a stride on the block itself.
+        net.bottleneck.weight[:, :, :2, :2] = down.view(LATENT[0], CUT_CHANNELS, 2, 2)
+        net.bottleneck.bias.copy_(-down @ mean)
+        net.tail.linear.weight.copy_(up[..., None, None])
+        net.tail.linear.bias.copy_(mean)
+        for p in net.tail.expand[-1].parameters():
+            p.zero_()
+
+
+def blocks_of(cut: Tensor) -> Tensor:
+    """Maps [B, 112, 14, 14] to their 2 x 2 blocks as columns, [448, B * 49], in the order of pixel_unshuffle."""
+    return F.pixel_unshuffle(cut, 2).transpose(0, 1).flatten(1)
 
 
 class Losses(NamedTuple):
@@ -98,6 +138,15 @@ def counted_bytes(symbols: Tensor) -> Tensor:
     values = symbols.detach().transpose(0, 1).flatten(1).long() + 128 + 256 * torch.arange(channels)[:, None]
     shares = torch.bincount(values.flatten(), minlength=256 * channels).float() / values.shape[1]
     return -torch.xlogy(shares, shares).sum() / math.log(2) * values.shape[1] / photos / 8
+
+
+@torch.no_grad()
+def shipped_bytes(net: Cut, average: Average, cut: Tensor) -> float:
+    """`counted_bytes` of the averaged bottleneck; less than with the weights in training, whose steps add noise."""
+    weights = {name: average.weights[f"bottleneck.{name}"] for name, _ in net.bottleneck.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        latent: Tensor = torch.func.functional_call(net.bottleneck, weights, (cut,))
+    return counted_bytes(latent.float().round().clamp(-127, 127)).item()
 
 
 def losses_of(net: Cut, backbone: Lite0, cut: Tensor, texts: Tensor, labels: Tensor) -> Losses:
@@ -134,11 +183,13 @@ def run(work: Workspace, settings: Settings) -> None:
     labels = np.load(work / "labels-classes.npy")
     net = channels_last(Cut(pretrained_lite0(), work.vocabulary, work.classes))
     use_matrices(net.tail.blocks, 14)
+    photos, class_photos = work.array("cut-train"), work.array("cut-classes")
+    sample = torch.from_numpy(np.array(photos[:: max(1, len(photos) // 2048)])).permute(0, 3, 1, 2).float()
+    principal(net, pretrained_lite0(), sample, settings.first_step)
     optimiser, rates = optimiser_of(net, settings)
     average = Average(net, 0.998)
     first = work.load(NAME, net=net, optimiser=optimiser, average=average)
     price = float((work / "price.txt").read_text()) if first else FIRST_PRICE
-    photos, class_photos = work.array("cut-train"), work.array("cut-classes")
     seen: list[list[float]] = []
     figures: dict[str, float] = {}
     started = time.monotonic()
@@ -157,31 +208,37 @@ def run(work: Workspace, settings: Settings) -> None:
         total = total + settings.label_weight * loss.label + price * loss.priced_bytes
         optimiser.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups[:2] for p in group["params"]], 1.0)
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups[:3] for p in group["params"]], 1.0)
         optimiser.step()
         average.update(net, step)
         if step >= PRICE_FIXED_STEPS:
-            excess = np.clip(loss.counted_bytes.item() / settings.bytes - 1.0, -1, 1)
-            price = float(np.clip(price * np.exp(0.005 * excess), *PRICES))
+            excess = np.clip(shipped_bytes(net, average, cut) / settings.bytes - 1.0, -1, 1)
+            price = float(np.clip(price * np.exp(0.01 * excess), *PRICES))
         seen.append([value.item() for value in loss])
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
             work.save(NAME, step + 1, net=net, optimiser=optimiser, average=average)
             (work / "price.txt").write_text(repr(price))
             figures = dict(zip(Losses._fields, np.mean(seen[-CHECKPOINT_EVERY:], 0).round(4).tolist(), strict=True))
-            figures |= {"price": price, "minutes": (time.monotonic() - started) / 60, "steps": step + 1}
+            figures |= {
+                "shipped_bytes": round(shipped_bytes(net, average, cut), 1),
+                "price": price,
+                "minutes": (time.monotonic() - started) / 60,
+                "steps": step + 1,
+            }
             print(figures, flush=True)
     work.finish(NAME, figures)
 
 
 def optimiser_of(net: Cut, settings: Settings) -> tuple[torch.optim.Optimizer, tuple[float, ...]]:
-    """AdamW over new layers, pretrained layers and the density, and the peak rate of each.
+    """AdamW over new layers, known layers, the bottleneck and the density, and the peak rate of each.
 
     Folded weights are small: steps that suit new layers would wipe out what the backbone knows.
     """
-    density = list(net.density.parameters())
-    known = [*net.tail.blocks.parameters(), *net.tail.features.parameters()]
-    others = {id(p) for p in density + known}
+    bottleneck, density = list(net.bottleneck.parameters()), list(net.density.parameters())
+    known = [p for part in (net.tail.linear, net.tail.blocks, net.tail.features) for p in part.parameters()]
+    others = {id(p) for p in bottleneck + density + known}
     new = [p for p in net.parameters() if id(p) not in others]
-    groups = [{"params": new}, {"params": known}, {"params": density}]
-    rates = (settings.learning_rate, settings.known_rate, 6e-3)
+    groups = [{"params": new}, {"params": known}, {"params": bottleneck}, {"params": density}]
+    size = net.bottleneck.weight.square().mean().sqrt().item()
+    rates = (settings.learning_rate, settings.known_rate, settings.bottleneck_rate * size, 6e-3)
     return torch.optim.AdamW(groups, lr=rates[0], weight_decay=0.01, betas=(0.9, 0.98)), rates
