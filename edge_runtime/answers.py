@@ -1,7 +1,12 @@
-"""What comes back, or does not: every request that the board sent ends in exactly one more event.
+"""What comes back, or does not: every request that the board sent ends in exactly one more final event.
 
 One thread owns the table of open requests. The frame path and the MQTT client only put values on its queue; it sends,
-sends again with the same id, turns replies into "update" events and passed deadlines into "lost" events.
+publishes the "new" event behind the request, sends again with the same id, turns replies into "update" events and
+passed deadlines into "lost" events.
+
+A reply that is not final is an answer too, which a higher tier may improve: its "update" is not final, and at the
+deadline, or with the higher tier's reply, a last one follows. With an outbox, a request that found no answer in time is
+kept instead of lost: its "update" says that the draft stands for now, and it is asked again when the link has room.
 """
 
 import logging
@@ -17,9 +22,12 @@ from typing import Any
 import msgspec
 
 from edge_runtime.bundle import Bundle
+from edge_runtime.config import OutboxConfig
 from edge_runtime.events import Events
-from edge_runtime.mqtt import MqttClient, Outcome
-from edge_runtime.open_requests import Lost, Open, OpenRequests
+from edge_runtime.mqtt import MqttClient, Outcome, State
+from edge_runtime.open_requests import Lost, OpenRequests
+from edge_runtime.outbox import Counts, Outbox
+from edge_runtime.spool import Kept
 from edge_runtime.wire import (
     AnsweredBy,
     Event,
@@ -27,8 +35,12 @@ from edge_runtime.wire import (
     Reply,
     Request,
     Status,
+    Tier,
     WireError,
+    decode_event,
     decode_reply,
+    decode_request,
+    encode_event,
     encode_request,
     topics,
 )
@@ -37,16 +49,22 @@ logger = logging.getLogger(__name__)
 
 QUEUE = 256  # values between threads; a board has a few a second
 IDLE_S = 0.5  # the longest wait between two looks at the clock
+REPLAY_S = 30.0  # for the answer to a request out of the outbox
+MAX_AGE_MS = 0xFFFFFFFF  # of a request
 
 
 @dataclass(slots=True)
 class Question:
-    """A request on its way and the event that announced it."""
+    """A request on its way and what is known of its frame."""
 
     request: Request
     payload: bytes  # the request as first sent
-    seen: Event  # the "new" event of the same frame
-    deadline: float  # seconds, time.monotonic(): the draft stands after it
+    seen: Event  # what the frame's next event starts from
+    captured: float  # seconds, time.monotonic()
+    deadline: float  # the same clock: the draft stands after it
+    keeps: bool = False  # not to be sent now: the link is away
+    is_replay: bool = False  # out of the outbox
+    asked: float = 0.0  # the same clock: when it was first sent, set by the answers' thread
     bytes_up: int = 0  # whole payloads, resends included; counted by the answers' thread
 
 
@@ -58,32 +76,63 @@ class NotTaken:
     outcome: Outcome
 
 
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A request that the outbox wants asked again."""
+
+    item: Kept
+    age_s: float  # since capture
+
+
 class Answers:
-    """The board's open requests; `with` starts and ends its thread."""
+    """The board's open requests; `with` starts and ends its thread, and the outbox's."""
 
     def __init__(
-        self, client: MqttClient, bundle: Bundle, site: str, board: str, events: Events, capacity: int, resend_s: float
+        self,
+        client: MqttClient,
+        bundle: Bundle,
+        site: str,
+        board: str,
+        events: Events,
+        capacity: int,
+        resend_s: float,
+        outbox: OutboxConfig | None = None,
     ) -> None:
-        self._client, self._bundle, self._events = client, bundle, events
+        self._client, self._bundle, self._events, self._capacity = client, bundle, events, capacity
+        self._outbox = (
+            Outbox(outbox, on_due=self._due, on_dropped=self._dropped, may_replay=self._may_replay) if outbox else None
+        )
+        self._keeps_every_request = outbox is not None and outbox.every_request
         self._requests: OpenRequests[Question] = OpenRequests(capacity, min_resend_s=resend_s, rng=random.Random())
         self._topic = topics.request(site, board)
-        self._inbox: queue.Queue[Question | NotTaken | bytes | None] = queue.Queue(QUEUE)
+        self._improving: dict[bytes, Question] = {}  # answered; a higher tier may answer once more
+        self._inbox: queue.Queue[Question | Event | NotTaken | Due | bytes | None] = queue.Queue(QUEUE)
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
-        self._asked = 0
+        self._asked = 0  # by the frame path
+        self._kept_unsent = self._put_by = self._replayed = 0  # into the outbox, at once or in vain; out of it
         self.counts: Counter[str] = Counter()  # replies by status, and those that were none or found no room
 
     def __enter__(self) -> "Answers":
+        if self._outbox:
+            self._outbox.start()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._inbox.put(None)
         self._thread.join()
+        if self._outbox:
+            self._outbox.close()
 
     def ask(self, question: Question) -> None:
         """Takes a question over; one thread, the frame path's. Never waits for the network."""
         self._asked += 1
         self._inbox.put(question)
+
+    def announce(self, seen: Event) -> None:
+        """A draft that was written behind its question: the "new" event, unless the answer was faster; the frame
+        path's."""
+        self._inbox.put(seen)
 
     def reply_arrived(self, payload: bytes) -> None:
         """One message on the board's reply topic; on the MQTT client's thread."""
@@ -97,8 +146,11 @@ class Answers:
             time.sleep(0.02)
 
     def _is_settled(self) -> bool:
-        counts = self._requests.counts
-        return counts.answered + counts.lost == self._asked
+        return self._accepted() == self._asked and self._requests.counts.open == 0 and not self._improving
+
+    def _accepted(self) -> int:
+        """Questions that have a place, on their way or in the outbox."""
+        return self._requests.counts.accepted - self._replayed + self._kept_unsent
 
     def _tell(self, value: "NotTaken | bytes") -> None:
         """From the MQTT client's thread, which must not wait: without room the request is sent again, or lost."""
@@ -108,14 +160,26 @@ class Answers:
             self.counts["overflow"] += 1
 
     def summary(self) -> dict[str, int]:
-        """Counters; accepted = answered + lost + open."""
+        """Counters; accepted + found = answered + lost + open + kept, where found was kept by an earlier run."""
         counts = self._requests.counts
-        names = ("accepted", "answered", "lost", "open", "resent", "busy", "duplicate", "late", "unknown")
-        return {name: getattr(counts, name) for name in names} | {f"reply_{k}": n for k, n in self.counts.items()}
+        box = self._outbox.counts if self._outbox else Counts()
+        gone = sum(box.dropped.values()) + box.gaps  # by the outbox: too old, too many, or the disk lost them
+        values = {
+            "accepted": self._accepted(),
+            "found": box.found,
+            "answered": counts.answered,
+            "lost": counts.lost - self._put_by + gone,
+            "open": counts.open,
+            "kept": box.found + self._kept_unsent + self._put_by - self._replayed - gone,
+            "replayed": self._replayed,
+        }
+        values |= {name: getattr(counts, name) for name in ("resent", "busy", "duplicate", "late", "unknown")}
+        return values | {f"reply_{kind}": count for kind, count in self.counts.items()}
 
     def _run(self) -> None:
         while True:
-            wait = min(IDLE_S, max(0.0, self._requests.next_at() - time.monotonic()))
+            until = min([self._requests.next_at(), *(question.deadline for question in self._improving.values())])
+            wait = min(IDLE_S, max(0.0, until - time.monotonic()))
             try:
                 item = self._inbox.get(timeout=wait)
             except queue.Empty:
@@ -125,19 +189,44 @@ class Answers:
                 break
             if isinstance(item, Question):
                 self._open(item)
+            elif isinstance(item, Event):
+                self._announce(item)
             elif isinstance(item, NotTaken):
                 self._end_lost(self._requests.lose(item.request_id, f"broker: {item.outcome.value}"))
+            elif isinstance(item, Due):
+                self._ask_again(item)
             else:
                 self._reply(item)
             self._look_at_the_clock()
         for lost in self._requests.close("the board stops"):
-            self._end_lost(lost)
+            self._unanswered(lost)
+        for question in self._improving.values():
+            self._stand(question, "the board stops before a higher tier answered")
 
     def _open(self, question: Question) -> None:
-        now = time.monotonic()
+        if question.keeps and self._keep(question):
+            self._kept_unsent += 1
+            self._events.publish(question.seen)
+            return
+        if self._keeps_every_request and not question.is_replay:
+            self._keep(question, held=True)
+        question.asked = now = time.monotonic()
+        self._replayed += question.is_replay
         for lost in self._requests.open(question.request.id, question, question.deadline, now):
-            self._end_lost(lost)
+            self._unanswered(lost)
         self._send(question, question.payload, question.deadline - now)
+        if question.seen.tokens and not question.is_replay:
+            self._events.publish(question.seen)
+
+    def _announce(self, seen: Event) -> None:
+        """An event that its frame's answer has overtaken would only take the answer back."""
+        request_id = bytes.fromhex(seen.frame)
+        if entry := self._requests.find(request_id):
+            entry.content.seen = seen
+        if self._requests.has_ended(request_id):
+            self.counts["overtaken"] += 1
+        else:
+            self._events.publish(seen)
 
     def _send(self, question: Question, payload: bytes, left_s: float) -> None:
         question.bytes_up += len(payload)
@@ -151,8 +240,12 @@ class Answers:
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
+        for request_id, question in list(self._improving.items()):
+            if question.deadline <= now:
+                del self._improving[request_id]
+                self._stand(question, "no higher tier answered in time")
         for lost in self._requests.expired(now):
-            self._end_lost(lost)
+            self._unanswered(lost)
         for entry in self._requests.due(now):
             question, left_s = entry.content, entry.deadline - now
             waited_ms = int(1e3 * (now - entry.opened_at))
@@ -172,45 +265,109 @@ class Answers:
         self.counts[reply.status.name.lower()] += 1
         if reply.status is Status.BUSY:
             self._requests.busy(reply.id, (reply.retry_after_ms or 1000) / 1e3, now)
-        elif reply.status is Status.OK:
-            entry = self._requests.answered(reply.id, now)
-            if entry:
-                try:
-                    self._events.publish(_update(entry, reply, self._bundle, now))
-                except WireError as error:  # within a reply's bounds, but not within an event's
-                    self._end_lost(Lost(entry.id, entry.content, f"server {reply.server}: {error}"))
-        else:
+        elif reply.status is not Status.OK:
             status = reply.status.name.lower()
             self._end_lost(self._requests.lose(reply.id, f"server {reply.server}: {status}: {reply.error}"))
+        elif question := self._improving.get(reply.id):
+            self._update(question, reply, now)
+        elif entry := self._requests.answered(reply.id, now):
+            if self._outbox:
+                self._outbox.done(reply.id)
+            self._update(entry.content, reply, now)
+
+    def _update(self, question: Question, reply: Reply, now: float) -> None:
+        """A reply to the event that it is for its users."""
+        seen = question.seen
+        changes: dict[str, Any] = {
+            "type": "update",
+            "final": reply.final,
+            "tokens": tuple(reply.token_ids),
+            "text": reply.text or self._bundle.text(reply.token_ids),
+            "answered_by": AnsweredBy("cloud" if reply.tier is Tier.CLOUD else "edge", reply.server),
+            "accepted": reply.accepted,
+            "proposed": reply.proposed,
+            "passes": reply.passes,
+            "hops": tuple(EventHop.from_hop(hop) for hop in reply.hops),
+            "label": reply.label,
+            "scores": reply.scores or {},
+            "bytes_up": question.bytes_up,
+            "timings_ms": seen.timings_ms | {"answer": round(1e3 * (now - question.asked), 1)},
+            "after_ms": 1e3 * (now - question.captured),
+        }
+        event = msgspec.structs.replace(seen, **changes)
+        try:
+            self._events.publish(event)
+        except WireError as error:  # within a reply's bounds, but not within an event's
+            self._improving.pop(reply.id, None)
+            self._end_lost(Lost(reply.id, question, f"server {reply.server}: {error}"))
+            return
+        question.seen = event
+        if reply.final:
+            self._improving.pop(reply.id, None)
+        else:
+            self._improving[reply.id] = question
+
+    def _stand(self, question: Question, why: str) -> None:
+        """The answer that there is becomes the last word."""
+        self._publish(question, final=True, why=why)
+
+    def _unanswered(self, lost: Lost[Question]) -> None:
+        """The time is up: the outbox has it from here on, or it is lost."""
+        question = lost.content
+        if self._outbox and (question.is_replay or self._keeps_every_request):
+            self._outbox.failed(lost.id)
+        elif not self._keep(question):
+            self._end_lost(lost)
+            return
+        self._put_by += 1
+        if not question.is_replay:
+            why = f"{lost.reason}: kept, asked again later"
+            self._publish(question, type="update", final=False, why=why[:1024])
 
     def _end_lost(self, lost: Lost[Question] | None) -> None:
         if lost is None:
             return
         logger.info("request lost id=%s reason=%s", lost.id.hex(), lost.reason)
-        question = lost.content
+        if self._outbox:
+            self._outbox.done(lost.id)
+        self._publish(lost.content, type="lost", final=True, why=lost.reason[:1024])
+
+    def _publish(self, question: Question, **changes: Any) -> None:
+        after_ms = 1e3 * (time.monotonic() - question.captured)
         self._events.publish(
-            msgspec.structs.replace(
-                question.seen, type="lost", final=True, why=lost.reason[:1024], bytes_up=question.bytes_up
-            )
+            msgspec.structs.replace(question.seen, bytes_up=question.bytes_up, after_ms=after_ms, **changes)
         )
 
+    # ---- the outbox ----
 
-def _update(entry: Open[Question], reply: Reply, bundle: Bundle, now: float) -> Event:
-    """The verified answer to the event that announced the frame."""
-    seen = entry.content.seen
-    changes: dict[str, Any] = {
-        "type": "update",
-        "final": True,
-        "tokens": tuple(reply.token_ids),
-        "text": reply.text or bundle.text(reply.token_ids),
-        "answered_by": AnsweredBy("cloud" if reply.tier.name == "CLOUD" else "edge", reply.server),
-        "accepted": reply.accepted,
-        "proposed": reply.proposed,
-        "passes": reply.passes,
-        "hops": tuple(EventHop.from_hop(hop) for hop in reply.hops),
-        "label": reply.label,
-        "scores": reply.scores or {},
-        "bytes_up": entry.content.bytes_up,
-        "timings_ms": seen.timings_ms | {"answer": round(1e3 * (now - entry.opened_at), 1)},
-    }
-    return msgspec.structs.replace(seen, **changes)
+    def _keep(self, question: Question, held: bool = False) -> bool:
+        """Into the outbox, if there is one and it takes more."""
+        if self._outbox is None:
+            return False
+        captured, now = question.seen.captured.timestamp(), time.time()
+        item = Kept(question.request.id, captured, now, question.payload, encode_event(question.seen))
+        return self._outbox.keep(item, held=held)
+
+    def _ask_again(self, due: Due) -> None:
+        item, now = due.item, time.monotonic()
+        if self._requests.find(item.request_id):
+            return
+        request = decode_request(item.payload)
+        again = msgspec.structs.replace(
+            request, age_ms=min(int(1e3 * due.age_s), MAX_AGE_MS), budget_ms=int(1e3 * REPLAY_S)
+        )
+        seen, captured = decode_event(item.seen), now - due.age_s
+        self._open(Question(again, encode_request(again), seen, captured, now + REPLAY_S, is_replay=True))
+
+    def _may_replay(self) -> bool:  # on the outbox's thread, as the next two
+        return self._client.state is State.ONLINE and self._requests.counts.open < max(1, self._capacity // 2)
+
+    def _due(self, item: Kept, age_s: float) -> None:
+        self._inbox.put(Due(item, age_s))
+
+    def _dropped(self, items: list[Kept], reason: str) -> None:
+        for item in items:
+            seen = decode_event(item.seen)
+            after_ms = 1e3 * max(0.0, time.time() - item.captured)
+            why = f"outbox: {reason}"
+            self._events.publish(msgspec.structs.replace(seen, type="lost", final=True, why=why, after_ms=after_ms))

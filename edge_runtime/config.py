@@ -17,6 +17,8 @@ MAX_CONFIG_BYTES = 256 * 1024
 
 Id = Annotated[str, Meta(pattern="^[a-z0-9-]{1,32}$")]
 StationId = Annotated[str, Meta(pattern="^(?!server$)[a-z0-9-]{1,32}$")]  # a topic's level where "server" has a meaning
+# Leaves room for the longest suffix of its run-time switches, "_enabled", in a topic's 32 characters.
+CameraName = Annotated[str, Meta(pattern="^[a-z0-9-]{1,24}$")]
 Config = TypeVar("Config")
 
 
@@ -43,14 +45,91 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True):
         return MqttSettings(client_id=client_id, **msgspec.structs.asdict(self), **others)
 
 
+class MotionConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """When a frame counts as motion; gate.py. Names, meaning and defaults are those of Frigate's motion detection.
+
+    Only `enabled` differs: it is off until asked for. Pixels are those of the picture shrunk to `frame_height`.
+    """
+
+    enabled: bool = False
+    threshold: Annotated[int, Meta(ge=1, le=255)] = 30  # grey levels that a pixel must differ from the background
+    contour_area: Annotated[int, Meta(ge=0, le=100_000)] = 10  # pixels; smaller changed areas are noise
+    frame_height: Annotated[int, Meta(ge=16, le=480)] = 100  # pixels; frames are compared at this size
+    frame_alpha: Annotated[float, Meta(gt=0, le=1)] = 0.01  # weight of a new frame in the background
+    improve_contrast: bool = True  # stretches flat pictures, as at night
+    lightning_threshold: Annotated[float, Meta(ge=0.3, le=1)] = 0.8  # share of the picture that changes at once: light
+    # Polygons "x1,y1,x2,y2,...", 0..1 of width and height from the top left, where nothing counts: clocks, trees.
+    mask: Annotated[tuple[Annotated[str, Meta(max_length=2048)], ...], Meta(max_length=16)] = ()
+
+    def __post_init__(self) -> None:
+        self.polygons()
+
+    def polygons(self) -> tuple[tuple[tuple[float, float], ...], ...]:
+        """The mask's corners as (x, y). Raises ValueError, naming the polygon, for what is none."""
+        return tuple(_corners(polygon) for polygon in self.mask)
+
+
+def _corners(polygon: str) -> tuple[tuple[float, float], ...]:
+    try:
+        numbers = [float(number) for number in polygon.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) < 6 or len(numbers) % 2 or not all(0 <= number <= 1 for number in numbers):
+        raise ValueError(
+            f'mask "{polygon[:64]}" is no polygon: want "x1,y1,x2,y2,x3,y3,...", three corners or more, each number '
+            "from 0 to 1 of the picture's width or height"
+        )
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
+
+
 class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """One source of frames."""
 
-    name: Id
+    name: CameraName
     source: str  # a directory, tar, picture or video file, /dev/video0, rtsp://..., or "mqtt": pictures on down/frame
-    interval_s: Annotated[float, Meta(ge=0, le=86400)] = 1.0  # between frames; 0 takes every one that the board manages
+    interval_s: Annotated[float, Meta(ge=0, le=86400)] | None = None  # between frames; 0: every one the board manages
     stall_s: Annotated[float, Meta(ge=1, le=600)] = 5.0  # a camera without a new frame for so long is opened again
     repeat: bool = False  # start over when files end
+    motion: MotionConfig = MotionConfig()  # which of these frames go on; off: all
+    max_interval_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0  # one goes on so often without motion too; 0: none
+    frozen_s: Annotated[float, Meta(ge=0, le=86400)] = 30.0  # of one and the same picture: reported; 0: never
+    # The board's own, unless set here.
+    deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] | None = None
+    paradigm: Literal["auto", "device", "split", "speculative", "offload"] | None = None
+    tier: Literal["edge", "cloud"] | None = None
+
+    @property
+    def min_interval_s(self) -> float:
+        """Seconds between frames; unless set 1, and 0 over MQTT, where the camera's software has chosen already."""
+        if self.interval_s is not None:
+            return self.interval_s
+        return 0.0 if self.source == "mqtt" else 1.0
+
+
+class PolicyConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """What `paradigm = "auto"` may spend and must reach."""
+
+    quality_floor: Annotated[float, Meta(ge=0, le=1)] = 0.9  # chance that a draft is the verified text; then it stands
+    bytes_per_minute: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0  # of requests; 0: no limit
+    cpu_share: Annotated[float, Meta(gt=0, le=1)] = 1.0  # of one core, over the frames that come
+    may_offload: bool = True  # pictures may leave the board
+
+
+class OutboxConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Requests without an answer at their deadline, kept on disk and asked again; without a file they are lost."""
+
+    file: str
+    max_bytes: Annotated[int, Meta(ge=65536, le=1 << 34)] = 16 << 20  # then the oldest is dropped, and reported
+    max_age_s: Annotated[float, Meta(ge=1, le=31 * 86400)] = 86400.0
+    replay_per_s: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # after an outage, beside live frames
+    every_request: bool = False  # all, within 0.2 s: a killed board then loses hardly one; wears flash
+
+
+class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where Prometheus may read the counters."""
+
+    port: Annotated[int, Meta(ge=0, le=65535)]  # 0: any free one, see the log
+    host: str = "127.0.0.1"
 
 
 class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,12 +140,13 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     site: Id = "home"
     backend: Literal["auto", "onnx", "litert"] = "auto"
     threads: Annotated[int, Meta(ge=1, le=16)] = 1  # of head and draft
-    paradigm: Literal["device", "split", "speculative", "offload"] = "speculative"
+    paradigm: Literal["auto", "device", "split", "speculative", "offload"] = "auto"  # auto: chosen per frame
     tier: Literal["edge", "cloud"] | None = None  # wanted for the answer; none: whichever server answers
     deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] = 5000  # from capture; after it the draft stands
     resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply for at least so long: the same id again
     open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # waiting for replies; the oldest is reported lost
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # offload, and the JPEG equivalent in events
+    slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # rehearses a slower board: it sleeps in proportion
 
 
 class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,7 +154,11 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     board: BoardConfig
     cameras: Annotated[tuple[CameraConfig, ...], Meta(min_length=1, max_length=16)]
-    mqtt: MqttConfig = MqttConfig()
+    mqtt: MqttConfig = MqttConfig()  # the broker of the servers
+    local: MqttConfig | None = None  # a near broker for events, frames and switches; none: all goes over [mqtt]
+    policy: PolicyConfig = PolicyConfig()
+    outbox: OutboxConfig | None = None
+    metrics: MetricsConfig | None = None
 
     def __post_init__(self) -> None:
         names = [camera.name for camera in self.cameras]

@@ -76,6 +76,14 @@ class OpenRequests(Generic[T]):
         self._open[request_id] = Open(request_id, content, now, deadline, now + self._interval(1))
         return lost
 
+    def find(self, request_id: bytes) -> Open[T] | None:
+        """An open request."""
+        return self._open.get(request_id)
+
+    def has_ended(self, request_id: bytes) -> bool:
+        """Whether it was answered or lost, as far as that is remembered."""
+        return request_id in self._ended
+
     def due(self, now: float) -> list[Open[T]]:
         """What to send again now, with the same id. Each is counted as sent; call `expired` first."""
         due = [entry for entry in self._open.values() if entry.resend_at <= now < entry.deadline]

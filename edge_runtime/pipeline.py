@@ -1,17 +1,20 @@
 """The path of a frame, top to bottom: read this file first.
 
-frame -> input -> head -> symbols -> draft -> event "new" -> bits -> request. Nothing here waits for the network: what
-comes back, or does not, is the business of answers.py, which ends every request in one more event.
+frame -> plan -> input -> head -> symbols -> draft -> bits -> request -> event "new". Nothing here waits for the
+network: what comes back, or does not, is the business of answers.py, which ends every request in one more event. What
+the plan is, and why, is the business of planner.py.
 """
 
 import logging
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from typing import Protocol
 
 import cv2
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -25,7 +28,7 @@ from edge_runtime.preprocess import to_input
 from edge_runtime.sources import Frame
 from edge_runtime.wire import ContentKind, Options, Paradigm, Request, RequestIds, WireError, bitstream, encode_request
 from edge_runtime.wire.envelope import Tier, encode_tokens
-from edge_runtime.wire.event import AnsweredBy, Event, ParadigmName
+from edge_runtime.wire.event import AnsweredBy, Event, Explain, ParadigmName
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +45,51 @@ class Plan:
     budget_ms: int  # from capture until the draft stands
     tier: Tier | None = None  # wanted for the answer
     jpeg_quality: int = 75  # of offload
+    explain: Explain | None = None  # what a policy expected
+    keeps: bool = False  # the link is away: the request goes to the outbox at once
+
+
+class Planner(Protocol):
+    """Chooses, and learns from what it cost."""
+
+    def plan(self, camera: str) -> Plan:
+        """How the next frame of a camera is answered; before anything is known of the frame."""
+
+    def stands(self, plan: Plan, confidence: float) -> str | None:
+        """Why the draft needs nobody to verify it; None: it does."""
+
+    def took(self, timings_ms: dict[str, float]) -> None:
+        """What the stages of a frame took."""
+
+
+class Fixed:
+    """A planner that always has the same plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def plan(self, camera: str) -> Plan:
+        return self._plan
+
+    def stands(self, plan: Plan, confidence: float) -> str | None:
+        return None
+
+    def took(self, timings_ms: dict[str, float]) -> None:
+        pass
 
 
 class Stopwatch:
-    """Milliseconds per named stage."""
+    """Milliseconds per named stage; with a slowdown it sleeps as a slower board would compute."""
 
-    def __init__(self) -> None:
+    def __init__(self, slowdown: float = 1.0) -> None:
         self.ms: dict[str, float] = {}
+        self._slowdown = slowdown
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
         """Ends a stage, which began where the last one ended."""
+        if self._slowdown > 1.0:
+            time.sleep((self._slowdown - 1.0) * (time.perf_counter() - self._last))
         now = time.perf_counter()
         self.ms[stage], self._last = round(1e3 * (now - self._last), 3), now
 
@@ -61,11 +98,18 @@ class Pipeline:
     """One board's head, draft and ways out."""
 
     def __init__(
-        self, bundle: Bundle, head: Head | None, draft: Draft | None, plan: Plan, answers: Answers, events: Events
+        self,
+        bundle: Bundle,
+        head: Head | None,
+        draft: Draft | None,
+        planner: Planner,
+        answers: Answers,
+        events: Events,
+        slowdown: float = 1.0,
     ) -> None:
         """Without a head every plan must be to offload."""
-        self.bundle, self.head, self.draft, self.plan = bundle, head, draft, plan
-        self.answers, self.events = answers, events
+        self.bundle, self.head, self.draft, self.planner = bundle, head, draft, planner
+        self.answers, self.events, self.slowdown = answers, events, slowdown
         self.ids = RequestIds()
         self.failed = 0  # frames that the head or the coder could not handle
 
@@ -84,45 +128,81 @@ class Pipeline:
             return None
 
     def answer_at_once(self, frame: Frame) -> Event:
-        """One frame: the draft at once, the question on its way. Returns the event that says so."""
-        plan, watch = self.plan, Stopwatch()
+        """One frame: the question on its way, the draft at once. Returns the event that says so.
+
+        The question leaves as soon as it can: the draft, where it is no part of it, is written behind it.
+        """
+        plan, watch = self.planner.plan(frame.camera), Stopwatch(self.slowdown)
+        seen = self._seen(frame, plan)
         pixels = to_input(frame.pixels)
         watch.lap("resize")
+        if plan.paradigm == "offload":
+            seen = self._ask(frame, plan, seen, pixels, NOTHING_SEEN, watch)
         symbols = self.head.symbols(pixels) if self.head else NOTHING_SEEN
         watch.lap("head")
+        if plan.paradigm == "split":
+            seen = self._ask(frame, plan, seen, pixels, symbols, watch)
         drafted = self.draft.write(symbols) if self.draft else NOTHING_DRAFTED
         watch.lap("draft")
+        if drafted.tokens:
+            text, device = self.bundle.text(list(drafted.tokens)), AnsweredBy("device")
+            seen = msgspec.structs.replace(seen, text=text, tokens=drafted.tokens, answered_by=device)
+        if plan.paradigm == "speculative":
+            if why := self.planner.stands(plan, drafted.confidence):
+                plan = replace(plan, paradigm="device", why=why)
+            else:
+                seen = self._ask(frame, plan, seen, pixels, symbols, watch)
+        elif plan.paradigm != "device" and drafted.tokens:
+            seen = self._timed(seen, frame, watch)
+            self.answers.announce(seen)
+        if plan.paradigm == "device":
+            jpeg_bytes = len(to_jpeg(pixels, plan.jpeg_quality))
+            final = msgspec.structs.replace(seen, final=True, paradigm="device", why=plan.why, jpeg_bytes=jpeg_bytes)
+            seen = self._timed(final, frame, watch)
+            self.events.publish(seen)
+        watch.lap("publish")
+        self.planner.took(watch.ms)
+        return seen
 
-        request_id = self.ids.next(int(frame.captured_unix * 1e3), secrets.randbits(16))
-        request = None
-        if plan.paradigm != "device":
-            request = build_request(self.bundle, request_id, plan, pixels, symbols, drafted.tokens, age_ms(frame))
-        payload = encode_request(request) if request else b""
-        watch.lap("encode")
-
-        seen = Event(
+    def _seen(self, frame: Frame, plan: Plan) -> Event:
+        """What is known of a frame before anybody looked at it."""
+        return Event(
             type="new",
-            frame=request_id.hex(),
+            frame=self.ids.next(int(frame.captured_unix * 1e3), secrets.randbits(16)).hex(),
             camera=frame.camera,
             captured=datetime.fromtimestamp(frame.captured_unix, timezone.utc),
-            final=request is None,
-            text=self.bundle.text(list(drafted.tokens)),
-            tokens=drafted.tokens,
-            answered_by=AnsweredBy("device") if drafted.tokens else None,
             paradigm=plan.paradigm,
             why=plan.why,
-            bytes_up=len(payload),
-            jpeg_bytes=len(to_jpeg(pixels, plan.jpeg_quality)),
-            timings_ms=watch.ms,
+            explain=plan.explain,
             # A file's name may hold bytes that are no text.
             picture=frame.name.encode(errors="replace").decode()[-256:],
         )
-        if drafted.tokens or not request:
-            self.events.publish(seen)  # before the question leaves: no answer may overtake it
-        if request:
-            self.answers.ask(Question(request, payload, seen, frame.captured + plan.budget_ms / 1e3))
-        watch.lap("publish")
+
+    def _ask(
+        self,
+        frame: Frame,
+        plan: Plan,
+        seen: Event,
+        pixels: npt.NDArray[np.uint8],
+        symbols: npt.NDArray[np.int8],
+        watch: Stopwatch,
+    ) -> Event:
+        """The frame's request leaves, and behind it the event, if there is a draft by now; returned as it is then."""
+        request_id = bytes.fromhex(seen.frame)
+        request = build_request(self.bundle, request_id, plan, pixels, symbols, seen.tokens, age_ms(frame))
+        payload = encode_request(request)
+        jpeg_bytes = len(to_jpeg(pixels, plan.jpeg_quality))
+        watch.lap("encode")
+        counted = msgspec.structs.replace(seen, bytes_up=len(payload), jpeg_bytes=jpeg_bytes)
+        seen = self._timed(counted, frame, watch)
+        deadline = frame.captured + plan.budget_ms / 1e3
+        self.answers.ask(Question(request, payload, seen, frame.captured, deadline, plan.keeps))
         return seen
+
+    def _timed(self, seen: Event, frame: Frame, watch: Stopwatch) -> Event:
+        """With what it took until now."""
+        after_ms = 1e3 * (time.monotonic() - frame.captured)
+        return msgspec.structs.replace(seen, timings_ms=dict(watch.ms), after_ms=after_ms)
 
 
 def age_ms(frame: Frame) -> int:

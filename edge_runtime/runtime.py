@@ -9,6 +9,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ from edge_runtime import __version__
 from edge_runtime.answers import Answers
 from edge_runtime.backends import SUFFIXES, choose, load_model
 from edge_runtime.bundle import Bundle, open_bundle
-from edge_runtime.config import RuntimeConfig
+from edge_runtime.config import MqttConfig, RuntimeConfig
 from edge_runtime.draft import Draft
 from edge_runtime.events import Events
 from edge_runtime.head import Head
 from edge_runtime.mqtt import Message, MqttClient, Publish
-from edge_runtime.pipeline import Pipeline, Plan
-from edge_runtime.sources import ArrivingFrames, Counters, merged_frames
+from edge_runtime.pipeline import Fixed, Pipeline, Plan
+from edge_runtime.sources import Cameras
+from edge_runtime.switches import Switches, board_switches
 from edge_runtime.wire import Event, Tier, topics
+from edge_runtime.wire.event import ParadigmName
 
 logger = logging.getLogger(__name__)
 
@@ -56,23 +59,27 @@ def run_board(
     cv2.setNumThreads(board.threads)
     bundle = open_bundle(Path(board.bundle))
     _ = bundle.tables, bundle.words  # a file that is missing is found at start
-    head = load_head(bundle, board.backend, board.threads) if board.paradigm != "offload" else None
-    drafts = board.paradigm in ("device", "speculative")
-    draft = load_draft(bundle, board.backend, board.threads) if drafts else None
+    only_offloads = board.paradigm == "offload"  # a board without a head
+    head = None if only_offloads else load_head(bundle, board.backend, board.threads)
+    draft = None if only_offloads else load_draft(bundle, board.backend, board.threads)
     tier = Tier[board.tier.upper()] if board.tier else None
-    plan = Plan(board.paradigm, "configured", board.deadline_ms, tier, board.jpeg_quality)
+    paradigm: ParadigmName = "speculative" if board.paradigm == "auto" else board.paradigm
+    plan = Plan(paradigm, "configured", board.deadline_ms, tier, board.jpeg_quality)
 
-    counters = Counters()
-    arriving = {c.name: ArrivingFrames(c, counters) for c in config.cameras if c.source == "mqtt"}
+    cameras = Cameras(config.cameras)
+    switches = Switches(site, board.id, board_switches(config, cameras))
     reply_topic = topics.reply(site, board.id)
     boot = secrets.token_hex(4)
 
-    def on_message(message: Message) -> None:
+    def from_servers(message: Message) -> None:
         if message.topic == reply_topic:
             answers.reply_arrived(message.payload)
         else:
-            for source in arriving.values():
-                source.arrived(message.payload)
+            from_users(message)
+
+    def from_users(message: Message) -> None:
+        if not switches.heard(message, local):
+            cameras.arrived(message.payload)
 
     def status(state: str) -> Publish:
         value: dict[str, Any] = {"state": state, "boot": boot}
@@ -80,23 +87,37 @@ def run_board(
             value |= {"version": __version__, "bundle": bundle.id.hex(), "paradigm": board.paradigm}
         return Publish(topics.status(site, board.id), json.dumps(value).encode(), qos=1, retain=True)
 
-    subscriptions = [(reply_topic, 1)] + [(topics.frame(site, board.id), 0)] * bool(arriving)
-    client = MqttClient(
-        config.mqtt.settings(board.id),
-        subscriptions=subscriptions,
-        on_message=on_message,
-        will=status("offline"),
-        birth=lambda: [status("online")],
+    def client(mqtt: MqttConfig, topics: list[tuple[str, int]], heard: Callable[[Message], None]) -> MqttClient:
+        births = switches.births if switches.subscription in topics else list
+        return MqttClient(
+            mqtt.settings(board.id),
+            subscriptions=topics,
+            on_message=heard,
+            will=status("offline"),
+            birth=lambda: [status("online"), *births()],
+        )
+
+    for_servers = [(reply_topic, 1)]
+    for_users = [switches.subscription] + [(topics.frame(site, board.id), 0)] * cameras.wants_pictures
+    if config.local:
+        servers = client(config.mqtt, for_servers, from_servers)
+        local = client(config.local, for_users, from_users)
+    else:
+        servers = local = client(config.mqtt, for_servers + for_users, from_servers)
+    events = Events(local, site, board.id, listener)
+    answers = Answers(
+        servers, bundle, site, board.id, events, board.open_requests, board.resend_ms / 1e3, config.outbox
     )
-    events = Events(client, site, board.id, listener)
-    answers = Answers(client, bundle, site, board.id, events, board.open_requests, board.resend_ms / 1e3)
-    pipeline = Pipeline(bundle, head, draft, plan, answers, events)
-    with client, answers:
-        pipeline.run(merged_frames(config.cameras, arriving, stop, counters))
+    pipeline = Pipeline(bundle, head, draft, Fixed(plan), answers, events, board.slowdown)
+    with ExitStack() as running:
+        for each in {servers, local}:
+            running.enter_context(each)
+        running.enter_context(answers)
+        pipeline.run(cameras.frames(stop))
         # Sources that end, such as files, leave questions open: their answers are waited for, up to the deadline.
         answers.wait_until_settled(board.deadline_ms / 1e3, stop)
-    mqtt = {f"mqtt_{name}": count for name, count in asdict(client.stats()).items()}
-    summary = answers.summary() | {"frames_failed": pipeline.failed} | asdict(counters) | mqtt
+    mqtt = {f"mqtt_{name}": count for name, count in asdict(servers.stats()).items()}
+    summary = answers.summary() | {"frames_failed": pipeline.failed} | asdict(cameras.totals()) | mqtt
     logger.info("board stopped %s", " ".join(f"{name}={value}" for name, value in summary.items()))
     return summary
 

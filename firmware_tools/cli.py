@@ -21,6 +21,7 @@ COMMANDS = {
     "validate": "check a configuration or a bundle without running it",
     "watch": "show live events of a site in the terminal",
     "evaluate": "measure quality and bytes on captioned or labelled photos",
+    "link": "put a simulated thin link (NB-IoT to Wi-Fi, outages) before a broker",
     "bench": "measure speed: codec, device, server, gateway",
 }
 SERVICES = ("run", "serve")  # their log is their output

@@ -4,9 +4,12 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from edge_runtime.config import Id, MqttConfig, StationId
+from edge_runtime.config import Id, MetricsConfig, MqttConfig, StationId
 from edge_runtime.mqtt import MqttSettings
 from edge_runtime.wire import MAX_ENVELOPE
+from edge_runtime.wire.envelope import Share
+
+MAX_REPLY = 64 * 1024  # bytes from the tier above: the longest text, scores and hops, which then fit an envelope again
 
 
 class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -25,11 +28,34 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     stop_s: Annotated[float, Meta(ge=0, le=600)] = 10.0  # to finish what was accepted, when told to stop
 
 
+class UpstreamConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The tier above: an edge server asks it as a board would, under its own id as the board's."""
+
+    mqtt: MqttConfig
+    site: Id = "home"
+    min_confidence: Share = 0.5  # a text below it is passed up; a request may ask for more, not for less
+    max_share: Share = 0.5  # of the answers are passed up at most unless a request asks for it: the least sure ones
+    explore: Share = 0.02  # of the others are passed up too, out of that share, to see what it changes
+    open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # waiting for the tier above; then the edge answers alone
+    resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500
+
+    def settings(self, server: str) -> MqttSettings:
+        """Raises MqttConfigError where no connection could ever work."""
+        return self.mqtt.settings(
+            f"{server}-up",  # not the server's own: both connections may be to one broker
+            window=32,
+            queue_messages=2 * self.open_requests,
+            max_inbound_bytes=MAX_REPLY,
+        )
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """server.toml."""
 
     server: ServerConfig
     mqtt: MqttConfig = MqttConfig()
+    upstream: UpstreamConfig | None = None
+    metrics: MetricsConfig | None = None
 
     def mqtt_settings(self) -> MqttSettings:
         """Raises MqttConfigError where no connection could ever work."""

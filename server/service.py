@@ -1,18 +1,23 @@
-"""The path of a request, top to bottom: receive, decode, seen before?, admit or busy, batch, bits, tail, verify, reply.
+"""The path of a request, top to bottom: receive, decode, seen before?, admit or busy, batch, bits, tail, verify, reply;
+and where there is a tier above that may know better: reply, ask there, reply once more.
 
-`receive` runs on the MQTT client's thread and never waits; `serve` owns the engine on a thread of its own. Between them
-are the queue and the cache of replies. Whatever becomes of a request has a status, which its board is told, and a
-counter: received = replied to (by status) + repeated + joined + waiting.
+`receive` runs on the MQTT client's thread and never waits; `serve` owns the engine on a thread of its own; a third
+brings what the tier above says. Between them are the queue and the cache of replies. Whatever becomes of a request has
+a status, which its board is told, and a counter: received = replied to for good (by status) + repeated + joined
++ waiting + asked above.
 """
 
 import logging
+import random
 import signal
 import statistics
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +46,21 @@ from edge_runtime.wire.envelope import Bytes8
 from server.batcher import Batch, Batcher
 from server.config import Config, ServerConfig
 from server.engine import SIZES, Answer, Engine, Job, load_engine
+from server.escalation import (
+    Bounds,
+    Ranks,
+    Reason,
+    ask_until,
+    is_loop,
+    obstacle_to,
+    passed_down,
+    passed_up,
+    reason_to_ask,
+)
 from server.gateway import Arrival, Gateway
 from server.numerics import prove
-from server.reply_cache import Cached, InFlight, ReplyCache
+from server.reply_cache import Cached, InFlight, Key, ReplyCache
+from server.upstream import Upstream
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +78,46 @@ class Accepted:
     request: Request
     deadline: float  # seconds, time.monotonic()
 
+    @property
+    def key(self) -> Key:
+        return self.arrival.board, self.request.id
+
+
+@dataclass(slots=True)
+class AskedAbove:
+    """A request whose board has a first reply, and gets one more."""
+
+    accepted: Accepted
+    reason: Reason
+    own: Reply  # this server's
+    standing: Reply  # what the board was told last: the last word, if nothing better follows
+
 
 class Service:
-    """What one server does with requests. Knows nothing of MQTT."""
+    """What one server does with requests. Knows nothing of MQTT.
 
-    def __init__(self, config: ServerConfig, bundle: Bundle, engine: Engine, replies: ReplyCache) -> None:
+    upstream: the tier above, if there is one; its bounds are in `escalation`. chance: uniform in [0, 1).
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        bundle: Bundle,
+        engine: Engine,
+        replies: ReplyCache,
+        upstream: Upstream | None = None,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
         self.config, self.bundle, self.engine, self.replies = config, bundle, engine, replies
+        self.upstream, self._chance = upstream, chance
         self.tier = Tier[config.tier.upper()]
         wait_s = config.batch_wait_ms / 1e3
         self.batcher: Batcher[Accepted] = Batcher(config.queue, config.max_batch, wait_s, time.monotonic)
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()  # over counts, prices and _is_stopping; held for a few statements
         self._is_stopping = False
+        self._asked_above: dict[Key, bytes] = {}  # the first reply, for a board that asks again because it lost it
+        self._ranks = Ranks()
         self._prices = {name: deque[float]([], RECENT) for name in ("batch", "pass")}  # ms
 
     # ---- the MQTT client's thread ----
@@ -84,16 +129,19 @@ class Service:
             request = decode_request(arrival.payload)
         except EnvelopeError as error:
             self._count("bad_request")
-            refusal = Reply(id=readable_id(arrival.payload), status=Status.BAD_REQUEST, error=str(error))
-            arrival.reply(self._encoded(refusal), 0.0)
+            refusal = self._own(readable_id(arrival.payload), Status.BAD_REQUEST, error=str(error))
+            arrival.reply(encode_reply(refusal), 0.0)
         else:
             accepted = Accepted(arrival, request, arrival.at + request.budget_ms / 1e3)
-            seen = self.replies.begin(arrival.board, request.id)
+            first = self._asked_above.get(accepted.key)  # before `begin`: the last reply is cached before this is gone
+            seen = self.replies.begin(*accepted.key)
             if isinstance(seen, Cached):
                 self._count("repeated")
                 arrival.reply(seen.reply, request.budget_ms / 1e3)
-            elif isinstance(seen, InFlight):
+            elif first or isinstance(seen, InFlight):
                 self._count("joined")  # its reply is on the way
+                if first:
+                    arrival.reply(first, request.budget_ms / 1e3)
             elif objection := self._objection(request):
                 self._refuse(accepted, *objection)
             else:
@@ -106,8 +154,10 @@ class Service:
         if request.content_kind is ContentKind.LATENT and request.bundle != self.bundle.id:
             ours = self.bundle.id.hex()
             return Status.UNKNOWN_BUNDLE, f"bundle {request.bundle.hex()} is not here, {ours} is: install one on both"
-        if options and options.tier is not None and options.tier > self.tier:
-            return Status.BAD_REQUEST, f"tier {options.tier.name.lower()} is wanted, this is {self.config.tier}"
+        if options and is_loop(options, self.config.id):
+            self._count("loop")
+            way = " -> ".join((*options.via, self.config.id))
+            return Status.BAD_REQUEST, f"a loop, or too many tiers: {way}: let [upstream] name a tier above"
         if options and options.temperature:
             return (
                 Status.BAD_REQUEST,
@@ -171,7 +221,7 @@ class Service:
             stages = {"decode": 1e3 * (decoded - started)} | answer.stages_ms
             queued_ms, compute_ms = 1e3 * (started - accepted.arrival.at), 1e3 * (done - started)
             hop = Hop(self.tier, self.config.id, queued_ms, compute_ms, stages)
-            self._finish(accepted, self._ok(accepted.request.id, answer, hop))
+            self._conclude(accepted, self._ok(accepted.request.id, answer, hop), answer)
         passes_ms = max(answer.stages_ms.get("passes", 0.0) for answer in answers)
         with self._lock:
             self._prices["batch"].append(1e3 * (done - started))
@@ -199,9 +249,9 @@ class Service:
         return decoded.symbols, self.bundle.manifest.latent.gains[decoded.header.level]
 
     def _ok(self, request_id: bytes, answer: Answer, hop: Hop) -> Reply:
-        return Reply(
-            id=request_id,
-            status=Status.OK,
+        return self._own(
+            request_id,
+            Status.OK,
             tokens=encode_tokens(answer.tokens),
             text=self.bundle.text(list(answer.tokens)),
             accepted=answer.accepted,
@@ -213,7 +263,59 @@ class Service:
             scores=answer.scores or None,
         )
 
-    # ---- either thread ----
+    def _conclude(self, accepted: Accepted, own: Reply, answer: Answer) -> None:
+        """This server's text is the last word, unless the tier above should be asked and can be."""
+        bounds = self.upstream.bounds if self.upstream else Bounds()
+        rank = self._ranks.rank(answer.confidence, self._chance())
+        options = accepted.request.options
+        reason = reason_to_ask(options, self.tier, answer.confidence, rank, bounds, self._chance())
+        if reason is None:
+            self._finish(accepted, own)
+            return
+        now, until = time.monotonic(), ask_until(accepted.arrival.at, accepted.deadline)
+        if obstacle := obstacle_to(self.upstream.above(now) if self.upstream else None, until - now):
+            self._count(f"alone_{obstacle}")
+            self._finish(accepted, own)
+            return
+        assert self.upstream is not None  # to have none is an obstacle
+        self._count("escalated")
+        self._count(f"escalated_{reason}")
+        asked = AskedAbove(accepted, reason, own, own)
+        self._reply_for_now(asked)
+        waited_s, tell = now - accepted.arrival.at, partial(self._from_above, asked)
+        try:
+            self.upstream.ask(passed_up(accepted.request, self.config.id, answer.tokens, waited_s), until, tell)
+        except EnvelopeError:  # content that just fits an envelope
+            self._from_above(asked, None, "too_large")
+
+    def _reply_for_now(self, asked: AskedAbove) -> None:
+        """One more reply follows."""
+        data = encode_reply(msgspec.structs.replace(asked.standing, final=False))
+        self._asked_above[asked.accepted.key] = data
+        asked.accepted.arrival.reply(data, asked.accepted.deadline - time.monotonic())
+
+    # ---- the thread of the tier above ----
+
+    def _from_above(self, asked: AskedAbove, reply: Reply | None, why: str) -> None:
+        """What the tier above says, or why it says nothing more: then what the board has is the last word.
+
+        A reply that is not final takes the place of this server's own: if nothing better follows, the board keeps the
+        best text that it has seen, and learns whose that is.
+        """
+        if reply is None:
+            self._count(f"alone_{why}")
+        else:
+            asked.standing = passed_down(asked.own, reply)
+            if not reply.final:
+                self._reply_for_now(asked)
+                return
+            self._count("answered_above")
+            if reply.tokens != asked.own.tokens:
+                self._count("changed")
+                self._count(f"changed_{asked.reason}")  # of "explore" alone it says what the bounds miss
+        self._finish(asked.accepted, msgspec.structs.replace(asked.standing, final=True))
+
+    # ---- any thread ----
 
     def status(self) -> dict[str, Any]:
         """For everybody who watches servers."""
@@ -226,6 +328,8 @@ class Service:
             "tier": self.config.tier,
             "bundles": {self.bundle.id.hex(): self.bundle.manifest.name},
             "queue": {"waiting": len(self.batcher), "capacity": self.config.queue},
+            "asked_above": len(self._asked_above),
+            "upstream": self.upstream.status() if self.upstream else None,
             "price_ms": prices,  # of a batch, and of a pass: without a draft a text costs a pass a token
             "strict": proof.may_speculate,  # a text's bits do not depend on drafts, batches and neighbours
             "numerics": proof.numerics,
@@ -237,26 +341,27 @@ class Service:
         with self._lock:
             batch_ms = statistics.median(self._prices["batch"] or [0.0])
         retry_ms = max(MIN_RETRY_MS, int(batch_ms * (1 + len(self.batcher) / self.config.max_batch)))
-        self._finish(accepted, Reply(id=accepted.request.id, status=Status.BUSY, error=why, retry_after_ms=retry_ms))
+        self._finish(accepted, self._own(accepted.request.id, Status.BUSY, error=why, retry_after_ms=retry_ms))
 
     def _refuse(self, accepted: Accepted, status: Status, why: str) -> None:
-        self._finish(accepted, Reply(id=accepted.request.id, status=status, error=why))
+        self._finish(accepted, self._own(accepted.request.id, status, error=why))
+
+    def _own(self, request_id: bytes, status: Status, error: str = "", **fields: Any) -> Reply:
+        """A reply of this server's."""
+        name = self.config.id
+        return Reply(id=request_id, status=status, tier=self.tier, server=name, error=error[:1024], **fields)
 
     def _finish(self, accepted: Accepted, reply: Reply) -> None:
         """The end of every request that had an id."""
-        data = self._encoded(reply)
-        board, request_id = accepted.arrival.board, accepted.request.id
+        data = encode_reply(reply)
         if reply.status is Status.OK:
-            self.replies.put(board, request_id, data)
+            self.replies.put(*accepted.key, data)
         else:  # asking again may end otherwise
-            self.replies.forget(board, request_id)
+            self.replies.forget(*accepted.key)
+        self._asked_above.pop(accepted.key, None)
         self._count(reply.status.name.lower())
         # Last: a repeat that crosses it must not be told that a reply is still to come.
         accepted.arrival.reply(data, accepted.deadline - time.monotonic())
-
-    def _encoded(self, reply: Reply) -> bytes:
-        named = msgspec.structs.replace(reply, tier=self.tier, server=self.config.id, error=reply.error[:1024])
-        return encode_reply(named)
 
     def _count(self, name: str) -> None:
         with self._lock:
@@ -298,9 +403,14 @@ def run_server(config: Config, stop: threading.Event) -> None:
     """
     settings, server = config.mqtt_settings(), config.server
     bundle, engine = load(server)
-    service = Service(server, bundle, engine, ReplyCache())
+    upstream = Upstream(config.upstream, server.id) if config.upstream else None
+    service = Service(server, bundle, engine, ReplyCache(), upstream)
     logger.info("server ready id=%s bundle=%s proof=%s", server.id, bundle.id.hex(), engine.proof)
-    with Gateway(settings, server.site, server.id, server.pool, service.receive, service.status) as gateway:
+    with ExitStack() as stack:
+        gateway = Gateway(settings, server.site, server.id, server.pool, service.receive, service.status)
+        stack.enter_context(gateway)
+        if upstream:  # ends first, so that what it leaves open can still be told
+            stack.enter_context(upstream)
         service.serve(stop, gateway.heartbeat)
     logger.info("server stopped id=%s counts=%s", server.id, dict(service.counts))
 

@@ -29,7 +29,7 @@ from edge_runtime.wire.envelope import (
     encode_tokens,
 )
 from edge_runtime.wire.errors import BitstreamError, EnvelopeError, TablesError, TopicError, WireError
-from edge_runtime.wire.event import AnsweredBy, Event, EventHop, decode_event, encode_event
+from edge_runtime.wire.event import AnsweredBy, Event, EventHop, Explain, decode_event, encode_event
 from edge_runtime.wire.tables import Tables, cost_bits, count_tables, entropy_bytes
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "EnvelopeError",
     "Event",
     "EventHop",
+    "Explain",
     "Header",
     "Hop",
     "Options",

@@ -16,6 +16,7 @@ from edge_runtime.wire.errors import EnvelopeError
 VERSION = 1
 MAX_ENVELOPE = 256 * 1024  # bytes; room for a full-size JPEG, and checked before anything is parsed
 MAX_TOKENS = 1024  # ids in one draft or reply; captions have tens
+MAX_VIA = 4  # servers that a request may pass on its way up
 MAX_TOKEN = (1 << 20) - 1  # largest id: three varint bytes, twice the largest vocabularies in use
 
 
@@ -76,6 +77,7 @@ class Options(Struct, frozen=True, omit_defaults=True):
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None  # 0 or none: greedy
     top_k: Annotated[int, Meta(ge=1, le=MAX_TOKEN)] | None = None
     top_p: Share | None = None
+    via: Annotated[tuple[Name, ...], Meta(max_length=MAX_VIA)] = ()  # servers that passed the request up, first first
 
 
 class Request(Struct, array_like=True, frozen=True, kw_only=True):
@@ -127,6 +129,7 @@ class Reply(Struct, array_like=True, frozen=True, kw_only=True):
     retry_after_ms: UInt32 | None = None  # with busy
     label: Name | None = None  # of a bundle that classifies
     scores: Annotated[dict[Name, Share], Meta(max_length=64)] | None = None  # of the likeliest labels
+    final: bool = True  # false: a higher tier has been asked, one more reply with this id follows
 
     @property
     def token_ids(self) -> list[int]:

@@ -41,6 +41,15 @@ class EventHop(Struct, frozen=True, omit_defaults=True):
         return cls(tier, hop.server, hop.queue_ms, hop.compute_ms, hop.stages_ms or {})
 
 
+class Explain(Struct, frozen=True, omit_defaults=True):
+    """What the policy expected when it chose, so that a person can follow it."""
+
+    chosen: ParadigmName
+    reason: Annotated[str, Meta(max_length=256)]
+    expected_ms: Annotated[dict[ParadigmName, Millis], Meta(max_length=8)] = {}  # until the verified text
+    facts: Annotated[dict[Name, float], Meta(max_length=32)] = {}  # measured, unit in the name
+
+
 class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One thing that became known about one frame."""
 
@@ -58,6 +67,8 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     scores: Annotated[dict[Name, Share], Meta(max_length=64)] = {}
     paradigm: ParadigmName | None = None
     why: Annotated[str, Meta(max_length=1024)] = ""  # of the paradigm, or of a loss
+    explain: Explain | None = None  # where a policy chose
+    after_ms: Millis = 0.0  # from capture to this event, on the board's own clock
     bytes_up: UInt32 = 0  # whole PUBLISH payloads of this frame, resends included
     jpeg_bytes: UInt32 = 0  # what the frame would have cost as a picture
     timings_ms: Stages = {}

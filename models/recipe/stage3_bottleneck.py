@@ -29,8 +29,8 @@ NAME = "3-bottleneck"
 PHOTOS, CLASS_PHOTOS = 48, 16  # of a step
 CAPTIONS = 3  # of a photo and step
 CHECKPOINT_EVERY = 100
-FIRST_PRICE = 3e-4  # loss per byte
-PRICES = 3e-5, 1e-3  # bounds
+FIRST_PRICE = 1e-3  # loss per byte
+PRICES = 3e-5, 4e-3  # bounds
 PRICE_FIXED_STEPS = 100  # before it is steered: the density has to find the symbols first
 
 
@@ -42,7 +42,7 @@ class Settings:
     bytes: float = 400.0  # per photo, under one table a channel
     learning_rate: float = 1e-3
     known_rate: float = 3e-4  # of what comes from the pretrained backbone, and of the expander's linear part
-    bottleneck_rate: float = 0.02  # of the bottleneck, as a share of its weights' root mean square
+    bottleneck_rate: float = 0.04  # of the bottleneck, as a share of its weights' root mean square
     first_step: float = 32.0  # of a symbol, see `principal`; some 550 bytes
     kl_weight: float = 0.7
     caption_weight: float = 0.5

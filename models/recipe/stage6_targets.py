@@ -31,7 +31,7 @@ CHECKPOINT_EVERY = 300
 class Settings:
     """Lengths of training and its strength."""
 
-    cloud_steps: int = 1200
+    cloud_steps: int = 1000
     edge_steps: int = 900
     learning_rate: float = 6e-4
     features_rate: float = 0.3  # of the learning rate, for the tail's last convolution, which is not new

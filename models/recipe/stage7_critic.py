@@ -29,7 +29,7 @@ CHECKPOINT_EVERY = 200
 class Settings:
     """Length and strength."""
 
-    steps: int = 800
+    steps: int = 500
     learning_rate: float = 1e-4
     caption_weight: float = 0.1  # of the cross-entropy that keeps texts plain
 

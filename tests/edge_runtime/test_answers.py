@@ -2,21 +2,26 @@
 
 import itertools
 import queue
+import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edge_runtime.answers import QUEUE, Answers, Question
 from edge_runtime.bundle import Bundle
+from edge_runtime.config import OutboxConfig
 from edge_runtime.events import Events
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.open_requests import OpenRequests
 from edge_runtime.wire import (
+    AnsweredBy,
     ContentKind,
     Event,
     Hop,
@@ -33,7 +38,7 @@ from edge_runtime.wire import (
 )
 from edge_runtime.wire.envelope import MAX_TOKEN, encode_tokens
 from tests.brokers import PLAIN, Mosquitto
-from tests.listener import PATIENCE_S, QUICK, Listener
+from tests.listener import PATIENCE_S, QUICK, Listener, until
 
 SITE, BOARD = "home", "b1"
 DRAFT = (7, 8, 2)
@@ -43,7 +48,9 @@ FOREVER_S = 600.0  # a deadline that no test waits for
 class Board:
     """The board's side without its pipeline: what asks, and what hears the events."""
 
-    def __init__(self, port: int, bundle: Bundle, capacity: int = 8, resend_s: float = 60.0) -> None:
+    def __init__(
+        self, port: int, bundle: Bundle, capacity: int = 8, resend_s: float = 60.0, outbox: OutboxConfig | None = None
+    ) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
         self.bundle = bundle
         self.client = MqttClient(
@@ -54,13 +61,14 @@ class Board:
         )
         self.listener: Callable[[Event], None] = self.events.put
         events = Events(self.client, SITE, BOARD, self.heard)
-        self.answers = Answers(self.client, bundle, SITE, BOARD, events, capacity, resend_s)
+        self.answers = Answers(self.client, bundle, SITE, BOARD, events, capacity, resend_s, outbox)
         self.asked = 0
 
     def heard(self, event: Event) -> None:
-        self.listener(event)
+        if event.type != "new":  # one for each question: test_pipeline.py
+            self.listener(event)
 
-    def ask(self, deadline_s: float = FOREVER_S) -> Request:
+    def ask(self, deadline_s: float = FOREVER_S, keeps: bool = False) -> Request:
         """One more question; its id is its number."""
         self.asked += 1
         request = Request(
@@ -83,7 +91,7 @@ class Board:
             timings_ms={"head": 1.0},
         )
         payload = encode_request(request)
-        self.answers.ask(Question(request, payload, seen, time.monotonic() + deadline_s))
+        self.answers.ask(Question(request, payload, seen, time.monotonic(), time.monotonic() + deadline_s, keeps))
         return request
 
     def next_event(self) -> Event:
@@ -105,7 +113,8 @@ class Board:
         self.stop()
         self.client.close()
         counts = self.answers.summary()
-        assert counts["accepted"] == counts["answered"] + counts["lost"] == self.asked
+        assert counts["accepted"] == self.asked
+        assert counts["accepted"] + counts["found"] == counts["answered"] + counts["lost"] + counts["kept"]
         assert counts["open"] == 0
         assert self.events.empty()
 
@@ -167,6 +176,41 @@ def test_a_reply_becomes_a_final_update_with_all_that_it_says(board, server):
     assert event.hops[0].stages_ms == {"tail": 0.5}
     assert event.bytes_up == len(encode_request(request))
     assert set(event.timings_ms) == {"head", "answer"}
+
+
+def test_an_answer_that_is_not_final_is_followed_by_the_higher_tiers(board, server):
+    board.ask()
+    request = server.request()
+    server.say(encode_reply(Reply(id=request.id, status=Status.OK, text="a dog", server="e1", final=False)))
+    first = board.next_event()
+    assert (first.type, first.final, first.text) == ("update", False, "a dog")
+    assert first.answered_by == AnsweredBy("edge", "e1")
+    server.reply(request, text="a wet dog")
+    last = board.next_event()
+    assert (last.type, last.final, last.text) == ("update", True, "a wet dog")
+    assert last.answered_by == AnsweredBy("cloud", "s1")
+    assert last.after_ms > first.after_ms
+    server.reply(request, text="a cat")  # a third one changes nothing
+    answer_one_more(board, server)
+    assert board.answers.summary()["duplicate"] == 1
+
+
+def test_an_answer_that_nobody_improves_is_the_last_word_at_the_deadline(board, server):
+    request = board.ask(deadline_s=0.5)
+    server.say(encode_reply(Reply(id=request.id, status=Status.OK, text="a dog", server="e1", final=False)))
+    first, last = board.next_event(), board.next_event()
+    assert (first.final, last.final, last.type, last.text) == (False, True, "update", "a dog")
+    assert (last.answered_by, last.why) == (AnsweredBy("edge", "e1"), "no higher tier answered in time")
+
+
+def test_an_answer_that_is_not_final_becomes_so_when_the_board_stops(broker, board_bundle, server):
+    with Board(broker.port, board_bundle) as board:
+        request = board.ask()
+        server.say(encode_reply(Reply(id=request.id, status=Status.OK, text="a dog", server="e1", final=False)))
+        assert not board.next_event().final
+        board.stop()
+        last = board.next_event()
+        assert (last.final, last.type, last.text) == (True, "update", "a dog")
 
 
 def test_an_update_is_published_and_retained_as_the_last_event(board, server, broker):
@@ -382,3 +426,101 @@ def test_a_flood_of_replies_never_blocks_the_network_thread(board_bundle):
         answers.reply_arrived(b"x")
     assert answers.summary()["reply_overflow"] == 3
     client.close()
+
+
+def outbox_in(folder: Path, **settings: Any) -> OutboxConfig:
+    return OutboxConfig(str(folder / "outbox.sqlite"), replay_per_s=100.0, **settings)
+
+
+def test_with_an_outbox_the_draft_stands_for_now_and_the_request_is_asked_again(broker, board_bundle, server, tmp_path):
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path)) as board:
+        first = board.ask(deadline_s=0.2)
+        assert server.request() == first
+        kept = board.next_event()
+        assert (kept.type, kept.final, kept.text) == ("update", False, "word7 word8")
+        assert kept.why == "no reply to 1 sent: kept, asked again later"
+        again = server.request()
+        assert (again.id, again.content, again.draft) == (first.id, first.content, first.draft)
+        assert again.age_ms > first.age_ms
+        server.reply(again, text="a dog")
+        update = board.next_event()
+        assert (update.type, update.final, update.text, update.frame) == ("update", True, "a dog", first.id.hex())
+        assert board.answers.summary()["kept"] == 0
+
+
+def test_what_was_kept_outlives_the_board(broker, board_bundle, server, tmp_path):
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path)) as board:
+        first = board.ask()
+        assert server.request() == first
+        board.stop()
+        assert board.next_event().why == "the board stops: kept, asked again later"
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path)) as board:
+        again = server.request()
+        assert again.id == first.id
+        server.reply(again, text="a dog")
+        update = board.next_event()
+        assert (update.type, update.final, update.text) == ("update", True, "a dog")
+        assert update.after_ms > 0
+        assert board.answers.summary()["found"] == 1
+
+
+def test_what_need_not_be_sent_now_waits_for_the_link(broker, board_bundle, server, tmp_path):
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path)) as board:
+        first = board.ask(keeps=True)
+        again = server.request()
+        assert again.id == first.id
+        server.reply(again, text="a dog")
+        assert board.next_event().text == "a dog"
+        assert board.answers.summary()["resent"] == 0
+
+
+def test_a_refusal_ends_what_was_kept_as_well(broker, board_bundle, server, tmp_path):
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path)) as board:
+        board.ask(deadline_s=0.2)
+        server.request()
+        assert not board.next_event().final
+        server.reply(server.request(), Status.BAD_REQUEST, error="try this")
+        lost = board.next_event()
+        assert (lost.type, lost.final, lost.why) == ("lost", True, "server s1: bad_request: try this")
+        assert board.answers.summary()["kept"] == 0
+
+
+def test_what_the_outbox_gives_up_is_lost_and_says_why(broker, board_bundle, server, tmp_path):
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path, max_age_s=1.0)) as board:
+        board.client.close()  # so that no answer can come
+        board.ask(deadline_s=0.1)
+        assert not board.next_event().final
+        lost = board.next_event()
+        assert (lost.type, lost.final) == ("lost", True)
+        assert lost.why.startswith("outbox: ")
+        assert board.answers.summary()["lost"] == 1
+
+
+def test_with_every_request_kept_a_killed_board_loses_none(broker, board_bundle, server, tmp_path):
+    """Killed: its threads never see an end. What the disk has, the next run asks again."""
+    settings = outbox_in(tmp_path, every_request=True)
+    killed = Board(broker.port, board_bundle, outbox=settings)
+    killed.client.start()
+    killed.answers._outbox.start()
+    killed.answers._thread.start()
+    first = killed.ask()
+    assert server.request() == first
+    copy = tmp_path / "copy"
+
+    def is_written() -> bool:
+        """The disk as a power cut would leave it now."""
+        copy.mkdir(exist_ok=True)
+        for path in tmp_path.glob("outbox.sqlite*"):
+            shutil.copy(path, copy)
+        with closing(sqlite3.connect(copy / "outbox.sqlite")) as rows, suppress(sqlite3.OperationalError):
+            return bool(rows.execute("SELECT count(*) FROM kept").fetchone() == (1,))
+        return False  # its tables are not written yet
+
+    until(is_written)
+    killed.client.close()
+    with Board(broker.port, board_bundle, outbox=outbox_in(copy)) as board:
+        again = server.request()
+        assert again.id == first.id
+        server.reply(again, text="a dog")
+        assert board.next_event().text == "a dog"
+    killed.answers.__exit__()

@@ -20,7 +20,7 @@ def load(folder: Path, text: str | bytes) -> RuntimeConfig:
 
 def test_id_bundle_and_one_camera_are_enough(tmp_path):
     config = load(tmp_path, BOARD + CAMERA)
-    assert (config.board.site, config.board.paradigm, config.board.backend) == ("home", "speculative", "auto")
+    assert (config.board.site, config.board.paradigm, config.board.backend) == ("home", "auto", "auto")
     assert config.cameras == (CameraConfig("door", "photos"),)
     assert config.mqtt.settings("b1").host == "127.0.0.1"
 

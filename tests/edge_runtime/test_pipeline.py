@@ -11,9 +11,10 @@ import pytest
 
 from edge_runtime.answers import Answers, Question
 from edge_runtime.bundle import Bundle
+from edge_runtime.draft import Drafted
 from edge_runtime.events import Events
 from edge_runtime.mqtt import MqttClient, MqttSettings
-from edge_runtime.pipeline import Pipeline, Plan, build_request
+from edge_runtime.pipeline import Fixed, Pipeline, Plan, build_request
 from edge_runtime.preprocess import decode_picture, to_input
 from edge_runtime.runtime import load_draft, load_head
 from edge_runtime.sources import Frame
@@ -30,7 +31,7 @@ from edge_runtime.wire import (
     topics,
 )
 from tests.brokers import Mosquitto
-from tests.listener import PATIENCE_S, QUICK, Listener
+from tests.listener import PATIENCE_S, QUICK, Listener, until
 
 SITE, BOARD = "home", "b1"
 
@@ -54,6 +55,10 @@ class Board:
                 order.append("ask")
                 super().ask(question)
 
+            def announce(self, seen: Event) -> None:
+                order.append("announce")
+                super().announce(seen)
+
         def listener(event: Event) -> None:
             order.append(event.type)
             self.events.put(event)
@@ -68,7 +73,7 @@ class Board:
         self.answers = RecordedAnswers(self.client, bundle, SITE, BOARD, events, 64, 60.0)
         head = load_head(bundle, "onnx", 1) if plan.paradigm != "offload" else None
         draft = load_draft(bundle, "onnx", 1) if plan.paradigm in ("device", "speculative") else None
-        self.pipeline = Pipeline(bundle, head, draft, plan, self.answers, events)
+        self.pipeline = Pipeline(bundle, head, draft, Fixed(plan), self.answers, events)
         stack.enter_context(self.client)
         stack.enter_context(self.answers)
         assert self.client.wait_online(PATIENCE_S)
@@ -78,6 +83,11 @@ class Board:
 
 
 Start = Callable[..., Board]
+
+
+def verified(payload: bytes) -> bytes:
+    """A server's reply to a request."""
+    return encode_reply(Reply(id=decode_request(payload).id, status=Status.OK, text="verified", server="s1"))
 
 
 @pytest.fixture
@@ -92,21 +102,48 @@ def start(broker: Mosquitto, board_bundle: Bundle) -> Iterator[Start]:
 def server(broker: Mosquitto) -> Iterator[Listener]:
     """Answers everything at once with the same text."""
 
-    def answer(payload: bytes) -> bytes:
-        return encode_reply(Reply(id=decode_request(payload).id, status=Status.OK, text="verified", server="s1"))
-
-    with Listener(broker.port, topics.request(SITE, BOARD), answer=answer, to=topics.reply(SITE, BOARD)) as listener:
+    with Listener(broker.port, topics.request(SITE, BOARD), answer=verified, to=topics.reply(SITE, BOARD)) as listener:
         yield listener
 
 
-def test_the_draft_is_an_event_before_its_question_leaves_and_the_answer_follows(start, server):
+def test_the_question_leaves_before_the_draft_is_an_event_and_the_answer_follows(start, broker):
     board = start("speculative")
-    for seed in range(5):
-        seen = board.pipeline.handle(frame(seed))
-        assert board.next_event() == seen
-        update = board.next_event()
-        assert (update.type, update.frame, update.text, update.final) == ("update", seen.frame, "verified", True)
-    assert board.order == 5 * ["new", "ask", "update"]
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        for seed in range(5):
+            seen = board.pipeline.handle(frame(seed))
+            assert board.next_event() == seen
+            board.answers.reply_arrived(verified(server.next()))
+            update = board.next_event()
+            assert (update.type, update.frame, update.text, update.final) == ("update", seen.frame, "verified", True)
+    assert board.order == 5 * ["ask", "new", "update"]
+
+
+def test_an_answer_that_was_faster_than_the_draft_is_not_taken_back(start, broker):
+    board = start("split")
+
+    class Waiting:
+        """A draft decoder that takes longer than the answer."""
+
+        def write(self, symbols: np.ndarray) -> Drafted:
+            board.answers.reply_arrived(verified(server.next()))
+            assert board.next_event().type == "update"
+            return Drafted((5, 6, 2), 0.5)
+
+    board.pipeline.draft = Waiting()
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        board.pipeline.handle(frame())
+        until(lambda: board.answers.summary().get("reply_overtaken") == 1)
+    assert board.order == ["ask", "update", "announce"]
+
+
+def test_in_split_the_draft_is_written_behind_the_question_and_bridges_the_wait(start, broker, board_bundle):
+    board = start("split")
+    board.pipeline.draft = load_draft(board_bundle, "onnx", 1)
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        seen = board.pipeline.handle(frame())
+        assert decode_request(server.next()).draft == b""
+        assert (board.next_event(), seen.paradigm, seen.final) == (seen, "split", False)
+        assert seen.tokens
 
 
 def test_the_new_event_says_what_was_drafted_and_what_it_cost(start, board_bundle):
@@ -124,7 +161,8 @@ def test_the_new_event_says_what_was_drafted_and_what_it_cost(start, board_bundl
     assert event.answered_by.tier == "device"
     assert event.captured.timestamp() == 1.6e9
     assert event.jpeg_bytes > 1000
-    assert {"resize", "head", "draft", "encode", "publish"} == set(event.timings_ms)
+    assert {"resize", "head", "draft", "encode"} == set(event.timings_ms)
+    assert event.after_ms >= sum(event.timings_ms.values())
 
 
 @pytest.mark.parametrize("paradigm", ["split", "speculative", "offload"])
@@ -182,7 +220,7 @@ def test_nothing_waits_for_a_frozen_broker_and_every_question_ends_at_its_deadli
     broker.freeze()
     frames = [frame(seed) for seed in range(20)]
     seen = [board.pipeline.handle(each) for each in frames]
-    assert board.order.count("new") == board.order.count("ask") == 20
+    assert board.order.count("ask") == 20
     ended = {}
     while len(ended) < 20:
         event = board.next_event()

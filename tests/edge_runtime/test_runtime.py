@@ -121,7 +121,7 @@ def test_a_running_board_is_online_and_says_what_it_is(board_bundle, broker, pho
         assert (online["state"], online["bundle"], online["paradigm"]) == (
             "online",
             board_bundle.id.hex(),
-            "speculative",
+            "auto",
         )
         board.stop.set()
         board.wait_ended()

@@ -1,28 +1,31 @@
 """Sources of frames: real files, a real video, and a real camera of the kind that speaks MJPEG over HTTP."""
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
 from edge_runtime import sources
-from edge_runtime.config import CameraConfig
+from edge_runtime.config import CameraConfig, ConfigError, MotionConfig
 from edge_runtime.preprocess import PictureError
 from edge_runtime.sources import (
     ArrivingFrames,
+    Cameras,
     Counters,
     Frame,
     Newest,
     camera_frames,
+    check_sources,
     file_frames,
     frames_of,
-    merged_frames,
     video_frames,
 )
 from tests.listener import PATIENCE_S, until
@@ -152,6 +155,7 @@ class MjpegCamera:
                     try:
                         self.wfile.write(head + picture + b"\r\n")
                     except OSError:  # the board went away
+                        connection.hung_up.set()
                         return
 
             def log_message(self, *_: object) -> None:
@@ -165,6 +169,7 @@ class MjpegCamera:
     class Connection:
         def __init__(self) -> None:
             self.pictures: queue.Queue[bytes | None] = queue.Queue()
+            self.hung_up = threading.Event()
 
         def show(self, *shades: int) -> None:
             for shade in shades:
@@ -217,26 +222,31 @@ def test_a_live_camera_gives_its_newest_frame_and_counts_the_skipped(network_cam
 
 @pytest.mark.parametrize("fault", ["stalls", "ends"])
 def test_a_live_camera_that_stalls_or_ends_is_opened_again(network_camera, stop, fault):
-    counters = Counters()
-    taken = in_background(camera_frames(CameraConfig("door", network_camera.url, 0, stall_s=1), stop, counters))
+    cameras = Cameras([CameraConfig("door", network_camera.url, 0, stall_s=1)])
+    taken = in_background(cameras.frames(stop))
     first = network_camera.connection()
     first.show(10, 10, 10)
     assert shade_of(taken.get(timeout=PATIENCE_S)) == 10
     if fault == "ends":
         first.pictures.put(None)
-    network_camera.connection().show(200, 200, 200)
+    second = network_camera.connection()
+    assert cameras.states()["door"].state == "stalled"
+    assert "no new frame for 1 s" in cameras.states()["door"].why
+    second.show(200, 200, 200)
     until(lambda: shade_of(taken.get(timeout=PATIENCE_S)) == 200)
-    assert counters.reopened == 1
+    assert (cameras["door"].counters.reopened, cameras.states()["door"].state) == (1, "live")
 
 
 def test_a_camera_that_cannot_be_opened_is_tried_again_until_stopped(stop, monkeypatch):
     monkeypatch.setattr(sources, "MIN_PAUSE_S", 0.01)
-    counters = Counters()
     with MjpegCamera() as gone:
         pass
-    taken = in_background(camera_frames(CameraConfig("door", gone.url), stop, counters))
-    until(lambda: counters.reopened >= 2)
+    cameras = Cameras([CameraConfig("door", gone.url)])
+    assert cameras.states()["door"].state == "starting"
+    taken = in_background(cameras.frames(stop))
+    until(lambda: cameras["door"].counters.reopened >= 2)
     assert taken.empty()
+    assert (cameras.states()["door"].state, "cannot be opened" in cameras.states()["door"].why) == ("lost", True)
 
 
 @pytest.mark.parametrize(
@@ -300,13 +310,13 @@ def test_an_arriving_picture_that_is_none_is_counted_and_the_next_one_comes(stop
 def test_all_frames_of_several_cameras_come_and_the_end_is_their_last(tmp_path, stop):
     shades = {"a": (10, 20, 30), "b": (100,), "c": (200, 210)}
     cameras = [CameraConfig(name, write_photos(tmp_path / name, *s), interval_s=0) for name, s in shades.items()]
-    frames = list(merged_frames(cameras, {}, stop, Counters()))
+    frames = list(Cameras(cameras).frames(stop))
     for name, expected in shades.items():
         assert [shade_of(f) for f in frames if f.camera == name] == list(expected)
     assert len(frames) == 6
 
 
-def test_a_slow_board_gets_the_newest_frame_and_no_queue_of_old_ones(stop):
+def test_a_slow_board_gets_the_newest_frame_and_no_queue_of_old_ones(stop, monkeypatch):
     asked_again = threading.Event()
 
     class Asked(ArrivingFrames):
@@ -315,36 +325,220 @@ def test_a_slow_board_gets_the_newest_frame_and_no_queue_of_old_ones(stop):
                 yield frame
                 asked_again.set()
 
-    counters = Counters()
-    camera = CameraConfig("door", "mqtt")
-    source = Asked(camera, counters)
-    frames = merged_frames([camera], {"door": source}, stop, counters)
-    source.arrived(jpeg(10))
+    monkeypatch.setattr(sources, "ArrivingFrames", Asked)
+    cameras = Cameras([CameraConfig("door", "mqtt")])
+    frames = cameras.frames(stop)
+    cameras.arrived(jpeg(10))
     assert shade_of(next(frames)) == 10
     assert not asked_again.wait(0.1)
     for shade in (20, 30, 40, 50):  # while the first is being handled
-        source.arrived(jpeg(shade))
+        cameras.arrived(jpeg(shade))
     assert shade_of(next(frames)) == 50
-    assert counters.skipped == 3
+    assert cameras.totals().skipped == 3
 
 
-def test_a_source_that_fails_tells_whoever_takes_its_frames(tmp_path, stop):
-    cameras = [
-        CameraConfig("good", write_photos(tmp_path / "p", 10), interval_s=0, repeat=True),
-        CameraConfig("bad", str(tmp_path / "absent")),
-    ]
-    with pytest.raises(PictureError, match="absent does not exist"):
-        list(merged_frames(cameras, {}, stop, Counters()))
+def test_every_source_that_can_never_work_is_named_before_any_is_opened(tmp_path, stop):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "v.avi").write_bytes(b"no video")
+    sources = {
+        "good": write_photos(tmp_path / "p", 10),
+        "away": "rtsp://127.0.0.1:1/x",
+        "unplugged": "/dev/no-such-camera",
+        "mqtt": "mqtt",
+        "absent": str(tmp_path / "absent"),
+        "empty": str(tmp_path / "empty"),
+        "video": str(tmp_path / "v.avi"),
+        "typo": "rtps://camera/1",
+    }
+    with pytest.raises(PictureError) as raised:
+        next(Cameras([CameraConfig(*pair) for pair in sources.items()]).frames(stop))
+    for name, fault in {
+        "absent": "absent does not exist",
+        "empty": "empty holds no picture",
+        "video": "v.avi cannot be read as a video",
+        "typo": "rtps:// is no kind of stream that is known",
+    }.items():
+        assert re.search(f"camera {name}: [^;]*{fault}", str(raised.value))
+    assert str(raised.value).count("camera ") == 4
+    assert not [t for t in threading.enumerate() if t.name in ("source-good", "source-away")]
 
 
-def test_a_stop_ends_merged_frames_and_their_threads(tmp_path, stop):
+def test_one_file_of_many_photos_that_is_damaged_is_no_reason_to_refuse_a_source(tmp_path):
+    camera = CameraConfig("door", write_photos(tmp_path / "p", 10, 20))
+    (tmp_path / "p/0.jpg").write_bytes(b"")
+    check_sources([camera])
+
+
+def test_files_that_vanish_are_waited_for_while_the_other_cameras_go_on(tmp_path, stop, monkeypatch):
+    monkeypatch.setattr(sources, "MIN_PAUSE_S", 0.01)
+    write_photos(tmp_path / "p", 10)
+    cameras = Cameras(
+        [
+            CameraConfig("disk", str(tmp_path / "p"), interval_s=0, repeat=True),
+            CameraConfig("other", write_photos(tmp_path / "o", 200), interval_s=0, repeat=True),
+        ]
+    )
+    frames = cameras.frames(stop)
+
+    def come_from(name: str) -> None:
+        while next(frames).camera != name:
+            pass
+
+    come_from("disk")
+    (tmp_path / "p").rename(tmp_path / "gone")
+    while cameras.states()["disk"].state != "lost":
+        come_from("other")
+    assert "does not exist" in cameras.states()["disk"].why
+    (tmp_path / "gone").rename(tmp_path / "p")
+    come_from("disk")
+    assert cameras.states()["disk"].state == "live"
+
+
+def test_a_stop_ends_the_frames_of_several_cameras_and_their_threads(tmp_path, stop):
     cameras = [
         CameraConfig("photos", write_photos(tmp_path / "p", 10), interval_s=0, repeat=True),
         CameraConfig("arriving", "mqtt"),
     ]
-    arriving = {"arriving": ArrivingFrames(cameras[1], Counters())}
-    frames = merged_frames(cameras, arriving, stop, Counters())
+    frames = Cameras(cameras).frames(stop)
     next(frames)
     stop.set()
     assert list(frames) == []
     until(lambda: not [t for t in threading.enumerate() if t.name in ("source-photos", "source-arriving")])
+
+
+def test_pictures_that_arrive_faster_than_the_interval_are_skipped_and_uneven_ones_are_not(stop, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(sources.time, "monotonic", lambda: now[0])
+    counters = Counters()
+    source = ArrivingFrames(CameraConfig("door", "mqtt", interval_s=1), counters)
+    taken = in_background(source.frames(stop))
+    for number, at in enumerate([0, 0.9, 2.1, 2.9, 3.0, 3.1, 3.5, 4.2, 9, 9.4]):
+        now[0] = at
+        source.arrived(jpeg(10 * number))
+        until(lambda n=number: taken.qsize() + counters.skipped == n + 1)
+    assert [shade_of(taken.get_nowait()) // 10 for _ in range(taken.qsize())] == [0, 1, 2, 3, 7, 8]
+
+
+# ---- gate, states and switches of a camera ----
+
+
+def scene(shade: int | None) -> bytes:
+    """A JPEG of a wall with a box of the given shade, or without."""
+    pixels = np.full((120, 160, 3), 100, np.uint8)
+    pixels[:, ::8] = 140
+    if shade is not None:
+        pixels[40:80, 40:80] = shade
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+class Arriving:
+    """One camera over MQTT, and what comes of its pictures."""
+
+    def __init__(self, stop: threading.Event, **settings: Any) -> None:
+        self.cameras = Cameras([CameraConfig("door", "mqtt", **settings)])
+        self.camera = self.cameras["door"]
+        self.taken = in_background(self.cameras.frames(stop))
+
+    def show(self, picture: bytes) -> None:
+        """Returns when the camera has looked at it."""
+        frames = self.camera.counters.frames
+        self.cameras.arrived(picture)
+        until(lambda: self.camera.counters.frames == frames + 1)
+
+    @property
+    def state(self) -> str:
+        return self.cameras.states()["door"].state
+
+
+def test_only_motion_passes_the_gate_of_a_camera_that_asks_for_it(stop):
+    door = Arriving(stop, motion=MotionConfig(enabled=True))
+    for picture in (scene(None), scene(None), scene(250), scene(None)):
+        door.show(picture)
+    assert door.taken.get(timeout=PATIENCE_S).encoded == scene(250)
+    assert (door.camera.counters.still, door.taken.empty()) == (3, True)
+    door.camera.gate.enabled = False
+    door.show(scene(None))
+    assert door.taken.get(timeout=PATIENCE_S).encoded == scene(None)
+
+
+def test_a_picture_that_stands_still_is_reported_and_not_opened_again(stop, caplog):
+    door = Arriving(stop, frozen_s=0.001)
+    door.show(scene(None))
+    assert door.state == "live"
+    until(lambda: door.show(scene(None)) or door.state == "frozen")
+    door.show(scene(None))
+    assert caplog.text.count("camera frozen") == 1
+    door.show(scene(7))
+    assert (door.state, door.camera.counters.reopened, door.camera.counters.still) == ("live", 0, 0)
+
+
+def test_a_camera_that_is_off_says_so_and_goes_on_when_it_is_on_again(stop):
+    door = Arriving(stop)
+    door.show(scene(1))
+    door.taken.get(timeout=PATIENCE_S)
+    door.camera.switch(enabled=False)
+    assert door.state == "off"
+    door.camera.switch(enabled=True)
+    assert door.state == "starting"
+    door.show(scene(3))
+    assert door.taken.get(timeout=PATIENCE_S).encoded == scene(3)
+    assert door.state == "live"
+
+
+def test_what_a_camera_saw_just_before_and_while_it_was_off_is_not_kept_for_later():
+    cameras = Cameras([CameraConfig("door", "mqtt")])
+    cameras.arrived(scene(1))
+    cameras["door"].switch(enabled=False)
+    cameras.arrived(scene(2))
+    cameras["door"].switch(enabled=True)
+    assert cameras.totals().skipped == 2
+
+
+def test_a_frame_that_waits_for_its_turn_is_dropped_when_its_camera_is_switched_off(stop):
+    cameras = Cameras([CameraConfig("a", "mqtt"), CameraConfig("b", "mqtt")])
+    frames = cameras.frames(stop)
+    cameras.arrived(scene(1))
+    first = next(frames).camera
+    other = cameras["b" if first == "a" else "a"]
+    until(lambda: other.counters.frames == 1)
+    other.switch(enabled=False)
+    cameras.arrived(scene(2))
+    assert next(frames).camera == first
+    assert other.counters.frames == 1
+
+
+def test_a_network_camera_that_is_switched_off_is_hung_up_on_and_called_again_when_it_is_on(network_camera, stop):
+    cameras = Cameras([CameraConfig("door", network_camera.url, 0)])
+    taken = in_background(cameras.frames(stop))
+    first = network_camera.connection()
+    first.show(10, 10, 10)
+    taken.get(timeout=PATIENCE_S)
+    cameras.pause(True)
+    assert (cameras.states()["door"].state, cameras.states()["door"].why) == ("off", "paused")
+    until(lambda: first.show(20) or first.hung_up.is_set())
+    assert network_camera.connections.empty()
+    cameras.pause(False)
+    network_camera.connection().show(200, 200, 200)
+    until(lambda: shade_of(taken.get(timeout=PATIENCE_S)) == 200)
+    assert (cameras.states()["door"].state, cameras["door"].counters.reopened) == ("live", 0)
+
+
+def test_a_camera_switched_off_stays_off_when_the_board_goes_on_from_a_pause(stop):
+    door = Arriving(stop)
+    door.camera.switch(enabled=False)
+    door.cameras.pause(True)
+    door.cameras.pause(False)
+    assert door.state == "off"
+
+
+def test_files_end_and_stay_ended_whatever_is_switched(tmp_path, stop):
+    cameras = Cameras([CameraConfig("door", write_photos(tmp_path / "p", 10, 20), interval_s=0)])
+    assert len(list(cameras.frames(stop))) == 2
+    cameras["door"].switch(enabled=False)
+    cameras["door"].switch(enabled=True)
+    assert (cameras.states()["door"].state, cameras.totals().frames) == ("ended", 2)
+
+
+def test_a_mask_that_hides_everything_is_refused_with_the_cameras_name():
+    with pytest.raises(ConfigError, match=r"camera door: motion\.mask covers the whole picture"):
+        Cameras([CameraConfig("door", "mqtt", motion=MotionConfig(mask=("0,0,1,0,1,1,0,1",)))])

@@ -1,0 +1,145 @@
+"""Which frames of a camera are worth answering: those with motion, and one now and then without.
+
+A running average is the background, and a large enough area that differs from it is motion: the method of Frigate's
+motion detection (docs.frigate.video/configuration/motion_detection) in its words, so that settings found there serve
+here. Works on pictures of some 100 lines and knows nothing of cameras, clocks or threads: time comes as an argument.
+"""
+
+from dataclasses import dataclass
+from math import inf
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from edge_runtime.config import ConfigError, MotionConfig
+
+Grey = np.ndarray  # uint8 [h, w]
+Why = Literal["off", "motion", "interval", "still", "warm-up", "lightning"]
+
+SAMPLES = 4  # pixels a side of a frame that are averaged into one, against noise; all of 1080p would cost 3 to 18 ms
+MAX_WIDTH = 8  # times the height: the width of a frame is a stranger's choice
+THUMBNAIL = 32  # pixels a side: what is compared to find a frozen picture
+CALM = 0.05, 4  # share of the picture and areas that change at most, for the background to be taken as learned
+WARM_UP_FRAMES = 10  # at most: a busy street is never calm, and must not be ignored for ever
+WARM_UP_ALPHA = 0.2  # weight of a new frame meanwhile
+STAYS_FRAMES = 10  # in a row with motion, before what moves begins to become background
+CONTRAST_ALPHA = 1 / 50  # weight of a new frame in the range of greys: a sudden lamp must not rescale all at once
+MIN_RANGE = 64.0  # greys that are stretched to 256: more than fourfold would make motion of a night's noise
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one frame is."""
+
+    passes: bool  # it goes on
+    why: Why
+    changed: float = 0.0  # share of the picture outside the mask that differs from the background, 0..1
+    same_s: float = 0.0  # so long the picture has been exactly the same
+    flat: bool = False  # of one colour: a cap, a cut cable, a black night
+
+
+def shrink(pixels: np.ndarray, frame_height: int) -> Grey:
+    """uint8 RGB [H, W, 3] to grey [h, w], h at most frame_height and w at most eight times as much, never enlarged."""
+    full_height, full_width = pixels.shape[:2]
+    height = min(frame_height, full_height)
+    width = min(max(1, round(full_width * height / full_height)), full_width, MAX_WIDTH * frame_height)
+    samples = min(SAMPLES * width, full_width), min(SAMPLES * height, full_height)
+    small = cv2.resize(pixels, samples, interpolation=cv2.INTER_NEAREST)
+    small = cv2.resize(small, (width, height), interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+
+
+class Gate:
+    """The gate of one camera. Same frames at same times, same looks."""
+
+    def __init__(self, settings: MotionConfig, max_interval_s: float = 0.0) -> None:
+        """max_interval_s: one frame passes at least so often; 0: only motion does. Raises ConfigError for the mask."""
+        self.settings, self.max_interval_s = settings, max_interval_s
+        self.enabled = settings.enabled  # may be switched by another thread; the background is then learned anew
+        if not _seen(settings, (100, 100)).any():
+            raise ConfigError("motion.mask covers the whole picture, and nothing could move: make it smaller")
+        self._last_passed = -inf
+        self._thumbnail: Grey | None = None
+        self._same_since = -inf
+        self._outside: np.ndarray = np.empty((0, 0), np.bool_)  # bool [h, w]: not masked, at the last size
+        self._background: np.ndarray | None = None  # float32 [h, w]
+        self._low, self._high = 0.0, 255.0  # greys in use
+        self._warming = 0  # frames left until the background is taken as learned
+        self._moving = 0  # frames in a row with motion
+
+    def look(self, grey: Grey, now: float) -> Look:
+        """One frame, shrunk by `shrink`; now in seconds, never less than before."""
+        if grey.shape != self._outside.shape:  # the first one, or a camera that changed its resolution
+            self._outside, self._background = _seen(self.settings, grey.shape), None
+        same_s, flat = self._compare(grey, now)
+        why: Why = "off"
+        changed = 0.0
+        if self.enabled:
+            why, changed = self._motion(grey)
+        else:
+            self._background = None
+        if why not in ("off", "motion") and 0 < self.max_interval_s <= now - self._last_passed:
+            why = "interval"
+        passes = why in ("off", "motion", "interval")
+        if passes:
+            self._last_passed = now
+        return Look(passes, why, changed, same_s, flat)
+
+    def _compare(self, grey: Grey, now: float) -> tuple[float, bool]:
+        """Seconds that the picture has been the same, without the mask: its clock may run on in a frozen one."""
+        masked = np.where(self._outside, grey, np.uint8(0))
+        thumbnail = cv2.resize(masked, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
+        if self._thumbnail is None or not np.array_equal(thumbnail, self._thumbnail):
+            self._thumbnail, self._same_since = thumbnail, now
+        seen = grey[self._outside]
+        return now - self._same_since, not seen.size or bool(seen.min() == seen.max())
+
+    def _motion(self, grey: Grey) -> tuple[Why, float]:
+        settings = self.settings
+        picture = self._prepared(grey)
+        if self._background is None:
+            self._background, self._warming, self._moving = picture.astype(np.float32), WARM_UP_FRAMES, 0
+            return "warm-up", 0.0
+        different = cv2.absdiff(picture, cv2.convertScaleAbs(self._background))
+        areas = _areas(cv2.threshold(different, settings.threshold, 255, cv2.THRESH_BINARY)[1])
+        # Of what can change: a mask over a third of the picture must not switch the lightning rule off.
+        changed = min(1.0, sum(areas) / max(1, int(self._outside.sum())))
+        large = sum(area > settings.contour_area for area in areas)
+        if changed > settings.lightning_threshold:  # a lamp, the change to infrared, a camera that turned
+            self._background = None  # what was learned is of no use; the next frame may be the old picture or the new
+            return "lightning", changed
+        calm = changed < CALM[0] and large <= CALM[1]
+        self._warming = 0 if calm else max(0, self._warming - 1)
+        if self._warming:
+            cv2.accumulateWeighted(picture, self._background, WARM_UP_ALPHA)
+            return "warm-up", changed
+        self._moving = self._moving + 1 if large else 0
+        if not large or self._moving >= STAYS_FRAMES:
+            cv2.accumulateWeighted(picture, self._background, settings.frame_alpha)
+        return ("motion" if large else "still"), changed
+
+    def _prepared(self, grey: Grey) -> Grey:
+        """Stretched, masked, smoothed; the mask comes after the stretching, or its black would count as a grey."""
+        if self.settings.improve_contrast:
+            low, high = np.percentile(grey, (4, 96))
+            weight = 1.0 if self._background is None else CONTRAST_ALPHA
+            self._low, self._high = self._low + weight * (low - self._low), self._high + weight * (high - self._high)
+            gain = 255 / max(MIN_RANGE, self._high - self._low)
+            grey = np.clip((grey - self._low) * gain, 0, 255).astype(np.uint8)
+        return cv2.GaussianBlur(np.where(self._outside, grey, np.uint8(0)), (3, 3), 0)
+
+
+def _seen(settings: MotionConfig, shape: tuple[int, ...]) -> np.ndarray:
+    """What the mask leaves of a picture, bool [h, w]."""
+    height, width = shape
+    mask = np.zeros((height, width), np.uint8)
+    for polygon in settings.polygons():
+        cv2.fillPoly(mask, [np.rint(np.multiply(polygon, (width, height))).astype(np.int32)], 1)
+    return np.equal(mask, 0)
+
+
+def _areas(different: Grey) -> list[float]:
+    """Areas of what differs, in pixels; grown by one pixel, so that parts of one thing count together."""
+    grown = cv2.dilate(different, np.ones((3, 3), np.uint8))
+    return [cv2.contourArea(c) for c in cv2.findContours(grown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]]
