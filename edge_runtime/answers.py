@@ -15,9 +15,10 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -44,12 +45,14 @@ from edge_runtime.wire import (
     encode_request,
     topics,
 )
+from edge_runtime.wire.event import ParadigmName
 
 logger = logging.getLogger(__name__)
 
 QUEUE = 256  # values between threads; a board has a few a second
 IDLE_S = 0.5  # the longest wait between two looks at the clock
 REPLAY_S = 30.0  # for the answer to a request out of the outbox
+PARADIGMS: tuple[ParadigmName, ...] = ("device", "split", "speculative", "offload")  # by number
 MAX_AGE_MS = 0xFFFFFFFF  # of a request
 
 
@@ -84,6 +87,19 @@ class Due:
     age_s: float  # since capture
 
 
+class Observer(Protocol):
+    """Learns from the traffic; any thread."""
+
+    def sent(self, request_id: bytes, paradigm: ParadigmName, size: int, now: float) -> None:
+        """A request leaves, or leaves again; size: bytes."""
+
+    def answered(self, reply: Reply, now: float, draft: Sequence[int] = ()) -> None:
+        """The first reply to a request; draft: what the board wrote for it, sent or not."""
+
+    def lost(self, request_id: bytes, now: float) -> None:
+        """No reply came in time."""
+
+
 class Answers:
     """The board's open requests; `with` starts and ends its thread, and the outbox's."""
 
@@ -97,8 +113,10 @@ class Answers:
         capacity: int,
         resend_s: float,
         outbox: OutboxConfig | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._client, self._bundle, self._events, self._capacity = client, bundle, events, capacity
+        self._observer = observer
         self._outbox = (
             Outbox(outbox, on_due=self._due, on_dropped=self._dropped, may_replay=self._may_replay) if outbox else None
         )
@@ -230,6 +248,9 @@ class Answers:
 
     def _send(self, question: Question, payload: bytes, left_s: float) -> None:
         question.bytes_up += len(payload)
+        if self._observer and not question.is_replay:
+            paradigm: ParadigmName = PARADIGMS[question.request.paradigm]
+            self._observer.sent(question.request.id, paradigm, len(payload), time.monotonic())
         outcome = partial(self._sent, question.request.id)
         self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, left_s), on_outcome=outcome)
 
@@ -273,6 +294,8 @@ class Answers:
         elif entry := self._requests.answered(reply.id, now):
             if self._outbox:
                 self._outbox.done(reply.id)
+            if self._observer:
+                self._observer.answered(reply, now, entry.content.seen.tokens)
             self._update(entry.content, reply, now)
 
     def _update(self, question: Question, reply: Reply, now: float) -> None:
@@ -314,6 +337,8 @@ class Answers:
     def _unanswered(self, lost: Lost[Question]) -> None:
         """The time is up: the outbox has it from here on, or it is lost."""
         question = lost.content
+        if self._observer:
+            self._observer.lost(lost.id, time.monotonic())
         if self._outbox and (question.is_replay or self._keeps_every_request):
             self._outbox.failed(lost.id)
         elif not self._keep(question):

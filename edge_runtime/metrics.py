@@ -5,11 +5,13 @@ configured otherwise: counters tell when somebody is at home.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -28,6 +30,47 @@ class Meaning(NamedTuple):
     is_gauge: bool = False  # may fall
 
 
+BOARD = {
+    "accepted": Meaning("Requests that the board took on: accepted + found = answered + lost + open + kept"),
+    "found": Meaning("Requests that an earlier run left in the outbox"),
+    "answered": Meaning("Requests that a server answered"),
+    "lost": Meaning("Requests that ended without an answer, each reported in an event"),
+    "open": Meaning("Requests that wait for an answer", is_gauge=True),
+    "kept": Meaning("Requests in the outbox, to be asked again", is_gauge=True),
+    "replayed": Meaning("Requests asked again out of the outbox"),
+    "resent": Meaning("Requests sent once more, with the same id, since no reply came"),
+    "busy": Meaning("Replies that asked to come back later"),
+    "duplicate": Meaning("Replies to what was answered already"),
+    "late": Meaning("Replies to what was lost or kept already"),
+    "unknown": Meaning("Replies to nothing that the board remembers"),
+    "reply": Meaning(
+        "Replies, by what they said; overflow: no room to read them, overtaken: faster than the draft", "status"
+    ),
+    "frames_failed": Meaning("Frames that head or coder could not handle"),
+    "frames": Meaning("Frames read from cameras, files and MQTT"),
+    "still": Meaning("Frames held back by the motion gate"),
+    "lightning": Meaning("Frames held back because the whole picture changed at once"),
+    "skipped": Meaning("Frames replaced by a newer one before anybody looked at them, or too early"),
+    "unreadable": Meaning("Pictures that could not be decoded"),
+    "reopened": Meaning("Cameras opened again after a stall, an end or an error"),
+    "mqtt": Meaning("Messages to and from the servers' broker, by what became of them", "what", is_gauge=True),
+}
+
+
+def by_kind(meanings: Mapping[str, Meaning], flat: Mapping[str, float]) -> dict[str, float | dict[str, float]]:
+    """Counters named <name>_<kind> under their names, where the meaning has a label."""
+    values: dict[str, float | dict[str, float]] = {}
+    for name, value in flat.items():
+        kinds = next(
+            (known for known, meaning in meanings.items() if meaning.label and name.startswith(f"{known}_")), None
+        )
+        if kinds is None:
+            values[name] = value
+        else:
+            values[kinds] = {**values.get(kinds, {}), name.removeprefix(f"{kinds}_"): value}  # type: ignore[dict-item]
+    return values
+
+
 class _Read(Collector):
     def __init__(self, prefix: str, meanings: Mapping[str, Meaning], read: Callable[[], Values]) -> None:
         self._prefix, self._meanings, self._read = prefix, meanings, read
@@ -44,6 +87,11 @@ class _Read(Collector):
             yield metric
 
 
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """A line for each scrape would bury the rest."""
+
+
 @contextmanager
 def exported(
     config: MetricsConfig | None, prefix: str, meanings: Mapping[str, Meaning], read: Callable[[], Values]
@@ -58,12 +106,14 @@ def exported(
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Read(prefix, meanings, read))
     try:
-        server, thread = start_http_server(config.port, config.host, registry)
+        server = make_server(config.host, config.port, make_wsgi_app(registry), handler_class=_Quiet)
     except OSError as error:
         raise ConfigError(
             f"metrics: {config.host}:{config.port}: {error.strerror}: choose another port, or 0 for any"
         ) from error
-    port: int = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+    port = server.server_port
     logger.info("metrics at http://%s:%d/metrics", config.host, port)
     try:
         yield port

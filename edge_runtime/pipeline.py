@@ -46,6 +46,7 @@ class Plan:
     tier: Tier | None = None  # wanted for the answer
     jpeg_quality: int = 75  # of offload
     explain: Explain | None = None  # what a policy expected
+    drafts: bool = True  # where the draft is no part of the request: whether there is time for one
     keeps: bool = False  # the link is away: the request goes to the outbox at once
 
 
@@ -58,7 +59,7 @@ class Planner(Protocol):
     def stands(self, plan: Plan, confidence: float) -> str | None:
         """Why the draft needs nobody to verify it; None: it does."""
 
-    def took(self, timings_ms: dict[str, float]) -> None:
+    def took(self, plan: Plan, timings_ms: dict[str, float]) -> None:
         """What the stages of a frame took."""
 
 
@@ -74,7 +75,7 @@ class Fixed:
     def stands(self, plan: Plan, confidence: float) -> str | None:
         return None
 
-    def took(self, timings_ms: dict[str, float]) -> None:
+    def took(self, plan: Plan, timings_ms: dict[str, float]) -> None:
         pass
 
 
@@ -142,13 +143,13 @@ class Pipeline:
         watch.lap("head")
         if plan.paradigm == "split":
             seen = self._ask(frame, plan, seen, pixels, symbols, watch)
-        drafted = self.draft.write(symbols) if self.draft else NOTHING_DRAFTED
+        drafted = self.draft.write(symbols) if self.draft and plan.drafts else NOTHING_DRAFTED
         watch.lap("draft")
         if drafted.tokens:
             text, device = self.bundle.text(list(drafted.tokens)), AnsweredBy("device")
             seen = msgspec.structs.replace(seen, text=text, tokens=drafted.tokens, answered_by=device)
         if plan.paradigm == "speculative":
-            if why := self.planner.stands(plan, drafted.confidence):
+            if not plan.keeps and (why := self.planner.stands(plan, drafted.confidence)):
                 plan = replace(plan, paradigm="device", why=why)
             else:
                 seen = self._ask(frame, plan, seen, pixels, symbols, watch)
@@ -161,7 +162,7 @@ class Pipeline:
             seen = self._timed(final, frame, watch)
             self.events.publish(seen)
         watch.lap("publish")
-        self.planner.took(watch.ms)
+        self.planner.took(plan, watch.ms)
         return seen
 
     def _seen(self, frame: Frame, plan: Plan) -> Event:

@@ -8,6 +8,7 @@ import logging
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,18 +21,23 @@ from edge_runtime import __version__
 from edge_runtime.answers import Answers
 from edge_runtime.backends import SUFFIXES, choose, load_model
 from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.confidence import Calibration
 from edge_runtime.config import MqttConfig, RuntimeConfig
 from edge_runtime.draft import Draft
+from edge_runtime.estimates import Estimates
 from edge_runtime.events import Events
 from edge_runtime.head import Head
-from edge_runtime.mqtt import Message, MqttClient, Publish
-from edge_runtime.pipeline import Fixed, Pipeline, Plan
+from edge_runtime.mqtt import Message, MqttClient, Publish, State
+from edge_runtime.pipeline import Pipeline
+from edge_runtime.planner import BoardPlanner
+from edge_runtime.policy import Policy
 from edge_runtime.sources import Cameras
 from edge_runtime.switches import Switches, board_switches
-from edge_runtime.wire import Event, Tier, topics
-from edge_runtime.wire.event import ParadigmName
+from edge_runtime.wire import Event, topics
 
 logger = logging.getLogger(__name__)
+
+BOOT = secrets.token_hex(4)  # tells one start of a board from the next
 
 
 def load_head(bundle: Bundle, backend: str, threads: int) -> Head:
@@ -47,79 +53,125 @@ def load_draft(bundle: Bundle, backend: str, threads: int) -> Draft:
     return Draft(look, step, bundle.manifest.max_tokens)
 
 
+class Board:
+    """The parts of one board, and how they hear of each other."""
+
+    def __init__(self, config: RuntimeConfig, listener: Callable[[Event], None] | None = None) -> None:
+        """Raises the named errors of what cannot start; a broker that is away is not one of them."""
+        self.config = config
+        board, site = config.board, config.board.site
+        # One frame's resize gains nothing from OpenCV's own pool, and waits for its workers where cores are busy.
+        cv2.setNumThreads(board.threads)
+        self.bundle = bundle = open_bundle(Path(board.bundle))
+        _ = bundle.tables, bundle.words  # a file that is missing is found at start
+        only_offloads = board.paradigm == "offload"  # a board without a head
+        head = None if only_offloads else load_head(bundle, board.backend, board.threads)
+        draft = None if only_offloads else load_draft(bundle, board.backend, board.threads)
+        self.cameras = Cameras(config.cameras)
+        self.switches = Switches(site, board.id, board_switches(config, self.cameras))
+        self.estimates = Estimates()
+        self.servers, self.local = self._clients()
+        self.events = Events(self.local, site, board.id, listener)
+        self.answers = Answers(
+            self.servers,
+            bundle,
+            site,
+            board.id,
+            self.events,
+            board.open_requests,
+            board.resend_ms / 1e3,
+            config.outbox,
+            self.estimates,
+        )
+        calibration = Calibration(bundle.manifest.draft_calibration)
+        policy = Policy(config.policy, has_head=head is not None, has_draft=draft is not None, calibration=calibration)
+        planner = BoardPlanner(config, self.cameras, self.switches, policy, self.estimates)
+        self.pipeline = Pipeline(bundle, head, draft, planner, self.answers, self.events, board.slowdown)
+
+    def run(self, stop: threading.Event) -> dict[str, int]:
+        """Until the sources end or `stop` is set; returns what became of the requests."""
+        with ExitStack() as running:
+            for client in {self.servers, self.local}:
+                running.enter_context(client)
+            running.enter_context(self.answers)
+            self.pipeline.run(self.cameras.frames(stop))
+            # Sources that end, such as files, leave questions open: their answers are waited for, up to the deadline.
+            self.answers.wait_until_settled(self.config.board.deadline_ms / 1e3, stop)
+        summary = self.summary()
+        logger.info("board stopped %s", " ".join(f"{name}={value}" for name, value in summary.items()))
+        return summary
+
+    def summary(self) -> dict[str, int]:
+        """Every counter; any thread."""
+        mqtt = {f"mqtt_{name}": count for name, count in asdict(self.servers.stats()).items()}
+        failed = {"frames_failed": self.pipeline.failed}
+        return self.answers.summary() | failed | asdict(self.cameras.totals()) | mqtt
+
+    def _clients(self) -> tuple[MqttClient, MqttClient]:
+        """To the servers' broker, and to the near one of the users: the same where only one is configured."""
+        board, site = self.config.board, self.config.board.site
+        for_servers = [(topics.reply(site, board.id), 1), (topics.server_statuses(site), 0)]
+        for_users = [self.switches.subscription] + [(topics.frame(site, board.id), 0)] * self.cameras.wants_pictures
+        if self.config.local is None:
+            one = self._client(self.config.mqtt, for_servers + for_users, self._told)
+            return one, one
+        local = self._client(self.config.local, for_users)
+        return self._client(self.config.mqtt, for_servers, self._told), local
+
+    def _client(
+        self,
+        mqtt: MqttConfig,
+        subscriptions: list[tuple[str, int]],
+        on_state: Callable[[State, str], None] | None = None,
+    ) -> MqttClient:
+        births = self.switches.births if self.switches.subscription in subscriptions else list
+        return MqttClient(
+            mqtt.settings(self.config.board.id),
+            subscriptions=subscriptions,
+            on_message=self._heard,
+            will=self._status("offline"),
+            birth=lambda: [self._status("online"), *births()],
+            on_state=on_state,
+        )
+
+    def _told(self, state: State, _: str) -> None:
+        if state is not State.CONNECTING:  # the first frames need not wait for the first connection
+            self.estimates.connected(state in (State.ONLINE, State.DEGRADED))
+
+    def _heard(self, message: Message) -> None:
+        """On a client's thread: to whom a message is for."""
+        board, site = self.config.board, self.config.board.site
+        if message.topic == topics.reply(site, board.id):
+            self.answers.reply_arrived(message.payload)
+        elif message.topic == topics.frame(site, board.id):
+            self.cameras.arrived(message.payload)
+        elif not self.switches.heard(message, self.local):
+            self.estimates.status_arrived(topics.server_of(message.topic), message.payload, time.monotonic())
+
+    def _status(self, state: str) -> Publish:
+        value: dict[str, Any] = {"state": state, "boot": BOOT}
+        if state == "online":
+            value |= {
+                "version": __version__,
+                "bundle": self.bundle.id.hex(),
+                "paradigm": self.switches["paradigm"],
+                "cameras": {name: camera.state for name, camera in self.cameras.states().items()},
+            }
+        board = self.config.board
+        return Publish(topics.status(board.site, board.id), json.dumps(value).encode(), qos=1, retain=True)
+
+
 def run_board(
     config: RuntimeConfig, stop: threading.Event, listener: Callable[[Event], None] | None = None
 ) -> dict[str, int]:
-    """Runs until the sources end or `stop` is set; returns what became of the requests.
+    """`Board.run` of a new board, with its counters exported where that is configured."""
+    board = Board(config, listener)
+    if config.metrics is None:
+        return board.run(stop)
+    from edge_runtime.metrics import BOARD, by_kind, exported  # a few megabytes that most boards need not carry
 
-    Raises the named errors of what cannot start; a broker that is away is not one of them.
-    """
-    board, site = config.board, config.board.site
-    # One frame's resize gains nothing from OpenCV's own pool, and waits for its workers where cores are busy.
-    cv2.setNumThreads(board.threads)
-    bundle = open_bundle(Path(board.bundle))
-    _ = bundle.tables, bundle.words  # a file that is missing is found at start
-    only_offloads = board.paradigm == "offload"  # a board without a head
-    head = None if only_offloads else load_head(bundle, board.backend, board.threads)
-    draft = None if only_offloads else load_draft(bundle, board.backend, board.threads)
-    tier = Tier[board.tier.upper()] if board.tier else None
-    paradigm: ParadigmName = "speculative" if board.paradigm == "auto" else board.paradigm
-    plan = Plan(paradigm, "configured", board.deadline_ms, tier, board.jpeg_quality)
-
-    cameras = Cameras(config.cameras)
-    switches = Switches(site, board.id, board_switches(config, cameras))
-    reply_topic = topics.reply(site, board.id)
-    boot = secrets.token_hex(4)
-
-    def from_servers(message: Message) -> None:
-        if message.topic == reply_topic:
-            answers.reply_arrived(message.payload)
-        else:
-            from_users(message)
-
-    def from_users(message: Message) -> None:
-        if not switches.heard(message, local):
-            cameras.arrived(message.payload)
-
-    def status(state: str) -> Publish:
-        value: dict[str, Any] = {"state": state, "boot": boot}
-        if state == "online":
-            value |= {"version": __version__, "bundle": bundle.id.hex(), "paradigm": board.paradigm}
-        return Publish(topics.status(site, board.id), json.dumps(value).encode(), qos=1, retain=True)
-
-    def client(mqtt: MqttConfig, topics: list[tuple[str, int]], heard: Callable[[Message], None]) -> MqttClient:
-        births = switches.births if switches.subscription in topics else list
-        return MqttClient(
-            mqtt.settings(board.id),
-            subscriptions=topics,
-            on_message=heard,
-            will=status("offline"),
-            birth=lambda: [status("online"), *births()],
-        )
-
-    for_servers = [(reply_topic, 1)]
-    for_users = [switches.subscription] + [(topics.frame(site, board.id), 0)] * cameras.wants_pictures
-    if config.local:
-        servers = client(config.mqtt, for_servers, from_servers)
-        local = client(config.local, for_users, from_users)
-    else:
-        servers = local = client(config.mqtt, for_servers + for_users, from_servers)
-    events = Events(local, site, board.id, listener)
-    answers = Answers(
-        servers, bundle, site, board.id, events, board.open_requests, board.resend_ms / 1e3, config.outbox
-    )
-    pipeline = Pipeline(bundle, head, draft, Fixed(plan), answers, events, board.slowdown)
-    with ExitStack() as running:
-        for each in {servers, local}:
-            running.enter_context(each)
-        running.enter_context(answers)
-        pipeline.run(cameras.frames(stop))
-        # Sources that end, such as files, leave questions open: their answers are waited for, up to the deadline.
-        answers.wait_until_settled(board.deadline_ms / 1e3, stop)
-    mqtt = {f"mqtt_{name}": count for name, count in asdict(servers.stats()).items()}
-    summary = answers.summary() | {"frames_failed": pipeline.failed} | asdict(cameras.totals()) | mqtt
-    logger.info("board stopped %s", " ".join(f"{name}={value}" for name, value in summary.items()))
-    return summary
+    with exported(config.metrics, "board", BOARD, lambda: by_kind(BOARD, board.summary())):
+        return board.run(stop)
 
 
 def stop_on_signals() -> threading.Event:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from edge_runtime import __version__
 from edge_runtime.bundle import Bundle, BundleError, open_bundle
+from edge_runtime.metrics import exported
 from edge_runtime.preprocess import PictureError, decode_picture, to_input
 from edge_runtime.wire import (
     BitstreamError,
@@ -45,6 +46,7 @@ from edge_runtime.wire import (
 from edge_runtime.wire.envelope import Bytes8
 from server.batcher import Batch, Batcher
 from server.config import Config, ServerConfig
+from server.counters import SERVER, values
 from server.engine import SIZES, Answer, Engine, Job, load_engine
 from server.escalation import (
     Bounds,
@@ -411,6 +413,7 @@ def run_server(config: Config, stop: threading.Event) -> None:
         stack.enter_context(gateway)
         if upstream:  # ends first, so that what it leaves open can still be told
             stack.enter_context(upstream)
+        stack.enter_context(exported(config.metrics, "server", SERVER, lambda: values(service.status())))
         service.serve(stop, gateway.heartbeat)
     logger.info("server stopped id=%s counts=%s", server.id, dict(service.counts))
 

@@ -12,6 +12,7 @@ ROOT = "aiflow"
 SERVERS = "server"  # stands where a board's id would, so no board may have this name
 _ID = re.compile(r"[a-z0-9-]{1,32}")
 _NAME = re.compile(r"[a-z0-9_-]{1,32}")
+_SERVER_STATUS = re.compile(rf"{ROOT}/{_ID.pattern}/{SERVERS}/({_ID.pattern})/status")
 _REQUEST = re.compile(rf"({ROOT}/{_ID.pattern}/({_ID.pattern}))/up/request")
 
 
@@ -58,6 +59,19 @@ def status(site: str, board: str) -> str:
 def server_status(site: str, server: str) -> str:
     """Server to all, JSON, retained; the last will says offline."""
     return f"{ROOT}/{_id('site', site)}/{SERVERS}/{_id('server', server)}/status"
+
+
+def server_statuses(site: str) -> str:
+    """A filter over all of them."""
+    return f"{ROOT}/{_id('site', site)}/{SERVERS}/+/status"
+
+
+def server_of(status_topic: str) -> str:
+    """The server that a status is of. Raises TopicError for any topic that is not a server's status."""
+    found = _SERVER_STATUS.fullmatch(status_topic)
+    if not found:
+        raise TopicError(f"topic {status_topic[:128]!r} is no server's: want {ROOT}/<site>/{SERVERS}/<server>/status")
+    return found[1]
 
 
 def frame(site: str, board: str) -> str:

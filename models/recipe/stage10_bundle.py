@@ -5,11 +5,24 @@ import subprocess
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from edge_runtime import confidence
 from edge_runtime.backends import load_model
-from edge_runtime.bundle import EOS, MANIFEST, SCHEMA, FileRecord, LatentRecord, Manifest, TargetRecord, file_hash
+from edge_runtime.bundle import (
+    BOS,
+    EOS,
+    MANIFEST,
+    PAD,
+    SCHEMA,
+    FileRecord,
+    LatentRecord,
+    Manifest,
+    TargetRecord,
+    file_hash,
+)
 from edge_runtime.draft import Draft
 from edge_runtime.preprocess import PIXELS
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
@@ -47,10 +60,10 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
         for part, data in zip(("look", "step"), files, strict=True):
             (out / f"draft_{part}.{suffix}").write_bytes(data)
 
-    quality = measure(work, out)
-    manifest = manifest_of(work, out, licences, quality)
+    quality, calibration = measure(work, out)
+    manifest = manifest_of(work, out, licences, quality, calibration)
     (out / "MODEL_CARD.md").write_text(card(manifest))
-    manifest = manifest_of(work, out, licences, quality)
+    manifest = manifest_of(work, out, licences, quality, calibration)
     (out / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
     work.finish(NAME, quality | {"megabytes": sum(p.stat().st_size for p in out.iterdir()) / 1e6})
 
@@ -60,8 +73,11 @@ def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
     save_file({k: v.to(torch.float16).contiguous() for k, v in weights.items()}, path)
 
 
-def measure(work: Workspace, out: Path) -> dict[str, float]:
-    """What the recipe itself can measure on the dev split; `aiflow evaluate` measures the whole chain."""
+def measure(work: Workspace, out: Path) -> tuple[dict[str, float], confidence.Table]:
+    """What the recipe itself can measure on the dev split, and how far a draft's confidence is to be trusted.
+
+    `aiflow evaluate` measures the whole chain.
+    """
     symbols = work.array("symbols-dev")
     quality = {"dev_latent_bytes": work.figures(stage5_symbols.NAME)["dev_bytes"]}
     for tier in ("edge", "cloud"):
@@ -71,14 +87,22 @@ def measure(work: Workspace, out: Path) -> dict[str, float]:
     for suffix in ("onnx", "tflite"):
         look, step = (load_model(out / f"draft_{part}.{suffix}") for part in ("look", "step"))
         draft = Draft(look, step, max_tokens=24)
-        texts = [list(draft.write(s).tokens) for s in symbols]
-        quality[f"dev_cider_draft_{suffix}"] = cider(work, "dev", [t[:-1] if t[-1] == EOS else t for t in texts])
+        drafts = [draft.write(s) for s in symbols]
+        texts = [[token for token in drafted.tokens if token != EOS] for drafted in drafts]
+        quality[f"dev_cider_draft_{suffix}"] = cider(work, "dev", texts)
+    wanted = [[int(token) for token in row if token not in (BOS, EOS, PAD)] for row in np.load(work / "texts-dev.npy")]
+    equal = [text == whole for text, whole in zip(texts, wanted, strict=True)]
+    calibration = confidence.fit([drafted.confidence for drafted in drafts], equal)
+    quality["dev_drafts_equal"] = float(np.mean(equal))
     unquantised = float_symbols(trained_head(work), work.array("photos-dev")[:FLOAT_CHECK])
     quality["head_int8_equal_symbols"] = float((unquantised == symbols[:FLOAT_CHECK]).mean())
-    return {name: round(value, 4) for name, value in quality.items()}
+    rounded = tuple((round(at, 4), round(chance, 4)) for at, chance in calibration)
+    return {name: round(value, 4) for name, value in quality.items()}, rounded
 
 
-def manifest_of(work: Workspace, out: Path, licences: dict[str, str], quality: dict[str, float]) -> Manifest:
+def manifest_of(
+    work: Workspace, out: Path, licences: dict[str, str], quality: dict[str, float], calibration: confidence.Table
+) -> Manifest:
     """The manifest of the files that are in `out`; nothing in it depends on when or where it was made."""
     shapes = decoder_shapes(work.vocabulary)
     return Manifest(
@@ -98,6 +122,7 @@ def manifest_of(work: Workspace, out: Path, licences: dict[str, str], quality: d
         licences=licences,
         training_commit=_commit(),
         quality=quality,
+        draft_calibration=calibration,
     )
 
 

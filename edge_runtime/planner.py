@@ -1,0 +1,70 @@
+"""What the next frame's plan is, out of what is configured, switched and measured.
+
+Here the settings meet: the board's, its cameras', its run-time switches. Where they say "auto" the policy chooses, from
+what the board has measured; what it chooses and why is in policy.py, what it knows in estimates.py.
+"""
+
+import time
+from dataclasses import replace
+from typing import cast
+
+import msgspec
+
+from edge_runtime.config import RuntimeConfig
+from edge_runtime.estimates import Estimates
+from edge_runtime.pipeline import Plan
+from edge_runtime.policy import Policy
+from edge_runtime.sources import Cameras
+from edge_runtime.switches import Switches
+from edge_runtime.vitals import VitalsReader
+from edge_runtime.wire import Tier
+from edge_runtime.wire.event import ParadigmName
+
+
+class BoardPlanner:
+    """The planner of a board; on the frame path's thread."""
+
+    def __init__(
+        self, config: RuntimeConfig, cameras: Cameras, switches: Switches, policy: Policy, estimates: Estimates
+    ) -> None:
+        self._board, self._keeps = config.board, config.outbox is not None
+        self._cameras, self._switches, self._policy, self._estimates = cameras, switches, policy, estimates
+        self._vitals = VitalsReader()
+
+    def plan(self, camera: str) -> Plan:
+        """A camera's own settings come before the board's; raises KeyError for a camera that is not configured."""
+        board, own = self._board, self._cameras[camera].config
+        paradigm = own.paradigm or self._switches["paradigm"]
+        tier = own.tier or board.tier
+        plan = Plan("device", "configured", own.deadline_ms or board.deadline_ms, Tier[tier.upper()] if tier else None)
+        plan = replace(plan, jpeg_quality=board.jpeg_quality)
+        if paradigm != "auto":
+            return replace(plan, paradigm=cast(ParadigmName, paradigm))  # the switch takes no other word
+        now = time.monotonic()
+        self._estimates.measured(self._vitals.read(now))
+        floor = float(self._switches["quality_floor"])
+        self._policy.config = msgspec.structs.replace(self._policy.config, quality_floor=floor)
+        decision = self._policy.choose(self._estimates.facts(now), now, plan.budget_ms)
+        plan = replace(
+            plan,
+            paradigm=decision.paradigm,
+            why=decision.explain.reason,
+            explain=decision.explain,
+            drafts=decision.drafts,
+        )
+        if decision.away and decision.paradigm == "device" and self._keeps:
+            why = f"{plan.why}; kept until the link is back"
+            return replace(plan, paradigm="speculative", why=why, keeps=True)
+        return plan
+
+    def stands(self, plan: Plan, confidence: float) -> str | None:
+        """A draft stands only where the policy chose: who configures speculative wants each one verified."""
+        if plan.explain is None:
+            return None
+        stands = self._policy.stands(confidence)
+        self._estimates.drafted(stands, time.monotonic())
+        return f"the draft is sure enough: confidence {confidence:.2f}" if stands else None
+
+    def took(self, plan: Plan, timings_ms: dict[str, float]) -> None:
+        """Feeds the estimates."""
+        self._estimates.took(plan.paradigm, timings_ms, time.monotonic())
