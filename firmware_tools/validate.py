@@ -19,13 +19,18 @@ def run(args: argparse.Namespace) -> None:
 
         server = load_toml(args.path, Config)
         server.mqtt_settings()
+        if server.upstream:
+            server.upstream.settings(server.server.id)
         _bundle(Path(server.server.bundle))
         print(f"{args.path}: server {server.server.id} of site {server.server.site} is in order")
     else:
         from edge_runtime.config import RuntimeConfig, load_toml
+        from edge_runtime.sources import check_sources
 
         board = load_toml(args.path, RuntimeConfig)
-        board.mqtt.settings(board.board.id)
+        for mqtt in filter(None, (board.mqtt, board.local)):
+            mqtt.settings(board.board.id)
+        check_sources(board.cameras)
         _bundle(Path(board.board.bundle))
         print(f"{args.path}: board {board.board.id} with {len(board.cameras)} camera(s) is in order")
 

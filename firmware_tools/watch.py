@@ -61,12 +61,14 @@ def line(board: str, event: Event) -> str:
     """An event for people: when, who, what, by whom, at which price."""
     by = event.answered_by.tier if event.answered_by else "nobody"
     price = f"{event.bytes_up} B" if event.bytes_up else "nothing sent"
-    took = event.timings_ms.get("answer")
+    state = "" if event.final or event.type == "new" else "for now, "
     parts = [
         f"{event.captured:%H:%M:%S}",
         f"{board}/{event.camera}",
         f"{event.type:6}",
         printable(event.text or f"({event.why})"),
-        f"[{by}, {price}" + (f", {took:.0f} ms" if took else "") + "]",
+        f"[{state}{by}, {price}, {event.after_ms:.0f} ms]",
     ]
+    if event.type == "new" and event.explain:  # the later events of a frame would only repeat it
+        parts.append(printable(event.explain.reason))
     return "  ".join(parts)

@@ -1,6 +1,7 @@
 """Counters over HTTP, read by what Prometheus itself reads with."""
 
 import urllib.request
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -66,3 +67,11 @@ def test_a_servers_counters_come_by_what_happened():
     assert (read["escalated"], read["alone"], read["changed"]) == ({"tier": 2}, {"offline": 1}, {"tier": 1})
     assert (read["waiting"], read["asked_above"], read["answered_above"]) == (3, 1, 1)
     assert read.keys() <= SERVER.keys()
+
+
+@pytest.mark.parametrize(("prefix", "meanings"), [("board", BOARD), ("server", SERVER)])
+def test_every_counter_is_documented(prefix, meanings):
+    page = (Path(__file__).parents[2] / "docs/RELIABILITY.md").read_text()
+    for name, meaning in meanings.items():
+        total = "" if meaning.is_gauge else "_total"
+        assert f"| `aiflow_{prefix}_{name}{total}` | {meaning.label} | {meaning.text} |" in page
