@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,28 +19,112 @@ from firmware_tools.evaluate import SHIPPED_BUNDLE
 from firmware_tools.terminal import print_figures
 
 BACKENDS = ("onnx", "litert")
+PARTS = {
+    "codec": "the entropy coder, on the photos' symbols",
+    "device": "a board alone: stages, memory",
+    "server": "a server's engine: texts a second, with drafts and without",
+    "gateway": "a server behind a broker: requests a second",
+    "faults": "the fault matrix: what becomes of every request",
+    "e2e": "board, brokers and servers over simulated links, each paradigm against sending pictures",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which part, and on what."""
-    parser.add_argument("part", choices=["codec", "device", "server", "gateway"])
+    parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
+    for name, summary in PARTS.items():
+        part = parts.add_parser(name, help=summary, description=summary)
+        _add_e2e_arguments(part) if name == "e2e" else _add_arguments(part)
+
+
+def _add_e2e_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR", help="photos")
+    parser.add_argument("--captions", type=Path, required=True, metavar="TSV", help="columns split, image, caption")
+    parser.add_argument("--split", metavar="NAME", help="only photos of this split")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N photos")
+    parser.add_argument("--profile", nargs="+", required=True, metavar="NAME", help="links, one after the other")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="play this after warming up on the profile")
+    parser.add_argument(
+        "--paradigms", metavar="A,B,...", help="default: device,offload,offload-small,split,speculative,policy"
+    )
+    parser.add_argument("--board-slowdown", type=float, default=1.0, metavar="X", help="a board X times slower")
+    parser.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, metavar="DIR", help="default: the shipped one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE; of several links a list")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures into FILE, such as e2e.png")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="photos (default: the demo's)")
     parser.add_argument("--limit", type=int, default=64, metavar="N", help="at most N of them (default: 64)")
     parser.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, metavar="DIR", help="default: the shipped one")
     parser.add_argument("--backend", choices=BACKENDS, help="of head and draft (default: onnx; device: both)")
     parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="of server, gateway (default: edge)")
     parser.add_argument("--frames", type=int, default=500, metavar="N", help="of device (default: 500)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each half of gateway (default: 10)")
+    parser.add_argument("--seconds", type=float, help="of each half of gateway (default: 10), of each fault (its own)")
+    parser.add_argument("--row", nargs="+", default=[], metavar="NAME", help="of faults (default: all but soak)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of faults to FILE")
     parser.add_argument("--threads", type=int, default=1, help="of server and gateway (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints the figures and writes the JSON."""
+def run(args: argparse.Namespace) -> int:
+    """Prints the figures and writes the JSON; 1 where a fault was not survived."""
+    if args.part == "faults":
+        return faults(args)
+    if args.part == "e2e":
+        return end_to_end(args)
     figures = measure(args, open_bundle(args.bundle))
     print_figures(figures)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def faults(args: argparse.Namespace) -> int:
+    """Plays the fault matrix, shows it as a table and writes it."""
+    from rich.console import Console
+
+    from benchmarks.faults import chosen, play, report
+    from firmware_tools.demo import interrupted_once
+
+    photos = [photo.data for photo in collect(args.images, limit=args.limit)]
+    console = Console(stderr=True, log_path=False)
+    logging.getLogger("edge_runtime").setLevel(logging.ERROR)  # lost connections are what this is about
+    with interrupted_once():
+        results = play(chosen(args.row), open_bundle(args.bundle), photos, args.seconds, console.log)
+    Console().print(report.table(results))
+    if args.markdown:
+        args.markdown.write_text(report.markdown(results), encoding="utf-8")
+    if args.json:
+        args.json.write_text(json.dumps({"rows": [asdict(result) for result in results]}, indent=2) + "\n")
+    return int(any(result.held is False for result in results))
+
+
+def end_to_end(args: argparse.Namespace) -> int:
+    """Plays the paradigms over the links, shows tables and writes what is asked for."""
+    from benchmarks import e2e, e2e_report
+    from firmware_tools.demo import interrupted_once
+    from firmware_tools.link import read_trace
+    from firmware_tools.shaping import named
+    from models.captions import read_captions
+
+    paradigms = args.paradigms.split(",") if args.paradigms else e2e.DEFAULT
+    e2e.ordered(paradigms)  # what is wrong is found before anything starts
+    profiles = [named(name) for name in dict.fromkeys(args.profile)]
+    trace = read_trace(args.trace) if args.trace else ()
+    for file in (args.json, args.plot):
+        if file and not file.absolute().parent.is_dir():
+            raise e2e.E2eError(f"{file}: there is no such directory to write to: make it first")
+    captions = {n: texts for n, (split, texts) in read_captions(args.captions).items() if args.split in (None, split)}
+    case = e2e.Case(e2e.captioned(args.images, captions, args.limit), captions, args.board_slowdown)
+    with interrupted_once():
+        runs = e2e.run(open_bundle(args.bundle), case, paradigms, profiles, trace)
+    e2e_report.print_runs(runs)
+    if args.json:
+        args.json.write_text(json.dumps(runs if runs[1:] else runs[0], indent=2) + "\n")
+    if args.plot:
+        e2e_report.plot(runs, args.plot)
+    return 0
 
 
 def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
@@ -64,7 +150,7 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         return server.run(bundle, symbols, drafts, args.tier, threads=args.threads)
     from benchmarks import gateway
 
-    return gateway.run(bundle, symbols, drafts, args.tier, seconds=args.seconds, threads=args.threads)
+    return gateway.run(bundle, symbols, drafts, args.tier, seconds=args.seconds or 10.0, threads=args.threads)
 
 
 def frames_of(images: list[Path] | None, limit: int) -> Iterator[NDArray[np.uint8]]:

@@ -22,7 +22,7 @@ COMMANDS = {
     "watch": "show live events of a site in the terminal",
     "evaluate": "measure quality and bytes on captioned or labelled photos",
     "link": "put a simulated thin link (NB-IoT to Wi-Fi, outages) before a broker",
-    "bench": "measure speed: codec, device, server, gateway",
+    "bench": "measure parts (codec, device, server, gateway), the case study (e2e), faults",
 }
 SERVICES = ("run", "serve")  # their log is their output
 EPILOG = """\

@@ -442,7 +442,7 @@ def _trace(args: argparse.Namespace) -> list[tuple[float, Profile]]:
     if args.up_kbit is None and (args.down_kbit, args.rtt_ms) != (None, None):
         raise LinkError("--down-kbit and --rtt-ms belong to --up-kbit, not to a profile or a trace: leave them out")
     if args.trace:
-        trace = parse_trace(_read(args.trace), str(args.trace))
+        trace = read_trace(args.trace)
     elif args.profile:
         trace = [(0.0, PROFILES[args.profile])]
     elif args.rtt_ms is None:
@@ -455,12 +455,13 @@ def _trace(args: argparse.Namespace) -> list[tuple[float, Profile]]:
     return [(seconds, replace(profile, **changes)) for seconds, profile in trace]
 
 
-def _read(path: Path) -> str:
+def read_trace(path: Path) -> list[tuple[float, Profile]]:
+    """A file of moments and profiles. Raises LinkError, OSError."""
     with path.open("rb") as file:
         data = file.read(MAX_TRACE_BYTES + 1)
     if len(data) > MAX_TRACE_BYTES:
         raise LinkError(f"{path}: more than {MAX_TRACE_BYTES} bytes, want less: cut the trace")
     try:
-        return data.decode()
+        return parse_trace(data.decode(), str(path))
     except UnicodeDecodeError as error:
         raise LinkError(f"{path}: not UTF-8 at byte {error.start}, want lines such as 0<TAB>wifi") from None

@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> None:
         board = load_toml(args.path, RuntimeConfig)
         for mqtt in filter(None, (board.mqtt, board.local)):
             mqtt.settings(board.board.id)
-        check_sources(board.cameras)
         _bundle(Path(board.board.bundle))
+        check_sources(board.cameras)
         print(f"{args.path}: board {board.board.id} with {len(board.cameras)} camera(s) is in order")
 
 

@@ -1,0 +1,154 @@
+"""What the events of a board say about each photo, and the figures made of that. Pure: no process, clock or file."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.wire import Event
+
+BASELINE = "offload"
+NOT_FIXED = ("device", "policy", "escalate")  # no verified text, chooses, and has other servers
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one photo."""
+
+    photo: str
+    at_s: float  # when it was shown, since the first that counts
+    text: str = ""  # the last one: after a loss the draft
+    paradigm: str = ""  # of the last event; a policy chose it
+    answered_by: str = ""  # tier; empty: lost
+    first_ms: float | None = None  # from capture to the first event with a text
+    final_ms: float | None = None  # from capture to the final answer; None: lost
+    server_ms: float = 0.0  # computing on all servers
+    bytes_up: int = 0  # payloads of all the frame's requests
+    was_passed_up: bool = False  # a server answered, and asked the tier above
+
+
+def outcome_of(photo: str, at_s: float, events: Sequence[Event]) -> Outcome:
+    """From all events of one frame, in their order; without a final one it is lost."""
+    if not events:
+        return Outcome(photo, at_s)
+    last = events[-1]
+    is_answered = last.final and last.type != "lost"
+    return Outcome(
+        photo,
+        at_s,
+        text=last.text,
+        paradigm=last.paradigm or "",
+        answered_by=last.answered_by.tier if is_answered and last.answered_by else "",
+        first_ms=next((event.after_ms for event in events if event.text), None),
+        final_ms=last.after_ms if is_answered else None,
+        server_ms=sum(hop.compute_ms for hop in last.hops),
+        bytes_up=last.bytes_up,
+        was_passed_up=any(event.type == "update" and not event.final for event in events),
+    )
+
+
+def figures_of(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """One paradigm's. Times in ms; None where there is nothing to count.
+
+    A draft that a policy lets stand counts as verified when it was written, since nothing better follows. Alone, as the
+    paradigm `device`, drafts are never verified.
+    """
+    answered = [outcome for outcome in outcomes if outcome.final_ms is not None]
+    verified = [] if name == "device" else [o.final_ms for o in answered if o.final_ms is not None]
+    return {
+        "bytes_mean": _mean([outcome.bytes_up for outcome in outcomes]),
+        "first_text_ms_p50": _percentile([o.first_ms for o in outcomes if o.first_ms is not None], 50),
+        "verified_ms_p50": _percentile(verified, 50),
+        "verified_ms_p95": _percentile(verified, 95),
+        "server_ms_mean": _mean([outcome.server_ms for outcome in answered]),
+        "answered": len(answered),
+        "lost": len(outcomes) - len(answered),
+        "chosen": _shares([outcome.paradigm for outcome in answered]),
+        "answered_by": _shares([outcome.answered_by for outcome in answered]),
+    }
+
+
+def compared(
+    ciders: Mapping[str, float | None], outcomes: Mapping[str, Sequence[Outcome]]
+) -> dict[str, dict[str, Any]]:
+    """All paradigms' figures, with their ratios to the baseline, which must be among them."""
+    paradigms = {name: {"cider": ciders[name]} | figures_of(name, seen) for name, seen in outcomes.items()}
+    baseline = paradigms[BASELINE]
+    for figures in paradigms.values():
+        figures["cider_ratio"] = ratio(figures["cider"], baseline["cider"])
+        figures["bytes_ratio"] = ratio(figures["bytes_mean"], baseline["bytes_mean"])
+        figures["verified_ratio"] = ratio(figures["verified_ms_p50"], baseline["verified_ms_p50"])
+        figures["server_ms_ratio"] = ratio(figures["server_ms_mean"], baseline["server_ms_mean"])
+        figures["first_to_verified"] = ratio(figures["first_text_ms_p50"], figures["verified_ms_p50"])
+    if policy := paradigms.get("policy"):
+        times = {name: figures["verified_ms_p50"] for name, figures in paradigms.items() if name not in NOT_FIXED}
+        times = {name: ms for name, ms in times.items() if ms is not None}
+        policy["best_fixed"] = min(times, key=lambda name: times[name], default=None)
+        policy["verified_to_best_fixed"] = ratio(policy["verified_ms_p50"], min(times.values(), default=None))
+    if escalating := paradigms.get("escalate"):
+        cloud = paradigms["speculative"]  # its texts are the cloud's own to the token
+        escalating["escalated_share"] = _mean([outcome.was_passed_up for outcome in outcomes["escalate"]])
+        escalating["cider_to_cloud"] = ratio(escalating["cider"], cloud["cider"])
+        escalating["verified_to_cloud"] = ratio(escalating["verified_ms_p50"], cloud["verified_ms_p50"])
+    return paradigms
+
+
+def slots_of(
+    trace: Sequence[tuple[float, str]], end_s: float, outcomes: Mapping[str, Sequence[Outcome]], lost_ms: float
+) -> list[dict[str, Any]]:
+    """Per moment of a trace (seconds, profile): each paradigm's median, the best fixed one, the policy's ratio to that.
+
+    A photo counts where it was shown, whenever its answer came; a lost one as lost_ms.
+    """
+    slots = []
+    for (start_s, profile), until_s in zip(trace, [*(s for s, _ in trace[1:]), end_s], strict=True):
+        medians: dict[str, float] = {}
+        for name, seen in outcomes.items():
+            here = [o.final_ms or lost_ms for o in seen if start_s <= o.at_s < until_s]
+            if here and name != "device":
+                medians[name] = float(np.median(here))
+        fixed = {name: ms for name, ms in medians.items() if name not in NOT_FIXED}
+        slots.append(
+            {
+                "profile": profile,
+                "from_s": start_s,
+                "to_s": until_s,
+                "photos": {name: sum(start_s <= o.at_s < until_s for o in seen) for name, seen in outcomes.items()},
+                "verified_ms_p50": medians,
+                "best_fixed": min(fixed, key=lambda name: fixed[name], default=None),
+                "policy_to_best": ratio(medians.get("policy"), min(fixed.values(), default=None)),
+            }
+        )
+    return slots
+
+
+def against_oracle(slots: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The policy against an oracle that knows each slot's best fixed paradigm: of summed medians, and slot by slot."""
+    both = [(slot["verified_ms_p50"], slot["policy_to_best"], slot["best_fixed"]) for slot in slots]
+    both = [each for each in both if each[1] is not None]
+    return {
+        "policy_to_oracle": ratio(
+            sum(medians["policy"] for medians, _, _ in both) or None, sum(medians[best] for medians, _, best in both)
+        ),
+        "policy_to_oracle_geometric": exp(sum(log(each) for _, each, _ in both) / len(both)) if both else None,
+    }
+
+
+def ratio(value: float | None, to: float | None) -> float | None:
+    """None where one of them is missing or there is nothing to divide by."""
+    return None if value is None or not to else value / to
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _percentile(values: Sequence[float], percent: float) -> float | None:
+    return float(np.percentile(values, percent)) if values else None
+
+
+def _shares(names: Sequence[str]) -> dict[str, float]:
+    return {name: count / len(names) for name, count in Counter(names).most_common()}

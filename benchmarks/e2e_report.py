@@ -1,0 +1,99 @@
+"""The figures of end-to-end runs for people: a table per profile, and a picture of all."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = {
+    "paradigm": "name",
+    "CIDEr": "cider",
+    "bytes": "bytes_mean",
+    "first text\nms p50": "first_text_ms_p50",
+    "verified\nms p50": "verified_ms_p50",
+    "verified\nms p95": "verified_ms_p95",
+    "to offload": "verified_ratio",
+    "server\nms": "server_ms_mean",
+    "answered": "answered",
+    "lost": "lost",
+}
+
+
+def print_runs(runs: Sequence[dict[str, Any]]) -> None:
+    """A table per profile; off a terminal tab-separated lines."""
+    console = Console()
+    for run in runs:
+        title = f"{run['profile']}, {run['images']} photos, board {run['board_slowdown']:g} times slower"
+        rows = [[_shown(cells[key]) for key in COLUMNS.values()] for cells in _cells(run)]
+        if console.is_terminal:
+            table = Table(*COLUMNS, title=title)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+        else:
+            lines = [[name.replace("\n", " ") for name in COLUMNS], *rows]
+            print("\n".join([title, *("\t".join(line) for line in lines)]))
+        for line in _remarks(run):
+            print(line)
+
+
+def _cells(run: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"name": name} | figures for name, figures in run["paradigms"].items()]
+
+
+def _remarks(run: dict[str, Any]) -> list[str]:
+    lines = []
+    if policy := run["paradigms"].get("policy"):
+        chosen = ", ".join(f"{name} {share:.0%}" for name, share in policy["chosen"].items())
+        to_best = _shown(policy["verified_to_best_fixed"])
+        lines.append(f"policy: {to_best} of the best fixed paradigm ({policy['best_fixed']}); chose {chosen}")
+    if escalating := run["paradigms"].get("escalate"):
+        share, quality = _shown(escalating["escalated_share"]), _shown(escalating["cider_to_cloud"])
+        lines.append(f"escalate: passed up a share of {share}, CIDEr {quality} of the cloud's alone")
+    if quality := run["small_jpeg_quality"]:
+        lines.append(f"offload-small: JPEG quality {quality}")
+    if trace := run.get("trace"):
+        for slot in trace["slots"]:
+            where = f"{slot['from_s']:g} to {slot['to_s']:g} s, {slot['profile']}"
+            lines.append(f"{where}: best {slot['best_fixed']}, policy {_shown(slot['policy_to_best'])} of it")
+        lines.append(f"policy: {_shown(trace['policy_to_oracle'])} of the oracle's time to a verified text")
+    lines.append(f"on {run['machine']['cores']} cores, shared by {run['machine']['shared_by']}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plot(runs: Sequence[dict[str, Any]], file: Path) -> None:
+    """Times by profile on the left, bytes against quality on the right; the file's ending says which format.
+
+    Raises ValueError for an ending that matplotlib does not know.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    times, prices = figure.subplots(1, 2, width_ratios=(2, 1))
+    names = list(runs[0]["paradigms"])
+    width = 0.8 / len(names)
+    for index, name in enumerate(names):
+        color, each = f"C{index}", [run["paradigms"][name] for run in runs]
+        at = [place + width * (index - (len(names) - 1) / 2) for place in range(len(runs))]
+        verified, late, first = (
+            [figures[key] or float("nan") for figures in each]
+            for key in ("verified_ms_p50", "verified_ms_p95", "first_text_ms_p50")
+        )
+        times.bar(at, verified, width, color=color, label=name)
+        times.plot(at, late, "_", color="black", markersize=8)
+        times.plot(at, first, "o", color=color, markeredgecolor="black", markersize=5)
+        if each[0]["cider"] is not None:  # smaller and smaller: those of equal price and quality are seen as rings
+            prices.plot(
+                max(1.0, each[0]["bytes_mean"]), each[0]["cider"], "o", color=color, markersize=14 - 1.5 * index
+            )
+    times.set(yscale="log", ylabel="ms", title="verified text: bar p50, dash p95; first text: dot, p50")
+    times.set_xticks(range(len(runs)), [run["profile"] for run in runs])
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=8)
+    prices.set(xscale="log", xlabel="bytes sent per photo (1: none)", ylabel="CIDEr", title="bytes and quality")
+    figure.savefig(file, dpi=120)
