@@ -337,13 +337,13 @@ class Answers:
     def _unanswered(self, lost: Lost[Question]) -> None:
         """The time is up: the outbox has it from here on, or it is lost."""
         question = lost.content
-        if self._observer:
-            self._observer.lost(lost.id, time.monotonic())
         if self._outbox and (question.is_replay or self._keeps_every_request):
             self._outbox.failed(lost.id)
         elif not self._keep(question):
             self._end_lost(lost)
             return
+        if self._observer:
+            self._observer.lost(lost.id, time.monotonic())
         self._put_by += 1
         if not question.is_replay:
             why = f"{lost.reason}: kept, asked again later"
@@ -355,6 +355,8 @@ class Answers:
         logger.info("request lost id=%s reason=%s", lost.id.hex(), lost.reason)
         if self._outbox:
             self._outbox.done(lost.id)
+        if self._observer:
+            self._observer.lost(lost.id, time.monotonic())
         self._publish(lost.content, type="lost", final=True, why=lost.reason[:1024])
 
     def _publish(self, question: Question, **changes: Any) -> None:

@@ -164,6 +164,13 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         names = [camera.name for camera in self.cameras]
         if len(set(names)) < len(names):
             raise ValueError(f"two cameras have one name among {', '.join(names)}: give each its own")
+        if self.board.paradigm == "offload":
+            for camera in self.cameras:
+                if camera.paradigm not in (None, "offload"):
+                    raise ValueError(
+                        f"camera {camera.name} wants {camera.paradigm}, but a board that offloads loads no head: "
+                        'give the board paradigm = "auto" and its other cameras "offload"'
+                    )
 
 
 def load_toml(path: Path, kind: type[Config]) -> Config:

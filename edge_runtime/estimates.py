@@ -141,7 +141,10 @@ class _Open:
 
 
 class Estimates:
-    """Fed by everybody, read by the frame path."""
+    """Fed by everybody, read by the frame path.
+
+    `sent` comes before its `answered` or `lost`; where the frame path itself calls it, the bytes count at once.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()  # of what could not be used, and why
@@ -160,7 +163,7 @@ class Estimates:
         self._passes: dict[str, Recent] = {name: Recent(32, 600.0) for name in ("plain", "drafted", "shadow")}
         self._tokens, self._accepted, self._stood = Recent(32), Recent(32), Recent(32)
         self._outcomes, self._losses_in_row = Recent(16, MINUTE_S), 0  # 1: lost
-        # (when, claim) by server; replaced whole by the one thread that hears them. So much they may be off is ours:
+        # (when, claim) by server; replaced whole by the one thread that hears them, as is what they are held against.
         self._claims: dict[str, tuple[float, ServerStatus]] = {}
         self._measured_pass_ms: float | None = None
         self._vitals = Vitals()
@@ -384,8 +387,8 @@ class Estimates:
             self._frames, self._network.changes = self._frames / 2, self._network.changes / 2
         self._busy.add(sum(ms for name, ms in timings_ms.items() if name in self._stages and 0 <= ms <= MAX_VALUE), at)
         if self._last_frame >= 0:
-            self._intervals.add(1e3 * (at - self._last_frame), at)
-        self._last_frame = at
+            self._intervals.add(1e3 * max(0.0, at - self._last_frame), at)
+        self._last_frame = max(at, self._last_frame)
 
     def _measured(self, vitals: Vitals) -> None:
         self._vitals = vitals

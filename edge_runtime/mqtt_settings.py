@@ -98,4 +98,5 @@ class Timing:
     handshake: float = 5.0  # each: TCP and TLS; CONNACK and SUBACK
     degraded: float = 3.0  # in flight without any PUBACK
     short_session: float = 10.0
-    duplicate_id: tuple[float, float] = (60.0, 300.0)  # wait when another client uses our id
+    # Wait when another client uses our id: two evictions a minute at most, and back within one when it has gone.
+    duplicate_id: tuple[float, float] = (30.0, 55.0)

@@ -148,8 +148,9 @@ class Pipeline:
         if drafted.tokens:
             text, device = self.bundle.text(list(drafted.tokens)), AnsweredBy("device")
             seen = msgspec.structs.replace(seen, text=text, tokens=drafted.tokens, answered_by=device)
+        why = self.planner.stands(plan, drafted.confidence)  # asked in any case: the planner learns from it
         if plan.paradigm == "speculative":
-            if not plan.keeps and (why := self.planner.stands(plan, drafted.confidence)):
+            if why and not plan.keeps:
                 plan = replace(plan, paradigm="device", why=why)
             else:
                 seen = self._ask(frame, plan, seen, pixels, symbols, watch)

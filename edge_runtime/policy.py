@@ -6,8 +6,8 @@ A state machine over values: `Facts` and the time come in, a `Decision` goes out
   written, so drafting costs nothing; in speculative the draft is on the way, saves the target's decoder some passes,
   and is the answer at once where it is sure enough to stand.
 - Another paradigm is taken at once for a large gain, for a small one when it has lasted for some frames.
-- What no request has measured is tried by a frame at most every PROBE_EVERY, and only if it could be better than what
-  is in use, and would be but little worse.
+- What is not well known is tried by a frame at most every PROBE_EVERY, and only if it could be better than what is in
+  use; the more a try may cost, the longer it waits.
 - A link that is away, loses most requests or is too slow for the deadline leaves the device alone; a real request tries
   it again after 1, 2, 4 ... 60 s.
 - A link that changes often makes large requests a risk: one that is on the way when a thin link takes over blocks all.
@@ -28,14 +28,15 @@ from edge_runtime.wire.event import Explain, ParadigmName
 
 LARGE_GAIN, SMALL_GAIN = 0.15, 0.01  # of the present paradigm's time
 LASTING = 3  # frames in a row that a small gain must be seen
-PROBE_EVERY = 32  # frames, at most one of them a probe
+PROBE_EVERY = 8  # frames, at most one of them a try
 FIRST_PROBE = 4  # frames, before there is anything to compare
-PROBE_PRICE = 0.05  # of the time of the frames between two probes, at most; its finding holds for far longer
+PROBE_PRICE = 0.02  # of the time of all frames is what tries may cost
+LONGEST_SAVING = 100  # frames that a try may be saved for
 UNPROVEN = 0.7  # of its likely time is the best that a decoding which was not seen lately may take
 LOST_IN_ROW, LOST_SHARE = 3, 0.5  # from here on the link counts as away
 FIRST_TRY_S, LAST_TRY_S = 1.0, 60.0
 HOT_C, HOT_WEIGHT = 80.0, 1.5  # where boards begin to throttle; what a hot one computes makes it slower still
-# Until measured: ms, bytes and counts of a Raspberry Pi 4 and a small server. The first frames correct them.
+# Until measured: ms, bytes and counts, plausible of a small board and a small server. The first frames correct them.
 DEFAULTS = Facts(
     resize_ms=2.0, head_ms=20.0, draft_ms=10.0, encode_ms=2.0, picture_ms=2.0, queue_ms=0.0, server_ms=5.0, pass_ms=2.0,
     tokens=12.0, request_bytes={"split": 500.0, "speculative": 520.0, "offload": 16_000.0},
@@ -133,7 +134,7 @@ class Policy:
             return self._try_or_wait(facts, options, open_, away, why, now)
         self._trying = None
         if probe := self._probe(in_time):
-            self._since_probe = 0
+            self._since_probe = 1
             reason = f"a try: {_ms(probe.ms)} expected, as little as {_ms(probe.best_ms)} possible"
             return self._decision(probe, facts, options, reason, is_probe=True)
         self._since_probe += 1
@@ -207,7 +208,7 @@ class Policy:
         if self._since_probe < PROBE_EVERY:
             return None
         best = min(in_time, key=lambda option: option.price)
-        bound = PROBE_PRICE * PROBE_EVERY * best.ms
+        bound = PROBE_PRICE * min(self._since_probe, LONGEST_SAVING) * best.ms
         others = [
             option
             for option in in_time

@@ -71,9 +71,11 @@ def board_switches(config: RuntimeConfig, cameras: Cameras) -> list[Switch]:
     """paradigm, quality_floor, paused, and for each camera <camera>_enabled and <camera>_motion."""
     board = config.board
     # Whoever may set a switch may not send pictures out of a house that has forbidden it.
-    may_offload = config.policy.may_offload or board.paradigm == "offload"
+    paradigms: tuple[str, ...] = PARADIGMS if config.policy.may_offload else PARADIGMS[:-1]
+    if board.paradigm == "offload":  # it has loaded no head
+        paradigms = PARADIGMS[-1:]
     switches = [
-        choice("paradigm", board.paradigm, PARADIGMS if may_offload else PARADIGMS[:-1]),
+        choice("paradigm", board.paradigm, paradigms),
         number("quality_floor", config.policy.quality_floor, 0, 1),
         on_off("paused", False, cameras.pause),
     ]

@@ -120,3 +120,8 @@ def test_aiflow_run_exits_78_and_says_why(tmp_path, text, found):
     assert result.returncode == EXIT_CONFIG
     assert found in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_camera_cannot_want_the_head_that_a_board_does_not_load(tmp_path):
+    with pytest.raises(ConfigError, match="camera door wants split, but a board that offloads .*: give the board"):
+        load(tmp_path, BOARD + 'paradigm = "offload"\n' + CAMERA + 'paradigm = "split"\n')

@@ -151,7 +151,7 @@ def test_near_equals_that_take_turns_are_no_reason_to_change():
 
 def test_what_could_be_better_is_tried_but_not_often():
     unsure = replace(
-        FACTS, head_ms=50.0, draft_ms=40.0, picture_server_ms=None, link=Link(45.0, 430.0), kind_pass_ms={"plain": 1.6}
+        FACTS, head_ms=70.0, draft_ms=40.0, picture_server_ms=None, link=Link(45.0, 430.0), kind_pass_ms={"plain": 1.6}
     )
     policy = Policy(PolicyConfig())
     decisions = [policy.choose(unsure, float(n), DEADLINE_MS) for n in range(10 * PROBE_EVERY)]
@@ -343,6 +343,6 @@ def test_more_time_never_leaves_the_device_alone(facts, deadline_ms, more_ms):
 
 
 def test_in_closed_loop_it_keeps_up_with_the_best_fixed_paradigm_and_with_an_oracle():
-    figures = simulation.run(frames=120, seed=7)
+    figures = simulation.run(frames=240, seed=7)
     assert figures["worst_to_best_fixed"] <= 1.05
     assert figures["worst_to_oracle"] <= 1.10

@@ -305,3 +305,11 @@ def test_a_user_switches_and_hears_the_state_and_a_kept_wish_is_left_alone(broke
             assert not board.cameras["door"].is_on
             user.client.publish(topics.setting(SITE, BOARD, "no_such"), b"OFF")
             until(lambda: board.switches.counters.unknown == 1)
+
+
+def test_a_board_without_a_head_cannot_be_switched_to_need_one():
+    config = RuntimeConfig(BoardConfig("b1", "bundle", paradigm="offload"), (CameraConfig("door", "mqtt"),))
+    paradigm = board_switches(config, Cameras(config.cameras))[0]
+    assert paradigm.parse("offload") == "offload"
+    with pytest.raises(SwitchError, match="is none of offload"):
+        paradigm.parse("split")

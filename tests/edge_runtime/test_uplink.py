@@ -55,11 +55,11 @@ def test_more_pictures_tell_it_better():
     noisy, rng, spans = Network(), random.Random(0), []
     for number in range(80):
         size = PICTURE if number % 8 == 5 else LATENT
-        answer(noisy, number, size, on_link(size, 10_000, 45.0) * rng.lognormvariate(0, 0.1))
+        answer(noisy, number, size, on_link(size, 1000.0, 90.0) * rng.lognormvariate(0, 0.1))
         link = noisy.link(float(number))
         spans.append(link.worst_ms(PICTURE) / link.best_ms(PICTURE))
-    assert spans[4] > spans[6] > spans[79]
-    assert link.likely_ms(PICTURE) == pytest.approx(on_link(PICTURE, 10_000, 45.0), rel=0.1)
+    assert spans[4] - 1 > 2 * (spans[6] - 1) > 4 * (spans[79] - 1)
+    assert link.likely_ms(PICTURE) == pytest.approx(on_link(PICTURE, 1000.0, 90.0), rel=0.1)
 
 
 def test_another_link_is_noticed_with_the_second_answer_and_the_old_one_is_forgotten():
