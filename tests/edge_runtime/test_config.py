@@ -123,5 +123,5 @@ def test_aiflow_run_exits_78_and_says_why(tmp_path, text, found):
 
 
 def test_a_camera_cannot_want_the_head_that_a_board_does_not_load(tmp_path):
-    with pytest.raises(ConfigError, match="camera door wants split, but a board that offloads .*: give the board"):
+    with pytest.raises(ConfigError, match=r"camera door wants split, but a board that offloads .*: give the board"):
         load(tmp_path, BOARD + 'paradigm = "offload"\n' + CAMERA + 'paradigm = "split"\n')

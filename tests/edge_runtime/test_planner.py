@@ -1,0 +1,99 @@
+"""Whose setting counts: the camera's, the switch's, the board's; and what the policy makes of "auto"."""
+
+from typing import Any
+
+import pytest
+
+from edge_runtime.confidence import Calibration
+from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, PolicyConfig, RuntimeConfig
+from edge_runtime.estimates import Estimates
+from edge_runtime.mqtt import Message
+from edge_runtime.planner import BoardPlanner
+from edge_runtime.policy import Policy
+from edge_runtime.sources import Cameras
+from edge_runtime.switches import Switches, board_switches
+from edge_runtime.wire import Tier, topics
+
+SURE = Calibration(((0.5, 0.5), (0.9, 0.95)))
+
+
+class Told:
+    """Takes what a switch publishes."""
+
+    def publish(self, *_: Any, **__: Any) -> bool:
+        return True
+
+
+class Board:
+    """What plans are made of, without a head, a broker and a camera."""
+
+    def __init__(self, outbox: OutboxConfig | None = None, **board: Any) -> None:
+        own = CameraConfig("own", "mqtt", deadline_ms=100, paradigm="split", tier="edge")
+        cameras = CameraConfig("plain", "mqtt"), own
+        config = RuntimeConfig(BoardConfig("b1", "bundle", tier="cloud", **board), cameras, outbox=outbox)
+        self.estimates = Estimates()
+        self.switches = Switches("home", "b1", board_switches(config, Cameras(cameras)))
+        policy = Policy(PolicyConfig(), calibration=SURE)
+        self.planner = BoardPlanner(config, Cameras(cameras), self.switches, policy, self.estimates)
+
+    def set(self, name: str, value: str) -> None:
+        topic = topics.setting("home", "b1", name)
+        assert self.switches.heard(Message(topic, value.encode(), 1, False, None, lambda: None), Told())
+
+
+def test_a_configured_paradigm_is_the_plan_and_says_so():
+    plan = Board(paradigm="speculative", jpeg_quality=60).planner.plan("plain")
+    assert (plan.paradigm, plan.why, plan.explain) == ("speculative", "configured", None)
+    assert (plan.budget_ms, plan.tier, plan.jpeg_quality, plan.keeps) == (5000, Tier.CLOUD, 60, False)
+
+
+def test_a_cameras_own_settings_come_before_the_boards():
+    plan = Board(paradigm="speculative").planner.plan("own")
+    assert (plan.paradigm, plan.budget_ms, plan.tier) == ("split", 100, Tier.EDGE)
+
+
+def test_a_switch_takes_the_place_of_the_boards_setting():
+    board = Board(paradigm="speculative")
+    board.set("paradigm", "device")
+    assert board.planner.plan("plain").paradigm == "device"
+    assert board.planner.plan("own").paradigm == "split"
+
+
+def test_where_the_policy_chooses_every_plan_explains_itself():
+    plan = Board().planner.plan("plain")
+    assert plan.explain is not None
+    assert (plan.paradigm, plan.why) == (plan.explain.chosen, plan.explain.reason)
+    assert plan.explain.expected_ms.keys() == {"split", "speculative", "offload"}
+
+
+def test_a_link_that_is_away_leaves_the_frame_to_the_device():
+    board = Board()
+    board.estimates.connected(False)
+    plan = board.planner.plan("plain")
+    assert (plan.paradigm, plan.keeps) == ("device", False)
+    assert "link offline, next try in" in plan.why
+
+
+def test_with_an_outbox_what_the_link_cannot_take_is_kept(tmp_path):
+    board = Board(OutboxConfig(str(tmp_path / "outbox")))
+    board.estimates.connected(False)
+    plan = board.planner.plan("plain")
+    assert (plan.paradigm, plan.keeps) == ("speculative", True)
+    assert plan.why.endswith("; kept until the link is back")
+
+
+@pytest.mark.parametrize(("confidence", "stands"), [(0.95, True), (0.8, False), (float("nan"), False)])
+def test_a_draft_stands_when_it_is_sure_enough(confidence, stands):
+    board = Board()
+    assert (board.planner.stands(board.planner.plan("plain"), confidence) is not None) == stands
+
+
+def test_the_floor_of_what_is_sure_enough_is_a_switch():
+    board = Board()
+    board.set("quality_floor", "0.5")
+    assert board.planner.stands(board.planner.plan("plain"), 0.6) == "the draft is sure enough: confidence 0.60"
+
+
+def test_who_configures_speculative_gets_every_draft_verified():
+    planner = Board(paradigm="speculative").planner
+    assert planner.stands(planner.plan("plain"), 1.0) is None
