@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from typing import Any, Protocol
 
@@ -128,6 +129,7 @@ class Answers:
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._asked = 0  # by the frame path
         self._kept_unsent = self._put_by = self._replayed = 0  # into the outbox, at once or in vain; out of it
+        self._outdated = 0  # in the outbox, and not readable
         self.counts: Counter[str] = Counter()  # replies by status, and those that were none or found no room
 
     def __enter__(self) -> "Answers":
@@ -181,7 +183,8 @@ class Answers:
         """Counters; accepted + found = answered + lost + open + kept, where found was kept by an earlier run."""
         counts = self._requests.counts
         box = self._outbox.counts if self._outbox else Counts()
-        gone = sum(box.dropped.values()) + box.gaps  # by the outbox: too old, too many, or the disk lost them
+        # By the outbox: too old, too many, lost by the disk, or written by a version that wrote otherwise.
+        gone = sum(box.dropped.values()) + box.gaps + self._outdated
         values = {
             "accepted": self._accepted(),
             "found": box.found,
@@ -205,21 +208,28 @@ class Answers:
                 continue
             if item is None:
                 break
-            if isinstance(item, Question):
-                self._open(item)
-            elif isinstance(item, Event):
-                self._announce(item)
-            elif isinstance(item, NotTaken):
-                self._end_lost(self._requests.lose(item.request_id, f"broker: {item.outcome.value}"))
-            elif isinstance(item, Due):
-                self._ask_again(item)
-            else:
-                self._reply(item)
+            try:
+                self._take(item)
+            except Exception:  # whatever one message holds, the other requests must still end
+                self.counts["broken"] += 1
+                logger.exception("answers: not handled: %r", item)
             self._look_at_the_clock()
         for lost in self._requests.close("the board stops"):
             self._unanswered(lost)
         for question in self._improving.values():
             self._stand(question, "the board stops before a higher tier answered")
+
+    def _take(self, item: "Question | Event | NotTaken | Due | bytes") -> None:
+        if isinstance(item, Question):
+            self._open(item)
+        elif isinstance(item, Event):
+            self._announce(item)
+        elif isinstance(item, NotTaken):
+            self._end_lost(self._requests.lose(item.request_id, f"broker: {item.outcome.value}"))
+        elif isinstance(item, Due):
+            self._ask_again(item)
+        else:
+            self._reply(item)
 
     def _open(self, question: Question) -> None:
         if question.keeps and self._keep(question):
@@ -379,11 +389,15 @@ class Answers:
         item, now = due.item, time.monotonic()
         if self._requests.find(item.request_id):
             return
-        request = decode_request(item.payload)
+        try:
+            request, seen = decode_request(item.payload), decode_event(item.seen)
+        except WireError as error:  # written by another version
+            self._give_up(item, f"outbox: {error}")
+            return
         again = msgspec.structs.replace(
             request, age_ms=min(int(1e3 * due.age_s), MAX_AGE_MS), budget_ms=int(1e3 * REPLAY_S)
         )
-        seen, captured = decode_event(item.seen), now - due.age_s
+        captured = now - due.age_s
         self._open(Question(again, encode_request(again), seen, captured, now + REPLAY_S, is_replay=True))
 
     def _may_replay(self) -> bool:  # on the outbox's thread, as the next two
@@ -394,7 +408,19 @@ class Answers:
 
     def _dropped(self, items: list[Kept], reason: str) -> None:
         for item in items:
+            self._publish_lost(item, f"outbox: {reason}")
+
+    def _give_up(self, item: Kept, why: str) -> None:
+        assert self._outbox is not None
+        self._outdated += 1
+        self._outbox.done(item.request_id)
+        self._publish_lost(item, why)
+
+    def _publish_lost(self, item: Kept, why: str) -> None:
+        captured = datetime.fromtimestamp(item.captured, timezone.utc)
+        try:
             seen = decode_event(item.seen)
-            after_ms = 1e3 * max(0.0, time.time() - item.captured)
-            why = f"outbox: {reason}"
-            self._events.publish(msgspec.structs.replace(seen, type="lost", final=True, why=why, after_ms=after_ms))
+        except WireError:
+            seen = Event(type="lost", frame=item.request_id.hex(), camera="unknown", captured=captured)
+        after_ms = 1e3 * max(0.0, time.time() - item.captured)
+        self._events.publish(msgspec.structs.replace(seen, type="lost", final=True, why=why[:1024], after_ms=after_ms))

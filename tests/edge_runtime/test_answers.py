@@ -20,6 +20,7 @@ from edge_runtime.config import OutboxConfig
 from edge_runtime.events import Events
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.open_requests import OpenRequests
+from edge_runtime.spool import Kept, Spool
 from edge_runtime.wire import (
     AnsweredBy,
     ContentKind,
@@ -494,6 +495,29 @@ def test_what_the_outbox_gives_up_is_lost_and_says_why(broker, board_bundle, ser
         assert (lost.type, lost.final) == ("lost", True)
         assert lost.why.startswith("outbox: ")
         assert board.answers.summary()["lost"] == 1
+
+
+def test_what_another_version_kept_is_reported_lost(broker, board_bundle, tmp_path):
+    settings = outbox_in(tmp_path)
+    spool = Spool(Path(settings.file), settings.max_bytes, settings.max_age_s, now=time.monotonic(), wall=time.time())
+    spool.keep(Kept(bytes(8), time.time(), time.time(), b"an old request", b"an old event"), time.monotonic())
+    spool.close(time.monotonic())
+    with Board(broker.port, board_bundle, outbox=settings) as board:
+        lost = board.next_event()
+        assert (lost.type, lost.final, lost.frame) == ("lost", True, bytes(8).hex())
+        assert "not an envelope" in lost.why
+        until(lambda: board.answers.summary()["lost"] == 1)
+
+
+def test_what_cannot_be_handled_is_counted_and_the_next_question_is_answered(board, server, monkeypatch):
+    def broken(*_: Any) -> None:
+        raise RuntimeError("for the test")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("edge_runtime.answers.decode_reply", broken)
+        server.say(b"whatever")
+        until(lambda: board.answers.summary().get("reply_broken") == 1)
+    answer_one_more(board, server)
 
 
 def test_with_every_request_kept_a_killed_board_loses_none(broker, board_bundle, server, tmp_path):
