@@ -52,8 +52,10 @@ logger = logging.getLogger(__name__)
 
 QUEUE = 256  # values between threads; a board has a few a second
 IDLE_S = 0.5  # the longest wait between two looks at the clock
+WRITE_S = 0.3  # for the outbox to write a request that must not be lost, before it leaves all the same
 REPLAY_S = 30.0  # for the answer to a request out of the outbox
 PARADIGMS: tuple[ParadigmName, ...] = ("device", "split", "speculative", "offload")  # by number
+MAX_AFTER_S = 1e6  # of an event
 MAX_AGE_MS = 0xFFFFFFFF  # of a request
 
 
@@ -68,7 +70,8 @@ class Question:
     deadline: float  # the same clock: the draft stands after it
     keeps: bool = False  # not to be sent now: the link is away
     is_replay: bool = False  # out of the outbox
-    asked: float = 0.0  # the same clock: when it was first sent, set by the answers' thread
+    begun: float = 0.0  # the same clock: when the answers' thread took it
+    asked: float = 0.0  # the same clock: when it was first sent
     bytes_up: int = 0  # whole payloads, resends included; counted by the answers' thread
 
 
@@ -86,6 +89,13 @@ class Due:
 
     item: Kept
     age_s: float  # since capture
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Requests that outlive a power cut from now on."""
+
+    ids: tuple[bytes, ...]
 
 
 class Observer(Protocol):
@@ -119,13 +129,22 @@ class Answers:
         self._client, self._bundle, self._events, self._capacity = client, bundle, events, capacity
         self._observer = observer
         self._outbox = (
-            Outbox(outbox, on_due=self._due, on_dropped=self._dropped, may_replay=self._may_replay) if outbox else None
+            Outbox(
+                outbox,
+                on_due=self._due,
+                on_dropped=self._dropped,
+                may_replay=self._may_replay,
+                on_kept=self._written,
+            )
+            if outbox
+            else None
         )
         self._keeps_every_request = outbox is not None and outbox.every_request
         self._requests: OpenRequests[Question] = OpenRequests(capacity, min_resend_s=resend_s, rng=random.Random())
         self._topic = topics.request(site, board)
         self._improving: dict[bytes, Question] = {}  # answered; a higher tier may answer once more
-        self._inbox: queue.Queue[Question | Event | NotTaken | Due | bytes | None] = queue.Queue(QUEUE)
+        self._unwritten: dict[bytes, Question] = {}  # leave when the outbox has them on disk
+        self._inbox: queue.Queue[Question | Event | NotTaken | Due | Written | bytes | None] = queue.Queue(QUEUE)
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._asked = 0  # by the frame path
         self._kept_unsent = self._put_by = self._replayed = 0  # into the outbox, at once or in vain; out of it
@@ -214,30 +233,41 @@ class Answers:
                 self.counts["broken"] += 1
                 logger.exception("answers: not handled: %r", item)
             self._look_at_the_clock()
+        for question in self._unwritten.values():  # the outbox has it
+            self._kept_unsent += 1
+            self._events.publish(question.seen)
         for lost in self._requests.close("the board stops"):
             self._unanswered(lost)
         for question in self._improving.values():
             self._stand(question, "the board stops before a higher tier answered")
 
-    def _take(self, item: "Question | Event | NotTaken | Due | bytes") -> None:
+    def _take(self, item: "Question | Event | NotTaken | Due | Written | bytes") -> None:
         if isinstance(item, Question):
-            self._open(item)
+            self._begin(item)
         elif isinstance(item, Event):
             self._announce(item)
         elif isinstance(item, NotTaken):
             self._end_lost(self._requests.lose(item.request_id, f"broker: {item.outcome.value}"))
         elif isinstance(item, Due):
             self._ask_again(item)
+        elif isinstance(item, Written):
+            for question in filter(None, [self._unwritten.pop(request_id, None) for request_id in item.ids]):
+                self._open(question)
         else:
             self._reply(item)
 
-    def _open(self, question: Question) -> None:
+    def _begin(self, question: Question) -> None:
+        """On its way, into the outbox, or on its way as soon as the outbox has written it."""
+        question.begun = time.monotonic()
         if question.keeps and self._keep(question):
             self._kept_unsent += 1
             self._events.publish(question.seen)
-            return
-        if self._keeps_every_request and not question.is_replay:
-            self._keep(question, held=True)
+        elif self._keeps_every_request and self._keep(question, held=True):
+            self._unwritten[question.request.id] = question
+        else:
+            self._open(question)
+
+    def _open(self, question: Question) -> None:
         question.asked = now = time.monotonic()
         self._replayed += question.is_replay
         for lost in self._requests.open(question.request.id, question, question.deadline, now):
@@ -275,6 +305,10 @@ class Answers:
             if question.deadline <= now:
                 del self._improving[request_id]
                 self._stand(question, "no higher tier answered in time")
+        overdue = now - WRITE_S  # a disk that hangs or is full holds nobody up for longer
+        for question in [q for q in self._unwritten.values() if q.begun <= overdue]:
+            del self._unwritten[question.request.id]
+            self._open(question)
         for lost in self._requests.expired(now):
             self._unanswered(lost)
         for entry in self._requests.due(now):
@@ -325,7 +359,7 @@ class Answers:
             "scores": reply.scores or {},
             "bytes_up": question.bytes_up,
             "timings_ms": seen.timings_ms | {"answer": round(1e3 * (now - question.asked), 1)},
-            "after_ms": 1e3 * (now - question.captured),
+            "after_ms": _after_ms(now - question.captured),
         }
         event = msgspec.structs.replace(seen, **changes)
         try:
@@ -370,7 +404,7 @@ class Answers:
         self._publish(lost.content, type="lost", final=True, why=lost.reason[:1024])
 
     def _publish(self, question: Question, **changes: Any) -> None:
-        after_ms = 1e3 * (time.monotonic() - question.captured)
+        after_ms = _after_ms(time.monotonic() - question.captured)
         self._events.publish(
             msgspec.structs.replace(question.seen, bytes_up=question.bytes_up, after_ms=after_ms, **changes)
         )
@@ -381,7 +415,8 @@ class Answers:
         """Into the outbox, if there is one and it takes more."""
         if self._outbox is None:
             return False
-        captured, now = question.seen.captured.timestamp(), time.time()
+        captured = question.seen.captured.timestamp()
+        now = captured + time.monotonic() - question.captured  # a wall clock that jumped would make it years old
         item = Kept(question.request.id, captured, now, question.payload, encode_event(question.seen))
         return self._outbox.keep(item, held=held)
 
@@ -400,8 +435,12 @@ class Answers:
         captured = now - due.age_s
         self._open(Question(again, encode_request(again), seen, captured, now + REPLAY_S, is_replay=True))
 
-    def _may_replay(self) -> bool:  # on the outbox's thread, as the next two
+    def _may_replay(self) -> bool:  # on the outbox's thread, as the next ones
         return self._client.state is State.ONLINE and self._requests.counts.open < max(1, self._capacity // 2)
+
+    def _written(self, ids: tuple[bytes, ...]) -> None:
+        if self._keeps_every_request:
+            self._inbox.put(Written(ids))
 
     def _due(self, item: Kept, age_s: float) -> None:
         self._inbox.put(Due(item, age_s))
@@ -422,5 +461,10 @@ class Answers:
             seen = decode_event(item.seen)
         except WireError:
             seen = Event(type="lost", frame=item.request_id.hex(), camera="unknown", captured=captured)
-        after_ms = 1e3 * max(0.0, time.time() - item.captured)
+        after_ms = _after_ms(time.time() - item.captured)
         self._events.publish(msgspec.structs.replace(seen, type="lost", final=True, why=why[:1024], after_ms=after_ms))
+
+
+def _after_ms(seconds: float) -> float:
+    """As an event can hold it: what was kept for weeks, or under a clock that jumped, is as old as can be said."""
+    return 1e3 * min(max(0.0, seconds), MAX_AFTER_S)

@@ -132,6 +132,7 @@ class Outbox:
         self._counter: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self._poll_at = -inf
+        self._is_urgent = False  # something is to be written at the next step
         self.counts = Counts()  # a new value after every step of the thread
 
     def __enter__(self) -> "Outbox":
@@ -154,7 +155,9 @@ class Outbox:
             self._thread.join()
 
     def keep(self, item: Kept, *, held: bool = False) -> bool:
-        """Take an item over; a second one with its id changes nothing. held: not asked again before `failed`.
+        """Take an item over; a second one with its id changes nothing.
+
+        held: not asked again before `failed`, and written without delay: somebody waits for `on_kept`.
 
         False: not taken, since the outbox is closed or its disk hangs; the caller says that it is lost.
         """
@@ -215,8 +218,10 @@ class Outbox:
         now = time.monotonic()
         if self._spool.expire_at() <= now:
             self._spool.expire(now)
-        if self._spool.commit_at() <= now and (ids := self._spool.commit(now)):
-            self._call(self._on_kept, ids)
+        if self._is_urgent or self._spool.commit_at() <= now:
+            self._is_urgent = False
+            if ids := self._spool.commit(now):
+                self._call(self._on_kept, ids)
         self._report()
         self._replay(now)
         self._publish()
@@ -249,6 +254,7 @@ class Outbox:
         if held:
             self._lent[request_id] = item
             self._schedule.hold(request_id)
+            self._is_urgent = True
 
     def _done(self, request_id: bytes) -> None:
         self._report()  # while it is known who has what

@@ -45,6 +45,12 @@ class Batcher(Generic[Item]):
     def __len__(self) -> int:
         return self._count
 
+    def ahead_of(self, board: str) -> int:
+        """How many that wait now are served before one more of this board, at most."""
+        with self._changed:
+            own = len(self._boards.get(board, ()))
+            return own + sum(min(len(queue), own + 1) for name, queue in self._boards.items() if name != board)
+
     def put(self, board: str, item: Item, deadline: float) -> Item | None:
         """Queues an item; returns the one for which there is no room, this or another, or None. Never waits."""
         with self._changed:

@@ -168,14 +168,26 @@ class Service:
         return None
 
     def _admit(self, accepted: Accepted) -> None:
+        """Into the queue, if its answer can be expected in time: else it would only keep others from theirs."""
+        wait_ms, left_ms = self._expected_ms(accepted), 1e3 * (accepted.deadline - time.monotonic())
         with self._lock:
             is_open = not self._is_stopping
-            if is_open:
+            is_hopeless = wait_ms > left_ms > 0
+            if is_open and not is_hopeless:
                 refused = self.batcher.put(accepted.arrival.board, accepted, accepted.deadline)
         if not is_open:
             self._busy(accepted, "this server stops: another one may answer")
+        elif is_hopeless:
+            self._busy(accepted, f"an answer takes {wait_ms:.0f} ms now, {left_ms:.0f} are left: come back later")
         elif refused:
             self._busy(refused, f"{self.config.queue} requests wait already: come back later")
+
+    def _expected_ms(self, accepted: Accepted) -> float:
+        """From now until its answer, as batches take lately; 0 while nobody is ahead of it."""
+        with self._lock:
+            batch_ms = statistics.median(self._prices["batch"] or [0.0])
+        ahead = self.batcher.ahead_of(accepted.arrival.board)
+        return batch_ms * (1 + ahead / self.config.max_batch) if ahead else 0.0
 
     # ---- the thread that owns the engine ----
 
@@ -340,9 +352,7 @@ class Service:
         }
 
     def _busy(self, accepted: Accepted, why: str) -> None:
-        with self._lock:
-            batch_ms = statistics.median(self._prices["batch"] or [0.0])
-        retry_ms = max(MIN_RETRY_MS, int(batch_ms * (1 + len(self.batcher) / self.config.max_batch)))
+        retry_ms = max(MIN_RETRY_MS, int(self._expected_ms(accepted)))
         self._finish(accepted, self._own(accepted.request.id, Status.BUSY, error=why, retry_after_ms=retry_ms))
 
     def _refuse(self, accepted: Accepted, status: Status, why: str) -> None:

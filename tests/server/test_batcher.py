@@ -79,3 +79,14 @@ def test_a_waiting_worker_is_woken_by_the_first_item() -> None:
     queue.put("a", "a1", 1.0)
     worker.join(60)
     assert taken == [Batch(items=["a1"])]
+
+
+def test_who_is_ahead_of_one_more_is_counted_by_turns() -> None:
+    batcher: Batcher[int] = Batcher(100, 8, 0.0, lambda: 0.0)
+    assert batcher.ahead_of("quiet") == 0
+    for number in range(10):
+        batcher.put("flood", number, 1.0)
+    assert batcher.ahead_of("flood") == 10
+    assert batcher.ahead_of("quiet") == 1
+    batcher.put("quiet", 0, 1.0)
+    assert batcher.ahead_of("quiet") == 3

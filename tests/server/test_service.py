@@ -301,6 +301,22 @@ def test_a_full_queue_says_busy_at_once_and_when_to_come_back(make_service, bund
     assert is_balanced(service)
 
 
+def test_a_request_that_cannot_be_answered_in_time_is_told_so_at_once(make_service, bundle) -> None:
+    """Under overload a full queue would answer everything too late."""
+    service, lane, other = make_service(max_batch=1), Lane(), Lane("other")
+    service.receive(lane.arrival(request(bundle, 0)))
+    service.answer(service.batcher.take(0))
+    service._prices["batch"].clear()
+    service._prices["batch"].append(1000.0)
+    for i in (1, 2, 3):
+        service.receive(lane.arrival(request(bundle, i, budget_ms=2500)))
+    assert [(reply.status, reply.retry_after_ms) for reply in lane.replies[1:]] == [(Status.BUSY, 3000)]
+    assert "3000 ms now" in lane.replies[1].error
+    service.receive(other.arrival(request(bundle, 4, budget_ms=2500)))  # its turn comes sooner
+    assert not other.replies
+    assert is_balanced(service)
+
+
 def test_a_flooding_board_cannot_keep_a_quiet_one_out(make_service, bundle) -> None:
     service, flood, quiet = make_service(queue=4), Lane("flood"), Lane("quiet")
     for i in range(6):

@@ -1,0 +1,128 @@
+"""The real processes that faults happen to: brokers, servers and boards, started, killed and frozen by their number.
+
+A process that somebody killed on purpose is no error here; one that ends by itself is.
+"""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from firmware_tools.broker import KEEP_USER, BrokerError, find_mosquitto, free_port, wait_listening, with_parent
+from firmware_tools.children import STOP_S, ChildError, toml
+
+PLAIN = """
+listener {port} 127.0.0.1
+allow_anonymous true
+persistence false
+set_tcp_nodelay true
+"""
+# For the broker that brings the events: what is counted must not be dropped there.
+UNBOUNDED = PLAIN + "max_queued_messages 0\nmax_inflight_messages 0\n"
+
+
+class Process:
+    """One child with a log of its own; it can be started again."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.command, self.log = command, log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                with_parent(*self.command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self.log.parent,
+                start_new_session=True,
+            )
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise ChildError(f"{self.command[0]} was not started: this is a fault of the benchmark")
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def signal(self, number: int) -> None:
+        """Also waits for the end where the signal is one that ends."""
+        self.process.send_signal(number)
+        if number in (signal.SIGTERM, signal.SIGKILL):
+            self.process.wait(STOP_S)
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL for what does not obey; also for what was frozen, or has ended."""
+        if self._process is None:
+            return
+        for number in (signal.SIGCONT, signal.SIGTERM):
+            with suppress(ProcessLookupError):
+                self._process.send_signal(number)
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_S)
+        finally:
+            self._process.kill()
+            self._process.wait()
+
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def check(self) -> None:
+        """Raises ChildError for a process that has ended."""
+        if (code := self.process.poll()) is not None:
+            raise ChildError(f"{self.log.stem} ended with exit code {code}; it said last: {self.said()[-1500:]}")
+
+    def said(self) -> str:
+        """Its log."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+class Broker(Process):
+    """Mosquitto without persistence: each start is one with empty state, on the same port."""
+
+    def __init__(self, folder: Path, name: str, config: str = PLAIN) -> None:
+        program = find_mosquitto()
+        if program is None:
+            raise BrokerError("mosquitto is needed, since it is killed and frozen here: apt install mosquitto")
+        self.port, self.path = free_port(), folder / f"{name}.conf"
+        self.configure(config)
+        super().__init__([program, "-c", str(self.path)], folder / f"{name}.log")
+
+    def configure(self, config: str) -> None:
+        """For the next start."""
+        self.path.write_text(KEEP_USER + config.format(port=self.port))
+
+    def start(self) -> None:
+        super().start()
+        wait_listening(self.process, self.port, self.log)
+
+
+class Aiflow(Process):
+    """`aiflow run` or `aiflow serve` with a configuration; sabotage: a fault from `saboteur` inside of it."""
+
+    def __init__(
+        self, command: str, tables: dict[str, Any], folder: Path, name: str, sabotage: str | None = None
+    ) -> None:
+        config = folder / f"{name}.toml"
+        config.write_text(toml(tables))
+        module = ["benchmarks.faults.saboteur", sabotage] if sabotage else ["firmware_tools"]
+        super().__init__([sys.executable, "-m", *module, command, str(config)], folder / f"{name}.log")
+
+    def start(self) -> None:
+        if not shutil.which(self.command[0]):
+            raise ChildError(f"{self.command[0]} is no program: run this with the Python that has aiflow installed")
+        super().start()
+
+    def summary(self) -> dict[str, int]:
+        """What a board that stopped in good order counted; empty before, and where it was killed."""
+        lines = [line for line in self.said().splitlines() if "board stopped " in line]
+        return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", lines[-1])} if lines else {}
