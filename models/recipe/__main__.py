@@ -54,21 +54,17 @@ def main() -> None:
         stage4_head.run(work)
     if not work.is_done(stage5_symbols.NAME):
         stage5_symbols.run(work)
-    target(work, "cloud", share)
+    if not work.is_done(f"{stage6_targets.NAME}-cloud"):
+        stage6_targets.run(work, shortened(stage6_targets.Settings(), share), "cloud")
+    if not work.is_done(stage7_critic.NAME):
+        stage7_critic.run(work, shortened(stage7_critic.Settings(), share))
     if not work.is_done(stage8_texts.NAME):
         stage8_texts.run(work)
-    target(work, "edge", share)
+    if not work.is_done(f"{stage6_targets.NAME}-edge"):
+        stage6_targets.run(work, shortened(stage6_targets.Settings(), share), "edge")
     if not work.is_done(stage9_draft.NAME):
         stage9_draft.run(work, shortened(stage9_draft.Settings(), share))
     stage10_bundle.run(work, args.out, licences)
-
-
-def target(work: Workspace, tier: str, share: float) -> None:
-    """Stages 6 and 7 of one tier."""
-    if not work.is_done(f"{stage6_targets.NAME}-{tier}"):
-        stage6_targets.run(work, shortened(stage6_targets.Settings(), share), tier)
-    if not work.is_done(f"{stage7_critic.NAME}-{tier}"):
-        stage7_critic.run(work, shortened(stage7_critic.Settings(), share), tier)
 
 
 if __name__ == "__main__":

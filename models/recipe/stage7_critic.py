@@ -1,4 +1,4 @@
-"""Self-critical sequence training of the decoders: reward what the score rewards.
+"""Self-critical sequence training of the cloud's decoder: reward what the score rewards.
 
 Rennie et al., arXiv 1612.00563. Cross-entropy teaches the next word of a person's text; this teaches whole texts.
 Several texts are sampled a photo, each is rewarded by its CIDEr-D against that photo's captions, and the mean of the
@@ -34,25 +34,22 @@ class Settings:
     caption_weight: float = 0.1  # of the cross-entropy that keeps texts plain
 
 
-def run(work: Workspace, settings: Settings, tier: str = "cloud") -> None:
-    """Writes 7-critic-<tier>.pt."""
+def run(work: Workspace, settings: Settings) -> None:
+    """Writes 7-critic.pt."""
     rng = np.random.default_rng(7)
     torch.manual_seed(7)
-    name = f"{NAME}-{tier}"
-    net = targets.new_target(work, tier)
-    net.load_state_dict(
-        torch.load(work / f"{targets.NAME}-{tier}.pt", map_location="cpu", weights_only=True)["average"]
-    )
+    net = targets.new_target(work, "cloud")
+    net.load_state_dict(torch.load(work / f"{targets.NAME}-cloud.pt", map_location="cpu", weights_only=True)["average"])
     for p in (*net.tail.parameters(), *net.classifier.parameters()):
         p.requires_grad_(False)
     weights = list(net.decoder.parameters())
     optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     average = Average(net, 0.99)
-    first = work.load(name, net=net, optimiser=optimiser, average=average)
+    first = work.load(NAME, net=net, optimiser=optimiser, average=average)
     maps, captions = work.array("maps-train"), np.load(work / "captions-train.npy")
     scorer = Cider([[strip(row) for row in texts] for texts in captions.tolist()], end=True)
     rewards_seen, started = [], time.monotonic()
-    for step in steps(f"critic {tier}", first, settings.steps):
+    for step in steps("critic", first, settings.steps):
         optimiser.param_groups[0]["lr"] = settings.learning_rate * targets.rate_at(step, settings.steps, 50)
         chosen = np.sort(rng.integers(0, len(maps), PHOTOS))
         photos = chosen % len(captions)
@@ -83,16 +80,16 @@ def run(work: Workspace, settings: Settings, tier: str = "cloud") -> None:
         average.update(net, step)
         rewards_seen.append(rewards.mean())
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
-            work.save(name, step + 1, net=net, optimiser=optimiser, average=average)
-            quality = targets.evaluate(work, average.weights, tier, 300 if step + 1 < settings.steps else None)
+            work.save(NAME, step + 1, net=net, optimiser=optimiser, average=average)
+            quality = targets.evaluate(work, average.weights, "cloud", 300 if step + 1 < settings.steps else None)
             minutes = (time.monotonic() - started) / 60
             print(
-                name,
+                NAME,
                 step + 1,
                 {"reward": np.mean(rewards_seen[-CHECKPOINT_EVERY:]).round(4), **quality, "minutes": round(minutes, 1)},
                 flush=True,
             )
-    work.finish(name, quality)
+    work.finish(NAME, quality)
 
 
 def sample(net: targets.Target, features: Tensor) -> Tensor:
@@ -118,8 +115,7 @@ def cut(row: list[int]) -> list[int]:
 
 
 def final_weights(work: Workspace, tier: str) -> dict[str, Tensor]:
-    """A tier's target as it ships: after self-critical training, where that was done."""
-    critic = f"{NAME}-{tier}"
-    name = critic if work.is_done(critic) else f"{targets.NAME}-{tier}"
+    """A tier's target as it ships: the edge imitates the cloud, a reward of its own would lead it away from it."""
+    name = NAME if tier == "cloud" else f"{targets.NAME}-{tier}"
     weights: dict[str, Tensor] = torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)["average"]
     return weights
