@@ -304,7 +304,8 @@ class Trial:
         if hasattr(self, "board"):
             self.board.check()
             self.board.signal(signal.SIGTERM)
-            self.watch(1.0)
+            while self.watch(1.0, lambda: not self.stage.heard.empty()):  # its last events, however busy the machine is
+                self._take(0.0)
 
     def _count(self, result: Result) -> None:
         tally = self.ledger.tally()

@@ -26,7 +26,7 @@ CHECKPOINT_EVERY = 150
 class Settings:
     """Length of training."""
 
-    steps: int = 900
+    steps: int = 2400
     learning_rate: float = 2e-3
     dropout: float = 0.1
 
