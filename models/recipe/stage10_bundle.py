@@ -25,6 +25,7 @@ from edge_runtime.bundle import (
 )
 from edge_runtime.draft import Draft
 from edge_runtime.preprocess import PIXELS
+from models.backbone import pretrained_lite0
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import LATENT, DraftDecoder, decoder_shapes
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage9_draft
@@ -33,6 +34,7 @@ from models.recipe.stage4_head import float_symbols, trained_head
 from models.recipe.workspace import Workspace
 
 NAME = "10-bundle"
+KNOWN = 0.95  # of a class's photos that the backbone must tell right for its own rows to be taken
 FLOAT_CHECK = 256  # dev photos on which the float head's symbols are compared
 
 
@@ -45,6 +47,8 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
     _save(torch.load(work / "head.pt", weights_only=True), out / "head.safetensors")
     targets = {tier: stage7_critic.final_weights(work, tier) for tier in ("edge", "cloud")}
     shared = {k: v for k, v in targets["cloud"].items() if not k.startswith("decoder.")}
+    if own := backbone_rows(work):
+        shared |= own
     _save(shared, out / "tail.safetensors")
     for tier, weights in targets.items():
         _save(
@@ -71,6 +75,31 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
 def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
     """float16: half the size, and far finer than what training leaves undecided."""
     save_file({k: v.to(torch.float16).contiguous() for k, v in weights.items()}, path)
+
+
+def backbone_rows(work: Workspace) -> dict[str, torch.Tensor] | None:
+    """The backbone's own logits as the classifier, where it knows every class from uncompressed photos; else None.
+
+    A classifier of a few photos a class learns features that the tail has learned by heart; the backbone's rows were
+    learned elsewhere. Which logit is which class is counted: the likeliest one on the class's photos.
+    """
+    labels = torch.from_numpy(np.load(work / "labels-classes.npy")).long()
+    if not len(labels):
+        return None
+    backbone, views = pretrained_lite0(), work.array("cut-classes")
+    with torch.inference_mode():
+        maps = torch.from_numpy(np.array(views[: len(labels)])).permute(0, 3, 1, 2).float()
+        logits = torch.cat([backbone.rest(some)[1] for some in torch.tensor_split(maps, 1 + len(maps) // 100)])
+    means = torch.stack([logits.softmax(-1)[labels == label].mean(0) for label in range(work.classes)])
+    rows = means.argmax(1)
+    is_known = (logits[:, rows].argmax(1) == labels).float().mean() >= KNOWN
+    if len(set(rows.tolist())) < work.classes or not is_known:
+        return None
+    linear = backbone.classifier
+    return {
+        "classifier.linear.weight": linear.weight.detach()[rows],
+        "classifier.linear.bias": linear.bias.detach()[rows],
+    }
 
 
 def measure(work: Workspace, out: Path) -> tuple[dict[str, float], confidence.Table]:
