@@ -61,7 +61,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="of server, gateway (default: edge)")
     parser.add_argument("--frames", type=int, default=500, metavar="N", help="of device (default: 500)")
     parser.add_argument("--seconds", type=float, help="of each half of gateway (default: 10), of each fault (its own)")
-    parser.add_argument("--row", action="extend", nargs="+", default=[], metavar="NAME", help="of faults (default: all but soak)")
+    parser.add_argument(
+        "--row", action="extend", nargs="+", default=[], metavar="NAME", help="of faults (default: all but soak)"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of faults to FILE")
     parser.add_argument("--threads", type=int, default=1, help="of server and gateway (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
