@@ -153,7 +153,11 @@ def test_a_demo_without_a_bundle_says_so(tmp_path: Path) -> None:
     assert "holds no manifest.json" in done.stderr
 
 
+def test_a_source_without_a_picture_is_named(config: Callable[..., Path], bundle: Path) -> None:
+    assert_one_line(aiflow("validate", config(BOARD)), "camera door", str(bundle), "holds no picture")
+
+
 def test_a_bundle_in_order_validates(config: Callable[..., Path]) -> None:
-    done = aiflow("validate", config(BOARD, 'backend = "onnx"'))
+    done = aiflow("validate", config(BOARD.replace('source = "{bundle}"', 'source = "mqtt"'), 'backend = "onnx"'))
     assert (done.returncode, done.stderr) == (0, "")
     assert "board b1 with 1 camera(s) is in order" in done.stdout
