@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # For the CPU build, several gigabytes smaller than the one with CUDA, point pip at PyTorch's CPU index before `make`.
 TORCH ?= torch==2.13.0
 
-.PHONY: help venv demo test lint bench clean
+.PHONY: help venv demo test lint bench faults soak clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -33,6 +33,12 @@ lint: venv  ## ruff, mypy strict, import rules
 
 bench: venv  ## codec, device, server and gateway, as ratios
 	for what in codec device server gateway; do $(BIN)/aiflow bench $$what; done
+
+faults: venv  ## the fault matrix: what becomes of every request (docs/RELIABILITY.md)
+	$(BIN)/aiflow bench faults
+
+soak: venv  ## ten minutes at three times the load a server can take: queues and memory
+	$(BIN)/aiflow bench faults --row soak --seconds 600
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
