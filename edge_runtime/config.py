@@ -122,7 +122,7 @@ class OutboxConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_bytes: Annotated[int, Meta(ge=65536, le=1 << 34)] = 16 << 20  # then the oldest is dropped, and reported
     max_age_s: Annotated[float, Meta(ge=1, le=31 * 86400)] = 86400.0
     replay_per_s: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # after an outage, beside live frames
-    every_request: bool = False  # all, within 0.2 s: a killed board then loses hardly one; wears flash
+    every_request: bool = False  # written before they leave: a killed board then loses none; wears flash
 
 
 class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -260,6 +260,7 @@ class Outbox:
         self._report()  # while it is known who has what
         self._schedule.forget(request_id)
         was_lent, was_dropped = self._lent.pop(request_id, None), self._orphans.pop(request_id, None)
+        self._is_urgent |= was_lent is not None  # its event is out: asked again after a kill, it would come twice
         if self._spool.done(request_id, time.monotonic()) or was_dropped:
             self._counter["answered"] += 1
         elif was_lent:
