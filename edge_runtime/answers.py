@@ -39,6 +39,7 @@ from edge_runtime.wire import (
     Status,
     Tier,
     WireError,
+    aged,
     decode_event,
     decode_reply,
     decode_request,
@@ -46,7 +47,7 @@ from edge_runtime.wire import (
     encode_request,
     topics,
 )
-from edge_runtime.wire.event import ParadigmName
+from edge_runtime.wire.event import PARADIGMS, ParadigmName
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,7 @@ QUEUE = 256  # values between threads; a board has a few a second
 IDLE_S = 0.5  # the longest wait between two looks at the clock
 WRITE_S = 0.3  # for the outbox to write a request that must not be lost, before it leaves all the same
 REPLAY_S = 30.0  # for the answer to a request out of the outbox
-PARADIGMS: tuple[ParadigmName, ...] = ("device", "split", "speculative", "offload")  # by number
 MAX_AFTER_S = 1e6  # of an event
-MAX_AGE_MS = 0xFFFFFFFF  # of a request
 
 
 @dataclass(slots=True)
@@ -289,7 +288,7 @@ class Answers:
     def _send(self, question: Question, payload: bytes, left_s: float) -> None:
         question.bytes_up += len(payload)
         if self._observer and not question.is_replay:
-            paradigm: ParadigmName = PARADIGMS[question.request.paradigm]
+            paradigm = PARADIGMS[question.request.paradigm]
             self._observer.sent(question.request.id, paradigm, len(payload), time.monotonic())
         outcome = partial(self._sent, question.request.id)
         self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, left_s), on_outcome=outcome)
@@ -313,10 +312,7 @@ class Answers:
             self._unanswered(lost)
         for entry in self._requests.due(now):
             question, left_s = entry.content, entry.deadline - now
-            waited_ms = int(1e3 * (now - entry.opened_at))
-            again = msgspec.structs.replace(
-                question.request, age_ms=question.request.age_ms + waited_ms, budget_ms=int(1e3 * left_s)
-            )
+            again = aged(question.request, now - entry.opened_at, left_s)
             self._send(question, encode_request(again), left_s)
 
     def _reply(self, payload: bytes) -> None:
@@ -429,9 +425,7 @@ class Answers:
         except WireError as error:  # written by another version
             self._give_up(item, f"outbox: {error}")
             return
-        again = msgspec.structs.replace(
-            request, age_ms=min(int(1e3 * due.age_s), MAX_AGE_MS), budget_ms=int(1e3 * REPLAY_S)
-        )
+        again = aged(msgspec.structs.replace(request, age_ms=0), due.age_s, REPLAY_S)
         captured = now - due.age_s
         self._open(Question(again, encode_request(again), seen, captured, now + REPLAY_S, is_replay=True))
 

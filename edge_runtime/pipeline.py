@@ -193,7 +193,8 @@ class Pipeline:
         request_id = bytes.fromhex(seen.frame)
         request = build_request(self.bundle, request_id, plan, pixels, symbols, seen.tokens, age_ms(frame))
         payload = encode_request(request)
-        jpeg_bytes = len(to_jpeg(pixels, plan.jpeg_quality))
+        offloads = plan.paradigm == "offload"
+        jpeg_bytes = len(request.content if offloads else to_jpeg(pixels, plan.jpeg_quality))
         watch.lap("encode")
         counted = msgspec.structs.replace(seen, bytes_up=len(payload), jpeg_bytes=jpeg_bytes)
         seen = self._timed(counted, frame, watch)

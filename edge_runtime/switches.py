@@ -13,12 +13,12 @@ from typing import Protocol
 from edge_runtime.config import RuntimeConfig
 from edge_runtime.mqtt import Message, Outcome, Publish
 from edge_runtime.sources import Camera, Cameras
-from edge_runtime.wire import topics
+from edge_runtime.wire import event, topics
 
 logger = logging.getLogger(__name__)
 
 MAX_SETTING_BYTES = 256
-PARADIGMS = ("auto", "device", "split", "speculative", "offload")
+PARADIGMS = ("auto", *event.PARADIGMS)
 
 
 class SwitchError(ValueError):

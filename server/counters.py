@@ -1,10 +1,10 @@
 """A server's counters for Prometheus, each with its meaning."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from edge_runtime.metrics import Meaning, Values
+from edge_runtime.metrics import Meaning, Values, by_kind
+from edge_runtime.wire import Status
 
 SERVER = {
     "received": Meaning("Requests: received = replies for good + repeated + joined + waiting + asked_above"),
@@ -20,19 +20,13 @@ SERVER = {
     "alone": Meaning("Requests that should have gone up, or did in vain, by what stood in the way", "why"),
     "loop": Meaning("Requests refused since they had passed this server before"),
 }
-STATUSES = ("ok", "stale", "busy", "unknown_bundle", "bad_request", "failed")
+STATUSES = {status.name.lower() for status in Status}
 
 
 def values(status: Mapping[str, Any]) -> Values:
     """The numbers of `Service.status`, under the names above."""
-    counts = status["counts"]
-    by_label: dict[str, dict[str, float]] = defaultdict(dict)
-    for name, count in counts.items():
-        kind, _, label = name.partition("_")
-        if name in STATUSES:
-            by_label["replies"][name] = count
-        elif label and SERVER.get(kind, Meaning("")).label:
-            by_label[kind][label] = count
-    plain = ("received", "repeated", "joined", "answered_above", "unchanged", "loop")
-    waiting = {"waiting": status["queue"]["waiting"], "asked_above": status["asked_above"]}
-    return {name: counts.get(name, 0) for name in plain} | waiting | by_label
+    plain = dict.fromkeys(("received", "repeated", "joined", "answered_above", "unchanged", "loop"), 0)
+    plain |= {"waiting": status["queue"]["waiting"], "asked_above": status["asked_above"]}
+    totals = {name for name, meaning in SERVER.items() if meaning.label}  # counted beside their kinds: their sum
+    counts = {f"replies_{name}" if name in STATUSES else name: count for name, count in status["counts"].items()}
+    return by_kind(SERVER, plain | {name: count for name, count in counts.items() if name not in totals})

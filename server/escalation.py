@@ -14,13 +14,12 @@ from typing import Literal
 
 import msgspec
 
-from edge_runtime.wire import Options, Paradigm, Reply, Request, Tier, encode_tokens
+from edge_runtime.wire import Options, Paradigm, Reply, Request, Tier, aged, encode_tokens
 from edge_runtime.wire.envelope import MAX_VIA
 
 RESERVE = 0.1  # of a request's time, kept for the last reply's way to the board
 MAX_RESERVE_S = 1.0
 MAX_HOPS = 16  # of a reply
-MAX_AGE_MS = 0xFFFFFFFF  # of a request
 
 Reason = Literal["tier", "confidence", "explore"]
 Obstacle = Literal["no_upstream", "offline", "full", "too_late"]
@@ -116,12 +115,6 @@ def passed_up(request: Request, server: str, tokens: Sequence[int], waited_s: fl
         draft=encode_tokens(tokens),
         options=msgspec.structs.replace(options, via=(*options.via, server)),
     )
-
-
-def aged(request: Request, waited_s: float, left_s: float) -> Request:
-    """The request as it is sent waited_s seconds later than its age says, with left_s seconds for its reply."""
-    age_ms = min(request.age_ms + int(1e3 * waited_s), MAX_AGE_MS)  # what a board says of itself may be anything
-    return msgspec.structs.replace(request, age_ms=age_ms, budget_ms=max(0, int(1e3 * left_s)))
 
 
 def passed_down(own: Reply, above: Reply) -> Reply:

@@ -26,10 +26,20 @@ import msgspec
 
 from edge_runtime.mqtt import Message, MqttClient, Outcome, State
 from edge_runtime.open_requests import Lost, OpenRequests
-from edge_runtime.wire import EnvelopeError, Reply, Request, RequestIds, Status, decode_reply, encode_request, topics
+from edge_runtime.wire import (
+    EnvelopeError,
+    Reply,
+    Request,
+    RequestIds,
+    Status,
+    aged,
+    decode_reply,
+    encode_request,
+    topics,
+)
 from edge_runtime.wire.envelope import MAX_VIA
 from server.config import UpstreamConfig
-from server.escalation import Above, Bounds, aged
+from server.escalation import Above, Bounds
 
 logger = logging.getLogger(__name__)
 

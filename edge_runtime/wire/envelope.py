@@ -58,7 +58,8 @@ class Tier(IntEnum):
 
 Bytes8 = Annotated[bytes, Meta(min_length=8, max_length=8)]
 Varints = Annotated[bytes, Meta(max_length=3 * MAX_TOKENS)]
-UInt32 = Annotated[int, Meta(ge=0, le=0xFFFFFFFF)]
+MAX_UINT32 = 0xFFFFFFFF
+UInt32 = Annotated[int, Meta(ge=0, le=MAX_UINT32)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Millis = Annotated[float, Meta(ge=0, le=1e9)]
 Name = Annotated[str, Meta(max_length=64)]
@@ -98,6 +99,12 @@ class Request(Struct, array_like=True, frozen=True, kw_only=True):
     def draft_ids(self) -> list[int]:
         """Token ids that the board, or a lower tier, proposes."""
         return decode_tokens(self.draft)
+
+
+def aged(request: Request, waited_s: float, left_s: float) -> Request:
+    """The request as it is sent waited_s seconds later than its age says, with left_s seconds for its reply."""
+    age_ms = min(request.age_ms + int(1e3 * waited_s), MAX_UINT32)  # what a board says of itself may be anything
+    return msgspec.structs.replace(request, age_ms=age_ms, budget_ms=max(0, int(1e3 * left_s)))
 
 
 class Hop(Struct, array_like=True, frozen=True):

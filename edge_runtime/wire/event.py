@@ -4,7 +4,7 @@ Enumerations are words here, since people read them: the lower-case names of the
 """
 
 from datetime import datetime, timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,6 +16,7 @@ MAX_EVENT = 64 * 1024  # bytes of JSON; a caption takes 1 KB, 1024 tokens and th
 
 TierName = Literal["device", "edge", "cloud"]
 ParadigmName = Literal["device", "split", "speculative", "offload"]
+PARADIGMS: tuple[ParadigmName, ...] = get_args(ParadigmName)  # by the envelope's number
 Stages = Annotated[dict[Name, Millis], Meta(max_length=32)]
 
 
