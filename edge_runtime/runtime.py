@@ -6,7 +6,6 @@ Knows how the parts fit; what happens to a frame is in pipeline.py.
 import json
 import logging
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -38,6 +37,7 @@ from edge_runtime.wire import Event, topics
 logger = logging.getLogger(__name__)
 
 BOOT = secrets.token_hex(4)  # tells one start of a board from the next
+STOP_S = 10.0  # that an orderly end takes at most: both clients say what is left, the outbox writes
 
 
 def load_head(bundle: Bundle, backend: str, threads: int) -> Head:
@@ -172,11 +172,3 @@ def run_board(
 
     with exported(config.metrics, "board", BOARD, lambda: by_kind(BOARD, board.summary())):
         return board.run(stop)
-
-
-def stop_on_signals() -> threading.Event:
-    """An event that SIGTERM and SIGINT set."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    return stop

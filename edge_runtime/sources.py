@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 OPEN_TIMEOUT_S = 5.0  # OpenCV's own default is 30, and for a read too: there it is the camera's stall_s
 MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0  # before a camera is opened again
 LOOK_S = 0.5  # how often who waits for a frame looks whether to stop
+CLOSE_S = 2.0  # for the cameras' threads to end; one that hangs in a driver is left behind
 MAX_WHY = 256  # characters; a codec may have a lot to say
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 SCHEMES = ("http", "https", "mms", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
@@ -467,10 +468,13 @@ class Cameras:
         """
         check_sources([camera.config for camera in self])
         handover: queue.SimpleQueue[tuple[Camera, Frame | None]] = queue.SimpleQueue()
-        for camera in self:
-            name = f"source-{camera.config.name}"
-            threading.Thread(target=camera.hand_over, args=(handover,), name=name, daemon=True).start()
-        running = len(self._cameras)
+        threads = [
+            threading.Thread(target=camera.hand_over, args=(handover,), name=f"source-{name}", daemon=True)
+            for name, camera in self._cameras.items()
+        ]
+        for thread in threads:
+            thread.start()
+        running = len(threads)
         try:
             while running and not stop.is_set():
                 try:
@@ -488,3 +492,6 @@ class Cameras:
         finally:
             for camera in self:
                 camera.switch(closed=True)
+            until = time.monotonic() + CLOSE_S
+            for thread in threads:
+                thread.join(max(0.0, until - time.monotonic()))

@@ -12,6 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Runs until the sources end, SIGINT or SIGTERM."""
     from edge_runtime.config import RuntimeConfig, load_toml
-    from edge_runtime.runtime import run_board, stop_on_signals
+    from edge_runtime.runtime import STOP_S, run_board
+    from edge_runtime.signals import stop_on_signals
 
-    run_board(load_toml(args.config, RuntimeConfig), stop_on_signals())
+    run_board(load_toml(args.config, RuntimeConfig), stop_on_signals(STOP_S))

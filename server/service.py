@@ -9,7 +9,6 @@ a status, which its board is told, and a counter: received = replied to for good
 
 import logging
 import random
-import signal
 import statistics
 import threading
 import time
@@ -29,6 +28,7 @@ from edge_runtime import __version__
 from edge_runtime.bundle import Bundle, BundleError, open_bundle
 from edge_runtime.metrics import exported
 from edge_runtime.preprocess import PictureError, decode_picture, to_input
+from edge_runtime.signals import stop_on_signals
 from edge_runtime.wire import (
     BitstreamError,
     ContentKind,
@@ -430,7 +430,4 @@ def run_server(config: Config, stop: threading.Event) -> None:
 
 def run_until_signal(config: Config) -> None:
     """`run_server` until SIGTERM or SIGINT."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    run_server(config, stop)
+    run_server(config, stop_on_signals(config.server.stop_s))

@@ -24,6 +24,8 @@ set_tcp_nodelay true
 # For the broker that brings the events: what is counted must not be dropped there.
 UNBOUNDED = PLAIN + "max_queued_messages 0\nmax_inflight_messages 0\n"
 
+END_S = 60.0  # for a process to end on a busy machine; one that hangs says where within 20 s, and ends
+
 
 class Process:
     """One child with a log of its own; it can be started again."""
@@ -54,10 +56,13 @@ class Process:
         return self.process.pid
 
     def signal(self, number: int) -> None:
-        """Also waits for the end where the signal is one that ends."""
+        """Also waits for the end where the signal is one that ends. Raises ChildError where none comes."""
         self.process.send_signal(number)
         if number in (signal.SIGTERM, signal.SIGKILL):
-            self.process.wait(STOP_S)
+            try:
+                self.process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                raise ChildError(f"{self.log.stem} is there {END_S:.0f} s after signal {number}") from None
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL for what does not obey; also for what was frozen, or has ended."""

@@ -304,6 +304,8 @@ class Trial:
         if hasattr(self, "board"):
             self.board.check()
             self.board.signal(signal.SIGTERM)
+            if code := self.board.process.returncode:
+                raise ChildError(f"the board ended with exit code {code}; it said last: {self.board.said()[-6000:]}")
             while self.watch(1.0, lambda: not self.stage.heard.empty()):  # its last events, however busy the machine is
                 self._take(0.0)
 
