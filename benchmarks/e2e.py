@@ -128,7 +128,7 @@ def _fitting(photo: Picture) -> Picture:
 
 def smallest_jpeg(bundle: Bundle, case: Case) -> int:
     """The smallest quality of the ladder that keeps the baseline's CIDEr on these photos, without a network between."""
-    from server.engine import load_engine
+    from server.loading import load_engine
 
     engine = load_engine(bundle, ["cloud"], threads=os.cpu_count() or 1)
     chain = Chain(bundle, "offload", "onnx", "cloud", engine)

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from edge_runtime.bundle import Bundle
 from models.family import LATENT, DecoderShape, Tail, TextDecoder
-from server.engine import BLOCK, SIZES, Answer, Engine, Job, Proof, load_engine
+from server.engine import BLOCK, SIZES, Answer, Engine, Job, Proof
+from server.loading import load_engine
 from server.numerics import prove
 
 Drafts = Sequence[Sequence[int]]
@@ -51,12 +52,13 @@ def run(
 
 
 def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Medians over rounds, by batch size, of three ways to write the same captions.
+    """Medians over rounds, by batch size, of four ways to write the same captions.
 
-    verified: with the drafts. alone: without, in the same passes. one_by_one: without, and in passes of one token, as
-    a server would write that never verifies; its texts are not promised to be the same, so `same_texts` counts them.
+    verified: with the drafts. alone: the target by itself, in the same passes. self_drafted: with the server's own
+    phrases from the start, no draft. one_by_one: alone, and in passes of one token, as a server would write that never
+    verifies; its texts are not promised to be the same, so `same_texts` counts them.
     """
-    undrafted = [Job(j.symbols, j.gain, (), j.tier, j.max_tokens) for j in jobs]
+    undrafted, self_drafted = ([replace(job, draft=draft) for job in jobs] for draft in (None, ()))
     proven = engine.proof
     single = replace(proven, shapes=tuple((rows, 1) for rows in SIZES))
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
@@ -70,6 +72,7 @@ def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[i
         ways: dict[str, Callable[[], list[Answer]]] = {
             "verified": partial(_write, engine, jobs, size, proven),
             "alone": partial(_write, engine, undrafted, size, proven),
+            "self_drafted": partial(_write, engine, self_drafted, size, proven),
             "one_by_one": partial(_write, engine, undrafted, size, single),
         }
         answers = {name: way() for name, way in ways.items()}
@@ -91,6 +94,7 @@ def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[i
     verified = [engine.answer([job])[0] for job in jobs]
     result["proposed"] = sum(answer.proposed for answer in verified)
     result["accepted"] = sum(answer.accepted for answer in verified)
+    result["redrafted"] = sum(answer.redrafted for answer in verified)
     result["tokens"] = sum(len(answer.tokens) for answer in verified)
     return result
 
@@ -140,7 +144,7 @@ def _random_engine(shape: DecoderShape) -> Engine:
     torch.manual_seed(0)
     decoder = TextDecoder(shape)
     torch.nn.init.normal_(decoder.norm.weight)  # keeps tied embeddings from repeating one token for ever
-    engine = Engine(Tail().eval(), {"edge": decoder.eval().requires_grad_(False)})
+    engine = Engine(Tail().eval(), {"edge": decoder.eval().requires_grad_(False)})  # random weights: nothing to redraft
     engine.proof = prove(engine)
     return engine
 

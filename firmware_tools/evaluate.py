@@ -99,7 +99,7 @@ class Chain:
             received = self.engine.symbols(to_input(decode_picture(request.content)))
         return Sent(picture.name, len(payload), tuple(request.draft_ids), received)
 
-    def job(self, sent: Sent, draft: tuple[int, ...] = (), wants_label: bool = False) -> "Job":
+    def job(self, sent: Sent, draft: tuple[int, ...] | None = None, wants_label: bool = False) -> "Job":
         """What the engine is asked."""
         from server.engine import Job
 
@@ -109,7 +109,7 @@ class Chain:
 def _chain(args: argparse.Namespace, bundle: Bundle, paradigm: str, tier: str) -> Chain:
     if paradigm == "device":
         return Chain(bundle, paradigm, args.backend, tier, None)
-    from server.engine import load_engine
+    from server.loading import load_engine
     from server.numerics import prove
 
     engine = load_engine(bundle, [tier], threads=2)
@@ -144,7 +144,7 @@ def _captions(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         if chain.engine is None:
             tokens = [list(s.draft) for s in batch]
         else:
-            written = chain.engine.answer([chain.job(s, s.draft) for s in batch])
+            written = chain.engine.answer([chain.job(s, s.draft or None) for s in batch])
             tokens = [list(answer.tokens) for answer in written]
             answers += written
         seconds += time.perf_counter() - started
@@ -165,6 +165,7 @@ def _captions(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         "tokens_mean": float(np.mean([len(a.tokens) for a in answers] or [len(s.draft) for s in sent])),
         "proposed_mean": float(np.mean([a.proposed for a in answers] or [0])),
         "accepted_mean": float(np.mean([a.accepted for a in answers] or [0])),
+        "redrafted_mean": float(np.mean([a.redrafted for a in answers] or [0])),
         "passes_mean": float(np.mean([a.passes for a in answers] or [0])),
         "passes_alone_mean": float(np.mean([a.passes for a in alone] or [0])),
         "identical_to_tier": float(np.mean(same)),

@@ -63,6 +63,25 @@ class Density(nn.Module):
         return -torch.log2(mass.clamp_min(2.0**-16))
 
 
+class MatrixConv(Conv):
+    """A 3 x 3 convolution of stride 1 as one product of matrices.
+
+    Libraries choose a 3 x 3 algorithm by batch size, and with it the order of sums, so that a row's bits would depend
+    on how many others there are; products of matrices were seen to have the same bits in every batch.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [B, C, H, W] to float [B, C', H, W]."""
+        H, W = x.shape[2:]
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        windows = torch.cat([padded[:, i : i + H, j : j + W] for i in range(3) for j in range(3)], -1)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view where they lie channels last, as on a server
+        return F.relu6(F.linear(windows, weight, self.bias)).permute(0, 3, 1, 2)
+
+
 class Tail(nn.Module):
     """The server's part of the image network: symbols back to the backbone's last map and 1280 features.
 
@@ -74,7 +93,7 @@ class Tail(nn.Module):
         super().__init__()
         self.linear = Conv(LATENT[0], 4 * CUT_CHANNELS, 1, linear=True)
         self.expand = nn.Sequential(
-            Conv(LATENT[0], width, 3), Conv(width, width, 3), Conv(width, 4 * CUT_CHANNELS, 1, linear=True)
+            MatrixConv(LATENT[0], width), MatrixConv(width, width), Conv(width, 4 * CUT_CHANNELS, 1, linear=True)
         )
         self.blocks = nn.Sequential(*(Block(shape) for shape in BLOCKS[CUT:]))
         self.features = Conv(MAP_CHANNELS, FEATURES, 1)

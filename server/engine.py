@@ -13,18 +13,16 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from edge_runtime.bundle import BOS, Bundle, BundleError
-from models.family import LATENT, Classifier, DecoderShape, Head, Memory, Tail, TextDecoder
-from server.verify import Text, new_text, next_block, verify
+from edge_runtime.bundle import BOS, BundleError
+from models.family import Classifier, Head, Memory, Tail, TextDecoder
+from models.phrases import Phrases
+from server.verify import Text, new_text, next_block, redraft, verify
 
 Shape = tuple[int, int]  # of a pass: rows, tokens a row
 
@@ -35,8 +33,6 @@ SHARED_BLOCK = 4  # tokens of a block that is not alone in its pass: measured be
 MAX_SYMBOL = 127
 MAX_LABELS = 5  # likeliest labels of an answer
 
-Network = TypeVar("Network", bound=nn.Module)
-
 
 @dataclass(frozen=True)
 class Job:
@@ -44,7 +40,7 @@ class Job:
 
     symbols: NDArray[np.int8]  # [64, 7, 7]
     gain: float = 1.0  # of the symbols' level: symbols per unit of the head's output
-    draft: tuple[int, ...] = ()  # any integers: what cannot be used is cut
+    draft: tuple[int, ...] | None = None  # any integers: what cannot be used is cut; None: the target writes alone
     tier: str = "edge"
     max_tokens: int | None = None  # longest text, end token included; at most the bundle's
     wants_label: bool = False
@@ -57,6 +53,7 @@ class Answer:
     tokens: tuple[int, ...]  # without the end token
     accepted: int = 0  # proposed tokens that the target chose as well
     proposed: int = 0  # tokens of the draft that were usable
+    redrafted: int = 0  # tokens that the target chose as well, of what was proposed when the draft had gone wrong
     passes: int = 0  # forward passes of the target
     confidence: float = 0.0  # geometric mean of the probabilities of its tokens, end token included
     scores: dict[str, float] = field(default_factory=dict)  # probability of the likeliest labels, best first
@@ -100,9 +97,11 @@ class Engine:
         classifier: Classifier | None = None,
         classes: tuple[str, ...] = (),
         head: Head | None = None,
+        phrases: Phrases | None = None,
         device: str = "cpu",
     ) -> None:
         self.tail, self.decoders, self.classifier, self.classes, self.head = tail, decoders, classifier, classes, head
+        self.phrases = phrases
         self.device = torch.device(device)
         self.proof = Proof()
 
@@ -129,18 +128,16 @@ class Engine:
     def _write(self, tier: str, jobs: Sequence[Job], features: Tensor, tail_ms: float) -> list[Answer]:
         decoder = self.decoders[tier]
         shape = decoder.shape
+        drafts = [job.draft if self.proof.may_speculate else None for job in jobs]
         texts = [
-            new_text(
-                job.draft if self.proof.may_speculate else (),
-                shape.vocabulary,
-                min(job.max_tokens or shape.max_tokens, shape.max_tokens),
-            )
-            for job in jobs
+            new_text(draft or (), shape.vocabulary, min(job.max_tokens or shape.max_tokens, shape.max_tokens))
+            for job, draft in zip(jobs, drafts, strict=True)
         ]
         started = time.perf_counter()
         memory = look(decoder, features, self.proof.look_sizes)
         looked = time.perf_counter()
-        writing = Writing(decoder, memory, texts, self.proof.shapes)
+        drafted = [i for i, draft in enumerate(drafts) if draft is not None]
+        writing = Writing(decoder, memory, texts, self.proof.shapes, self.phrases, drafted)
         while writing.live:
             writing.step()
         done = time.perf_counter()
@@ -154,7 +151,7 @@ class Engine:
                 continue
             confidence = math.exp(log_probability / len(text.tokens))
             scores = self._labels(features[i]) if job.wants_label else {}
-            counts = text.accepted, text.proposed, text.passes
+            counts = text.accepted, text.proposed, text.redrafted, text.passes
             answers.append(Answer(text.without_end, *counts, confidence, scores, stages_ms=stages))
         return answers
 
@@ -183,7 +180,18 @@ class Engine:
 class Writing:
     """A batch of texts being written, each pass in the cheapest shape that holds it."""
 
-    def __init__(self, decoder: TextDecoder, memory: Memory, texts: list[Text], shapes: Sequence[Shape]) -> None:
+    def __init__(
+        self,
+        decoder: TextDecoder,
+        memory: Memory,
+        texts: list[Text],
+        shapes: Sequence[Shape],
+        phrases: Phrases | None = None,
+        drafted: Sequence[int] = (),
+    ) -> None:
+        """drafted: which of the texts get phrases proposed, as soon as their draft ends or is wrong."""
+        self.phrases = phrases
+        self.drafts = {i: frozenset(texts[i].rest) for i in drafted}  # their words
         self.decoder, self.memory, self.texts, self.shapes = decoder, memory, texts, shapes
         self.block = max(width for _, width in shapes)
         self.log_probabilities = [0.0] * len(texts)  # of each text so far; NaN: it failed
@@ -194,6 +202,7 @@ class Writing:
 
     def step(self) -> Shape:
         """One pass over all rows: propose, choose, verify. Returns its shape."""
+        self._redraft()
         blocks = [next_block(self.texts[i], self._width) for i in self.live]
         size, width = cheapest(self.shapes, len(blocks), max(map(len, blocks)))
         self._arrange(size)
@@ -216,6 +225,12 @@ class Writing:
         self.rows = [row for row, i in enumerate(self.live) if not self.texts[i].is_done]
         self.live = [self.live[row] for row in self.rows]
         return size, width
+
+    def _redraft(self) -> None:
+        for i in self.live:
+            text = self.texts[i]
+            if self.phrases and i in self.drafts and text.wants_redraft:
+                self.texts[i] = redraft(text, self.phrases.propose(text.tokens, self._width - 1, self.drafts[i]))
 
     @property
     def _width(self) -> int:
@@ -268,64 +283,3 @@ def padded_batches(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 def fitting(rows: int, sizes: Sequence[int]) -> int:
     """The smallest of the sizes that holds so many rows."""
     return min(size for size in sizes if size >= rows)
-
-
-def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threads: int = 1) -> Engine:
-    """Loads the tail, the classifier, the float head if there is one, and these tiers' decoders, as float32.
-
-    Sets torch's thread count for the whole process: bits depend on it. Raises BundleError.
-    """
-    torch.set_num_threads(threads)
-    # On a GPU: float32 all through, and no algorithm that sums in another order at each run.
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
-    manifest = bundle.manifest
-    if (manifest.latent.channels, manifest.latent.height, manifest.latent.width) != LATENT:
-        raise BundleError(f"bundle {manifest.name} codes {manifest.latent}, this version's networks read {LATENT}")
-    weights = load_weights(bundle, manifest.tail)
-    decoders = {tier: _decoder(bundle, tier) for tier in tiers}
-    tail = filled(Tail(), _below(weights, "tail."), manifest.tail)
-    classifier, head = None, None
-    if manifest.classes:
-        classifier = filled(Classifier(len(manifest.classes)), _below(weights, "classifier."), manifest.tail)
-    if "head.safetensors" in manifest.files:
-        head = filled(Head(), load_weights(bundle, "head.safetensors"), "head.safetensors")
-    for network in (tail, classifier, head, *decoders.values()):
-        if network is not None:
-            network.to(device)
-    return Engine(tail, decoders, classifier, manifest.classes, head, device)
-
-
-def _decoder(bundle: Bundle, tier: str) -> TextDecoder:
-    target = bundle.manifest.targets.get(tier)
-    if target is None:
-        raise BundleError(f"bundle {bundle.manifest.name} has no target {tier}: it has {list(bundle.manifest.targets)}")
-    shape = DecoderShape(
-        bundle.manifest.vocabulary,
-        target.width,
-        target.heads,
-        target.encoder_layers,
-        target.decoder_layers,
-        bundle.manifest.max_tokens,
-    )
-    return filled(TextDecoder(shape), load_weights(bundle, target.file), target.file)
-
-
-def load_weights(bundle: Bundle, name: str) -> dict[str, Tensor]:
-    """A safetensors file of the bundle, checked against its hash; as float32. Raises BundleError."""
-    try:
-        return {key: value.float() for key, value in load_file(bundle.file(name)).items()}
-    except (SafetensorError, OSError) as error:
-        raise BundleError(f"{bundle.path / name} is no readable safetensors file: {error}") from error
-
-
-def filled(network: Network, weights: dict[str, Tensor], name: str) -> Network:
-    """The network with these weights, every one of them used and ready to serve. Raises BundleError."""
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise BundleError(f"{name} does not hold this network's weights: {error}") from error
-    return network.eval().requires_grad_(False)
-
-
-def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}

@@ -34,6 +34,7 @@ from edge_runtime.wire import (
     ContentKind,
     EnvelopeError,
     Hop,
+    Paradigm,
     Reply,
     Request,
     Status,
@@ -47,7 +48,7 @@ from edge_runtime.wire.envelope import Bytes8
 from server.batcher import Batch, Batcher
 from server.config import Config, ServerConfig
 from server.counters import SERVER, values
-from server.engine import SIZES, Answer, Engine, Job, load_engine
+from server.engine import SIZES, Answer, Engine, Job
 from server.escalation import (
     Bounds,
     Ranks,
@@ -60,6 +61,7 @@ from server.escalation import (
     reason_to_ask,
 )
 from server.gateway import Arrival, Gateway
+from server.loading import load_engine
 from server.numerics import prove
 from server.reply_cache import Cached, InFlight, Key, ReplyCache
 from server.upstream import Upstream
@@ -251,7 +253,10 @@ class Service:
             return None
         max_tokens = request.options.max_tokens if request.options else None
         wants_label = bool(self.bundle.manifest.classes)
-        return Job(symbols, gain, tuple(request.draft_ids), self.config.tier, max_tokens, wants_label)
+        # A board without a draft that asks for speculation gets the server's; "split" is the target alone.
+        is_speculative = request.draft or request.paradigm is Paradigm.SPECULATIVE
+        draft = tuple(request.draft_ids) if is_speculative else None
+        return Job(symbols, gain, draft, self.config.tier, max_tokens, wants_label)
 
     def _symbols(self, request: Request) -> tuple[NDArray[np.int8], float]:
         """The latent's symbols and the gain of their level. Raises BitstreamError, PictureError, BundleError."""

@@ -19,16 +19,24 @@ class Text:
     """A text in the making."""
 
     limit: int  # tokens at most, end token included
-    rest: tuple[int, ...] = ()  # what is left of the draft, proposed after the last token
+    rest: tuple[int, ...] = ()  # proposed after the last token: what is left of the draft, or of a later one
     tokens: tuple[int, ...] = ()  # written so far, end token included
     proposed: int = 0  # tokens of the draft that were usable
     accepted: int = 0  # of those, how many the target chose as well
+    redrafted: int = 0  # tokens of later drafts that the target chose as well
     passes: int = 0
+    is_adrift: bool = False  # the target wrote something else: what is left was meant to follow another history
+    is_redraft: bool = False  # the draft has been replaced
 
     @property
     def is_done(self) -> bool:
         """Nothing may be written any more."""
         return self.tokens[-1:] == (EOS,) or len(self.tokens) >= self.limit
+
+    @property
+    def wants_redraft(self) -> bool:
+        """A better proposal would be welcome."""
+        return self.is_adrift or not self.rest
 
     @property
     def without_end(self) -> tuple[int, ...]:
@@ -47,6 +55,12 @@ def new_text(draft: Sequence[int], vocabulary: int, limit: int) -> Text:
     return Text(limit, rest=usable, proposed=len(usable))
 
 
+def redraft(text: Text, proposals: Sequence[int]) -> Text:
+    """The text with what is left of its draft replaced, by words alone."""
+    usable = tuple(takewhile(lambda token: token > UNKNOWN, proposals[: text.limit - len(text.tokens) - 1]))
+    return replace(text, rest=usable, is_adrift=False, is_redraft=True)
+
+
 def next_block(text: Text, width: int) -> tuple[int, ...]:
     """What the next pass reads: the last token, then up to width - 1 proposals."""
     return (text.tokens[-1:] or (BOS,)) + text.rest[: width - 1]
@@ -54,17 +68,25 @@ def next_block(text: Text, width: int) -> tuple[int, ...]:
 
 def verify(text: Text, choices: Sequence[int]) -> Text:
     """One pass: choices[i] is what the target writes after the i-th token of `next_block`; at least one."""
-    tokens, rest, accepted = list(text.tokens), text.rest, text.accepted
+    tokens, rest, chosen, is_adrift = list(text.tokens), text.rest, 0, text.is_adrift
     for token in choices:
         tokens.append(token)
         if token == EOS or len(tokens) == text.limit:  # in this order: an end token at the limit is an end
             rest = ()
             break
         if rest[:1] != (token,):
-            rest = realign(rest, token)
+            rest, is_adrift = realign(rest, token), True
             break
-        rest, accepted = rest[1:], accepted + 1
-    return replace(text, tokens=tuple(tokens), rest=rest, accepted=accepted, passes=text.passes + 1)
+        rest, chosen = rest[1:], chosen + 1
+    return replace(
+        text,
+        tokens=tuple(tokens),
+        rest=rest,
+        accepted=text.accepted + chosen * (not text.is_redraft),
+        redrafted=text.redrafted + chosen * text.is_redraft,
+        passes=text.passes + 1,
+        is_adrift=is_adrift,
+    )
 
 
 def realign(rest: tuple[int, ...], token: int) -> tuple[int, ...]:

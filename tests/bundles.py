@@ -10,8 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edge_runtime.bundle import (
+    BOS,
+    EOS,
     MANIFEST,
     SCHEMA,
+    UNKNOWN,
     Bundle,
     FileRecord,
     LatentRecord,
@@ -23,6 +26,7 @@ from edge_runtime.bundle import (
 from edge_runtime.wire import count_tables
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
+from models.phrases import Phrases
 from tests import exports
 
 VOCABULARY = 40  # small, so that random texts end: each token is the end token one time in 37
@@ -56,6 +60,8 @@ def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 14, 
             files |= {f"draft_look{suffix}": look, f"draft_step{suffix}": step}
         for name, data in files.items():
             (path / name).write_bytes(data)
+    texts = np.random.default_rng(seed).integers(UNKNOWN + 1, VOCABULARY, (50, 6))
+    save_file(Phrases.of_texts([[BOS, *text, EOS] for text in texts.tolist()]).tensors(), path / "phrases.safetensors")
     (path / "tables.bin").write_bytes(count_tables([random_symbols(64, seed)], set_id=seed).to_bytes())
     words = ["<pad>", "<start>", "<end>", "<unknown>", *(f"word{i}" for i in range(4, VOCABULARY))]
     (path / "vocabulary.txt").write_text("".join(f"{word}\n" for word in words))

@@ -3,7 +3,8 @@
 import pytest
 
 from edge_runtime.bundle import Bundle
-from server.engine import Engine, load_engine
+from server.engine import Engine
+from server.loading import load_engine
 from server.numerics import prove
 from tests.bundles import tiny_bundle
 

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from edge_runtime.bundle import BOS, EOS, Bundle, BundleError, FileRecord, file_hash
 from models.family import DecoderShape, Tail, TextDecoder
-from server.engine import BLOCK, Answer, Engine, Job, Proof, Shape, Writing, cheapest, load_engine, look
+from models.phrases import Phrases
+from server.engine import BLOCK, Answer, Engine, Job, Proof, Shape, Writing, cheapest, look
+from server.loading import load_engine
 from server.numerics import REJECTED, prove, read
 from server.verify import new_text
 from tests.bundles import CLASSES, MAX_TOKENS, VOCABULARY, lively, random_symbols, tiny_bundle
@@ -79,7 +81,8 @@ def test_any_batch_with_any_drafts_answers_as_each_row_alone(engine, alone, rows
     for (i, tier, _), answer in zip(rows, engine.answer(jobs), strict=True):
         assert result(answer) == result(alone[tier][i])
         assert 0 <= answer.accepted <= answer.proposed
-        assert len(answer.tokens) - answer.accepted <= answer.passes <= alone[tier][i].passes
+        written = len(answer.tokens) - answer.accepted - answer.redrafted
+        assert written <= answer.passes <= alone[tier][i].passes
 
 
 def test_a_perfect_draft_needs_one_pass_a_block(engine: Engine, alone: dict[str, list[Answer]]) -> None:
@@ -89,6 +92,21 @@ def test_a_perfect_draft_needs_one_pass_a_block(engine: Engine, alone: dict[str,
         assert (answer.tokens, answer.passes) == (own.tokens, -(-emitted // BLOCK))
         assert answer.accepted == answer.proposed == min(len(own.tokens), MAX_TOKENS - 1)
     assert all(own.passes == min(len(own.tokens) + 1, MAX_TOKENS) for own in alone["edge"])
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_phrases_save_passes_where_there_is_a_draft_and_change_no_text(bundle: Bundle, alone, size: int) -> None:
+    informed = load_engine(bundle, TIERS)
+    informed.proof = prove(informed)
+    own = [answer.tokens for answer in alone["edge"]]
+    informed.phrases = Phrases.of_texts([[BOS, *text, EOS] for text in own])  # it knows these texts by heart
+    # Wrong from the first word on, empty, and none.
+    for draft, saves in (((4, 4, 4), True), ((), True), (None, False)):
+        jobs = [Job(s, draft=draft, wants_label=True) for s in SYMBOLS]
+        answers = [a for i in range(0, len(jobs), size) for a in informed.answer(jobs[i : i + size])]
+        assert [result(a) for a in answers] == [result(a) for a in alone["edge"]]
+        assert (sum(a.passes for a in answers) < sum(a.passes for a in alone["edge"])) == saves
+        assert (sum(a.redrafted for a in answers) > 0) == saves
 
 
 @pytest.mark.parametrize("draft", [(-1,), (VOCABULARY,), (1 << 31,), (5,) * 10**6, (0, 1, 2, 3), (EOS,)])
@@ -215,7 +233,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from edge_runtime.bundle import open_bundle
-from server.engine import Job, load_engine
+from server.engine import Job
+from server.loading import load_engine
 from server.numerics import prove
 from tests.bundles import random_symbols
 
@@ -264,10 +283,24 @@ def test_a_bundle_that_lacks_a_tier_or_weights_is_refused_by_name(bundle: Bundle
         load_engine(wrong, ("edge",))
 
 
+def with_file(bundle: Bundle, name: str, data: bytes) -> Bundle:
+    """The bundle with a file replaced, as if it had been built so."""
+    (bundle.path / name).write_bytes(data)
+    record = {name: FileRecord(file_hash(bundle.path / name), len(data))}
+    return replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, files=bundle.manifest.files | record))
+
+
 def test_a_file_that_is_no_safetensors_is_refused_by_name(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
-    (bundle.path / "edge.safetensors").write_bytes(b"\x00" * 100)
-    record = {"edge.safetensors": FileRecord(file_hash(bundle.path / "edge.safetensors"), 100)}
-    damaged = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, files=bundle.manifest.files | record))
     with pytest.raises(BundleError, match="no readable safetensors"):
-        load_engine(damaged, ("edge",))
+        load_engine(with_file(bundle, "edge.safetensors", b"\x00" * 100), ("edge",))
+
+
+def test_a_table_of_phrases_may_be_missing_but_not_wrong(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    edge = (bundle.path / "edge.safetensors").read_bytes()
+    with pytest.raises(BundleError, match=r"phrases.safetensors is no table of phrases: no tensor 'contexts'"):
+        load_engine(with_file(bundle, "phrases.safetensors", edge), ("edge",))
+    files = {name: record for name, record in bundle.manifest.files.items() if name != "phrases.safetensors"}
+    without = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, files=files))
+    assert load_engine(without, ("edge",)).phrases is None

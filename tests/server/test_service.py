@@ -39,8 +39,9 @@ from edge_runtime.wire import (
 )
 from server.batcher import Batch
 from server.config import Config, ServerConfig, UpstreamConfig
-from server.engine import Engine, Job, load_engine
+from server.engine import Engine, Job
 from server.gateway import Arrival, Gateway
+from server.loading import load_engine
 from server.reply_cache import ReplyCache
 from server.service import Service, readable_id, run_server
 from server.upstream import Upstream

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.bundle import BOS, EOS
-from server.verify import Text, new_text, next_block, realign, verify
+from server.verify import Text, new_text, next_block, realign, redraft, verify
 
 A, B = 4, 5  # with the end token a vocabulary of three
 VOCABULARY = 6
@@ -118,6 +118,40 @@ def test_any_alignment_after_a_mismatch_gives_the_same_text(seed, width, data) -
 
     text = write(target, new_text((), VOCABULARY, 12), width, verify_then_propose_anything)
     assert text.tokens == alone(target, 12)
+
+
+@given(seed=st.integers(0, 999), limit=st.integers(1, 12), width=st.integers(2, 8), data=st.data())
+def test_any_new_drafts_give_the_same_text_in_no_more_passes(seed, limit, width, data) -> None:
+    target = random_target(seed)
+    own = alone(target, limit)
+    anything = st.lists(st.integers(-2, 10), max_size=12).map(tuple)
+
+    def verify_then_redraft(text: Text, choices: Sequence[int]) -> Text:
+        after = verify(text, choices)
+        return redraft(after, data.draw(anything)) if after.wants_redraft and not after.is_done else after
+
+    text = write(target, new_text(data.draw(anything), VOCABULARY, limit), width, verify_then_redraft)
+    assert text.tokens == own
+    assert text.accepted <= text.proposed
+    assert len(own) <= text.accepted + text.redrafted + text.passes
+    assert text.passes <= len(own)
+
+
+def test_a_new_draft_is_wanted_where_the_old_one_ends_or_was_wrong_and_is_counted_apart() -> None:
+    text = new_text((A, B, A, A), VOCABULARY, 24)
+    assert not text.wants_redraft
+    text = verify(text, [A, A])  # A was right, B was not
+    assert text.wants_redraft
+    text = redraft(text, (B, B, EOS, A))
+    assert (text.rest, text.wants_redraft) == ((B, B), False)
+    text = verify(text, [B, B, A])
+    assert text.wants_redraft
+    assert (text.tokens, text.proposed, text.accepted, text.redrafted) == ((A, A, B, B, A), 4, 1, 2)
+
+
+def test_a_new_draft_is_cut_to_what_can_be_written() -> None:
+    text = verify(new_text((), VOCABULARY, 4), [A])
+    assert redraft(text, (A,) * 50).rest == (A, A)
 
 
 def test_realign_follows_a_target_that_left_words_out_or_replaced_one() -> None:

@@ -1,0 +1,96 @@
+"""From a bundle's files to an engine."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from edge_runtime.bundle import Bundle, BundleError
+from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
+from models.phrases import Phrases
+from server.engine import Engine
+
+HEAD, PHRASES = "head.safetensors", "phrases.safetensors"  # which a bundle may lack
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threads: int = 1) -> Engine:
+    """Loads the tail, the classifier, the float head if there is one, and these tiers' decoders, as float32.
+
+    Sets torch's thread count for the whole process: bits depend on it. Raises BundleError.
+    """
+    torch.set_num_threads(threads)
+    # On a GPU: float32 all through, and no algorithm that sums in another order at each run.
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    manifest = bundle.manifest
+    if (manifest.latent.channels, manifest.latent.height, manifest.latent.width) != LATENT:
+        raise BundleError(f"bundle {manifest.name} codes {manifest.latent}, this version's networks read {LATENT}")
+    weights = load_weights(bundle, manifest.tail)
+    decoders = {tier: _decoder(bundle, tier) for tier in tiers}
+    tail = filled(Tail(), _below(weights, "tail."), manifest.tail)
+    classifier, head = None, None
+    if manifest.classes:
+        classifier = filled(Classifier(len(manifest.classes)), _below(weights, "classifier."), manifest.tail)
+    if HEAD in manifest.files:
+        head = filled(Head(), load_weights(bundle, HEAD), HEAD)
+    # So the weights of its 3 x 3 convolutions are matrices already.
+    tail = tail.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for network in (tail, classifier, head, *decoders.values()):
+        if network is not None:
+            network.to(device)
+    return Engine(tail, decoders, classifier, manifest.classes, head, _phrases(bundle), device)
+
+
+def _decoder(bundle: Bundle, tier: str) -> TextDecoder:
+    target = bundle.manifest.targets.get(tier)
+    if target is None:
+        raise BundleError(f"bundle {bundle.manifest.name} has no target {tier}: it has {list(bundle.manifest.targets)}")
+    shape = DecoderShape(
+        bundle.manifest.vocabulary,
+        target.width,
+        target.heads,
+        target.encoder_layers,
+        target.decoder_layers,
+        bundle.manifest.max_tokens,
+    )
+    return filled(TextDecoder(shape), load_weights(bundle, target.file), target.file)
+
+
+def _phrases(bundle: Bundle) -> Phrases | None:
+    if PHRASES not in bundle.manifest.files:
+        return None
+    tensors = load_tensors(bundle, PHRASES)
+    try:
+        return Phrases.of_tensors(tensors, bundle.manifest.vocabulary)
+    except ValueError as error:
+        raise BundleError(f"{bundle.path / PHRASES} is no table of phrases: {error}") from error
+
+
+def load_weights(bundle: Bundle, name: str) -> dict[str, Tensor]:
+    """A safetensors file of the bundle, checked against its hash; as float32. Raises BundleError."""
+    return {key: value.float() for key, value in load_tensors(bundle, name).items()}
+
+
+def load_tensors(bundle: Bundle, name: str) -> dict[str, Tensor]:
+    """A safetensors file of the bundle, checked against its hash. Raises BundleError."""
+    try:
+        return load_file(bundle.file(name))
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{bundle.path / name} is no readable safetensors file: {error}") from error
+
+
+def filled(network: Network, weights: dict[str, Tensor], name: str) -> Network:
+    """The network with these weights, every one of them used and ready to serve. Raises BundleError."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise BundleError(f"{name} does not hold this network's weights: {error}") from error
+    return network.eval().requires_grad_(False)
+
+
+def _below(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
