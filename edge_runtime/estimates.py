@@ -38,6 +38,14 @@ MINUTE_S = 60.0
 LEDGER_STEP_S = 0.1  # what is sent within it counts as sent at its end
 FEW_FRAMES, MANY_FRAMES = 100, 2000  # before and after which a count of changes says little about the next frame
 RECENT = 9  # values of a running median: forgets in five, and two odd ones do not matter
+UNUSED = (  # what was told and not used, as it is counted
+    "status_refused",  # a server's status that is none, or another server's
+    "status_contradicted",  # a claim far from what was measured
+    "servers_forgotten",  # more servers than are remembered
+    "hops_refused",  # a server that says it worked longer than we waited
+    "bad_value",  # no time or size
+    "overflow",  # more between two frames than is remembered
+)
 Kind = Literal["plain", "drafted"]  # decoding without a draft, and with
 
 
@@ -147,7 +155,7 @@ class Estimates:
     """
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()  # of what could not be used, and why
+        self.counts = Counter(dict.fromkeys(UNUSED, 0))
         self._inbox: deque[Callable[[], None]] = deque(maxlen=QUEUE)
         self._now = 0.0
         self._network, self._is_connected = Network(), True

@@ -53,6 +53,15 @@ BOARD = {
     "skipped": Meaning("Frames replaced by a newer one before anybody looked at them, or too early"),
     "unreadable": Meaning("Pictures that could not be decoded"),
     "reopened": Meaning("Cameras opened again after a stall, an end or an error"),
+    "switch": Meaning(
+        "Messages to run-time switches: set, refused, unknown (no such switch), retained (ignored)", "what"
+    ),
+    "ignored": Meaning(
+        "What was told and not used: status_refused (a server's status that is none), status_contradicted (far from "
+        "what was measured), hops_refused (a server that worked longer than the board waited), servers_forgotten, "
+        "bad_value, overflow",
+        "what",
+    ),
     "mqtt": Meaning("Messages to and from the servers' broker, by what became of them", "what", is_gauge=True),
 }
 

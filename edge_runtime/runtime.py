@@ -105,7 +105,9 @@ class Board:
         """Every counter; any thread."""
         mqtt = {f"mqtt_{name}": count for name, count in asdict(self.servers.stats()).items()}
         failed = {"frames_failed": self.pipeline.failed}
-        return self.answers.summary() | failed | asdict(self.cameras.totals()) | mqtt
+        switched = {f"switch_{name}": count for name, count in asdict(self.switches.counters).items()}
+        ignored = {f"ignored_{name}": count for name, count in self.estimates.counts.items()}
+        return self.answers.summary() | failed | asdict(self.cameras.totals()) | switched | ignored | mqtt
 
     def _clients(self) -> tuple[MqttClient, MqttClient]:
         """To the servers' broker, and to the near one of the users: the same where only one is configured."""

@@ -113,6 +113,21 @@ def offline_boot(trial: Trial) -> None:
     trial.stage.broker.start()
 
 
+def names_fail(trial: Trial) -> None:
+    """A board whose name server is not there yet when it starts, as after a power cut of the whole house."""
+    trial.tables["mqtt"] |= {"host": "localhost"}
+    trial.serve(SERVER)
+    trial.inject()
+    trial.start_board()
+    trial.show_frames()
+    trial.expect(trial.watch(30.0, lambda: trial.ledger.tally().accepted > 0), "first answers without a broker")
+    trial.last()
+    trial.expect("name resolution" in trial.board.said(), "its report")
+    trial.heal()
+    trial.board.signal(signal.SIGUSR1)
+    trial.note("the board's getaddrinfo() fails for names")
+
+
 def small_disk(trial: Trial) -> Path:
     """The outbox's directory becomes a file system of its own."""
     if os.geteuid() or not shutil.which("mount"):
@@ -409,6 +424,7 @@ ROWS = (
     Row("server-hang", "server hangs (SIGSTOP)", server_hangs, outbox=False),
     Row("share-member", "share member killed in flight", share_member_dies, outbox=False),
     Row("offline-boot", "offline boot, outbox full", offline_boot, 12.0),
+    Row("names-fail", "boot without name resolution", names_fail, sabotage="names"),
     *(
         Row(f"spool-{kind}", f"corrupt spool: {what}", partial(spool_damaged, kind))
         for kind, what in (

@@ -5,10 +5,13 @@ The runtime itself is the one that ships; a signal lets the fault happen:
   stay right, and so does the monotonic one.
 - callbacks: SIGUSR1 makes each of the MQTT client's callbacks raise at its next call, in its place.
 - thread: SIGUSR1 raises an exception in every MQTT network thread, wherever it is at that moment.
+- names: from the start no host name resolves, addresses do; after SIGUSR1 names do as well.
 """
 
 import ctypes
+import ipaddress
 import signal
+import socket
 import sys
 import threading
 import time
@@ -66,6 +69,21 @@ def thread() -> None:
     signal.signal(signal.SIGUSR1, strike)
 
 
+def names() -> None:
+    real, fails = socket.getaddrinfo, [True]
+
+    def resolve(host: Any, *arguments: Any, **named: Any) -> Any:
+        if fails:
+            try:
+                ipaddress.ip_address(host)
+            except ValueError:
+                raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution") from None
+        return real(host, *arguments, **named)
+
+    socket.getaddrinfo = resolve
+    signal.signal(signal.SIGUSR1, lambda *_: fails.clear())
+
+
 if __name__ == "__main__":
-    {"clock": clock, "callbacks": callbacks, "thread": thread}[sys.argv[1]]()
+    {"clock": clock, "callbacks": callbacks, "thread": thread, "names": names}[sys.argv[1]]()
     sys.exit(cli.main(sys.argv[2:]))
