@@ -9,10 +9,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="board.toml; `aiflow validate` checks it, README.md has an example")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Runs until the sources end, SIGINT or SIGTERM."""
     from edge_runtime.config import RuntimeConfig, load_toml
     from edge_runtime.runtime import STOP_S, run_board
-    from edge_runtime.signals import stop_on_signals
+    from edge_runtime.signals import stop_when_told
 
-    run_board(load_toml(args.config, RuntimeConfig), stop_on_signals(STOP_S))
+    config = load_toml(args.config, RuntimeConfig)
+    stop = stop_when_told(STOP_S)
+    run_board(config, stop)
+    return stop.exit_code

@@ -9,10 +9,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="server.toml; `aiflow validate` checks it, README.md has an example")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM, then finishes what was accepted."""
     from edge_runtime.config import load_toml
+    from edge_runtime.signals import stop_when_told
     from server.config import Config
-    from server.service import run_until_signal
+    from server.service import run_server
 
-    run_until_signal(load_toml(args.config, Config))
+    config = load_toml(args.config, Config)
+    stop = stop_when_told(config.server.stop_s)
+    run_server(config, stop)
+    return stop.exit_code

@@ -28,7 +28,6 @@ from edge_runtime import __version__
 from edge_runtime.bundle import Bundle, BundleError, open_bundle
 from edge_runtime.metrics import exported
 from edge_runtime.preprocess import PictureError, decode_picture, to_input
-from edge_runtime.signals import stop_on_signals
 from edge_runtime.wire import (
     BitstreamError,
     ContentKind,
@@ -431,8 +430,3 @@ def run_server(config: Config, stop: threading.Event) -> None:
         stack.enter_context(exported(config.metrics, "server", SERVER, lambda: values(service.status())))
         service.serve(stop, gateway.heartbeat)
     logger.info("server stopped id=%s counts=%s", server.id, dict(service.counts))
-
-
-def run_until_signal(config: Config) -> None:
-    """`run_server` until SIGTERM or SIGINT."""
-    run_server(config, stop_on_signals(config.server.stop_s))

@@ -78,7 +78,7 @@ def principal(net: Cut, backbone: Lite0, cut: Tensor, step: float) -> None:
     Without a step of training this is nearer to the backbone than what thousands of steps make of a random start.
     """
     metric = torch.zeros(4 * CUT_CHANNELS, 4 * CUT_CHANNELS)
-    for at in range(0, 512, 64):
+    for at in range(0, min(512, len(cut)), 64):
         some = cut[at : at + 64].clone().requires_grad_()
         last, _ = backbone.rest(some)
         (slopes,) = torch.autograd.grad((last * torch.randn_like(last)).sum(), some)

@@ -32,7 +32,7 @@ def run(work: Workspace) -> None:
     """Writes head.onnx, head.tflite and head.pt, the float head for pictures that arrive at a server."""
     head = trained_head(work)
     photos = work.array("photos-train")
-    calibration = torch.from_numpy(photos[:: len(photos) // CALIBRATION][:CALIBRATION].copy())
+    calibration = torch.from_numpy(photos[:: max(1, len(photos) // CALIBRATION)][:CALIBRATION].copy())
     int8 = quantise(head, calibration)
     (work / "head.onnx").write_bytes(write_onnx(int8))
     (work / "head.tflite").write_bytes(write_litert(int8))

@@ -51,8 +51,8 @@ from tests.bundles import MAX_TOKENS, random_symbols
 SYMBOLS = random_symbols(16, seed=1)
 PATIENCE_S = 60  # for what must come; a test that waits so long has failed
 SCRIPT = (  # a server process; its configuration is the argument
-    "import sys, pathlib, edge_runtime.config as c, server.config as s, server.service as r\n"
-    "r.run_until_signal(c.load_toml(pathlib.Path(sys.argv[1]), s.Config))"
+    "import argparse, pathlib, sys, firmware_tools.serve\n"
+    "sys.exit(firmware_tools.serve.run(argparse.Namespace(config=pathlib.Path(sys.argv[1]))))"
 )
 
 
