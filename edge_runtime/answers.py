@@ -269,8 +269,9 @@ class Answers:
     def _open(self, question: Question) -> None:
         question.asked = now = time.monotonic()
         self._replayed += question.is_replay
-        for lost in self._requests.open(question.request.id, question, question.deadline, now):
+        if lost := self._requests.open(question.request.id, question, question.deadline, now):
             self._unanswered(lost)
+            return
         self._send(question, question.payload, question.deadline - now)
         if question.seen.tokens and not question.is_replay:
             self._events.publish(question.seen)

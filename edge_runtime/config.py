@@ -144,7 +144,7 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     tier: Literal["edge", "cloud"] | None = None  # wanted for the answer; none: whichever server answers
     deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] = 5000  # from capture; after it the draft stands
     resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply for at least so long: the same id again
-    open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # waiting for replies; the oldest is reported lost
+    open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # waiting for replies; one more is reported lost
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # offload, and the JPEG equivalent in events
     slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # rehearses a slower board: it sleeps in proportion
 

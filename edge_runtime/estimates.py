@@ -232,12 +232,16 @@ class Estimates:
         """How the board is."""
         self._put(self._measured, vitals)
 
-    def facts(self, now: float) -> Facts:
-        """Of all that was told until now."""
+    def catch_up(self, now: float) -> None:
+        """Takes in what was told until now; to be called for each frame, also where nobody wants the facts."""
         if isfinite(now):
             self._now = max(self._now, now)
         while self._inbox:
             self._inbox.popleft()()
+
+    def facts(self, now: float) -> Facts:
+        """Of all that was told until now."""
+        self.catch_up(now)
         now = self._now
         for waiting in self._open.values():
             self._look_at(waiting, now)

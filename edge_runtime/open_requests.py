@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
+ENDED = 4096  # requests whose end is remembered, some hundred bytes each
 SAMPLES = 64  # reply times that the resend interval is made of: some seconds of a busy board
 
 
@@ -55,26 +56,29 @@ class Counts:
 
 
 class OpenRequests(Generic[T]):
-    """At most `capacity` open requests; the oldest is lost when one more comes."""
+    """At most `capacity` open requests; one more is lost at once, unsent.
+
+    Those that wait are nearer to their answer, and link and server have worked for them already: to drop the oldest
+    instead would, where a server is slower than its boards, end each request shortly before its reply.
+    """
 
     def __init__(self, capacity: int, *, min_resend_s: float = 3.0, rng: random.Random) -> None:
         if capacity < 1 or min_resend_s <= 0:
             raise ValueError(f"capacity = {capacity}, min_resend_s = {min_resend_s}: want at least 1, and more than 0")
         self._capacity, self._min_resend_s, self._rng = capacity, min_resend_s, rng
         self._open: dict[bytes, Open[T]] = {}  # in the order of opening
-        self._ended: OrderedDict[bytes, str] = OrderedDict()  # id -> what a further reply is; the latest `capacity`
+        self._ended: OrderedDict[bytes, str] = OrderedDict()  # id -> what a further reply is; the latest ENDED
         self._reply_times: deque[float] = deque(maxlen=SAMPLES)
         self._counts: Counter[str] = Counter()
 
-    def open(self, request_id: bytes, content: T, deadline: float, now: float) -> list[Lost[T]]:
-        """Take a request that is being sent now. Returns what had to go for it. ValueError: the id is open already."""
+    def open(self, request_id: bytes, content: T, deadline: float, now: float) -> Lost[T] | None:
+        """Take a request that is to be sent now; not None: there is no room. ValueError: the id is open already."""
         if request_id in self._open:
             raise ValueError(f"request {request_id.hex()} is open already: ids are used once")
         self._counts["accepted"] += 1
-        displaced = [next(iter(self._open))] if len(self._open) >= self._capacity else []
-        lost = [self._lose(oldest, "table full") for oldest in displaced]
+        is_full = len(self._open) >= self._capacity
         self._open[request_id] = Open(request_id, content, now, deadline, now + self._interval(1))
-        return lost
+        return self._lose(request_id, f"{self._capacity} requests wait already") if is_full else None
 
     def find(self, request_id: bytes) -> Open[T] | None:
         """An open request."""
@@ -148,7 +152,7 @@ class OpenRequests(Generic[T]):
     def _remember(self, request_id: bytes, meaning: str) -> None:
         self._ended[request_id] = meaning
         self._ended.move_to_end(request_id)
-        if len(self._ended) > self._capacity:
+        if len(self._ended) > ENDED:
             self._ended.popitem(last=False)
 
     def _reschedule(self, entry: Open[T], resend_at: float, sends: int) -> None:

@@ -38,9 +38,10 @@ class BoardPlanner:
         tier = own.tier or board.tier
         plan = Plan("device", "configured", own.deadline_ms or board.deadline_ms, Tier[tier.upper()] if tier else None)
         plan = replace(plan, jpeg_quality=board.jpeg_quality)
-        if paradigm != "auto":
-            return replace(plan, paradigm=cast(ParadigmName, paradigm))  # the switch takes no other word
         now = time.monotonic()
+        if paradigm != "auto":
+            self._estimates.catch_up(now)
+            return replace(plan, paradigm=cast(ParadigmName, paradigm))  # the switch takes no other word
         self._estimates.measured(self._vitals.read(now))
         floor = float(self._switches["quality_floor"])
         self._policy.config = msgspec.structs.replace(self._policy.config, quality_floor=floor)

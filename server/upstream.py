@@ -177,9 +177,10 @@ class Upstream:
             self._end_without(lost, "stopping")
 
     def _open(self, question: Question) -> None:
-        for lost in self._requests.open(question.request.id, question, question.until, time.monotonic()):
+        if lost := self._requests.open(question.request.id, question, question.until, time.monotonic()):
             self._end_without(lost, "full")
-        self._send(question)
+        else:
+            self._send(question)
 
     def _send(self, question: Question) -> None:
         now = time.monotonic()

@@ -344,12 +344,12 @@ def test_a_request_that_the_broker_refuses_is_lost_at_once(start_broker, tmp_pat
         assert (event.type, event.why) == ("lost", f"broker: {outcome}")
 
 
-def test_one_question_too_many_loses_the_oldest(broker, board_bundle, server):
+def test_one_question_too_many_is_lost_unsent_and_those_that_wait_are_answered(broker, board_bundle, server):
     with Board(broker.port, board_bundle, capacity=2) as board:
         asked = [board.ask() for _ in range(3)]
         event = board.next_event()
-        assert (event.frame, event.type, event.why) == (asked[0].id.hex(), "lost", "table full")
-        for request in asked[1:]:
+        assert (event.frame, event.type, event.why) == (asked[2].id.hex(), "lost", "2 requests wait already")
+        for request in asked[:2]:
             server.reply(request)
             assert board.next_event().frame == request.id.hex()
 

@@ -66,11 +66,16 @@ def test_a_busy_server_is_asked_again_later_than_it_said_and_the_request_stays_o
     assert requests.counts.open == 1
 
 
-def test_the_oldest_is_lost_when_the_table_is_full() -> None:
+def test_one_more_than_fits_is_lost_and_those_that_wait_stay() -> None:
     requests = table(capacity=2)
-    assert requests.open(b"1", "first", deadline=9.0, now=0.0) == []
-    assert requests.open(b"2", "second", deadline=9.0, now=0.0) == []
-    assert [(lost.content, lost.reason) for lost in requests.open(b"3", "third", 9.0, 0.0)] == [("first", "table full")]
+    assert requests.open(b"1", "first", deadline=9.0, now=0.0) is None
+    assert requests.open(b"2", "second", deadline=9.0, now=0.0) is None
+    lost = requests.open(b"3", "third", deadline=9.0, now=0.0)
+    assert lost is not None
+    assert (lost.content, lost.reason) == ("third", "2 requests wait already")
+    assert requests.has_ended(b"3")
+    assert requests.answered(b"1", now=0.1) is not None
+    assert requests.open(b"4", "fourth", deadline=9.0, now=0.2) is None
 
 
 def test_duplicate_late_and_unknown_replies_are_told_apart() -> None:
@@ -119,9 +124,10 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     @rule(request_id=IDS, budget=st.floats(-1, 10))
     def ask(self, request_id: bytes, budget: float) -> None:
         if request_id not in self.ids:
-            self.ended([lost.id for lost in self.requests.open(request_id, "", self.now + budget, self.now)])
             self.ids.add(request_id)
             self.accepted += 1
+            lost = self.requests.open(request_id, "", self.now + budget, self.now)
+            self.ended([lost.id] if lost else [])
 
     @rule(request_id=IDS)
     def reply(self, request_id: bytes) -> None:

@@ -97,3 +97,12 @@ def test_the_floor_of_what_is_sure_enough_is_a_switch():
 def test_who_configures_speculative_gets_every_draft_verified():
     planner = Board(paradigm="speculative").planner
     assert planner.stands(planner.plan("plain"), 1.0) is None
+
+
+def test_what_is_told_is_taken_in_where_nothing_is_to_be_chosen_too():
+    board = Board(paradigm="speculative")
+    for number in range(2000):
+        plan = board.planner.plan("plain")
+        board.planner.took(plan, {"head": 5.0})
+        board.estimates.sent(number.to_bytes(8, "big"), "speculative", 400, number / 10)
+    assert not board.estimates.counts.total()
