@@ -18,6 +18,11 @@ SERVER = {
     "changed": Meaning("Of those, answers that differ from this server's own, by the reason to ask", "reason"),
     "unchanged": Meaning("Of those, answers that do not"),
     "alone": Meaning("Requests that should have gone up, or did in vain, by what stood in the way", "why"),
+    "upstream": Meaning(
+        "Requests to the tier above, by what became of them, and its replies (reply_*); unknown, late and duplicate are "
+        "replies to nothing that was asked, to what had ended, and to what was answered",
+        "what",
+    ),
     "loop": Meaning("Requests refused since they had passed this server before"),
 }
 STATUSES = {status.name.lower() for status in Status}
@@ -27,6 +32,9 @@ def values(status: Mapping[str, Any]) -> Values:
     """The numbers of `Service.status`, under the names above."""
     plain = dict.fromkeys(("received", "repeated", "joined", "answered_above", "unchanged", "loop"), 0)
     plain |= {"waiting": status["queue"]["waiting"], "asked_above": status["asked_above"]}
+    if above := status.get("upstream"):
+        plain |= {f"upstream_{name}": count for name, count in above["requests"].items() if name != "open"}
+        plain |= {f"upstream_reply_{name}": count for name, count in above["replies"].items()}
     totals = {name for name, meaning in SERVER.items() if meaning.label}  # counted beside their kinds: their sum
     counts = {f"replies_{name}" if name in STATUSES else name: count for name, count in status["counts"].items()}
     return by_kind(SERVER, plain | {name: count for name, count in counts.items() if name not in totals})

@@ -69,6 +69,12 @@ def test_a_servers_counters_come_by_what_happened():
     assert read.keys() <= SERVER.keys()
 
 
+def test_what_a_tier_above_says_unasked_is_counted():
+    above = {"requests": {"accepted": 4, "unknown": 2, "open": 1}, "replies": {"ok": 3, "unreadable": 1}}
+    read = values({"counts": {}, "queue": {"waiting": 0}, "asked_above": 1, "upstream": above})
+    assert read["upstream"] == {"accepted": 4, "unknown": 2, "reply_ok": 3, "reply_unreadable": 1}
+
+
 @pytest.mark.parametrize(("prefix", "meanings"), [("board", BOARD), ("server", SERVER)])
 def test_every_counter_is_documented(prefix, meanings):
     page = (Path(__file__).parents[2] / "docs/RELIABILITY.md").read_text()
