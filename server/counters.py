@@ -19,8 +19,8 @@ SERVER = {
     "unchanged": Meaning("Of those, answers that do not"),
     "alone": Meaning("Requests that should have gone up, or did in vain, by what stood in the way", "why"),
     "upstream": Meaning(
-        "Requests to the tier above, by what became of them, and its replies (reply_*); unknown, late and duplicate are "
-        "replies to nothing that was asked, to what had ended, and to what was answered",
+        "Requests to the tier above, by what became of them, and its replies (reply_*); unknown, late and duplicate "
+        "are replies to nothing that was asked, to what had ended, and to what was answered",
         "what",
     ),
     "loop": Meaning("Requests refused since they had passed this server before"),
