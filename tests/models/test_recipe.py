@@ -5,18 +5,26 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
 
 from edge_runtime.bundle import open_bundle
 from edge_runtime.pictures import read_pictures
 from edge_runtime.preprocess import decode_picture, to_input
 from edge_runtime.runtime import load_draft, load_head
 from models.recipe import __main__ as recipe
+from models.recipe import stage3_bottleneck, stage6_targets, stage7_critic, stage9_draft
 from models.recipe.workspace import shortened
 from server.engine import Job
 from server.loading import load_engine
 from server.numerics import prove
 from tests import exports
 
+SMALL = (  # what is trained on in a step
+    (stage3_bottleneck, {"PHOTOS": 4, "CLASS_PHOTOS": 2}),
+    (stage6_targets, {"TEXTS": 20, "CLASS_PHOTOS": 2}),
+    (stage7_critic, {"PHOTOS": 2}),
+    (stage9_draft, {"BATCH": 8}),
+)
 TEXTS = ("a red dog runs on green grass", "a dog runs on grass", "the red dog is on the grass")
 
 
@@ -36,6 +44,10 @@ def inputs(tmp_path: Path) -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_photos_and_captions_alone_become_a_bundle_that_answers(inputs: list[str], tmp_path: Path, monkeypatch) -> None:
+    torch.set_num_threads(1)  # two wait for each other where other programs use the cores
+    for module, sizes in SMALL:
+        for name, size in sizes.items():
+            monkeypatch.setattr(module, name, size)
     monkeypatch.setattr(recipe, "shortened", lambda settings, _: shortened(settings, 1e-4))
     monkeypatch.setattr(sys, "argv", ["recipe", *inputs])
     recipe.main()
