@@ -227,7 +227,8 @@ def test_every_photo_goes_through_real_processes_and_none_stays_behind(
         assert (each["answered"], each["lost"], each["chosen"]) == (3, 0, {name: 1.0})
         assert each["answered_by"] == {"device" if name == "device" else "cloud": 1.0}
     offload, device, speculative = figures["paradigms"].values()
-    assert offload["first_text_ms_p50"] == offload["verified_ms_p50"] > offload["server_ms_mean"] > 0
+    assert offload["first_text_ms_p50"] == offload["verified_ms_p50"] > 0
+    assert offload["server_ms_mean"] > 0
     assert (device["bytes_mean"], device["verified_ms_p50"], device["server_ms_mean"]) == (0, None, 0)
     # Equal where a random draft is empty, and the verified text the first one.
     assert 0 < speculative["first_text_ms_p50"] <= speculative["verified_ms_p50"] <= speculative["verified_ms_p95"]
