@@ -238,6 +238,8 @@ class Estimates:
             self._now = max(self._now, now)
         while self._inbox:
             self._inbox.popleft()()
+        while self._ledger and self._now - self._ledger[0][0] >= MINUTE_S:
+            self._ledger.popleft()
 
     def facts(self, now: float) -> Facts:
         """Of all that was told until now."""
@@ -319,8 +321,6 @@ class Estimates:
         self._ledger.append((at, size))
 
     def _forget(self, now: float) -> None:
-        while self._ledger and now - self._ledger[0][0] >= MINUTE_S:
-            self._ledger.popleft()
         for request_id in [i for i, waiting in self._open.items() if now - waiting.sent_at > LINK_AGE_S]:
             del self._open[request_id]
 

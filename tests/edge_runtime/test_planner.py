@@ -99,10 +99,14 @@ def test_who_configures_speculative_gets_every_draft_verified():
     assert planner.stands(planner.plan("plain"), 1.0) is None
 
 
-def test_what_is_told_is_taken_in_where_nothing_is_to_be_chosen_too():
+def test_what_is_told_is_taken_in_and_forgotten_where_nothing_is_to_be_chosen_too(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
     board = Board(paradigm="speculative")
     for number in range(2000):
-        plan = board.planner.plan("plain")
-        board.planner.took(plan, {"head": 5.0})
-        board.estimates.sent(number.to_bytes(8, "big"), "speculative", 400, number / 10)
+        now += 1.0
+        board.estimates.sent(number.to_bytes(8, "big"), "speculative", 400, now)
+        board.planner.took(board.planner.plan("plain"), {"head": 5.0})
     assert not board.estimates.counts.total()
+    assert board.estimates.facts(now).bytes_last_minute == 60 * 400
+    assert len(board.estimates._ledger) == 60
