@@ -95,6 +95,15 @@ def link_cut(trial: Trial) -> None:
     link.set(PROFILES["wifi"])
 
 
+def boot_alone(trial: Trial) -> None:
+    """The fault is there before the board, which answers by itself while it lasts."""
+    trial.inject()
+    trial.start_board()
+    trial.show_frames()
+    trial.expect(trial.watch(30.0, lambda: trial.ledger.tally().accepted > 0), "first answers without a broker")
+    trial.last()
+
+
 def offline_boot(trial: Trial) -> None:
     """No broker when the board starts, and more requests than its outbox holds."""
     trial.tables["outbox"] |= {"max_bytes": 65536}
@@ -102,11 +111,7 @@ def offline_boot(trial: Trial) -> None:
     trial.serve(SERVER)
     trial.stage.broker.signal(signal.SIGTERM)
     trial.interval_s = 0.05
-    trial.inject()
-    trial.start_board()
-    trial.show_frames()
-    trial.expect(trial.watch(30.0, lambda: trial.ledger.tally().accepted > 0), "first answers without a broker")
-    trial.last()
+    boot_alone(trial)
     trial.expect(trial.ledger.tally().lost > 0, "the oldest dropped, and reported")
     trial.interval_s = 0.25
     trial.heal()
@@ -117,11 +122,7 @@ def names_fail(trial: Trial) -> None:
     """A board whose name server is not there yet when it starts, as after a power cut of the whole house."""
     trial.tables["mqtt"] |= {"host": "localhost"}
     trial.serve(SERVER)
-    trial.inject()
-    trial.start_board()
-    trial.show_frames()
-    trial.expect(trial.watch(30.0, lambda: trial.ledger.tally().accepted > 0), "first answers without a broker")
-    trial.last()
+    boot_alone(trial)
     trial.expect("name resolution" in trial.board.said(), "its report")
     trial.heal()
     trial.board.signal(signal.SIGUSR1)
