@@ -21,7 +21,7 @@ from msgspec import Meta, Struct
 
 from edge_runtime.uplink import LINK_AGE_S, Link, Network
 from edge_runtime.vitals import Vitals
-from edge_runtime.wire import Hop, Reply
+from edge_runtime.wire import Hop, Reply, TopicError, topics
 from edge_runtime.wire.envelope import Millis, Name, UInt32
 from edge_runtime.wire.event import ParadigmName
 
@@ -194,14 +194,14 @@ class Estimates:
         """No server answered it in time."""
         self._put(self._lost, request_id, now)
 
-    def status_arrived(self, server: str, payload: bytes, now: float) -> None:
-        """A server's status, as it came from the network; server: as its topic says. One thread, the MQTT client's."""
+    def status_arrived(self, topic: str, payload: bytes, now: float) -> None:
+        """A server's status, as it came from the network. One thread, the MQTT client's."""
         try:
-            status = decode_status(payload)
+            server, status = topics.server_of(topic), decode_status(payload)
             if status.server != server:
                 raise StatusError(f"it says that it is of {status.server!r}")
-        except StatusError as error:
-            self._object("status_refused", server, str(error))
+        except (TopicError, StatusError) as error:
+            self._object("status_refused", topic, str(error))
             return
         ours, claimed = self._measured_pass_ms, status.price_ms.one_pass
         if ours and claimed and not ours / FAR_OFF < claimed < FAR_OFF * ours:
@@ -213,10 +213,10 @@ class Estimates:
             self._object("servers_forgotten", others[0][0], f"more than {SERVERS} servers tell their status")
         self._claims = dict([*others[1 - SERVERS :], (server, (now, status))])
 
-    def _object(self, kind: str, server: str, why: str) -> None:
+    def _object(self, kind: str, whose: str, why: str) -> None:
         self.counts[kind] += 1
         if self.counts[kind] == 1:
-            logger.warning("%s server=%s why=%s", kind.replace("_", " "), server, why)
+            logger.warning("%s server=%.128r why=%s", kind.replace("_", " "), whose, why)
 
     # ---- the frame path ----
 

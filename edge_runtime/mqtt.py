@@ -29,7 +29,7 @@ import ssl
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -139,6 +139,7 @@ class MqttClient:
     birth: called for each connection, before it is ONLINE; its messages go out before everything that waits.
     will: sent by the broker when the connection is lost, and on `close` too, so watchers need not tell these apart.
     manual_ack: `Message.ack` acknowledges; with receive_maximum this is the server's back-pressure.
+    optional: those of the subscriptions that the client is ONLINE without, where the broker's access list forbids them.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class MqttClient:
         settings: MqttSettings,
         *,
         subscriptions: Sequence[tuple[str, int]] = (),
+        optional: Collection[str] = (),
         on_message: Callable[[Message], None] | None = None,
         will: Publish | None = None,
         birth: Callable[[], Iterable[Publish]] | None = None,
@@ -157,7 +159,7 @@ class MqttClient:
     ) -> None:
         self.settings, self.timing = settings, timing or Timing()
         self.state, self.reason = State.STOPPED, "not started"
-        self._subscriptions = list(subscriptions)
+        self._subscriptions, self._optional = list(subscriptions), frozenset(optional)
         self._on_message, self._on_state, self._birth, self._will = on_message, on_state, birth, will
         self._manual_ack, self._clock, self._rng = manual_ack, clock, rng or random.Random()
         self._queue = OutgoingQueue(settings.queue_messages, settings.queue_bytes)
@@ -429,13 +431,15 @@ class MqttClient:
             self._go_online(session)
 
     def _subscribed(self, session: _Session, _: Any, __: Any, ___: Any, codes: list[ReasonCode], ____: Any) -> None:
-        bad = [
-            f"{name} ({code})" for (name, _), code in zip(self._subscriptions, codes, strict=False) if code.is_failure
-        ]
+        asked = zip(self._subscriptions, codes, strict=False)
+        refused = {name: code for (name, _), code in asked if code.is_failure}
+        bad = [f"{name} ({code})" for name, code in refused.items() if name not in self._optional]
         if bad:  # deaf but "online" would be worse than offline with a reason
             session.loss = _Loss(f"the broker refused to subscribe {', '.join(bad)}", refused=True)
-        else:
-            self._go_online(session)
+            return
+        for name, code in refused.items():
+            logger.info("mqtt goes without client=%s topic=%s reason=%s", self.settings.client_id, name, code)
+        self._go_online(session)
 
     def _go_online(self, session: _Session) -> None:
         now = session.online_at = session.progress_at = self._clock()

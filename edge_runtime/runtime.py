@@ -130,6 +130,7 @@ class Board:
         return MqttClient(
             mqtt.settings(self.config.board.id),
             subscriptions=subscriptions,
+            optional=[topics.server_statuses(self.config.board.site)],  # replies tell the same, later
             on_message=self._heard,
             will=self._status("offline"),
             birth=lambda: [self._status("online"), *births()],
@@ -148,7 +149,7 @@ class Board:
         elif message.topic == topics.frame(site, board.id):
             self.cameras.arrived(message.payload)
         elif not self.switches.heard(message, self.local):
-            self.estimates.status_arrived(topics.server_of(message.topic), message.payload, time.monotonic())
+            self.estimates.status_arrived(message.topic, message.payload, time.monotonic())
 
     def _status(self, state: str) -> Publish:
         value: dict[str, Any] = {"state": state, "boot": BOOT}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.estimates import MAX_STATUS, OPEN, QUEUE, SERVERS, Estimates, StatusError, decode_status
 from edge_runtime.vitals import Vitals
-from edge_runtime.wire import Hop, Reply, Status, Tier, encode_tokens
+from edge_runtime.wire import Hop, Reply, Status, Tier, encode_tokens, topics
 
 STAGES = {"resize": 1.0, "head": 4.0, "draft": 3.0, "encode": 0.5}
 TEXT = tuple(range(4, 14))
@@ -34,6 +34,10 @@ def exchange(estimates: Estimates, number: int, paradigm="split", size=430, tota
 
 def status_of(server: str = "a", state: str = "online", **others: object) -> bytes:
     return json.dumps({"state": state, "server": server, **others}).encode()
+
+
+def topic(server: str) -> str:
+    return topics.server_status("home", server)
 
 
 def test_nothing_is_known_at_the_start():
@@ -118,7 +122,7 @@ def test_a_server_that_claims_longer_work_than_the_whole_way_took_is_counted_and
 
 def test_a_status_serves_until_there_are_answers():
     estimates = Estimates()
-    estimates.status_arrived("a", status_of(price_ms={"batch": 50.0, "pass": 3.0}, queue={"waiting": 2}), 0.0)
+    estimates.status_arrived(topic("a"), status_of(price_ms={"batch": 50.0, "pass": 3.0}, queue={"waiting": 2}), 0.0)
     facts = estimates.facts(1.0)
     assert (facts.pass_ms, facts.queue_ms) == (3.0, 50.0)
     facts = exchange(estimates, 2)
@@ -129,7 +133,7 @@ def test_a_status_that_contradicts_what_was_measured_is_counted_and_changes_noth
     estimates = Estimates()
     before = exchange(estimates, 0)
     for second in range(3):
-        estimates.status_arrived("liar", status_of("liar", price_ms={"batch": 1e9, "pass": 1e9}), 1.0 + second)
+        estimates.status_arrived(topic("liar"), status_of("liar", price_ms={"batch": 1e9, "pass": 1e9}), 1.0 + second)
     after = estimates.facts(4.0)
     assert (after.pass_ms, after.queue_ms) == (before.pass_ms, before.queue_ms)
     assert estimates.counts["status_contradicted"] == 3
@@ -140,10 +144,10 @@ def test_a_status_that_contradicts_what_was_measured_is_counted_and_changes_noth
 def test_servers_that_all_left_are_no_link_until_one_answers():
     estimates = Estimates()
     for server in "ab":
-        estimates.status_arrived(server, status_of(server), 0.0)
-    estimates.status_arrived("a", status_of("a", "offline"), 1.0)
+        estimates.status_arrived(topic(server), status_of(server), 0.0)
+    estimates.status_arrived(topic("a"), status_of("a", "offline"), 1.0)
     assert estimates.facts(1.0).is_online
-    estimates.status_arrived("b", status_of("b", "offline"), 1.5)
+    estimates.status_arrived(topic("b"), status_of("b", "offline"), 1.5)
     assert not estimates.facts(2.0).is_online
     assert exchange(estimates, 3).is_online  # whatever they say
 
@@ -166,8 +170,18 @@ def test_servers_that_all_left_are_no_link_until_one_answers():
 )
 def test_a_hostile_status_is_counted_and_changes_nothing(payload):
     estimates = Estimates()
-    estimates.status_arrived("a", payload, 0.0)
+    estimates.status_arrived(topic("a"), payload, 0.0)
     assert estimates.counts["status_refused"] == 1
+    assert estimates.facts(0.0) == Estimates().facts(0.0)
+
+
+@pytest.mark.parametrize("topic", ["aiflow/home/server/EVIL/status", "aiflow/home/server/s1/status/more", "status", ""])
+def test_a_status_on_a_topic_of_no_server_is_counted_and_told_once(topic, caplog):
+    estimates = Estimates()
+    for _ in range(3):
+        estimates.status_arrived(topic, status_of(), 0.0)
+    assert estimates.counts["status_refused"] == 3
+    assert len(caplog.records) == 1
     assert estimates.facts(0.0) == Estimates().facts(0.0)
 
 
@@ -182,7 +196,7 @@ def test_any_bytes_are_a_status_or_a_named_error(payload):
 def test_more_servers_than_a_site_has_are_forgotten_and_counted():
     estimates = Estimates()
     for number in range(SERVERS + 5):
-        estimates.status_arrived(f"s{number}", status_of(f"s{number}", price_ms={"pass": 1.0 + number}), 0.0)
+        estimates.status_arrived(topic(f"s{number}"), status_of(f"s{number}", price_ms={"pass": 1.0 + number}), 0.0)
     assert estimates.counts["servers_forgotten"] == 5
     assert estimates.facts(0.0).pass_ms == 1.0 + 5 + (SERVERS - 1) / 2
 
@@ -206,7 +220,7 @@ def test_bad_values_are_counted_and_change_nothing(bad):
 def test_what_comes_from_the_future_is_as_of_now():
     estimates = Estimates()
     estimates.sent(b"12345678", "split", 430, 1e6)
-    estimates.status_arrived("a", status_of(price_ms={"pass": 9.0}), 1e6)
+    estimates.status_arrived(topic("a"), status_of(price_ms={"pass": 9.0}), 1e6)
     facts = estimates.facts(10.0)
     assert (facts.bytes_last_minute, facts.pass_ms) == (430, None)
     assert estimates.facts(71.0).bytes_last_minute == 0
