@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from math import inf
 from typing import Any, Protocol
 
 import msgspec
@@ -26,6 +27,8 @@ import msgspec
 from edge_runtime.bundle import Bundle
 from edge_runtime.config import OutboxConfig
 from edge_runtime.events import Events
+from edge_runtime.ledger import Ledger
+from edge_runtime.logs import is_told
 from edge_runtime.mqtt import MqttClient, Outcome, State
 from edge_runtime.open_requests import Lost, OpenRequests
 from edge_runtime.outbox import Counts, Outbox
@@ -47,6 +50,7 @@ from edge_runtime.wire import (
     encode_request,
     topics,
 )
+from edge_runtime.wire.envelope import MAX_VIA
 from edge_runtime.wire.event import PARADIGMS, ParadigmName
 
 logger = logging.getLogger(__name__)
@@ -56,6 +60,8 @@ IDLE_S = 0.5  # the longest wait between two looks at the clock
 WRITE_S = 0.3  # for the outbox to write a request that must not be lost, before it leaves all the same
 REPLAY_S = 30.0  # for the answer to a request out of the outbox
 MAX_AFTER_S = 1e6  # of an event
+AWAY_S = 5.0  # after a frame that found the link away, nothing is replayed
+PUT_S = 1.0  # that the outbox's thread waits for room; without, it asks the request again later
 
 
 @dataclass(slots=True)
@@ -69,6 +75,9 @@ class Question:
     deadline: float  # the same clock: the draft stands after it
     keeps: bool = False  # not to be sent now: the link is away
     is_replay: bool = False  # out of the outbox
+    is_kept: bool = False  # the outbox has it, as it has every replay
+    compact: bytes = b""  # the same request in fewer bytes, for the outbox
+    not_final: int = 0  # replies so far that a higher tier may improve
     begun: float = 0.0  # the same clock: when the answers' thread took it
     asked: float = 0.0  # the same clock: when it was first sent
     bytes_up: int = 0  # whole payloads, resends included; counted by the answers' thread
@@ -95,6 +104,14 @@ class Written:
     """Requests that outlive a power cut from now on."""
 
     ids: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A draft that was written behind its question."""
+
+    seen: Event
+    compact: bytes
 
 
 class Observer(Protocol):
@@ -124,7 +141,10 @@ class Answers:
         resend_s: float,
         outbox: OutboxConfig | None = None,
         observer: Observer | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
+        """ledger: of the bytes that may leave; none: any number."""
+        self._ledger = ledger or Ledger()
         self._client, self._bundle, self._events, self._capacity = client, bundle, events, capacity
         self._observer = observer
         self._outbox = (
@@ -143,11 +163,12 @@ class Answers:
         self._topic = topics.request(site, board)
         self._improving: dict[bytes, Question] = {}  # answered; a higher tier may answer once more
         self._unwritten: dict[bytes, Question] = {}  # leave when the outbox has them on disk
-        self._inbox: queue.Queue[Question | Event | NotTaken | Due | Written | bytes | None] = queue.Queue(QUEUE)
+        self._inbox: queue.Queue[Question | Announced | NotTaken | Due | Written | bytes | None] = queue.Queue(QUEUE)
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._asked = 0  # by the frame path
         self._kept_unsent = self._put_by = self._replayed = 0  # into the outbox, at once or in vain; out of it
         self._outdated = 0  # in the outbox, and not readable
+        self._away_at = -inf  # when a frame last found the link away
         self.counts: Counter[str] = Counter()  # replies by status, and those that were none or found no room
 
     def __enter__(self) -> "Answers":
@@ -162,15 +183,32 @@ class Answers:
         if self._outbox:
             self._outbox.close()
 
+    # ---- the frame path: it alone may wait, since a board that is so far behind must not take more frames ----
+
+    @property
+    def has_outbox(self) -> bool:
+        return self._outbox is not None
+
+    def has_room(self) -> bool:
+        """Whether one more request may wait for its answer."""
+        return self._requests.counts.open < self._capacity
+
+    def affords(self, size: int) -> bool:
+        """Whether a request of so many bytes may leave in this minute; then they are spent."""
+        return self._ledger.take(size, time.monotonic())
+
     def ask(self, question: Question) -> None:
-        """Takes a question over; one thread, the frame path's. Never waits for the network."""
+        """Takes over a question, whose bytes are spent already. Never waits for the network."""
         self._asked += 1
         self._inbox.put(question)
 
-    def announce(self, seen: Event) -> None:
-        """A draft that was written behind its question: the "new" event, unless the answer was faster; the frame
-        path's."""
-        self._inbox.put(seen)
+    def announce(self, seen: Event, compact: bytes = b"") -> None:
+        """A draft that was written behind its question: the "new" event, unless the answer was faster.
+
+        compact: the same question in fewer bytes, for the outbox."""
+        self._inbox.put(Announced(seen, compact))
+
+    # ---- any thread ----
 
     def reply_arrived(self, payload: bytes) -> None:
         """One message on the board's reply topic; on the MQTT client's thread."""
@@ -240,11 +278,11 @@ class Answers:
         for question in self._improving.values():
             self._stand(question, "the board stops before a higher tier answered")
 
-    def _take(self, item: "Question | Event | NotTaken | Due | Written | bytes") -> None:
+    def _take(self, item: "Question | Announced | NotTaken | Due | Written | bytes") -> None:
         if isinstance(item, Question):
             self._begin(item)
-        elif isinstance(item, Event):
-            self._announce(item)
+        elif isinstance(item, Announced):
+            self._announce(item.seen, item.compact)
         elif isinstance(item, NotTaken):
             self._end_lost(self._requests.lose(item.request_id, f"broker: {item.outcome.value}"))
         elif isinstance(item, Due):
@@ -258,6 +296,8 @@ class Answers:
     def _begin(self, question: Question) -> None:
         """On its way, into the outbox, or on its way as soon as the outbox has written it."""
         question.begun = time.monotonic()
+        if question.keeps:
+            self._away_at = question.begun
         if question.keeps and self._keep(question):
             self._kept_unsent += 1
             self._events.publish(question.seen)
@@ -276,11 +316,12 @@ class Answers:
         if question.seen.tokens and not question.is_replay:
             self._events.publish(question.seen)
 
-    def _announce(self, seen: Event) -> None:
+    def _announce(self, seen: Event, compact: bytes) -> None:
         """An event that its frame's answer has overtaken would only take the answer back."""
         request_id = bytes.fromhex(seen.frame)
-        if entry := self._requests.find(request_id):
-            entry.content.seen = seen
+        entry = self._requests.find(request_id)
+        if question := entry.content if entry else self._unwritten.get(request_id):
+            question.seen, question.compact = seen, compact
         if self._requests.has_ended(request_id):
             self.counts["overtaken"] += 1
         else:
@@ -313,31 +354,43 @@ class Answers:
             self._unanswered(lost)
         for entry in self._requests.due(now):
             question, left_s = entry.content, entry.deadline - now
-            again = aged(question.request, now - entry.opened_at, left_s)
-            self._send(question, encode_request(again), left_s)
+            payload = encode_request(aged(question.request, now - entry.opened_at, left_s))
+            if self._ledger.take(len(payload), now):
+                self._send(question, payload, left_s)
+            else:
+                self.counts["over_budget"] += 1
 
     def _reply(self, payload: bytes) -> None:
         try:
             reply = decode_reply(payload)
         except WireError as error:
             self.counts["unreadable"] += 1
-            logger.warning("reply unreadable error=%s", error)
+            if is_told(self.counts["unreadable"]):
+                logger.warning("reply unreadable count=%d error=%s", self.counts["unreadable"], error)
             return
         now = time.monotonic()
         self.counts[reply.status.name.lower()] += 1
         if reply.status is Status.BUSY:
             self._requests.busy(reply.id, (reply.retry_after_ms or 1000) / 1e3, now)
-        elif reply.status is not Status.OK:
+        elif reply.status is not Status.OK and self._requests.find(reply.id):
             status = reply.status.name.lower()
             self._end_lost(self._requests.lose(reply.id, f"server {reply.server}: {status}: {reply.error}"))
-        elif question := self._improving.get(reply.id):
-            self._update(question, reply, now)
+        elif reply.status is Status.OK and (question := self._improving.get(reply.id)):
+            self._improve(question, reply, now)
         elif entry := self._requests.answered(reply.id, now):
-            if self._outbox:
-                self._outbox.done(reply.id)
+            self._forget(entry.content)
             if self._observer:
                 self._observer.answered(reply, now, entry.content.seen.tokens)
             self._update(entry.content, reply, now)
+
+    def _improve(self, question: Question, reply: Reply, now: float) -> None:
+        """Each new text once, and no more than there can be tiers: repeats come with every copy of a request."""
+        seen = question.seen
+        is_same = seen.tokens == tuple(reply.token_ids) and seen.answered_by == answered_by(reply)
+        if not reply.final and (is_same or question.not_final > MAX_VIA):
+            self.counts["not_final_again"] += 1
+        else:
+            self._update(question, reply, now)
 
     def _update(self, question: Question, reply: Reply, now: float) -> None:
         """A reply to the event that it is for its users."""
@@ -347,7 +400,7 @@ class Answers:
             "final": reply.final,
             "tokens": tuple(reply.token_ids),
             "text": reply.text or self._bundle.text(reply.token_ids),
-            "answered_by": AnsweredBy("cloud" if reply.tier is Tier.CLOUD else "edge", reply.server),
+            "answered_by": answered_by(reply),
             "accepted": reply.accepted,
             "proposed": reply.proposed,
             "passes": reply.passes,
@@ -366,10 +419,13 @@ class Answers:
             self._end_lost(Lost(reply.id, question, f"server {reply.server}: {error}"))
             return
         question.seen = event
+        self._improving.pop(reply.id, None)
         if reply.final:
-            self._improving.pop(reply.id, None)
-        else:
-            self._improving[reply.id] = question
+            return
+        if len(self._improving) >= self._capacity:
+            self._stand(self._improving.pop(next(iter(self._improving))), "too many wait for a higher tier")
+        question.not_final += 1
+        self._improving[reply.id] = question
 
     def _stand(self, question: Question, why: str) -> None:
         """The answer that there is becomes the last word."""
@@ -378,7 +434,7 @@ class Answers:
     def _unanswered(self, lost: Lost[Question]) -> None:
         """The time is up: the outbox has it from here on, or it is lost."""
         question = lost.content
-        if self._outbox and (question.is_replay or self._keeps_every_request):
+        if self._outbox and (question.is_replay or question.is_kept):
             self._outbox.failed(lost.id)
         elif not self._keep(question):
             self._end_lost(lost)
@@ -394,8 +450,7 @@ class Answers:
         if lost is None:
             return
         logger.info("request lost id=%s reason=%s", lost.id.hex(), lost.reason)
-        if self._outbox:
-            self._outbox.done(lost.id)
+        self._forget(lost.content)
         if self._observer:
             self._observer.lost(lost.id, time.monotonic())
         self._publish(lost.content, type="lost", final=True, why=lost.reason[:1024])
@@ -414,8 +469,15 @@ class Answers:
             return False
         captured = question.seen.captured.timestamp()
         now = captured + time.monotonic() - question.captured  # a wall clock that jumped would make it years old
-        item = Kept(question.request.id, captured, now, question.payload, encode_event(question.seen))
-        return self._outbox.keep(item, held=held)
+        payload = question.compact or question.payload
+        item = Kept(question.request.id, captured, now, payload, encode_event(question.seen))
+        question.is_kept = self._outbox.keep(item, held=held)
+        return question.is_kept
+
+    def _forget(self, question: Question) -> None:
+        """It has ended: the outbox need not ask it again."""
+        if self._outbox and (question.is_replay or question.is_kept):
+            self._outbox.done(question.request.id)
 
     def _ask_again(self, due: Due) -> None:
         item, now = due.item, time.monotonic()
@@ -427,18 +489,31 @@ class Answers:
             self._give_up(item, f"outbox: {error}")
             return
         again = aged(msgspec.structs.replace(request, age_ms=0), due.age_s, REPLAY_S)
-        captured = now - due.age_s
-        self._open(Question(again, encode_request(again), seen, captured, now + REPLAY_S, is_replay=True))
+        payload, captured = encode_request(again), now - due.age_s
+        if self._ledger.take(len(payload), now):
+            self._open(Question(again, payload, seen, captured, now + REPLAY_S, is_replay=True))
+        else:
+            self.counts["over_budget"] += 1
+            assert self._outbox is not None
+            self._outbox.failed(item.request_id)
 
     def _may_replay(self) -> bool:  # on the outbox's thread, as the next ones
-        return self._client.state is State.ONLINE and self._requests.counts.open < max(1, self._capacity // 2)
+        """Live frames come first: in the table, in the budget, and on a link that has just been away for them."""
+        now = time.monotonic()
+        budget = self._ledger.bytes_per_minute
+        return (
+            self._client.state is State.ONLINE
+            and now - self._away_at > AWAY_S
+            and self._requests.counts.open < max(1, self._capacity // 2)
+            and (not budget or self._ledger.spent(now) < budget / 2)
+        )
 
     def _written(self, ids: tuple[bytes, ...]) -> None:
         if self._keeps_every_request:
-            self._inbox.put(Written(ids))
+            self._inbox.put(Written(ids), timeout=PUT_S)
 
     def _due(self, item: Kept, age_s: float) -> None:
-        self._inbox.put(Due(item, age_s))
+        self._inbox.put(Due(item, age_s), timeout=PUT_S)
 
     def _dropped(self, items: list[Kept], reason: str) -> None:
         for item in items:
@@ -458,6 +533,11 @@ class Answers:
             seen = Event(type="lost", frame=item.request_id.hex(), camera="unknown", captured=captured)
         after_ms = _after_ms(time.time() - item.captured)
         self._events.publish(msgspec.structs.replace(seen, type="lost", final=True, why=why[:1024], after_ms=after_ms))
+
+
+def answered_by(reply: Reply) -> AnsweredBy:
+    """Whose text a reply has."""
+    return AnsweredBy("cloud" if reply.tier is Tier.CLOUD else "edge", reply.server)
 
 
 def _after_ms(seconds: float) -> float:

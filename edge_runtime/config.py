@@ -86,7 +86,9 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """One source of frames."""
 
     name: CameraName
-    source: str  # a directory, tar, picture or video file, /dev/video0, rtsp://..., or "mqtt": pictures on down/frame
+    source: Annotated[
+        str, Meta(min_length=1)
+    ]  # a directory, tar, picture or video file, /dev/video0, rtsp://..., or "mqtt": pictures on down/frame
     interval_s: Annotated[float, Meta(ge=0, le=86400)] | None = None  # between frames; 0: every one the board manages
     stall_s: Annotated[float, Meta(ge=1, le=600)] = 5.0  # a camera without a new frame for so long is opened again
     repeat: bool = False  # start over when files end
@@ -107,10 +109,12 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PolicyConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """What `paradigm = "auto"` may spend and must reach."""
+    """What a board may spend, and what `paradigm = "auto"` must reach."""
 
     quality_floor: Annotated[float, Meta(ge=0, le=1)] = 0.9  # chance that a draft is the verified text; then it stands
-    bytes_per_minute: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0  # of requests; 0: no limit
+    bytes_per_minute: Annotated[int, Meta(ge=0, le=1_000_000_000)] = (
+        0  # of all requests, resends and replays included; 0: no limit
+    )
     cpu_share: Annotated[float, Meta(gt=0, le=1)] = 1.0  # of one core, over the frames that come
     may_offload: bool = True  # pictures may leave the board
 
@@ -164,6 +168,8 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         names = [camera.name for camera in self.cameras]
         if len(set(names)) < len(names):
             raise ValueError(f"two cameras have one name among {', '.join(names)}: give each its own")
+        if self.local and (self.local.host, self.local.port) == (self.mqtt.host, self.mqtt.port):
+            raise ValueError("[local] is the broker of [mqtt]: leave it out, all goes there then")
         if self.board.paradigm == "offload":
             for camera in self.cameras:
                 if camera.paradigm not in (None, "offload"):

@@ -1,8 +1,6 @@
 """The board's own writer: symbols to a draft, one token after the other, always the likeliest."""
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,25 +27,17 @@ class Draft:
     def __init__(self, look: Model, step: Model, max_tokens: int) -> None:
         self._look, self._step, self._max_tokens = look, step, max_tokens
 
-    def write(
-        self,
-        symbols: npt.NDArray[Any],
-        deadline: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> Drafted:
-        """Symbols [64, 7, 7] to a draft that ends with EOS, after max_tokens, or when `clock` has reached `deadline`.
-
-        Both in seconds. Raises BackendError.
-        """
+    def write(self, symbols: npt.NDArray[Any]) -> Drafted:
+        """Symbols [64, 7, 7] to a draft that ends with EOS or after max_tokens. Raises BackendError."""
         (memory,) = self._look.run(symbols[None].astype(np.float32))
         state = np.zeros((1, STATE), np.float32)
         tokens: list[int] = []
         log_probability = 0.0
-        while len(tokens) < self._max_tokens and (deadline is None or clock() < deadline):
+        while len(tokens) < self._max_tokens:
             logits, state = self._step.run(np.array([tokens[-1] if tokens else BOS], np.int32), state, memory)
             token = int(logits[0].argmax())
             log_probability -= math.log(float(np.exp(logits[0] - logits[0, token]).sum()))
             tokens.append(token)
             if token == EOS:
                 break
-        return Drafted(tuple(tokens), math.exp(log_probability / len(tokens)) if tokens else 0.0)
+        return Drafted(tuple(tokens), math.exp(log_probability / len(tokens)))

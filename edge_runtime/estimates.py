@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from edge_runtime.ledger import Ledger
 from edge_runtime.uplink import LINK_AGE_S, Link, Network
 from edge_runtime.vitals import Vitals
 from edge_runtime.wire import Hop, Reply, TopicError, topics
@@ -35,7 +36,6 @@ SERVERS = 16  # whose claims are remembered
 FAR_OFF = 8.0  # times: a claim that differs more from what we measured is counted
 CLAIM_AGE_S = 60.0  # a server tells every 10 s
 MINUTE_S = 60.0
-LEDGER_STEP_S = 0.1  # what is sent within it counts as sent at its end
 FEW_FRAMES, MANY_FRAMES = 100, 2000  # before and after which a count of changes says little about the next frame
 RECENT = 9  # values of a running median: forgets in five, and two odd ones do not matter
 UNUSED = (  # what was told and not used, as it is counted
@@ -43,6 +43,7 @@ UNUSED = (  # what was told and not used, as it is counted
     "status_contradicted",  # a claim far from what was measured
     "servers_forgotten",  # more servers than are remembered
     "hops_refused",  # a server that says it worked longer than we waited
+    "passes_refused",  # or took more passes than its text has tokens
     "bad_value",  # no time or size
     "overflow",  # more between two frames than is remembered
 )
@@ -149,23 +150,22 @@ class _Open:
 
 
 class Estimates:
-    """Fed by everybody, read by the frame path.
+    """Fed by everybody, read by the frame path. `sent` comes before its `answered` or `lost`."""
 
-    `sent` comes before its `answered` or `lost`; where the frame path itself calls it, the bytes count at once.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, ledger: Ledger | None = None) -> None:
+        """ledger: of the bytes sent."""
+        self._ledger = ledger or Ledger()
         self.counts = Counter(dict.fromkeys(UNUSED, 0))
         self._inbox: deque[Callable[[], None]] = deque(maxlen=QUEUE)
         self._now = 0.0
         self._network, self._is_connected = Network(), True
         self._open: dict[bytes, _Open] = {}
-        self._ledger: deque[tuple[float, int]] = deque()  # (latest, bytes): what was sent in the last minute
         self._stages = {name: Recent() for name in ("resize", "head", "draft", "encode", "picture")}
         self._busy, self._intervals, self._frames, self._last_frame = Recent(), Recent(), 0.0, -inf
         self._sizes: dict[ParadigmName, Recent] = {}
         self._queued, self._answered_at, self._answers = Recent(max_age_s=CLAIM_AGE_S), -inf, 0
-        self._fixed = {"latent": Recent(), "picture": Recent()}
+        # What was slow once is worth a try later: a paradigm that is not in use is not measured.
+        self._fixed = {"latent": Recent(max_age_s=600.0), "picture": Recent(max_age_s=MINUTE_S)}
         self._pass_ms = Recent(max_age_s=600.0)
         self._kind_pass_ms: dict[Kind, Recent] = {"plain": Recent(max_age_s=60.0), "drafted": Recent(max_age_s=60.0)}
         self._passes: dict[str, Recent] = {name: Recent(32, 600.0) for name in ("plain", "drafted", "shadow")}
@@ -183,7 +183,7 @@ class Estimates:
         self._put(self._connected, is_connected)
 
     def sent(self, request_id: bytes, paradigm: ParadigmName, size: int, now: float) -> None:
-        """A request leaves, or leaves again; size: its whole payload."""
+        """A request leaves; size: its whole payload. Leaving again teaches nothing new."""
         self._put(self._sent, request_id, paradigm, size, now)
 
     def answered(self, reply: Reply, now: float, draft: Sequence[int] = ()) -> None:
@@ -238,15 +238,14 @@ class Estimates:
             self._now = max(self._now, now)
         while self._inbox:
             self._inbox.popleft()()
-        while self._ledger and self._now - self._ledger[0][0] >= MINUTE_S:
-            self._ledger.popleft()
 
     def facts(self, now: float) -> Facts:
         """Of all that was told until now."""
         self.catch_up(now)
         now = self._now
+        server_ms = self._usual_server_ms(now)
         for waiting in self._open.values():
-            self._look_at(waiting, now)
+            self._look_at(waiting, server_ms, now)
         self._forget(now)
         stages = {name: recent.median(now) for name, recent in self._stages.items()}
         claims = [
@@ -285,8 +284,8 @@ class Estimates:
             stands_share=self._stood.mean(now),
             temperature_c=self._vitals.temperature_c,
             throttled=self._vitals.throttled,
-            bytes_last_minute=sum(size for _, size in self._ledger),
-            bytes_last_quarter=sum(size for at, size in self._ledger if now - at < MINUTE_S / 4),
+            bytes_last_minute=self._ledger.spent(now),
+            bytes_last_quarter=self._ledger.spent(now, MINUTE_S / 4),
             interval_ms=interval,
             cpu_share=min(1.0, busy / interval) if busy is not None and interval else None,
         )
@@ -315,10 +314,6 @@ class Estimates:
             self._sizes.setdefault(paradigm, Recent()).add(size, at)
             if len(self._open) > OPEN:
                 del self._open[next(iter(self._open))]
-        if self._ledger and at // LEDGER_STEP_S == self._ledger[-1][0] // LEDGER_STEP_S:
-            _, before = self._ledger.pop()
-            size += before
-        self._ledger.append((at, size))
 
     def _forget(self, now: float) -> None:
         for request_id in [i for i, waiting in self._open.items() if now - waiting.sent_at > LINK_AGE_S]:
@@ -346,7 +341,9 @@ class Estimates:
         self._queued.add(hop.queue_ms, at)
         self._fixed["picture" if paradigm == "offload" else "latent"].add(hop.compute_ms - passes_ms, at)
         kind: Kind = "drafted" if paradigm == "speculative" else "plain"
-        if reply.passes:
+        if reply.passes > len(reply.token_ids) + 1:  # each pass brings a token, the last one the end
+            self.counts["passes_refused"] += 1
+        elif reply.passes:
             self._passes[kind].add(reply.passes, at)
             self._pass_ms.add(passes_ms / reply.passes, at)
             self._kind_pass_ms[kind].add(passes_ms / reply.passes, at)
@@ -369,14 +366,14 @@ class Estimates:
             return
         self._losses_in_row += 1
         self._outcomes.add(1.0, at)
-        self._look_at(waiting, at)
+        self._look_at(waiting, self._usual_server_ms(at), at)
 
-    def _look_at(self, waiting: _Open, now: float) -> None:
+    def _usual_server_ms(self, now: float) -> float:
+        passes_ms = (self._tokens.median(now) or 0.0) * (self._pass_ms.median(now) or 0.0)
+        return (self._queued.median(now) or 0.0) + (self._fixed["latent"].median(now) or 0.0) + passes_ms
+
+    def _look_at(self, waiting: _Open, server_ms: float, now: float) -> None:
         """A request that is open says at least how slow the link is."""
-        server_ms = self._fixed["latent"].median(now) or 0.0
-        server_ms += (self._queued.median(now) or 0.0) + (self._tokens.median(now) or 0.0) * (
-            self._pass_ms.median(now) or 0.0
-        )
         self._network.overdue(waiting.size, waiting.sent_at, 1e3 * (now - waiting.sent_at) - server_ms, now)
 
     def _all_servers_left(self) -> bool:

@@ -10,19 +10,17 @@ logger = logging.getLogger(__name__)
 
 
 class Events:
-    """Publishes what became known about frames, and counts it."""
+    """Publishes what became known about frames."""
 
     def __init__(
         self, client: MqttClient, site: str, board: str, listener: Callable[[Event], None] | None = None
     ) -> None:
         self._client, self._listener = client, listener
         self._event, self._last = topics.event(site, board), topics.last(site, board)
-        self.counts = {"new": 0, "update": 0, "lost": 0}
 
     def publish(self, event: Event) -> None:
         """Never blocks; any thread."""
         payload = encode_event(event)
-        self.counts[event.type] += 1
         self._client.publish(self._event, payload, qos=1)
         self._client.publish(self._last, payload, qos=1, retain=True)
         if self._listener:

@@ -5,13 +5,11 @@ configured otherwise: counters tell when somebody is at home.
 """
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -44,7 +42,9 @@ BOARD = {
     "late": Meaning("Replies to what was lost or kept already"),
     "unknown": Meaning("Replies to nothing that the board remembers"),
     "reply": Meaning(
-        "Replies, by what they said; overflow: no room to read them, overtaken: faster than the draft", "status"
+        "Replies, by what they said; overflow: no room to read them, overtaken: faster than the draft, "
+        "not_final_again: nothing new, over_budget: requests not sent again for want of bytes",
+        "status",
     ),
     "frames_failed": Meaning("Frames that head or coder could not handle"),
     "frames": Meaning("Frames read from cameras, files and MQTT"),
@@ -58,11 +58,12 @@ BOARD = {
     ),
     "ignored": Meaning(
         "What was told and not used: status_refused (a server's status that is none), status_contradicted (far from "
-        "what was measured), hops_refused (a server that worked longer than the board waited), servers_forgotten, "
-        "bad_value, overflow",
+        "what was measured), hops_refused (a server that worked longer than the board waited), passes_refused (more "
+        "passes than its text has tokens), servers_forgotten, bad_value, overflow",
         "what",
     ),
     "mqtt": Meaning("Messages to and from the servers' broker, by what became of them", "what", is_gauge=True),
+    "local": Meaning("The same of the near broker, where there is one", "what", is_gauge=True),
 }
 
 
@@ -96,18 +97,13 @@ class _Read(Collector):
             yield metric
 
 
-class _Quiet(WSGIRequestHandler):
-    def log_message(self, *_: object) -> None:
-        """A line for each scrape would bury the rest."""
-
-
 @contextmanager
 def exported(
     config: MetricsConfig | None, prefix: str, meanings: Mapping[str, Meaning], read: Callable[[], Values]
 ) -> Iterator[int | None]:
     """Serves what `read` returns, at every request, as aiflow_<prefix>_<name>; gives the port, None without a config.
 
-    `read` is called on a thread of its own. Raises ConfigError where the address cannot be had.
+    `read` is called on threads of its own, one a connection. Raises ConfigError where the address cannot be had.
     """
     if config is None:
         yield None
@@ -115,13 +111,11 @@ def exported(
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Read(prefix, meanings, read))
     try:
-        server = make_server(config.host, config.port, make_wsgi_app(registry), handler_class=_Quiet)
+        server, thread = start_http_server(config.port, config.host, registry)
     except OSError as error:
         raise ConfigError(
             f"metrics: {config.host}:{config.port}: {error.strerror}: choose another port, or 0 for any"
         ) from error
-    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-    thread.start()
     port = server.server_port
     logger.info("metrics at http://%s:%d/metrics", config.host, port)
     try:

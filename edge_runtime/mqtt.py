@@ -102,6 +102,7 @@ class Stats:
     callback_errors: int
     connects: int  # connections that came ONLINE
     losses: int  # connection attempts and connections that ended
+    evictions: int  # of these, by what looks like another client with our id
 
 
 @dataclass(slots=True)
@@ -221,21 +222,25 @@ class MqttClient:
         return self._online.wait(timeout)
 
     def stats(self) -> Stats:
-        own = ("received", "inbound_oversized", "callback_errors", "connects", "losses")
+        own = ("received", "inbound_oversized", "callback_errors", "connects", "losses", "evictions")
         return Stats(**self._queue.counts(), **{name: self._counts[name] for name in own})
 
     def close(self, drain_s: float = 2.0) -> None:
         """Take no more, wait up to drain_s for what is queued or in flight, disconnect; what is left is CLOSED."""
-        self._queue.close()
-        self._close_by = min(self._clock() + drain_s, inf if self._close_by is None else self._close_by)
+        self.finish(drain_s)
         if self._thread.ident is None:  # never started: tell the outcomes from here
             self._shut_down()
         elif self._thread is not threading.current_thread():
-            self._wake()
             # One attempt to connect may be under way and cannot be broken off; it ends by its own timeout.
             self._thread.join(drain_s + 2 * self.timing.handshake + 1)
             if self._thread.is_alive():
                 logger.error("mqtt client did not stop client=%s state=%s", self.settings.client_id, self.state.value)
+
+    def finish(self, drain_s: float = 2.0) -> None:
+        """The part of `close` that does not wait, for who closes several."""
+        self._queue.close()
+        self._close_by = min(self._clock() + drain_s, inf if self._close_by is None else self._close_by)
+        self._wake()
 
     def _wake(self) -> None:
         with suppress(OSError):  # full: the owner wakes anyhow; closed: nobody is left to wake
@@ -515,6 +520,7 @@ class MqttClient:
             self._failures = 0
         blameless = all(message.is_birth for message in session.in_flight.values())
         if loss.taken_over or (loss.by_broker and lasted < timing.short_session and blameless):
+            self._counts["evictions"] += 1
             self._evictions += 1  # mosquitto 2.0 just closes the socket of the client that is taken over
         elif not loss.by_broker or lasted >= timing.short_session:
             self._evictions = 0

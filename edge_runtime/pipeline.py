@@ -26,7 +26,17 @@ from edge_runtime.events import Events
 from edge_runtime.head import Head
 from edge_runtime.preprocess import to_input
 from edge_runtime.sources import Frame
-from edge_runtime.wire import ContentKind, Options, Paradigm, Request, RequestIds, WireError, bitstream, encode_request
+from edge_runtime.wire import (
+    ContentKind,
+    Options,
+    Paradigm,
+    Request,
+    RequestIds,
+    Tables,
+    WireError,
+    bitstream,
+    encode_request,
+)
 from edge_runtime.wire.envelope import Tier, encode_tokens
 from edge_runtime.wire.event import AnsweredBy, Event, Explain, ParadigmName
 
@@ -137,26 +147,28 @@ class Pipeline:
         seen = self._seen(frame, plan)
         pixels = to_input(frame.pixels)
         watch.lap("resize")
+        symbols, drafted, why = NOTHING_SEEN, NOTHING_DRAFTED, None
         if plan.paradigm == "offload":
-            seen = self._ask(frame, plan, seen, pixels, NOTHING_SEEN, watch)
-        symbols = self.head.symbols(pixels) if self.head else NOTHING_SEEN
-        watch.lap("head")
+            plan, seen = self._ask(frame, plan, seen, pixels, symbols, watch)
+        if self.head and (plan.drafts or plan.paradigm != "offload"):
+            symbols = self.head.symbols(pixels)
+            watch.lap("head")
         if plan.paradigm == "split":
-            seen = self._ask(frame, plan, seen, pixels, symbols, watch)
-        drafted = self.draft.write(symbols) if self.draft and plan.drafts else NOTHING_DRAFTED
-        watch.lap("draft")
-        if drafted.tokens:
+            plan, seen = self._ask(frame, plan, seen, pixels, symbols, watch)
+        if self.draft and (plan.drafts or plan.paradigm == "device"):
+            drafted = self.draft.write(symbols)
+            watch.lap("draft")
             text, device = self.bundle.text(list(drafted.tokens)), AnsweredBy("device")
             seen = msgspec.structs.replace(seen, text=text, tokens=drafted.tokens, answered_by=device)
-        why = self.planner.stands(plan, drafted.confidence)  # asked in any case: the planner learns from it
+            why = self.planner.stands(plan, drafted.confidence)  # asked in any case: the planner learns from it
         if plan.paradigm == "speculative":
             if why and not plan.keeps:
                 plan = replace(plan, paradigm="device", why=why)
             else:
-                seen = self._ask(frame, plan, seen, pixels, symbols, watch)
+                plan, seen = self._ask(frame, plan, seen, pixels, symbols, watch)
         elif plan.paradigm != "device" and drafted.tokens:
             seen = self._timed(seen, frame, watch)
-            self.answers.announce(seen)
+            self.answers.announce(seen, self._compact(frame, plan, seen, pixels, symbols))
         if plan.paradigm == "device":
             jpeg_bytes = len(to_jpeg(pixels, plan.jpeg_quality))
             final = msgspec.structs.replace(seen, final=True, paradigm="device", why=plan.why, jpeg_bytes=jpeg_bytes)
@@ -188,19 +200,42 @@ class Pipeline:
         pixels: npt.NDArray[np.uint8],
         symbols: npt.NDArray[np.int8],
         watch: Stopwatch,
-    ) -> Event:
-        """The frame's request leaves, and behind it the event, if there is a draft by now; returned as it is then."""
+    ) -> tuple[Plan, Event]:
+        """The frame's request leaves, and behind it the event, if there is a draft by now; returned as it is then.
+
+        Where the byte budget has no room for it, the plan that is returned is the device's.
+        """
         request_id = bytes.fromhex(seen.frame)
         request = build_request(self.bundle, request_id, plan, pixels, symbols, seen.tokens, age_ms(frame))
         payload = encode_request(request)
         offloads = plan.paradigm == "offload"
         jpeg_bytes = len(request.content if offloads else to_jpeg(pixels, plan.jpeg_quality))
         watch.lap("encode")
+        if not plan.keeps and not self.answers.affords(len(payload)):
+            why = f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
+            return replace(plan, paradigm="device", why=why), seen
         counted = msgspec.structs.replace(seen, bytes_up=len(payload), jpeg_bytes=jpeg_bytes)
         seen = self._timed(counted, frame, watch)
         deadline = frame.captured + plan.budget_ms / 1e3
         self.answers.ask(Question(request, payload, seen, frame.captured, deadline, plan.keeps))
-        return seen
+        return plan, seen
+
+    def _compact(
+        self,
+        frame: Frame,
+        plan: Plan,
+        seen: Event,
+        pixels: npt.NDArray[np.uint8],
+        symbols: npt.NDArray[np.int8],
+    ) -> bytes:
+        """A picture's request as features, for an outbox: what is kept for hours is small, and shows nobody."""
+        if plan.paradigm != "offload" or not self.answers.has_outbox:
+            return b""
+        speculative = replace(plan, paradigm="speculative")
+        request_id = bytes.fromhex(seen.frame)
+        return encode_request(
+            build_request(self.bundle, request_id, speculative, pixels, symbols, seen.tokens, age_ms(frame))
+        )
 
     def _timed(self, seen: Event, frame: Frame, watch: Stopwatch) -> Event:
         """With what it took until now."""
@@ -231,10 +266,15 @@ def build_request(
         age_ms=age_ms,
         budget_ms=max(0, plan.budget_ms - age_ms),
         content_kind=ContentKind.JPEG if offloads else ContentKind.LATENT,
-        content=to_jpeg(pixels, plan.jpeg_quality) if offloads else bitstream.encode(symbols, bundle.tables),
+        content=to_jpeg(pixels, plan.jpeg_quality) if offloads else encode_finest(symbols, bundle.tables),
         draft=encode_tokens(draft) if plan.paradigm == "speculative" else b"",
         options=None if plan.tier is None else Options(tier=plan.tier),
     )
+
+
+def encode_finest(symbols: npt.NDArray[np.int8], tables: Tables) -> bytes:
+    """The bits of symbols at the finest level, as the head gives them."""
+    return bitstream.encode(symbols, tables, level=tables.levels - 1)
 
 
 def to_jpeg(pixels: npt.NDArray[np.uint8], quality: int) -> bytes:

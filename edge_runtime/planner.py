@@ -5,6 +5,7 @@ what the board has measured; what it chooses and why is in policy.py, what it kn
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
@@ -25,10 +26,19 @@ class BoardPlanner:
     """The planner of a board; on the frame path's thread."""
 
     def __init__(
-        self, config: RuntimeConfig, cameras: Cameras, switches: Switches, policy: Policy, estimates: Estimates
+        self,
+        config: RuntimeConfig,
+        cameras: Cameras,
+        switches: Switches,
+        new_policy: Callable[[], Policy],
+        estimates: Estimates,
+        has_room: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._board, self._keeps = config.board, config.outbox is not None
-        self._cameras, self._switches, self._policy, self._estimates = cameras, switches, policy, estimates
+        """new_policy: one a camera, whose deadlines and loads differ; has_room: for one more request to wait."""
+        self._board, self._keeps, self._has_room = config.board, config.outbox is not None, has_room
+        self._cameras, self._switches, self._estimates = cameras, switches, estimates
+        self._policies = {camera.config.name: new_policy() for camera in cameras}
+        self._policy = new_policy()  # of the latest plan
         self._vitals = VitalsReader()
 
     def plan(self, camera: str) -> Plan:
@@ -39,11 +49,15 @@ class BoardPlanner:
         plan = Plan("device", "configured", own.deadline_ms or board.deadline_ms, Tier[tier.upper()] if tier else None)
         plan = replace(plan, jpeg_quality=board.jpeg_quality)
         now = time.monotonic()
+        if paradigm != "device" and board.paradigm != "offload" and not self._has_room():
+            self._estimates.catch_up(now)
+            return self._alone(plan, f"device: {board.open_requests} requests wait already")
         if paradigm != "auto":
             self._estimates.catch_up(now)
             return replace(plan, paradigm=cast(ParadigmName, paradigm))  # the switch takes no other word
         self._estimates.measured(self._vitals.read(now))
         floor = float(self._switches["quality_floor"])
+        self._policy = self._policies[camera]
         self._policy.config = msgspec.structs.replace(self._policy.config, quality_floor=floor)
         decision = self._policy.choose(self._estimates.facts(now), now, plan.budget_ms)
         plan = replace(
@@ -53,10 +67,13 @@ class BoardPlanner:
             explain=decision.explain,
             drafts=decision.drafts,
         )
-        if decision.away and decision.paradigm == "device" and self._keeps:
-            why = f"{plan.why}; kept until the link is back"
-            return replace(plan, paradigm="speculative", why=why, keeps=True)
-        return plan
+        return self._alone(plan, plan.why) if decision.away and decision.paradigm == "device" else plan
+
+    def _alone(self, plan: Plan, why: str) -> Plan:
+        """The device answers; with an outbox, until a server does."""
+        if self._keeps:
+            return replace(plan, paradigm="speculative", why=f"{why}; kept until there is room", keeps=True)
+        return replace(plan, paradigm="device", why=why)
 
     def stands(self, plan: Plan, confidence: float) -> str | None:
         """A draft stands only where the policy chose: who configures speculative wants each one verified."""

@@ -117,11 +117,6 @@ class Policy:
         chance = self._calibration.chance(confidence)
         return chance > 0 and chance >= self.config.quality_floor
 
-    def affords(self, size: int, facts: Facts) -> bool:
-        """Whether a request of so many bytes fits into the budget of this minute, exactly."""
-        budget = self.config.bytes_per_minute
-        return not budget or facts.bytes_last_minute + size <= budget
-
     def choose(self, facts: Facts, now: float, deadline_ms: float) -> Decision:
         """The next frame's paradigm; now: seconds, deadline_ms: from capture. Raises nothing."""
         options = self._options(facts)
@@ -159,7 +154,10 @@ class Policy:
         return [option for option in leaner if option.board_ms <= max(limit, cheapest)]
 
     def _fits(self, option: Option, facts: Facts) -> bool:
-        """Within the budget of the minute, and not all of it at once: a quarter of it in a quarter of a minute."""
+        """Likely within the budget of the minute, and not all of it at once: a quarter of it in a quarter of a minute.
+
+        What it is exactly is known when the request is encoded (ledger.py).
+        """
         budget, size = self.config.bytes_per_minute, BUDGET_MARGIN * option.size
         if not budget:
             return True

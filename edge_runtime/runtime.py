@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from edge_runtime.draft import Draft
 from edge_runtime.estimates import Estimates
 from edge_runtime.events import Events
 from edge_runtime.head import Head
+from edge_runtime.ledger import Ledger
 from edge_runtime.mqtt import Message, MqttClient, Publish, State
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planner import BoardPlanner
@@ -37,6 +39,8 @@ from edge_runtime.wire import Event, topics
 logger = logging.getLogger(__name__)
 
 BOOT = secrets.token_hex(4)  # tells one start of a board from the next
+MAX_REPLY = 512 << 10  # bytes of a packet from the broker, which drops larger ones silently (MQTT 5, 3.1.2.11.4)
+MAX_FRAME = 8 << 20  # the same where camera software sends pictures
 STOP_S = 10.0  # that an orderly end takes at most: both clients say what is left, the outbox writes
 
 
@@ -67,9 +71,10 @@ class Board:
         only_offloads = board.paradigm == "offload"  # a board without a head
         head = None if only_offloads else load_head(bundle, board.backend, board.threads)
         draft = None if only_offloads else load_draft(bundle, board.backend, board.threads)
-        self.cameras = Cameras(config.cameras)
+        self.cameras = Cameras(config.cameras, self._camera_changed)
         self.switches = Switches(site, board.id, board_switches(config, self.cameras))
-        self.estimates = Estimates()
+        ledger = Ledger(config.policy.bytes_per_minute)
+        self.estimates = Estimates(ledger)
         self.servers, self.local = self._clients()
         self.events = Events(self.local, site, board.id, listener)
         self.answers = Answers(
@@ -82,21 +87,31 @@ class Board:
             board.resend_ms / 1e3,
             config.outbox,
             self.estimates,
+            ledger,
         )
-        calibration = Calibration(bundle.manifest.draft_calibration)
-        policy = Policy(config.policy, has_head=head is not None, has_draft=draft is not None, calibration=calibration)
-        planner = BoardPlanner(config, self.cameras, self.switches, policy, self.estimates)
+        new_policy = partial(
+            Policy,
+            config.policy,
+            has_head=head is not None,
+            has_draft=draft is not None,
+            calibration=Calibration(bundle.manifest.draft_calibration),
+        )
+        planner = BoardPlanner(config, self.cameras, self.switches, new_policy, self.estimates, self.answers.has_room)
         self.pipeline = Pipeline(bundle, head, draft, planner, self.answers, self.events, board.slowdown)
 
     def run(self, stop: threading.Event) -> dict[str, int]:
         """Until the sources end or `stop` is set; returns what became of the requests."""
         with ExitStack() as running:
-            for client in {self.servers, self.local}:
+            clients = {self.servers, self.local}
+            for client in clients:
                 running.enter_context(client)
+            for client in clients:
+                running.callback(client.finish)  # all of them, before the first one is waited for
             running.enter_context(self.answers)
             self.pipeline.run(self.cameras.frames(stop))
             # Sources that end, such as files, leave questions open: their answers are waited for, up to the deadline.
-            self.answers.wait_until_settled(self.config.board.deadline_ms / 1e3, stop)
+            own = [camera.config.deadline_ms or 0 for camera in self.cameras]
+            self.answers.wait_until_settled(max(self.config.board.deadline_ms, *own) / 1e3, stop)
         summary = self.summary()
         logger.info("board stopped %s", " ".join(f"{name}={value}" for name, value in summary.items()))
         return summary
@@ -104,6 +119,8 @@ class Board:
     def summary(self) -> dict[str, int]:
         """Every counter; any thread."""
         mqtt = {f"mqtt_{name}": count for name, count in asdict(self.servers.stats()).items()}
+        if self.local is not self.servers:
+            mqtt |= {f"local_{name}": count for name, count in asdict(self.local.stats()).items()}
         failed = {"frames_failed": self.pipeline.failed}
         switched = {f"switch_{name}": count for name, count in asdict(self.switches.counters).items()}
         ignored = {f"ignored_{name}": count for name, count in self.estimates.counts.items()}
@@ -128,7 +145,9 @@ class Board:
     ) -> MqttClient:
         births = self.switches.births if self.switches.subscription in subscriptions else list
         return MqttClient(
-            mqtt.settings(self.config.board.id),
+            mqtt.settings(
+                self.config.board.id, max_inbound_bytes=MAX_FRAME if self.cameras.wants_pictures else MAX_REPLY
+            ),
             subscriptions=subscriptions,
             optional=[topics.server_statuses(self.config.board.site)],  # replies tell the same, later
             on_message=self._heard,
@@ -150,6 +169,11 @@ class Board:
             self.cameras.arrived(message.payload)
         elif not self.switches.heard(message, self.local):
             self.estimates.status_arrived(message.topic, message.payload, time.monotonic())
+
+    def _camera_changed(self) -> None:
+        """On any thread: whoever reads the status need not wait for the next connection."""
+        status = self._status("online")
+        self.local.publish(status.topic, status.payload, qos=status.qos, retain=status.retain)
 
     def _status(self, state: str) -> Publish:
         value: dict[str, Any] = {"state": state, "boot": BOOT}

@@ -35,8 +35,9 @@ def stop_when_told(orderly_s: float) -> Stop:
     stop = Stop()
 
     def end() -> None:
-        stop.set()
+        # The watchdog first: a second signal amid `set` would wait for the lock that this one holds.
         faulthandler.dump_traceback_later(orderly_s + SLACK_S, exit=True)
+        stop.set()
 
     def died(error: threading.ExceptHookArgs) -> None:
         if error.exc_type is SystemExit:  # an end on purpose

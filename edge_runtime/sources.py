@@ -22,6 +22,7 @@ import numpy as np
 
 from edge_runtime.config import CameraConfig, ConfigError
 from edge_runtime.gate import Gate, shrink
+from edge_runtime.logs import is_told
 from edge_runtime.pictures import read_pictures
 from edge_runtime.preprocess import PictureError, decode_picture
 
@@ -149,11 +150,13 @@ def camera_frames(camera: CameraConfig, stop: threading.Event, counters: Counter
     """A live camera or stream, newest frame first, opened once. Raises CameraError when it shows no new frame.
 
     Capturing has a thread of its own, since OpenCV's read can block; the thread of a stalled camera is left to end by
-    its own read timeout, and another one takes over.
+    its own read timeout, and then another one takes over: a driver that hangs for ever has one thread, not one a try.
     """
-    slot, abandoned = Newest(counters), threading.Event()
+    slot, abandoned, troubles = Newest(counters), threading.Event(), list[str]()
     name = f"capture-{camera.name}"
-    threading.Thread(target=_capture, args=(camera, slot, abandoned), name=name, daemon=True).start()
+    if any(thread.name == name for thread in threading.enumerate()):
+        raise CameraError("the driver of the last try hangs")
+    threading.Thread(target=_capture, args=(camera, slot, abandoned, troubles), name=name, daemon=True).start()
     patience, trouble = OPEN_TIMEOUT_S + camera.stall_s, "cannot be opened, or shows nothing"
     try:
         while (frame := slot.take(patience, stop)) is not None:
@@ -163,12 +166,14 @@ def camera_frames(camera: CameraConfig, stop: threading.Event, counters: Counter
     finally:
         abandoned.set()
     if not stop.is_set():
-        raise CameraError(trouble)
+        raise CameraError(troubles[0] if troubles else trouble)
 
 
-def _capture(camera: CameraConfig, slot: Newest, abandoned: threading.Event) -> None:
-    capture = _open(camera)
+def _capture(camera: CameraConfig, slot: Newest, abandoned: threading.Event, troubles: list[str]) -> None:
+    """Frames into the slot until there are none; what a driver or codec raised is told, and the board goes on."""
+    capture = None
     try:
+        capture = _open(camera)
         while capture is not None and not abandoned.is_set():
             ok, pixels = capture.read()
             # Some drivers say ok after a timeout or unplugging: trust the array, not the flag.
@@ -176,6 +181,8 @@ def _capture(camera: CameraConfig, slot: Newest, abandoned: threading.Event) -> 
                 break
             rgb = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
             slot.put(Frame(camera.name, rgb, time.time(), time.monotonic()))
+    except Exception as error:
+        troubles.append(f"{type(error).__name__}: {error}")
     finally:
         slot.close()
         if capture is not None:
@@ -233,7 +240,8 @@ class ArrivingFrames:
                 pixels = decode_picture(frame.encoded)
             except PictureError as error:
                 self._counters.unreadable += 1
-                logger.warning("picture unreadable camera=%s error=%s", frame.camera, error)
+                if is_told(self._counters.unreadable):
+                    logger.warning("picture unreadable camera=%s error=%s", frame.camera, error)
                 continue
             due = max(due, frame.captured) + interval
             yield replace(frame, pixels=pixels)
@@ -292,9 +300,9 @@ class Camera:
     files begin anew when they are switched on again.
     """
 
-    def __init__(self, config: CameraConfig) -> None:
-        """Raises ConfigError."""
-        self.config, self.counters = config, Counters()
+    def __init__(self, config: CameraConfig, on_change: Callable[[], None] = lambda: None) -> None:
+        """on_change: called on any thread when it does something else. Raises ConfigError."""
+        self.config, self.counters, self._on_change = config, Counters(), on_change
         try:
             self.gate = Gate(config.motion, config.max_interval_s)
         except ConfigError as error:
@@ -419,14 +427,15 @@ class Camera:
             level = logging.WARNING if why else logging.INFO  # only trouble has a reason
             logger.log(level, "camera %s camera=%s%s", state, self.config.name, f" reason={why}" if why else "")
             self._state = state, why, time.time()
+            self._on_change()
 
 
 class Cameras:
     """All cameras of a board."""
 
-    def __init__(self, configs: Sequence[CameraConfig]) -> None:
-        """Opens nothing yet. Raises ConfigError."""
-        self._cameras = {config.name: Camera(config) for config in configs}
+    def __init__(self, configs: Sequence[CameraConfig], on_change: Callable[[], None] = lambda: None) -> None:
+        """Opens nothing yet. on_change: called on any thread when one does something else. Raises ConfigError."""
+        self._cameras = {config.name: Camera(config, on_change) for config in configs}
 
     def __getitem__(self, name: str) -> Camera:
         return self._cameras[name]

@@ -149,9 +149,6 @@ class Spool:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __contains__(self, request_id: bytes) -> bool:
-        return request_id in self._rows
-
     def ids(self) -> Iterator[bytes]:
         """Oldest first, those that can be read now. Nothing may be changed while this runs."""
         return iter(self._rows if self._db else self._fresh)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from edge_runtime.config import RuntimeConfig
+from edge_runtime.logs import is_told
 from edge_runtime.mqtt import Message, Outcome, Publish
 from edge_runtime.sources import Camera, Cameras
 from edge_runtime.wire import event, topics
@@ -191,5 +192,5 @@ class Switches:
     def _count(self, what: str, name: str, why: str) -> None:
         count = getattr(self.counters, what) + 1
         setattr(self.counters, what, count)
-        if count & (count - 1) == 0:  # the 1st, 2nd, 4th, ...: nobody can fill the log
+        if is_told(count):
             logger.warning("switch %s name=%.64r count=%d reason=%s", what, name, count, why)

@@ -30,7 +30,7 @@ class VitalsReader:
 
     def __init__(self, root: Path = Path("/"), period_s: float = 5.0) -> None:
         self._thermal = root / "sys/class/thermal"
-        self._flags = root / "sys/devices/platform/soc/soc:firmware/get_throttled"
+        self._platform = root / "sys/devices/platform"
         self._period_s = period_s
         self._read_at = -inf
         self._last = Vitals()
@@ -42,27 +42,27 @@ class VitalsReader:
         return self._last
 
     def _temperature(self) -> float | None:
-        zones = self._folders("thermal_zone*")
+        zones = self._folders(self._thermal, "thermal_zone*")
         # A Jetson's PMIC zone says 100 °C for ever.
         read = [_number(zone / "temp") for zone in zones if "pmic" not in (_text(zone / "type") or "").lower()]
         celsius = [milli / 1e3 for milli in read if milli is not None]
         return max((c for c in celsius if PLAUSIBLE_C[0] < c < PLAUSIBLE_C[1]), default=None)
 
     def _throttled(self) -> bool | None:
-        flags = _number(self._flags, base=16)
-        if flags is not None:
-            return bool(flags & THROTTLED_NOW)
+        for firmware in self._folders(self._platform, "soc*/soc*:firmware"):  # soc@107c000000 on a Raspberry Pi 5
+            if (flags := _number(firmware / "get_throttled", base=16)) is not None:
+                return bool(flags & THROTTLED_NOW)
         states = [
             _number(device / "cur_state")
-            for device in self._folders("cooling_device*")
+            for device in self._folders(self._thermal, "cooling_device*")
             if "cpufreq" in (_text(device / "type") or "")
         ]
         known = [state for state in states if state is not None]
         return any(known) if known else None
 
-    def _folders(self, pattern: str) -> list[Path]:
+    def _folders(self, parent: Path, pattern: str) -> list[Path]:
         try:
-            return sorted(self._thermal.glob(pattern))[:MAX_ZONES]
+            return sorted(parent.glob(pattern))[:MAX_ZONES]
         except OSError:
             return []
 

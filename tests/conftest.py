@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `tests.brokers`: pytest's importlib mode adds no path of its own
 
@@ -14,7 +14,7 @@ from edge_runtime.bundle import Bundle
 from tests.brokers import PLAIN, Mosquitto
 
 # A busy machine may take any time for an example, and the limit on a whole test stays.
-settings.register_profile("untimed", deadline=None)
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 

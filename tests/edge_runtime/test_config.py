@@ -62,6 +62,7 @@ def test_an_unknown_key_like_no_other_is_refused_with_those_of_its_table(tmp_pat
         (BOARD + CAMERA + "[mqtt]\nport = 65536\n", "mqtt.port"),
         (BOARD + CAMERA + "[mqtt]\nkeepalive_s = 1\n", "mqtt.keepalive_s"),
         ("cameras = []\n" + BOARD, "cameras"),
+        (BOARD + '[[cameras]]\nname = "door"\nsource = ""\n', r"cameras\[0\].source"),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_and_its_key_named(tmp_path, text, key):
@@ -72,6 +73,11 @@ def test_a_value_out_of_bounds_is_refused_and_its_key_named(tmp_path, text, key)
 def test_a_missing_key_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"required field `bundle` \(in board\)"):
         load(tmp_path, '[board]\nid = "b1"\n' + CAMERA)
+
+
+def test_a_near_broker_that_is_the_servers_own_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"\[local\] is the broker of \[mqtt\]: leave it out"):
+        load(tmp_path, BOARD + CAMERA + "[local]\nport = 1883\n")
 
 
 def test_two_cameras_of_one_name_are_refused(tmp_path):

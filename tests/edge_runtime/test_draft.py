@@ -54,18 +54,5 @@ def test_a_draft_ends_with_the_end_token_or_at_its_longest(draft, symbols):
         assert text[-1] == EOS or len(text) == MAX_TOKENS
 
 
-def test_a_deadline_cuts_a_draft(draft, symbols):
-    longest = max((draft.write(latent).tokens for latent in symbols), key=len)
-    latent = next(latent for latent in symbols if draft.write(latent).tokens == longest)
-    seconds = iter(range(100))
-    assert draft.write(latent, deadline=3, clock=lambda: next(seconds)).tokens == longest[:3]
-
-
-def test_a_draft_without_time_is_empty_and_sure_of_nothing(draft, symbols):
-    drafted = draft.write(symbols[0], deadline=1.0, clock=lambda: 1.0)
-    assert drafted.tokens == ()
-    assert drafted.confidence == 0
-
-
 def test_the_state_is_as_wide_as_the_network_has_it():
     assert STATE == DRAFT_STATE

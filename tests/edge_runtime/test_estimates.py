@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.estimates import MAX_STATUS, OPEN, QUEUE, SERVERS, Estimates, StatusError, decode_status
+from edge_runtime.ledger import Ledger
 from edge_runtime.vitals import Vitals
 from edge_runtime.wire import Hop, Reply, Status, Tier, encode_tokens, topics
 
@@ -102,15 +103,27 @@ def test_an_open_request_says_how_slow_the_link_is_before_its_answer():
     assert estimates.facts(6.0).link.likely_ms(430) > 900
 
 
-def test_bytes_count_for_a_minute_resends_included():
-    estimates = Estimates()
-    estimates.sent(b"12345678", "split", 400, 10.0)
-    estimates.sent(b"12345678", "split", 400, 12.0)
-    facts = estimates.facts(26.0)
+def test_what_was_spent_is_a_fact():
+    ledger = Ledger()
+    for now in (10.0, 12.0):
+        assert ledger.take(400, now)
+    facts = Estimates(ledger).facts(26.0)
     assert (facts.bytes_last_minute, facts.bytes_last_quarter) == (800, 400)
-    assert facts.request_bytes == {"split": 400}
-    assert estimates.facts(69.9).bytes_last_minute == 800
-    assert estimates.facts(72.1).bytes_last_minute == 0
+
+
+def test_a_text_in_more_passes_than_it_has_tokens_is_counted_and_ignored():
+    estimates = Estimates()
+    before = exchange(estimates, 0)
+    after = exchange(estimates, 1, passes=4_000_000_000)
+    assert (after.plain_passes, after.pass_ms) == (before.plain_passes, before.pass_ms)
+    assert estimates.counts["passes_refused"] == 1
+
+
+def test_a_server_that_was_slow_with_pictures_is_worth_a_try_a_minute_later():
+    estimates = Estimates()
+    slow = Hop(Tier.EDGE, "server", 0.0, 900.0, {"passes": 16.0})
+    assert exchange(estimates, 0, "offload", 12_600, 1000.0, hops=(slow,)).picture_server_ms == 884.0
+    assert estimates.facts(62.0).picture_server_ms is None
 
 
 def test_a_server_that_claims_longer_work_than_the_whole_way_took_is_counted_and_ignored():
@@ -221,9 +234,8 @@ def test_what_comes_from_the_future_is_as_of_now():
     estimates = Estimates()
     estimates.sent(b"12345678", "split", 430, 1e6)
     estimates.status_arrived(topic("a"), status_of(price_ms={"pass": 9.0}), 1e6)
-    facts = estimates.facts(10.0)
-    assert (facts.bytes_last_minute, facts.pass_ms) == (430, None)
-    assert estimates.facts(71.0).bytes_last_minute == 0
+    assert estimates.facts(10.0).pass_ms is None
+    assert estimates._open[b"12345678"].sent_at == 10.0
 
 
 def test_replies_to_nothing_and_second_replies_teach_nothing():
@@ -242,7 +254,6 @@ def test_memory_is_bounded_whatever_is_told():
     assert estimates.counts["overflow"] == 2 * QUEUE
     estimates.facts(31.0)
     assert len(estimates._open) == OPEN
-    assert len(estimates._ledger) <= 600
 
 
 def test_several_threads_may_tell_while_the_frame_path_reads():
@@ -260,7 +271,9 @@ def test_several_threads_may_tell_while_the_frame_path_reads():
         estimates.facts(0.0)
     for thread in threads:
         thread.join()
-    assert estimates.facts(0.0).bytes_last_minute == 4 * told * 10
+    estimates.facts(0.0)
+    assert len(estimates._sizes["split"].values(0.0)) > 0
+    assert estimates.counts.total() == 0
 
 
 def test_vitals_and_the_connection_pass_through():

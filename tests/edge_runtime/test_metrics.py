@@ -1,12 +1,13 @@
 """Counters over HTTP, read by what Prometheus itself reads with."""
 
+import socket
 import urllib.request
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from edge_runtime.config import BoardConfig, CameraConfig, ConfigError, MetricsConfig, RuntimeConfig
+from edge_runtime.config import BoardConfig, CameraConfig, ConfigError, MetricsConfig, MqttConfig, RuntimeConfig
 from edge_runtime.metrics import BOARD, Meaning, by_kind, exported
 from edge_runtime.runtime import Board
 from server.counters import SERVER, values
@@ -49,14 +50,24 @@ def test_a_port_that_is_taken_is_a_configuration_error():
             pass
 
 
+def test_a_connection_that_says_nothing_holds_up_neither_a_scrape_nor_the_end():
+    with socket.socket() as idle:
+        with exported(MetricsConfig(port=0), "board", MEANINGS, lambda: {"open": 2}) as port:
+            idle.connect(("127.0.0.1", port))
+            assert scrape(port) == {("aiflow_board_open", ""): 2}
+        with pytest.raises(OSError, match="refused"):
+            scrape(port)
+
+
 def test_every_counter_of_a_board_has_a_meaning(board_bundle):
-    camera = CameraConfig("door", "mqtt")
-    board = Board(RuntimeConfig(BoardConfig("b1", str(board_bundle.path)), cameras=(camera,)))
+    camera, near = CameraConfig("door", "mqtt"), MqttConfig(port=1)
+    board = Board(RuntimeConfig(BoardConfig("b1", str(board_bundle.path)), cameras=(camera,), local=near))
     board.answers.counts["ok"] += 1
     with exported(MetricsConfig(port=0), "board", BOARD, lambda: by_kind(BOARD, board.summary())) as port:
         assert scrape(port)["aiflow_board_reply_total", "ok"] == 1
         assert by_kind(BOARD, board.summary()).keys() == BOARD.keys()
-    board.servers.close()
+    for client in (board.servers, board.local):
+        client.close()
 
 
 def test_a_servers_counters_come_by_what_happened():

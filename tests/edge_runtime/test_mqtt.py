@@ -397,6 +397,7 @@ def test_two_clients_with_one_id_raise_an_alarm_and_stop_fighting(broker: Mosqui
             lambda: any("another client" in reason for p in pair for _, reason in p.states), PATIENCE_S
         )
     assert sum(probe.client.stats().connects for probe in pair) <= 6
+    assert sum(probe.client.stats().evictions for probe in pair) >= 3
     winner = next(probe for probe in pair if "another client" not in probe.client.reason)
     assert winner.client.wait_online(PATIENCE_S)
 

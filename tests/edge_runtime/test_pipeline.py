@@ -11,8 +11,10 @@ import pytest
 
 from edge_runtime.answers import Answers, Question
 from edge_runtime.bundle import Bundle
+from edge_runtime.config import OutboxConfig
 from edge_runtime.draft import Drafted
 from edge_runtime.events import Events
+from edge_runtime.ledger import Ledger
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.pipeline import Fixed, Pipeline, Plan, build_request
 from edge_runtime.preprocess import decode_picture, to_input
@@ -42,10 +44,26 @@ def frame(seed: int = 0, captured_unix: float = 1.6e9) -> Frame:
     return Frame("door", coarse.repeat(40, 0).repeat(40, 1), captured_unix, time.monotonic())
 
 
+class Sure(Fixed):
+    """A planner whose drafts need nobody who verifies them."""
+
+    def stands(self, plan: Plan, confidence: float) -> str:
+        return "sure enough"
+
+
 class Board:
     """A pipeline with its ways out; `order` is what it did, in the order in which it did it."""
 
-    def __init__(self, stack: ExitStack, port: int, bundle: Bundle, plan: Plan) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        port: int,
+        bundle: Bundle,
+        plan: Plan,
+        planner: type[Fixed] = Fixed,
+        outbox: OutboxConfig | None = None,
+        bytes_per_minute: int = 0,
+    ) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
         self.order: list[str] = []
         order = self.order
@@ -55,9 +73,10 @@ class Board:
                 order.append("ask")
                 super().ask(question)
 
-            def announce(self, seen: Event) -> None:
+            def announce(self, seen: Event, compact: bytes = b"") -> None:
                 order.append("announce")
-                super().announce(seen)
+                announced.append(compact)
+                super().announce(seen, compact)
 
         def listener(event: Event) -> None:
             order.append(event.type)
@@ -70,10 +89,12 @@ class Board:
             timing=QUICK,
         )
         events = Events(self.client, SITE, BOARD, listener)
-        self.answers = RecordedAnswers(self.client, bundle, SITE, BOARD, events, 64, 60.0)
+        self.announced: list[bytes] = []
+        announced, ledger = self.announced, Ledger(bytes_per_minute)
+        self.answers = RecordedAnswers(self.client, bundle, SITE, BOARD, events, 64, 60.0, outbox, ledger=ledger)
         head = load_head(bundle, "onnx", 1) if plan.paradigm != "offload" else None
         draft = load_draft(bundle, "onnx", 1) if plan.paradigm in ("device", "speculative") else None
-        self.pipeline = Pipeline(bundle, head, draft, Fixed(plan), self.answers, events)
+        self.pipeline = Pipeline(bundle, head, draft, planner(plan), self.answers, events)
         stack.enter_context(self.client)
         stack.enter_context(self.answers)
         assert self.client.wait_online(PATIENCE_S)
@@ -93,9 +114,15 @@ def verified(payload: bytes) -> bytes:
 @pytest.fixture
 def start(broker: Mosquitto, board_bundle: Bundle) -> Iterator[Start]:
     with ExitStack() as stack:
-        yield lambda paradigm, budget_ms=60_000, **plan: Board(
-            stack, broker.port, board_bundle, Plan(paradigm, "for the test", budget_ms, **plan)
-        )
+
+        def board(
+            paradigm: str, budget_ms: int = 60_000, board: dict[str, object] | None = None, **plan: object
+        ) -> Board:
+            return Board(
+                stack, broker.port, board_bundle, Plan(paradigm, "for the test", budget_ms, **plan), **board or {}
+            )
+
+        yield board
 
 
 @pytest.fixture
@@ -213,6 +240,53 @@ def test_device_sends_nothing_and_its_event_is_final(start):
     assert (event.type, event.final, event.bytes_up) == ("new", True, 0)
     assert board.order == ["new"]
     assert board.client.stats().published == 2  # the event, and the retained last one
+
+
+def test_a_draft_that_stands_is_the_answer_and_nothing_is_sent(start):
+    board = start("speculative", board={"planner": Sure})
+    seen = board.pipeline.handle(frame())
+    assert (seen.final, seen.paradigm, seen.why, seen.bytes_up) == (True, "device", "sure enough", 0)
+    assert board.order == ["new"]
+
+
+def test_what_is_kept_is_asked_however_sure_its_draft_is(start, tmp_path):
+    outbox = OutboxConfig(str(tmp_path / "outbox"))
+    board = start("speculative", keeps=True, board={"planner": Sure, "outbox": outbox})
+    seen = board.pipeline.handle(frame())
+    assert (seen.final, seen.paradigm) == (False, "speculative")
+    assert board.next_event().frame == seen.frame
+    assert board.order == ["ask", "new"]
+
+
+@pytest.mark.parametrize("paradigm", ["offload", "split"])
+def test_without_time_for_a_draft_only_what_the_request_needs_is_computed(start, server, board_bundle, paradigm):
+    board = start(paradigm, drafts=False)
+    board.pipeline.head, board.pipeline.draft = load_head(board_bundle, "onnx", 1), load_draft(board_bundle, "onnx", 1)
+    told: list[dict[str, float]] = []
+    board.pipeline.planner.took = lambda plan, timings_ms: told.append(timings_ms)
+    board.pipeline.handle(frame())
+    assert board.next_event().type == "update"
+    assert set(told[0]) == {"resize", "encode", "publish"} | ({"head"} if paradigm == "split" else set())
+
+
+@pytest.mark.parametrize("paradigm", ["offload", "split", "speculative"])
+def test_a_request_that_the_byte_budget_has_no_room_for_leaves_the_frame_to_the_device(start, board_bundle, paradigm):
+    board = start(paradigm, board={"bytes_per_minute": 200})
+    board.pipeline.head, board.pipeline.draft = load_head(board_bundle, "onnx", 1), load_draft(board_bundle, "onnx", 1)
+    seen = board.pipeline.handle(frame())
+    assert (seen.final, seen.paradigm, seen.bytes_up) == (True, "device", 0)
+    assert seen.why.endswith("bytes more do not fit into this minute's budget")
+    assert seen.tokens
+    assert board.order == ["new"]
+
+
+def test_a_picture_is_kept_as_features(start, broker, board_bundle, tmp_path):
+    board = start("offload", board={"outbox": OutboxConfig(str(tmp_path / "outbox"))})
+    board.pipeline.head, board.pipeline.draft = load_head(board_bundle, "onnx", 1), load_draft(board_bundle, "onnx", 1)
+    seen = board.pipeline.handle(frame())
+    request = decode_request(board.announced[0])
+    assert (request.id.hex(), request.paradigm) == (seen.frame, Paradigm.SPECULATIVE)
+    assert (request.content_kind, tuple(request.draft_ids)) == (ContentKind.LATENT, seen.tokens)
 
 
 def test_nothing_waits_for_a_frozen_broker_and_every_question_ends_at_its_deadline(start, broker):

@@ -27,14 +27,20 @@ class Told:
 class Board:
     """What plans are made of, without a head, a broker and a camera."""
 
-    def __init__(self, outbox: OutboxConfig | None = None, **board: Any) -> None:
+    def __init__(self, outbox: OutboxConfig | None = None, has_room: bool = True, **board: Any) -> None:
         own = CameraConfig("own", "mqtt", deadline_ms=100, paradigm="split", tier="edge")
         cameras = CameraConfig("plain", "mqtt"), own
         config = RuntimeConfig(BoardConfig("b1", "bundle", tier="cloud", **board), cameras, outbox=outbox)
         self.estimates = Estimates()
         self.switches = Switches("home", "b1", board_switches(config, Cameras(cameras)))
-        policy = Policy(PolicyConfig(), calibration=SURE)
-        self.planner = BoardPlanner(config, Cameras(cameras), self.switches, policy, self.estimates)
+        self.planner = BoardPlanner(
+            config,
+            Cameras(cameras),
+            self.switches,
+            lambda: Policy(PolicyConfig(), calibration=SURE),
+            self.estimates,
+            lambda: has_room,
+        )
 
     def set(self, name: str, value: str) -> None:
         topic = topics.setting("home", "b1", name)
@@ -79,7 +85,30 @@ def test_with_an_outbox_what_the_link_cannot_take_is_kept(tmp_path):
     board.estimates.connected(False)
     plan = board.planner.plan("plain")
     assert (plan.paradigm, plan.keeps) == ("speculative", True)
-    assert plan.why.endswith("; kept until the link is back")
+    assert plan.why.endswith("; kept until there is room")
+
+
+@pytest.mark.parametrize("paradigm", ["auto", "split", "speculative", "offload"])
+def test_where_as_many_requests_wait_as_may_the_device_answers_or_the_outbox_keeps(paradigm, tmp_path):
+    board = {} if paradigm == "offload" else {"paradigm": paradigm}
+    plans = [Board(outbox, has_room=False, **board) for outbox in (None, OutboxConfig(str(tmp_path / "outbox")))]
+    if paradigm == "offload":  # by a switch: the board has a head
+        for each in plans:
+            each.set("paradigm", "offload")
+    alone, kept = (each.planner.plan("plain") for each in plans)
+    assert (alone.paradigm, alone.keeps) == ("device", False)
+    assert alone.why == "device: 64 requests wait already"
+    assert (kept.paradigm, kept.keeps) == ("speculative", True)
+
+
+def test_a_camera_whose_deadline_cannot_be_met_does_not_hold_up_another():
+    board = Board()
+    board.estimates.connected(False)
+    now = {camera: board.planner.plan(camera).why for camera in ("plain", "own")}
+    assert "next try in 1 s" in now["plain"]
+    policies = board.planner._policies
+    assert policies["plain"]._trying is not None
+    assert policies["own"]._trying is None
 
 
 @pytest.mark.parametrize(("confidence", "stands"), [(0.95, True), (0.8, False), (float("nan"), False)])
@@ -108,5 +137,3 @@ def test_what_is_told_is_taken_in_and_forgotten_where_nothing_is_to_be_chosen_to
         board.estimates.sent(number.to_bytes(8, "big"), "speculative", 400, now)
         board.planner.took(board.planner.plan("plain"), {"head": 5.0})
     assert not board.estimates.counts.total()
-    assert board.estimates.facts(now).bytes_last_minute == 60 * 400
-    assert len(board.estimates._ledger) == 60

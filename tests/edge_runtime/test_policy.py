@@ -1,6 +1,5 @@
 """The policy over facts that are known, over made boards, and in closed loop."""
 
-from collections import deque
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import pairwise
@@ -13,6 +12,7 @@ from benchmarks import policy as simulation
 from edge_runtime.confidence import Calibration
 from edge_runtime.config import PolicyConfig
 from edge_runtime.estimates import Estimates, Facts
+from edge_runtime.ledger import Ledger
 from edge_runtime.policy import LAST_TRY_S, LASTING, PROBE_EVERY, Decision, Policy
 from edge_runtime.uplink import Link
 from edge_runtime.wire.event import Event, decode_event, encode_event
@@ -216,33 +216,14 @@ def test_a_deadline_that_only_one_paradigm_meets_chooses_it():
 # ---- budgets ----
 
 
-@given(
-    budget=st.integers(1, 20_000),
-    frames=st.lists(st.tuples(st.floats(0.01, 5), st.integers(1, 1200)), min_size=1, max_size=150),
-)
-def test_no_minute_has_more_bytes_than_its_budget(budget, frames):
-    policy, estimates = Policy(PolicyConfig(bytes_per_minute=budget)), Estimates()
-    sent: deque[tuple[float, int]] = deque()
-    now = 0.0
-    for number, (step, size) in enumerate(frames):
-        now += step
-        facts = estimates.facts(now)
-        decision = policy.choose(facts, now, DEADLINE_MS)
-        if decision.paradigm == "device" or not policy.affords(size, facts):
-            continue
-        estimates.sent(number.to_bytes(8, "big"), decision.paradigm, size, now)
-        sent.append((now, size))
-        while now - sent[0][0] >= 60.0:
-            sent.popleft()
-        assert sum(size for _, size in sent) <= budget
-
-
 def test_a_budget_is_spread_over_its_minute_and_used():
-    policy, estimates = Policy(PolicyConfig(bytes_per_minute=8000, may_offload=False)), Estimates()
+    ledger = Ledger(8000)
+    policy, estimates = Policy(PolicyConfig(bytes_per_minute=8000, may_offload=False)), Estimates(ledger)
     times = []
     for now in range(180):
         decision = policy.choose(estimates.facts(now), now, DEADLINE_MS)
         if decision.paradigm != "device":
+            assert ledger.take(430, now)
             estimates.sent(now.to_bytes(8, "big"), decision.paradigm, 430, now)
             times.append(now)
         else:

@@ -129,6 +129,16 @@ def test_a_running_board_is_online_and_says_what_it_is(board_bundle, broker, pho
         assert (offline["state"], offline["boot"]) == ("offline", online["boot"])
 
 
+def test_the_status_says_what_each_camera_does_now(board_bundle, broker, photos):
+    with Listener(broker.port, topics.status(SITE, BOARD)) as user:
+        with Running(configuration(board_bundle, broker.port, photos, paradigm="device")) as board:
+            board.wait_ended()
+        told = []
+        while (now := json.loads(user.next()))["state"] == "online":
+            told.append(now["cameras"]["door"])
+    assert told[-2:] == ["live", "ended"]
+
+
 def test_a_board_starts_without_its_broker_and_is_answered_when_it_appears(board_bundle, tmp_path, photos):
     absent = Mosquitto(tmp_path)
     with Running(configuration(board_bundle, absent.port, photos, repeat=True, resend_ms=200)) as board:

@@ -249,6 +249,31 @@ def test_a_camera_that_cannot_be_opened_is_tried_again_until_stopped(stop, monke
     assert (cameras.states()["door"].state, "cannot be opened" in cameras.states()["door"].why) == ("lost", True)
 
 
+def test_what_a_driver_raises_is_said_and_the_camera_opened_again(stop, monkeypatch):
+    def broken(_: CameraConfig) -> None:
+        raise ValueError("no such register")
+
+    monkeypatch.setattr(sources, "MIN_PAUSE_S", 0.01)
+    monkeypatch.setattr(sources, "_open", broken)
+    cameras = Cameras([CameraConfig("door", "/dev/video0")])
+    in_background(cameras.frames(stop))
+    until(lambda: cameras["door"].counters.reopened >= 2)
+    assert cameras.states()["door"].why == "ValueError: no such register"
+
+
+def test_a_driver_that_hangs_has_one_thread_however_often_it_is_tried(stop, monkeypatch):
+    let_go = threading.Event()
+    monkeypatch.setattr(sources, "MIN_PAUSE_S", 0.01)
+    monkeypatch.setattr(sources, "OPEN_TIMEOUT_S", -0.9)  # with stall_s: a tenth of a second
+    monkeypatch.setattr(sources, "_open", lambda _: let_go.wait() and None)
+    cameras = Cameras([CameraConfig("hung", "/dev/video0", stall_s=1)])
+    in_background(cameras.frames(stop))
+    until(lambda: cameras["hung"].counters.reopened >= 4)
+    assert [thread.name for thread in threading.enumerate()].count("capture-hung") == 1
+    assert cameras.states()["hung"].why == "the driver of the last try hangs"
+    let_go.set()
+
+
 @pytest.mark.parametrize(
     ("source", "reader"),
     [
@@ -280,11 +305,17 @@ def test_a_slot_keeps_the_newest_frame_and_counts_what_it_replaces(stop):
     assert slot.take(0, stop) is None
 
 
-def test_whoever_waits_at_a_slot_is_woken_by_a_frame_a_close_or_a_stop(stop):
-    for wake in (lambda slot: slot.put(Frame("door", grey(1), 0, 0)), Newest.close, lambda _: stop.set()):
-        slot = Newest(Counters())
-        threading.Timer(0.05, wake, [slot]).start()
-        slot.take(1e6, stop)
+@pytest.mark.parametrize("wake", [lambda slot: slot.put(Frame("door", grey(1), 0, 0)), Newest.close])
+def test_whoever_waits_at_a_slot_is_woken_by_a_frame_or_a_close(stop, monkeypatch, wake):
+    monkeypatch.setattr(sources, "LOOK_S", 1e6)
+    slot = Newest(Counters())
+    threading.Timer(0.05, wake, [slot]).start()
+    slot.take(1e6, stop)
+
+
+def test_whoever_waits_at_a_slot_sees_a_stop(stop):
+    threading.Timer(0.05, stop.set).start()
+    assert Newest(Counters()).take(1e6, stop) is None
 
 
 def test_of_arriving_pictures_the_newest_is_decoded_when_it_is_taken(stop):

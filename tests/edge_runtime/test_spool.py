@@ -277,7 +277,7 @@ def test_a_row_that_changes_while_it_waits_is_lost_alone(tmp_path):
     sqlite_reads_anew(store)
     assert content(store) == items[:4] + items[5:]
     assert store.gaps == 1
-    assert items[4].request_id not in store
+    assert items[4].request_id not in store.ids()
 
 
 def sqlite_reads_anew(store: Spool) -> None:

@@ -40,12 +40,13 @@ def test_a_jetsons_constant_zone_and_a_sleeping_sensor_do_not_count(tmp_path, bo
     assert read(tmp_path).temperature_c == 40.5
 
 
+@pytest.mark.parametrize("soc", ["soc/soc", "soc@107c000000/soc@107c000000"])
 @pytest.mark.parametrize(
     ("flags", "throttled"),
     [("0", False), ("50000", False), ("0x50000", False), ("1", False), ("50005", True), ("2", True), ("80008", True)],
 )
-def test_a_raspberry_pis_flags_tell_of_now_not_of_the_past(tmp_path, board, flags, throttled):
-    board("devices/platform/soc/soc:firmware/get_throttled", flags + "\n")
+def test_a_raspberry_pis_flags_tell_of_now_not_of_the_past(tmp_path, board, flags, throttled, soc):
+    board(f"devices/platform/{soc}:firmware/get_throttled", flags + "\n")
     assert read(tmp_path).throttled is throttled
 
 
