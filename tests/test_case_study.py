@@ -27,7 +27,7 @@ def test_its_script_makes_a_captions_file_of_flickr8ks_own_files(tmp_path, monke
 
 
 def test_its_trace_is_one():
-    printed = re.search(r"`printf '(.*?)' > trace\.tsv`", PAGE)
+    printed = re.search(r"printf '(.*?)' > trace\.tsv", PAGE)
     assert printed
     trace = parse_trace(printed[1].replace("\\t", "\t").replace("\\n", "\n"), "trace.tsv")
     assert [(seconds, profile.name) for seconds, profile in trace] == [(0, "lte-m"), (20, "wifi"), (40, "3g")]
