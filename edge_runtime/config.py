@@ -1,5 +1,6 @@
 """The board's configuration: one TOML file, read and checked whole at start, then handed down as values.
 
+docs/CONFIGURATION.md tells users the same: every key, its default and its range, held to this file by a test.
 An unknown key is an error that suggests the nearest one; nothing inside the runtime reads the environment.
 """
 
@@ -32,13 +33,13 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65535)] = 1883
     username: str | None = None
-    password_file: str | None = None  # secrets come from files only
-    ca_file: str | None = None
-    cert_file: str | None = None
-    key_file: str | None = None
-    tls: bool = False
+    password_file: str | None = None  # its first line; secrets come from files only
+    ca_file: str | None = None  # implies tls
+    cert_file: str | None = None  # implies tls
+    key_file: str | None = None  # with cert_file
+    tls: bool = False  # true without ca_file: the system's authorities
     insecure: bool = False  # true allows plain text to a broker that is not on this machine
-    keepalive_s: Annotated[int, Meta(ge=2, le=600)] = 10
+    keepalive_s: Annotated[int, Meta(ge=2, le=600)] = 10  # a dead link is seen after about 1.7 of these
 
     def settings(self, client_id: str, **others: Any) -> MqttSettings:
         """Raises MqttConfigError (a ValueError) where no connection could ever work."""
@@ -124,7 +125,7 @@ class OutboxConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     file: str
     max_bytes: Annotated[int, Meta(ge=65536, le=1 << 34)] = 16 << 20  # then the oldest is dropped, and reported
-    max_age_s: Annotated[float, Meta(ge=1, le=31 * 86400)] = 86400.0
+    max_age_s: Annotated[float, Meta(ge=1, le=31 * 86400)] = 86400.0  # since capture; then reported lost
     replay_per_s: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # after an outage, beside live frames
     every_request: bool = False  # written before they leave: a killed board then loses none; wears flash
 

@@ -19,7 +19,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     bundle: str  # directory of the bundle
     site: Id = "home"
     pool: Id = "servers"  # servers of one pool share the site's requests between them
-    tier: Annotated[str, Meta(pattern="^(edge|cloud)$")] = "edge"
+    tier: Annotated[str, Meta(pattern="^(edge|cloud)$")] = "edge"  # which of the bundle's targets it answers with
     device: Annotated[str, Meta(pattern="^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
     threads: Annotated[int, Meta(ge=1, le=256)] = 1  # of the networks on a CPU; answers' bits depend on it
     max_batch: Annotated[int, Meta(ge=1, le=8)] = 8  # rows of a pass; used as far as the start test proves it
@@ -37,7 +37,7 @@ class UpstreamConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_share: Share = 0.5  # of the answers are passed up at most unless a request asks for it: the least sure ones
     explore: Share = 0.02  # of the others are passed up too, out of that share, to see what it changes
     open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # waiting for the tier above; then the edge answers alone
-    resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500
+    resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply for at least so long: asked again
 
     def settings(self, server: str) -> MqttSettings:
         """Raises MqttConfigError where no connection could ever work."""

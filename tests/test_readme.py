@@ -3,7 +3,11 @@
 import re
 from pathlib import Path
 
-from edge_runtime.config import RuntimeConfig, load_toml
+from edge_runtime.bundle import open_bundle
+from edge_runtime.confidence import Calibration
+from edge_runtime.config import PolicyConfig, RuntimeConfig, load_toml
+from edge_runtime.policy import Policy
+from firmware_tools.evaluate import SHIPPED_BUNDLE
 from server.config import Config
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -17,3 +21,15 @@ def test_its_configurations_are_read(tmp_path):
     upstream = load_toml(tmp_path / "server.toml", Config).upstream
     assert upstream is not None
     assert upstream.mqtt.host == "broker.example"
+
+
+def test_what_it_says_of_the_shipped_bundles_drafts_holds():
+    assert "come to 0.74" in README
+    assert "`quality_floor = 0.7` lets those stand whose confidence is 0.93\nor more" in README
+    calibration = Calibration(open_bundle(SHIPPED_BUNDLE).manifest.draft_calibration)
+    by_default = Policy(PolicyConfig(), calibration=calibration)
+    lower = Policy(PolicyConfig(quality_floor=0.7), calibration=calibration)
+    assert round(calibration.chance(1.0), 2) == 0.74
+    assert not by_default.stands(1.0)
+    assert lower.stands(0.93)
+    assert not lower.stands(0.92)

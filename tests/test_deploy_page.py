@@ -1,0 +1,157 @@
+"""The files of docs/DEPLOY.md work together: broker, certificates, passwords, rights, board, server; and its units."""
+
+import json
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from edge_runtime.config import CameraConfig, MqttConfig, RuntimeConfig, load_toml
+from edge_runtime.mqtt import Message, MqttClient
+from edge_runtime.runtime import STOP_S, run_board
+from edge_runtime.signals import SLACK_S
+from edge_runtime.wire import Event, topics
+from firmware_tools.cli import EXIT_CONFIG
+from server.config import Config, ServerConfig
+from server.service import run_server
+from tests.brokers import Mosquitto, mosquitto_or_skip
+from tests.listener import PATIENCE_S
+
+PAGE = (Path(__file__).parents[1] / "docs" / "DEPLOY.md").read_text()
+NAMES = ("porch", "attic", "alice")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A directory with everything that the page makes for the servers' broker, whose name is localhost."""
+    mosquitto_or_skip()
+    certificates, passwords = (block for block in blocks("sh") if "openssl" in block or "mosquitto_passwd" in block)
+    for name in NAMES:
+        (tmp_path / f"{name}.password").write_text(f"secret of {name}\n")
+    for script in (certificates.replace("broker.lan", "localhost"), passwords):
+        subprocess.run(["bash", "-euc", script], cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "rights").write_text(blocks("acl")[0])
+    return tmp_path
+
+
+def broker(site: Path) -> Mosquitto:
+    config = blocks("conf")[0].replace("listener 8883", "listener {port} 127.0.0.1")
+    return Mosquitto(site, config.replace("/etc/mosquitto/aiflow", "{folder}") + "persistence false\n")
+
+
+def login(site: Path, config: MqttConfig, port: int) -> MqttConfig:
+    """As the page has it, but for this machine."""
+    password, authority = str(site / f"{config.username}.password"), str(site / "ca.pem")
+    return msgspec.structs.replace(config, host="localhost", port=port, password_file=password, ca_file=authority)
+
+
+def configured(folder: Path) -> tuple[RuntimeConfig, Config]:
+    for name, text in zip(("board.toml", "server.toml"), blocks("toml"), strict=True):
+        (folder / name).write_text(text)
+    return load_toml(folder / "board.toml", RuntimeConfig), load_toml(folder / "server.toml", Config)
+
+
+def test_board_server_and_person_reach_each_other_over_its_broker(site, board_bundle):
+    from tests.edge_runtime.test_runtime import photo
+
+    (site / "photo.jpg").write_bytes(photo(1))
+    board, server = configured(site)
+    with broker(site) as running:
+        mqtt = login(site, board.mqtt, running.port)
+        board = RuntimeConfig(
+            msgspec.structs.replace(
+                board.board, bundle=str(board_bundle.path), deadline_ms=60_000, paradigm="speculative"
+            ),
+            (CameraConfig("front", str(site / "photo.jpg")),),
+            mqtt,
+        )
+        server = Config(
+            msgspec.structs.replace(server.server, bundle=str(board_bundle.path)),
+            login(site, server.mqtt, running.port),
+        )
+        proven, heard, stop, events = threading.Event(), threading.Event(), threading.Event(), list[Event]()
+
+        def on_message(message: Message) -> None:
+            if message.topic == topics.server_status("home", "attic"):
+                if json.loads(message.payload).get("share_proven"):
+                    proven.set()
+            elif message.topic == topics.event("home", "porch"):
+                heard.set()
+
+        person = login(site, MqttConfig(username="alice"), running.port).settings("alice")
+        serving = threading.Thread(target=run_server, args=(server, stop))
+        serving.start()
+        try:
+            with MqttClient(person, subscriptions=[("aiflow/home/#", 1)], on_message=on_message):
+                assert proven.wait(PATIENCE_S)
+                run_board(board, threading.Event(), events.append)
+                assert [event.type for event in events] == ["new", "update"]
+                assert heard.wait(PATIENCE_S)
+        finally:
+            stop.set()
+            serving.join(PATIENCE_S)
+
+
+def test_its_rights_keep_a_board_from_speaking_for_another(site):
+    heard = list[str]()
+    own_was_heard = threading.Event()
+
+    def on_message(message: Message) -> None:
+        heard.append(message.topic)
+        if message.topic == topics.event("home", "porch"):
+            own_was_heard.set()
+
+    with broker(site) as running:
+        alice, porch = (
+            login(site, MqttConfig(username=name), running.port).settings(name) for name in ("alice", "porch")
+        )
+        with (
+            MqttClient(alice, subscriptions=[("aiflow/home/#", 1)], on_message=on_message) as person,
+            MqttClient(porch) as board,
+        ):
+            assert person.wait_online(PATIENCE_S)
+            assert board.wait_online(PATIENCE_S)
+            board.publish(topics.event("home", "gate"), b"{}")
+            board.publish(topics.reply("home", "gate"), b"{}")
+            board.publish(topics.event("home", "porch"), b"{}")
+            assert own_was_heard.wait(PATIENCE_S)
+    assert heard == [topics.event("home", "porch")]
+
+
+def test_its_near_broker_listens_on_loopback_alone(tmp_path):
+    config = blocks("conf")[1]
+    assert "listener 1883 127.0.0.1\n" in config
+    with (
+        Mosquitto(tmp_path, config.replace("1883", "{port}") + "persistence false\n") as near,
+        MqttClient(MqttConfig(port=near.port).settings("porch")) as client,
+    ):
+        assert client.wait_online(PATIENCE_S)
+
+
+def units() -> dict[str, str]:
+    return dict(zip(("aiflow-board.service", "aiflow-server.service"), blocks("ini"), strict=True))
+
+
+def test_its_units_give_time_to_stop_and_do_not_restart_on_a_wrong_configuration():
+    for unit in units().values():
+        assert f"RestartPreventExitStatus={EXIT_CONFIG}\n" in unit
+        stop_s = re.search(r"TimeoutStopSec=(\d+)", unit)
+        assert stop_s
+        assert float(stop_s[1]) > max(STOP_S, ServerConfig("attic", "bundle").stop_s) + SLACK_S
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_its_units_are_read_by_systemd(tmp_path):
+    for name, unit in units().items():
+        (tmp_path / name).write_text(unit.replace("/opt/aiflow/bin/aiflow", "/bin/true"))
+        command = ["systemd-analyze", "verify", "--man=no", str(tmp_path / name)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert [line for line in result.stderr.splitlines() if name in line] == []

@@ -1,0 +1,28 @@
+"""What a wheel holds, asked of the build itself without building one."""
+
+import json
+from pathlib import Path
+
+from setuptools import Distribution
+
+ROOT = Path(__file__).parents[1]
+
+
+def packed(folder: Path) -> set[Path]:
+    """The files that are no Python, relative to the repository."""
+    distribution = Distribution()
+    distribution.parse_config_files([str(folder / "pyproject.toml"), str(folder / "setup.cfg")])
+    build = distribution.get_command_obj("build_py")
+    build.ensure_finalized()
+    return {Path(source, name) for _, source, _, names in build.data_files for name in names}
+
+
+def test_a_wheel_holds_the_shipped_bundle_whole(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = packed(ROOT)
+    bundles = [path.parent.relative_to(ROOT) for path in ROOT.glob("models/zoo/*/manifest.json")]
+    assert bundles
+    for bundle in bundles:
+        named = json.loads((ROOT / bundle / "manifest.json").read_text())["files"]
+        assert {bundle / "manifest.json", *(bundle / name for name in named)} <= files
+    assert Path("edge_runtime", "py.typed") in files
