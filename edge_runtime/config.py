@@ -149,7 +149,7 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     tier: Literal["edge", "cloud"] | None = None  # wanted for the answer; none: whichever server answers
     deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] = 5000  # from capture; after it the draft stands
     resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply for at least so long: the same id again
-    open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # waiting for replies; one more is reported lost
+    open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # waiting for replies; beyond them the device answers
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # offload, and the JPEG equivalent in events
     slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # rehearses a slower board: it sleeps in proportion
 
@@ -165,12 +165,15 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     outbox: OutboxConfig | None = None
     metrics: MetricsConfig | None = None
 
+    @property
+    def has_near_broker(self) -> bool:
+        """Another one than that of the servers: two connections with one id to one broker would end each other."""
+        return self.local is not None and (self.local.host, self.local.port) != (self.mqtt.host, self.mqtt.port)
+
     def __post_init__(self) -> None:
         names = [camera.name for camera in self.cameras]
         if len(set(names)) < len(names):
             raise ValueError(f"two cameras have one name among {', '.join(names)}: give each its own")
-        if self.local and (self.local.host, self.local.port) == (self.mqtt.host, self.mqtt.port):
-            raise ValueError("[local] is the broker of [mqtt]: leave it out, all goes there then")
         if self.board.paradigm == "offload":
             for camera in self.cameras:
                 if camera.paradigm not in (None, "offload"):

@@ -131,7 +131,7 @@ class Board:
         board, site = self.config.board, self.config.board.site
         for_servers = [(topics.reply(site, board.id), 1), (topics.server_statuses(site), 0)]
         for_users = [self.switches.subscription] + [(topics.frame(site, board.id), 0)] * self.cameras.wants_pictures
-        if self.config.local is None:
+        if self.config.local is None or not self.config.has_near_broker:
             one = self._client(self.config.mqtt, for_servers + for_users, self._told)
             return one, one
         local = self._client(self.config.local, for_users)

@@ -75,9 +75,9 @@ def test_a_missing_key_is_named(tmp_path):
         load(tmp_path, '[board]\nid = "b1"\n' + CAMERA)
 
 
-def test_a_near_broker_that_is_the_servers_own_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"\[local\] is the broker of \[mqtt\]: leave it out"):
-        load(tmp_path, BOARD + CAMERA + "[local]\nport = 1883\n")
+@pytest.mark.parametrize(("local", "is_near"), [("", False), ("[local]\n", False), ("[local]\nport = 1884\n", True)])
+def test_a_near_broker_is_another_one_than_the_servers(tmp_path, local, is_near):
+    assert load(tmp_path, BOARD + CAMERA + local).has_near_broker == is_near
 
 
 def test_two_cameras_of_one_name_are_refused(tmp_path):
