@@ -104,8 +104,14 @@ class Bundle:
 
     @cached_property
     def tables(self) -> Tables:
-        """The entropy coder's tables."""
-        return Tables.from_bytes(self.file("tables.bin").read_bytes())
+        """The entropy coder's tables. Raises BundleError, TablesError."""
+        tables = Tables.from_bytes(self.file("tables.bin").read_bytes())
+        gains = len(self.manifest.latent.gains)
+        if tables.levels != gains:
+            raise BundleError(
+                f"bundle {self.manifest.name} has {tables.levels} levels of tables and {gains} gains: build it again"
+            )
+        return tables
 
     @cached_property
     def words(self) -> tuple[str, ...]:

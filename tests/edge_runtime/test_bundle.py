@@ -3,9 +3,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from edge_runtime.bundle import EOS, MANIFEST, MAX_MANIFEST_BYTES, BundleError, detokenise, file_hash, open_bundle
+from edge_runtime.bundle import (
+    EOS,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    Bundle,
+    BundleError,
+    detokenise,
+    file_hash,
+    open_bundle,
+)
 
 WORDS = ("<pad>", "<start>", "<end>", "<unknown>", "a", "dog", "runs")
 
@@ -138,3 +148,10 @@ def test_a_real_bundle_is_whole(board_bundle):
     for name, record in board_bundle.manifest.files.items():
         assert file_hash(board_bundle.file(name)) == record.sha256
     assert board_bundle.tables.channels == board_bundle.manifest.latent.channels
+
+
+def test_tables_of_another_number_of_levels_than_the_head_has_are_refused(board_bundle):
+    latent = msgspec.structs.replace(board_bundle.manifest.latent, gains=(1.0, 2.0))
+    other = Bundle(board_bundle.path, msgspec.structs.replace(board_bundle.manifest, latent=latent), board_bundle.id)
+    with pytest.raises(BundleError, match="has 1 levels of tables and 2 gains: build it again"):
+        _ = other.tables

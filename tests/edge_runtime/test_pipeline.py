@@ -16,7 +16,7 @@ from edge_runtime.draft import Drafted
 from edge_runtime.events import Events
 from edge_runtime.ledger import Ledger
 from edge_runtime.mqtt import MqttClient, MqttSettings
-from edge_runtime.pipeline import Fixed, Pipeline, Plan, build_request
+from edge_runtime.pipeline import Fixed, Pipeline, Plan, build_request, encode_finest
 from edge_runtime.preprocess import decode_picture, to_input
 from edge_runtime.runtime import load_draft, load_head
 from edge_runtime.sources import Frame
@@ -26,6 +26,7 @@ from edge_runtime.wire import (
     Paradigm,
     Reply,
     Status,
+    Tables,
     Tier,
     bitstream,
     decode_request,
@@ -317,6 +318,13 @@ def test_ids_rise_even_when_the_clock_goes_back(start):
     board = start("device")
     ids = [board.pipeline.handle(frame(captured_unix=unix)).frame for unix in (1.6e9, 1.0e9, 1.7e9)]
     assert ids == sorted(set(ids))
+
+
+def test_of_several_levels_the_bits_are_those_of_the_one_that_the_head_quantises_at(board_bundle):
+    coarse = board_bundle.tables
+    two = Tables(np.concatenate([coarse.frequencies] * 2), coarse.height, coarse.width, coarse.groups, coarse.set_id)
+    symbols = load_head(board_bundle, "onnx", 1).symbols(to_input(frame().pixels))  # the finest
+    assert bitstream.decode(encode_finest(symbols, two), two).header.level == 1
 
 
 def test_what_is_left_of_the_budget_is_counted_from_capture(board_bundle):
