@@ -71,6 +71,9 @@ STATUS_PERIOD_S = 10.0
 PROBE_PERIOD_S = 1.0  # until the broker is proven to deliver
 RECENT = 64  # batches whose times give the prices in the status
 MIN_RETRY_MS = 50
+# Of a picture; boards send 224 x 224. More would be small to send (146 KB of PNG can claim 50 million) and hold up
+# everybody's answers for a second.
+MAX_PIXELS = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +263,7 @@ class Service:
     def _symbols(self, request: Request) -> tuple[NDArray[np.int8], float]:
         """The latent's symbols and the gain of their level. Raises BitstreamError, PictureError, BundleError."""
         if request.content_kind is not ContentKind.LATENT:
-            return self.engine.symbols(to_input(decode_picture(request.content))), 1.0
+            return self.engine.symbols(to_input(decode_picture(request.content, MAX_PIXELS))), 1.0
         decoded = decode(request.content, self.bundle.tables)
         if not decoded.checked:  # a cut message and a damaged one look alike, and MQTT cuts none
             raise BitstreamError("bitstream ends early, so nothing vouches for it: send it whole")

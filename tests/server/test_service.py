@@ -290,6 +290,16 @@ def test_a_request_that_passed_this_server_before_is_counted_as_a_loop(make_serv
     assert is_balanced(service)
 
 
+def test_a_picture_that_is_small_to_send_and_large_to_decode_is_refused(make_service, bundle) -> None:
+    service, lane = make_service(), Lane()
+    content = cv2.imencode(".png", np.zeros((2001, 2000), np.uint8))[1].tobytes()
+    offload = request(bundle, paradigm=Paradigm.OFFLOAD, content_kind=ContentKind.JPEG, content=content)
+    service.receive(lane.arrival(offload))
+    service.answer(service.batcher.take(0))
+    assert lane.replies[0].status is Status.BAD_REQUEST
+    assert "claims 2000 x 2001 pixels, at most 4000000 are decoded" in lane.replies[0].error
+
+
 def test_a_full_queue_says_busy_at_once_and_when_to_come_back(make_service, bundle) -> None:
     service, lane = make_service(queue=2), Lane()
     for i in range(3):
