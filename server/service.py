@@ -405,6 +405,7 @@ def readable_id(payload: bytes) -> bytes:
 def load(config: ServerConfig) -> tuple[Bundle, Engine]:
     """Opens the bundle, loads the tier's networks and runs the start test. Raises BundleError."""
     bundle = open_bundle(Path(config.bundle))
+    _ = bundle.words  # a vocabulary that is none is found at start
     if len(bundle.manifest.latent.gains) != bundle.tables.levels:
         raise BundleError(
             f"bundle {bundle.manifest.name} has {bundle.tables.levels} levels of tables and "
@@ -418,7 +419,8 @@ def load(config: ServerConfig) -> tuple[Bundle, Engine]:
 def run_server(config: Config, stop: threading.Event) -> None:
     """Serves until `stop` is set, then finishes what was accepted and says offline.
 
-    Raises BundleError and MqttConfigError for what cannot start.
+    Raises BundleError, MqttConfigError and ConfigError for what cannot start, and RuntimeError for whatever ends it
+    later: that is no mistake of the configuration, and the server is worth starting again.
     """
     settings, server = config.mqtt_settings(), config.server
     bundle, engine = load(server)
@@ -431,5 +433,8 @@ def run_server(config: Config, stop: threading.Event) -> None:
         if upstream:  # ends first, so that what it leaves open can still be told
             stack.enter_context(upstream)
         stack.enter_context(exported(config.metrics, "server", SERVER, lambda: values(service.status())))
-        service.serve(stop, gateway.heartbeat)
+        try:
+            service.serve(stop, gateway.heartbeat)
+        except Exception as error:
+            raise RuntimeError("the server broke while it served") from error
     logger.info("server stopped id=%s counts=%s", server.id, dict(service.counts))

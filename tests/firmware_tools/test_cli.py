@@ -146,6 +146,18 @@ def test_a_missing_or_altered_model_is_named(
     assert_one_line(aiflow(command, config(text)), f"{bundle.resolve() / name} {fault}")
 
 
+def test_an_error_after_the_start_is_none_of_the_configuration(config: Callable[..., Path]) -> None:
+    script = (
+        "import sys\nfrom server.service import Service\nfrom firmware_tools.cli import main\n"
+        "def broken(*_):\n    raise ValueError('in the middle of it')\n"
+        f"Service.serve = broken\nsys.exit(main(['serve', {str(config(SERVER, 'max_batch = 1'))!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == EXIT_FAILED
+    assert "Traceback" in done.stderr
+    assert "ValueError: in the middle of it" in done.stderr
+
+
 def test_a_demo_without_a_bundle_says_so(tmp_path: Path) -> None:
     done = aiflow("demo", "--bundle", tmp_path, "--html", tmp_path / "page.html")
     assert done.returncode == EXIT_FAILED

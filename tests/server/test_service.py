@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.bundle import Bundle
+from edge_runtime.bundle import MANIFEST, Bundle, BundleError, FileRecord, file_hash
 from edge_runtime.config import MqttConfig
 from edge_runtime.mqtt import Message, MqttClient, MqttSettings
 from edge_runtime.wire import (
@@ -43,7 +43,7 @@ from server.engine import Engine, Job
 from server.gateway import Arrival, Gateway
 from server.loading import load_engine
 from server.reply_cache import ReplyCache
-from server.service import Service, readable_id, run_server
+from server.service import Service, load, readable_id, run_server
 from server.upstream import Upstream
 from tests.brokers import Mosquitto
 from tests.bundles import MAX_TOKENS, random_symbols
@@ -298,6 +298,19 @@ def test_a_picture_that_is_small_to_send_and_large_to_decode_is_refused(make_ser
     service.answer(service.batcher.take(0))
     assert lane.replies[0].status is Status.BAD_REQUEST
     assert "claims 2000 x 2001 pixels, at most 4000000 are decoded" in lane.replies[0].error
+
+
+def test_a_vocabulary_that_is_none_is_found_at_start(bundle, tmp_path) -> None:
+    for file in bundle.path.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    words = tmp_path / "vocabulary.txt"
+    words.unlink()
+    words.write_text("<pad>\n")
+    files = bundle.manifest.files | {words.name: FileRecord(file_hash(words), words.stat().st_size)}
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / MANIFEST).write_bytes(msgspec.json.encode(msgspec.structs.replace(bundle.manifest, files=files)))
+    with pytest.raises(BundleError, match="has 1 words, the manifest says 40"):
+        load(ServerConfig("s1", str(tmp_path), max_batch=1))
 
 
 def test_a_full_queue_says_busy_at_once_and_when_to_come_back(make_service, bundle) -> None:
