@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.preprocess import decode_picture, to_input
 from firmware_tools.demo_photos import collect
-from firmware_tools.evaluate import SHIPPED_BUNDLE
+from firmware_tools.evaluate import CAPTIONS_HELP, SHIPPED_BUNDLE, Photos
 from firmware_tools.terminal import print_figures
 
 BACKENDS = ("onnx", "litert")
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_e2e_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR", help="photos")
-    parser.add_argument("--captions", type=Path, required=True, metavar="TSV", help="columns split, image, caption")
+    parser.add_argument("--captions", type=Path, required=True, metavar="TSV", help=CAPTIONS_HELP)
     parser.add_argument("--split", metavar="NAME", help="only photos of this split")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N photos")
     parser.add_argument("--profile", nargs="+", required=True, metavar="NAME", help="links, one after the other")
@@ -108,7 +108,7 @@ def end_to_end(args: argparse.Namespace) -> int:
     from firmware_tools.demo import interrupted_once
     from firmware_tools.link import read_trace
     from firmware_tools.shaping import named
-    from models.captions import read_captions
+    from models.captions import captions_of
 
     paradigms = args.paradigms.split(",") if args.paradigms else e2e.DEFAULT
     e2e.ordered(paradigms)  # what is wrong is found before anything starts
@@ -117,8 +117,8 @@ def end_to_end(args: argparse.Namespace) -> int:
     for file in (args.json, args.plot):
         if file and not file.absolute().parent.is_dir():
             raise e2e.E2eError(f"{file}: there is no such directory to write to: make it first")
-    captions = {n: texts for n, (split, texts) in read_captions(args.captions).items() if args.split in (None, split)}
-    case = e2e.Case(e2e.captioned(args.images, captions, args.limit), captions, args.board_slowdown)
+    captions = captions_of(args.captions, args.split)
+    case = e2e.case_of(Photos(args.images, captions, args.limit), captions, args.board_slowdown)
     with interrupted_once():
         runs = e2e.run(open_bundle(args.bundle), case, paradigms, profiles, trace)
     e2e_report.print_runs(runs)

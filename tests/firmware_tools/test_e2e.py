@@ -19,6 +19,7 @@ from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.wire import AnsweredBy, Event, EventHop
 from firmware_tools import cli
 from firmware_tools.demo_photos import shipped
+from firmware_tools.evaluate import EvaluationError, Photos
 from firmware_tools.shaping import PROFILES
 
 pytestmark = pytest.mark.timeout(400)  # processes that load torch, on a machine that may be busy
@@ -174,7 +175,7 @@ def arguments(photos: Path, bundle: Bundle, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--profile", "wifi", "--split", "test"], "none of the pictures has a caption"),
+        (["--profile", "wifi", "--split", "test"], "no photo is in split test: want one of dev, train"),
         (["--profile", "wire"], "no link profile 'wire'"),
         (["--profile", "wifi", "--paradigms", "spilt"], "there is no paradigm spilt"),
         (["--profile", "wifi", "--board-slowdown", "0.5"], "board slowdown = 0.5, want 1 to 100"),
@@ -189,16 +190,24 @@ def test_what_cannot_work_is_said_before_anything_starts(
     assert says in capsys.readouterr().err
 
 
-def test_a_damaged_picture_is_named(photos: Path) -> None:
+def case_of(photos: Path, *names: str) -> e2e.Case:
+    captions = {name: ["a"] for name in names}
+    return e2e.case_of(Photos([photos], captions), captions, 1.0)
+
+
+def test_a_damaged_picture_is_left_out_named_and_counted(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     (photos / "3.jpg").write_bytes(b"no picture")
-    with pytest.raises(e2e.E2eError, match=r"3\.jpg: "):
-        e2e.captioned([photos], {"3.jpg": ["a"]}, None)
+    case = case_of(photos, "2.jpg", "3.jpg")
+    assert ([photo.name for photo in case.photos], case.unreadable) == (["2.jpg"], 1)
+    assert "picture unreadable name=3.jpg" in caplog.text
+    with pytest.raises(EvaluationError, match="none of the pictures has a caption, or none can be read"):
+        case_of(photos, "3.jpg")
 
 
 def test_a_picture_that_no_board_takes_is_shrunk(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = e2e.captioned([photos], {"1.jpg": ["a"]}, None)[0]
+    before = case_of(photos, "1.jpg").photos[0]
     monkeypatch.setattr(e2e, "MAX_FRAME_BYTES", 30_000)
-    after = e2e.captioned([photos], {"1.jpg": ["a"]}, None)[0]
+    after = case_of(photos, "1.jpg").photos[0]
     assert (before.name, before.data) == ("1.jpg", (photos / "1.jpg").read_bytes())
     assert len(after.data) < len(before.data)
 
