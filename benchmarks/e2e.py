@@ -46,6 +46,7 @@ PARADIGMS = {
 DEFAULT = tuple(name for name in PARADIGMS if name != "escalate")
 NEEDS = {"escalate": "speculative"}  # whose texts are the cloud's own
 
+LOST_MS = 1e3 * DEADLINE_S  # what a lost photo counts as in times
 WARM_UP = 3  # photos that do not count: before them networks, connections and a policy's estimates are cold
 SLOT_S = 20.0  # how long a trace of one moment plays
 
@@ -155,7 +156,7 @@ def measure(stage: Site, case: Case, names: Sequence[str], profile: Profile, tra
         "profile": profile.name,
         "images": len(case.photos),
         "unreadable": case.unreadable,
-        "paradigms": compared(ciders(case, outcomes), outcomes),
+        "paradigms": compared(ciders(case, outcomes), outcomes, LOST_MS),
         "link": {"up_kbit": profile.up_kbit, "down_kbit": profile.down_kbit, "rtt_ms": profile.rtt_ms},
         "board_slowdown": case.slowdown,
         "small_jpeg_quality": case.small_quality if "offload-small" in names else None,
@@ -164,7 +165,7 @@ def measure(stage: Site, case: Case, names: Sequence[str], profile: Profile, tra
     }
     if trace:
         moments = [(seconds, each.name) for seconds, each in trace]
-        slots = slots_of(moments, trace_end(trace), outcomes, 1e3 * DEADLINE_S)
+        slots = slots_of(moments, trace_end(trace), outcomes, LOST_MS)
         figures["trace"] = {"slots": slots} | against_oracle(slots)
     return figures
 

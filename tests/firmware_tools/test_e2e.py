@@ -66,7 +66,7 @@ def test_a_loss_keeps_the_draft_and_has_no_final_time() -> None:
 
 @pytest.mark.parametrize("events", [[], [event("new", 20.0, text="a dog")]])
 def test_a_photo_without_a_last_word_is_lost(events: list[Event]) -> None:
-    figures = figures_of("policy", [outcome_of("a", 0.0, events)])
+    figures = figures_of("policy", [outcome_of("a", 0.0, events)], 30_000)
     assert (figures["answered"], figures["lost"], figures["verified_ms_p50"]) == (0, 1, None)
 
 
@@ -75,8 +75,18 @@ def test_a_photo_without_a_last_word_is_lost(events: list[Event]) -> None:
 
 def test_drafts_are_never_verified_but_where_a_policy_lets_them_stand() -> None:
     final = outcome_of("a", 0.0, [event("new", 20.0, text="a", final=True, answered_by=AnsweredBy("device"))])
-    assert figures_of("device", [final])["verified_ms_p50"] is None
-    assert figures_of("policy", [final])["verified_ms_p50"] == 20.0
+    assert figures_of("device", [final], 30_000)["verified_ms_p50"] is None
+    assert figures_of("policy", [final], 30_000)["verified_ms_p50"] == 20.0
+
+
+def test_a_lost_photo_counts_as_one_that_took_until_its_deadline() -> None:
+    lost = Outcome("a", 0.0, "draft", first_ms=20.0, bytes_up=300)  # speculative: its draft was there
+    figures = figures_of("split", [answered(400), lost, Outcome("b", 0.0)], 30_000)
+    assert (figures["verified_ms_p50"], figures["verified_ms_p95"]) == (30_000, 30_000)
+    assert figures["first_text_ms_p50"] == 40.0  # of 20, 40 and 30,000
+    assert figures["bytes_mean"] == pytest.approx(400 / 3)
+    assert (figures["answered"], figures["lost"]) == (1, 2)
+    assert figures_of("split", [lost], 30_000)["verified_ms_p50"] is None  # nothing to be compared with
 
 
 def test_paradigms_are_told_as_ratios_to_sending_pictures() -> None:
@@ -85,7 +95,7 @@ def test_paradigms_are_told_as_ratios_to_sending_pictures() -> None:
         "split": [answered(400), answered(600)],
         "policy": [answered(400), answered(650)],
     }
-    paradigms = compared({"offload": 2.0, "split": 1.9, "policy": None}, outcomes)
+    paradigms = compared({"offload": 2.0, "split": 1.9, "policy": None}, outcomes, 30_000)
     assert (paradigms["split"]["verified_ratio"], paradigms["split"]["cider_ratio"]) == (0.25, 0.95)
     assert paradigms["split"]["first_to_verified"] == pytest.approx(0.1)
     assert paradigms["policy"]["best_fixed"] == "split"
@@ -97,7 +107,7 @@ def test_paradigms_are_told_as_ratios_to_sending_pictures() -> None:
 def test_an_escalating_edge_is_told_against_the_cloud_alone() -> None:
     passed_up = Outcome("a", 0, "t", "speculative", "cloud", 1, 300, was_passed_up=True)
     outcomes = {"offload": [answered(1)], "speculative": [answered(200)], "escalate": [answered(100), passed_up]}
-    figures = compared({"offload": 1.0, "speculative": 2.0, "escalate": 1.9}, outcomes)["escalate"]
+    figures = compared({"offload": 1.0, "speculative": 2.0, "escalate": 1.9}, outcomes, 30_000)["escalate"]
     assert (figures["escalated_share"], figures["cider_to_cloud"], figures["verified_to_cloud"]) == (0.5, 0.95, 1.0)
 
 
