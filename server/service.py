@@ -331,7 +331,9 @@ class Service:
                 self._reply_for_now(asked)
                 return
             self._count("answered_above")
-            if reply.tokens != asked.own.tokens:
+            if reply.tokens == asked.own.tokens:
+                self._count("unchanged")
+            else:
                 self._count("changed")
                 self._count(f"changed_{asked.reason}")  # of "explore" alone it says what the bounds miss
         self._finish(asked.accepted, msgspec.structs.replace(asked.standing, final=True))
@@ -432,7 +434,11 @@ def run_server(config: Config, stop: threading.Event) -> None:
         stack.enter_context(gateway)
         if upstream:  # ends first, so that what it leaves open can still be told
             stack.enter_context(upstream)
-        stack.enter_context(exported(config.metrics, "server", SERVER, lambda: values(service.status())))
+        stack.enter_context(
+            exported(
+                config.metrics, "server", SERVER, lambda: values(service.status() | {"gateway": gateway.summary()})
+            )
+        )
         try:
             service.serve(stop, gateway.heartbeat)
         except Exception as error:

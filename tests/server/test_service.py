@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.bundle import MANIFEST, Bundle, BundleError, FileRecord, file_hash
-from edge_runtime.config import MqttConfig
+from edge_runtime.config import MetricsConfig, MqttConfig
 from edge_runtime.mqtt import Message, MqttClient, MqttSettings
 from edge_runtime.wire import (
     ContentKind,
@@ -37,6 +38,7 @@ from edge_runtime.wire import (
     encode_tokens,
     topics,
 )
+from firmware_tools.broker import free_port
 from server.batcher import Batch
 from server.config import Config, ServerConfig, UpstreamConfig
 from server.engine import Engine, Job
@@ -238,6 +240,25 @@ def test_a_broker_that_comes_back_empty_finds_the_server_again(server, board, bu
     assert board.client.wait_online(PATIENCE_S)
     board.ask(request(bundle, 2))
     assert board.reply().status is Status.OK
+
+
+def test_a_servers_counters_are_exported_with_its_connections(board, bundle, broker) -> None:
+    port, stop = free_port(), threading.Event()
+    exporting = msgspec.structs.replace(config(bundle, broker.port, max_batch=1), metrics=MetricsConfig(port=port))
+    thread = threading.Thread(target=run_server, args=(exporting, stop))
+    thread.start()
+    try:
+        board.wait_for_status(state="online", share_proven=True)
+        board.ask(b"")
+        assert board.reply().status is Status.BAD_REQUEST
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as response:
+            lines = response.read().decode().splitlines()
+        assert 'aiflow_server_replies_total{status="bad_request"} 1.0' in lines
+        assert 'aiflow_server_mqtt{what="connects"} 1.0' in lines
+        assert {"aiflow_server_undelivered_total 0.0", "aiflow_server_foreign_topics_total 0.0"} <= set(lines)
+    finally:
+        stop.set()
+        thread.join(PATIENCE_S)
 
 
 # ---- without a broker: the service as a value, its two threads played by the test ----
@@ -560,6 +581,7 @@ def test_the_board_gets_the_edges_text_at_once_and_then_the_clouds_own(sites: Si
         assert is_balanced(cloud)
     assert (edge.counts["escalated"], edge.counts["escalated_tier"], edge.counts["answered_above"]) == (4, 4, 4)
     assert edge.counts["changed"] == edge.counts["changed_tier"] == differing
+    assert edge.counts["unchanged"] == 4 - differing
     assert (edge.counts["ok"], cloud.counts["ok"]) == (5, 4)
     status = json.loads(json.dumps(edge.status()))["upstream"]
     assert status["requests"]["answered"] == 4
