@@ -79,9 +79,10 @@ def reason_to_ask(
         return "tier"
     if options and options.min_confidence is not None and confidence < options.min_confidence:
         return "confidence"
-    if confidence < bounds.min_confidence and rank < bounds.max_share - bounds.explore:
+    explore = min(bounds.explore, bounds.max_share)
+    if confidence < bounds.min_confidence and rank < bounds.max_share - explore:
         return "confidence"
-    return "explore" if chance < bounds.explore else None
+    return "explore" if chance < explore else None
 
 
 def obstacle_to(above: Above | None, left_s: float) -> Obstacle | None:

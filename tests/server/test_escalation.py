@@ -71,9 +71,9 @@ def test_without_bounds_nothing_goes_up() -> None:
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 10_000])  # of scenes, so of different confidences
-@pytest.mark.parametrize("share", [0.1, 0.5])
-def test_no_more_than_the_share_goes_up_whatever_the_confidences_are(kinds: int, share: float) -> None:
-    rng, ranks, bounds = random.Random(1), Ranks(), Bounds(min_confidence=1.0, max_share=share, explore=0.02)
+@pytest.mark.parametrize(("share", "explore"), [(0.1, 0.02), (0.5, 0.02), (0.1, 0.5), (0.0, 0.02)])
+def test_no_more_than_the_share_goes_up_whatever_the_confidences_are(kinds: int, share: float, explore: float) -> None:
+    rng, ranks, bounds = random.Random(1), Ranks(), Bounds(min_confidence=1.0, max_share=share, explore=explore)
     up = 0
     for _ in range(4000):
         confidence = rng.randrange(kinds) / kinds
