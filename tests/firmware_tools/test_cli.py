@@ -1,11 +1,13 @@
 """The command line: it teaches, it starts light, and a mistake is one line that says what to do."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from firmware_tools.cli import COMMANDS, EXIT_CONFIG, EXIT_FAILED, main
 from firmware_tools.evaluate import SHIPPED_BUNDLE
@@ -167,6 +169,27 @@ def test_a_demo_without_a_bundle_says_so(tmp_path: Path) -> None:
 
 def test_a_source_without_a_picture_is_named(config: Callable[..., Path], bundle: Path) -> None:
     assert_one_line(aiflow("validate", config(BOARD)), "camera door", str(bundle), "holds no picture")
+
+
+@pytest.mark.parametrize("text", ["[ server ]  # of the site\nid = 's1'", "server = {id = 's1'}", "server.id = 's1'"])
+def test_a_server_s_configuration_is_known_however_it_is_written(config: Callable[..., Path], text: str) -> None:
+    path = config("")
+    path.write_text(text)
+    assert_one_line(aiflow("validate", path), "missing required field `bundle` (in server)")
+
+
+def test_a_tier_that_the_bundle_lacks_is_named(config: Callable[..., Path], bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    del manifest["targets"]["cloud"]
+    (bundle / "manifest.json").unlink()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    done = aiflow("validate", config(SERVER, 'tier = "cloud"'))
+    assert_one_line(done, "config.toml", 'tier = "cloud", but the bundle has edge')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named(config: Callable[..., Path]) -> None:
+    assert_one_line(aiflow("serve", config(SERVER, 'device = "cuda"')), 'device = "cuda", but PyTorch', "want device")
 
 
 def test_a_bundle_in_order_validates(config: Callable[..., Path]) -> None:
