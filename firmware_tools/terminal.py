@@ -1,5 +1,6 @@
-"""What commands print: tables and progress on a terminal, plain lines elsewhere."""
+"""What commands take and print: tables and progress on a terminal, plain lines elsewhere."""
 
+import argparse
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -8,6 +9,13 @@ from rich.progress import track as rich_track
 from rich.table import Table
 
 T = TypeVar("T")
+
+
+def number(text: str) -> int:
+    """Of an argument: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, want a whole number from 1")
+    return int(text)
 
 
 def print_figures(figures: dict[str, Any], title: str = "") -> None:
