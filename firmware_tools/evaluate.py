@@ -17,6 +17,7 @@ from edge_runtime.draft import Draft
 from edge_runtime.head import Head
 from edge_runtime.pictures import Picture, read_pictures
 from firmware_tools.demo_photos import is_readable
+from firmware_tools.terminal import new_file, number, print_figures, track
 
 if TYPE_CHECKING:
     from server.engine import Answer, Engine, Job
@@ -45,14 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR")
         kind.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="default: the bundle that is shipped")
         kind.add_argument("--backend", choices=["onnx", "litert"], default="onnx")
-        kind.add_argument("--limit", type=int, help="only the first N photos")
-        kind.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+        kind.add_argument("--limit", type=number, metavar="N", help="only the first N photos")
+        kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures to FILE")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the figures and writes the JSON."""
-    from firmware_tools.terminal import print_figures
-
     bundle = open_bundle(args.bundle)
     figures = _captions(args, bundle) if args.kind == "caption" else _classes(args, bundle)
     print_figures(figures)
@@ -162,8 +161,6 @@ def _chain(args: argparse.Namespace, bundle: Bundle, paradigm: str, tier: str) -
 
 def _batches(photos: Photos, total: int | None, note: str) -> Iterator[list[Picture]]:
     """With progress on a terminal."""
-    from firmware_tools.terminal import track
-
     shown = track(photos, note, total)
     while batch := list(islice(shown, BATCH)):
         yield batch

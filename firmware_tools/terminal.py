@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -16,6 +17,14 @@ def number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, want a whole number from 1")
     return int(text)
+
+
+def new_file(text: str) -> Path:
+    """Of an argument: a file to write to in the end, so that what is wrong with it is found before anything runs."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no such directory to write to: make it first")
+    return path
 
 
 def print_figures(figures: dict[str, Any], title: str = "") -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.faults.rows import ROWS
 from firmware_tools.cli import COMMANDS, EXIT_CONFIG, EXIT_FAILED, main
 from firmware_tools.evaluate import SHIPPED_BUNDLE
 from tests.bundles import tiny_bundle
@@ -80,6 +81,54 @@ def test_every_subcommand_has_help(command: str, capsys: pytest.CaptureFixture[s
     shown = " ".join(capsys.readouterr().out.split())
     assert f"usage: aiflow {command}" in shown
     assert COMMANDS[command] in shown
+
+
+@pytest.mark.parametrize(
+    ("part", "has", "lacks"),
+    [
+        ("codec", "--backend", "--frames --row --tier --threads --seconds --markdown"),
+        ("device", "--backend --frames", "--row --tier --threads --seconds --markdown"),
+        ("server", "--backend --tier --threads", "--row --frames --seconds --markdown"),
+        ("gateway", "--backend --tier --threads --seconds", "--row --frames --markdown"),
+        ("faults", "--row --seconds --markdown", "--backend --tier --threads --frames"),
+    ],
+)
+def test_help_of_a_benchmark_shows_what_it_obeys(
+    part: str, has: str, lacks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", part, "--help"])
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in (*has.split(), "--images", "--limit", "--bundle", "--json"))
+    assert not any(option in shown for option in lacks.split())
+
+
+def test_help_of_the_fault_matrix_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "faults", "--help"])
+    shown = capsys.readouterr().out
+    assert all(row.name in shown for row in ROWS)
+    assert "mosquitto" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "codec", "--limit", "0"],
+        ["bench", "device", "--frames", "-1"],
+        ["bench", "faults", "--markdown", "/nowhere/table.md"],
+        ["evaluate", "classify", "--images", "x", "--json", "/nowhere/a.json"],
+        ["evaluate", "classify", "--images", "x", "--json", "/tmp"],
+    ],
+)
+def test_a_number_or_a_file_that_cannot_work_is_found_before_anything_runs(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    says = "want a whole number from 1" if arguments[-1] in ("0", "-1") else "no such directory to write to"
+    assert says in capsys.readouterr().err
 
 
 def test_help_lists_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,7 +189,6 @@ def arguments(photos: Path, bundle: Bundle, *more: str) -> list[str]:
         (["--profile", "wire"], "no link profile 'wire'"),
         (["--profile", "wifi", "--paradigms", "spilt"], "there is no paradigm spilt"),
         (["--profile", "wifi", "--board-slowdown", "0.5"], "board slowdown = 0.5, want 1 to 100"),
-        (["--profile", "wifi", "--json", "/nowhere/a.json"], "no such directory to write to"),
         (["--profile", "wifi", "--trace", "/nowhere/trace"], "No such file or directory"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.faults import RowError, chosen, report
+from benchmarks.faults import RowError, chosen, report, tried
 from benchmarks.faults import stage as stage_module
 from benchmarks.faults.crowd import slope_of
 from benchmarks.faults.ledger import Ledger, Tally
@@ -113,6 +113,19 @@ def test_damage_is_damage_to_a_spool(tmp_path: Path, kind: str) -> None:
     damaged.close(100.0)
 
 
+def test_whatever_a_row_raises_is_its_own_failure_and_the_next_one_is_played(
+    board_bundle: Bundle, tmp_path: Path
+) -> None:
+    def play(_: Trial) -> None:
+        raise KeyError("a bug")
+
+    said: list[str] = []
+    trial = Trial(Stage(tmp_path, board_bundle, [], said.append), Row("odd", "odd", play), None)
+    result = tried(trial)
+    assert (result.held, result.row, result.note) == (False, "odd", "KeyError: 'a bug'")
+    assert "Traceback" in said[0]
+
+
 NEW, OK, LOST = ("new", False), ("update", True), ("lost", True)
 
 
@@ -149,7 +162,9 @@ def test_a_row_does_not_hold_where_an_event_is_missing_or_one_too_many(
 
 
 @pytest.mark.timeout(400)  # processes that load torch, on a machine that may be busy
-def test_a_forgetful_broker_and_a_dead_network_thread_cost_nothing(board_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_forgetful_broker_and_a_dead_network_thread_cost_nothing(
+    board_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "faults.json"
     rows = ["broker-empty", "loop-thread"]
     arguments = ["--row", *rows, "--seconds", "1", "--bundle", str(board_bundle.path), "--json", str(path)]
@@ -161,3 +176,4 @@ def test_a_forgetful_broker_and_a_dead_network_thread_cost_nothing(board_bundle:
         assert result["accepted"] == result["answered"] + result["lost"] > 0
     assert code == 0
     assert len((tmp_path / "faults.md").read_text().splitlines()) == 4
+    assert capsys.readouterr().out == (tmp_path / "faults.md").read_text()
