@@ -256,6 +256,29 @@ def test_every_photo_goes_through_real_processes_and_none_stays_behind(
     assert not list((tmp_path / "tmp").iterdir())
 
 
+def test_a_policy_and_an_escalating_edge_are_measured_on_a_link_that_changes(
+    photos: Path, board_bundle: Bundle, tmp_path: Path
+) -> None:
+    (trace := tmp_path / "trace.tsv").write_text("0\twifi\n1\t4g\n")
+    json_file = tmp_path / "e2e.json"
+    more = ["--profile", "wifi", "--limit", "2", "--paradigms", "policy,escalate", "--trace", str(trace)]
+    more += ["--board-slowdown", "2", "--json", str(json_file)]
+    assert cli.main(arguments(photos, board_bundle, *more)) == 0
+    figures = json.loads(json_file.read_text())
+    assert (figures["images"], figures["board_slowdown"], figures["unreadable"]) == (2, 2.0, 0)
+    assert list(figures["paradigms"]) == ["offload", "speculative", "policy", "escalate"]
+    slots = figures["trace"]["slots"]
+    assert [(slot["profile"], slot["from_s"], slot["to_s"]) for slot in slots] == [("wifi", 0, 1), ("4g", 1, 2)]
+    for name, each in figures["paradigms"].items():
+        assert each["lost"] == 0
+        assert 0 < sum(slot["photos"][name] for slot in slots) <= each["answered"]  # the last may come behind the end
+    policy, escalate = figures["paradigms"]["policy"], figures["paradigms"]["escalate"]
+    assert policy["best_fixed"] in ("offload", "speculative")
+    assert policy["verified_to_best_fixed"] > 0
+    assert set(escalate["answered_by"]) <= {"edge", "cloud"}
+    assert 0 <= escalate["escalated_share"] <= 1
+
+
 def test_an_interrupt_ends_every_process_and_leaves_nothing(photos: Path, board_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     more = ["--profile", "outage", "--paradigms", "split"]  # nothing is ever answered: it would take minutes
