@@ -156,7 +156,7 @@ def test_any_age_and_budget_can_be_sent_again_later(age_ms, budget_ms, waited_s,
 
 def test_a_request_that_comes_back_or_has_passed_too_many_is_a_loop() -> None:
     full = tuple(f"e{i}" for i in range(MAX_VIA))
-    assert not is_loop(None, "e1")
+    assert not is_loop(Options(), "e1")
     assert not is_loop(Options(via=("e0", "e2")), "e1")
     assert is_loop(Options(via=("e0", "e1")), "e1")
     assert is_loop(Options(via=full), "other")
