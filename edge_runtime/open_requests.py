@@ -35,6 +35,7 @@ class Open(Generic[T]):
     sends: int = 1
     doublings: int = 0  # of its resend interval
     busy: int = 0  # replies that said so
+    was_told: bool = False  # when to send again, by the latest of those
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,9 @@ class OpenRequests(Generic[T]):
         """What to send again now, with the same id. Each is counted as sent; call `expired` first."""
         due = [entry for entry in self._open.values() if entry.resend_at <= now < entry.deadline]
         for entry in due:
-            resend_at = now + self._interval(entry.doublings + 1)
-            self._change(entry, resend_at=resend_at, sends=entry.sends + 1, doublings=entry.doublings + 1)
+            doublings = entry.doublings + (not entry.was_told)  # a server that says busy is not silent
+            resend_at = now + self._interval(doublings)
+            self._change(entry, resend_at=resend_at, sends=entry.sends + 1, doublings=doublings, was_told=False)
         self._counts["resent"] += len(due)
         return due
 
@@ -133,7 +135,8 @@ class OpenRequests(Generic[T]):
         # Later than told, never earlier, and not all boards in the same moment. Never counted as sent once again:
         # the copy that comes next says nothing about the reply time of the first.
         wait_s = max(retry_after_s, min(MIN_BUSY_S * 2.0**entry.busy, MAX_BUSY_S)) * self._rng.uniform(1, 1.5)
-        self._change(entry, resend_at=now + wait_s, sends=max(entry.sends, 2), busy=min(entry.busy + 1, MAX_DOUBLINGS))
+        busy = min(entry.busy + 1, MAX_DOUBLINGS)
+        self._change(entry, resend_at=now + wait_s, sends=max(entry.sends, 2), busy=busy, was_told=True)
         return True
 
     def expired(self, now: float) -> list[Lost[T]]:

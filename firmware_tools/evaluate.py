@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 BATCH = 8
 SHIPPED_BUNDLE = Path(__file__).parent.parent / "models" / "zoo" / "flickr8k-lite0"
-
-
 CAPTIONS_HELP = "columns image, caption, and split where one is chosen; images by their paths or files' names"
 
 
@@ -71,13 +69,13 @@ class Photos:
         self.unreadable = 0
 
     def __iter__(self) -> Iterator[Picture]:
-        """Raises EvaluationError where no picture is left, and for one that is met twice."""
+        """Raises EvaluationError where no picture is left, and for two that share captions."""
         from models.captions import captioned_as
 
-        paths: dict[str, str] = {}  # by name
-        uncaptioned = 0
+        paths: dict[str, str] = {}  # by name, where there are captions
+        taken = uncaptioned = 0
         for picture in (picture for source in self._sources for picture in read_pictures(source)):
-            if len(paths) == self._limit:
+            if taken == self._limit:
                 break
             name = picture.name if self._captions is None else captioned_as(self._captions, picture.name)
             if name is None:
@@ -87,11 +85,13 @@ class Photos:
             elif not is_readable(picture):
                 self.unreadable += 1
             else:
-                paths[name] = picture.name
+                taken += 1
+                if self._captions is not None:
+                    paths[name] = picture.name
                 yield Picture(name, picture.data)
         if uncaptioned:
-            print(f"{uncaptioned} photos have no caption and were left out", file=sys.stderr)
-        if not paths:
+            print(f"{uncaptioned} photos left out: the table, or its split, has no caption for them", file=sys.stderr)
+        if not taken:
             raise EvaluationError(
                 "none of the pictures has a caption, or none can be read: do the names in the TSV match the files?"
             )

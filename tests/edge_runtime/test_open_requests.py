@@ -88,6 +88,17 @@ def test_the_interval_is_short_again_once_a_reply_was_measured_and_after_mere_si
     assert requests.next_at() <= 301.5
 
 
+def test_a_server_that_is_always_busy_first_makes_no_lost_copy_wait_longer() -> None:
+    requests = table()
+    for number in range(20):
+        requests.open(bytes([number]), "", deadline=999.0, now=0.0)
+        requests.busy(bytes([number]), 0.1, now=0.0)
+        assert requests.due(0.2)
+        requests.answered(bytes([number]), now=0.3)
+    requests.open(b"next", "", deadline=999.0, now=0.0)
+    assert requests.next_at() <= 1.5
+
+
 @pytest.mark.parametrize("retry_after_s", [0.0, 0.001])
 def test_a_server_that_is_busy_for_no_time_is_asked_less_and_less_often(retry_after_s: float) -> None:
     requests = table()
