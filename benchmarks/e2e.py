@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -26,9 +26,9 @@ import cv2
 from benchmarks.e2e_figures import BASELINE, Outcome, against_oracle, compared, outcome_of, slots_of
 from benchmarks.e2e_site import DEADLINE_S, Board, Site, machine, site
 from edge_runtime.bundle import Bundle
-from edge_runtime.pictures import Picture, read_pictures
-from edge_runtime.preprocess import PictureError, decode_picture
-from firmware_tools.evaluate import Chain, score
+from edge_runtime.pictures import Picture
+from edge_runtime.preprocess import decode_picture
+from firmware_tools.evaluate import Chain, Photos, score
 from firmware_tools.link import Link
 from firmware_tools.shaping import Profile
 from firmware_tools.terminal import track
@@ -46,6 +46,7 @@ PARADIGMS = {
 DEFAULT = tuple(name for name in PARADIGMS if name != "escalate")
 NEEDS = {"escalate": "speculative"}  # whose texts are the cloud's own
 
+LOST_MS = 1e3 * DEADLINE_S  # what a lost photo counts as in times
 WARM_UP = 3  # photos that do not count: before them networks, connections and a policy's estimates are cold
 SLOT_S = 20.0  # how long a trace of one moment plays
 
@@ -70,6 +71,7 @@ class Case:
     photos: Sequence[Picture]  # named as in the captions
     captions: Mapping[str, Sequence[str]]  # people's, by photo
     slowdown: float = 1.0  # of the board's computing, 1 to 100
+    unreadable: int = 0  # photos that were left out
     small_quality: int = JPEG_QUALITY  # of offload-small
 
     def __post_init__(self) -> None:
@@ -103,23 +105,17 @@ def ordered(paradigms: Sequence[str]) -> list[str]:
     return [BASELINE, *(name for name in PARADIGMS if name in wanted and name != BASELINE)]
 
 
-def captioned(images: Sequence[Path], captions: Mapping[str, object], limit: int | None) -> list[Picture]:
-    """The pictures that have captions, by their file's name. Raises E2eError for none, and for one that is damaged."""
-    named = (Picture(PurePosixPath(p.name).name, p.data) for source in images for p in read_pictures(source))
-    photos = [_fitting(photo) for photo in islice((photo for photo in named if photo.name in captions), limit)]
-    if not photos:
-        raise E2eError("none of the pictures has a caption: do the names in the TSV, and --split, match the files?")
-    return photos
+def case_of(photos: Photos, captions: Mapping[str, Sequence[str]], slowdown: float) -> Case:
+    """Photos as camera software would send them. Raises EvaluationError, E2eError."""
+    fitting = [_fitting(photo) for photo in photos]
+    return Case(fitting, captions, slowdown, unreadable=photos.unreadable)
 
 
 def _fitting(photo: Picture) -> Picture:
     """As it is, or as camera software would shrink it for a board: still larger than what the model looks at."""
-    try:
-        pixels = decode_picture(photo.data)
-    except PictureError as error:
-        raise E2eError(f"{photo.name}: {error}") from error
     if len(photo.data) <= MAX_FRAME_BYTES:
         return photo
+    pixels = decode_picture(photo.data)
     scale = min(1.0, LARGE_FRAME / max(pixels.shape[:2]))
     small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     jpeg = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
@@ -159,7 +155,8 @@ def measure(stage: Site, case: Case, names: Sequence[str], profile: Profile, tra
     figures = {
         "profile": profile.name,
         "images": len(case.photos),
-        "paradigms": compared(ciders(case, outcomes), outcomes),
+        "unreadable": case.unreadable,
+        "paradigms": compared(ciders(case, outcomes), outcomes, LOST_MS),
         "link": {"up_kbit": profile.up_kbit, "down_kbit": profile.down_kbit, "rtt_ms": profile.rtt_ms},
         "board_slowdown": case.slowdown,
         "small_jpeg_quality": case.small_quality if "offload-small" in names else None,
@@ -168,7 +165,7 @@ def measure(stage: Site, case: Case, names: Sequence[str], profile: Profile, tra
     }
     if trace:
         moments = [(seconds, each.name) for seconds, each in trace]
-        slots = slots_of(moments, trace_end(trace), outcomes, 1e3 * DEADLINE_S)
+        slots = slots_of(moments, trace_end(trace), outcomes, LOST_MS)
         figures["trace"] = {"slots": slots} | against_oracle(slots)
     return figures
 

@@ -50,32 +50,36 @@ def outcome_of(photo: str, at_s: float, events: Sequence[Event]) -> Outcome:
     )
 
 
-def figures_of(name: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def figures_of(name: str, outcomes: Sequence[Outcome], lost_ms: float) -> dict[str, Any]:
     """One paradigm's. Times in ms; None where there is nothing to count.
 
-    A draft that a policy lets stand counts as verified when it was written, since nothing better follows. Alone, as the
-    paradigm `device`, drafts are never verified.
+    A lost photo counts as one that took lost_ms: else whoever loses what is slow would be the quickest. A draft that a
+    policy lets stand counts as verified when it was written, since nothing better follows. Alone, as the paradigm
+    `device`, drafts are never verified.
     """
     answered = [outcome for outcome in outcomes if outcome.final_ms is not None]
-    verified = [] if name == "device" else [o.final_ms for o in answered if o.final_ms is not None]
+    lost = [lost_ms] * (len(outcomes) - len(answered))
+    verified = [o.final_ms for o in answered if o.final_ms is not None] if name != "device" else []
+    first = [o.first_ms for o in outcomes if o.first_ms is not None]
+    textless = [lost_ms for o in outcomes if o.first_ms is None and o.final_ms is None]
     return {
         "bytes_mean": _mean([outcome.bytes_up for outcome in outcomes]),
-        "first_text_ms_p50": _percentile([o.first_ms for o in outcomes if o.first_ms is not None], 50),
-        "verified_ms_p50": _percentile(verified, 50),
-        "verified_ms_p95": _percentile(verified, 95),
+        "first_text_ms_p50": _percentile(first, textless, 50),
+        "verified_ms_p50": _percentile(verified, lost, 50),
+        "verified_ms_p95": _percentile(verified, lost, 95),
         "server_ms_mean": _mean([outcome.server_ms for outcome in answered]),
         "answered": len(answered),
-        "lost": len(outcomes) - len(answered),
+        "lost": len(lost),
         "chosen": _shares([outcome.paradigm for outcome in answered]),
         "answered_by": _shares([outcome.answered_by for outcome in answered]),
     }
 
 
 def compared(
-    ciders: Mapping[str, float | None], outcomes: Mapping[str, Sequence[Outcome]]
+    ciders: Mapping[str, float | None], outcomes: Mapping[str, Sequence[Outcome]], lost_ms: float
 ) -> dict[str, dict[str, Any]]:
     """All paradigms' figures, with their ratios to the baseline, which must be among them."""
-    paradigms = {name: {"cider": ciders[name]} | figures_of(name, seen) for name, seen in outcomes.items()}
+    paradigms = {name: {"cider": ciders[name]} | figures_of(name, seen, lost_ms) for name, seen in outcomes.items()}
     baseline = paradigms[BASELINE]
     for figures in paradigms.values():
         figures["cider_ratio"] = ratio(figures["cider"], baseline["cider"])
@@ -84,10 +88,8 @@ def compared(
         figures["server_ms_ratio"] = ratio(figures["server_ms_mean"], baseline["server_ms_mean"])
         figures["first_to_verified"] = ratio(figures["first_text_ms_p50"], figures["verified_ms_p50"])
     if policy := paradigms.get("policy"):
-        times = {name: figures["verified_ms_p50"] for name, figures in paradigms.items() if name not in NOT_FIXED}
-        times = {name: ms for name, ms in times.items() if ms is not None}
-        policy["best_fixed"] = min(times, key=lambda name: times[name], default=None)
-        policy["verified_to_best_fixed"] = ratio(policy["verified_ms_p50"], min(times.values(), default=None))
+        medians = {name: figures["verified_ms_p50"] for name, figures in paradigms.items()}
+        policy["best_fixed"], policy["verified_to_best_fixed"] = best_fixed(medians)
     if escalating := paradigms.get("escalate"):
         cloud = paradigms["speculative"]  # its texts are the cloud's own to the token
         escalating["escalated_share"] = _mean([outcome.was_passed_up for outcome in outcomes["escalate"]])
@@ -107,10 +109,10 @@ def slots_of(
     for (start_s, profile), until_s in zip(trace, [*(s for s, _ in trace[1:]), end_s], strict=True):
         medians: dict[str, float] = {}
         for name, seen in outcomes.items():
-            here = [o.final_ms or lost_ms for o in seen if start_s <= o.at_s < until_s]
+            here = [lost_ms if o.final_ms is None else o.final_ms for o in seen if start_s <= o.at_s < until_s]
             if here and name != "device":
                 medians[name] = float(np.median(here))
-        fixed = {name: ms for name, ms in medians.items() if name not in NOT_FIXED}
+        best, policy_to_best = best_fixed(medians)
         slots.append(
             {
                 "profile": profile,
@@ -118,11 +120,18 @@ def slots_of(
                 "to_s": until_s,
                 "photos": {name: sum(start_s <= o.at_s < until_s for o in seen) for name, seen in outcomes.items()},
                 "verified_ms_p50": medians,
-                "best_fixed": min(fixed, key=lambda name: fixed[name], default=None),
-                "policy_to_best": ratio(medians.get("policy"), min(fixed.values(), default=None)),
+                "best_fixed": best,
+                "policy_to_best": policy_to_best,
             }
         )
     return slots
+
+
+def best_fixed(medians: Mapping[str, float | None]) -> tuple[str | None, float | None]:
+    """The quickest fixed paradigm, and the policy's time as a ratio to its; None where there is none."""
+    fixed = {name: ms for name, ms in medians.items() if ms is not None and name not in NOT_FIXED}
+    best = min(fixed, key=lambda name: fixed[name], default=None)
+    return best, ratio(medians.get("policy"), fixed[best] if best else None)
 
 
 def against_oracle(slots: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -146,8 +155,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _percentile(values: Sequence[float], percent: float) -> float | None:
-    return float(np.percentile(values, percent)) if values else None
+def _percentile(values: Sequence[float], lost: Sequence[float], percent: float) -> float | None:
+    return float(np.percentile([*values, *lost], percent)) if values else None
 
 
 def _shares(names: Sequence[str]) -> dict[str, float]:

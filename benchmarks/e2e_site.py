@@ -123,7 +123,7 @@ class Board:
     def _next_message(self) -> Message | None:
         for child in (*self._site.servers, self._child):
             if child.has_ended():
-                raise ChildError(f"`aiflow {child.command}` ended by itself, with success: was it told to stop?")
+                raise ChildError(f"`aiflow {child.name}` ended by itself, with success: was it told to stop?")
         with suppress(queue.Empty):
             return self._inbox.get(timeout=0.2)
         return None

@@ -21,14 +21,10 @@ from edge_runtime.estimates import Estimates
 from edge_runtime.policy import Policy
 from edge_runtime.wire import Hop, Reply, Status, Tier, encode_tokens
 from edge_runtime.wire.event import ParadigmName
+from firmware_tools.shaping import PROFILES
 
-PROFILES = {  # uplink in kbit/s, round trip in ms
-    "nb-iot": (20.0, 800.0),
-    "lte-m": (200.0, 150.0),
-    "3g": (1000.0, 90.0),
-    "4g": (10_000.0, 45.0),
-    "wifi": (50_000.0, 5.0),
-}
+# Uplink in kbit/s, round trip in ms.
+LINKS = {profile.name: (profile.up_kbit, profile.rtt_ms) for profile in PROFILES.values() if not profile.is_outage}
 SLOWDOWNS = (1.0, 5.0, 20.0)  # of the board
 SERVERS = (0.25, 1.0, 4.0)  # times as slow
 FIXED: tuple[ParadigmName, ...] = ("split", "speculative", "offload")
@@ -205,13 +201,13 @@ def run(frames: int = 240, seed: int = 0) -> dict[str, Any]:
     traces: list[dict[str, Any]] = []
     for slowdown in SLOWDOWNS:
         for server in SERVERS:
-            for profile, link in PROFILES.items():
+            for profile, link in LINKS.items():
                 world = World([link] * frames, slowdown, server)
                 fixed = {str(name): play_fixed(world, partial(always, name), noise) for name in FIXED}
                 policy, chosen = play_policy(world, noise)
                 row = {"link": profile, "slowdown": slowdown, "server": server}
                 steady.append(row | _against(policy, chosen, fixed))
-            each = cycle(link for link in PROFILES.values() for _ in range(int(SWITCH_S / PERIOD_S)))
+            each = cycle(link for link in LINKS.values() for _ in range(int(SWITCH_S / PERIOD_S)))
             world = World(list(islice(each, frames)), slowdown, server)
             policy, chosen = play_policy(world, noise)
             fixed = {"oracle": play_fixed(world, oracle(world), noise)}

@@ -9,14 +9,18 @@ Pure: time is an argument (seconds on any one clock that never goes back), so is
 
 import random
 from collections import Counter, OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 ENDED = 4096  # requests whose end is remembered, some hundred bytes each
 SAMPLES = 64  # reply times that the resend interval is made of: some seconds of a busy board
+MAX_DOUBLINGS = 16
+# Waits after "busy" are no shorter than the first, doubled each time up to the second, whatever the server says: one
+# that says 1 ms would be asked hundreds of times a second.
+MIN_BUSY_S, MAX_BUSY_S = 0.05, 3.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,9 @@ class Open(Generic[T]):
     deadline: float
     resend_at: float
     sends: int = 1
+    doublings: int = 0  # of its resend interval
+    busy: int = 0  # replies that said so
+    was_told: bool = False  # when to send again, by the latest of those
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +76,7 @@ class OpenRequests(Generic[T]):
         self._open: dict[bytes, Open[T]] = {}  # in the order of opening
         self._ended: OrderedDict[bytes, str] = OrderedDict()  # id -> what a further reply is; the latest ENDED
         self._reply_times: deque[float] = deque(maxlen=SAMPLES)
+        self._doublings = 0  # that the next request begins with
         self._counts: Counter[str] = Counter()
 
     def open(self, request_id: bytes, content: T, deadline: float, now: float) -> Lost[T] | None:
@@ -77,7 +85,8 @@ class OpenRequests(Generic[T]):
             raise ValueError(f"request {request_id.hex()} is open already: ids are used once")
         self._counts["accepted"] += 1
         is_full = len(self._open) >= self._capacity
-        self._open[request_id] = Open(request_id, content, now, deadline, now + self._interval(1))
+        resend_at = now + self._interval(self._doublings)
+        self._open[request_id] = Open(request_id, content, now, deadline, resend_at, doublings=self._doublings)
         return self._lose(request_id, f"{self._capacity} requests wait already") if is_full else None
 
     def find(self, request_id: bytes) -> Open[T] | None:
@@ -92,8 +101,9 @@ class OpenRequests(Generic[T]):
         """What to send again now, with the same id. Each is counted as sent; call `expired` first."""
         due = [entry for entry in self._open.values() if entry.resend_at <= now < entry.deadline]
         for entry in due:
-            sends = entry.sends + 1
-            self._reschedule(entry, now + self._interval(sends), sends)
+            doublings = entry.doublings + (not entry.was_told)  # a server that says busy is not silent
+            resend_at = now + self._interval(doublings)
+            self._change(entry, resend_at=resend_at, sends=entry.sends + 1, doublings=doublings, was_told=False)
         self._counts["resent"] += len(due)
         return due
 
@@ -107,6 +117,12 @@ class OpenRequests(Generic[T]):
         self._remember(request_id, "duplicate")
         if entry.sends == 1:  # else nobody knows which copy was answered: Karn's rule, RFC 6298, section 3
             self._reply_times.append(now - entry.opened_at)
+            self._doublings = 0
+        else:
+            # Its second half, Karn and Partridge 1987, RFC 6298, 5.5 to 5.7: the longer interval stays until one is
+            # answered within it, or replies that always take longer would never be measured, and all be asked twice.
+            # Silence says nothing of that kind: after an outage requests are sent again as quickly as before.
+            self._doublings = max(self._doublings, entry.doublings)
         return entry
 
     def busy(self, request_id: bytes, retry_after_s: float, now: float) -> bool:
@@ -118,7 +134,9 @@ class OpenRequests(Generic[T]):
         self._counts["busy"] += 1
         # Later than told, never earlier, and not all boards in the same moment. Never counted as sent once again:
         # the copy that comes next says nothing about the reply time of the first.
-        self._reschedule(entry, now + retry_after_s * self._rng.uniform(1, 1.5), max(entry.sends, 2))
+        wait_s = max(retry_after_s, min(MIN_BUSY_S * 2.0**entry.busy, MAX_BUSY_S)) * self._rng.uniform(1, 1.5)
+        busy = min(entry.busy + 1, MAX_DOUBLINGS)
+        self._change(entry, resend_at=now + wait_s, sends=max(entry.sends, 2), busy=busy, was_told=True)
         return True
 
     def expired(self, now: float) -> list[Lost[T]]:
@@ -155,11 +173,11 @@ class OpenRequests(Generic[T]):
         if len(self._ended) > ENDED:
             self._ended.popitem(last=False)
 
-    def _reschedule(self, entry: Open[T], resend_at: float, sends: int) -> None:
-        self._open[entry.id] = Open(entry.id, entry.content, entry.opened_at, entry.deadline, resend_at, sends)
+    def _change(self, entry: Open[T], **changes: Any) -> None:
+        self._open[entry.id] = replace(entry, **changes)
 
-    def _interval(self, sends: int) -> float:
-        """Seconds to wait for a reply after so many sends: four times what nearly all replies take, then doubling."""
+    def _interval(self, doublings: int) -> float:
+        """Seconds to wait for a reply: four times what nearly all replies take, so often doubled."""
         times = sorted(self._reply_times)
         p95 = times[ceil(0.95 * len(times)) - 1] if times else 0.0
-        return max(self._min_resend_s, 4 * p95) * 2.0 ** min(sends - 1, 16) * self._rng.uniform(1, 1.5)
+        return max(self._min_resend_s, 4 * p95) * 2.0 ** min(doublings, MAX_DOUBLINGS) * self._rng.uniform(1, 1.5)

@@ -1,14 +1,28 @@
 """Pictures in files: a directory, a tar or a single file, read one at a time in a fixed order."""
 
+import bz2
+import gzip
 import logging
+import lzma
 import tarfile
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from edge_runtime.preprocess import MAX_PICTURE_BYTES, PictureError
 
 logger = logging.getLogger(__name__)
+
+MAX_TAR_BYTES = 8 << 30  # of a compressed one, once decompressed: 50,000 photos
+# By how a file starts.
+OPENERS: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\0": lzma.open,
+}
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -59,11 +73,36 @@ def _read(path: Path) -> bytes:
 def _members(source: Path) -> Iterator[Picture]:
     """Regular files only, whatever they are called: nothing is unpacked, and links are not followed."""
     try:
-        with tarfile.open(source) as tar:
+        with _plain(source) as plain, tarfile.open(fileobj=plain, mode="r:") as tar:
             members = [m for m in tar.getmembers() if m.isfile() and m.name.lower().endswith(SUFFIXES)]
             for member in sorted(members, key=lambda m: m.name):
                 file = tar.extractfile(member)
                 assert file is not None  # it is a file, as asked above
                 yield Picture(member.name.removeprefix("./"), file.read(MAX_PICTURE_BYTES + 1))
+    except PictureError:
+        raise
     except Exception as error:  # tarfile lets through whatever a damaged one, or its decompressor, runs into
         raise PictureError(f"{source} is no tar, or a damaged one ({error}): copy it again, or name another") from error
+
+
+@contextmanager
+def _plain(source: Path) -> Iterator[IO[bytes]]:
+    """The tar without its compression: decompressed once into a temporary file, where it has any.
+
+    Its members are read in the order of names, and each step back would decompress all again from the start.
+    """
+    with source.open("rb") as file:
+        magic = file.read(6)
+        opener = next((opener for start, opener in OPENERS.items() if magic.startswith(start)), None)
+        if opener is None:
+            file.seek(0)
+            yield file
+            return
+    with tempfile.TemporaryFile() as plain:
+        with opener(source) as compressed:
+            while data := compressed.read(1 << 20):
+                if plain.tell() + len(data) > MAX_TAR_BYTES:
+                    raise PictureError(f"{source} has more than {MAX_TAR_BYTES} bytes once decompressed: split it")
+                plain.write(data)
+        plain.seek(0)
+        yield plain

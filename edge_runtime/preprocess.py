@@ -22,25 +22,25 @@ class PictureError(ValueError):
     """Bytes that are no picture we can decode, or one that is too large to try."""
 
 
-def decode_picture(data: bytes) -> np.ndarray:
+def decode_picture(data: bytes, max_pixels: int = MAX_PICTURE_PIXELS) -> np.ndarray:
     """An encoded picture (JPEG, PNG, WebP, ...) to uint8 RGB [H, W, 3]. Raises PictureError.
 
-    The size that the header claims is checked before a pixel is allocated.
+    The size that the header claims, at most max_pixels, is checked before a pixel is allocated.
     """
     if len(data) > MAX_PICTURE_BYTES:
         raise PictureError(f"picture has {len(data)} bytes, at most {MAX_PICTURE_BYTES} are read: send a smaller one")
     width, height = claimed_size(data)
-    if width * height > MAX_PICTURE_PIXELS:
+    if width * height > max_pixels:
         raise PictureError(
-            f"picture claims {width} x {height} pixels, at most {MAX_PICTURE_PIXELS} are decoded: send a smaller one"
+            f"picture claims {width} x {height} pixels, at most {max_pixels} are decoded: send a smaller one"
         )
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        if pixels is None:
+            raise PictureError(f"{len(data)} bytes starting {data[:4].hex()} are not a complete picture: send it again")
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     except cv2.error as error:
         raise PictureError(f"picture cannot be decoded: {error.msg}") from error
-    if pixels is None:
-        raise PictureError(f"{len(data)} bytes starting {data[:4].hex()} are not a complete picture: send it again")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
 def claimed_size(data: bytes) -> tuple[int, int]:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.preprocess import decode_picture, to_input
 from firmware_tools.demo_photos import collect
-from firmware_tools.evaluate import SHIPPED_BUNDLE
-from firmware_tools.terminal import print_figures
+from firmware_tools.evaluate import CAPTIONS_HELP, SHIPPED_BUNDLE, Photos
+from firmware_tools.terminal import new_file, number, print_figures
 
 BACKENDS = ("onnx", "litert")
 PARTS = {
@@ -33,40 +33,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which part, and on what."""
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
     for name, summary in PARTS.items():
-        part = parts.add_parser(name, help=summary, description=summary)
-        _add_e2e_arguments(part) if name == "e2e" else _add_arguments(part)
+        part = parts.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name == "e2e":
+            _add_e2e_arguments(part)
+        else:
+            _add_photos(part)
+            _add_arguments(part, name)
+        part.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, metavar="DIR", help="default: the shipped one")
+        part.add_argument("--json", type=new_file, metavar="FILE", help="write the figures to FILE")
 
 
 def _add_e2e_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR", help="photos")
-    parser.add_argument("--captions", type=Path, required=True, metavar="TSV", help="columns split, image, caption")
+    parser.add_argument("--captions", type=Path, required=True, metavar="TSV", help=CAPTIONS_HELP)
     parser.add_argument("--split", metavar="NAME", help="only photos of this split")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N photos")
+    parser.add_argument("--limit", type=number, metavar="N", help="only the first N photos")
     parser.add_argument("--profile", nargs="+", required=True, metavar="NAME", help="links, one after the other")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="play this after warming up on the profile")
     parser.add_argument(
         "--paradigms", metavar="A,B,...", help="default: device,offload,offload-small,split,speculative,policy"
     )
     parser.add_argument("--board-slowdown", type=float, default=1.0, metavar="X", help="a board X times slower")
-    parser.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, metavar="DIR", help="default: the shipped one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE; of several links a list")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures into FILE, such as e2e.png")
+    parser.add_argument("--plot", type=new_file, metavar="FILE", help="draw the figures into FILE, such as e2e.png")
+    parser.epilog = "--json: of several profiles a list"
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_photos(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="photos (default: the demo's)")
-    parser.add_argument("--limit", type=int, default=64, metavar="N", help="at most N of them (default: 64)")
-    parser.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, metavar="DIR", help="default: the shipped one")
-    parser.add_argument("--backend", choices=BACKENDS, help="of head and draft (default: onnx; device: both)")
-    parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="of server, gateway (default: edge)")
-    parser.add_argument("--frames", type=int, default=500, metavar="N", help="of device (default: 500)")
-    parser.add_argument("--seconds", type=float, help="of each half of gateway (default: 10), of each fault (its own)")
-    parser.add_argument(
-        "--row", action="extend", nargs="+", default=[], metavar="NAME", help="of faults (default: all but soak)"
-    )
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table of faults to FILE")
-    parser.add_argument("--threads", type=int, default=1, help="of server and gateway (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--limit", type=number, default=64, metavar="N", help="at most N of them (default: 64)")
+
+
+def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
+    if part == "faults":
+        parser.add_argument(
+            "--row", action="extend", nargs="+", default=[], metavar="NAME", help="default: all but soak"
+        )
+        parser.add_argument("--seconds", type=float, metavar="S", help="of each fault (default: each row's own)")
+        parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write the table to FILE")
+        from benchmarks.faults.rows import ROWS
+
+        parser.epilog = "Needs mosquitto, which is killed and frozen. Rows:\n" + "\n".join(
+            f"  {row.name:26}{row.fault}" for row in ROWS
+        )
+        return
+    both = " (default: both)" if part == "device" else " (default: onnx)"
+    parser.add_argument("--backend", choices=BACKENDS, help=f"of head and draft{both}")
+    if part == "device":
+        parser.add_argument("--frames", type=number, default=500, metavar="N", help="default: 500")
+    if part in ("server", "gateway"):
+        parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="default: edge")
+        parser.add_argument("--threads", type=number, default=1, metavar="N", help="of the networks (default: 1)")
+    if part == "gateway":
+        parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each half (default: 10)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,12 +109,16 @@ def faults(args: argparse.Namespace) -> int:
     from benchmarks.faults import chosen, play, report
     from firmware_tools.demo import interrupted_once
 
+    rows = chosen(args.row)
     photos = [photo.data for photo in collect(args.images, limit=args.limit)]
     console = Console(stderr=True, log_path=False)
     logging.getLogger("edge_runtime").setLevel(logging.ERROR)  # lost connections are what this is about
     with interrupted_once():
-        results = play(chosen(args.row), open_bundle(args.bundle), photos, args.seconds, console.log)
-    Console().print(report.table(results))
+        results = play(rows, open_bundle(args.bundle), photos, args.seconds, console.log)
+    if (terminal := Console()).is_terminal:
+        terminal.print(report.table(results))
+    else:
+        print(report.markdown(results), end="")
     if args.markdown:
         args.markdown.write_text(report.markdown(results), encoding="utf-8")
     if args.json:
@@ -108,17 +132,14 @@ def end_to_end(args: argparse.Namespace) -> int:
     from firmware_tools.demo import interrupted_once
     from firmware_tools.link import read_trace
     from firmware_tools.shaping import named
-    from models.captions import read_captions
+    from models.captions import captions_of
 
     paradigms = args.paradigms.split(",") if args.paradigms else e2e.DEFAULT
     e2e.ordered(paradigms)  # what is wrong is found before anything starts
     profiles = [named(name) for name in dict.fromkeys(args.profile)]
     trace = read_trace(args.trace) if args.trace else ()
-    for file in (args.json, args.plot):
-        if file and not file.absolute().parent.is_dir():
-            raise e2e.E2eError(f"{file}: there is no such directory to write to: make it first")
-    captions = {n: texts for n, (split, texts) in read_captions(args.captions).items() if args.split in (None, split)}
-    case = e2e.Case(e2e.captioned(args.images, captions, args.limit), captions, args.board_slowdown)
+    captions = captions_of(args.captions, args.split)
+    case = e2e.case_of(Photos(args.images, captions, args.limit), captions, args.board_slowdown)
     with interrupted_once():
         runs = e2e.run(open_bundle(args.bundle), case, paradigms, profiles, trace)
     e2e_report.print_runs(runs)
@@ -152,7 +173,7 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         return server.run(bundle, symbols, drafts, args.tier, threads=args.threads)
     from benchmarks import gateway
 
-    return gateway.run(bundle, symbols, drafts, args.tier, seconds=args.seconds or 10.0, threads=args.threads)
+    return gateway.run(bundle, symbols, drafts, args.tier, seconds=args.seconds, threads=args.threads)
 
 
 def frames_of(images: list[Path] | None, limit: int) -> Iterator[NDArray[np.uint8]]:

@@ -6,12 +6,13 @@ failed.
 
 import json
 import queue
+import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edge_runtime.config import MqttConfig
 from edge_runtime.mqtt import Message, MqttClient
@@ -19,52 +20,84 @@ from edge_runtime.wire import topics
 from firmware_tools.broker import with_parent
 
 START_S = 300.0  # a slow or busy machine takes a while to load torch
-STOP_S = 15.0  # a server finishes what it accepted, at most 10 s by its default
+STOP_S = 25.0  # a server or a board that hangs says where, and ends, within 20 s
 LOG_LINES = 12
+
+
+P = TypeVar("P", bound="Process")
 
 
 class ChildError(ValueError):
     """A child process ended when it should not have, or did not start."""
 
 
-class Child:
-    """One `aiflow` subcommand with a TOML file of its own."""
+class Process:
+    """A child process with a log of its own, which may be started again; `with` starts and stops it."""
 
-    def __init__(self, command: str, tables: dict[str, Any], folder: Path) -> None:
-        self.command = command
-        self._log, self._config, self._folder = folder / f"{command}.log", folder / f"{command}.toml", folder
-        self._config.write_text(toml(tables))
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.command, self.log = command, log
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "Child":
-        run = [sys.executable, "-m", "firmware_tools", self.command, str(self._config)]
-        with self._log.open("wb") as log:
-            # A session of its own: Ctrl-C in a terminal must not end all children at once, but in their order.
-            # Python finds modules in the working folder first, and there are none in ours.
-            self.process = subprocess.Popen(
-                with_parent(*run),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self._folder,
-                start_new_session=True,
-            )
+    def __enter__(self: P) -> P:
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
+        self.stop()
+
+    def start(self) -> None:
+        with self.log.open("ab") as output:
+            # A session of its own: Ctrl-C in a terminal must not end all children at once, but in their order.
+            # Python finds modules in the working folder first, and there are none in ours.
+            self._process = subprocess.Popen(
+                with_parent(*self.command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self.log.parent,
+                start_new_session=True,
+            )
+
+    @property
+    def process(self) -> "subprocess.Popen[bytes]":
+        """Raises ChildError for one that was not started."""
+        if self._process is None:
+            raise ChildError(f"{self.command[0]} was not started: this is a fault of the benchmark")
+        return self._process
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL for what does not obey; also for what was frozen, or has ended."""
+        if self._process is None:
+            return
+        for number in (signal.SIGCONT, signal.SIGTERM):
+            with suppress(ProcessLookupError):
+                self._process.send_signal(number)
         try:
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_S)
+                self._process.wait(STOP_S)
         finally:  # whatever interrupts the wait, nothing is left behind
-            self.process.kill()
-            self.process.wait()
+            self._process.kill()
+            self._process.wait()
+
+    def said(self) -> str:
+        """Its log."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+class Child(Process):
+    """One `aiflow` subcommand with a TOML file of its own."""
+
+    def __init__(self, name: str, tables: dict[str, Any], folder: Path) -> None:
+        self.name, config = name, folder / f"{name}.toml"
+        config.write_text(toml(tables))
+        super().__init__([sys.executable, "-m", "firmware_tools", name, str(config)], folder / f"{name}.log")
 
     def has_ended(self) -> bool:
         """True: with success. Raises ChildError with the end of its log for anything else."""
         code = self.process.poll()
         if code:
-            log = self._log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-            raise ChildError("\n  ".join([f"`aiflow {self.command}` ended with exit code {code}; it said last:", *log]))
+            log = self.said().splitlines()[-LOG_LINES:]
+            raise ChildError("\n  ".join([f"`aiflow {self.name}` ended with exit code {code}; it said last:", *log]))
         return code == 0
 
 

@@ -60,7 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Every named error of the project is a ValueError with a sentence that says what to do; the rest is a bug."""
+    """Every named error of the project is a ValueError with a sentence that says what to do; the rest is a bug.
+
+    What a board or a server meets after its start comes as a RuntimeError, whatever it was: its traceback goes to the
+    log, and exit code 1 lets systemd start it again.
+    """
     try:
         code: int = args.run(args) or 0
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ from firmware_tools.children import START_S, Child, wait_serving
 from firmware_tools.demo_page import Result, answered_by, marked, page, stages, summary
 from firmware_tools.demo_photos import Photo, collect
 from firmware_tools.evaluate import SHIPPED_BUNDLE
-from firmware_tools.terminal import print_figures, printable
+from firmware_tools.terminal import new_file, number, print_figures, printable
 
 SITE, BOARD, SERVER = "demo", "demo-board", "demo-server"
 LIMIT = 16
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="your photos, not the shipped ones")
     what.add_argument("--video", type=Path, metavar="FILE", help="a still of every second of a video")
-    parser.add_argument("--limit", type=int, default=LIMIT, metavar="N", help=f"at most N photos (default: {LIMIT})")
+    parser.add_argument("--limit", type=number, default=LIMIT, metavar="N", help=f"at most N photos (default: {LIMIT})")
     parser.add_argument(
         "--paradigm",
         choices=["device", "split", "speculative", "offload"],
@@ -53,15 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
     parser.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, metavar="DIR", help="default: the shipped one")
-    parser.add_argument("--html", type=Path, default=Path("demo.html"), metavar="FILE", help="default: demo.html")
+    parser.add_argument("--html", type=new_file, default=Path("demo.html"), metavar="FILE", help="default: demo.html")
 
 
 def run(args: argparse.Namespace) -> None:
     """Shows results as they arrive, prints the summary and writes the page."""
-    if not args.html.absolute().parent.is_dir():
-        raise DemoError(f"{args.html}: there is no such directory to write the page to: make it first")
     bundle = open_bundle(args.bundle)
-    photos = collect(args.images, args.video, max(1, args.limit))
+    photos = collect(args.images, args.video, args.limit)
     console = Console()
     with interrupted_once():
         if console.is_terminal:

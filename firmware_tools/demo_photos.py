@@ -45,7 +45,7 @@ def collect(images: Sequence[Path] | None = None, video: Path | None = None, lim
     if video:
         found = stills(video)
     elif images:
-        found = (Photo(p.name, p.data) for source in images for p in read_pictures(source) if _is_readable(p))
+        found = (Photo(p.name, p.data) for source in images for p in read_pictures(source) if is_readable(p))
     else:
         found = shipped()
     photos = list(islice(found, limit))
@@ -85,7 +85,8 @@ def stills(video: Path) -> Iterator[Photo]:
         capture.release()
 
 
-def _is_readable(picture: Picture) -> bool:
+def is_readable(picture: Picture) -> bool:
+    """Whether it can be decoded; one that cannot is named in the log."""
     try:
         decode_picture(picture.data)
     except PictureError as error:

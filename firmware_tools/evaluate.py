@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -15,12 +16,15 @@ from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.draft import Draft
 from edge_runtime.head import Head
 from edge_runtime.pictures import Picture, read_pictures
+from firmware_tools.demo_photos import is_readable
+from firmware_tools.terminal import new_file, number, print_figures, track
 
 if TYPE_CHECKING:
     from server.engine import Answer, Engine, Job
 
 BATCH = 8
 SHIPPED_BUNDLE = Path(__file__).parent.parent / "models" / "zoo" / "flickr8k-lite0"
+CAPTIONS_HELP = "columns image, caption, and split where one is chosen; images by their paths or files' names"
 
 
 class EvaluationError(ValueError):
@@ -31,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`caption` and `classify`."""
     kinds = parser.add_subparsers(dest="kind", metavar="caption|classify", required=True)
     caption = kinds.add_parser("caption", help="CIDEr and BLEU against people's captions")
-    caption.add_argument("--captions", type=Path, required=True, metavar="TSV", help="columns split, image, caption")
+    caption.add_argument("--captions", type=Path, required=True, metavar="TSV", help=CAPTIONS_HELP)
     caption.add_argument("--split", help="only photos of this split")
     caption.add_argument("--paradigm", choices=["device", "split", "speculative", "offload"], required=True)
     caption.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
@@ -40,19 +44,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR")
         kind.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="default: the bundle that is shipped")
         kind.add_argument("--backend", choices=["onnx", "litert"], default="onnx")
-        kind.add_argument("--limit", type=int, help="only the first N photos")
-        kind.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE")
+        kind.add_argument("--limit", type=number, metavar="N", help="only the first N photos")
+        kind.add_argument("--json", type=new_file, metavar="FILE", help="write the figures to FILE")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the figures and writes the JSON."""
-    from firmware_tools.terminal import print_figures
-
     bundle = open_bundle(args.bundle)
     figures = _captions(args, bundle) if args.kind == "caption" else _classes(args, bundle)
     print_figures(figures)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+class Photos:
+    """The pictures of directories and tars, named as their captions are: those without a caption, and those that cannot
+    be decoded, are left out, told and counted. captions: None takes all.
+    """
+
+    def __init__(
+        self, sources: Sequence[Path], captions: Mapping[str, object] | None = None, limit: int | None = None
+    ) -> None:
+        self._sources, self._captions, self._limit = sources, captions, limit
+        self.unreadable = 0
+
+    def __iter__(self) -> Iterator[Picture]:
+        """Raises EvaluationError where no picture is left, and for two that share captions."""
+        from models.captions import captioned_as
+
+        paths: dict[str, str] = {}  # by name, where there are captions
+        taken = uncaptioned = 0
+        for picture in (picture for source in self._sources for picture in read_pictures(source)):
+            if taken == self._limit:
+                break
+            name = picture.name if self._captions is None else captioned_as(self._captions, picture.name)
+            if name is None:
+                uncaptioned += 1
+            elif name in paths:
+                raise EvaluationError(f"photo {name} is met twice, as {paths[name]} and {picture.name}: leave one out")
+            elif not is_readable(picture):
+                self.unreadable += 1
+            else:
+                taken += 1
+                if self._captions is not None:
+                    paths[name] = picture.name
+                yield Picture(name, picture.data)
+        if uncaptioned:
+            print(f"{uncaptioned} photos left out: the table, or its split, has no caption for them", file=sys.stderr)
+        if not taken:
+            raise EvaluationError(
+                "none of the pictures has a caption, or none can be read: do the names in the TSV match the files?"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,28 +159,25 @@ def _chain(args: argparse.Namespace, bundle: Bundle, paradigm: str, tier: str) -
     return Chain(bundle, paradigm, args.backend, tier, engine)
 
 
-def _batches(args: argparse.Namespace, wanted: set[str] | None, note: str) -> Iterator[list[Picture]]:
-    """The pictures asked for, in batches; with progress on a terminal."""
-    from firmware_tools.terminal import track
-
-    pictures = (p for source in args.images for p in read_pictures(source))
-    chosen = (p for p in pictures if wanted is None or PurePosixPath(p.name).name in wanted)
-    shown = track(islice(chosen, args.limit), note, total=args.limit or (len(wanted) if wanted else None))
+def _batches(photos: Photos, total: int | None, note: str) -> Iterator[list[Picture]]:
+    """With progress on a terminal."""
+    shown = track(photos, note, total)
     while batch := list(islice(shown, BATCH)):
         yield batch
 
 
 def _captions(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
-    from models.captions import read_captions
+    from models.captions import captions_of
 
-    captions = {n: texts for n, (split, texts) in read_captions(args.captions).items() if args.split in (None, split)}
+    captions = captions_of(args.captions, args.split)
+    photos = Photos(args.images, captions, args.limit)
     chain = _chain(args, bundle, args.paradigm, args.tier)
     texts: dict[str, str] = {}
     sent: list[Sent] = []
     answers: list[Answer] = []
     alone: list[Answer] = []
     seconds = 0.0
-    for pictures in _batches(args, set(captions), f"{args.paradigm} {args.tier}"):
+    for pictures in _batches(photos, args.limit or len(captions), f"{args.paradigm} {args.tier}"):
         started = time.perf_counter()
         batch = [chain.send(picture) for picture in pictures]
         if chain.engine is None:
@@ -152,13 +191,12 @@ def _captions(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
             # What the tier writes alone: the same symbols, no draft, one photo at a time.
             alone += [chain.engine.answer([chain.job(s)])[0] for s in batch]
         sent += batch
-        texts |= {PurePosixPath(s.name).name: bundle.text(t) for s, t in zip(batch, tokens, strict=True)}
-    if not texts:
-        raise EvaluationError("none of the pictures has a caption: do the names in the TSV match the files?")
+        texts |= {s.name: bundle.text(t) for s, t in zip(batch, tokens, strict=True)}
     sizes = np.array([s.payload_bytes for s in sent])
     same = [a.tokens == b.tokens for a, b in zip(answers, alone, strict=True)] or [True]
     return {
         "images": len(texts),
+        "unreadable": photos.unreadable,
         **score({name: captions[name] for name in texts}, texts),
         "bytes_mean": float(sizes.mean()),
         "bytes_p95": float(np.percentile(sizes, 95)),
@@ -179,8 +217,9 @@ def _classes(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     tier = next(iter(bundle.manifest.targets))
     chain = _chain(args, bundle, "split", tier)
     assert chain.engine is not None
+    photos = Photos(args.images, limit=args.limit)
     right, sizes = [], []
-    for pictures in _batches(args, None, "classify"):
+    for pictures in _batches(photos, args.limit, "classify"):
         batch = [chain.send(picture) for picture in pictures]
         scores = chain.engine.classify([s.symbols for s in batch])
         for picture, sent, row in zip(pictures, batch, scores, strict=True):
@@ -191,9 +230,12 @@ def _classes(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
                 )
             right.append(max(row, key=lambda name: row[name]) == label)
             sizes.append(sent.payload_bytes)
-    if not right:
-        raise EvaluationError("no pictures: want members named class/name.JPEG")
-    return {"images": len(right), "accuracy": float(np.mean(right)), "bytes_mean": float(np.mean(sizes))}
+    return {
+        "images": len(right),
+        "unreadable": photos.unreadable,
+        "accuracy": float(np.mean(right)),
+        "bytes_mean": float(np.mean(sizes)),
+    }
 
 
 def score(references: dict[str, Sequence[str]], texts: dict[str, str]) -> dict[str, float]:

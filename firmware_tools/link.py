@@ -54,7 +54,7 @@ class Link:
     """A link from an address of this machine to a target while `with` lasts. All methods may be called from any thread.
 
     port 0 takes a free one. cut_in_outage: an outage resets every connection, as a modem that restarts does; without
-    it they stay up and freeze. Raises OSError where it cannot listen.
+    it they stay up and freeze. Raises OSError, or UnicodeError of a name, where it cannot listen.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class Link:
         self._connections: set[asyncio.Task[None]] = set()
         self._switches: set[asyncio.Task[None]] = set()  # at most one: the trace that plays
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
-        self._started: queue.SimpleQueue[Address | OSError] = queue.SimpleQueue()
+        self._started: queue.SimpleQueue[Address | OSError | UnicodeError] = queue.SimpleQueue()
 
     def __enter__(self) -> "Link":
         self._thread.start()
         started = self._started.get()
-        if isinstance(started, OSError):
+        if isinstance(started, (OSError, UnicodeError)):
             self._thread.join()
             raise started
         self.address = started
@@ -128,7 +128,7 @@ class Link:
         self._stop = asyncio.Event()
         try:
             server = await self._loop.create_server(self._protocol, *self._listen)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             self._started.put(error)
             return
         for listening in server.sockets:
@@ -434,6 +434,10 @@ def _address(text: str) -> Address:
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r}, want HOST:PORT")
+    try:
+        host.encode("idna")  # as the socket module does
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: no host can be called {host!r}, want HOST:PORT") from error
     return host.strip("[]"), int(port)
 
 

@@ -1,6 +1,8 @@
-"""What commands print: tables and progress on a terminal, plain lines elsewhere."""
+"""What commands take and print: tables and progress on a terminal, plain lines elsewhere."""
 
+import argparse
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -8,6 +10,21 @@ from rich.progress import track as rich_track
 from rich.table import Table
 
 T = TypeVar("T")
+
+
+def number(text: str) -> int:
+    """Of an argument: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, want a whole number from 1")
+    return int(text)
+
+
+def new_file(text: str) -> Path:
+    """Of an argument: a file to write to in the end, so that what is wrong with it is found before anything runs."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no such directory to write to: make it first")
+    return path
 
 
 def print_figures(figures: dict[str, Any], title: str = "") -> None:

@@ -2,6 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edge_runtime.bundle import Bundle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,14 +18,16 @@ def run(args: argparse.Namespace) -> None:
     if args.path.is_dir():
         _bundle(args.path)
     elif _is_server(args.path):
-        from edge_runtime.config import load_toml
+        from edge_runtime.config import ConfigError, load_toml
         from server.config import Config
 
         server = load_toml(args.path, Config)
         server.mqtt_settings()
         if server.upstream:
             server.upstream.settings(server.server.id)
-        _bundle(Path(server.server.bundle))
+        targets = _bundle(Path(server.server.bundle)).manifest.targets
+        if server.server.tier not in targets:
+            raise ConfigError(f'{args.path}: tier = "{server.server.tier}", but the bundle has {", ".join(targets)}')
         print(f"{args.path}: server {server.server.id} of site {server.server.site} is in order")
     else:
         from edge_runtime.config import RuntimeConfig, load_toml
@@ -36,16 +42,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _is_server(path: Path) -> bool:
+    import msgspec
+
+    from edge_runtime.config import MAX_CONFIG_BYTES
+
     try:
-        return any(line.strip() == "[server]" for line in path.read_text().splitlines())
-    except (OSError, UnicodeDecodeError):
+        with path.open("rb") as file:
+            return "server" in msgspec.toml.decode(file.read(MAX_CONFIG_BYTES))
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False  # the loader says what is wrong
 
 
-def _bundle(path: Path) -> None:
+def _bundle(path: Path) -> "Bundle":
     from edge_runtime.bundle import open_bundle
 
     bundle = open_bundle(path)
     for name in bundle.manifest.files:
         bundle.file(name)
+    _ = bundle.tables, bundle.words  # read as they are at a start
     print(f"{path}: bundle {bundle.manifest.name}, id {bundle.id.hex()}, {len(bundle.manifest.files)} files match")
+    return bundle

@@ -4,20 +4,23 @@ import argparse
 import queue
 
 from edge_runtime.wire import Event
-from firmware_tools.terminal import printable
+from firmware_tools.terminal import number, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to listen."""
-    parser.add_argument("--site", default="home", help="default: home")
-    parser.add_argument("--board", default="+", help="one board only")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=1883)
-    parser.add_argument("--username")
-    parser.add_argument("--password-file")
-    parser.add_argument("--ca-file")
+    parser.add_argument("--site", default="home", metavar="ID", help="default: home")
+    parser.add_argument("--board", default="+", metavar="ID", help="one board only (default: all)")
+    parser.add_argument("--host", default="127.0.0.1", help="of the broker with the events (default: 127.0.0.1)")
+    parser.add_argument("--port", type=number, default=1883, help="default: 1883")
+    parser.add_argument("--username", metavar="NAME", help="to log in with")
+    parser.add_argument("--password-file", metavar="FILE", help="its first line is the password")
+    parser.add_argument("--tls", action="store_true", help="trust the system's authorities")
+    parser.add_argument("--ca-file", metavar="FILE", help="trust this authority instead; implies TLS")
+    parser.add_argument("--cert-file", metavar="FILE", help="a client certificate to log in with; implies TLS")
+    parser.add_argument("--key-file", metavar="FILE", help="its key")
     parser.add_argument("--insecure", action="store_true", help="plain text to a broker that is not on this machine")
-    parser.add_argument("--count", type=int, help="stop after so many events")
+    parser.add_argument("--count", type=number, metavar="N", help="stop after N events")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,6 +41,9 @@ def run(args: argparse.Namespace) -> None:
         username=args.username,
         password_file=args.password_file,
         ca_file=args.ca_file,
+        cert_file=args.cert_file,
+        key_file=args.key_file,
+        tls=args.tls,
         insecure=args.insecure,
     )
     settings = config.settings(f"watch-{secrets.token_hex(4)}")
@@ -51,9 +57,10 @@ def run(args: argparse.Namespace) -> None:
             try:
                 event = decode_event(message.payload)
             except WireError as error:
-                console.print(f"{message.topic}: {error}", style="red", markup=False)
+                refused = printable(f"{message.topic}: {error}")
+                console.print(refused, style="red", markup=False, highlight=False, soft_wrap=True)
                 continue
-            console.print(line(message.topic.split("/")[2], event), markup=False, highlight=False)
+            console.print(line(message.topic.split("/")[2], event), markup=False, highlight=False, soft_wrap=True)
             shown += 1
 
 
@@ -66,9 +73,9 @@ def line(board: str, event: Event) -> str:
         f"{event.captured:%H:%M:%S}",
         f"{board}/{event.camera}",
         f"{event.type:6}",
-        printable(event.text or f"({event.why})"),
+        event.text or f"({event.why})",
         f"[{state}{by}, {price}, {event.after_ms:.0f} ms]",
     ]
     if event.type == "new" and event.explain:  # the later events of a frame would only repeat it
-        parts.append(printable(event.explain.reason))
-    return "  ".join(parts)
+        parts.append(event.explain.reason)
+    return printable("  ".join(parts))

@@ -2,7 +2,9 @@
 
 import csv
 import re
-from pathlib import Path
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
 MAX_CAPTION_CHARACTERS = 2000
 
@@ -17,18 +19,22 @@ def words_of(caption: str) -> list[str]:
 
 
 def read_captions(tsv: Path) -> dict[str, tuple[str, list[str]]]:
-    """Photo name to (split, captions). A header line names the columns split, image, caption. Raises CaptionsError."""
+    """Photo name to (split, captions). A header line names the columns image and caption, and split where there are
+    several; else the split is empty. Raises CaptionsError.
+    """
     captions: dict[str, tuple[str, list[str]]] = {}
     try:
         with tsv.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-            if not {"split", "image", "caption"} <= set(rows.fieldnames or ()):
-                raise CaptionsError(f"{tsv}: its header line names {rows.fieldnames}, wanted split, image, caption")
+            if not {"image", "caption"} <= set(rows.fieldnames or ()):
+                raise CaptionsError(
+                    f"{tsv}: its header line names {rows.fieldnames}, wanted image, caption and perhaps split"
+                )
             for row in rows:
-                split, image, caption = row["split"], row["image"], row["caption"]
+                split, image, caption = row.get("split", ""), row["image"], row["caption"]
                 if None in (split, image, caption) or len(caption) > MAX_CAPTION_CHARACTERS:
                     raise CaptionsError(
-                        f"{tsv}, line {rows.line_num}: want three columns, captions of at most 2000 letters"
+                        f"{tsv}, line {rows.line_num}: want all columns, captions of at most 2000 letters"
                     )
                 first_split, texts = captions.setdefault(image, (split, []))
                 if split != first_split:
@@ -39,3 +45,21 @@ def read_captions(tsv: Path) -> dict[str, tuple[str, list[str]]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CaptionsError(f"{tsv}: {error}: name a tab-separated UTF-8 file") from error
     return captions
+
+
+def captions_of(tsv: Path, split: str | None = None) -> dict[str, list[str]]:
+    """Photo name, in Unicode's form NFC, to captions: those of one split, or all. Raises CaptionsError."""
+    captions = read_captions(tsv)
+    splits = {split for split, _ in captions.values()}
+    if split is not None and split not in splits:
+        raise CaptionsError(f"{tsv}: no photo is in split {split}: want one of {', '.join(sorted(splits))}")
+    # File systems and whoever wrote the table may spell é in two ways: unicode.org/reports/tr15.
+    return {
+        unicodedata.normalize("NFC", name): texts for name, (its, texts) in captions.items() if split in (None, its)
+    }
+
+
+def captioned_as(captions: Mapping[str, object], path: str) -> str | None:
+    """The name of a picture in `captions_of`: its path in the directory or tar, else its file's name; None: neither."""
+    path = unicodedata.normalize("NFC", path)
+    return next((name for name in (path, PurePosixPath(path).name) if name in captions), None)

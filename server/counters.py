@@ -24,14 +24,18 @@ SERVER = {
         "what",
     ),
     "loop": Meaning("Requests refused since they had passed this server before"),
+    "undelivered": Meaning("Replies, first ones included, that the broker did not take: their boards ask again"),
+    "foreign_topics": Meaning("Messages on topics that are no board's request topic"),
+    "mqtt": Meaning("Messages to and from the boards' broker, by what became of them", "what", is_gauge=True),
 }
 STATUSES = {status.name.lower() for status in Status}
 
 
 def values(status: Mapping[str, Any]) -> Values:
-    """The numbers of `Service.status`, under the names above."""
+    """The numbers of `Service.status` and, under "gateway", of `Gateway.summary`, under the names above."""
     plain = dict.fromkeys(("received", "repeated", "joined", "answered_above", "unchanged", "loop"), 0)
     plain |= {"waiting": status["queue"]["waiting"], "asked_above": status["asked_above"]}
+    plain |= status.get("gateway", {})
     if above := status.get("upstream"):
         plain |= {f"upstream_{name}": count for name, count in above["requests"].items() if name != "open"}
         plain |= {f"upstream_reply_{name}": count for name, count in above["replies"].items()}

@@ -79,9 +79,10 @@ def reason_to_ask(
         return "tier"
     if options and options.min_confidence is not None and confidence < options.min_confidence:
         return "confidence"
-    if confidence < bounds.min_confidence and rank < bounds.max_share - bounds.explore:
+    explore = min(bounds.explore, bounds.max_share)
+    if confidence < bounds.min_confidence and rank < bounds.max_share - explore:
         return "confidence"
-    return "explore" if chance < bounds.explore else None
+    return "explore" if chance < explore else None
 
 
 def obstacle_to(above: Above | None, left_s: float) -> Obstacle | None:
@@ -100,9 +101,9 @@ def ask_until(arrived_at: float, deadline: float) -> float:
     return deadline - min(RESERVE * (deadline - arrived_at), MAX_RESERVE_S)
 
 
-def is_loop(options: Options | None, server: str) -> bool:
+def is_loop(options: Options, server: str) -> bool:
     """Whether a request has passed this server before, or as many servers as it may."""
-    return options is not None and (server in options.via or len(options.via) >= MAX_VIA)
+    return server in options.via or len(options.via) >= MAX_VIA
 
 
 def passed_up(request: Request, server: str, tokens: Sequence[int], waited_s: float) -> Request:

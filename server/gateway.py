@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ class Gateway:
     ) -> None:
         self.site, self.server = site, server
         self.is_proven = threading.Event()  # a probe has come back on this connection
-        self.counts = {"replies_undelivered": 0, "foreign_topics": 0}
+        self.counts = {"undelivered": 0, "foreign_topics": 0}
         self._on_arrival, self._status = on_arrival, status
         self._probe = PROBE + os.urandom(8)
         self._topic = topics.server_status(site, server)
@@ -79,6 +79,10 @@ class Gateway:
                 self._publish(self._probe_message())
         return self.is_proven.is_set()
 
+    def summary(self) -> dict[str, int]:
+        """Counters; any thread."""
+        return self.counts | {f"mqtt_{name}": count for name, count in asdict(self.client.stats()).items()}
+
     def _publish(self, message: Publish) -> None:
         self.client.publish(
             message.topic, message.payload, qos=message.qos, retain=message.retain, expiry_s=message.expiry_s
@@ -106,7 +110,7 @@ class Gateway:
 
     def _replied(self, outcome: Outcome) -> None:
         if outcome is not Outcome.DELIVERED:
-            self.counts["replies_undelivered"] += 1
+            self.counts["undelivered"] += 1
             logger.warning("reply not delivered server=%s outcome=%s", self.server, outcome.value)
 
     def _changed(self, state: State, _: str) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edge_runtime.bundle import Bundle, BundleError
+from edge_runtime.config import ConfigError
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
 from models.phrases import Phrases
 from server.engine import Engine
@@ -21,8 +22,14 @@ Network = TypeVar("Network", bound=nn.Module)
 def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threads: int = 1) -> Engine:
     """Loads the tail, the classifier, the float head if there is one, and these tiers' decoders, as float32.
 
-    Sets torch's thread count for the whole process: bits depend on it. Raises BundleError.
+    Sets torch's thread count for the whole process: bits depend on it. Raises BundleError, and ConfigError for a device
+    that is not there.
     """
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f'device = "{device}", but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices: '
+            'want device = "cpu", or a driver and a PyTorch that fit the GPU'
+        )
     torch.set_num_threads(threads)
     # On a GPU: float32 all through, and no algorithm that sums in another order at each run.
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True

@@ -71,6 +71,9 @@ STATUS_PERIOD_S = 10.0
 PROBE_PERIOD_S = 1.0  # until the broker is proven to deliver
 RECENT = 64  # batches whose times give the prices in the status
 MIN_RETRY_MS = 50
+# Of a picture; boards send 224 x 224. More would be small to send (146 KB of PNG can claim 50 million) and hold up
+# everybody's answers for a second.
+MAX_PIXELS = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +263,7 @@ class Service:
     def _symbols(self, request: Request) -> tuple[NDArray[np.int8], float]:
         """The latent's symbols and the gain of their level. Raises BitstreamError, PictureError, BundleError."""
         if request.content_kind is not ContentKind.LATENT:
-            return self.engine.symbols(to_input(decode_picture(request.content))), 1.0
+            return self.engine.symbols(to_input(decode_picture(request.content, MAX_PIXELS))), 1.0
         decoded = decode(request.content, self.bundle.tables)
         if not decoded.checked:  # a cut message and a damaged one look alike, and MQTT cuts none
             raise BitstreamError("bitstream ends early, so nothing vouches for it: send it whole")
@@ -328,7 +331,9 @@ class Service:
                 self._reply_for_now(asked)
                 return
             self._count("answered_above")
-            if reply.tokens != asked.own.tokens:
+            if reply.tokens == asked.own.tokens:
+                self._count("unchanged")
+            else:
                 self._count("changed")
                 self._count(f"changed_{asked.reason}")  # of "explore" alone it says what the bounds miss
         self._finish(asked.accepted, msgspec.structs.replace(asked.standing, final=True))
@@ -402,6 +407,7 @@ def readable_id(payload: bytes) -> bytes:
 def load(config: ServerConfig) -> tuple[Bundle, Engine]:
     """Opens the bundle, loads the tier's networks and runs the start test. Raises BundleError."""
     bundle = open_bundle(Path(config.bundle))
+    _ = bundle.words  # a vocabulary that is none is found at start
     if len(bundle.manifest.latent.gains) != bundle.tables.levels:
         raise BundleError(
             f"bundle {bundle.manifest.name} has {bundle.tables.levels} levels of tables and "
@@ -415,7 +421,8 @@ def load(config: ServerConfig) -> tuple[Bundle, Engine]:
 def run_server(config: Config, stop: threading.Event) -> None:
     """Serves until `stop` is set, then finishes what was accepted and says offline.
 
-    Raises BundleError and MqttConfigError for what cannot start.
+    Raises BundleError, MqttConfigError and ConfigError for what cannot start, and RuntimeError for whatever ends it
+    later: that is no mistake of the configuration, and the server is worth starting again.
     """
     settings, server = config.mqtt_settings(), config.server
     bundle, engine = load(server)
@@ -427,6 +434,13 @@ def run_server(config: Config, stop: threading.Event) -> None:
         stack.enter_context(gateway)
         if upstream:  # ends first, so that what it leaves open can still be told
             stack.enter_context(upstream)
-        stack.enter_context(exported(config.metrics, "server", SERVER, lambda: values(service.status())))
-        service.serve(stop, gateway.heartbeat)
+        stack.enter_context(
+            exported(
+                config.metrics, "server", SERVER, lambda: values(service.status() | {"gateway": gateway.summary()})
+            )
+        )
+        try:
+            service.serve(stop, gateway.heartbeat)
+        except Exception as error:
+            raise RuntimeError("the server broke while it served") from error
     logger.info("server stopped id=%s counts=%s", server.id, dict(service.counts))

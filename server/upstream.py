@@ -37,7 +37,7 @@ from edge_runtime.wire import (
     encode_request,
     topics,
 )
-from edge_runtime.wire.envelope import MAX_VIA
+from edge_runtime.wire.envelope import MAX_UINT32, MAX_VIA
 from server.config import UpstreamConfig
 from server.escalation import Above, Bounds
 
@@ -115,7 +115,8 @@ class Upstream:
     def ask(self, request: Request, until: float, tell: Tell) -> None:
         """Passes a request up, under an id of our own. Never waits. Raises EnvelopeError where it is too large."""
         request = msgspec.structs.replace(request, id=self._ids.next(time.time_ns() // 1_000_000, secrets.randbits(16)))
-        encode_request(request)
+        # In its longest form: numbers grow with their values, and a later copy is older.
+        encode_request(msgspec.structs.replace(request, age_ms=MAX_UINT32, budget_ms=MAX_UINT32))
         self._asked += 1
         self._inbox.put(Question(request, until, tell, time.monotonic()))
 

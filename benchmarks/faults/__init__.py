@@ -8,6 +8,7 @@ share, `rows` are the faults, `saboteur` those inside of a process, `crowd` many
 """
 
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def play(
             (where := Path(folder) / scene[0].name).mkdir()
             with Stage(where, bundle, small, say) as stage:
                 for row in scene:
-                    results.append(result := _tried(Trial(stage, row, seconds)))
+                    results.append(result := tried(Trial(stage, row, seconds)))
                     say(f"{len(results)} of {len(rows)}: " + " | ".join(report.cells(result)))
     return results
 
@@ -68,12 +69,14 @@ def _scenes(rows: Sequence[Row]) -> list[list[Row]]:
     return scenes
 
 
-def _tried(trial: Trial) -> Result:
+def tried(trial: Trial) -> Result:
+    """What a row came to."""
     try:
         return trial.run()
-    except (OSError, ValueError) as error:
-        trial.stage.say(str(error))
-        note = f"{type(error).__name__}: {str(error).splitlines()[-1][:200]}"
+    except Exception as error:  # whatever it is, the other rows are still worth their time
+        trial.stage.say(traceback.format_exc())
+        said = str(error).splitlines() or [""]
+        note = f"{type(error).__name__}: {said[-1][:200]}"
         return Result(trial.row.fault, row=trial.row.name, held=False, note=note)
 
 

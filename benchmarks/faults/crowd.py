@@ -127,6 +127,7 @@ class Crowd:
 
     def ask_once(self) -> None:
         """The next board's next question."""
+        self._trial.asked += 1
         next(self._next).ask(next(self._looks))
 
     def ask_for(self, seconds: float, per_s: float, until: Any = lambda: False) -> None:

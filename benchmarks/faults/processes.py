@@ -8,12 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from firmware_tools.broker import KEEP_USER, BrokerError, find_mosquitto, free_port, wait_listening, with_parent
-from firmware_tools.children import STOP_S, ChildError, toml
+from firmware_tools.broker import KEEP_USER, BrokerError, find_mosquitto, free_port, wait_listening
+from firmware_tools.children import ChildError, Process, toml
 
 PLAIN = """
 listener {port} 127.0.0.1
@@ -27,29 +26,8 @@ UNBOUNDED = PLAIN + "max_queued_messages 0\nmax_inflight_messages 0\n"
 END_S = 60.0  # for a process to end on a busy machine; one that hangs says where within 20 s, and ends
 
 
-class Process:
-    """One child with a log of its own; it can be started again."""
-
-    def __init__(self, command: list[str], log: Path) -> None:
-        self.command, self.log = command, log
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with self.log.open("ab") as output:
-            self._process = subprocess.Popen(
-                with_parent(*self.command),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd=self.log.parent,
-                start_new_session=True,
-            )
-
-    @property
-    def process(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
-            raise ChildError(f"{self.command[0]} was not started: this is a fault of the benchmark")
-        return self._process
+class Victim(Process):
+    """A process that faults happen to."""
 
     @property
     def pid(self) -> int:
@@ -64,20 +42,6 @@ class Process:
             except subprocess.TimeoutExpired:
                 raise ChildError(f"{self.log.stem} is there {END_S:.0f} s after signal {number}") from None
 
-    def stop(self) -> None:
-        """SIGTERM, and SIGKILL for what does not obey; also for what was frozen, or has ended."""
-        if self._process is None:
-            return
-        for number in (signal.SIGCONT, signal.SIGTERM):
-            with suppress(ProcessLookupError):
-                self._process.send_signal(number)
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_S)
-        finally:
-            self._process.kill()
-            self._process.wait()
-
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
@@ -86,12 +50,8 @@ class Process:
         if (code := self.process.poll()) is not None:
             raise ChildError(f"{self.log.stem} ended with exit code {code}; it said last: {self.said()[-1500:]}")
 
-    def said(self) -> str:
-        """Its log."""
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-
-class Broker(Process):
+class Broker(Victim):
     """Mosquitto without persistence: each start is one with empty state, on the same port."""
 
     def __init__(self, folder: Path, name: str, config: str = PLAIN) -> None:
@@ -111,7 +71,7 @@ class Broker(Process):
         wait_listening(self.process, self.port, self.log)
 
 
-class Aiflow(Process):
+class Aiflow(Victim):
     """`aiflow run` or `aiflow serve` with a configuration; sabotage: a fault from `saboteur` inside of it."""
 
     def __init__(

@@ -146,6 +146,7 @@ class Trial:
             self.tables["outbox"] = {"file": str(self.spool), "replay_per_s": 20.0}
         self.injected = self.healed = self._next_frame = 0.0
         self.lives = 0  # of the board
+        self.asked = 0  # by boards that the harness plays, see crowd.py
         self._shows = False
         self._photos: Iterator[bytes] = cycle(stage.photos)
         self._topics = {topics.event(SITE, self.name)}
@@ -322,6 +323,6 @@ class Trial:
             result.gaps = self._gaps()
             result.lost += result.gaps
             self.expect(bool(result.board), "the board's orderly end")
-            if self.lives == 1 and len(self._topics) == 1:  # a killed life told nobody what it counted
-                counted = result.board.get("accepted")
-                self.expect(counted == tally.accepted, f"events of all requests that the board counts, {counted}")
+        if self.lives <= 1:  # a killed life told nobody what it counted
+            counted = self.asked + result.board.get("accepted", 0)
+            self.expect(counted == tally.accepted, f"events of all requests that were counted, {counted}")

@@ -54,7 +54,64 @@ def test_the_reply_to_a_request_that_was_sent_twice_is_no_measure_of_reply_time(
     assert requests.due(10.0)
     assert requests.answered(b"1", now=100.0)
     requests.open(b"2", "", deadline=999.0, now=0.0)
+    assert requests.next_at() <= 3.0  # doubled, but not four times 100
+
+
+@pytest.mark.parametrize("reply_s", [0.2, 1.6, 5.0, 30.0])
+def test_replies_that_always_take_longer_than_the_interval_are_soon_asked_for_once(reply_s: float) -> None:
+    requests = table(capacity=64)
+    resent = []
+    for number in range(20):
+        start, before = 1000.0 * number, requests.counts.resent
+        requests.open(bytes([number]), "", deadline=start + 999, now=start)
+        while (now := requests.next_at()) < start + reply_s:
+            requests.due(now)
+        assert requests.answered(bytes([number]), start + reply_s)
+        resent.append(requests.counts.resent - before)
+    assert resent[2:] == [0] * 18
+
+
+def test_the_interval_is_short_again_once_a_reply_was_measured_and_after_mere_silence() -> None:
+    requests = table()
+    requests.open(b"1", "", deadline=99.0, now=0.0)
+    for _ in range(3):
+        requests.due(requests.next_at())
+    requests.answered(b"1", now=20.0)
+    requests.open(b"2", "", deadline=999.0, now=100.0)
+    assert requests.next_at() >= 108.0  # three doublings
+    requests.answered(b"2", now=100.1)
+    requests.open(b"3", "", deadline=202.0, now=200.0)
+    assert requests.next_at() <= 201.5
+    assert requests.due(201.5)
+    assert requests.expired(202.0)
+    requests.open(b"4", "", deadline=999.0, now=300.0)
+    assert requests.next_at() <= 301.5
+
+
+def test_a_server_that_is_always_busy_first_makes_no_lost_copy_wait_longer() -> None:
+    requests = table()
+    for number in range(20):
+        requests.open(bytes([number]), "", deadline=999.0, now=0.0)
+        requests.busy(bytes([number]), 0.1, now=0.0)
+        assert requests.due(0.2)
+        requests.answered(bytes([number]), now=0.3)
+    requests.open(b"next", "", deadline=999.0, now=0.0)
     assert requests.next_at() <= 1.5
+
+
+@pytest.mark.parametrize("retry_after_s", [0.0, 0.001])
+def test_a_server_that_is_busy_for_no_time_is_asked_less_and_less_often(retry_after_s: float) -> None:
+    requests = table()
+    requests.open(b"1", "", deadline=9.0, now=0.0)
+    requests.busy(b"1", retry_after_s, now=0.0)
+    times = []
+    while (now := requests.next_at()) < 9.0:
+        times.append(now)
+        assert requests.due(now)
+        requests.busy(b"1", retry_after_s, now)
+    gaps = [b - a for a, b in zip([0.0, *times], times, strict=False)]
+    assert all(0.05 * 2**n <= gap <= 1.5 * 0.05 * 2**n for n, gap in enumerate(gaps[:7]))
+    assert all(3.2 <= gap <= 4.8 for gap in gaps[7:])
 
 
 def test_a_busy_server_is_asked_again_later_than_it_said_and_the_request_stays_open() -> None:

@@ -1,5 +1,7 @@
+import bz2
 import gzip
 import io
+import lzma
 import tarfile
 from pathlib import Path
 
@@ -51,10 +53,26 @@ def test_a_tar_is_read_in_the_order_of_names(tmp_path):
     assert all(p.data == JPEG for p in pictures)
 
 
-def test_a_compressed_tar_is_read_too(tmp_path):
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_tar_is_read_too(tmp_path, compress):
+    tar = write_tar(tmp_path / "x.tar", [member(name) for name in reversed(NAMES)])
+    (tmp_path / "x.tar.z").write_bytes(compress(tar.read_bytes()))
+    assert [(p.name, p.data) for p in read_pictures(tmp_path / "x.tar.z")] == [(name, JPEG) for name in NAMES]
+
+
+def test_a_compressed_tar_is_decompressed_once_whatever_the_order_in_it(tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "x.tar", [member(f"{number:03}.jpg") for number in range(400, 0, -1)])
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tar.read_bytes()))
+    monkeypatch.setattr("gzip._GzipReader._rewind", lambda _: pytest.fail("decompressed again from its start"))
+    assert len(list(read_pictures(tmp_path / "x.tar.gz"))) == 400
+
+
+def test_a_compressed_tar_that_would_fill_the_disk_is_refused(tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "x.tar", [member("a.jpg")])
     (tmp_path / "x.tar.gz").write_bytes(gzip.compress(tar.read_bytes()))
-    assert [p.name for p in read_pictures(tmp_path / "x.tar.gz")] == ["a.jpg"]
+    monkeypatch.setattr("edge_runtime.pictures.MAX_TAR_BYTES", 5000)
+    with pytest.raises(PictureError, match=r"x\.tar\.gz has more than 5000 bytes once decompressed"):
+        list(read_pictures(tmp_path / "x.tar.gz"))
 
 
 def test_a_picture_is_read_alone(tmp_path):

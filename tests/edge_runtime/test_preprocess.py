@@ -79,6 +79,23 @@ def test_a_picture_that_claims_100_megapixels_is_refused(kind):
         decode_picture(BOMBS[kind])
 
 
+def test_a_caller_may_take_smaller_pictures_only():
+    data = encoded("png", 40, 30)
+    assert decode_picture(data, max_pixels=1200).shape == (30, 40, 3)
+    with pytest.raises(PictureError, match="claims 40 x 30 pixels, at most 1199 are decoded"):
+        decode_picture(data, max_pixels=1199)
+
+
+def test_memory_that_runs_out_while_decoding_is_a_picture_error(monkeypatch):
+    def without_memory(*_: object) -> None:
+        cv2.resize(np.zeros((1, 1), np.uint8), (0, 0))  # any of OpenCV's own errors
+
+    monkeypatch.setattr(cv2, "cvtColor", without_memory)
+    data = cv2.imencode(".png", np.zeros((2, 2, 3), np.uint8))[1].tobytes()
+    with pytest.raises(PictureError, match="picture cannot be decoded"):
+        decode_picture(data)
+
+
 def test_a_picture_bomb_is_refused_before_its_pixels_are_allocated(tmp_path):
     path = tmp_path / "bomb.png"
     path.write_bytes(BOMBS["png"])

@@ -1,12 +1,15 @@
 """The command line: it teaches, it starts light, and a mistake is one line that says what to do."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.faults.rows import ROWS
 from firmware_tools.cli import COMMANDS, EXIT_CONFIG, EXIT_FAILED, main
 from firmware_tools.evaluate import SHIPPED_BUNDLE
 from tests.bundles import tiny_bundle
@@ -80,6 +83,54 @@ def test_every_subcommand_has_help(command: str, capsys: pytest.CaptureFixture[s
     assert COMMANDS[command] in shown
 
 
+@pytest.mark.parametrize(
+    ("part", "has", "lacks"),
+    [
+        ("codec", "--backend", "--frames --row --tier --threads --seconds --markdown"),
+        ("device", "--backend --frames", "--row --tier --threads --seconds --markdown"),
+        ("server", "--backend --tier --threads", "--row --frames --seconds --markdown"),
+        ("gateway", "--backend --tier --threads --seconds", "--row --frames --markdown"),
+        ("faults", "--row --seconds --markdown", "--backend --tier --threads --frames"),
+    ],
+)
+def test_help_of_a_benchmark_shows_what_it_obeys(
+    part: str, has: str, lacks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", part, "--help"])
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in (*has.split(), "--images", "--limit", "--bundle", "--json"))
+    assert not any(option in shown for option in lacks.split())
+
+
+def test_help_of_the_fault_matrix_lists_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "faults", "--help"])
+    shown = capsys.readouterr().out
+    assert all(row.name in shown for row in ROWS)
+    assert "mosquitto" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "codec", "--limit", "0"],
+        ["bench", "device", "--frames", "-1"],
+        ["bench", "faults", "--markdown", "/nowhere/table.md"],
+        ["evaluate", "classify", "--images", "x", "--json", "/nowhere/a.json"],
+        ["evaluate", "classify", "--images", "x", "--json", "/tmp"],
+    ],
+)
+def test_a_number_or_a_file_that_cannot_work_is_found_before_anything_runs(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    says = "want a whole number from 1" if arguments[-1] in ("0", "-1") else "no such directory to write to"
+    assert says in capsys.readouterr().err
+
+
 def test_help_lists_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
@@ -146,6 +197,18 @@ def test_a_missing_or_altered_model_is_named(
     assert_one_line(aiflow(command, config(text)), f"{bundle.resolve() / name} {fault}")
 
 
+def test_an_error_after_the_start_is_none_of_the_configuration(config: Callable[..., Path]) -> None:
+    script = (
+        "import sys\nfrom server.service import Service\nfrom firmware_tools.cli import main\n"
+        "def broken(*_):\n    raise ValueError('in the middle of it')\n"
+        f"Service.serve = broken\nsys.exit(main(['serve', {str(config(SERVER, 'max_batch = 1'))!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == EXIT_FAILED
+    assert "Traceback" in done.stderr
+    assert "ValueError: in the middle of it" in done.stderr
+
+
 def test_a_demo_without_a_bundle_says_so(tmp_path: Path) -> None:
     done = aiflow("demo", "--bundle", tmp_path, "--html", tmp_path / "page.html")
     assert done.returncode == EXIT_FAILED
@@ -155,6 +218,27 @@ def test_a_demo_without_a_bundle_says_so(tmp_path: Path) -> None:
 
 def test_a_source_without_a_picture_is_named(config: Callable[..., Path], bundle: Path) -> None:
     assert_one_line(aiflow("validate", config(BOARD)), "camera door", str(bundle), "holds no picture")
+
+
+@pytest.mark.parametrize("text", ["[ server ]  # of the site\nid = 's1'", "server = {id = 's1'}", "server.id = 's1'"])
+def test_a_server_s_configuration_is_known_however_it_is_written(config: Callable[..., Path], text: str) -> None:
+    path = config("")
+    path.write_text(text)
+    assert_one_line(aiflow("validate", path), "missing required field `bundle` (in server)")
+
+
+def test_a_tier_that_the_bundle_lacks_is_named(config: Callable[..., Path], bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    del manifest["targets"]["cloud"]
+    (bundle / "manifest.json").unlink()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    done = aiflow("validate", config(SERVER, 'tier = "cloud"'))
+    assert_one_line(done, "config.toml", 'tier = "cloud", but the bundle has edge')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_named(config: Callable[..., Path]) -> None:
+    assert_one_line(aiflow("serve", config(SERVER, 'device = "cuda"')), 'device = "cuda", but PyTorch', "want device")
 
 
 def test_a_bundle_in_order_validates(config: Callable[..., Path]) -> None:

@@ -19,6 +19,7 @@ from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.wire import AnsweredBy, Event, EventHop
 from firmware_tools import cli
 from firmware_tools.demo_photos import shipped
+from firmware_tools.evaluate import EvaluationError, Photos
 from firmware_tools.shaping import PROFILES
 
 pytestmark = pytest.mark.timeout(400)  # processes that load torch, on a machine that may be busy
@@ -65,7 +66,7 @@ def test_a_loss_keeps_the_draft_and_has_no_final_time() -> None:
 
 @pytest.mark.parametrize("events", [[], [event("new", 20.0, text="a dog")]])
 def test_a_photo_without_a_last_word_is_lost(events: list[Event]) -> None:
-    figures = figures_of("policy", [outcome_of("a", 0.0, events)])
+    figures = figures_of("policy", [outcome_of("a", 0.0, events)], 30_000)
     assert (figures["answered"], figures["lost"], figures["verified_ms_p50"]) == (0, 1, None)
 
 
@@ -74,8 +75,18 @@ def test_a_photo_without_a_last_word_is_lost(events: list[Event]) -> None:
 
 def test_drafts_are_never_verified_but_where_a_policy_lets_them_stand() -> None:
     final = outcome_of("a", 0.0, [event("new", 20.0, text="a", final=True, answered_by=AnsweredBy("device"))])
-    assert figures_of("device", [final])["verified_ms_p50"] is None
-    assert figures_of("policy", [final])["verified_ms_p50"] == 20.0
+    assert figures_of("device", [final], 30_000)["verified_ms_p50"] is None
+    assert figures_of("policy", [final], 30_000)["verified_ms_p50"] == 20.0
+
+
+def test_a_lost_photo_counts_as_one_that_took_until_its_deadline() -> None:
+    lost = Outcome("a", 0.0, "draft", first_ms=20.0, bytes_up=300)  # speculative: its draft was there
+    figures = figures_of("split", [answered(400), lost, Outcome("b", 0.0)], 30_000)
+    assert (figures["verified_ms_p50"], figures["verified_ms_p95"]) == (30_000, 30_000)
+    assert figures["first_text_ms_p50"] == 40.0  # of 20, 40 and 30,000
+    assert figures["bytes_mean"] == pytest.approx(400 / 3)
+    assert (figures["answered"], figures["lost"]) == (1, 2)
+    assert figures_of("split", [lost], 30_000)["verified_ms_p50"] is None  # nothing to be compared with
 
 
 def test_paradigms_are_told_as_ratios_to_sending_pictures() -> None:
@@ -84,7 +95,7 @@ def test_paradigms_are_told_as_ratios_to_sending_pictures() -> None:
         "split": [answered(400), answered(600)],
         "policy": [answered(400), answered(650)],
     }
-    paradigms = compared({"offload": 2.0, "split": 1.9, "policy": None}, outcomes)
+    paradigms = compared({"offload": 2.0, "split": 1.9, "policy": None}, outcomes, 30_000)
     assert (paradigms["split"]["verified_ratio"], paradigms["split"]["cider_ratio"]) == (0.25, 0.95)
     assert paradigms["split"]["first_to_verified"] == pytest.approx(0.1)
     assert paradigms["policy"]["best_fixed"] == "split"
@@ -96,7 +107,7 @@ def test_paradigms_are_told_as_ratios_to_sending_pictures() -> None:
 def test_an_escalating_edge_is_told_against_the_cloud_alone() -> None:
     passed_up = Outcome("a", 0, "t", "speculative", "cloud", 1, 300, was_passed_up=True)
     outcomes = {"offload": [answered(1)], "speculative": [answered(200)], "escalate": [answered(100), passed_up]}
-    figures = compared({"offload": 1.0, "speculative": 2.0, "escalate": 1.9}, outcomes)["escalate"]
+    figures = compared({"offload": 1.0, "speculative": 2.0, "escalate": 1.9}, outcomes, 30_000)["escalate"]
     assert (figures["escalated_share"], figures["cider_to_cloud"], figures["verified_to_cloud"]) == (0.5, 0.95, 1.0)
 
 
@@ -174,11 +185,10 @@ def arguments(photos: Path, bundle: Bundle, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--profile", "wifi", "--split", "test"], "none of the pictures has a caption"),
+        (["--profile", "wifi", "--split", "test"], "no photo is in split test: want one of dev, train"),
         (["--profile", "wire"], "no link profile 'wire'"),
         (["--profile", "wifi", "--paradigms", "spilt"], "there is no paradigm spilt"),
         (["--profile", "wifi", "--board-slowdown", "0.5"], "board slowdown = 0.5, want 1 to 100"),
-        (["--profile", "wifi", "--json", "/nowhere/a.json"], "no such directory to write to"),
         (["--profile", "wifi", "--trace", "/nowhere/trace"], "No such file or directory"),
     ],
 )
@@ -189,16 +199,24 @@ def test_what_cannot_work_is_said_before_anything_starts(
     assert says in capsys.readouterr().err
 
 
-def test_a_damaged_picture_is_named(photos: Path) -> None:
+def case_of(photos: Path, *names: str) -> e2e.Case:
+    captions = {name: ["a"] for name in names}
+    return e2e.case_of(Photos([photos], captions), captions, 1.0)
+
+
+def test_a_damaged_picture_is_left_out_named_and_counted(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
     (photos / "3.jpg").write_bytes(b"no picture")
-    with pytest.raises(e2e.E2eError, match=r"3\.jpg: "):
-        e2e.captioned([photos], {"3.jpg": ["a"]}, None)
+    case = case_of(photos, "2.jpg", "3.jpg")
+    assert ([photo.name for photo in case.photos], case.unreadable) == (["2.jpg"], 1)
+    assert "picture unreadable name=3.jpg" in caplog.text
+    with pytest.raises(EvaluationError, match="none of the pictures has a caption, or none can be read"):
+        case_of(photos, "3.jpg")
 
 
 def test_a_picture_that_no_board_takes_is_shrunk(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = e2e.captioned([photos], {"1.jpg": ["a"]}, None)[0]
+    before = case_of(photos, "1.jpg").photos[0]
     monkeypatch.setattr(e2e, "MAX_FRAME_BYTES", 30_000)
-    after = e2e.captioned([photos], {"1.jpg": ["a"]}, None)[0]
+    after = case_of(photos, "1.jpg").photos[0]
     assert (before.name, before.data) == ("1.jpg", (photos / "1.jpg").read_bytes())
     assert len(after.data) < len(before.data)
 
@@ -236,6 +254,29 @@ def test_every_photo_goes_through_real_processes_and_none_stays_behind(
     assert ran.stdout.splitlines()[2].startswith("offload\t")
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_a_policy_and_an_escalating_edge_are_measured_on_a_link_that_changes(
+    photos: Path, board_bundle: Bundle, tmp_path: Path
+) -> None:
+    (trace := tmp_path / "trace.tsv").write_text("0\twifi\n1\t4g\n")
+    json_file = tmp_path / "e2e.json"
+    more = ["--profile", "wifi", "--limit", "2", "--paradigms", "policy,escalate", "--trace", str(trace)]
+    more += ["--board-slowdown", "2", "--json", str(json_file)]
+    assert cli.main(arguments(photos, board_bundle, *more)) == 0
+    figures = json.loads(json_file.read_text())
+    assert (figures["images"], figures["board_slowdown"], figures["unreadable"]) == (2, 2.0, 0)
+    assert list(figures["paradigms"]) == ["offload", "speculative", "policy", "escalate"]
+    slots = figures["trace"]["slots"]
+    assert [(slot["profile"], slot["from_s"], slot["to_s"]) for slot in slots] == [("wifi", 0, 1), ("4g", 1, 2)]
+    for name, each in figures["paradigms"].items():
+        assert each["lost"] == 0
+        assert 0 < sum(slot["photos"][name] for slot in slots) <= each["answered"]  # the last may come behind the end
+    policy, escalate = figures["paradigms"]["policy"], figures["paradigms"]["escalate"]
+    assert policy["best_fixed"] in ("offload", "speculative")
+    assert policy["verified_to_best_fixed"] > 0
+    assert set(escalate["answered_by"]) <= {"edge", "cloud"}
+    assert 0 <= escalate["escalated_share"] <= 1
 
 
 def test_an_interrupt_ends_every_process_and_leaves_nothing(photos: Path, board_bundle: Bundle, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from firmware_tools import cli
-from firmware_tools.evaluate import score
+from firmware_tools.evaluate import EvaluationError, Photos, score
 from models.captions import words_of
 from server.numerics import prove
 
@@ -147,6 +147,26 @@ def test_photos_without_captions_are_refused(photos, board_bundle, capsys):
     )
     assert (code, figures) == (1, None)
     assert "do the names in the TSV match the files?" in capsys.readouterr().err
+
+
+def test_photos_are_matched_by_path_then_by_name_and_the_others_are_told_of(photos, capsys):
+    captions = {"cat/1.jpg": [], "2.jpg": []}
+    assert [photo.name for photo in Photos([photos / "photos"], captions)] == ["cat/1.jpg", "2.jpg"]
+    assert "2 photos left out: the table, or its split, has no caption" in capsys.readouterr().err
+    assert [photo.name for photo in Photos([photos / "photos"], captions, limit=1)] == ["cat/1.jpg"]
+
+
+def test_a_photo_that_is_met_twice_is_refused(photos):
+    (photos / "photos" / "dog" / "1.jpg").write_bytes((photos / "photos" / "cat" / "1.jpg").read_bytes())
+    with pytest.raises(EvaluationError, match=r"photo 1\.jpg is met twice, as cat/1\.jpg and dog/1\.jpg"):
+        list(Photos([photos / "photos"], {"1.jpg": []}))
+    assert len(list(Photos([photos / "photos"] * 2))) == 10  # of classes nobody asks which photo it is
+
+
+def test_an_unreadable_photo_is_left_out_and_counted(photos, board_bundle):
+    (photos / "photos" / "cat" / "1.jpg").write_bytes(b"no picture")
+    code, figures = evaluate(photos, board_bundle, "classify")
+    assert (code, figures["images"], figures["unreadable"]) == (0, 3, 1)
 
 
 def test_a_class_that_the_bundle_does_not_know_is_refused(photos, board_bundle, capsys):

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.faults import RowError, chosen, report
+from benchmarks.faults import RowError, chosen, report, tried
+from benchmarks.faults import stage as stage_module
 from benchmarks.faults.crowd import slope_of
 from benchmarks.faults.ledger import Ledger, Tally
 from benchmarks.faults.rows import damage
-from benchmarks.faults.stage import Result
+from benchmarks.faults.stage import Result, Row, Stage, Trial
 from edge_runtime.bundle import Bundle
 from edge_runtime.spool import Kept, Spool
 from edge_runtime.wire import Event
@@ -112,8 +113,58 @@ def test_damage_is_damage_to_a_spool(tmp_path: Path, kind: str) -> None:
     damaged.close(100.0)
 
 
+def test_whatever_a_row_raises_is_its_own_failure_and_the_next_one_is_played(
+    board_bundle: Bundle, tmp_path: Path
+) -> None:
+    def play(_: Trial) -> None:
+        raise KeyError("a bug")
+
+    said: list[str] = []
+    trial = Trial(Stage(tmp_path, board_bundle, [], said.append), Row("odd", "odd", play), None)
+    result = tried(trial)
+    assert (result.held, result.row, result.note) == (False, "odd", "KeyError: 'a bug'")
+    assert "Traceback" in said[0]
+
+
+NEW, OK, LOST = ("new", False), ("update", True), ("lost", True)
+
+
+@pytest.mark.parametrize(
+    ("events", "asked", "says"),
+    [
+        ({"a": [NEW, OK], "b": [NEW, LOST]}, 2, ""),
+        ({"a": [NEW, OK], "b": [NEW]}, 2, "not seen: an end of every accepted request"),
+        ({"a": [NEW, OK], "b": [NEW, OK, OK]}, 2, "not seen: one end per frame"),
+        ({"a": [NEW, OK]}, 2, "not seen: events of all requests that were counted, 2"),  # `b` vanished without a word
+        ({"a": [NEW, LOST]}, 1, "not seen: an answer within"),
+    ],
+)
+def test_a_row_does_not_hold_where_an_event_is_missing_or_one_too_many(
+    events: dict[str, list[tuple[Any, bool]]],
+    asked: int,
+    says: str,
+    board_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is started: the row itself says what was heard."""
+    monkeypatch.setattr(stage_module, "RECOVERY_S", 0.0)
+    monkeypatch.setattr(stage_module, "SETTLE_S", 0.0)
+
+    def play(trial: Trial) -> None:
+        trial.asked, when = asked, datetime(2025, 1, 1, tzinfo=timezone.utc)
+        for frame, told in events.items():
+            for kind, final in told:
+                trial.ledger.take(Event(type=kind, frame=frame, camera="c", captured=when, final=final), 1.0)
+
+    result = Trial(Stage(tmp_path, board_bundle, [], print), Row("none", "none", play), None).run()
+    assert (result.held, result.note[: len(says)]) == (not says, says)
+
+
 @pytest.mark.timeout(400)  # processes that load torch, on a machine that may be busy
-def test_a_forgetful_broker_and_a_dead_network_thread_cost_nothing(board_bundle: Bundle, tmp_path: Path) -> None:
+def test_a_forgetful_broker_and_a_dead_network_thread_cost_nothing(
+    board_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "faults.json"
     rows = ["broker-empty", "loop-thread"]
     arguments = ["--row", *rows, "--seconds", "1", "--bundle", str(board_bundle.path), "--json", str(path)]
@@ -125,3 +176,4 @@ def test_a_forgetful_broker_and_a_dead_network_thread_cost_nothing(board_bundle:
         assert result["accepted"] == result["answered"] + result["lost"] > 0
     assert code == 0
     assert len((tmp_path / "faults.md").read_text().splitlines()) == 4
+    assert capsys.readouterr().out == (tmp_path / "faults.md").read_text()

@@ -1,10 +1,15 @@
 """What people read while a board runs."""
 
+import subprocess
+import sys
 from datetime import datetime, timezone
 
 import msgspec
+import pytest
 
-from edge_runtime.wire import AnsweredBy, Event, Explain
+from edge_runtime.config import MqttConfig
+from edge_runtime.mqtt import MqttClient
+from edge_runtime.wire import AnsweredBy, Event, Explain, encode_event
 from firmware_tools.watch import line
 
 NEW = Event(
@@ -37,5 +42,19 @@ def test_a_loss_without_a_draft_says_why():
     assert "lost    (no reply to 2 sent)  [nobody," in line("b1", lost)
 
 
-def test_what_a_stranger_wrote_cannot_steer_the_terminal():
-    assert "\x1b" not in line("b1", msgspec.structs.replace(NEW, text="\x1b[2J"))
+@pytest.mark.parametrize("field", ["text", "camera"])
+def test_what_a_stranger_wrote_cannot_steer_the_terminal(field):
+    assert "\x1b" not in line("b1", msgspec.structs.replace(NEW, **{field: "\x1b[2J"}))
+
+
+def test_an_event_is_one_line_where_the_output_is_no_terminal(broker):
+    text = "a dog runs " * 30
+    settings = MqttConfig(port=broker.port).settings("board")
+    with MqttClient(settings) as board:
+        event = encode_event(msgspec.structs.replace(NEW, text=text))
+        board.publish("aiflow/home/b1/up/event", event, retain=True)  # there, whenever the watcher comes
+        assert board.wait_online(20.0)
+        command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port), "--count", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    (shown,) = done.stdout.splitlines()
+    assert text in shown

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.bundle import Bundle
-from edge_runtime.config import MqttConfig
+from edge_runtime.bundle import MANIFEST, Bundle, BundleError, FileRecord, file_hash
+from edge_runtime.config import MetricsConfig, MqttConfig
 from edge_runtime.mqtt import Message, MqttClient, MqttSettings
 from edge_runtime.wire import (
     ContentKind,
@@ -37,13 +38,14 @@ from edge_runtime.wire import (
     encode_tokens,
     topics,
 )
+from firmware_tools.broker import free_port
 from server.batcher import Batch
 from server.config import Config, ServerConfig, UpstreamConfig
 from server.engine import Engine, Job
 from server.gateway import Arrival, Gateway
 from server.loading import load_engine
 from server.reply_cache import ReplyCache
-from server.service import Service, readable_id, run_server
+from server.service import Service, load, readable_id, run_server
 from server.upstream import Upstream
 from tests.brokers import Mosquitto
 from tests.bundles import MAX_TOKENS, random_symbols
@@ -240,6 +242,25 @@ def test_a_broker_that_comes_back_empty_finds_the_server_again(server, board, bu
     assert board.reply().status is Status.OK
 
 
+def test_a_servers_counters_are_exported_with_its_connections(board, bundle, broker) -> None:
+    port, stop = free_port(), threading.Event()
+    exporting = msgspec.structs.replace(config(bundle, broker.port, max_batch=1), metrics=MetricsConfig(port=port))
+    thread = threading.Thread(target=run_server, args=(exporting, stop))
+    thread.start()
+    try:
+        board.wait_for_status(state="online", share_proven=True)
+        board.ask(b"")
+        assert board.reply().status is Status.BAD_REQUEST
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as response:
+            lines = response.read().decode().splitlines()
+        assert 'aiflow_server_replies_total{status="bad_request"} 1.0' in lines
+        assert 'aiflow_server_mqtt{what="connects"} 1.0' in lines
+        assert {"aiflow_server_undelivered_total 0.0", "aiflow_server_foreign_topics_total 0.0"} <= set(lines)
+    finally:
+        stop.set()
+        thread.join(PATIENCE_S)
+
+
 # ---- without a broker: the service as a value, its two threads played by the test ----
 
 
@@ -288,6 +309,29 @@ def test_a_request_that_passed_this_server_before_is_counted_as_a_loop(make_serv
     assert "s1 -> s1" in lane.replies[0].error
     assert (service.counts["loop"], service.counts["bad_request"]) == (1, 1)
     assert is_balanced(service)
+
+
+def test_a_picture_that_is_small_to_send_and_large_to_decode_is_refused(make_service, bundle) -> None:
+    service, lane = make_service(), Lane()
+    content = cv2.imencode(".png", np.zeros((2001, 2000), np.uint8))[1].tobytes()
+    offload = request(bundle, paradigm=Paradigm.OFFLOAD, content_kind=ContentKind.JPEG, content=content)
+    service.receive(lane.arrival(offload))
+    service.answer(service.batcher.take(0))
+    assert lane.replies[0].status is Status.BAD_REQUEST
+    assert "claims 2000 x 2001 pixels, at most 4000000 are decoded" in lane.replies[0].error
+
+
+def test_a_vocabulary_that_is_none_is_found_at_start(bundle, tmp_path) -> None:
+    for file in bundle.path.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    words = tmp_path / "vocabulary.txt"
+    words.unlink()
+    words.write_text("<pad>\n")
+    files = bundle.manifest.files | {words.name: FileRecord(file_hash(words), words.stat().st_size)}
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / MANIFEST).write_bytes(msgspec.json.encode(msgspec.structs.replace(bundle.manifest, files=files)))
+    with pytest.raises(BundleError, match="has 1 words, the manifest says 40"):
+        load(ServerConfig("s1", str(tmp_path), max_batch=1))
 
 
 def test_a_full_queue_says_busy_at_once_and_when_to_come_back(make_service, bundle) -> None:
@@ -537,6 +581,7 @@ def test_the_board_gets_the_edges_text_at_once_and_then_the_clouds_own(sites: Si
         assert is_balanced(cloud)
     assert (edge.counts["escalated"], edge.counts["escalated_tier"], edge.counts["answered_above"]) == (4, 4, 4)
     assert edge.counts["changed"] == edge.counts["changed_tier"] == differing
+    assert edge.counts["unchanged"] == 4 - differing
     assert (edge.counts["ok"], cloud.counts["ok"]) == (5, 4)
     status = json.loads(json.dumps(edge.status()))["upstream"]
     assert status["requests"]["answered"] == 4

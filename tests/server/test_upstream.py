@@ -22,10 +22,11 @@ from edge_runtime.wire import (
     Tier,
     decode_request,
     encode_reply,
+    encode_request,
     encode_tokens,
     topics,
 )
-from edge_runtime.wire.envelope import MAX_VIA
+from edge_runtime.wire.envelope import MAX_ENVELOPE, MAX_VIA
 from server.config import UpstreamConfig
 from server.escalation import obstacle_to
 from server.upstream import Upstream
@@ -267,6 +268,20 @@ def test_what_no_envelope_holds_is_not_asked(broker: Mosquitto) -> None:
     with upstream, pytest.raises(EnvelopeError):
         upstream.ask(msgspec.structs.replace(REQUEST, content=bytes(256 * 1024)), time.monotonic() + 1, partial(print))
     assert upstream.status()["requests"]["accepted"] == 0
+
+
+def test_what_an_envelope_holds_now_and_not_when_it_is_older_is_not_asked(connect, above) -> None:
+    upstream, below = connect(resend_ms=20), Below()
+    room = MAX_ENVELOPE - len(encode_request(msgspec.structs.replace(REQUEST, content=bytes(1 << 16)))) + (1 << 16)
+    with pytest.raises(EnvelopeError):
+        upstream.ask(msgspec.structs.replace(REQUEST, content=bytes(room)), time.monotonic() + 1, below.tell)
+    # Its age takes four bytes more at most, its budget too.
+    largest = msgspec.structs.replace(REQUEST, age_ms=0xFFFE, content=bytes(room - 8))
+    upstream.ask(largest, time.monotonic() + PATIENCE_S, below.tell)
+    while above.request().age_ms <= 0xFFFF:
+        pass
+    above.say(ok(above.request(), 7))
+    assert below.next()[0].token_ids == [7]
 
 
 def test_a_broker_that_is_away_is_offline(broker: Mosquitto) -> None:
