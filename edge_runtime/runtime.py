@@ -100,7 +100,11 @@ class Board:
         self.pipeline = Pipeline(bundle, head, draft, planner, self.answers, self.events, board.slowdown)
 
     def run(self, stop: threading.Event) -> dict[str, int]:
-        """Until the sources end or `stop` is set; returns what became of the requests."""
+        """Until the sources end or `stop` is set; returns what became of the requests.
+
+        Raises PictureError for sources that can never work, and RuntimeError for whatever ends it later: that is no
+        mistake of the configuration, and the board is worth starting again.
+        """
         with ExitStack() as running:
             clients = {self.servers, self.local}
             for client in clients:
@@ -108,7 +112,11 @@ class Board:
             for client in clients:
                 running.callback(client.finish)  # all of them, before the first one is waited for
             running.enter_context(self.answers)
-            self.pipeline.run(self.cameras.frames(stop))
+            self.cameras.check()
+            try:
+                self.pipeline.run(self.cameras.frames(stop))
+            except Exception as error:
+                raise RuntimeError("the board broke while it ran") from error
             # Sources that end, such as files, leave questions open: their answers are waited for, up to the deadline.
             own = [camera.config.deadline_ms or 0 for camera in self.cameras]
             self.answers.wait_until_settled(max(self.config.board.deadline_ms, *own) / 1e3, stop)

@@ -254,15 +254,6 @@ def frames_of(camera: CameraConfig) -> Callable[[CameraConfig, threading.Event, 
     return video_frames if camera.source.lower().endswith(VIDEO_SUFFIXES) else file_frames
 
 
-def check_sources(cameras: Sequence[CameraConfig]) -> None:
-    """Raises PictureError, naming each, for sources that cannot work whatever happens: a path that is not there, files
-    without a picture, an unknown scheme. A camera or stream that is away is none of these.
-    """
-    faults = [f"camera {camera.name}: {fault}" for camera in cameras if (fault := _fault(camera))]
-    if faults:
-        raise PictureError("; ".join(faults))
-
-
 def _fault(camera: CameraConfig) -> str:
     scheme, separator, _ = camera.source.partition("://")
     if separator:
@@ -469,13 +460,22 @@ class Cameras:
             total.update(asdict(camera.counters))
         return Counters(**total)
 
+    def check(self) -> None:
+        """Raises PictureError, naming each, for sources that cannot work whatever happens: a path that is not there,
+        files without a picture, an unknown scheme. A camera or stream that is away is none of these.
+        """
+        faults = [
+            f"camera {name}: {fault}" for name, camera in self._cameras.items() if (fault := _fault(camera.config))
+        ]
+        if faults:
+            raise PictureError("; ".join(faults))
+
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         """Frames of all cameras as they come, until every source has ended or `stop` is set; once.
 
         One thread a camera. It looks for its next frame only when its last one has been handled: nothing queues, and
-        a slow board gets the newest frame. Raises PictureError at the start for sources that can never work.
+        a slow board gets the newest frame.
         """
-        check_sources([camera.config for camera in self])
         handover: queue.SimpleQueue[tuple[Camera, Frame | None]] = queue.SimpleQueue()
         threads = [
             threading.Thread(target=camera.hand_over, args=(handover,), name=f"source-{name}", daemon=True)

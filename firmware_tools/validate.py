@@ -31,13 +31,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.path}: server {server.server.id} of site {server.server.site} is in order")
     else:
         from edge_runtime.config import RuntimeConfig, load_toml
-        from edge_runtime.sources import check_sources
+        from edge_runtime.sources import Cameras
 
         board = load_toml(args.path, RuntimeConfig)
         for mqtt in filter(None, (board.mqtt, board.local)):
             mqtt.settings(board.board.id)
         _bundle(Path(board.board.bundle))
-        check_sources(board.cameras)
+        Cameras(board.cameras).check()
         print(f"{args.path}: board {board.board.id} with {len(board.cameras)} camera(s) is in order")
 
 

@@ -211,6 +211,18 @@ def test_a_source_that_is_not_there_ends_the_board_with_its_error(board_bundle, 
     assert status(broker.port)["state"] == "offline"
 
 
+def test_what_breaks_a_board_after_its_start_is_no_error_of_its_configuration(
+    board_bundle, broker, photos, monkeypatch
+):
+    def broken(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("edge_runtime.pipeline.to_input", broken)
+    with pytest.raises(RuntimeError, match="the board broke while it ran"):
+        run_board(configuration(board_bundle, broker.port, photos), threading.Event())
+    assert status(broker.port)["state"] == "offline"
+
+
 @pytest.fixture
 def config_file(board_bundle: Bundle, broker: Mosquitto, photos: str, tmp_path: Path) -> Path:
     path = tmp_path / "board.toml"

@@ -23,7 +23,6 @@ from edge_runtime.sources import (
     Frame,
     Newest,
     camera_frames,
-    check_sources,
     file_frames,
     frames_of,
     video_frames,
@@ -368,7 +367,7 @@ def test_a_slow_board_gets_the_newest_frame_and_no_queue_of_old_ones(stop, monke
     assert cameras.totals().skipped == 3
 
 
-def test_every_source_that_can_never_work_is_named_before_any_is_opened(tmp_path, stop):
+def test_every_source_that_can_never_work_is_named_before_any_is_opened(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "v.avi").write_bytes(b"no video")
     sources = {
@@ -382,7 +381,7 @@ def test_every_source_that_can_never_work_is_named_before_any_is_opened(tmp_path
         "typo": "rtps://camera/1",
     }
     with pytest.raises(PictureError) as raised:
-        next(Cameras([CameraConfig(*pair) for pair in sources.items()]).frames(stop))
+        Cameras([CameraConfig(*pair) for pair in sources.items()]).check()
     for name, fault in {
         "absent": "absent does not exist",
         "empty": "empty holds no picture",
@@ -397,7 +396,7 @@ def test_every_source_that_can_never_work_is_named_before_any_is_opened(tmp_path
 def test_one_file_of_many_photos_that_is_damaged_is_no_reason_to_refuse_a_source(tmp_path):
     camera = CameraConfig("door", write_photos(tmp_path / "p", 10, 20))
     (tmp_path / "p/0.jpg").write_bytes(b"")
-    check_sources([camera])
+    Cameras([camera]).check()
 
 
 def test_files_that_vanish_are_waited_for_while_the_other_cameras_go_on(tmp_path, stop, monkeypatch):
