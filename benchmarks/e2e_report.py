@@ -1,4 +1,4 @@
-"""The figures of end-to-end runs for people: a table per profile, and a picture of all."""
+"""The figures of end-to-end runs for people: a table per profile, one of all for a page, and a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +65,32 @@ def _remarks(run: dict[str, Any]) -> list[str]:
 
 def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def markdown(runs: Sequence[dict[str, Any]]) -> str:
+    """One table of all profiles."""
+    names = (
+        "link",
+        "paradigm",
+        "CIDEr",
+        "bytes",
+        "first text, ms",
+        "verified, ms: p50, p95",
+        "to offload",
+        "server, ms",
+    )
+    rows = [names, ("---",) * len(names)]
+    for run in runs:
+        for name, figures in run["paradigms"].items():
+            p50, p95, ratio = (figures[key] for key in ("verified_ms_p50", "verified_ms_p95", "verified_ratio"))
+            times = ("none", "") if p50 is None else (f"{p50:.0f}, {p95:.0f}", f"{ratio:.2f}")
+            cider = "" if figures["cider"] is None else f"{figures['cider']:.3f}"
+            first, server = (
+                "" if figures[key] is None else f"{figures[key]:.0f}" for key in ("first_text_ms_p50", "server_ms_mean")
+            )
+            sent = f"{figures['bytes_mean']:.0f}"
+            rows.append((run["profile"], f"`{name}`", cider, sent, first, *times, server))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def plot(runs: Sequence[dict[str, Any]], file: Path) -> None:

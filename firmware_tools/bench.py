@@ -56,6 +56,7 @@ def _add_e2e_arguments(parser: argparse.ArgumentParser) -> None:
         "--paradigms", metavar="A,B,...", help="default: device,offload,offload-small,split,speculative,policy"
     )
     parser.add_argument("--board-slowdown", type=float, default=1.0, metavar="X", help="a board X times slower")
+    parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write a table of all links to FILE")
     parser.add_argument("--plot", type=new_file, metavar="FILE", help="draw the figures into FILE, such as e2e.png")
     parser.epilog = "--json: of several profiles a list"
 
@@ -145,6 +146,8 @@ def end_to_end(args: argparse.Namespace) -> int:
     e2e_report.print_runs(runs)
     if args.json:
         args.json.write_text(json.dumps(runs if runs[1:] else runs[0], indent=2) + "\n")
+    if args.markdown:
+        args.markdown.write_text(e2e_report.markdown(runs), encoding="utf-8")
     if args.plot:
         e2e_report.plot(runs, args.plot)
     return 0

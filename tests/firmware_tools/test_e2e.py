@@ -230,7 +230,7 @@ def test_every_photo_goes_through_real_processes_and_none_stays_behind(
     json_file, picture = tmp_path / "e2e.json", tmp_path / "e2e.png"
     more = ["--profile", "wifi", "--split", "dev", "--paradigms", "device,speculative"]
     command = [sys.executable, "-m", "firmware_tools", *arguments(photos, board_bundle, *more)]
-    command += ["--json", str(json_file), "--plot", str(picture)]
+    command += ["--json", str(json_file), "--plot", str(picture), "--markdown", str(json_file.with_suffix(".md"))]
     (tmp_path / "tmp").mkdir()
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
     ran = subprocess.run(command, capture_output=True, text=True, timeout=360, check=False, env=environment)
@@ -253,6 +253,9 @@ def test_every_photo_goes_through_real_processes_and_none_stays_behind(
     assert speculative["bytes_ratio"] < 0.5
     assert ran.stdout.splitlines()[2].startswith("offload\t")
     assert picture.read_bytes().startswith(b"\x89PNG")
+    table = json_file.with_suffix(".md").read_text().splitlines()
+    assert [row.split(" | ")[1] for row in table[2:]] == ["`offload`", "`device`", "`speculative`"]
+    assert {row.count(" | ") for row in table} == {7}
     assert not list((tmp_path / "tmp").iterdir())
 
 
