@@ -76,6 +76,7 @@ class Question:
     keeps: bool = False  # not to be sent now: the link is away
     is_replay: bool = False  # out of the outbox
     is_kept: bool = False  # the outbox has it, as it has every replay
+    is_announced: bool = False  # its draft has come behind it
     compact: bytes = b""  # the same request in fewer bytes, for the outbox
     not_final: int = 0  # replies so far that a higher tier may improve
     begun: float = 0.0  # the same clock: when the answers' thread took it
@@ -272,7 +273,8 @@ class Answers:
             self._look_at_the_clock()
         for question in self._unwritten.values():  # the outbox has it
             self._kept_unsent += 1
-            self._events.publish(question.seen)
+            if not question.is_announced:
+                self._events.publish(question.seen)
         for lost in self._requests.close("the board stops"):
             self._unanswered(lost)
         for question in self._improving.values():
@@ -301,6 +303,9 @@ class Answers:
         if question.keeps and self._keep(question):
             self._kept_unsent += 1
             self._events.publish(question.seen)
+        elif question.keeps and not self._ledger.take(len(question.payload), question.begun):
+            full = self._requests.open(question.request.id, question, question.deadline, question.begun)
+            self._end_lost(full or self._requests.lose(question.request.id, "no room in outbox and byte budget"))
         elif self._keeps_every_request and self._keep(question, held=True):
             self._unwritten[question.request.id] = question
         else:
@@ -313,7 +318,7 @@ class Answers:
             self._unanswered(lost)
             return
         self._send(question, question.payload, question.deadline - now)
-        if question.seen.tokens and not question.is_replay:
+        if question.seen.tokens and not (question.is_replay or question.is_announced):
             self._events.publish(question.seen)
 
     def _announce(self, seen: Event, compact: bytes) -> None:
@@ -321,7 +326,7 @@ class Answers:
         request_id = bytes.fromhex(seen.frame)
         entry = self._requests.find(request_id)
         if question := entry.content if entry else self._unwritten.get(request_id):
-            question.seen, question.compact = seen, compact
+            question.seen, question.compact, question.is_announced = seen, compact, True
         if self._requests.has_ended(request_id):
             self.counts["overtaken"] += 1
         else:

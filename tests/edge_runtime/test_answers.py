@@ -600,6 +600,33 @@ def test_a_draft_that_follows_its_picture_is_kept_with_its_features_instead(brok
         assert board.next_event().final
 
 
+def test_a_draft_that_follows_while_its_request_is_written_is_announced_once(
+    broker, board_bundle, server, tmp_path, monkeypatch
+):
+    news: list[Event] = []
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path, every_request=True)) as board:
+        monkeypatch.setattr(board, "heard", lambda event: news.append(event) if event.type == "new" else None)
+        board.answers._events._listener = board.heard
+        monkeypatch.setattr(board.answers._outbox, "keep", lambda *_, **__: True)  # and never says that it has
+        first = board.ask()
+        draft = Event(
+            type="new", frame=first.id.hex(), camera="door", captured=datetime.now(timezone.utc), tokens=DRAFT
+        )
+        board.answers.announce(draft)
+        assert server.request() == first
+        server.reply(first)
+        until(lambda: board.answers.summary()["answered"] == 1)
+    assert news == [draft]
+
+
+def test_what_neither_outbox_nor_budget_take_is_lost_and_says_so(broker, board_bundle, tmp_path, monkeypatch):
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path), bytes_per_minute=1) as board:
+        monkeypatch.setattr(board.answers._outbox, "keep", lambda *_, **__: False)
+        board.ask(keeps=True)
+        lost = board.next_event()
+        assert (lost.type, lost.why) == ("lost", "no room in outbox and byte budget")
+
+
 def test_a_disk_that_takes_nothing_holds_up_no_request_and_loses_none_silently(
     broker, board_bundle, server, tmp_path, monkeypatch
 ):
