@@ -55,8 +55,9 @@ class Plan:
     budget_ms: int  # from capture until the draft stands
     tier: Tier | None = None  # wanted for the answer
     jpeg_quality: int = 75  # of offload
-    explain: Explain | None = None  # what a policy expected
+    explain: Explain | None = None  # the same for programs, with what a policy expected
     drafts: bool = True  # where the draft is no part of the request: whether there is time for one
+    may_stand: bool = False  # a draft that is sure enough needs nobody who verifies it
     keeps: bool = False  # the link is away: the request goes to the outbox at once
 
 

@@ -19,7 +19,7 @@ from edge_runtime.sources import Cameras
 from edge_runtime.switches import Switches
 from edge_runtime.vitals import VitalsReader
 from edge_runtime.wire import Tier
-from edge_runtime.wire.event import ParadigmName
+from edge_runtime.wire.event import Explain, ParadigmName
 
 
 class BoardPlanner:
@@ -51,10 +51,12 @@ class BoardPlanner:
         now = time.monotonic()
         if paradigm != "device" and board.paradigm != "offload" and not self._has_room():
             self._estimates.catch_up(now)
-            return self._alone(plan, f"device: {board.open_requests} requests wait already")
+            why = f"device: {board.open_requests} requests wait already"
+            return self._alone(replace(plan, explain=Explain("device", why)), why)
         if paradigm != "auto":
             self._estimates.catch_up(now)
-            return replace(plan, paradigm=cast(ParadigmName, paradigm))  # the switch takes no other word
+            name = cast(ParadigmName, paradigm)  # the switch takes no other word
+            return replace(plan, paradigm=name, explain=Explain(name, "configured"))
         self._estimates.measured(self._vitals.read(now))
         floor = float(self._switches["quality_floor"])
         self._policy = self._policies[camera]
@@ -66,6 +68,7 @@ class BoardPlanner:
             why=decision.explain.reason,
             explain=decision.explain,
             drafts=decision.drafts,
+            may_stand=True,
         )
         return self._alone(plan, plan.why) if decision.away and decision.paradigm == "device" else plan
 
@@ -77,7 +80,7 @@ class BoardPlanner:
 
     def stands(self, plan: Plan, confidence: float) -> str | None:
         """A draft stands only where the policy chose: who configures speculative wants each one verified."""
-        if plan.explain is None:
+        if not plan.may_stand:
             return None
         stands = self._policy.stands(confidence)
         self._estimates.drafted(stands, time.monotonic())

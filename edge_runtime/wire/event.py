@@ -43,7 +43,7 @@ class EventHop(Struct, frozen=True, omit_defaults=True):
 
 
 class Explain(Struct, frozen=True, omit_defaults=True):
-    """What the policy expected when it chose, so that a person can follow it."""
+    """Why this paradigm: configured, or what the policy expected when it chose, so that a person can follow it."""
 
     chosen: ParadigmName
     reason: Annotated[str, Meta(max_length=256)]
@@ -68,7 +68,7 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     scores: Annotated[dict[Name, Share], Meta(max_length=64)] = {}
     paradigm: ParadigmName | None = None
     why: Annotated[str, Meta(max_length=1024)] = ""  # of the paradigm, or of a loss
-    explain: Explain | None = None  # where a policy chose
+    explain: Explain | None = None
     after_ms: Millis = 0.0  # from capture to this event, on the board's own clock
     bytes_up: UInt32 = 0  # whole PUBLISH payloads of this frame, resends included
     jpeg_bytes: UInt32 = 0  # what the frame would have cost as a picture

@@ -13,6 +13,7 @@ from edge_runtime.policy import Policy
 from edge_runtime.sources import Cameras
 from edge_runtime.switches import Switches, board_switches
 from edge_runtime.wire import Tier, topics
+from edge_runtime.wire.event import Explain
 
 SURE = Calibration(((0.5, 0.5), (0.9, 0.95)))
 
@@ -49,7 +50,11 @@ class Board:
 
 def test_a_configured_paradigm_is_the_plan_and_says_so():
     plan = Board(paradigm="speculative", jpeg_quality=60).planner.plan("plain")
-    assert (plan.paradigm, plan.why, plan.explain) == ("speculative", "configured", None)
+    assert (plan.paradigm, plan.why, plan.explain) == (
+        "speculative",
+        "configured",
+        Explain("speculative", "configured"),
+    )
     assert (plan.budget_ms, plan.tier, plan.jpeg_quality, plan.keeps) == (5000, Tier.CLOUD, 60, False)
 
 
