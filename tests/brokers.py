@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -19,13 +20,14 @@ set_tcp_nodelay true
 
 def mosquitto_or_skip() -> str:
     """The program; without it the tests are skipped on a developer's machine, but fail in CI: there it must be."""
-    program = find_mosquitto()
-    if program is None:
-        message = "mosquitto is not installed: apt install mosquitto"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    return program
+    return find_mosquitto() or skip("mosquitto is not installed: apt install mosquitto")
+
+
+def skip(why: str) -> NoReturn:
+    """On a developer's machine; in CI it is a failure."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(why)
+    pytest.skip(why)
 
 
 class Mosquitto:
