@@ -37,14 +37,14 @@ class Ledger:
     """The histories of the frames of one row."""
 
     def __init__(self) -> None:
-        self._frames: dict[str, History] = {}
+        self._frames: dict[tuple[str, str], History] = {}  # by board: an id is unique for one board alone
         self._answered_at: list[float] = []
         self._new_at: list[tuple[float, str]] = []
         self.reasons: Counter[str] = Counter()  # of losses, without what differs from frame to frame
 
     def take(self, event: Event, now: float, board: str = "") -> None:
         """now: seconds, time.monotonic(); board: whose, any name for it."""
-        frame = self._frames.setdefault(event.frame, History())
+        frame = self._frames.setdefault((board, event.frame), History())
         frame.news += event.type == "new"
         frame.is_double |= bool(frame.final) or frame.news > 1
         frame.asked |= event.type != "new" or not event.final

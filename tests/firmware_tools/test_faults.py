@@ -57,6 +57,14 @@ def test_a_second_first_event_and_anything_behind_a_final_one_are_duplicates(
     assert told(*events).tally().duplicates == 1
 
 
+def test_an_id_that_two_boards_drew_is_two_frames() -> None:
+    ledger, when = Ledger(), datetime(2025, 1, 1, tzinfo=timezone.utc)
+    for board in ("b1", "b2"):
+        for kind in ("new", "update"):
+            ledger.take(Event(type=kind, frame="a", camera="cam", captured=when, final=kind == "update"), 0.0, board)
+    assert ledger.tally() == Tally(accepted=2, answered=2, lost=0, duplicates=0, kept=0, unsettled=0)
+
+
 def test_losses_are_grouped_by_reason_without_their_numbers() -> None:
     ledger, when = Ledger(), datetime(2025, 1, 1, tzinfo=timezone.utc)
     for number in range(3):
