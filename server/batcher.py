@@ -40,6 +40,7 @@ class Batcher(Generic[Item]):
         self.capacity, self.max_batch, self.wait_s, self._clock = capacity, max_batch, wait_s, clock
         self._boards: OrderedDict[str, deque[Waiting[Item]]] = OrderedDict()  # the next to be served first; none empty
         self._count = 0
+        self._came_together = False  # the requests of the last batch
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
@@ -65,11 +66,16 @@ class Batcher(Generic[Item]):
             return refused
 
     def take(self, timeout_s: float) -> Batch[Item]:
-        """Waits for a first item, then shortly for more, and takes at most one batch, one a board in turn."""
+        """Waits for a first item, then shortly for more, and takes at most one batch, one a board in turn.
+
+        Not for more where the last one came alone: one camera's requests do, and would all be held up in vain.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: self._count > 0, timeout_s):
                 return Batch()
-            self._changed.wait_for(lambda: self._count >= self.max_batch, self.wait_s)
+            if self._came_together or self._count > 1:
+                self._changed.wait_for(lambda: self._count >= self.max_batch, self.wait_s)
+            self._came_together = self._count > 1
             now = self._clock()
             batch: Batch[Item] = Batch()
             while self._count and len(batch.items) < self.max_batch:

@@ -23,7 +23,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     device: Annotated[str, Meta(pattern="^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
     threads: Annotated[int, Meta(ge=1, le=256)] = 1  # of the networks on a CPU; answers' bits depend on it
     max_batch: Annotated[int, Meta(ge=1, le=8)] = 8  # rows of a pass; used as far as the start test proves it
-    batch_wait_ms: Annotated[float, Meta(ge=0, le=1000)] = 2.0  # for more rows, once there is one
+    batch_wait_ms: Annotated[float, Meta(ge=0, le=1000)] = 2.0  # for more rows, where the last ones came together
     queue: Annotated[int, Meta(ge=1, le=4096)] = 64  # requests waiting; then boards are told to come back
     stop_s: Annotated[float, Meta(ge=0, le=600)] = 10.0  # to finish what was accepted, when told to stop
 

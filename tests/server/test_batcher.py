@@ -90,3 +90,16 @@ def test_who_is_ahead_of_one_more_is_counted_by_turns() -> None:
     assert batcher.ahead_of("quiet") == 1
     batcher.put("quiet", 0, 1.0)
     assert batcher.ahead_of("quiet") == 3
+
+
+def test_a_request_waits_for_others_only_where_the_last_ones_came_together() -> None:
+    queue: Batcher[str] = Batcher(8, 2, 1e6, Clock())
+    for item in ("a1", "a2"):
+        queue.put("a", item, 1.0)
+        assert queue.take(0).items == [item]  # alone, and at once
+    for board in "ab":
+        queue.put(board, board, 1.0)
+    assert queue.take(0).items == ["a", "b"]
+    queue.put("a", "first", 1.0)
+    threading.Timer(0.05, queue.put, ["b", "second", 1.0]).start()
+    assert queue.take(0).items == ["first", "second"]
