@@ -54,7 +54,7 @@ JPEG_QUALITY = 75
 LADDER = (JPEG_QUALITY, 50, 35, 25, 15, 10, 5)
 KEEP = 0.98  # of the baseline's CIDEr
 
-MAX_FRAME_BYTES = 500_000  # boards take pictures up to 512 KiB over MQTT
+MAX_FRAME_BYTES = 500_000  # of what camera software sends; boards take more, at more work
 LARGE_FRAME = 1024  # pixels; the longer side of what replaces a larger file
 
 Trace = Sequence[tuple[float, Profile]]

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from firmware_tools.terminal import markdown_table
+
 COLUMNS = {
     "paradigm": "name",
     "CIDEr": "cider",
@@ -79,7 +81,7 @@ def markdown(runs: Sequence[dict[str, Any]]) -> str:
         "to offload",
         "server, ms",
     )
-    rows = [names, ("---",) * len(names)]
+    rows: list[tuple[str, ...]] = [names]
     for run in runs:
         for name, figures in run["paradigms"].items():
             p50, p95, ratio = (figures[key] for key in ("verified_ms_p50", "verified_ms_p95", "verified_ratio"))
@@ -90,7 +92,7 @@ def markdown(runs: Sequence[dict[str, Any]]) -> str:
             )
             sent = f"{figures['bytes_mean']:.0f}"
             rows.append((run["profile"], f"`{name}`", cider, sent, first, *times, server))
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown_table(rows)
 
 
 def plot(runs: Sequence[dict[str, Any]], file: Path) -> None:

@@ -75,7 +75,7 @@ class Question:
     deadline: float  # the same clock: the draft stands after it
     keeps: bool = False  # not to be sent now: the link is away
     is_replay: bool = False  # out of the outbox
-    is_kept: bool = False  # the outbox has it, as it has every replay
+    is_kept: bool = False  # the outbox has it
     is_announced: bool = False  # its draft has come behind it
     compact: bytes = b""  # the same request in fewer bytes, for the outbox
     not_final: int = 0  # replies so far that a higher tier may improve
@@ -439,7 +439,7 @@ class Answers:
     def _unanswered(self, lost: Lost[Question]) -> None:
         """The time is up: the outbox has it from here on, or it is lost."""
         question = lost.content
-        if self._outbox and (question.is_replay or question.is_kept):
+        if self._outbox and question.is_kept:
             self._outbox.failed(lost.id)
         elif not self._keep(question):
             self._end_lost(lost)
@@ -481,7 +481,7 @@ class Answers:
 
     def _forget(self, question: Question) -> None:
         """It has ended: the outbox need not ask it again."""
-        if self._outbox and (question.is_replay or question.is_kept):
+        if self._outbox and question.is_kept:
             self._outbox.done(question.request.id)
 
     def _ask_again(self, due: Due) -> None:
@@ -496,7 +496,7 @@ class Answers:
         again = aged(msgspec.structs.replace(request, age_ms=0), due.age_s, REPLAY_S)
         payload, captured = encode_request(again), now - due.age_s
         if self._ledger.take(len(payload), now):
-            self._open(Question(again, payload, seen, captured, now + REPLAY_S, is_replay=True))
+            self._open(Question(again, payload, seen, captured, now + REPLAY_S, is_replay=True, is_kept=True))
         else:
             self.counts["over_budget"] += 1
             assert self._outbox is not None

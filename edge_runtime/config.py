@@ -87,9 +87,8 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """One source of frames."""
 
     name: CameraName
-    source: Annotated[
-        str, Meta(min_length=1)
-    ]  # a directory, tar, picture or video file, /dev/video0, rtsp://..., or "mqtt": pictures on down/frame
+    # A directory, tar, picture or video file, /dev/video0, rtsp://..., or "mqtt": pictures on down/frame.
+    source: Annotated[str, Meta(min_length=1)]
     interval_s: Annotated[float, Meta(ge=0, le=86400)] | None = None  # between frames; 0: every one the board manages
     stall_s: Annotated[float, Meta(ge=1, le=600)] = 5.0  # a camera without a new frame for so long is opened again
     repeat: bool = False  # start over when files end
@@ -113,9 +112,8 @@ class PolicyConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """What a board may spend, and what `paradigm = "auto"` must reach."""
 
     quality_floor: Annotated[float, Meta(ge=0, le=1)] = 0.9  # chance that a draft is the verified text; then it stands
-    bytes_per_minute: Annotated[int, Meta(ge=0, le=1_000_000_000)] = (
-        0  # of all requests, resends and replays included; 0: no limit
-    )
+    # Of all requests, resends and replays included; 0: no limit.
+    bytes_per_minute: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
     cpu_share: Annotated[float, Meta(gt=0, le=1)] = 1.0  # of one core, over the frames that come
     may_offload: bool = True  # pictures may leave the board
 
@@ -166,9 +164,10 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     metrics: MetricsConfig | None = None
 
     @property
-    def has_near_broker(self) -> bool:
-        """Another one than that of the servers: two connections with one id to one broker would end each other."""
-        return self.local is not None and (self.local.host, self.local.port) != (self.mqtt.host, self.mqtt.port)
+    def near_broker(self) -> MqttConfig | None:
+        """`local`, unless it is that of the servers: two connections with one id to one broker would end each other."""
+        local, mqtt = self.local, self.mqtt
+        return None if local is None or (local.host, local.port) == (mqtt.host, mqtt.port) else local
 
     def __post_init__(self) -> None:
         names = [camera.name for camera in self.cameras]

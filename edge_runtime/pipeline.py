@@ -43,6 +43,7 @@ from edge_runtime.wire.event import AnsweredBy, Event, Explain, ParadigmName
 logger = logging.getLogger(__name__)
 
 NOTHING_DRAFTED = Drafted((), 0.0)
+NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # where features travel
 NOTHING_SEEN = np.empty((0, 0, 0), np.int8)  # the symbols where the server runs the head
 
 
@@ -169,7 +170,7 @@ class Pipeline:
                 plan, seen = self._ask(frame, plan, seen, pixels, symbols, watch)
         elif plan.paradigm != "device" and drafted.tokens:
             seen = self._timed(seen, frame, watch)
-            self.answers.announce(seen, self._compact(frame, plan, seen, pixels, symbols))
+            self.answers.announce(seen, self._compact(frame, plan, seen, symbols))
         if plan.paradigm == "device":
             jpeg_bytes = len(to_jpeg(pixels, plan.jpeg_quality))
             final = msgspec.structs.replace(seen, final=True, paradigm="device", why=plan.why, jpeg_bytes=jpeg_bytes)
@@ -221,22 +222,13 @@ class Pipeline:
         self.answers.ask(Question(request, payload, seen, frame.captured, deadline, plan.keeps))
         return plan, seen
 
-    def _compact(
-        self,
-        frame: Frame,
-        plan: Plan,
-        seen: Event,
-        pixels: npt.NDArray[np.uint8],
-        symbols: npt.NDArray[np.int8],
-    ) -> bytes:
+    def _compact(self, frame: Frame, plan: Plan, seen: Event, symbols: npt.NDArray[np.int8]) -> bytes:
         """A picture's request as features, for an outbox: what is kept for hours is small, and shows nobody."""
         if plan.paradigm != "offload" or not self.answers.has_outbox:
             return b""
-        speculative = replace(plan, paradigm="speculative")
-        request_id = bytes.fromhex(seen.frame)
-        return encode_request(
-            build_request(self.bundle, request_id, speculative, pixels, symbols, seen.tokens, age_ms(frame))
-        )
+        plan, request_id = replace(plan, paradigm="speculative"), bytes.fromhex(seen.frame)
+        request = build_request(self.bundle, request_id, plan, NO_PIXELS, symbols, seen.tokens, age_ms(frame))
+        return encode_request(request)
 
     def _timed(self, seen: Event, frame: Frame, watch: Stopwatch) -> Event:
         """With what it took until now."""

@@ -49,12 +49,11 @@ class BoardPlanner:
         plan = Plan("device", "configured", own.deadline_ms or board.deadline_ms, Tier[tier.upper()] if tier else None)
         plan = replace(plan, jpeg_quality=board.jpeg_quality)
         now = time.monotonic()
+        self._estimates.catch_up(now)
         if paradigm != "device" and board.paradigm != "offload" and not self._has_room():
-            self._estimates.catch_up(now)
             why = f"device: {board.open_requests} requests wait already"
             return self._alone(replace(plan, explain=Explain("device", why)), why)
         if paradigm != "auto":
-            self._estimates.catch_up(now)
             name = cast(ParadigmName, paradigm)  # the switch takes no other word
             return replace(plan, paradigm=name, explain=Explain(name, "configured"))
         self._estimates.measured(self._vitals.read(now))

@@ -39,8 +39,7 @@ from edge_runtime.wire import Event, topics
 logger = logging.getLogger(__name__)
 
 BOOT = secrets.token_hex(4)  # tells one start of a board from the next
-MAX_REPLY = 512 << 10  # bytes of a packet from the broker, which drops larger ones silently (MQTT 5, 3.1.2.11.4)
-MAX_FRAME = 8 << 20  # the same where camera software sends pictures
+MAX_FRAME = 8 << 20  # bytes of a packet from the broker, where camera software sends pictures
 STOP_S = 10.0  # that an orderly end takes at most: both clients say what is left, the outbox writes
 
 
@@ -139,10 +138,10 @@ class Board:
         board, site = self.config.board, self.config.board.site
         for_servers = [(topics.reply(site, board.id), 1), (topics.server_statuses(site), 0)]
         for_users = [self.switches.subscription] + [(topics.frame(site, board.id), 0)] * self.cameras.wants_pictures
-        if self.config.local is None or not self.config.has_near_broker:
+        if (near := self.config.near_broker) is None:
             one = self._client(self.config.mqtt, for_servers + for_users, self._told)
             return one, one
-        local = self._client(self.config.local, for_users)
+        local = self._client(near, for_users)
         return self._client(self.config.mqtt, for_servers, self._told), local
 
     def _client(
@@ -151,11 +150,10 @@ class Board:
         subscriptions: list[tuple[str, int]],
         on_state: Callable[[State, str], None] | None = None,
     ) -> MqttClient:
+        limits = {"max_inbound_bytes": MAX_FRAME} if self.cameras.wants_pictures else {}
         births = self.switches.births if self.switches.subscription in subscriptions else list
         return MqttClient(
-            mqtt.settings(
-                self.config.board.id, max_inbound_bytes=MAX_FRAME if self.cameras.wants_pictures else MAX_REPLY
-            ),
+            mqtt.settings(self.config.board.id, **limits),
             subscriptions=subscriptions,
             optional=[topics.server_statuses(self.config.board.site)],  # replies tell the same, later
             on_message=self._heard,

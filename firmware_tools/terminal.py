@@ -1,7 +1,7 @@
 """What commands take and print: tables and progress on a terminal, plain lines elsewhere."""
 
 import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,13 @@ def number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, want a whole number from 1")
     return int(text)
+
+
+def markdown_table(rows: Iterable[Sequence[str]]) -> str:
+    """GitHub's; the first row is the header."""
+    header, *others = rows
+    lines = [header, ("---",) * len(header), *others]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
 def new_file(text: str) -> Path:

@@ -4,20 +4,15 @@ import base64
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.config import BoardConfig, CameraConfig, MqttConfig, RuntimeConfig
-from edge_runtime.mqtt import MqttClient
-from edge_runtime.runtime import run_board
-from edge_runtime.wire import Event, topics
 from server.config import Config, ServerConfig
-from server.service import run_server
 from tests.brokers import Mosquitto, skip
-from tests.listener import PATIENCE_S
+from tests.sites import assert_answered
 
 PAGE = Path(__file__).parents[1] / "docs" / "protocol.md"
 IDS = {"<site>": "home", "<board>": "porch", "<server>": "attic", "<pool>": "servers"}
@@ -81,36 +76,10 @@ def test_the_rights_of_the_page_are_enough_for_board_server_and_user(board_bundl
     listed = rights()
     roles = {"porch": listed["board"], "attic": listed["server"], "user": listed["user"]}
     with strict_broker(tmp_path, roles) as broker:
-        stop, proven, heard = threading.Event(), threading.Event(), threading.Event()
-
-        def on_message(message: Any) -> None:
-            if message.topic == topics.server_status("home", "attic") and json.loads(message.payload).get(
-                "share_proven"
-            ):
-                proven.set()
-            if message.topic == topics.event("home", "porch"):
-                heard.set()
-
         server = Config(ServerConfig(id="attic", bundle=str(board_bundle.path)), login(tmp_path, "attic", broker.port))
-        serving = threading.Thread(target=run_server, args=(server, stop))
-        user = MqttClient(
-            login(tmp_path, "user", broker.port).settings("user"),
-            subscriptions=[("aiflow/home/#", 1)],
-            on_message=on_message,
+        board = RuntimeConfig(
+            BoardConfig("porch", str(board_bundle.path), deadline_ms=60_000, paradigm="speculative"),
+            (CameraConfig("door", str(tmp_path / "photo.jpg")),),
+            login(tmp_path, "porch", broker.port),
         )
-        serving.start()
-        try:
-            with user:
-                assert proven.wait(PATIENCE_S)
-                events: list[Event] = []
-                board = RuntimeConfig(
-                    BoardConfig("porch", str(board_bundle.path), deadline_ms=60_000, paradigm="speculative"),
-                    (CameraConfig("door", str(tmp_path / "photo.jpg")),),
-                    login(tmp_path, "porch", broker.port),
-                )
-                run_board(board, threading.Event(), events.append)
-                assert [event.type for event in events] == ["new", "update"]
-                assert heard.wait(PATIENCE_S)
-        finally:
-            stop.set()
-            serving.join(PATIENCE_S)
+        assert_answered(board, server, login(tmp_path, "user", broker.port).settings("user"))

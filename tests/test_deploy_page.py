@@ -1,6 +1,5 @@
 """The files of docs/DEPLOY.md work together: broker, certificates, passwords, rights, board, server; and its units."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -12,14 +11,14 @@ import pytest
 
 from edge_runtime.config import CameraConfig, MqttConfig, RuntimeConfig, load_toml
 from edge_runtime.mqtt import Message, MqttClient
-from edge_runtime.runtime import STOP_S, run_board
+from edge_runtime.runtime import STOP_S
 from edge_runtime.signals import SLACK_S
-from edge_runtime.wire import Event, topics
+from edge_runtime.wire import topics
 from firmware_tools.cli import EXIT_CONFIG
 from server.config import Config, ServerConfig
-from server.service import run_server
 from tests.brokers import Mosquitto, mosquitto_or_skip
 from tests.listener import PATIENCE_S
+from tests.sites import assert_answered
 
 PAGE = (Path(__file__).parents[1] / "docs" / "DEPLOY.md").read_text()
 NAMES = ("porch", "attic", "alice")
@@ -77,27 +76,7 @@ def test_board_server_and_person_reach_each_other_over_its_broker(site, board_bu
             msgspec.structs.replace(server.server, bundle=str(board_bundle.path)),
             login(site, server.mqtt, running.port),
         )
-        proven, heard, stop, events = threading.Event(), threading.Event(), threading.Event(), list[Event]()
-
-        def on_message(message: Message) -> None:
-            if message.topic == topics.server_status("home", "attic"):
-                if json.loads(message.payload).get("share_proven"):
-                    proven.set()
-            elif message.topic == topics.event("home", "porch"):
-                heard.set()
-
-        person = login(site, MqttConfig(username="alice"), running.port).settings("alice")
-        serving = threading.Thread(target=run_server, args=(server, stop))
-        serving.start()
-        try:
-            with MqttClient(person, subscriptions=[("aiflow/home/#", 1)], on_message=on_message):
-                assert proven.wait(PATIENCE_S)
-                run_board(board, threading.Event(), events.append)
-                assert [event.type for event in events] == ["new", "update"]
-                assert heard.wait(PATIENCE_S)
-        finally:
-            stop.set()
-            serving.join(PATIENCE_S)
+        assert_answered(board, server, login(site, MqttConfig(username="alice"), running.port).settings("alice"))
 
 
 def test_its_rights_keep_a_board_from_speaking_for_another(site):

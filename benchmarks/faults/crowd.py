@@ -24,7 +24,7 @@ from edge_runtime.bundle import Bundle
 from edge_runtime.config import MqttConfig
 from edge_runtime.events import Events
 from edge_runtime.mqtt import Message, MqttClient, State
-from edge_runtime.pipeline import Plan, build_request
+from edge_runtime.pipeline import NO_PIXELS, Plan, build_request
 from edge_runtime.preprocess import decode_picture, to_input
 from edge_runtime.runtime import load_draft, load_head
 from edge_runtime.wire import Event, RequestIds, encode_request, topics
@@ -35,7 +35,6 @@ ASKS_S = 4.0  # between two questions of one board
 PLAN = Plan("speculative", "crowd", 4000)
 MAX_CONNECTS = 10  # in BIN_S, when all come back at once
 BIN_S = 0.1
-NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # latents travel, not pictures
 OPEN = 16  # requests of a board in the soak
 BATCH = 8  # of a server
 SAMPLE_S = 1.0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from benchmarks.faults.stage import Result
+from firmware_tools.terminal import markdown_table
 
 COLUMNS = ("fault", "accepted", "answered", "lost", "duplicates", "recovery s", "held", "what else was seen")
 
@@ -29,6 +30,5 @@ def table(results: Sequence[Result]) -> Table:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A table of GitHub's Markdown."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *(cells(result) for result in results)]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    """The table for a page."""
+    return markdown_table([COLUMNS, *(cells(result) for result in results)])

@@ -77,7 +77,7 @@ def test_a_missing_key_is_named(tmp_path):
 
 @pytest.mark.parametrize(("local", "is_near"), [("", False), ("[local]\n", False), ("[local]\nport = 1884\n", True)])
 def test_a_near_broker_is_another_one_than_the_servers(tmp_path, local, is_near):
-    assert load(tmp_path, BOARD + CAMERA + local).has_near_broker == is_near
+    assert (load(tmp_path, BOARD + CAMERA + local).near_broker is not None) == is_near
 
 
 def test_two_cameras_of_one_name_are_refused(tmp_path):
