@@ -55,7 +55,7 @@ def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[i
     """Medians over rounds, by batch size, of four ways to write the same captions.
 
     verified: with the drafts. alone: the target by itself, in the same passes. self_drafted: with the server's own
-    phrases from the start, no draft. one_by_one: alone, and in passes of one token, as a server would write that never
+    proposals from the start, no draft. one_by_one: alone, and in passes of one token, as a server writes that never
     verifies; its texts are not promised to be the same, so `same_texts` counts them.
     """
     undrafted, self_drafted = ([replace(job, draft=draft) for job in jobs] for draft in (None, ()))

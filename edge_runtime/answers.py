@@ -76,7 +76,7 @@ class Question:
     keeps: bool = False  # not to be sent now: the link is away
     is_replay: bool = False  # out of the outbox
     is_kept: bool = False  # the outbox has it
-    is_announced: bool = False  # its draft has come behind it
+    is_announced: bool = False  # its "new" event has come behind it
     compact: bytes = b""  # the same request in fewer bytes, for the outbox
     not_final: int = 0  # replies so far that a higher tier may improve
     begun: float = 0.0  # the same clock: when the answers' thread took it
@@ -109,7 +109,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Announced:
-    """A draft that was written behind its question."""
+    """What is known of a frame behind its question."""
 
     seen: Event
     compact: bytes
@@ -204,7 +204,7 @@ class Answers:
         self._inbox.put(question)
 
     def announce(self, seen: Event, compact: bytes = b"") -> None:
-        """A draft that was written behind its question: the "new" event, unless the answer was faster.
+        """What is known of a frame behind its question: the "new" event, unless the answer was faster.
 
         compact: the same question in fewer bytes, for the outbox."""
         self._inbox.put(Announced(seen, compact))
@@ -302,7 +302,6 @@ class Answers:
             self._away_at = question.begun
         if question.keeps and self._keep(question):
             self._kept_unsent += 1
-            self._events.publish(question.seen)
         elif question.keeps and not self._ledger.take(len(question.payload), question.begun):
             full = self._requests.open(question.request.id, question, question.deadline, question.begun)
             self._end_lost(full or self._requests.lose(question.request.id, "no room in outbox and byte budget"))
@@ -318,18 +317,20 @@ class Answers:
             self._unanswered(lost)
             return
         self._send(question, question.payload, question.deadline - now)
-        if question.seen.tokens and not (question.is_replay or question.is_announced):
-            self._events.publish(question.seen)
 
     def _announce(self, seen: Event, compact: bytes) -> None:
-        """An event that its frame's answer has overtaken would only take the answer back."""
+        """An event that its frame's answer has overtaken would only take the answer back; one without a draft says
+        nothing, but where the frame waits in the outbox.
+        """
         request_id = bytes.fromhex(seen.frame)
         entry = self._requests.find(request_id)
-        if question := entry.content if entry else self._unwritten.get(request_id):
-            question.seen, question.compact, question.is_announced = seen, compact, True
+        question = entry.content if entry else self._unwritten.get(request_id)
+        is_told = bool(seen.tokens) or question is None
+        if question:
+            question.seen, question.compact, question.is_announced = seen, compact, is_told
         if self._requests.has_ended(request_id):
             self.counts["overtaken"] += 1
-        else:
+        elif is_told:
             self._events.publish(seen)
 
     def _send(self, question: Question, payload: bytes, left_s: float) -> None:

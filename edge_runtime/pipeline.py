@@ -168,14 +168,14 @@ class Pipeline:
                 plan = replace(plan, paradigm="device", why=why)
             else:
                 plan, seen = self._ask(frame, plan, seen, pixels, symbols, watch)
-        elif plan.paradigm != "device" and drafted.tokens:
+        seen = self._as_picture(seen, plan, pixels)
+        if plan.paradigm == "device":
+            seen = msgspec.structs.replace(seen, final=True, paradigm="device", why=plan.why)
+            seen = self._timed(seen, frame, watch)
+            self.events.publish(seen)
+        else:
             seen = self._timed(seen, frame, watch)
             self.answers.announce(seen, self._compact(frame, plan, seen, symbols))
-        if plan.paradigm == "device":
-            jpeg_bytes = len(to_jpeg(pixels, plan.jpeg_quality))
-            final = msgspec.structs.replace(seen, final=True, paradigm="device", why=plan.why, jpeg_bytes=jpeg_bytes)
-            seen = self._timed(final, frame, watch)
-            self.events.publish(seen)
         watch.lap("publish")
         self.planner.took(plan, watch.ms)
         return seen
@@ -203,21 +203,22 @@ class Pipeline:
         symbols: npt.NDArray[np.int8],
         watch: Stopwatch,
     ) -> tuple[Plan, Event]:
-        """The frame's request leaves, and behind it the event, if there is a draft by now; returned as it is then.
+        """The frame's request leaves; returned with what is known of the frame then.
 
         Where the byte budget has no room for it, the plan that is returned is the device's.
         """
         request_id = bytes.fromhex(seen.frame)
         request = build_request(self.bundle, request_id, plan, pixels, symbols, seen.tokens, age_ms(frame))
         payload = encode_request(request)
-        offloads = plan.paradigm == "offload"
-        jpeg_bytes = len(request.content if offloads else to_jpeg(pixels, plan.jpeg_quality))
         watch.lap("encode")
+        if plan.paradigm == "offload":
+            seen = msgspec.structs.replace(seen, jpeg_bytes=len(request.content))
+        elif plan.keeps:  # others' features should be on their way before it is counted what they save
+            seen = self._as_picture(seen, plan, pixels)
         if not plan.keeps and not self.answers.affords(len(payload)):
             why = f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
             return replace(plan, paradigm="device", why=why), seen
-        counted = msgspec.structs.replace(seen, bytes_up=len(payload), jpeg_bytes=jpeg_bytes)
-        seen = self._timed(counted, frame, watch)
+        seen = self._timed(msgspec.structs.replace(seen, bytes_up=len(payload)), frame, watch)
         deadline = frame.captured + plan.budget_ms / 1e3
         self.answers.ask(Question(request, payload, seen, frame.captured, deadline, plan.keeps))
         return plan, seen
@@ -229,6 +230,12 @@ class Pipeline:
         plan, request_id = replace(plan, paradigm="speculative"), bytes.fromhex(seen.frame)
         request = build_request(self.bundle, request_id, plan, NO_PIXELS, symbols, seen.tokens, age_ms(frame))
         return encode_request(request)
+
+    def _as_picture(self, seen: Event, plan: Plan, pixels: npt.NDArray[np.uint8]) -> Event:
+        """With what the frame would have cost as a picture."""
+        if seen.jpeg_bytes:
+            return seen
+        return msgspec.structs.replace(seen, jpeg_bytes=len(to_jpeg(pixels, plan.jpeg_quality)))
 
     def _timed(self, seen: Event, frame: Frame, watch: Stopwatch) -> Event:
         """With what it took until now."""

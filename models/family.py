@@ -303,18 +303,26 @@ class TextDecoder(nn.Module):
         return Cache(*zeros)
 
     def step(self, tokens: Tensor, start: Tensor, memory: Memory, cache: Cache) -> Tensor:
-        """One block: tokens int64 [B, W], row b at positions start[b]..start[b] + W - 1, to logits [B, W, V].
+        """`read` and `choose` in one: a block of tokens int64 [B, W] to logits [B, W, V]."""
+        return self.choose(self.read(tokens, start, memory, cache))
+
+    def choose(self, hidden: Tensor) -> Tensor:
+        """What `read` gives, float [..., D], to logits of the next token [..., V]."""
+        return F.linear(hidden, self.tokens.weight) + self.never_emitted
+
+    def read(self, tokens: Tensor, start: Tensor, memory: Memory, cache: Cache) -> Tensor:
+        """One block: tokens int64 [B, W], row b at positions start[b]..start[b] + W - 1, to hidden states [B, W, D].
 
         Writes the block's keys and values into `cache`; key j is visible to position i iff j <= i.
         """
         positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         capacity = cache.keys[0].shape[2]
-        hidden = torch.arange(capacity, device=tokens.device) > positions[..., None]
-        mask = torch.zeros(hidden.shape, dtype=self.positions.dtype, device=tokens.device)
-        mask = mask.masked_fill_(hidden, -math.inf)[:, None]
+        later = torch.arange(capacity, device=tokens.device) > positions[..., None]
+        mask = torch.zeros(later.shape, dtype=self.positions.dtype, device=tokens.device)
+        mask = mask.masked_fill_(later, -math.inf)[:, None]
         x = self.tokens(tokens) + self.positions[positions.clamp_max(self.shape.max_tokens - 1)]
-        x = self._layers(x, memory, mask, cache, positions, Dropout())
-        return F.linear(self.norm(x), self.tokens.weight) + self.never_emitted
+        hidden: Tensor = self.norm(self._layers(x, memory, mask, cache, positions, Dropout()))
+        return hidden
 
     def _layers(
         self, x: Tensor, memory: Memory, mask: Tensor, cache: Cache | None, positions: Tensor | None, drop: Dropout

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from edge_runtime.bundle import Bundle, BundleError
 from edge_runtime.config import ConfigError
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
-from models.phrases import Phrases
+from models.lookahead import Lookahead
 from server.engine import Engine
 
-HEAD, PHRASES = "head.safetensors", "phrases.safetensors"  # which a bundle may lack
+HEAD, LOOKAHEAD = "head.safetensors", "lookahead-{tier}.safetensors"  # which a bundle may lack
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -49,7 +49,8 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
     for network in (tail, classifier, head, *decoders.values()):
         if network is not None:
             network.to(device)
-    return Engine(tail, decoders, classifier, manifest.classes, head, _phrases(bundle), device)
+    lookaheads = {tier: found for tier in tiers if (found := _lookahead(bundle, tier))}
+    return Engine(tail, decoders, classifier, manifest.classes, head, lookaheads, device)
 
 
 def _decoder(bundle: Bundle, tier: str) -> TextDecoder:
@@ -67,14 +68,15 @@ def _decoder(bundle: Bundle, tier: str) -> TextDecoder:
     return filled(TextDecoder(shape), load_weights(bundle, target.file), target.file)
 
 
-def _phrases(bundle: Bundle) -> Phrases | None:
-    if PHRASES not in bundle.manifest.files:
+def _lookahead(bundle: Bundle, tier: str) -> Lookahead | None:
+    name = LOOKAHEAD.format(tier=tier)
+    if name not in bundle.manifest.files:
         return None
-    tensors = load_tensors(bundle, PHRASES)
+    tensors = load_tensors(bundle, name)
     try:
-        return Phrases.of_tensors(tensors, bundle.manifest.vocabulary)
+        return Lookahead.of_tensors(tensors, bundle.manifest.targets[tier].width, bundle.manifest.vocabulary)
     except ValueError as error:
-        raise BundleError(f"{bundle.path / PHRASES} is no table of phrases: {error}") from error
+        raise BundleError(f"{bundle.path / name} is no lookahead of the target {tier}: {error}") from error
 
 
 def load_weights(bundle: Bundle, name: str) -> dict[str, Tensor]:

@@ -2,7 +2,11 @@
 
 import argparse
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from models.recipe import (
     stage1_photos,
@@ -14,7 +18,8 @@ from models.recipe import (
     stage7_critic,
     stage8_texts,
     stage9_draft,
-    stage10_bundle,
+    stage10_lookahead,
+    stage11_bundle,
 )
 from models.recipe.workspace import Workspace, shortened
 
@@ -44,27 +49,29 @@ def main() -> None:
     if args.classes:
         licences["class photos"] = args.class_terms
 
-    if not work.is_done(stage1_photos.NAME):
-        stage1_photos.run(work, args.images, args.captions, args.classes)
-    if not work.is_done(stage2_views.NAME):
-        stage2_views.run(work)
-    if not work.is_done(stage3_bottleneck.NAME):
-        stage3_bottleneck.run(work, shortened(stage3_bottleneck.Settings(), share))
-    if not work.is_done(stage4_head.NAME):
-        stage4_head.run(work)
-    if not work.is_done(stage5_symbols.NAME):
-        stage5_symbols.run(work)
-    if not work.is_done(f"{stage6_targets.NAME}-cloud"):
-        stage6_targets.run(work, shortened(stage6_targets.Settings(), share), "cloud")
-    if not work.is_done(stage7_critic.NAME):
-        stage7_critic.run(work, shortened(stage7_critic.Settings(), share))
-    if not work.is_done(stage8_texts.NAME):
-        stage8_texts.run(work)
-    if not work.is_done(f"{stage6_targets.NAME}-edge"):
-        stage6_targets.run(work, shortened(stage6_targets.Settings(), share), "edge")
-    if not work.is_done(stage9_draft.NAME):
-        stage9_draft.run(work, shortened(stage9_draft.Settings(), share))
-    stage10_bundle.run(work, args.out, licences)
+    def lengths(stage: ModuleType) -> Any:
+        return shortened(stage.Settings(), share)
+
+    stages: list[tuple[str, Callable[[], None]]] = [
+        (stage1_photos.NAME, partial(stage1_photos.run, work, args.images, args.captions, args.classes)),
+        (stage2_views.NAME, partial(stage2_views.run, work)),
+        (stage3_bottleneck.NAME, partial(stage3_bottleneck.run, work, lengths(stage3_bottleneck))),
+        (stage4_head.NAME, partial(stage4_head.run, work)),
+        (stage5_symbols.NAME, partial(stage5_symbols.run, work)),
+        (f"{stage6_targets.NAME}-cloud", partial(stage6_targets.run, work, lengths(stage6_targets), "cloud")),
+        (stage7_critic.NAME, partial(stage7_critic.run, work, lengths(stage7_critic))),
+        (stage8_texts.NAME, partial(stage8_texts.run, work)),
+        (f"{stage6_targets.NAME}-edge", partial(stage6_targets.run, work, lengths(stage6_targets), "edge")),
+        (stage9_draft.NAME, partial(stage9_draft.run, work, lengths(stage9_draft))),
+        *(
+            (f"{stage10_lookahead.NAME}-{tier}", partial(stage10_lookahead.run, work, lengths(stage10_lookahead), tier))
+            for tier in ("edge", "cloud")
+        ),
+    ]
+    for name, run in stages:
+        if not work.is_done(name):
+            run()
+    stage11_bundle.run(work, args.out, licences)
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ class Board:
         if event.type != "new":  # one for each question: test_pipeline.py
             self.listener(event)
 
-    def ask(self, deadline_s: float = FOREVER_S, keeps: bool = False) -> Request:
-        """One more question; its id is its number."""
+    def ask(self, deadline_s: float = FOREVER_S, keeps: bool = False, announces: bool = True) -> Request:
+        """One more question, and its draft behind it; its id is its number."""
         self.asked += 1
         request = Request(
             id=self.asked.to_bytes(8, "big"),
@@ -103,6 +103,8 @@ class Board:
         )
         payload = encode_request(request)
         self.answers.ask(Question(request, payload, seen, time.monotonic(), time.monotonic() + deadline_s, keeps))
+        if announces:
+            self.answers.announce(seen)
         return request
 
     def next_event(self) -> Event:
@@ -587,7 +589,7 @@ def test_what_was_kept_is_paid_for_and_waits_for_the_budget(broker, board_bundle
 
 def test_a_draft_that_follows_its_picture_is_kept_with_its_features_instead(broker, board_bundle, server, tmp_path):
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path)) as board:
-        first = board.ask(deadline_s=SOON_S)
+        first = board.ask(deadline_s=SOON_S, announces=False)
         features = msgspec.structs.replace(first, content=b"features")
         assert server.request() == first
         seen = Event(type="new", frame=first.id.hex(), camera="door", captured=datetime.now(timezone.utc), text="late")
@@ -608,7 +610,7 @@ def test_a_draft_that_follows_while_its_request_is_written_is_announced_once(
         monkeypatch.setattr(board, "heard", lambda event: news.append(event) if event.type == "new" else None)
         board.answers._events._listener = board.heard
         monkeypatch.setattr(board.answers._outbox, "keep", lambda *_, **__: True)  # and never says that it has
-        first = board.ask()
+        first = board.ask(announces=False)
         draft = Event(
             type="new", frame=first.id.hex(), camera="door", captured=datetime.now(timezone.utc), tokens=DRAFT
         )
@@ -641,7 +643,7 @@ def test_a_disk_that_takes_nothing_holds_up_no_request_and_loses_none_silently(
 def test_a_disk_that_hangs_holds_up_a_request_for_a_moment_only(broker, board_bundle, server, tmp_path, monkeypatch):
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path, every_request=True)) as board:
         monkeypatch.setattr(board.answers._outbox, "keep", lambda *_, **__: True)  # and never says that it has
-        first = board.ask()
+        first = board.ask(announces=False)
         assert server.request() == first
         server.reply(first)
         assert board.next_event().type == "update"

@@ -12,7 +12,7 @@ from edge_runtime.pictures import read_pictures
 from edge_runtime.preprocess import decode_picture, to_input
 from edge_runtime.runtime import load_draft, load_head
 from models.recipe import __main__ as recipe
-from models.recipe import stage3_bottleneck, stage6_targets, stage7_critic, stage9_draft
+from models.recipe import stage3_bottleneck, stage6_targets, stage7_critic, stage9_draft, stage10_lookahead
 from models.recipe.workspace import shortened
 from server.engine import Job
 from server.loading import load_engine
@@ -24,6 +24,7 @@ SMALL = (  # what is trained on in a step
     (stage6_targets, {"TEXTS": 20, "CLASS_PHOTOS": 2}),
     (stage7_critic, {"PHOTOS": 2}),
     (stage9_draft, {"BATCH": 8}),
+    (stage10_lookahead, {"BATCH": 4}),
 )
 TEXTS = ("a red dog runs on green grass", "a dog runs on grass", "the red dog is on the grass")
 
@@ -63,7 +64,7 @@ def test_photos_and_captions_alone_become_a_bundle_that_answers(inputs: list[str
         alone, verified = engine.answer([Job(symbols, tier=tier), Job(symbols, draft=draft, tier=tier)])
         assert alone.tokens == verified.tokens
         assert not alone.error
-    assert engine.phrases is not None
+    assert engine.lookaheads.keys() == {"edge", "cloud"}
 
     # The same command again trains nothing: every stage's figures are there.
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")}

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from edge_runtime.bundle import BOS, EOS, Bundle, BundleError, FileRecord, file_hash
 from models.family import DecoderShape, Tail, TextDecoder
-from models.phrases import Phrases
-from server.engine import BLOCK, Answer, Engine, Job, Proof, Shape, Writing, cheapest, look
+from models.lookahead import Lookahead, LookaheadNet
+from models.recipe.stage10_lookahead import Texts, loss_of
+from server.engine import BLOCK, LONE_BLOCK, Answer, Engine, Job, Proof, Shape, Writing, cheapest, look
 from server.loading import load_engine
 from server.numerics import REJECTED, prove, read
 from server.verify import new_text
@@ -86,20 +87,43 @@ def test_any_batch_with_any_drafts_answers_as_each_row_alone(engine, alone, rows
 
 
 def test_a_perfect_draft_needs_one_pass_a_block(engine: Engine, alone: dict[str, list[Answer]]) -> None:
+    block = LONE_BLOCK if (1, LONE_BLOCK) in engine.proof.shapes else BLOCK
     for own, symbols in zip(alone["edge"], SYMBOLS, strict=True):
         answer = engine.answer([Job(symbols, draft=own.tokens)])[0]
         emitted = min(len(own.tokens) + 1, MAX_TOKENS)
-        assert (answer.tokens, answer.passes) == (own.tokens, -(-emitted // BLOCK))
+        assert (answer.tokens, answer.passes) == (own.tokens, -(-emitted // block))
         assert answer.accepted == answer.proposed == min(len(own.tokens), MAX_TOKENS - 1)
     assert all(own.passes == min(len(own.tokens) + 1, MAX_TOKENS) for own in alone["edge"])
 
 
+def taught(engine: Engine, texts: list[tuple[int, ...]]) -> Lookahead:
+    """A lookahead that knows the edge's texts about SYMBOLS by heart."""
+    decoder = engine.decoders["edge"]
+    tokens = np.zeros((len(texts), MAX_TOKENS + 2), np.int16)
+    hidden = np.zeros((*tokens.shape, decoder.shape.width), np.float16)
+    with torch.inference_mode():
+        memory = look(decoder, engine.features(torch.from_numpy(SYMBOLS).float(), (1,)), (1,))
+        for i, text in enumerate(texts):
+            read_again = torch.tensor([[BOS, *text]])
+            image = [(keys[i : i + 1], values[i : i + 1]) for keys, values in memory]
+            states = decoder.read(read_again, torch.tensor([0]), image, decoder.new_cache(1, BLOCK))[0]
+            tokens[i, : len(text) + 2] = [BOS, *text, EOS]
+            hidden[i, 1 : len(states) + 1] = states.numpy()
+    torch.manual_seed(0)
+    net = LookaheadNet(decoder.shape.width, VOCABULARY)
+    optimiser = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss_of(net, Texts(tokens, hidden), np.arange(VOCABULARY), 0.0).backward()
+        optimiser.step()
+    return Lookahead(range(VOCABULARY), net)
+
+
 @pytest.mark.parametrize("size", [1, 8])
-def test_phrases_save_passes_where_there_is_a_draft_and_change_no_text(bundle: Bundle, alone, size: int) -> None:
+def test_a_lookahead_saves_passes_where_there_is_a_draft_and_changes_no_text(bundle: Bundle, alone, size: int) -> None:
     informed = load_engine(bundle, TIERS)
     informed.proof = prove(informed)
-    own = [answer.tokens for answer in alone["edge"]]
-    informed.phrases = Phrases.of_texts([[BOS, *text, EOS] for text in own])  # it knows these texts by heart
+    informed.lookaheads = {"edge": taught(informed, [answer.tokens for answer in alone["edge"]])}
     # Wrong from the first word on, empty, and none.
     for draft, saves in (((4, 4, 4), True), ((), True), (None, False)):
         jobs = [Job(s, draft=draft, wants_label=True) for s in SYMBOLS]
@@ -296,11 +320,13 @@ def test_a_file_that_is_no_safetensors_is_refused_by_name(tmp_path: Path) -> Non
         load_engine(with_file(bundle, "edge.safetensors", b"\x00" * 100), ("edge",))
 
 
-def test_a_table_of_phrases_may_be_missing_but_not_wrong(tmp_path: Path) -> None:
+def test_a_lookahead_may_be_missing_but_not_wrong(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
-    edge = (bundle.path / "edge.safetensors").read_bytes()
-    with pytest.raises(BundleError, match=r"phrases.safetensors is no table of phrases: no tensor 'contexts'"):
-        load_engine(with_file(bundle, "phrases.safetensors", edge), ("edge",))
-    files = {name: record for name, record in bundle.manifest.files.items() if name != "phrases.safetensors"}
+    of_cloud = (bundle.path / "lookahead-cloud.safetensors").read_bytes()
+    with pytest.raises(
+        BundleError, match=r"lookahead-edge.safetensors is no lookahead of the target edge: .* width 32"
+    ):
+        load_engine(with_file(bundle, "lookahead-edge.safetensors", of_cloud), ("edge",))
+    files = {name: record for name, record in bundle.manifest.files.items() if name != "lookahead-edge.safetensors"}
     without = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, files=files))
-    assert load_engine(without, ("edge",)).phrases is None
+    assert load_engine(without, ("edge", "cloud")).lookaheads.keys() == {"cloud"}

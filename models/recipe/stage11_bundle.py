@@ -28,13 +28,12 @@ from edge_runtime.preprocess import PIXELS
 from models.backbone import pretrained_lite0
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import LATENT, DraftDecoder, decoder_shapes
-from models.phrases import Phrases
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage9_draft
 from models.recipe.scores import cider
 from models.recipe.stage4_head import float_symbols, trained_head
 from models.recipe.workspace import Workspace
 
-NAME = "10-bundle"
+NAME = "11-bundle"
 KNOWN = 0.95  # of a class's photos that the backbone must tell right for its own rows to be taken
 FLOAT_CHECK = 256  # dev photos on which the float head's symbols are compared
 
@@ -45,6 +44,8 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
     out.mkdir(parents=True)
     for name in ("head.onnx", "head.tflite", "tables.bin", "vocabulary.txt"):
         shutil.copy(work / name, out / name)
+    for tier in ("edge", "cloud"):
+        shutil.copy(work / f"lookahead-{tier}.safetensors", out)
     _save(torch.load(work / "head.pt", weights_only=True), out / "head.safetensors")
     targets = {tier: stage7_critic.final_weights(work, tier) for tier in ("edge", "cloud")}
     shared = {k: v for k, v in targets["cloud"].items() if not k.startswith("decoder.")}
@@ -64,8 +65,6 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
     for suffix, files in (("onnx", write_draft_onnx(int8)), ("tflite", write_draft_litert(int8))):
         for part, data in zip(("look", "step"), files, strict=True):
             (out / f"draft_{part}.{suffix}").write_bytes(data)
-    texts = np.concatenate([np.load(work / f"texts-{part}.npy") for part in ("train", "classes")])
-    save_file(Phrases.of_texts(texts.tolist()).tensors(), out / "phrases.safetensors")
 
     quality, calibration = measure(work, out)
     manifest = manifest_of(work, out, licences, quality, calibration)

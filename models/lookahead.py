@@ -1,0 +1,107 @@
+"""What a target is about to write, guessed from what it was thinking when it chose its last word.
+
+The hidden state from which a target chose a word says much about the words that follow, and costs nothing: verification
+has computed it. A small recurrent network, one for each target, begins there and goes on word by word, each guess
+knowing the ones before it: Hydra (Ankner et al., arXiv 2402.05109) with one recurrent head for all distances; kin to
+Medusa (Cai et al., arXiv 2401.10774) and EAGLE (Li et al., arXiv 2401.15077).
+
+Trained in PyTorch, run in numpy: a step is a hundredth of a pass of the target, and calling PyTorch for its eight small
+operations would cost more than they do.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edge_runtime.bundle import UNKNOWN
+
+STATE = 128  # width of the recurrent state; 256 is no better
+
+
+class LookaheadNet(nn.Module):
+    """The network as it is trained: a gated recurrent unit (Cho et al., arXiv 1406.1078) over its own guesses.
+
+    It has words of its own numbering, 0..W - 1: those that the target was seen to write.
+    """
+
+    def __init__(self, width: int, words: int) -> None:
+        """width: of the target's hidden state."""
+        super().__init__()
+        self.start = nn.Linear(width, STATE)
+        self.input_gates = nn.Embedding(words, 3 * STATE)  # of each word
+        self.state_gates = nn.Linear(STATE, 3 * STATE)
+        self.out = nn.Linear(STATE, words)
+        nn.init.normal_(self.input_gates.weight, std=0.1)
+
+    def forward(self, hidden: Tensor, words: Tensor, dropout: float = 0.0) -> Tensor:
+        """Teacher forcing: hidden float [..., D] and the words from there on, int64 [..., K], the first being what was
+        chosen from that hidden state, to logits [..., K, W] of what follows each.
+        """
+        state, logits = torch.tanh(self.start(F.dropout(hidden, dropout))), []
+        for k in range(words.shape[-1]):
+            x_reset, x_update, x_new = self.input_gates(words[..., k]).chunk(3, -1)
+            h_reset, h_update, h_new = self.state_gates(state).chunk(3, -1)
+            update = torch.sigmoid(x_update + h_update)
+            new = torch.tanh(x_new + torch.sigmoid(x_reset + h_reset) * h_new)
+            state = new + update * (state - new)
+            logits.append(self.out(F.dropout(state, dropout)))
+        return torch.stack(logits, -2)
+
+
+class Lookahead:
+    """The network as it is served."""
+
+    def __init__(self, tokens: Sequence[int], net: LookaheadNet) -> None:
+        """tokens: of the network's words, in its order."""
+        self.tokens = list(tokens)
+        self.width = net.start.in_features
+        self._words = {token: word for word, token in enumerate(self.tokens)}
+        weights = {name: weight.detach().float().numpy() for name, weight in net.state_dict().items()}
+        self._start, self._start_bias = weights["start.weight"], weights["start.bias"]
+        self._input_gates = weights["input_gates.weight"]
+        self._state_gates, self._state_bias = weights["state_gates.weight"], weights["state_gates.bias"]
+        self._out, self._out_bias = weights["out.weight"], weights["out.bias"]
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor], width: int, vocabulary: int) -> "Lookahead":
+        """What `tensors_of` gave, for a target of this width. Raises ValueError for anything else."""
+        tokens = tensors.get("tokens")
+        if tokens is None or tokens.ndim != 1 or tokens.is_floating_point():
+            raise ValueError("want its words as whole numbers in a tensor `tokens`")
+        if not len(tokens) or not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise ValueError(f"its words are tokens outside of 0..{vocabulary - 1}, or none")
+        net = LookaheadNet(width, len(tokens))
+        try:
+            net.load_state_dict({name: weight.float() for name, weight in tensors.items() if name != "tokens"})
+        except RuntimeError as error:
+            raise ValueError(f"not for a target of width {width}: {error}") from error
+        return cls(tokens.tolist(), net)
+
+    def propose(self, hidden: NDArray[np.float32], token: int, count: int) -> tuple[int, ...]:
+        """Up to `count` tokens that may follow one that the target chose from this hidden state [D].
+
+        Before the first word: BOS and zeros. Fewer where the text seems to end, none after a token it does not know.
+        """
+        word, proposed = self._words.get(token), list[int]()
+        # Row by row: for several at once the library would wake threads, which cost more than they bring.
+        state = np.tanh(self._start @ hidden + self._start_bias)
+        while word is not None and len(proposed) < count:
+            x, h = self._input_gates[word], self._state_gates @ state + self._state_bias
+            reset, update = np.split(1.0 / (1.0 + np.exp(-(x + h)[: 2 * STATE])), 2)
+            new = np.tanh(x[2 * STATE :] + reset * h[2 * STATE :])
+            state = new + update * (state - new)
+            word = int((self._out @ state + self._out_bias).argmax())
+            if self.tokens[word] <= UNKNOWN:
+                break
+            proposed.append(self.tokens[word])
+        return tuple(proposed)
+
+
+def tensors_of(tokens: Sequence[int], net: LookaheadNet) -> dict[str, Tensor]:
+    """As it is kept in a bundle: tokens int32 [W], weights float16."""
+    weights = {name: weight.detach().to(torch.float16).contiguous() for name, weight in net.state_dict().items()}
+    return {"tokens": torch.tensor(tokens, dtype=torch.int32), **weights}

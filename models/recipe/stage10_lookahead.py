@@ -1,0 +1,159 @@
+"""Each target's lookahead: its own words from its own hidden states, over all training views.
+
+What counts is what the target writes by itself, hence its own texts, and how it thinks while it does, hence the states
+of reading them again.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edge_runtime.bundle import BOS, EOS, PAD
+from models.lookahead import LookaheadNet, tensors_of
+from models.recipe import stage6_targets as targets
+from models.recipe import stage7_critic as critic
+from models.recipe.workspace import Average, Workspace, steps
+
+NAME = "10-lookahead"
+BATCH = 64  # texts
+READ = 250  # texts read at once
+DISTANCE = 7  # words ahead: more than a pass of the server verifies
+FADES = 0.9  # a word farther ahead counts so much less: it is only reached if all before it are right
+CHECKPOINT_EVERY = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Length of training and its strength."""
+
+    steps: int = 3400
+    learning_rate: float = 3e-3
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What a target wrote about some views: rows of words, and the hidden state from which each was chosen."""
+
+    tokens: np.ndarray  # int16 [N, T + 1], BOS first, PAD after EOS
+    hidden: np.ndarray  # float16 [N, T + 1, D]; zeros for BOS
+
+
+def run(work: Workspace, settings: Settings, tier: str) -> None:
+    """Writes lookahead-<tier>.safetensors."""
+    torch.manual_seed(10)
+    rng = np.random.default_rng(10)
+    net = targets.new_target(work, tier)
+    net.load_state_dict(critic.final_weights(work, tier))
+    net.eval()
+    parts = [texts_of(work, net, part) for part in ("train", "classes", "dev")]
+    dev = parts.pop()
+    tokens = np.unique(np.concatenate([np.unique(part.tokens) for part in parts]))
+    tokens = tokens[tokens != PAD].astype(np.int64)
+    numbers = np.full(work.vocabulary, -1, np.int64)  # token to the network's own number of it
+    numbers[tokens] = np.arange(len(tokens))
+    ahead = LookaheadNet(net.decoder.shape.width, len(tokens))
+    optimiser = torch.optim.AdamW(ahead.parameters(), lr=settings.learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
+    average = Average(ahead, 0.998)
+    name = f"{NAME}-{tier}"
+    first = work.load(name, net=ahead, optimiser=optimiser, average=average)
+    border, total = len(parts[0].tokens), sum(len(part.tokens) for part in parts)
+    losses, started = [], time.monotonic()
+    for step in steps(f"lookahead of {tier}", first, settings.steps):
+        optimiser.param_groups[0]["lr"] = settings.learning_rate * targets.rate_at(step, settings.steps)
+        chosen = np.sort(rng.integers(0, total, BATCH))
+        split = np.searchsorted(chosen, border)
+        rows = [cut(parts[0], chosen[:split]), cut(parts[1], chosen[split:] - border)]
+        longest = max(part.tokens.shape[1] for part in rows)
+        loss = torch.zeros(())
+        for part in rows:
+            if len(part.tokens):
+                loss = loss + loss_of(ahead, part, numbers, settings.dropout) / (BATCH * longest)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(ahead.parameters(), 1.0)
+        optimiser.step()
+        average.update(ahead, step)
+        losses.append(loss.item())
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
+            work.save(name, step + 1, net=ahead, optimiser=optimiser, average=average)
+            quality = evaluate(average.weights, dev, numbers)
+            minutes = round((time.monotonic() - started) / 60, 1)
+            print(
+                name, step + 1, {"loss": np.mean(losses[-CHECKPOINT_EVERY:]).round(4), **quality}, minutes, flush=True
+            )
+    ahead.load_state_dict(average.weights)
+    save_file(tensors_of(tokens.tolist(), ahead), work / f"lookahead-{tier}.safetensors")
+    work.finish(name, quality | {"words": len(tokens)})
+
+
+@torch.inference_mode()
+def texts_of(work: Workspace, net: targets.Target, part: str) -> Texts:
+    """A target's greedy texts about the views of a part, and its states as it reads them again."""
+    maps = work.array(f"maps-{part}")
+    shape = net.decoder.shape
+    tokens = np.full((len(maps), shape.max_tokens + 1), PAD, np.int16)
+    hidden = np.zeros((*tokens.shape, shape.width), np.float16)
+    states: list[Tensor] = []
+    hook = net.decoder.norm.register_forward_hook(lambda _, __, state: states.append(state))
+    for step in steps(f"texts of {part}", 0, -(-len(maps) // READ)):
+        at = slice(step * READ, (step + 1) * READ)
+        for row, text in zip(tokens[at], targets.write(net, maps[at]), strict=True):
+            row[: len(text) + 2] = [BOS, *text, EOS][: len(row)]
+        states.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            memory = net.decoder.look(net.features(targets.maps_of(maps, at)))
+            net.decoder(torch.from_numpy(tokens[at, :-1].astype(np.int64)), memory)
+        hidden[at, 1:] = states[0].float().numpy()
+    hook.remove()
+    return Texts(tokens, hidden)
+
+
+def cut(texts: Texts, chosen: np.ndarray) -> Texts:
+    """Some of the texts, no wider than the longest of them."""
+    tokens = texts.tokens[chosen]
+    width = int((tokens != PAD).sum(1).max(initial=1))
+    return Texts(tokens[:, :width], texts.hidden[chosen, :width])
+
+
+def unrolled(texts: Texts, numbers: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Every place of every text as an example: hidden [M, D], the words from there on [M, DISTANCE], and what follows
+    each of them, -1 behind the text's end.
+    """
+    tokens = texts.tokens.astype(np.int64)
+    padded = np.pad(tokens, ((0, 0), (0, DISTANCE)), constant_values=PAD)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, DISTANCE + 1, axis=1)  # [N, T, DISTANCE + 1]
+    is_place = (windows[..., 0] != PAD) & (windows[..., 1] != PAD)
+    hidden = torch.from_numpy(texts.hidden[is_place].astype(np.float32))
+    words = torch.from_numpy(np.where(windows == PAD, -1, numbers[windows])[is_place])
+    return hidden, words[:, :-1].clamp_min(0), words[:, 1:]
+
+
+def loss_of(ahead: LookaheadNet, texts: Texts, numbers: np.ndarray, dropout: float) -> Tensor:
+    """Cross-entropy summed over places and distances."""
+    hidden, words, wanted = unrolled(texts, numbers)
+    logits = ahead(hidden, words, dropout)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), wanted.flatten(), ignore_index=-1, label_smoothing=0.02, reduction="none"
+    )
+    weighted: Tensor = losses.view(wanted.shape) * FADES ** torch.arange(DISTANCE)
+    return weighted.sum()
+
+
+@torch.inference_mode()
+def evaluate(weights: dict[str, Tensor], dev: Texts, numbers: np.ndarray) -> dict[str, float]:
+    """Mean number of words ahead, of DISTANCE, that are right before the first wrong one."""
+    words, width = weights["out.weight"].shape[0], weights["start.weight"].shape[1]
+    ahead = LookaheadNet(width, words)
+    ahead.load_state_dict(weights)
+    runs = []
+    for at in range(0, len(dev.tokens), READ):
+        hidden, given, wanted = unrolled(cut(dev, np.arange(at, min(at + READ, len(dev.tokens)))), numbers)
+        # Teacher forcing says the same as guessing on, up to the first mistake.
+        runs.append((ahead(hidden, given).argmax(-1) == wanted).cumprod(1).sum(1))
+    return {"words_ahead": round(float(torch.cat(runs).float().mean()), 3)}
