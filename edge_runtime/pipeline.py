@@ -60,6 +60,7 @@ class Plan:
     drafts: bool = True  # where the draft is no part of the request: whether there is time for one
     may_stand: bool = False  # a draft that is sure enough needs nobody who verifies it
     keeps: bool = False  # the link is away: the request goes to the outbox at once
+    proposes: bool = False  # the server may draft by itself where no draft is sent
 
 
 class Planner(Protocol):
@@ -268,7 +269,7 @@ def build_request(
         content_kind=ContentKind.JPEG if offloads else ContentKind.LATENT,
         content=to_jpeg(pixels, plan.jpeg_quality) if offloads else encode_finest(symbols, bundle.tables),
         draft=encode_tokens(draft) if plan.paradigm == "speculative" else b"",
-        options=None if plan.tier is None else Options(tier=plan.tier),
+        options=Options(tier=plan.tier, propose=plan.proposes) if plan.proposes or plan.tier is not None else None,
     )
 
 

@@ -68,6 +68,8 @@ class BoardPlanner:
             explain=decision.explain,
             drafts=decision.drafts,
             may_stand=True,
+            # Who configures split or offload wants the target alone; here what counts is the time.
+            proposes=decision.paradigm in ("split", "offload"),
         )
         return self._alone(plan, plan.why) if decision.away and decision.paradigm == "device" else plan
 

@@ -287,8 +287,12 @@ def _decoding(facts: Facts, kind: Kind) -> tuple[float, float]:
     passes = plain
     if kind == "drafted":
         passes = DRAFTED_SHARE * plain if facts.drafted_passes is None else facts.drafted_passes
-    ms = passes * facts.kind_pass_ms.get(kind, _of(facts, "pass_ms"))
-    return ms, ms if kind in facts.kind_pass_ms else UNPROVEN * ms
+    pass_ms = facts.kind_pass_ms.get(kind, _of(facts, "pass_ms"))
+    if kind in facts.kind_pass_ms:
+        return passes * pass_ms, passes * pass_ms
+    # A server that proposes words to itself may need no more passes than with the board's draft.
+    best = UNPROVEN * passes if facts.drafted_passes is None else min(UNPROVEN * passes, facts.drafted_passes)
+    return passes * pass_ms, best * pass_ms
 
 
 def _of(facts: Facts, name: str) -> float:

@@ -255,8 +255,9 @@ class Service:
             return None
         max_tokens = request.options.max_tokens if request.options else None
         wants_label = bool(self.bundle.manifest.classes)
-        # A board without a draft that asks for speculation gets the server's; "split" is the target alone.
-        is_speculative = request.draft or request.paradigm is Paradigm.SPECULATIVE
+        # A board without a draft that asks for speculation gets the server's; else "split" is the target alone.
+        proposes = request.options is not None and request.options.propose
+        is_speculative = request.draft or request.paradigm is Paradigm.SPECULATIVE or proposes
         draft = tuple(request.draft_ids) if is_speculative else None
         return Job(symbols, gain, draft, self.config.tier, max_tokens, wants_label)
 

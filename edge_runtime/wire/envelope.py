@@ -79,6 +79,7 @@ class Options(Struct, frozen=True, omit_defaults=True):
     top_k: Annotated[int, Meta(ge=1, le=MAX_TOKEN)] | None = None
     top_p: Share | None = None
     via: Annotated[tuple[Name, ...], Meta(max_length=MAX_VIA)] = ()  # servers that passed the request up, first first
+    propose: bool = False  # the server may propose words to itself where it has no draft: the same text, sooner
 
 
 class Request(Struct, array_like=True, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ from edge_runtime.sources import Frame
 from edge_runtime.wire import (
     ContentKind,
     Event,
+    Options,
     Paradigm,
     Reply,
     Status,
@@ -224,6 +225,12 @@ def test_split_sends_no_draft_and_has_no_event_before_the_answer(start, server):
     update = board.next_event()
     assert (update.type, update.frame, update.text) == ("update", seen.frame, "verified")
     assert board.order == ["ask", "update"]
+
+
+def test_a_plan_that_lets_the_server_propose_says_so(start, server):
+    board = start("split", proposes=True)
+    board.pipeline.handle(frame())
+    assert decode_request(server.next()).options == Options(propose=True)
 
 
 def test_offload_sends_the_picture_and_needs_no_head(start, server):

@@ -77,6 +77,17 @@ def test_where_the_policy_chooses_every_plan_explains_itself():
     assert plan.explain.expected_ms.keys() == {"split", "speculative", "offload"}
 
 
+def test_only_where_the_policy_chooses_may_the_server_propose_words_to_itself():
+    board = Board(paradigm="split")
+    assert not board.planner.plan("plain").proposes
+    board.set("paradigm", "offload")
+    assert not board.planner.plan("plain").proposes
+    board.set("paradigm", "auto")
+    board.estimates.took("speculative", {"head": 1.0, "draft": 500.0}, 0.0)
+    plan = board.planner.plan("plain")
+    assert (plan.paradigm, plan.proposes) == ("split", True)
+
+
 def test_a_link_that_is_away_leaves_the_frame_to_the_device():
     board = Board()
     board.estimates.connected(False)

@@ -232,6 +232,15 @@ def test_a_budget_is_spread_over_its_minute_and_used():
     assert sum(now >= 120 for now in times) * 430 > 0.6 * 8000
 
 
+def test_a_server_that_may_propose_words_to_itself_is_tried_where_drafting_is_slow():
+    slow = replace(FACTS, draft_ms=6.0, kind_pass_ms={"drafted": 1.6}, plain_passes=11.0, drafted_passes=4.0)
+    policy = Policy(PolicyConfig())
+    tries = [decision for n in range(60) if (decision := policy.choose(slow, float(n), DEADLINE_MS)).is_probe]
+    assert {decision.paradigm for decision in tries} == {"split"}
+    found = replace(slow, kind_pass_ms={"drafted": 1.6, "plain": 1.6}, plain_passes=5.0)
+    assert choices(policy, found, LASTING + 1, start=60)[-1] == "split"
+
+
 def test_no_try_is_made_over_the_budget():
     unsure = replace(FACTS, head_ms=50.0, picture_server_ms=None, link=Link(45.0, 430.0))
     policy = Policy(PolicyConfig(bytes_per_minute=15_000))

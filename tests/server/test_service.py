@@ -150,6 +150,20 @@ def test_split_and_speculative_requests_get_the_targets_own_text(server, board, 
     assert speculative.passes < own.passes
 
 
+def test_who_lets_the_server_propose_gets_the_same_texts_in_fewer_passes(server, board, bundle) -> None:
+    passes = {False: 0, True: 0}
+    for i in range(len(SYMBOLS)):
+        texts = []
+        for propose in passes:
+            board.ask(request(bundle, i, options=Options(propose=propose)))
+            reply = board.reply()
+            assert (reply.status, reply.proposed) == (Status.OK, 0)  # of a draft's words
+            passes[propose] += reply.passes
+            texts.append(reply.token_ids)
+        assert texts[0] == texts[1]
+    assert passes[True] < passes[False]
+
+
 def test_a_picture_is_answered_as_its_latent_would_be(server, board, bundle, engine) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     webp = cv2.imencode(".webp", pixels[:, :, ::-1], [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()  # 101: lossless

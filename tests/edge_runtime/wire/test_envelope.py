@@ -43,6 +43,7 @@ options = st.builds(
     temperature=st.none() | st.floats(0, 100),
     top_k=st.none() | st.integers(1, 1000),
     top_p=share,
+    propose=st.booleans(),
 )
 requests = st.builds(
     Request,
