@@ -26,7 +26,7 @@ from edge_runtime.estimates import Facts, Kind
 from edge_runtime.uplink import Link
 from edge_runtime.wire.event import Explain, ParadigmName
 
-LARGE_GAIN, SMALL_GAIN = 0.15, 0.01  # of the present paradigm's time
+LARGE_GAIN, SMALL_GAIN = 0.15, 0.02  # of the present paradigm's time
 LASTING = 3  # frames in a row that a small gain must be seen
 PROBE_EVERY = 8  # frames, at most one of them a try
 FIRST_PROBE = 4  # frames, before there is anything to compare
