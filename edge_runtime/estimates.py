@@ -69,6 +69,8 @@ class Facts:
     request_bytes: Mapping[ParadigmName, float] = field(default_factory=dict)
     queue_ms: float | None = None  # a server's
     server_ms: float | None = None  # a server's work on a latent before and beside the decoder's passes
+    # The same, by what was asked lately: a board that drafts meanwhile may share its processor or memory with the server.
+    kind_server_ms: Mapping[Kind, float] = field(default_factory=dict)
     picture_server_ms: float | None = None  # on a picture
     pass_ms: float | None = None  # of the decoder, at whatever paradigm
     kind_pass_ms: Mapping[Kind, float] = field(default_factory=dict)  # where seen lately
@@ -142,6 +144,15 @@ class Recent:
         return statistics.fmean(values) if values else None
 
 
+def _by_kind() -> dict[Kind, Recent]:
+    return {"plain": Recent(max_age_s=MINUTE_S), "drafted": Recent(max_age_s=MINUTE_S)}
+
+
+def _known(recent: Mapping[Kind, Recent], now: float) -> dict[Kind, float]:
+    """The medians of what was seen lately."""
+    return {kind: ms for kind, values in recent.items() if (ms := values.median(now)) is not None}
+
+
 @dataclass(slots=True)
 class _Open:
     paradigm: ParadigmName
@@ -167,7 +178,7 @@ class Estimates:
         # What was slow once is worth a try later: a paradigm that is not in use is not measured.
         self._fixed = {"latent": Recent(max_age_s=600.0), "picture": Recent(max_age_s=MINUTE_S)}
         self._pass_ms = Recent(max_age_s=600.0)
-        self._kind_pass_ms: dict[Kind, Recent] = {"plain": Recent(max_age_s=60.0), "drafted": Recent(max_age_s=60.0)}
+        self._kind_fixed, self._kind_pass_ms = _by_kind(), _by_kind()
         self._passes: dict[str, Recent] = {name: Recent(32, 600.0) for name in ("plain", "drafted", "shadow")}
         self._tokens, self._accepted, self._stood = Recent(32), Recent(32), Recent(32)
         self._outcomes, self._losses_in_row = Recent(16, MINUTE_S), 0  # 1: lost
@@ -274,9 +285,8 @@ class Estimates:
             server_ms=self._fixed["latent"].median(now),
             picture_server_ms=self._fixed["picture"].median(now),
             pass_ms=pass_ms if pass_ms is not None or not claimed_passes else statistics.median(claimed_passes),
-            kind_pass_ms={
-                kind: ms for kind, recent in self._kind_pass_ms.items() if (ms := recent.median(now)) is not None
-            },
+            kind_server_ms=_known(self._kind_fixed, now),
+            kind_pass_ms=_known(self._kind_pass_ms, now),
             tokens=self._tokens.median(now),
             plain_passes=self._passes["plain"].mean(now),
             drafted_passes=self._passes["shadow"].mean(now) if drafted is None else drafted,
@@ -339,8 +349,10 @@ class Estimates:
     def _served(self, paradigm: ParadigmName, reply: Reply, hop: Hop, at: float) -> None:
         passes_ms = min(hop.compute_ms, (hop.stages_ms or {}).get("passes", 0.0))
         self._queued.add(hop.queue_ms, at)
-        self._fixed["picture" if paradigm == "offload" else "latent"].add(hop.compute_ms - passes_ms, at)
         kind: Kind = "drafted" if paradigm == "speculative" else "plain"
+        self._fixed["picture" if paradigm == "offload" else "latent"].add(hop.compute_ms - passes_ms, at)
+        if paradigm != "offload":
+            self._kind_fixed[kind].add(hop.compute_ms - passes_ms, at)
         if reply.passes > len(reply.token_ids) + 1:  # each pass brings a token, the last one the end
             self.counts["passes_refused"] += 1
         elif reply.passes:

@@ -255,15 +255,17 @@ class Policy:
 def _expect(paradigm: ParadigmName, facts: Facts, drafts: bool) -> Option:
     """What a paradigm would take; drafts: the board writes one, if only for its own event."""
     resize, head, draft = _of(facts, "resize_ms"), _of(facts, "head_ms"), _of(facts, "draft_ms")
-    encode, server = _of(facts, "encode_ms"), _of(facts, "server_ms")
+    kind: Kind = "drafted" if paradigm == "speculative" else "plain"
+    encode, server = _of(facts, "encode_ms"), facts.kind_server_ms.get(kind, _of(facts, "server_ms"))
     server_best = server
-    decoding, decoding_best = _decoding(facts, "drafted" if paradigm == "speculative" else "plain")
+    decoding, decoding_best = _decoding(facts, kind)
     before, asks = resize + head, 1.0
     if paradigm == "speculative":
         drafts, before, asks = True, before + draft, 1.0 - (facts.stands_share or 0.0)
     elif paradigm == "offload":
         before, encode = resize, encode if facts.picture_ms is None else facts.picture_ms
-        server, server_best = server + PICTURE_EXTRA_MS, server
+        server_best = _of(facts, "server_ms")
+        server = server_best + PICTURE_EXTRA_MS
         if facts.picture_server_ms is not None:
             server = server_best = facts.picture_server_ms
     needs_head = drafts or paradigm != "offload"

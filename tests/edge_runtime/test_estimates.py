@@ -64,6 +64,16 @@ def test_a_picture_costs_a_server_something_else_than_a_latent():
     assert facts.request_bytes == {"split": 430, "offload": 12_600}
 
 
+def test_a_servers_work_is_known_by_what_was_asked_for_a_minute_and_in_general_for_longer():
+    estimates = Estimates()
+    exchange(estimates, 0)
+    hop = Hop(Tier.EDGE, "server", 0.0, 26.0, {"passes": 16.0})
+    facts = exchange(estimates, 1, "speculative", passes=3, hops=(hop,))
+    assert facts.kind_server_ms == {"plain": 4.0, "drafted": 10.0}
+    later = estimates.facts(70.0)
+    assert (later.kind_server_ms, later.server_ms) == ({}, 7.0)
+
+
 def test_stages_are_running_medians_and_a_pictures_encoding_is_its_own():
     estimates = Estimates()
     for number in range(5):

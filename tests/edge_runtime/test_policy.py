@@ -241,6 +241,12 @@ def test_a_server_that_may_propose_words_to_itself_is_tried_where_drafting_is_sl
     assert choices(policy, found, LASTING + 1, start=60)[-1] == "split"
 
 
+def test_a_server_that_is_slower_while_the_board_drafts_counts_against_drafting_behind_the_request():
+    slow = replace(FACTS, draft_ms=30.0)
+    assert choose(slow).paradigm == "split"
+    assert choose(replace(slow, kind_server_ms={"plain": 40.0, "drafted": 4.0})).paradigm == "speculative"
+
+
 def test_no_try_is_made_over_the_budget():
     unsure = replace(FACTS, head_ms=50.0, picture_server_ms=None, link=Link(45.0, 430.0))
     policy = Policy(PolicyConfig(bytes_per_minute=15_000))
