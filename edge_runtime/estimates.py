@@ -69,7 +69,7 @@ class Facts:
     request_bytes: Mapping[ParadigmName, float] = field(default_factory=dict)
     queue_ms: float | None = None  # a server's
     server_ms: float | None = None  # a server's work on a latent before and beside the decoder's passes
-    # The same, by what was asked lately: a board that drafts meanwhile may share its processor or memory with the server.
+    # The same, by what was asked lately: a board that drafts meanwhile may share its processor with the server.
     kind_server_ms: Mapping[Kind, float] = field(default_factory=dict)
     picture_server_ms: float | None = None  # on a picture
     pass_ms: float | None = None  # of the decoder, at whatever paradigm

@@ -34,7 +34,7 @@ class UpstreamConfig(Struct, frozen=True, forbid_unknown_fields=True):
     mqtt: MqttConfig
     site: Id = "home"
     min_confidence: Share = 0.9  # a text below it is passed up; a request may ask for more, not for less
-    max_share: Share = 0.5  # of the answers are passed up at most unless a request asks for it: the least sure ones
+    max_share: Share = 0.45  # of the answers, the least sure, are passed up in the long run; on request more
     explore: Share = 0.02  # of the others are passed up too, out of that share, to see what it changes
     open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # waiting for the tier above; then the edge answers alone
     resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply for at least so long: asked again
