@@ -42,7 +42,7 @@ BOARD = {
     "late": Meaning("Replies to what was lost or kept already"),
     "unknown": Meaning("Replies to nothing that the board remembers"),
     "reply": Meaning(
-        "Replies, by what they said; overflow: no room to read them, overtaken: faster than the draft, "
+        "Replies, by what they said; overflow: no room to read them, overtaken: ended before the draft was told, "
         "not_final_again: nothing new, over_budget: requests not sent again for want of bytes",
         "status",
     ),

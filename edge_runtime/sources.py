@@ -154,8 +154,10 @@ def camera_frames(camera: CameraConfig, stop: threading.Event, counters: Counter
     """
     slot, abandoned, troubles = Newest(counters), threading.Event(), list[str]()
     name = f"capture-{camera.name}"
-    if any(thread.name == name for thread in threading.enumerate()):
-        raise CameraError("the driver of the last try hangs")
+    for last in [thread for thread in threading.enumerate() if thread.name == name]:
+        last.join(LOOK_S)  # it may just be on its way out
+        if last.is_alive():
+            raise CameraError("the driver of the last try hangs")
     threading.Thread(target=_capture, args=(camera, slot, abandoned, troubles), name=name, daemon=True).start()
     patience, trouble = OPEN_TIMEOUT_S + camera.stall_s, "cannot be opened, or shows nothing"
     try:

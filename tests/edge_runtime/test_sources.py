@@ -236,6 +236,21 @@ def test_a_live_camera_that_stalls_or_ends_is_opened_again(network_camera, stop,
     assert (cameras["door"].counters.reopened, cameras.states()["door"].state) == (1, "live")
 
 
+def test_a_capture_that_is_just_ending_is_waited_for_and_not_taken_for_one_that_hangs(network_camera, stop):
+    class Leaving(threading.Thread):
+        """Goes when it is waited for."""
+
+        def join(self, timeout: float | None = None) -> None:
+            may_end.set()
+            super().join(timeout)
+
+    may_end = threading.Event()
+    Leaving(target=may_end.wait, name="capture-door", daemon=True).start()
+    frames = camera_frames(CameraConfig("door", network_camera.url, interval_s=0), stop, Counters())
+    threading.Thread(target=lambda: network_camera.connection().show(10, 10, 10), daemon=True).start()
+    assert shade_of(next(frames)) == 10
+
+
 def test_a_camera_that_cannot_be_opened_is_tried_again_until_stopped(stop, monkeypatch):
     monkeypatch.setattr(sources, "MIN_PAUSE_S", 0.01)
     with MjpegCamera() as gone:
