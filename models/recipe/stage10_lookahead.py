@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edge_runtime.bundle import BOS, EOS, PAD
+from edge_runtime.bundle import PAD
 from models.lookahead import LookaheadNet, tensors_of
 from models.recipe import stage6_targets as targets
 from models.recipe import stage7_critic as critic
+from models.recipe.stage8_texts import written
 from models.recipe.workspace import Average, Workspace, steps
 
 NAME = "10-lookahead"
@@ -95,16 +96,12 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
 @torch.inference_mode()
 def texts_of(work: Workspace, net: targets.Target, part: str) -> Texts:
     """A target's greedy texts about the views of a part, and its states as it reads them again."""
-    maps = work.array(f"maps-{part}")
-    shape = net.decoder.shape
-    tokens = np.full((len(maps), shape.max_tokens + 1), PAD, np.int16)
-    hidden = np.zeros((*tokens.shape, shape.width), np.float16)
+    maps, tokens = work.array(f"maps-{part}"), written(work, net, part)
+    hidden = np.zeros((*tokens.shape, net.decoder.shape.width), np.float16)
     states: list[Tensor] = []
     hook = net.decoder.norm.register_forward_hook(lambda _, __, state: states.append(state))
-    for step in steps(f"texts of {part}", 0, -(-len(maps) // READ)):
+    for step in steps(f"states of {part}", 0, -(-len(maps) // READ)):
         at = slice(step * READ, (step + 1) * READ)
-        for row, text in zip(tokens[at], targets.write(net, maps[at]), strict=True):
-            row[: len(text) + 2] = [BOS, *text, EOS][: len(row)]
         states.clear()
         with torch.autocast("cpu", torch.bfloat16):
             memory = net.decoder.look(net.features(targets.maps_of(maps, at)))

@@ -14,18 +14,26 @@ from models.recipe.workspace import Workspace, steps
 NAME = "8-texts"
 
 
+BLOCK = 1000  # views
+
+
 def run(work: Workspace) -> None:
-    """Writes texts-{train,classes,dev}: the cloud's greedy texts as rows of tokens, BOS first, PAD after EOS."""
+    """Writes texts-{train,classes,dev}: the cloud's greedy texts, see `written`."""
     net = targets.new_target(work, "cloud")
     net.load_state_dict(critic.final_weights(work, "cloud"))
     net.eval()
     for part in ("train", "classes", "dev"):
-        maps = work.array(f"maps-{part}")
-        rows = np.full((len(maps), net.decoder.shape.max_tokens + 1), PAD, np.int16)
-        block = 1000
-        for step in steps(f"texts of {part}", 0, -(-len(maps) // block)):
-            for i, text in enumerate(targets.write(net, maps[step * block : (step + 1) * block])):
-                row = [BOS, *text, EOS][: rows.shape[1]]
-                rows[step * block + i, : len(row)] = row
+        rows = written(work, net, part)
         np.save(work / f"texts-{part}.npy", rows)
     work.finish(NAME, {"mean_tokens": float((rows != PAD).sum(1).mean()) - 1})
+
+
+def written(work: Workspace, net: targets.Target, part: str) -> np.ndarray:
+    """A target's greedy texts about the views of a part, int16 [N, T + 1]: BOS first, PAD after EOS."""
+    maps = work.array(f"maps-{part}")
+    rows = np.full((len(maps), net.decoder.shape.max_tokens + 1), PAD, np.int16)
+    for step in steps(f"texts of {part}", 0, -(-len(maps) // BLOCK)):
+        for i, text in enumerate(targets.write(net, maps[step * BLOCK : (step + 1) * BLOCK])):
+            row = [BOS, *text, EOS][: rows.shape[1]]
+            rows[step * BLOCK + i, : len(row)] = row
+    return rows

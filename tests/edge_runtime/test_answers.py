@@ -643,7 +643,7 @@ def test_a_disk_that_takes_nothing_holds_up_no_request_and_loses_none_silently(
 def test_a_disk_that_hangs_holds_up_a_request_for_a_moment_only(broker, board_bundle, server, tmp_path, monkeypatch):
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path, every_request=True)) as board:
         monkeypatch.setattr(board.answers._outbox, "keep", lambda *_, **__: True)  # and never says that it has
-        first = board.ask(announces=False)
+        first = board.ask()
         assert server.request() == first
         server.reply(first)
         assert board.next_event().type == "update"
