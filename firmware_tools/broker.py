@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from firmware_tools.children import Process
+
 MAX_PACKET = 1 << 20  # bytes
 
 MOSQUITTO = """
@@ -87,27 +89,9 @@ def start_embedded(port: int = 0, *, mosquitto: str | None = find_mosquitto()) -
 
 @contextmanager
 def run_mosquitto(program: str, config: Path, port: int) -> Iterator[None]:
-    log = config.with_suffix(".log")
-    with log.open("wb") as output:
-        # In a session of its own: Ctrl-C in a terminal is for who uses the broker, and ends it last.
-        command = with_parent(program, "-c", str(config))
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-    try:
-        wait_listening(process, port, log)
+    with Process([program, "-c", str(config)], config.with_suffix(".log")) as broker:
+        wait_listening(broker.process, port, broker.log)
         yield
-    finally:
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:  # frozen, or stuck
-            process.kill()
-            process.wait()
-
-
-def with_parent(*command: str) -> list[str]:
-    """A command that ends with the thread that starts it, where util-linux is there to arrange that."""
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "TERM", *command] if setpriv else list(command)
 
 
 def wait_listening(process: subprocess.Popen[bytes], port: int, log: Path, timeout_s: float = 10.0) -> None:

@@ -6,18 +6,20 @@ failed.
 
 import json
 import queue
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_runtime.config import MqttConfig
 from edge_runtime.mqtt import Message, MqttClient
 from edge_runtime.wire import topics
-from firmware_tools.broker import with_parent
 
 START_S = 300.0  # a slow or busy machine takes a while to load torch
 STOP_S = 25.0  # a server or a board that hangs says where, and ends, within 20 s
@@ -39,14 +41,18 @@ class Process:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self: P) -> P:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
     def start(self) -> None:
-        with self.log.open("ab") as output:
+        with self.log.open("ab") as output, undisturbed():
             # A session of its own: Ctrl-C in a terminal must not end all children at once, but in their order.
             # Python finds modules in the working folder first, and there are none in ours.
             self._process = subprocess.Popen(
@@ -82,6 +88,32 @@ class Process:
     def said(self) -> str:
         """Its log."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def with_parent(*command: str) -> list[str]:
+    """A command that ends with the thread that starts it, where util-linux is there to arrange that."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM", *command] if setpriv else list(command)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals that interrupt come behind it: amid Popen they would leave a process that nobody knows of."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs handlers in the main thread only
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda received, _: came.append(received))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for received in came:
+            signal.raise_signal(received)
 
 
 class Child(Process):

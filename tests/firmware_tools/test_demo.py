@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from html.parser import HTMLParser
@@ -18,7 +19,7 @@ import pytest
 
 from edge_runtime.preprocess import PictureError
 from edge_runtime.wire import AnsweredBy, Event, EventHop
-from firmware_tools.children import Child, ChildError, toml
+from firmware_tools.children import Child, ChildError, Process, toml
 from firmware_tools.demo_page import Result, marked, page, stages, summary
 from firmware_tools.demo_photos import Photo, collect, shipped
 from firmware_tools.evaluate import SHIPPED_BUNDLE
@@ -134,6 +135,19 @@ def test_a_child_that_failed_is_quoted(tmp_path: Path) -> None:
         child.process.wait(PATIENCE_S)
         with pytest.raises(ChildError, match=r"(?s)exit code 78.*missing required field `bundle`"):
             child.has_ended()
+
+
+def test_an_interrupt_while_a_child_starts_leaves_none(tmp_path: Path) -> None:
+    def start_interrupted(after_s: float) -> None:
+        threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with Process(["sleep", "60"], tmp_path / "log") as child:
+            child.process.wait(PATIENCE_S)
+
+    others = psutil.Process().children()
+    for moment in range(30):  # before Popen, within and behind it
+        with pytest.raises(KeyboardInterrupt):
+            start_interrupted(moment * 2e-4)
+        assert psutil.Process().children() == others
 
 
 def test_generated_tables_are_toml() -> None:

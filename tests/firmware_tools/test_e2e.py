@@ -291,7 +291,7 @@ def test_an_interrupt_ends_every_process_and_leaves_nothing(photos: Path, board_
     children: list[psutil.Process] = []
     while not any("run" in child.cmdline() for child in children):
         assert bench.poll() is None
-        time.sleep(0.1)  # another process's children give no event
+        time.sleep(0.01)  # another process's children give no event
         children = psutil.Process(bench.pid).children(recursive=True)
     bench.send_signal(signal.SIGINT)
     _, err = bench.communicate(timeout=120)
