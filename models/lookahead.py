@@ -22,6 +22,11 @@ from edge_runtime.bundle import UNKNOWN
 STATE = 128  # width of the recurrent state; 256 is no better
 
 
+def lookahead_file(tier: str) -> str:
+    """Its file in a bundle, which may lack it."""
+    return f"lookahead-{tier}.safetensors"
+
+
 class LookaheadNet(nn.Module):
     """The network as it is trained: a gated recurrent unit (Cho et al., arXiv 1406.1078) over its own guesses.
 

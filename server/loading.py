@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from edge_runtime.bundle import Bundle, BundleError
 from edge_runtime.config import ConfigError
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
-from models.lookahead import Lookahead
+from models.lookahead import Lookahead, lookahead_file
 from server.engine import Engine
 
-HEAD, LOOKAHEAD = "head.safetensors", "lookahead-{tier}.safetensors"  # which a bundle may lack
+HEAD = "head.safetensors"  # which a bundle may lack
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -69,7 +69,7 @@ def _decoder(bundle: Bundle, tier: str) -> TextDecoder:
 
 
 def _lookahead(bundle: Bundle, tier: str) -> Lookahead | None:
-    name = LOOKAHEAD.format(tier=tier)
+    name = lookahead_file(tier)
     if name not in bundle.manifest.files:
         return None
     tensors = load_tensors(bundle, name)

@@ -24,7 +24,7 @@ from edge_runtime.bundle import (
 from edge_runtime.wire import count_tables
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
-from models.lookahead import LookaheadNet, tensors_of
+from models.lookahead import LookaheadNet, lookahead_file, tensors_of
 from tests import exports
 
 VOCABULARY = 40  # small, so that random texts end: each token is the end token one time in 37
@@ -60,7 +60,7 @@ def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 14, 
             (path / name).write_bytes(data)
     for tier, sizes in SHAPES.items():
         lookahead = lively(LookaheadNet(sizes[0], VOCABULARY - BOS))
-        save_file(tensors_of(range(BOS, VOCABULARY), lookahead), path / f"lookahead-{tier}.safetensors")
+        save_file(tensors_of(range(BOS, VOCABULARY), lookahead), path / lookahead_file(tier))
     (path / "tables.bin").write_bytes(count_tables([random_symbols(64, seed)], set_id=seed).to_bytes())
     words = ["<pad>", "<start>", "<end>", "<unknown>", *(f"word{i}" for i in range(4, VOCABULARY))]
     (path / "vocabulary.txt").write_text("".join(f"{word}\n" for word in words))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edge_runtime.bundle import PAD
-from models.lookahead import LookaheadNet, tensors_of
+from models.lookahead import LookaheadNet, lookahead_file, tensors_of
 from models.recipe import stage6_targets as targets
 from models.recipe import stage7_critic as critic
 from models.recipe.stage8_texts import written
@@ -46,13 +46,13 @@ class Texts:
 
 
 def run(work: Workspace, settings: Settings, tier: str) -> None:
-    """Writes lookahead-<tier>.safetensors."""
+    """Writes the tier's lookahead."""
     torch.manual_seed(10)
     rng = np.random.default_rng(10)
     net = targets.new_target(work, tier)
     net.load_state_dict(critic.final_weights(work, tier))
     net.eval()
-    parts = [texts_of(work, net, part) for part in ("train", "classes", "dev")]
+    parts = [texts_of(work, net, tier, part) for part in ("train", "classes", "dev")]
     dev = parts.pop()
     tokens = np.unique(np.concatenate([np.unique(part.tokens) for part in parts]))
     tokens = tokens[tokens != PAD].astype(np.int64)
@@ -89,14 +89,15 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
                 name, step + 1, {"loss": np.mean(losses[-CHECKPOINT_EVERY:]).round(4), **quality}, minutes, flush=True
             )
     ahead.load_state_dict(average.weights)
-    save_file(tensors_of(tokens.tolist(), ahead), work / f"lookahead-{tier}.safetensors")
+    save_file(tensors_of(tokens.tolist(), ahead), work / lookahead_file(tier))
     work.finish(name, quality | {"words": len(tokens)})
 
 
 @torch.inference_mode()
-def texts_of(work: Workspace, net: targets.Target, part: str) -> Texts:
+def texts_of(work: Workspace, net: targets.Target, tier: str, part: str) -> Texts:
     """A target's greedy texts about the views of a part, and its states as it reads them again."""
-    maps, tokens = work.array(f"maps-{part}"), written(work, net, part)
+    maps = work.array(f"maps-{part}")
+    tokens = np.load(work / f"texts-{part}.npy") if tier == "cloud" else written(work, net, part)
     hidden = np.zeros((*tokens.shape, net.decoder.shape.width), np.float16)
     states: list[Tensor] = []
     hook = net.decoder.norm.register_forward_hook(lambda _, __, state: states.append(state))

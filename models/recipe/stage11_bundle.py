@@ -28,6 +28,7 @@ from edge_runtime.preprocess import PIXELS
 from models.backbone import pretrained_lite0
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import LATENT, DraftDecoder, decoder_shapes
+from models.lookahead import lookahead_file
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage9_draft
 from models.recipe.scores import cider
 from models.recipe.stage4_head import float_symbols, trained_head
@@ -45,7 +46,7 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
     for name in ("head.onnx", "head.tflite", "tables.bin", "vocabulary.txt"):
         shutil.copy(work / name, out / name)
     for tier in ("edge", "cloud"):
-        shutil.copy(work / f"lookahead-{tier}.safetensors", out)
+        shutil.copy(work / lookahead_file(tier), out)
     _save(torch.load(work / "head.pt", weights_only=True), out / "head.safetensors")
     targets = {tier: stage7_critic.final_weights(work, tier) for tier in ("edge", "cloud")}
     shared = {k: v for k, v in targets["cloud"].items() if not k.startswith("decoder.")}

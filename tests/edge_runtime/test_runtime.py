@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def configuration(bundle: Bundle, port: int, source: str, *, repeat: bool = Fals
     )
 
 
-def server(port: int) -> Listener:
+def server(port: int, may_answer: Callable[[], bool] = lambda: True) -> Listener:
     def answer(payload: bytes) -> bytes:
+        until(may_answer)
         return encode_reply(Reply(id=decode_request(payload).id, status=Status.OK, text="verified", server="s1"))
 
     return Listener(port, topics.request(SITE, BOARD), answer=answer, to=topics.reply(SITE, BOARD))
@@ -103,7 +105,7 @@ def status(port: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("backend", ["onnx", "litert"])
 def test_photos_become_drafts_and_verified_texts_and_the_board_ends(board_bundle, broker, photos, backend):
-    with Listener(broker.port, topics.event(SITE, BOARD)) as user, server(broker.port):
+    with Listener(broker.port, topics.event(SITE, BOARD)) as user, server(broker.port, lambda: user.heard.qsize() >= 3):
         summary = run_board(configuration(board_bundle, broker.port, photos, backend=backend), threading.Event())
         events = [decode_event(user.next()) for _ in range(6)]
     assert (summary["accepted"], summary["answered"], summary["lost"], summary["open"]) == (3, 3, 0, 0)
