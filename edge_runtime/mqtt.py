@@ -53,6 +53,7 @@ T = TypeVar("T")
 
 # What a PUBLISH adds to topic and payload: fixed header 5, topic length 2, packet id 2, properties 6 (MQTT 5, 3.3).
 PUBLISH_OVERHEAD = 16
+LAST_WORDS_S = 0.1  # of a connection that is given up
 TEMPORARY = {0x88, 0x89, 0x97, 0x9F}  # CONNACK: unavailable, busy, quota, rate: retry as after any lost connection
 
 
@@ -503,10 +504,19 @@ class MqttClient:
         """Close the socket and keep what was in flight for the next connection, in its order."""
         self._online.clear()
         self._counts["losses"] += 1
+        self._hear_out(session)
         if sock := session.client.socket():
             sock.close()
         for message in self._queue.give_back(session.in_flight.values(), loss.by_broker):
             logger.warning("mqtt publish cost %d connections topic=%s", message.suspicions, message.topic)
+
+    def _hear_out(self, session: _Session) -> None:
+        """The acknowledgements that are here, or about to come: what they are for would be sent twice without them."""
+        until = self._clock() + LAST_WORDS_S
+        with suppress(Exception):  # paho may be what broke
+            while session.in_flight and (sock := session.client.socket()) and (now := self._clock()) < until:
+                select.select([sock], [], [], until - now)
+                session.client.loop_read()
 
     def _backoff(self, session: _Session, loss: _Loss) -> float:
         """Seconds to wait: full jitter, since after a power cut all boards return in the same second.

@@ -1,5 +1,6 @@
 """The promises of the MQTT client, each against a real broker that is killed, frozen, restarted empty, or says no."""
 
+import ctypes
 import logging
 import queue
 import random
@@ -136,6 +137,24 @@ def test_what_was_in_flight_is_sent_again_before_anything_newer(broker: Mosquitt
     assert board.client.stats().connects == 2
     watcher = start(broker.port, "w1", subscriptions=[("up/#", 1)])
     assert watcher.received() == b"5"
+
+
+def test_what_the_broker_has_acknowledged_is_not_sent_again_when_the_client_breaks(
+    broker: Mosquitto, start: Start
+) -> None:
+    listener = start(broker.port, "s1", subscriptions=[("up/#", 1)])
+    board = start(broker.port, "b1")
+    broker.freeze()
+    board.publish("up/1", b"in flight")
+    board.wait_state(State.DEGRADED)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "mqtt-b1")
+    assert thread.ident is not None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(ZeroDivisionError))
+    broker.thaw()
+    board.wait_state(State.BACKOFF, "ZeroDivisionError")
+    assert board.outcome() == (b"in flight", Outcome.DELIVERED)
+    board.publish("up/2", b"newer")
+    assert [listener.received() for _ in range(2)] == [b"in flight", b"newer"]
 
 
 def test_a_broker_that_pauses_makes_the_client_degraded_and_costs_no_connection(
