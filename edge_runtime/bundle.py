@@ -69,7 +69,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     licences: dict[str, str]  # of weights and of what they were trained on
     training_commit: str  # of the recipe that made it
     quality: dict[str, float]  # as measured on the development split by that recipe
-    # A draft's confidence to the chance that the cloud writes the same (confidence.py); none: no draft stands alone.
+    # A draft's confidence to its worth beside the cloud's text (confidence.py); none: no draft stands alone.
     draft_calibration: Annotated[tuple[tuple[float, float], ...], Meta(max_length=64)] = ()
 
 

@@ -58,7 +58,7 @@ class Plan:
     jpeg_quality: int = 75  # of offload
     explain: Explain | None = None  # the same for programs, with what a policy expected
     drafts: bool = True  # where the draft is no part of the request: whether there is time for one
-    may_stand: bool = False  # a draft that is sure enough needs nobody who verifies it
+    may_stand: bool = False  # a draft that is worth enough needs nobody who verifies it
     keeps: bool = False  # the link is away: the request goes to the outbox at once
     proposes: bool = False  # the server may draft by itself where no draft is sent
 

@@ -67,7 +67,7 @@ class BoardPlanner:
             why=decision.explain.reason,
             explain=decision.explain,
             drafts=decision.drafts,
-            may_stand=True,
+            may_stand=tier is None,  # else a server is to answer
             # Who configures split or offload wants the target alone; here what counts is the time.
             proposes=decision.paradigm in ("split", "offload"),
         )
@@ -80,7 +80,7 @@ class BoardPlanner:
         return replace(plan, paradigm="device", why=why)
 
     def stands(self, plan: Plan, confidence: float) -> str | None:
-        """A draft stands only where the policy chose: who configures speculative wants each one verified."""
+        """A draft stands only where the policy chose: who configures speculative or a tier wants each one verified."""
         if not plan.may_stand:
             return None
         stands = self._policy.stands(confidence)

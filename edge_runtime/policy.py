@@ -113,9 +113,9 @@ class Policy:
         self._trying: _Trying | None = None
 
     def stands(self, confidence: float) -> bool:
-        """Whether a draft of this confidence is the verified text likely enough to need nobody who verifies it."""
-        chance = self._calibration.chance(confidence)
-        return chance > 0 and chance >= self.config.quality_floor
+        """Whether a draft of this confidence is worth enough of the verified text to need nobody who verifies it."""
+        worth = self._calibration.worth(confidence)
+        return worth > 0 and worth >= self.config.quality_floor
 
     def choose(self, facts: Facts, now: float, deadline_ms: float) -> Decision:
         """The next frame's paradigm; now: seconds, deadline_ms: from capture. Raises nothing."""

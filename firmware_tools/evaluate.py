@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime.bundle import Bundle, open_bundle
+from edge_runtime.confidence import Calibration
+from edge_runtime.config import PolicyConfig
 from edge_runtime.draft import Draft
 from edge_runtime.head import Head
 from edge_runtime.pictures import Picture, read_pictures
+from edge_runtime.policy import Policy
 from firmware_tools.demo_photos import is_readable
-from firmware_tools.terminal import new_file, number, print_figures, track
+from firmware_tools.terminal import new_file, number, print_figures, share, track
 
 if TYPE_CHECKING:
     from server.engine import Answer, Engine, Job
@@ -37,7 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     caption = kinds.add_parser("caption", help="CIDEr and BLEU against people's captions")
     caption.add_argument("--captions", type=Path, required=True, metavar="TSV", help=CAPTIONS_HELP)
     caption.add_argument("--split", help="only photos of this split")
-    caption.add_argument("--paradigm", choices=["device", "split", "speculative", "offload"], required=True)
+    caption.add_argument(
+        "--paradigm",
+        choices=["device", "split", "speculative", "offload", "auto"],
+        required=True,
+        help="auto: speculative, but a draft that is sure enough stands",
+    )
+    caption.add_argument("--quality-floor", type=share, default=0.9, metavar="SHARE", help="of auto (default: 0.9)")
     caption.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
     classify = kinds.add_parser("classify", help="accuracy on pictures named class/name.JPEG")
     for kind in (caption, classify):
@@ -105,16 +114,26 @@ class Sent:
     payload_bytes: int  # the whole PUBLISH payload; 0 if nothing was sent
     draft: tuple[int, ...]  # end token included
     symbols: np.ndarray  # int8 [64, 7, 7], decoded from the payload
+    stands: bool = False  # the draft is the answer
 
 
 class Chain:
     """Board and server of one bundle without a network between them."""
 
-    def __init__(self, bundle: Bundle, paradigm: str, backend: str, tier: str, engine: "Engine | None") -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        paradigm: str,
+        backend: str,
+        tier: str,
+        engine: "Engine | None",
+        policy: Policy | None = None,
+    ) -> None:
+        """policy: says which drafts stand; None: none does."""
         from edge_runtime.pipeline import Plan
         from edge_runtime.runtime import load_draft, load_head
 
-        self.bundle, self.engine, self.tier = bundle, engine, tier
+        self.bundle, self.engine, self.tier, self.policy = bundle, engine, tier, policy
         self.plan = Plan(paradigm, "evaluation", budget_ms=60_000)  # type: ignore[arg-type]
         self.head: Head = load_head(bundle, backend, 1)
         self.draft: Draft | None = load_draft(bundle, backend, 1) if paradigm in ("device", "speculative") else None
@@ -122,14 +141,15 @@ class Chain:
     def send(self, picture: Picture) -> Sent:
         """Picture -> head -> draft -> envelope -> bytes -> envelope -> symbols."""
         from edge_runtime import wire
-        from edge_runtime.pipeline import build_request
+        from edge_runtime.pipeline import NOTHING_DRAFTED, build_request
         from edge_runtime.preprocess import decode_picture, to_input
 
         pixels = to_input(decode_picture(picture.data))
         symbols = self.head.symbols(pixels)
-        draft = self.draft.write(symbols).tokens if self.draft else ()
-        if self.plan.paradigm == "device":
-            return Sent(picture.name, 0, draft, symbols)
+        drafted = self.draft.write(symbols) if self.draft else NOTHING_DRAFTED
+        draft = drafted.tokens
+        if self.plan.paradigm == "device" or (self.policy and self.policy.stands(drafted.confidence)):
+            return Sent(picture.name, 0, draft, symbols, stands=True)
         payload = wire.encode_request(build_request(self.bundle, bytes(8), self.plan, pixels, symbols, draft))
         request = wire.decode_request(payload)
         if request.content_kind is wire.ContentKind.LATENT:
@@ -149,6 +169,10 @@ class Chain:
 
 
 def _chain(args: argparse.Namespace, bundle: Bundle, paradigm: str, tier: str) -> Chain:
+    policy = None
+    if paradigm == "auto":
+        floor = PolicyConfig(quality_floor=args.quality_floor)
+        paradigm, policy = "speculative", Policy(floor, calibration=Calibration(bundle.manifest.draft_calibration))
     if paradigm == "device":
         return Chain(bundle, paradigm, args.backend, tier, None)
     from server.loading import load_engine
@@ -156,7 +180,7 @@ def _chain(args: argparse.Namespace, bundle: Bundle, paradigm: str, tier: str) -
 
     engine = load_engine(bundle, [tier], threads=2)
     engine.proof = prove(engine)
-    return Chain(bundle, paradigm, args.backend, tier, engine)
+    return Chain(bundle, paradigm, args.backend, tier, engine, policy)
 
 
 def _batches(photos: Photos, total: int | None, note: str) -> Iterator[list[Picture]]:
@@ -180,18 +204,17 @@ def _captions(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     for pictures in _batches(photos, args.limit or len(captions), f"{args.paradigm} {args.tier}"):
         started = time.perf_counter()
         batch = [chain.send(picture) for picture in pictures]
-        if chain.engine is None:
-            tokens = [list(s.draft) for s in batch]
-        else:
-            written = chain.engine.answer([chain.job(s, s.draft or None) for s in batch])
-            tokens = [list(answer.tokens) for answer in written]
+        texts |= {s.name: bundle.text(list(s.draft)) for s in batch if s.stands}
+        asked = [s for s in batch if not s.stands]
+        if chain.engine and asked:
+            written = chain.engine.answer([chain.job(s, s.draft or None) for s in asked])
+            texts |= {s.name: bundle.text(list(answer.tokens)) for s, answer in zip(asked, written, strict=True)}
             answers += written
         seconds += time.perf_counter() - started
-        if chain.engine is not None:
+        if chain.engine:
             # What the tier writes alone: the same symbols, no draft, one photo at a time.
-            alone += [chain.engine.answer([chain.job(s)])[0] for s in batch]
+            alone += [chain.engine.answer([chain.job(s)])[0] for s in asked]
         sent += batch
-        texts |= {s.name: bundle.text(t) for s, t in zip(batch, tokens, strict=True)}
     sizes = np.array([s.payload_bytes for s in sent])
     same = [a.tokens == b.tokens for a, b in zip(answers, alone, strict=True)] or [True]
     return {
@@ -200,6 +223,7 @@ def _captions(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         **score({name: captions[name] for name in texts}, texts),
         "bytes_mean": float(sizes.mean()),
         "bytes_p95": float(np.percentile(sizes, 95)),
+        "drafts_standing": float(np.mean([s.stands for s in sent])),
         "tokens_mean": float(np.mean([len(a.tokens) for a in answers] or [len(s.draft) for s in sent])),
         "proposed_mean": float(np.mean([a.proposed for a in answers] or [0])),
         "accepted_mean": float(np.mean([a.accepted for a in answers] or [0])),

@@ -24,12 +24,10 @@ def test_its_configurations_are_read(tmp_path):
 
 
 def test_what_it_says_of_the_shipped_bundles_drafts_holds():
-    assert "come to 0.74" in README
-    assert "`quality_floor = 0.7` lets those stand whose confidence is 0.93\nor more" in README
+    assert "those whose confidence is above 0.80" in README
     calibration = Calibration(open_bundle(SHIPPED_BUNDLE).manifest.draft_calibration)
-    by_default = Policy(PolicyConfig(), calibration=calibration)
-    lower = Policy(PolicyConfig(quality_floor=0.7), calibration=calibration)
-    assert round(calibration.chance(1.0), 2) == 0.74
-    assert not by_default.stands(1.0)
-    assert lower.stands(0.93)
-    assert not lower.stands(0.92)
+    by_default, highest = (Policy(PolicyConfig(quality_floor=f), calibration=calibration) for f in (0.9, 1.0))
+    assert PolicyConfig().quality_floor == 0.9
+    assert by_default.stands(0.81)
+    assert not by_default.stands(0.80)
+    assert not highest.stands(1.0)

@@ -71,5 +71,10 @@ def strip(row: list[int]) -> list[int]:
 
 def cider(work: Workspace, split: str, texts: list[list[int]]) -> float:
     """Mean CIDEr-D of one text a photo, for the first len(texts) photos of a split."""
+    return float(np.mean(ciders(work, split, texts)))
+
+
+def ciders(work: Workspace, split: str, texts: list[list[int]]) -> list[float]:
+    """CIDEr-D of each of these texts."""
     scorer = _scorer(work, split, len(texts))
-    return float(np.mean([scorer.score(i, text) for i, text in enumerate(texts)]))
+    return [scorer.score(i, text) for i, text in enumerate(texts)]

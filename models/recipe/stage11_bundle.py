@@ -30,7 +30,7 @@ from models.export.draft_export import quantise_draft, write_draft_litert, write
 from models.family import LATENT, DraftDecoder, decoder_shapes
 from models.lookahead import lookahead_file
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage9_draft
-from models.recipe.scores import cider
+from models.recipe.scores import cider, ciders
 from models.recipe.stage4_head import float_symbols, trained_head
 from models.recipe.workspace import Workspace
 
@@ -106,7 +106,7 @@ def backbone_rows(work: Workspace) -> dict[str, torch.Tensor] | None:
 
 
 def measure(work: Workspace, out: Path) -> tuple[dict[str, float], confidence.Table]:
-    """What the recipe itself can measure on the dev split, and how far a draft's confidence is to be trusted.
+    """What the recipe itself can measure on the dev split, and what a draft's confidence says of its worth.
 
     `aiflow evaluate` measures the whole chain.
     """
@@ -123,12 +123,13 @@ def measure(work: Workspace, out: Path) -> tuple[dict[str, float], confidence.Ta
         texts = [[token for token in drafted.tokens if token != EOS] for drafted in drafts]
         quality[f"dev_cider_draft_{suffix}"] = cider(work, "dev", texts)
     wanted = [[int(token) for token in row if token not in (BOS, EOS, PAD)] for row in np.load(work / "texts-dev.npy")]
-    equal = [text == whole for text, whole in zip(texts, wanted, strict=True)]
-    calibration = confidence.fit([drafted.confidence for drafted in drafts], equal)
-    quality["dev_drafts_equal"] = float(np.mean(equal))
+    calibration = confidence.fit(
+        [drafted.confidence for drafted in drafts], ciders(work, "dev", texts), ciders(work, "dev", wanted)
+    )
+    quality["dev_drafts_equal"] = float(np.mean([text == whole for text, whole in zip(texts, wanted, strict=True)]))
     unquantised = float_symbols(trained_head(work), work.array("photos-dev")[:FLOAT_CHECK])
     quality["head_int8_equal_symbols"] = float((unquantised == symbols[:FLOAT_CHECK]).mean())
-    rounded = tuple((round(at, 4), round(chance, 4)) for at, chance in calibration)
+    rounded = tuple((round(at, 4), round(worth, 4)) for at, worth in calibration)
     return {name: round(value, 4) for name, value in quality.items()}, rounded
 
 

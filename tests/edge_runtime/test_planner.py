@@ -31,7 +31,7 @@ class Board:
     def __init__(self, outbox: OutboxConfig | None = None, has_room: bool = True, **board: Any) -> None:
         own = CameraConfig("own", "mqtt", deadline_ms=100, paradigm="split", tier="edge")
         cameras = CameraConfig("plain", "mqtt"), own
-        config = RuntimeConfig(BoardConfig("b1", "bundle", tier="cloud", **board), cameras, outbox=outbox)
+        config = RuntimeConfig(BoardConfig("b1", "bundle", **{"tier": "cloud", **board}), cameras, outbox=outbox)
         self.estimates = Estimates()
         self.switches = Switches("home", "b1", board_switches(config, Cameras(cameras)))
         self.planner = BoardPlanner(
@@ -129,18 +129,19 @@ def test_a_camera_whose_deadline_cannot_be_met_does_not_hold_up_another():
 
 @pytest.mark.parametrize(("confidence", "stands"), [(0.95, True), (0.8, False), (float("nan"), False)])
 def test_a_draft_stands_when_it_is_sure_enough(confidence, stands):
-    board = Board()
+    board = Board(tier=None)
     assert (board.planner.stands(board.planner.plan("plain"), confidence) is not None) == stands
 
 
 def test_the_floor_of_what_is_sure_enough_is_a_switch():
-    board = Board()
+    board = Board(tier=None)
     board.set("quality_floor", "0.5")
     assert board.planner.stands(board.planner.plan("plain"), 0.6) == "the draft is sure enough: confidence 0.60"
 
 
-def test_who_configures_speculative_gets_every_draft_verified():
-    planner = Board(paradigm="speculative").planner
+@pytest.mark.parametrize("settings", [{"paradigm": "speculative", "tier": None}, {"tier": "edge"}])
+def test_who_configures_speculative_or_a_tier_gets_every_draft_verified(settings):
+    planner = Board(**settings).planner
     assert planner.stands(planner.plan("plain"), 1.0) is None
 
 

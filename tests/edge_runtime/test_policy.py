@@ -120,7 +120,9 @@ def test_nothing_known_is_no_picture_on_a_link_that_may_be_thin():
 # ---- the draft that stands ----
 
 
-@pytest.mark.parametrize(("floor", "confidence", "stands"), [(0.9, 0.97, True), (0.9, 0.8, False), (0.0, 0.0, False)])
+@pytest.mark.parametrize(
+    ("floor", "confidence", "stands"), [(0.9, 0.97, True), (0.9, 0.8, False), (0.0, 0.0, False), (1.0, 1.0, False)]
+)
 def test_a_draft_stands_from_the_quality_floor_on(floor, confidence, stands):
     policy = Policy(PolicyConfig(quality_floor=floor), calibration=Calibration([(0.0, 0.0), (0.95, 0.9), (1.0, 0.99)]))
     assert policy.stands(confidence) is stands

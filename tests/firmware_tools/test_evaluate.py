@@ -1,12 +1,15 @@
 import json
 import math
+import shutil
 from collections import Counter
 from functools import partial
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 
+from edge_runtime.bundle import MANIFEST, open_bundle
 from firmware_tools import cli
 from firmware_tools.evaluate import EvaluationError, Photos, score
 from models.captions import words_of
@@ -118,7 +121,7 @@ def evaluate(folder, bundle, kind, *arguments):
     return code, json.loads(figures.read_text()) if figures.exists() else None
 
 
-@pytest.mark.parametrize("paradigm", ["device", "split", "speculative", "offload"])
+@pytest.mark.parametrize("paradigm", ["device", "split", "speculative", "offload", "auto"])
 def test_captions_are_scored_through_every_paradigm(photos, board_bundle, paradigm):
     tsv = str(photos / "captions.tsv")
     code, figures = evaluate(
@@ -128,8 +131,27 @@ def test_captions_are_scored_through_every_paradigm(photos, board_bundle, paradi
     assert figures.keys() >= KEYS
     assert (figures["images"], figures["identical_to_tier"]) == (3, 1.0)
     assert (figures["bytes_mean"] > 0) == (paradigm != "device")
-    assert (figures["proposed_mean"] > 0) == (paradigm == "speculative")
+    assert (figures["proposed_mean"] > 0) == (paradigm in ("speculative", "auto"))
     assert figures["tokens_mean"] > 0
+
+
+@pytest.mark.parametrize(("floor", "standing"), [("0.8", 1.0), ("1", 0.0)])
+def test_drafts_that_are_worth_the_floor_stand_and_cost_no_byte(photos, board_bundle, tmp_path, floor, standing):
+    shutil.copytree(board_bundle.path, tmp_path / "sure")
+    manifest = msgspec.structs.replace(board_bundle.manifest, draft_calibration=((0.0, 0.85), (1.0, 0.95)))
+    (tmp_path / "sure" / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    arguments = ["--captions", str(photos / "captions.tsv"), "--paradigm", "auto", "--quality-floor", floor]
+    code, figures = evaluate(photos, open_bundle(tmp_path / "sure"), "caption", *arguments)
+    assert (code, figures["images"], figures["drafts_standing"]) == (0, 4, standing)
+    assert (figures["bytes_mean"] == 0) == (standing == 1)
+    assert (figures["passes_mean"] == 0) == (standing == 1)
+
+
+def test_a_quality_floor_that_is_none_is_refused(photos, board_bundle, capsys):
+    arguments = ["--captions", str(photos / "captions.tsv"), "--paradigm", "auto", "--quality-floor", "1.5"]
+    with pytest.raises(SystemExit):
+        evaluate(photos, board_bundle, "caption", *arguments)
+    assert "'1.5', want a number from 0 to 1" in capsys.readouterr().err
 
 
 def test_a_classifier_is_scored_by_the_names_of_folders(photos, board_bundle):
