@@ -54,12 +54,13 @@ def figures_of(name: str, outcomes: Sequence[Outcome], lost_ms: float) -> dict[s
     """One paradigm's. Times in ms; None where there is nothing to count.
 
     A lost photo counts as one that took lost_ms: else whoever loses what is slow would be the quickest. A draft that a
-    policy lets stand counts as verified when it was written, since nothing better follows. Alone, as the paradigm
-    `device`, drafts are never verified.
+    policy lets stand counts as verified when it was written, since nothing better follows; `served` leaves those out.
+    Alone, as the paradigm `device`, drafts are never verified.
     """
     answered = [outcome for outcome in outcomes if outcome.final_ms is not None]
     lost = [lost_ms] * (len(outcomes) - len(answered))
     verified = [o.final_ms for o in answered if o.final_ms is not None] if name != "device" else []
+    served = [o.final_ms for o in answered if o.final_ms is not None and o.answered_by != "device"]
     first = [o.first_ms for o in outcomes if o.first_ms is not None]
     textless = [lost_ms for o in outcomes if o.first_ms is None and o.final_ms is None]
     return {
@@ -67,6 +68,7 @@ def figures_of(name: str, outcomes: Sequence[Outcome], lost_ms: float) -> dict[s
         "first_text_ms_p50": _percentile(first, textless, 50),
         "verified_ms_p50": _percentile(verified, lost, 50),
         "verified_ms_p95": _percentile(verified, lost, 95),
+        "served_ms_p50": _percentile(served, lost, 50),
         "server_ms_mean": _mean([outcome.server_ms for outcome in answered]),
         "answered": len(answered),
         "lost": len(lost),

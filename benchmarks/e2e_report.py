@@ -51,6 +51,7 @@ def _remarks(run: dict[str, Any]) -> list[str]:
         chosen = ", ".join(f"{name} {share:.0%}" for name, share in policy["chosen"].items())
         to_best = _shown(policy["verified_to_best_fixed"])
         lines.append(f"policy: {to_best} of the best fixed paradigm ({policy['best_fixed']}); chose {chosen}")
+        lines.append(f"policy: without drafts that stand, verified in {_shown(policy['served_ms_p50'])} ms, p50")
     if escalating := run["paradigms"].get("escalate"):
         share, quality = _shown(escalating["escalated_share"]), _shown(escalating["cider_to_cloud"])
         lines.append(f"escalate: passed up a share of {share}, CIDEr {quality} of the cloud's alone")

@@ -79,6 +79,13 @@ def test_drafts_are_never_verified_but_where_a_policy_lets_them_stand() -> None:
     assert figures_of("policy", [final], 30_000)["verified_ms_p50"] == 20.0
 
 
+def test_what_servers_answered_is_timed_apart_from_drafts_that_stand() -> None:
+    stands = outcome_of("a", 0.0, [event("new", 20.0, text="a", final=True, answered_by=AnsweredBy("device"))])
+    figures = figures_of("policy", [stands, answered(400), answered(600)], 30_000)
+    assert (figures["verified_ms_p50"], figures["served_ms_p50"]) == (400.0, 500.0)
+    assert figures_of("policy", [stands], 30_000)["served_ms_p50"] is None
+
+
 def test_a_lost_photo_counts_as_one_that_took_until_its_deadline() -> None:
     lost = Outcome("a", 0.0, "draft", first_ms=20.0, bytes_up=300)  # speculative: its draft was there
     figures = figures_of("split", [answered(400), lost, Outcome("b", 0.0)], 30_000)
