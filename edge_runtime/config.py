@@ -112,7 +112,7 @@ class PolicyConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """What a board may spend, and what `paradigm = "auto"` must reach."""
 
     # What a draft must be worth, as a share of the verified text, to stand without it; 1: each draft is verified.
-    quality_floor: Annotated[float, Meta(ge=0, le=1)] = 0.9
+    quality_floor: Annotated[float, Meta(ge=0, le=1)] = 0.95
     # Of all requests, resends and replays included; 0: no limit.
     bytes_per_minute: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
     cpu_share: Annotated[float, Meta(gt=0, le=1)] = 1.0  # of one core, over the frames that come

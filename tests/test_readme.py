@@ -24,10 +24,15 @@ def test_its_configurations_are_read(tmp_path):
 
 
 def test_what_it_says_of_the_shipped_bundles_drafts_holds():
-    assert "those whose confidence is above 0.80" in README
+    assert (
+        "whose confidence is 0.87 or more (`draft_calibration` in its manifest), and above 0.80 for a floor of"
+        in README
+    )
     calibration = Calibration(open_bundle(SHIPPED_BUNDLE).manifest.draft_calibration)
-    by_default, highest = (Policy(PolicyConfig(quality_floor=f), calibration=calibration) for f in (0.9, 1.0))
-    assert PolicyConfig().quality_floor == 0.9
-    assert by_default.stands(0.81)
-    assert not by_default.stands(0.80)
+    lower, by_default, highest = (
+        Policy(PolicyConfig(quality_floor=f), calibration=calibration) for f in (0.9, 0.95, 1)
+    )
+    assert PolicyConfig().quality_floor == 0.95
+    assert (by_default.stands(0.87), by_default.stands(0.86)) == (True, False)
+    assert (lower.stands(0.81), lower.stands(0.80)) == (True, False)
     assert not highest.stands(1.0)

@@ -55,7 +55,7 @@ class Board:
 
 START = {
     "paradigm": "auto",
-    "quality_floor": "0.9",
+    "quality_floor": "0.95",
     "paused": "OFF",
     "door_enabled": "ON",
     "door_motion": "OFF",
@@ -71,7 +71,7 @@ def test_the_state_at_start_is_the_configuration():
     )
     assert Board(config).in_force == {
         "paradigm": "split",
-        "quality_floor": "0.9",
+        "quality_floor": "0.95",
         "paused": "OFF",
         "door_enabled": "ON",
         "door_motion": "ON",
