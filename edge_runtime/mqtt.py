@@ -7,7 +7,8 @@ What it promises:
   with two bounds, messages and bytes; when it is full the oldest is dropped. What is in flight is bounded by a window.
 - Every `publish` ends exactly once in an `Outcome`, told to its `on_outcome` on the client's thread (the publisher's,
   while the client is not running).
-- QoS 1 is at least once: what was in flight when a connection was lost is sent again, before anything newer.
+- QoS 1 is at least once: what was in flight when a connection was lost is sent again, before anything newer; a
+  connection that is given up here is heard out first, so that nothing is whose acknowledgement has come.
 - A callback that raises is logged and counted, and the network loop goes on.
 - It is alive by progress: work in flight without a PUBACK is DEGRADED, and after two keepalives a new socket.
 - What the broker refuses, or what costs the connection again and again, ends once and is never a reconnect loop.
