@@ -52,7 +52,7 @@ class Process:
         self.stop()
 
     def start(self) -> None:
-        with self.log.open("ab") as output, undisturbed():
+        with undisturbed(), self.log.open("ab") as output:
             # A session of its own: Ctrl-C in a terminal must not end all children at once, but in their order.
             # Python finds modules in the working folder first, and there are none in ours.
             self._process = subprocess.Popen(
