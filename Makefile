@@ -29,7 +29,7 @@ lint: venv  ## ruff, mypy strict, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --config setup.cfg
+	$(BIN)/lint-imports
 
 bench: venv  ## codec, device, server and gateway, as ratios
 	for what in codec device server gateway; do $(BIN)/aiflow bench $$what; done
