@@ -246,4 +246,5 @@ def _integers(p: NDArray[np.float64]) -> NDArray[np.uint16]:
         more, less = np.flatnonzero(missing > 0), np.flatnonzero(missing < 0)
         f[more, np.argmax(p[more] / (f[more] + 0.5), axis=-1)] += 1
         f[less, np.argmin(np.where(f[less] > 1, p[less] / (f[less] - 0.5), np.inf), axis=-1)] -= 1
-    return f.astype(np.uint16).reshape(shape)
+    integers: NDArray[np.uint16] = f.astype(np.uint16).reshape(shape)
+    return integers

@@ -31,11 +31,14 @@ from tests.listener import PATIENCE_S, until
 
 
 @pytest.fixture
-def stop() -> Iterator[threading.Event]:
-    """Set when the test ends, so that no source outlives it."""
-    event = threading.Event()
+def stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Set when the test ends, so that no source outlives it, nor what the test has patched."""
+    event, before = threading.Event(), threading.enumerate()
     yield event
     event.set()
+    for thread in set(threading.enumerate()) - set(before):
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive(), thread.name
 
 
 def grey(shade: int, size: int = 16) -> np.ndarray:
