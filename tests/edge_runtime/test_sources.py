@@ -33,12 +33,10 @@ from tests.listener import PATIENCE_S, until
 @pytest.fixture
 def stop(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Set when the test ends, so that no source outlives it, nor what the test has patched."""
-    event, before = threading.Event(), threading.enumerate()
+    event, before = threading.Event(), set(threading.enumerate())
     yield event
     event.set()
-    for thread in set(threading.enumerate()) - set(before):
-        thread.join(PATIENCE_S)
-        assert not thread.is_alive(), thread.name
+    until(lambda: set(threading.enumerate()) <= before)
 
 
 def grey(shade: int, size: int = 16) -> np.ndarray:
