@@ -29,7 +29,7 @@ class MqttSettings:
     insecure: bool = False  # True allows plain text to a broker that is not on this machine
     keepalive_s: int = 10  # a dead link is seen after about 1.7 of these; one message must pass the link within one
     window: int = 8  # publishes in flight at once
-    queue_messages: int = 64  # waiting, on top of the window
+    queue_messages: int = 1024  # waiting, on top of the window: a broker that stalls for seconds costs no event
     queue_bytes: int = 8 << 20  # payload bytes waiting
     max_publish_bytes: int = 512 << 10  # one payload
     max_inbound_bytes: int = 512 << 10  # one packet; the broker drops larger ones silently (MQTT 5, 3.1.2.11.4)

@@ -4,7 +4,6 @@ The demo itself is a user of the board: what it shows came over MQTT as events, 
 """
 
 import argparse
-import os
 import queue
 import signal
 import tempfile
@@ -140,7 +139,7 @@ def play(
 def server_toml(args: argparse.Namespace, port: int) -> dict[str, dict[str, object]]:
     """The server's configuration."""
     server = {"id": SERVER, "site": SITE, "bundle": str(args.bundle.resolve()), "tier": args.tier}
-    return {"server": server | {"threads": min(4, os.cpu_count() or 1)}, "mqtt": {"port": port}}
+    return {"server": server, "mqtt": {"port": port}}
 
 
 def board_toml(args: argparse.Namespace, port: int, photos: Path) -> dict[str, object]:
