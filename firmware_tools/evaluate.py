@@ -46,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="auto: speculative, but a draft that is sure enough stands",
     )
-    caption.add_argument("--quality-floor", type=share, default=0.95, metavar="SHARE", help="of auto (default: 0.95)")
+    floor = PolicyConfig().quality_floor
+    caption.add_argument(
+        "--quality-floor", type=share, default=floor, metavar="SHARE", help=f"of auto (default: {floor}, a board's)"
+    )
     caption.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
     classify = kinds.add_parser("classify", help="accuracy on pictures named class/name.JPEG")
     for kind in (caption, classify):

@@ -30,7 +30,7 @@ from models.export.draft_export import quantise_draft, write_draft_litert, write
 from models.family import LATENT, DraftDecoder, decoder_shapes
 from models.lookahead import lookahead_file
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage9_draft
-from models.recipe.scores import cider, ciders
+from models.recipe.scores import ciders
 from models.recipe.stage4_head import float_symbols, trained_head
 from models.recipe.workspace import Workspace
 
@@ -121,11 +121,10 @@ def measure(work: Workspace, out: Path) -> tuple[dict[str, float], confidence.Ta
         draft = Draft(look, step, max_tokens=24)
         drafts = [draft.write(s) for s in symbols]
         texts = [[token for token in drafted.tokens if token != EOS] for drafted in drafts]
-        quality[f"dev_cider_draft_{suffix}"] = cider(work, "dev", texts)
+        scores = ciders(work, "dev", texts)
+        quality[f"dev_cider_draft_{suffix}"] = float(np.mean(scores))
     wanted = [[int(token) for token in row if token not in (BOS, EOS, PAD)] for row in np.load(work / "texts-dev.npy")]
-    calibration = confidence.fit(
-        [drafted.confidence for drafted in drafts], ciders(work, "dev", texts), ciders(work, "dev", wanted)
-    )
+    calibration = confidence.fit([drafted.confidence for drafted in drafts], scores, ciders(work, "dev", wanted))
     quality["dev_drafts_equal"] = float(np.mean([text == whole for text, whole in zip(texts, wanted, strict=True)]))
     unquantised = float_symbols(trained_head(work), work.array("photos-dev")[:FLOAT_CHECK])
     quality["head_int8_equal_symbols"] = float((unquantised == symbols[:FLOAT_CHECK]).mean())

@@ -12,8 +12,6 @@ from models.recipe import stage7_critic as critic
 from models.recipe.workspace import Workspace, steps
 
 NAME = "8-texts"
-
-
 BLOCK = 1000  # views
 
 
