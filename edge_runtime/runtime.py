@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 
 from edge_runtime import __version__
 from edge_runtime.answers import Answers
-from edge_runtime.backends import SUFFIXES, choose, load_model
+from edge_runtime.backends import load_fastest, load_model
 from edge_runtime.bundle import Bundle, open_bundle
 from edge_runtime.confidence import Calibration
 from edge_runtime.config import MqttConfig, RuntimeConfig
@@ -32,6 +33,7 @@ from edge_runtime.mqtt import Message, MqttClient, Publish, State
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planner import BoardPlanner
 from edge_runtime.policy import Policy
+from edge_runtime.preprocess import PIXELS
 from edge_runtime.sources import Cameras
 from edge_runtime.switches import Switches, board_switches
 from edge_runtime.wire import Event, topics
@@ -44,16 +46,27 @@ STOP_S = 10.0  # that an orderly end takes at most: both clients say what is lef
 
 
 def load_head(bundle: Bundle, backend: str, threads: int) -> Head:
-    """The bundle's head in a backend ("onnx", "litert" or "auto"). Raises BundleError, BackendError."""
-    suffix = SUFFIXES[choose(backend)]
-    return Head(load_model(bundle.file(f"head{suffix}"), threads), bundle.manifest.latent.gains)
+    """The bundle's head in a backend ("onnx", "litert", or "auto": the faster here of those that are installed).
+
+    Raises BundleError, BackendError.
+    """
+
+    def load(suffix: str) -> Head:
+        return Head(load_model(bundle.file(f"head{suffix}"), threads), bundle.manifest.latent.gains)
+
+    pixels = np.zeros((PIXELS, PIXELS, 3), np.uint8)
+    return load_fastest(backend, load, lambda head: head.symbols(pixels))
 
 
 def load_draft(bundle: Bundle, backend: str, threads: int) -> Draft:
-    """The bundle's draft decoder in a backend. Raises BundleError, BackendError."""
-    suffix = SUFFIXES[choose(backend)]
-    look, step = (load_model(bundle.file(f"draft_{part}{suffix}"), threads) for part in ("look", "step"))
-    return Draft(look, step, bundle.manifest.max_tokens)
+    """The bundle's draft decoder in a backend; "auto" need not choose the head's. Raises BundleError, BackendError."""
+
+    def load(suffix: str) -> Draft:
+        look, step = (load_model(bundle.file(f"draft_{part}{suffix}"), threads) for part in ("look", "step"))
+        return Draft(look, step, bundle.manifest.max_tokens)
+
+    symbols = np.zeros(bundle.tables.shape, np.int8)
+    return load_fastest(backend, load, lambda draft: draft.write(symbols))
 
 
 class Board:
