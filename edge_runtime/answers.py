@@ -169,7 +169,6 @@ class Answers:
         self._asked = 0  # by the frame path
         self._kept_unsent = self._put_by = self._replayed = 0  # into the outbox, at once or in vain; out of it
         self._outdated = 0  # in the outbox, and not readable
-        self._unpaid = 0  # due to be sent again, and not sent for want of bytes
         self._away_at = -inf  # when a frame last found the link away
         self.counts: Counter[str] = Counter()  # replies by status, and those that were none or found no room
 
@@ -252,8 +251,7 @@ class Answers:
             "kept": box.found + self._kept_unsent + self._put_by - self._replayed - gone,
             "replayed": self._replayed,
         }
-        values |= {name: getattr(counts, name) for name in ("busy", "duplicate", "late", "unknown")}
-        values["resent"] = counts.resent - self._unpaid
+        values |= {name: getattr(counts, name) for name in ("resent", "busy", "duplicate", "late", "unknown")}
         return values | {f"reply_{kind}": count for kind, count in self.counts.items()}
 
     def _run(self) -> None:
@@ -366,7 +364,7 @@ class Answers:
             if self._ledger.take(len(payload), now):
                 self._send(question, payload, left_s)
             else:
-                self._unpaid += 1
+                self._requests.unsent(entry.id)
                 self.counts["over_budget"] += 1
 
     def _reply(self, payload: bytes) -> None:

@@ -98,7 +98,7 @@ class OpenRequests(Generic[T]):
         return request_id in self._ended
 
     def due(self, now: float) -> list[Open[T]]:
-        """What to send again now, with the same id. Each is counted as sent; call `expired` first."""
+        """What to send again now, with the same id. Each is counted as sent, see `unsent`; call `expired` first."""
         due = [entry for entry in self._open.values() if entry.resend_at <= now < entry.deadline]
         for entry in due:
             doublings = entry.doublings + (not entry.was_told)  # a server that says busy is not silent
@@ -106,6 +106,12 @@ class OpenRequests(Generic[T]):
             self._change(entry, resend_at=resend_at, sends=entry.sends + 1, doublings=doublings, was_told=False)
         self._counts["resent"] += len(due)
         return due
+
+    def unsent(self, request_id: bytes) -> None:
+        """What `due` gave was not sent after all: it waits on as if it had been, and is not counted."""
+        entry = self._open[request_id]
+        self._change(entry, sends=entry.sends - 1)
+        self._counts["resent"] -= 1
 
     def answered(self, request_id: bytes, now: float) -> Open[T] | None:
         """End a request by its reply. None: the reply is a duplicate, late, or to nothing we know; and counted so."""

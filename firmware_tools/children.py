@@ -24,6 +24,7 @@ from edge_runtime.wire import topics
 START_S = 300.0  # a slow or busy machine takes a while to load torch
 STOP_S = 25.0  # a server or a board that hangs says where, and ends, within 20 s
 LOG_LINES = 12
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what ends a demo or a benchmark
 
 
 P = TypeVar("P", bound="Process")
@@ -103,7 +104,7 @@ def undisturbed() -> Iterator[None]:
         yield  # Python runs handlers in the main thread only
         return
     came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in INTERRUPTS}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in handlers:
         signal.signal(number, lambda received, _: came.append(received))

@@ -22,7 +22,7 @@ from edge_runtime.config import MqttConfig
 from edge_runtime.mqtt import Message, MqttClient
 from edge_runtime.wire import decode_event, topics
 from firmware_tools.broker import start_embedded
-from firmware_tools.children import START_S, Child, wait_serving
+from firmware_tools.children import INTERRUPTS, START_S, Child, wait_serving
 from firmware_tools.demo_page import Result, answered_by, marked, page, stages, summary
 from firmware_tools.demo_photos import Photo, collect
 from firmware_tools.evaluate import SHIPPED_BUNDLE
@@ -77,14 +77,13 @@ def run(args: argparse.Namespace) -> None:
 @contextmanager
 def interrupted_once() -> Iterator[None]:
     """The first signal to end interrupts; further ones must not cut the tidying short."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def interrupt(*_: object) -> None:
-        for number in numbers:
+        for number in INTERRUPTS:
             signal.signal(number, lambda *_: None)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    before = {number: signal.signal(number, interrupt) for number in INTERRUPTS}
     try:
         yield
     finally:

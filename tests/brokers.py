@@ -2,14 +2,13 @@
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from firmware_tools.broker import KEEP_USER, find_mosquitto, free_port, wait_listening
-from firmware_tools.children import with_parent
+from firmware_tools.children import Process
 
 PLAIN = """
 listener {port} 127.0.0.1
@@ -31,43 +30,26 @@ def skip(why: str) -> NoReturn:
     pytest.skip(why)
 
 
-class Mosquitto:
+class Mosquitto(Process):
     """One broker without persistence: every start is a start with empty state. The port stays the same."""
 
     def __init__(self, folder: Path, config: str = PLAIN) -> None:
-        self.program = mosquitto_or_skip()
         self.port = free_port()
-        self.log = folder / f"mosquitto-{self.port}.log"
-        self.config = folder / f"mosquitto-{self.port}.conf"
-        self.config.write_text(KEEP_USER + config.format(port=self.port, folder=folder))
-        self.process: subprocess.Popen[bytes] | None = None
+        settings = folder / f"mosquitto-{self.port}.conf"
+        settings.write_text(KEEP_USER + config.format(port=self.port, folder=folder))
+        super().__init__([mosquitto_or_skip(), "-v", "-c", str(settings)], folder / f"mosquitto-{self.port}.log")
 
-    def start(self) -> "Mosquitto":
-        with self.log.open("ab") as output:
-            command = with_parent(self.program, "-v", "-c", str(self.config))
-            self.process = subprocess.Popen(command, stdout=output, stderr=output)
+    def start(self) -> None:
+        super().start()
         wait_listening(self.process, self.port, self.log)
-        return self
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
 
     def freeze(self) -> None:
-        self.signal(signal.SIGSTOP)
+        self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self.signal(signal.SIGCONT)
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, which a frozen process gets too."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    def __enter__(self) -> "Mosquitto":
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
+        self.process.kill()
+        self.process.wait()

@@ -57,6 +57,19 @@ def test_the_reply_to_a_request_that_was_sent_twice_is_no_measure_of_reply_time(
     assert requests.next_at() <= 3.0  # doubled, but not four times 100
 
 
+def test_what_was_due_and_could_not_be_sent_counts_as_sent_once() -> None:
+    requests = table()
+    requests.open(b"1", "", deadline=999.0, now=0.0)
+    for _ in range(2):
+        (entry,) = requests.due(requests.next_at())
+        requests.unsent(entry.id)
+    assert requests.counts.resent == 0
+    assert requests.next_at() >= 3.0  # at growing distances all the same
+    assert requests.answered(b"1", now=100.0)
+    requests.open(b"2", "", deadline=999.0, now=100.0)
+    assert requests.next_at() >= 500.0  # four times 100: its reply time was measured
+
+
 @pytest.mark.parametrize("reply_s", [0.2, 1.6, 5.0, 30.0])
 def test_replies_that_always_take_longer_than_the_interval_are_soon_asked_for_once(reply_s: float) -> None:
     requests = table(capacity=64)
