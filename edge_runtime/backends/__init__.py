@@ -20,7 +20,7 @@ Network = TypeVar("Network")
 
 SUFFIXES = {"onnx": ".onnx", "litert": ".tflite"}  # of a backend's files
 MAX_MODEL_BYTES = 64 * 2**20  # the largest network of a board's bundle is 1 MB
-TRIALS = 5  # of each network that may serve: on a Raspberry Pi half a second in all
+TRIALS = 5  # of each network that may serve
 _RUNTIMES = {"onnx": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runtime")}
 _INSTALL = {"onnx": "pip install 'aiflow-edge[board]'", "litert": "pip install 'aiflow-edge[litert]'"}
 
