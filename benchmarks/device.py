@@ -19,17 +19,17 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from edge_runtime.answers import Answers
-from edge_runtime.bundle import Bundle
+from edge_runtime.app import load_draft, load_head
+from edge_runtime.capture.cameras import Frame
 from edge_runtime.config import MqttConfig
-from edge_runtime.events import Events
-from edge_runtime.mqtt import Message, MqttClient
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.mqtt.client import Message, MqttClient
 from edge_runtime.pipeline import Fixed, Pipeline, Plan
-from edge_runtime.runtime import load_draft, load_head
-from edge_runtime.sources import Frame
+from edge_runtime.reporting.events import Events
+from edge_runtime.requests.tracker import Answers
 from edge_runtime.wire import decode_event, topics
-from firmware_tools.broker import start_embedded
-from firmware_tools.children import Child
+from testbed.broker import start_embedded
+from testbed.processes import Child
 
 SITE, BOARD = "bench", "board"
 CAMERA = (640, 480)  # width and height of the frames, a cheap camera's

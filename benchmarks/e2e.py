@@ -25,13 +25,14 @@ import cv2
 
 from benchmarks.e2e_figures import BASELINE, Outcome, against_oracle, compared, outcome_of, slots_of
 from benchmarks.e2e_site import DEADLINE_S, Board, Site, machine, site
-from edge_runtime.bundle import Bundle
-from edge_runtime.pictures import Picture
-from edge_runtime.preprocess import decode_picture
+from edge_runtime.capture.picture_files import Picture
+from edge_runtime.errors import AiflowError
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.preprocess import decode_picture
 from firmware_tools.evaluate import Chain, Photos, score
-from firmware_tools.link import Link
-from firmware_tools.shaping import Profile
-from firmware_tools.terminal import track
+from testbed.link_simulator import Link
+from testbed.shaping import Profile
+from testbed.terminal import track
 
 # What the board is configured as for each.
 PARADIGMS = {
@@ -60,7 +61,7 @@ LARGE_FRAME = 1024  # pixels; the longer side of what replaces a larger file
 Trace = Sequence[tuple[float, Profile]]
 
 
-class E2eError(ValueError):
+class E2eError(AiflowError, ValueError):
     """A run that cannot begin."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from firmware_tools.terminal import markdown_table
+from testbed.terminal import markdown_table
 
 COLUMNS = {
     "paradigm": "name",

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.bundle import Bundle
 from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt import Message, MqttClient
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.mqtt.client import Message, MqttClient
 from edge_runtime.wire import Event, decode_event, topics
-from firmware_tools.broker import start_embedded
-from firmware_tools.children import START_S, Child, ChildError, wait_serving
-from firmware_tools.link import Link
-from firmware_tools.shaping import Profile
+from testbed.broker import start_embedded
+from testbed.link_simulator import Link
+from testbed.processes import START_S, Child, ChildError, wait_serving
+from testbed.shaping import Profile
 
 SITE = "bench"
 BACKHAUL = Profile("backhaul", 100_000, 100_000, 20)  # from the edge server to the cloud's broker

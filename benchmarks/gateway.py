@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import Bundle
 from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt import Message, MqttClient
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.mqtt.client import Message, MqttClient
 from edge_runtime.pipeline import Plan, build_request
 from edge_runtime.wire import RequestIds, decode_reply, encode_request, topics
-from firmware_tools.broker import start_embedded
-from firmware_tools.children import Child, wait_serving
+from testbed.broker import start_embedded
+from testbed.processes import Child, wait_serving
 
 SITE, SERVER = "bench", "bench-server"
 DRAIN_S = 10.0  # for the questions that are open when the time is up

@@ -23,9 +23,9 @@ import torch
 from ai_edge_litert import schema_py_generated as schema
 from onnx import TensorProto, helper
 
-from edge_runtime.backends import SUFFIXES, load_model
-from edge_runtime.bundle import BOS
-from edge_runtime.draft import STATE
+from edge_runtime.inference.backends import SUFFIXES, load_model
+from edge_runtime.inference.bundle import BOS
+from edge_runtime.inference.draft import STATE
 from models.backbone import PIXEL_MEAN, PIXEL_SCALE, Conv, same_padding
 from models.export import litert_graph, onnx_graph
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
@@ -41,7 +41,7 @@ import sys, psutil, numpy as np
 from pathlib import Path
 rss = lambda: psutil.Process().memory_info().rss / 1e6
 figures = [rss()]
-from edge_runtime.backends import load_model
+from edge_runtime.inference.backends import load_model
 models = [load_model(Path(path)) for path in sys.argv[1:]]
 figures.append(rss())
 pixels = np.zeros((1, 224, 224, 3), np.uint8)

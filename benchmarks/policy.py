@@ -17,11 +17,11 @@ from itertools import cycle, islice, pairwise
 from typing import Any
 
 from edge_runtime.config import PolicyConfig
-from edge_runtime.estimates import Estimates
-from edge_runtime.policy import Policy
+from edge_runtime.planning.measurements import Estimates
+from edge_runtime.planning.policy import Policy
 from edge_runtime.wire import Hop, Reply, Status, Tier, encode_tokens
 from edge_runtime.wire.event import ParadigmName
-from firmware_tools.shaping import PROFILES
+from testbed.shaping import PROFILES
 
 # Uplink in kbit/s, round trip in ms.
 LINKS = {profile.name: (profile.up_kbit, profile.rtt_ms) for profile in PROFILES.values() if not profile.is_outage}

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edge_runtime.bundle import Bundle
+from edge_runtime.inference.bundle import Bundle
 from models.family import LATENT, DecoderShape, Tail, TextDecoder
 from server.engine import BLOCK, SIZES, Answer, Engine, Job, Proof
 from server.loading import load_engine

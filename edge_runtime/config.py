@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from edge_runtime.mqtt import MqttSettings
+from edge_runtime.errors import AiflowError
+from edge_runtime.mqtt.client import MqttSettings
 
 MAX_CONFIG_BYTES = 256 * 1024
 
@@ -23,7 +24,7 @@ CameraName = Annotated[str, Meta(pattern="^[a-z0-9-]{1,24}$")]
 Config = TypeVar("Config")
 
 
-class ConfigError(ValueError):
+class ConfigError(AiflowError, ValueError):
     """A configuration that cannot work; the message names file, key and fix. Commands exit with 78 on it."""
 
 

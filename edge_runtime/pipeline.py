@@ -18,14 +18,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.answers import Answers, Question
-from edge_runtime.backends import BackendError
-from edge_runtime.bundle import Bundle
-from edge_runtime.draft import Draft, Drafted
-from edge_runtime.events import Events
-from edge_runtime.head import Head
-from edge_runtime.preprocess import to_input
-from edge_runtime.sources import Frame
+from edge_runtime.capture.cameras import Frame
+from edge_runtime.inference.backends import BackendError
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.draft import Draft, Drafted
+from edge_runtime.inference.head import Head
+from edge_runtime.inference.preprocess import to_input
+from edge_runtime.reporting.events import Events
+from edge_runtime.requests.tracker import Answers, Question
 from edge_runtime.wire import (
     ContentKind,
     Options,

@@ -17,16 +17,17 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from edge_runtime.bundle import open_bundle
 from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt import Message, MqttClient
+from edge_runtime.errors import AiflowError
+from edge_runtime.inference.bundle import open_bundle
+from edge_runtime.mqtt.client import Message, MqttClient
 from edge_runtime.wire import decode_event, topics
-from firmware_tools.broker import start_embedded
-from firmware_tools.children import INTERRUPTS, START_S, Child, wait_serving
 from firmware_tools.demo_page import Result, answered_by, marked, page, stages, summary
-from firmware_tools.demo_photos import Photo, collect
 from firmware_tools.evaluate import SHIPPED_BUNDLE
-from firmware_tools.terminal import new_file, number, print_figures, printable
+from testbed.broker import start_embedded
+from testbed.processes import INTERRUPTS, START_S, Child, wait_serving
+from testbed.sample_photos import Photo, collect
+from testbed.terminal import new_file, number, print_figures, printable
 
 SITE, BOARD, SERVER = "demo", "demo-board", "demo-server"
 LIMIT = 16
@@ -34,7 +35,7 @@ INTERVAL_S = 0.5  # between photos: slow enough to watch
 DEADLINE_S = 10.0
 
 
-class DemoError(ValueError):
+class DemoError(AiflowError, ValueError):
     """The demo cannot go on."""
 
 

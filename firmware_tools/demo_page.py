@@ -14,9 +14,9 @@ from typing import Any
 
 import cv2
 
-from edge_runtime.preprocess import decode_picture
+from edge_runtime.inference.preprocess import decode_picture
 from edge_runtime.wire import Event
-from firmware_tools.demo_photos import Photo
+from testbed.sample_photos import Photo
 
 PREVIEW_WIDTH = 480  # pixels; a phone's screen has as many CSS pixels or fewer
 

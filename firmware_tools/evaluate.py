@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_runtime.bundle import Bundle, open_bundle
-from edge_runtime.confidence import Calibration
+from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.config import PolicyConfig
-from edge_runtime.draft import Draft
-from edge_runtime.head import Head
-from edge_runtime.pictures import Picture, read_pictures
-from edge_runtime.policy import Policy
-from firmware_tools.demo_photos import is_readable
-from firmware_tools.terminal import new_file, number, print_figures, share, track
+from edge_runtime.errors import AiflowError
+from edge_runtime.inference.bundle import Bundle, open_bundle
+from edge_runtime.inference.draft import Draft
+from edge_runtime.inference.draft_calibration import Calibration
+from edge_runtime.inference.head import Head
+from edge_runtime.planning.policy import Policy
+from testbed.sample_photos import is_readable
+from testbed.terminal import new_file, number, print_figures, share, track
 
 if TYPE_CHECKING:
     from server.engine import Answer, Engine, Job
@@ -30,7 +31,7 @@ SHIPPED_BUNDLE = Path(__file__).parent.parent / "models" / "zoo" / "flickr8k-lit
 CAPTIONS_HELP = "columns image, caption, and split where one is chosen; images by their paths or files' names"
 
 
-class EvaluationError(ValueError):
+class EvaluationError(AiflowError, ValueError):
     """Photos and captions that cannot be scored."""
 
 
@@ -133,8 +134,8 @@ class Chain:
         policy: Policy | None = None,
     ) -> None:
         """policy: says which drafts stand; None: none does."""
+        from edge_runtime.app import load_draft, load_head
         from edge_runtime.pipeline import Plan
-        from edge_runtime.runtime import load_draft, load_head
 
         self.bundle, self.engine, self.tier, self.policy = bundle, engine, tier, policy
         self.plan = Plan(paradigm, "evaluation", budget_ms=60_000)  # type: ignore[arg-type]
@@ -144,8 +145,8 @@ class Chain:
     def send(self, picture: Picture) -> Sent:
         """Picture -> head -> draft -> envelope -> bytes -> envelope -> symbols."""
         from edge_runtime import wire
+        from edge_runtime.inference.preprocess import decode_picture, to_input
         from edge_runtime.pipeline import NOTHING_DRAFTED, build_request
-        from edge_runtime.preprocess import decode_picture, to_input
 
         pixels = to_input(decode_picture(picture.data))
         symbols = self.head.symbols(pixels)

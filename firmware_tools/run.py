@@ -11,9 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs until the sources end, SIGINT or SIGTERM."""
+    from edge_runtime.app import STOP_S, run_board
     from edge_runtime.config import RuntimeConfig, load_toml
-    from edge_runtime.runtime import STOP_S, run_board
-    from edge_runtime.signals import stop_when_told
+    from edge_runtime.shutdown import stop_when_told
 
     config = load_toml(args.config, RuntimeConfig)
     stop = stop_when_told(STOP_S)

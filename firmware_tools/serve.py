@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM, then finishes what was accepted."""
     from edge_runtime.config import load_toml
-    from edge_runtime.signals import stop_when_told
+    from edge_runtime.shutdown import stop_when_told
     from server.config import Config
     from server.service import run_server
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edge_runtime.bundle import Bundle
+    from edge_runtime.inference.bundle import Bundle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f'{args.path}: tier = "{server.server.tier}", but the bundle has {", ".join(targets)}')
         print(f"{args.path}: server {server.server.id} of site {server.server.site} is in order")
     else:
+        from edge_runtime.capture.cameras import Cameras
         from edge_runtime.config import RuntimeConfig, load_toml
-        from edge_runtime.sources import Cameras
 
         board = load_toml(args.path, RuntimeConfig)
         for mqtt in filter(None, (board.mqtt, board.local)):
@@ -54,7 +54,7 @@ def _is_server(path: Path) -> bool:
 
 
 def _bundle(path: Path) -> "Bundle":
-    from edge_runtime.bundle import open_bundle
+    from edge_runtime.inference.bundle import open_bundle
 
     bundle = open_bundle(path)
     for name in bundle.manifest.files:

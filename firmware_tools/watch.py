@@ -4,7 +4,7 @@ import argparse
 import queue
 
 from edge_runtime.wire import Event
-from firmware_tools.terminal import number, printable
+from testbed.terminal import number, printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from edge_runtime.config import MqttConfig
-    from edge_runtime.mqtt import Message, MqttClient
+    from edge_runtime.mqtt.client import Message, MqttClient
     from edge_runtime.wire import WireError, decode_event
 
     console = Console()

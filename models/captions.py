@@ -6,10 +6,12 @@ import unicodedata
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from edge_runtime.errors import AiflowError
+
 MAX_CAPTION_CHARACTERS = 2000
 
 
-class CaptionsError(ValueError):
+class CaptionsError(AiflowError, ValueError):
     """A captions file that cannot be used."""
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_runtime.bundle import BOS, PAD, UNKNOWN
+from edge_runtime.inference.bundle import BOS, PAD, UNKNOWN
 from models.backbone import BLOCKS, CUT, CUT_CHANNELS, FEATURES, MAP_CHANNELS, Block, Conv, normalise
 
 LATENT = (64, 7, 7)  # channels, height, width

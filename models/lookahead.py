@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edge_runtime.bundle import UNKNOWN
+from edge_runtime.inference.bundle import UNKNOWN
 
 STATE = 128  # width of the recurrent state; 256 is no better
 

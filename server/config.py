@@ -5,7 +5,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from edge_runtime.config import Id, MetricsConfig, MqttConfig, StationId
-from edge_runtime.mqtt import MqttSettings
+from edge_runtime.mqtt.client import MqttSettings
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
 

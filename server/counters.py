@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from edge_runtime.metrics import Meaning, Values, by_kind
+from edge_runtime.reporting.metrics import Meaning, Values, by_kind
 from edge_runtime.wire import Status
 
 SERVER = {

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edge_runtime.bundle import BOS, BundleError
+from edge_runtime.inference.bundle import BOS, BundleError
 from models.family import Classifier, Head, Memory, Tail, TextDecoder
 from models.lookahead import Lookahead
 from server.verify import Text, new_text, next_block, redraft, verify

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Outcome, Publish, State
+from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings, Outcome, Publish, State
 from edge_runtime.wire import TopicError, topics
 
 logger = logging.getLogger(__name__)

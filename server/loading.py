@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edge_runtime.bundle import Bundle, BundleError
 from edge_runtime.config import ConfigError
+from edge_runtime.inference.bundle import Bundle, BundleError
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
 from models.lookahead import Lookahead, lookahead_file
 from server.engine import Engine

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from edge_runtime.bundle import BOS, UNKNOWN
+from edge_runtime.inference.bundle import BOS, UNKNOWN
 from models.family import LATENT, Memory, TextDecoder
 from server.engine import BLOCK, SIZES, WIDTHS, Engine, Proof, Shape, look
 

@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime import __version__
-from edge_runtime.bundle import Bundle, BundleError, open_bundle
-from edge_runtime.metrics import exported
-from edge_runtime.preprocess import PictureError, decode_picture, to_input
+from edge_runtime.inference.bundle import Bundle, BundleError, open_bundle
+from edge_runtime.inference.preprocess import PictureError, decode_picture, to_input
+from edge_runtime.reporting.metrics import exported
 from edge_runtime.wire import (
     BitstreamError,
     ContentKind,

@@ -24,8 +24,8 @@ from typing import Any
 
 import msgspec
 
-from edge_runtime.mqtt import Message, MqttClient, Outcome, State
-from edge_runtime.open_requests import Lost, OpenRequests
+from edge_runtime.mqtt.client import Message, MqttClient, Outcome, State
+from edge_runtime.requests.table import Lost, OpenRequests
 from edge_runtime.wire import (
     EnvelopeError,
     Reply,

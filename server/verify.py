@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from edge_runtime.bundle import BOS, EOS, UNKNOWN
+from edge_runtime.inference.bundle import BOS, EOS, UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from typing import NoReturn
 
 import pytest
 
-from firmware_tools.broker import KEEP_USER, find_mosquitto, free_port, wait_listening
-from firmware_tools.children import Process
+from testbed.broker import KEEP_USER, find_mosquitto, free_port, wait_listening
+from testbed.processes import Process
 
 PLAIN = """
 listener {port} 127.0.0.1

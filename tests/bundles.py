@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from edge_runtime.bundle import (
+from edge_runtime.inference.bundle import (
     BOS,
     MANIFEST,
     SCHEMA,

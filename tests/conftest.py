@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `tests.brokers`: pytest's importlib mode adds no path of its own
 
-from edge_runtime.bundle import Bundle
+from edge_runtime.inference.bundle import Bundle
 from tests.brokers import PLAIN, Mosquitto
 
 # A busy machine may take any time for an example, and the limit on a whole test stays.

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edge_runtime.backends import Model, load_model
-from edge_runtime.bundle import EOS
+from edge_runtime.inference.backends import Model, load_model
+from edge_runtime.inference.bundle import EOS
 from models.backbone import CUT, pretrained_lite0
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.export.litert_graph import write_litert

@@ -5,7 +5,7 @@ import queue
 import time
 from collections.abc import Callable
 
-from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Timing
+from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings, Timing
 
 PATIENCE_S = 20.0  # for what takes well under a second when nothing is wrong
 QUICK = Timing(backoff_base=0.02, backoff_cap=0.1, refused_cap=0.2, handshake=2.0, degraded=0.3, short_session=0.0)

@@ -3,9 +3,9 @@
 import json
 import threading
 
+from edge_runtime.app import run_board
 from edge_runtime.config import RuntimeConfig
-from edge_runtime.mqtt import Message, MqttClient, MqttSettings
-from edge_runtime.runtime import run_board
+from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings
 from edge_runtime.wire import Event, topics
 from server.config import Config
 from server.service import run_server

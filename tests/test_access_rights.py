@@ -70,7 +70,7 @@ def login(folder: Path, name: str, port: int) -> MqttConfig:
 
 
 def test_the_rights_of_the_page_are_enough_for_board_server_and_user(board_bundle, tmp_path):
-    from tests.edge_runtime.test_runtime import photo
+    from tests.edge_runtime.test_app import photo
 
     (tmp_path / "photo.jpg").write_bytes(photo(1))
     listed = rights()

@@ -4,8 +4,8 @@ import re
 import textwrap
 from pathlib import Path
 
-from firmware_tools.shaping import parse_trace
 from models.captions import read_captions
+from testbed.shaping import parse_trace
 
 PAGE = (Path(__file__).parents[1] / "docs" / "CASE_STUDY.md").read_text()
 

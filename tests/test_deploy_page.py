@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edge_runtime.app import STOP_S
 from edge_runtime.config import CameraConfig, MqttConfig, RuntimeConfig, load_toml
-from edge_runtime.mqtt import Message, MqttClient
-from edge_runtime.runtime import STOP_S
-from edge_runtime.signals import SLACK_S
+from edge_runtime.mqtt.client import Message, MqttClient
+from edge_runtime.shutdown import SLACK_S
 from edge_runtime.wire import topics
 from firmware_tools.cli import EXIT_CONFIG
 from server.config import Config, ServerConfig
@@ -59,7 +59,7 @@ def configured(folder: Path) -> tuple[RuntimeConfig, Config]:
 
 
 def test_board_server_and_person_reach_each_other_over_its_broker(site, board_bundle):
-    from tests.edge_runtime.test_runtime import photo
+    from tests.edge_runtime.test_app import photo
 
     (site / "photo.jpg").write_bytes(photo(1))
     board, server = configured(site)

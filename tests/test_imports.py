@@ -44,7 +44,7 @@ def loaded_by(statements: str) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["edge_runtime.pipeline", "edge_runtime.runtime"])
+@pytest.mark.parametrize("module", ["edge_runtime.pipeline", "edge_runtime.app"])
 def test_the_boards_code_loads_nothing_of_the_rest(module):
     loaded = loaded_by(f"import {module}")
     assert module in loaded
@@ -70,7 +70,7 @@ class Watch:
     def find_spec(self, name, path=None, target=None):
         if name == "onnxruntime": print(os.environ.get("ORT_DISABLE_TELEMETRY"))
 sys.meta_path.insert(0, Watch())
-import edge_runtime.runtime, edge_runtime.backends.onnx
+import edge_runtime.app, edge_runtime.inference.backends.onnx
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.split() == ["1"]

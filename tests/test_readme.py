@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-from edge_runtime.bundle import open_bundle
-from edge_runtime.confidence import Calibration
 from edge_runtime.config import PolicyConfig, RuntimeConfig, load_toml
-from edge_runtime.policy import Policy
+from edge_runtime.inference.bundle import open_bundle
+from edge_runtime.inference.draft_calibration import Calibration
+from edge_runtime.planning.policy import Policy
 from firmware_tools.evaluate import SHIPPED_BUNDLE
 from server.config import Config
 

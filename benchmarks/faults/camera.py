@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle
 
-from firmware_tools.broker import free_port
+from testbed.broker import free_port
 
 FPS = 10.0
 BOUNDARY = "frame"

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from firmware_tools.broker import KEEP_USER, BrokerError, find_mosquitto, free_port, wait_listening
-from firmware_tools.children import ChildError, Process, toml
+from testbed.broker import KEEP_USER, BrokerError, find_mosquitto, free_port, wait_listening
+from testbed.processes import ChildError, Process, toml
 
 PLAIN = """
 listener {port} 127.0.0.1
@@ -79,7 +79,7 @@ class Aiflow(Victim):
     ) -> None:
         config = folder / f"{name}.toml"
         config.write_text(toml(tables))
-        module = ["benchmarks.faults.saboteur", sabotage] if sabotage else ["firmware_tools"]
+        module = ["benchmarks.faults.fault_injection", sabotage] if sabotage else ["firmware_tools"]
         super().__init__([sys.executable, "-m", *module, command, str(config)], folder / f"{name}.log")
 
     def start(self) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from benchmarks.faults.stage import Result
-from firmware_tools.terminal import markdown_table
+from testbed.terminal import markdown_table
 
 COLUMNS = ("fault", "accepted", "answered", "lost", "duplicates", "recovery s", "held", "what else was seen")
 

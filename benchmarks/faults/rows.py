@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.faults.camera import MjpegServer
-from benchmarks.faults.crowd import fifty_boards, soak
+from benchmarks.faults.load import fifty_boards, soak
 from benchmarks.faults.processes import PLAIN
 from benchmarks.faults.stage import KEEPALIVE_S, SERVER, SITE, SPARE, NotRunError, Row, Trial
 from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt import MqttClient
+from edge_runtime.mqtt.client import MqttClient
 from edge_runtime.wire import topics
-from firmware_tools.shaping import PROFILES
+from testbed.shaping import PROFILES
 
 EXPELLED_S = 1.5 * KEEPALIVE_S + 2  # a broker drops a silent client after one and a half keepalives (MQTT 5, 3.1.2.10)
 HEADER_BYTES = 100  # of an SQLite database: sqlite.org/fileformat.html, 1.3

@@ -16,15 +16,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.ledger import Ledger
+from benchmarks.faults.accounts import Ledger
 from benchmarks.faults.processes import UNBOUNDED, Aiflow, Broker
-from edge_runtime.bundle import Bundle
 from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt import Message, MqttClient
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.mqtt.client import Message, MqttClient
 from edge_runtime.wire import decode_event, topics
-from firmware_tools.children import START_S, ChildError
-from firmware_tools.link import Link
-from firmware_tools.shaping import PROFILES
+from testbed.link_simulator import Link
+from testbed.processes import START_S, ChildError
+from testbed.shaping import PROFILES
 
 SITE, SERVER, SPARE = "faults", "server-a", "server-b"
 RECOVERY_S = 60.0  # what is allowed between the end of a fault and the first answer

@@ -1,7 +1,9 @@
 """What wire raises: one base, and a class for each thing that a peer or a file can get wrong."""
 
+from edge_runtime.errors import AiflowError
 
-class WireError(ValueError):
+
+class WireError(AiflowError, ValueError):
     """Something from outside breaks the protocol; the message says what was found, what was wanted, what to do."""
 
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from edge_runtime.bundle import EOS, PAD
+from edge_runtime.inference.bundle import EOS, PAD
 from models.recipe.workspace import Workspace
 
 MAX_N = 4

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edge_runtime.bundle import PAD
+from edge_runtime.inference.bundle import PAD
 from models.lookahead import LookaheadNet, lookahead_file, tensors_of
 from models.recipe import stage6_targets as targets
 from models.recipe import stage7_critic as critic

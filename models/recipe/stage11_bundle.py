@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from edge_runtime import confidence
-from edge_runtime.backends import load_model
-from edge_runtime.bundle import (
+from edge_runtime.inference import draft_calibration as confidence
+from edge_runtime.inference.backends import load_model
+from edge_runtime.inference.bundle import (
     BOS,
     EOS,
     MANIFEST,
@@ -23,8 +23,8 @@ from edge_runtime.bundle import (
     TargetRecord,
     file_hash,
 )
-from edge_runtime.draft import Draft
-from edge_runtime.preprocess import PIXELS
+from edge_runtime.inference.draft import Draft
+from edge_runtime.inference.preprocess import PIXELS
 from models.backbone import pretrained_lite0
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import LATENT, DraftDecoder, decoder_shapes

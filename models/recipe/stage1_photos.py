@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.bundle import BOS, EOS, PAD, UNKNOWN
-from edge_runtime.pictures import read_pictures
-from edge_runtime.preprocess import PIXELS, decode_picture, to_input
+from edge_runtime.capture.picture_files import read_pictures
+from edge_runtime.errors import AiflowError
+from edge_runtime.inference.bundle import BOS, EOS, PAD, UNKNOWN
+from edge_runtime.inference.preprocess import PIXELS, decode_picture, to_input
 from models.captions import read_captions, words_of
 from models.recipe.workspace import Workspace
 
@@ -24,7 +25,7 @@ CAPTIONS = 5  # kept per photo
 CLASS_STAND_INS = 64
 
 
-class RecipeError(ValueError):
+class RecipeError(AiflowError, ValueError):
     """Input that the recipe cannot train on."""
 
 

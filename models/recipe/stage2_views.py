@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import torch
 
-from edge_runtime.preprocess import PIXELS
+from edge_runtime.inference.preprocess import PIXELS
 from models.backbone import CUT_CHANNELS, pretrained_lite0
 from models.recipe.workspace import Workspace, channels_last, steps
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_runtime.bundle import PAD, UNKNOWN
+from edge_runtime.inference.bundle import PAD, UNKNOWN
 from models.backbone import CUT, CUT_CHANNELS, Conv, Lite0, pretrained_lite0
 from models.family import LATENT, Classifier, Density, Dropout, Tail, TextDecoder, decoder_shapes
 from models.recipe.depthwise import use_matrices

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from edge_runtime.backends import load_model
-from edge_runtime.head import Head
+from edge_runtime.inference.backends import load_model
+from edge_runtime.inference.head import Head
 from edge_runtime.wire import bitstream
 from edge_runtime.wire.tables import count_tables, entropy_bytes
 from models.family import LATENT

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from edge_runtime.bundle import BOS, EOS, PAD
+from edge_runtime.inference.bundle import BOS, EOS, PAD
 from models.backbone import MAP_CHANNELS
 from models.family import LATENT, Classifier, DecoderShape, Dropout, Tail, TextDecoder, decoder_shapes
 from models.recipe.scores import cider

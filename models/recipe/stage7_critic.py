@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edge_runtime.bundle import BOS, EOS, PAD
+from edge_runtime.inference.bundle import BOS, EOS, PAD
 from models.family import NEVER_EMITTED, Dropout
 from models.recipe import stage6_targets as targets
 from models.recipe.scores import Cider, strip

@@ -6,7 +6,7 @@ it than one that imitates five people.
 
 import numpy as np
 
-from edge_runtime.bundle import BOS, EOS, PAD
+from edge_runtime.inference.bundle import BOS, EOS, PAD
 from models.recipe import stage6_targets as targets
 from models.recipe import stage7_critic as critic
 from models.recipe.workspace import Workspace, steps

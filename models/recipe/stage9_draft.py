@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edge_runtime.bundle import BOS, EOS, PAD
+from edge_runtime.inference.bundle import BOS, EOS, PAD
 from models.family import DraftDecoder
 from models.recipe import stage6_targets as targets
 from models.recipe.scores import cider

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.config import MAX_CONFIG_BYTES, CameraConfig, ConfigError, RuntimeConfig, load_toml
-from edge_runtime.mqtt import MqttConfigError
+from edge_runtime.mqtt.client import MqttConfigError
 from firmware_tools.cli import EXIT_CONFIG
 
 BOARD = '[board]\nid = "b1"\nbundle = "models/zoo/small"\n'

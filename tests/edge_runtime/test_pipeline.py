@@ -9,17 +9,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_runtime.answers import Answers, Question
-from edge_runtime.bundle import Bundle
+from edge_runtime.app import load_draft, load_head
+from edge_runtime.capture.cameras import Frame
 from edge_runtime.config import OutboxConfig
-from edge_runtime.draft import Drafted
-from edge_runtime.events import Events
-from edge_runtime.ledger import Ledger
-from edge_runtime.mqtt import MqttClient, MqttSettings
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.draft import Drafted
+from edge_runtime.inference.preprocess import decode_picture, to_input
+from edge_runtime.mqtt.client import MqttClient, MqttSettings
 from edge_runtime.pipeline import Fixed, Pipeline, Plan, build_request, encode_finest, to_jpeg
-from edge_runtime.preprocess import decode_picture, to_input
-from edge_runtime.runtime import load_draft, load_head
-from edge_runtime.sources import Frame
+from edge_runtime.reporting.events import Events
+from edge_runtime.requests.byte_budget import Ledger
+from edge_runtime.requests.tracker import Answers, Question
 from edge_runtime.wire import (
     ContentKind,
     Event,

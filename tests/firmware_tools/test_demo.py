@@ -19,12 +19,12 @@ import numpy as np
 import psutil
 import pytest
 
-from edge_runtime.preprocess import PictureError
+from edge_runtime.inference.preprocess import PictureError
 from edge_runtime.wire import AnsweredBy, Event, EventHop
-from firmware_tools.children import Child, ChildError, Process, toml
 from firmware_tools.demo_page import Result, marked, page, stages, summary
-from firmware_tools.demo_photos import Photo, collect, shipped
 from firmware_tools.evaluate import SHIPPED_BUNDLE
+from testbed.processes import Child, ChildError, Process, toml
+from testbed.sample_photos import Photo, collect, shipped
 from tests.bundles import tiny_bundle
 from tests.exports import pictures
 

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.bundle import MANIFEST, open_bundle
+from edge_runtime.inference.bundle import MANIFEST, open_bundle
 from firmware_tools import cli
 from firmware_tools.evaluate import EvaluationError, Photos, score
 from models.captions import words_of

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt import MqttClient
+from edge_runtime.mqtt.client import MqttClient
 from edge_runtime.wire import AnsweredBy, Event, Explain, encode_event
 from firmware_tools.watch import line
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from ai_edge_litert import schema_py_generated as schema
 
-from edge_runtime.backends import SUFFIXES
-from edge_runtime.bundle import BOS
+from edge_runtime.inference.backends import SUFFIXES
+from edge_runtime.inference.bundle import BOS
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import NEVER_EMITTED
 from tests import exports

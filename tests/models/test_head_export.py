@@ -7,8 +7,8 @@ import pytest
 import torch
 from ai_edge_litert import schema_py_generated as schema
 
-from edge_runtime.backends import SUFFIXES
-from edge_runtime.head import Head
+from edge_runtime.inference.backends import SUFFIXES
+from edge_runtime.inference.head import Head
 from models.backbone import same_padding
 from models.export.litert_graph import write_litert
 from models.export.onnx_graph import write_onnx

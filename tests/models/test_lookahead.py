@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.bundle import BOS, EOS, PAD, UNKNOWN
+from edge_runtime.inference.bundle import BOS, EOS, PAD, UNKNOWN
 from models.lookahead import STATE, Lookahead, LookaheadNet, tensors_of
 from models.recipe.stage10_lookahead import DISTANCE, Texts, evaluate, loss_of, unrolled
 from tests.bundles import lively

@@ -2,7 +2,7 @@
 
 import pytest
 
-from edge_runtime.bundle import Bundle
+from edge_runtime.inference.bundle import Bundle
 from server.engine import Engine
 from server.loading import load_engine
 from server.numerics import prove

@@ -3,7 +3,7 @@
 import json
 
 from benchmarks.server import made_up_drafts, run
-from edge_runtime.bundle import Bundle
+from edge_runtime.inference.bundle import Bundle
 from server.engine import Engine, Job
 from tests.bundles import VOCABULARY, random_symbols
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.config import ConfigError, load_toml
-from edge_runtime.mqtt import MqttConfigError
+from edge_runtime.mqtt.client import MqttConfigError
 from server.config import Config
 
 GOOD = '[server]\nid = "s1"\nbundle = "models/zoo/one"\n'

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.bundle import BOS, EOS, Bundle, BundleError, FileRecord, file_hash
+from edge_runtime.inference.bundle import BOS, EOS, Bundle, BundleError, FileRecord, file_hash
 from models.family import DecoderShape, Tail, TextDecoder
 from models.lookahead import Lookahead, LookaheadNet
 from models.recipe.stage10_lookahead import Texts, loss_of
@@ -256,7 +256,7 @@ TWO_THREADS = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from edge_runtime.bundle import open_bundle
+from edge_runtime.inference.bundle import open_bundle
 from server.engine import Job
 from server.loading import load_engine
 from server.numerics import prove

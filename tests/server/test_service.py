@@ -19,9 +19,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.bundle import MANIFEST, Bundle, BundleError, FileRecord, file_hash
 from edge_runtime.config import MetricsConfig, MqttConfig
-from edge_runtime.mqtt import Message, MqttClient, MqttSettings
+from edge_runtime.inference.bundle import MANIFEST, Bundle, BundleError, FileRecord, file_hash
+from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings
 from edge_runtime.wire import (
     ContentKind,
     Options,
@@ -38,7 +38,6 @@ from edge_runtime.wire import (
     encode_tokens,
     topics,
 )
-from firmware_tools.broker import free_port
 from server.batcher import Batch
 from server.config import Config, ServerConfig, UpstreamConfig
 from server.engine import Engine, Job
@@ -47,6 +46,7 @@ from server.loading import load_engine
 from server.reply_cache import ReplyCache
 from server.service import Service, load, readable_id, run_server
 from server.upstream import Upstream
+from testbed.broker import free_port
 from tests.brokers import Mosquitto
 from tests.bundles import MAX_TOKENS, random_symbols
 

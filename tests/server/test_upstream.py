@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt import MqttClient, MqttConfigError, MqttSettings
+from edge_runtime.mqtt.client import MqttClient, MqttConfigError, MqttSettings
 from edge_runtime.wire import (
     ContentKind,
     EnvelopeError,

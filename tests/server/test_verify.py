@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.bundle import BOS, EOS
+from edge_runtime.inference.bundle import BOS, EOS
 from server.verify import Text, new_text, next_block, realign, redraft, verify
 
 A, B = 4, 5  # with the end token a vocabulary of three

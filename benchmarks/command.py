@@ -1,0 +1,191 @@
+"""`aiflow bench`: speed of one part, on the demo's photos or the user's own; benchmarks/ says what a figure means."""
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.inference.bundle import Bundle, open_bundle
+from edge_runtime.inference.preprocess import decode_picture, to_input
+from firmware_tools.evaluate import CAPTIONS_HELP, SHIPPED_BUNDLE, Photos
+from testbed.sample_photos import collect
+from testbed.terminal import new_file, number, print_figures
+
+BACKENDS = ("onnx", "litert")
+PARTS = {
+    "codec": "the entropy coder, on the photos' symbols",
+    "device": "a board alone: stages, memory",
+    "server": "a server's engine: texts a second, with drafts and without",
+    "gateway": "a server behind a broker: requests a second",
+    "faults": "the fault matrix: what becomes of every request",
+    "e2e": "board, brokers and servers over simulated links, each paradigm against sending pictures",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which part, and on what."""
+    parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
+    for name, summary in PARTS.items():
+        part = parts.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if name == "e2e":
+            _add_e2e_arguments(part)
+        else:
+            _add_photos(part)
+            _add_arguments(part, name)
+        part.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, metavar="DIR", help="default: the shipped one")
+        part.add_argument("--json", type=new_file, metavar="FILE", help="write the figures to FILE")
+
+
+def _add_e2e_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR", help="photos")
+    parser.add_argument("--captions", type=Path, required=True, metavar="TSV", help=CAPTIONS_HELP)
+    parser.add_argument("--split", metavar="NAME", help="only photos of this split")
+    parser.add_argument("--limit", type=number, metavar="N", help="only the first N photos")
+    parser.add_argument("--profile", nargs="+", required=True, metavar="NAME", help="links, one after the other")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="play this after warming up on the profile")
+    parser.add_argument(
+        "--paradigms", metavar="A,B,...", help="default: device,offload,offload-small,split,speculative,policy"
+    )
+    parser.add_argument("--board-slowdown", type=float, default=1.0, metavar="X", help="a board X times slower")
+    parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write a table of all links to FILE")
+    parser.add_argument("--plot", type=new_file, metavar="FILE", help="draw the figures into FILE, such as e2e.png")
+    parser.epilog = "--json: of several profiles a list"
+
+
+def _add_photos(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="photos (default: the demo's)")
+    parser.add_argument("--limit", type=number, default=64, metavar="N", help="at most N of them (default: 64)")
+
+
+def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
+    if part == "faults":
+        parser.add_argument(
+            "--row", action="extend", nargs="+", default=[], metavar="NAME", help="default: all but soak"
+        )
+        parser.add_argument("--seconds", type=float, metavar="S", help="of each fault (default: each row's own)")
+        parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write the table to FILE")
+        from benchmarks.faults.rows import ROWS
+
+        parser.epilog = "Needs mosquitto, which is killed and frozen. Rows:\n" + "\n".join(
+            f"  {row.name:26}{row.fault}" for row in ROWS
+        )
+        return
+    both = " (default: both)" if part == "device" else " (default: onnx)"
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), help=f"of head and draft{both}")
+    if part == "device":
+        parser.add_argument("--frames", type=number, default=500, metavar="N", help="default: 500")
+    if part in ("server", "gateway"):
+        parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="default: edge")
+        parser.add_argument("--threads", type=number, default=1, metavar="N", help="of the networks (default: 1)")
+    if part == "gateway":
+        parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each half (default: 10)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the figures and writes the JSON; 1 where a fault was not survived."""
+    if args.part == "faults":
+        return faults(args)
+    if args.part == "e2e":
+        return end_to_end(args)
+    figures = measure(args, open_bundle(args.bundle))
+    print_figures(figures)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def faults(args: argparse.Namespace) -> int:
+    """Plays the fault matrix, shows it as a table and writes it."""
+    from rich.console import Console
+
+    from benchmarks.faults import chosen, play, report
+    from firmware_tools.demo import interrupted_once
+
+    rows = chosen(args.row)
+    photos = [photo.data for photo in collect(args.images, limit=args.limit)]
+    console = Console(stderr=True, log_path=False)
+    logging.getLogger("edge_runtime").setLevel(logging.ERROR)  # lost connections are what this is about
+    with interrupted_once():
+        results = play(rows, open_bundle(args.bundle), photos, args.seconds, console.log)
+    if (terminal := Console()).is_terminal:
+        terminal.print(report.table(results))
+    else:
+        print(report.markdown(results), end="")
+    if args.markdown:
+        args.markdown.write_text(report.markdown(results), encoding="utf-8")
+    if args.json:
+        args.json.write_text(json.dumps({"rows": [asdict(result) for result in results]}, indent=2) + "\n")
+    return int(any(result.held is False for result in results))
+
+
+def end_to_end(args: argparse.Namespace) -> int:
+    """Plays the paradigms over the links, shows tables and writes what is asked for."""
+    from benchmarks import e2e, e2e_report
+    from firmware_tools.demo import interrupted_once
+    from models.captions import captions_of
+    from testbed.link_simulator import read_trace
+    from testbed.shaping import named
+
+    paradigms = args.paradigms.split(",") if args.paradigms else e2e.DEFAULT
+    e2e.ordered(paradigms)  # what is wrong is found before anything starts
+    profiles = [named(name) for name in dict.fromkeys(args.profile)]
+    trace = read_trace(args.trace) if args.trace else ()
+    captions = captions_of(args.captions, args.split)
+    case = e2e.case_of(Photos(args.images, captions, args.limit), captions, args.board_slowdown)
+    with interrupted_once():
+        runs = e2e.run(open_bundle(args.bundle), case, paradigms, profiles, trace)
+    e2e_report.print_runs(runs)
+    if args.json:
+        args.json.write_text(json.dumps(runs if runs[1:] else runs[0], indent=2) + "\n")
+    if args.markdown:
+        args.markdown.write_text(e2e_report.markdown(runs), encoding="utf-8")
+    if args.plot:
+        e2e_report.plot(runs, args.plot)
+    return 0
+
+
+def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
+    """The figures of one part."""
+    from edge_runtime.app import load_draft, load_head
+
+    frames = list(frames_of(args.images, args.limit))
+    if args.part == "device":
+        from benchmarks import device
+
+        return device.run(bundle, frames, [args.backend] if args.backend else BACKENDS, args.frames)
+    head = load_head(bundle, args.backend or "onnx", 1)
+    symbols = np.stack([head.symbols(to_input(frame)) for frame in frames])
+    if args.part == "codec":
+        from benchmarks import codec
+
+        return codec.run(symbols, bundle.tables, bundle.tables.levels - 1)
+    draft = load_draft(bundle, args.backend or "onnx", 1)
+    drafts = [draft.write(s).tokens for s in symbols]
+    if args.part == "server":
+        from benchmarks import server
+
+        return server.run(bundle, symbols, drafts, args.tier, threads=args.threads)
+    from benchmarks import gateway
+
+    return gateway.run(bundle, symbols, drafts, args.tier, seconds=args.seconds, threads=args.threads)
+
+
+def frames_of(images: list[Path] | None, limit: int) -> Iterator[NDArray[np.uint8]]:
+    """uint8 RGB [H, W, 3]: the user's photos; or of each shipped one the whole, its mirror image and its quarters."""
+    photos = (decode_picture(photo.data) for photo in collect(images, limit=limit))
+    return photos if images else islice((view for photo in photos for view in _views(photo)), limit)
+
+
+def _views(photo: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    y, x = photo.shape[0] // 2, photo.shape[1] // 2
+    for view in (photo, photo[:, ::-1], photo[:y, :x], photo[:y, x:], photo[y:, :x], photo[y:, x:]):
+        yield np.ascontiguousarray(view)

@@ -1,0 +1,70 @@
+"""Each benchmark runs and tells what it is asked for; how fast anything is, no test can say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+
+from benchmarks.command import frames_of
+from firmware_tools import cli
+from firmware_tools.evaluate import SHIPPED_BUNDLE
+from tests.bundles import tiny_bundle
+from tests.exports import pictures
+
+pytestmark = pytest.mark.timeout(400)  # processes that load torch, on a machine that may be busy
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped bundle where there is one."""
+    if (SHIPPED_BUNDLE / "manifest.json").is_file():
+        return SHIPPED_BUNDLE
+    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny", board=True).path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number, pixels in enumerate(pictures(4, seed=11).numpy()):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), pixels)
+    return tmp_path
+
+
+def bench(bundle: Path, photos: Path, *arguments: str) -> dict[str, Any]:
+    path = photos / "figures.json"
+    assert cli.main(["bench", *arguments, "--bundle", str(bundle), "--images", str(photos), "--json", str(path)]) == 0
+    figures: dict[str, Any] = json.loads(path.read_text())
+    return figures
+
+
+def test_codec_codes_every_photo_s_symbols(bundle: Path, photos: Path) -> None:
+    figures = bench(bundle, photos, "codec", "--limit", "3")
+    assert figures["frames"] == 3
+    assert figures["mean_bytes"] >= figures["ideal_bytes"] > 0
+
+
+@pytest.mark.parametrize("backend", ["onnx", "litert"])
+def test_device_times_stages_and_watches_a_board(bundle: Path, photos: Path, backend: str) -> None:
+    figures = bench(bundle, photos, "device", "--backend", backend, "--frames", "5")[backend]
+    assert list(figures["stages_ms"]) == ["resize", "head", "draft", "encode", "publish"]
+    assert 0 < figures["other_share"] < 1
+    assert list(figures["resident_mb"]) == ["after 1", "after 5"]
+    assert min(figures["resident_mb"].values()) > 10
+    assert figures["first_event_s"] > 0
+
+
+def test_gateway_answers_every_board(bundle: Path, photos: Path) -> None:
+    figures = bench(bundle, photos, "gateway", "--seconds", "1")
+    for asked in (figures["alone"], figures["16 boards"]):
+        assert list(asked["statuses"]) == ["ok"]
+        assert asked["unanswered"] == 0
+    assert figures["16 boards"]["statuses"]["ok"] >= 16  # each of them
+
+
+def test_without_photos_there_are_those_of_the_demo_in_many_views() -> None:
+    frames = list(frames_of(None, limit=10))
+    whole, mirrored = frames[:2]
+    assert len(frames) == 10
+    assert (whole[:, ::-1] == mirrored).all()
+    assert frames[2].shape[0] == whole.shape[0] // 2

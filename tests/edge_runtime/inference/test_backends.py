@@ -1,0 +1,156 @@
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from edge_runtime.app import load_head
+from edge_runtime.inference import backends
+from edge_runtime.inference.backends import SUFFIXES, BackendError, installed, load_fastest, load_model
+from edge_runtime.inference.backends.onnx import sums_saturate
+from tests import exports
+
+each_backend = pytest.mark.parametrize("suffix", SUFFIXES.values())
+
+
+def python(code: str, home: str) -> str:
+    """Runs code in a fresh process whose home and cache are an empty directory."""
+    environment = {"HOME": home, "XDG_CACHE_HOME": f"{home}/.cache", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_onnxruntime_leaves_no_telemetry_behind(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "head.onnx").write_bytes(exports.files()["head.onnx"])
+    path = str(tmp_path / "head.onnx")
+    code = (
+        f"from pathlib import Path; from edge_runtime.inference.backends import load_model; load_model(Path({path!r}))"
+    )
+    python(code, str(home))
+    assert list(home.rglob("*")) == []
+
+
+def test_the_package_imports_no_runtime_before_it_is_needed(tmp_path):
+    code = "import sys, edge_runtime.inference.head, edge_runtime.inference.draft; print('\\n'.join(sys.modules))"
+    modules = set(python(code, str(tmp_path)).split())
+    assert "edge_runtime.inference.backends" in modules
+    assert not modules & {"onnxruntime", "ai_edge_litert", "torch"}
+
+
+def test_auto_means_each_installed_runtime(monkeypatch):
+    assert installed() == ["onnx", "litert"]
+    assert installed("litert") == ["litert"]
+    monkeypatch.setitem(backends._RUNTIMES, "onnx", ("no_such_runtime",))
+    assert installed() == ["litert"]
+
+
+def test_the_faster_network_serves_whichever_backend_it_is_of(monkeypatch):
+    """A clock that each network turns on by what it takes; one slow turn of the faster one changes nothing."""
+    now, turns = 0.0, Counter[str]()
+    monkeypatch.setattr(backends.time, "perf_counter", lambda: now)
+
+    def work(suffix: str) -> None:
+        nonlocal now
+        turns[suffix] += 1
+        now += 3.0 if suffix != faster else 50.0 if turns[suffix] == 3 else 2.0
+
+    for faster in SUFFIXES.values():
+        turns.clear()
+        assert load_fastest("auto", str, work) == faster
+
+
+def test_a_network_without_a_rival_is_not_tried():
+    assert load_fastest("litert", str, lambda _: pytest.fail("was run")) == ".tflite"
+
+
+@pytest.fixture
+def broken_litert(tmp_path, monkeypatch):
+    """A runtime that is installed and cannot be imported, as one built for another numpy."""
+    (tmp_path / "ai_edge_litert").mkdir()
+    (tmp_path / "ai_edge_litert" / "__init__.py").write_text("raise ImportError('built for another numpy')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ai_edge_litert"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "edge_runtime.inference.backends.litert", raising=False)
+
+
+def test_a_broken_runtime_leaves_the_work_to_the_other(broken_litert, board_bundle, caplog):
+    head = load_head(board_bundle, "auto", 1)
+    assert head.symbols(np.zeros((224, 224, 3), np.uint8)).shape == (64, 7, 7)
+    assert "litert is installed but broken: built for another numpy" in caplog.text
+    with pytest.raises(BackendError, match=r"built for another numpy; pip install 'aiflow-edge\[litert\]'"):
+        load_head(board_bundle, "litert", 1)
+
+
+def test_a_missing_runtime_is_named_with_its_remedy(monkeypatch, tmp_path):
+    monkeypatch.setitem(backends._RUNTIMES, "onnx", ("no_such_runtime",))
+    with pytest.raises(BackendError, match=r"no runtime for onnx is installed: pip install 'aiflow-edge\[board\]'"):
+        load_model(tmp_path / "head.onnx")
+    monkeypatch.setitem(backends._RUNTIMES, "litert", ("no_such_runtime",))
+    with pytest.raises(BackendError, match="no runtime for onnx or litert is installed: pip install"):
+        installed()
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(BackendError, match="'tensorrt', want auto, onnx or litert"):
+        installed("tensorrt")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(BackendError, match=r"ends in '.pt', want one of .onnx, .tflite"):
+        load_model(tmp_path / "head.pt")
+
+
+@each_backend
+def test_a_file_that_is_missing_or_too_large_is_refused(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"head{suffix}"
+    with pytest.raises(BackendError, match="install the bundle again"):
+        load_model(path)
+    path.write_bytes(exports.files()[path.name])
+    monkeypatch.setattr(backends, "MAX_MODEL_BYTES", 1000)
+    with pytest.raises(BackendError, match="at most 1000 bytes"):
+        load_model(path)
+
+
+@each_backend
+@pytest.mark.parametrize("kept", [0, 100, 300_000])
+def test_a_damaged_file_is_refused(tmp_path, suffix, kept):
+    data = exports.files()[f"head{suffix}"][:kept]
+    for damaged in (data, data[::-1]):
+        with pytest.raises(BackendError, match="install the bundle again"):
+            exports.loaded(tmp_path, f"head{suffix}", damaged)
+
+
+@each_backend
+@pytest.mark.parametrize("shape", [(1, 100, 100, 3), (224, 224, 3)])
+def test_an_input_of_another_shape_is_refused(tmp_path, suffix, shape):
+    model = exports.loaded(tmp_path, f"head{suffix}")
+    with pytest.raises(BackendError, match="refused its input"):
+        model.run(np.zeros(shape, np.uint8))
+    with pytest.raises(BackendError, match="refused its input"):
+        model.run()
+
+
+@each_backend
+def test_outputs_outlive_the_next_run(tmp_path, suffix):
+    model = exports.loaded(tmp_path, f"head{suffix}")
+    first = model.run(exports.pictures(1, seed=1).numpy())[0]
+    kept = first.copy()
+    model.run(exports.pictures(1, seed=2).numpy())
+    assert (first == kept).all()
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpu_info", "saturates"),
+    [
+        ("x86_64", "flags : sse4_2 avx2", True),
+        ("x86_64", "flags : avx512_vnni", False),
+        ("x86_64", "flags : avx_vnni", False),
+        ("aarch64", "Features : asimddp", False),
+    ],
+)
+def test_only_x86_without_vnni_needs_the_exact_path(machine, cpu_info, saturates):
+    assert sums_saturate(machine, cpu_info) == saturates

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+import torch
+
+from edge_runtime.inference.backends import SUFFIXES
+from edge_runtime.inference.bundle import BOS, EOS
+from edge_runtime.inference.draft import STATE, Draft
+from models.family import DRAFT_STATE
+from tests import exports
+
+MAX_TOKENS = 12
+
+
+@pytest.fixture(params=SUFFIXES.values())
+def draft(request, tmp_path) -> Draft:
+    return Draft(*(exports.loaded(tmp_path, f"{name}{request.param}") for name in ("look", "step")), MAX_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def symbols() -> np.ndarray:
+    return exports.latents(30, seed=8)
+
+
+def greedy(latent: np.ndarray) -> tuple[list[int], float]:
+    """What the float decoder writes, and the geometric mean of its probabilities."""
+    draft = exports.draft()
+    tokens, logs = [BOS], []
+    with torch.inference_mode():
+        memory, state = draft.look(torch.from_numpy(latent[None].astype(np.float32))), draft.new_state(1)
+        while len(tokens) <= MAX_TOKENS and tokens[-1] != EOS:
+            logits, state = draft.step(torch.tensor(tokens[-1:]), state, memory)
+            best = logits.log_softmax(-1).max(-1)
+            tokens.append(int(best.indices))
+            logs.append(float(best.values))
+    return tokens[1:], float(np.exp(np.mean(logs)))
+
+
+def test_the_board_writes_what_the_float_decoder_writes(draft, symbols):
+    same = 0
+    for latent in symbols:
+        drafted, (tokens, confidence) = draft.write(latent), greedy(latent)
+        if drafted.tokens == tuple(tokens):
+            same += 1
+            assert drafted.confidence == pytest.approx(confidence, rel=0.1)
+    assert same >= 0.8 * len(symbols)
+
+
+def test_a_draft_ends_with_the_end_token_or_at_its_longest(draft, symbols):
+    texts = [draft.write(latent).tokens for latent in symbols]
+    assert any(text[-1] == EOS for text in texts)
+    assert any(len(text) == MAX_TOKENS for text in texts)
+    for text in texts:
+        assert EOS not in text[:-1]
+        assert text[-1] == EOS or len(text) == MAX_TOKENS
+
+
+def test_the_state_is_as_wide_as_the_network_has_it():
+    assert STATE == DRAFT_STATE

@@ -1,0 +1,259 @@
+"""A whole board against a real broker, with a server that says the same to everything."""
+
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from edge_runtime.app import run_board
+from edge_runtime.config import BoardConfig, CameraConfig, MqttConfig, RuntimeConfig
+from edge_runtime.inference.backends import BackendError
+from edge_runtime.inference.bundle import Bundle, BundleError
+from edge_runtime.inference.preprocess import PictureError
+from edge_runtime.wire import Event, Reply, Status, decode_event, decode_request, encode_reply, topics
+from tests.brokers import PLAIN, Mosquitto
+from tests.listener import PATIENCE_S, Listener, until
+
+SITE, BOARD = "home", "b1"
+
+
+def photo(seed: int) -> bytes:
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    return cv2.imencode(".jpg", coarse.repeat(40, 0).repeat(40, 1))[1].tobytes()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> str:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(photo(number))
+    return str(folder)
+
+
+def configuration(bundle: Bundle, port: int, source: str, *, repeat: bool = False, **board: Any) -> RuntimeConfig:
+    return RuntimeConfig(
+        BoardConfig(BOARD, str(bundle.path), **{"deadline_ms": 60_000, **board}),
+        (CameraConfig("door", source, interval_s=0.01, repeat=repeat),),
+        MqttConfig(port=port, keepalive_s=2),
+    )
+
+
+def server(port: int, may_answer: Callable[[], bool] = lambda: True) -> Listener:
+    def answer(payload: bytes) -> bytes:
+        until(may_answer)
+        return encode_reply(Reply(id=decode_request(payload).id, status=Status.OK, text="verified", server="s1"))
+
+    return Listener(port, topics.request(SITE, BOARD), answer=answer, to=topics.reply(SITE, BOARD))
+
+
+class Running:
+    """A board on a thread of its own."""
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        self.events: queue.Queue[Event] = queue.Queue()
+        self.summary: dict[str, int] = {}
+        self.error: Exception | None = None
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._run, args=(config,))
+
+    def _run(self, config: RuntimeConfig) -> None:
+        try:
+            self.summary = run_board(config, self.stop, self.events.put)
+        except Exception as error:
+            self.error = error
+
+    def next(self, kind: str) -> Event:
+        """The next event of a type; others are passed over."""
+        while (event := self.events.get(timeout=PATIENCE_S)).type != kind:
+            pass
+        return event
+
+    def wait_ended(self) -> dict[str, int]:
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive()
+        assert self.error is None
+        return self.summary
+
+    def __enter__(self) -> "Running":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive()
+
+
+def status(port: int) -> dict[str, Any]:
+    """The retained status of the board."""
+    with Listener(port, topics.status(SITE, BOARD)) as listener:
+        return json.loads(listener.next())
+
+
+@pytest.mark.parametrize("backend", ["onnx", "litert"])
+def test_photos_become_drafts_and_verified_texts_and_the_board_ends(board_bundle, broker, photos, backend):
+    with Listener(broker.port, topics.event(SITE, BOARD)) as user, server(broker.port, lambda: user.heard.qsize() >= 3):
+        summary = run_board(configuration(board_bundle, broker.port, photos, backend=backend), threading.Event())
+        events = [decode_event(user.next()) for _ in range(6)]
+    assert (summary["accepted"], summary["answered"], summary["lost"], summary["open"]) == (3, 3, 0, 0)
+    assert (summary["frames_failed"], summary["unreadable"], summary["mqtt_dropped"]) == (0, 0, 0)
+    for name in {event.frame for event in events}:
+        new, update = (event for event in events if event.frame == name)
+        assert (new.type, update.type, update.text, update.final) == ("new", "update", "verified", True)
+    assert status(broker.port)["state"] == "offline"
+
+
+def test_a_running_board_is_online_and_says_what_it_is(board_bundle, broker, photos):
+    with Running(configuration(board_bundle, broker.port, photos, repeat=True)) as board:
+        board.next("new")
+        online = status(broker.port)
+        assert (online["state"], online["bundle"], online["paradigm"]) == (
+            "online",
+            board_bundle.id.hex(),
+            "auto",
+        )
+        board.stop.set()
+        board.wait_ended()
+        offline = status(broker.port)
+        assert (offline["state"], offline["boot"]) == ("offline", online["boot"])
+
+
+def test_the_status_says_what_each_camera_does_now(board_bundle, broker, photos):
+    with Listener(broker.port, topics.status(SITE, BOARD)) as user:
+        with Running(configuration(board_bundle, broker.port, photos, paradigm="device")) as board:
+            board.wait_ended()
+        told = []
+        while (now := json.loads(user.next()))["state"] == "online":
+            told.append(now["cameras"]["door"])
+    assert told[-2:] == ["live", "ended"]
+
+
+def test_a_board_starts_without_its_broker_and_is_answered_when_it_appears(board_bundle, tmp_path, photos):
+    absent = Mosquitto(tmp_path)
+    with Running(configuration(board_bundle, absent.port, photos, repeat=True, resend_ms=200)) as board:
+        for _ in range(3):
+            board.next("new")
+        with absent as broker, server(broker.port):
+            assert board.next("update").text == "verified"
+            board.stop.set()
+            board.wait_ended()
+
+
+def test_a_board_whose_login_is_refused_goes_on_with_its_drafts(board_bundle, start_broker, photos):
+    broker = start_broker(PLAIN.replace("allow_anonymous true", "allow_anonymous false"))
+    with Running(configuration(board_bundle, broker.port, photos, repeat=True, deadline_ms=200)) as board:
+        assert board.next("lost").why.startswith("no reply")
+        board.next("new")
+        board.next("lost")
+
+
+def test_pictures_arrive_over_mqtt_and_garbage_is_counted(board_bundle, broker, caplog):
+    config = configuration(board_bundle, broker.port, "mqtt")
+    with server(broker.port) as camera, Running(config) as board:
+        until(lambda: status(broker.port)["state"] == "online")
+        camera.client.publish(topics.frame(SITE, BOARD), photo(1), qos=0)
+        assert board.next("update").camera == "door"
+        camera.client.publish(topics.frame(SITE, BOARD), b"garbage", qos=0)
+        until(lambda: "picture unreadable" in caplog.text)
+        camera.client.publish(topics.reply(SITE, BOARD), b"garbage")
+        camera.client.publish(topics.frame(SITE, BOARD), photo(2), qos=0)
+        assert board.next("update").camera == "door"
+        board.stop.set()
+        summary = board.wait_ended()
+    assert summary["accepted"] == summary["answered"] == 2
+    assert (summary["unreadable"], summary["reply_unreadable"]) == (1, 1)
+
+
+def test_a_stop_does_not_wait_for_answers(board_bundle, broker, photos):
+    with Running(configuration(board_bundle, broker.port, photos, deadline_ms=600_000)) as board:
+        until(lambda: board.events.qsize() == 3)
+        board.stop.set()
+        summary = board.wait_ended()
+        assert [board.next("lost").why for _ in range(3)] == 3 * ["the board stops"]
+    assert (summary["accepted"], summary["lost"]) == (3, 3)
+
+
+def test_what_is_open_at_a_stop_is_still_published_as_lost(board_bundle, broker, photos):
+    with Listener(broker.port, topics.event(SITE, BOARD)) as user:
+        with Running(configuration(board_bundle, broker.port, photos)) as board:
+            until(lambda: board.events.qsize() == 3)
+        assert [decode_event(user.next()).type for _ in range(6)] == 3 * ["new"] + 3 * ["lost"]
+
+
+@pytest.mark.parametrize("name", ["tables.bin", "vocabulary.txt", "head.onnx", "draft_look.onnx", "draft_step.onnx"])
+def test_a_missing_or_altered_file_is_found_at_start(board_bundle, tmp_path, photos, name):
+    copy = Path(shutil.copytree(board_bundle.path, tmp_path / "copy"))
+    config = configuration(replace(board_bundle, path=copy), 1883, photos, backend="onnx")
+    before_any_frame = threading.Event()
+    before_any_frame.set()
+    (copy / name).write_bytes(b"x")
+    with pytest.raises(BundleError, match=f"{name} is not the file that the manifest names"):
+        run_board(config, before_any_frame)
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing"):
+        run_board(config, before_any_frame)
+
+
+def test_a_source_that_is_not_there_ends_the_board_with_its_error(board_bundle, broker):
+    with pytest.raises(PictureError, match="/nowhere does not exist"):
+        run_board(configuration(board_bundle, broker.port, "/nowhere"), threading.Event())
+    assert status(broker.port)["state"] == "offline"
+
+
+def test_what_breaks_a_board_after_its_start_is_no_error_of_its_configuration(
+    board_bundle, broker, photos, monkeypatch
+):
+    def broken(*_: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("edge_runtime.pipeline.to_input", broken)
+    with pytest.raises(RuntimeError, match="the board broke while it ran"):
+        run_board(configuration(board_bundle, broker.port, photos), threading.Event())
+    assert status(broker.port)["state"] == "offline"
+
+
+@pytest.fixture
+def config_file(board_bundle: Bundle, broker: Mosquitto, photos: str, tmp_path: Path) -> Path:
+    path = tmp_path / "board.toml"
+    path.write_text(
+        f'[board]\nid = "{BOARD}"\nbundle = "{board_bundle.path}"\n'
+        f'[[cameras]]\nname = "door"\nsource = "{photos}"\nrepeat = true\ninterval_s = 0.05\n'
+        f"[mqtt]\nport = {broker.port}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_aiflow_run_stops_cleanly_on_a_signal(config_file, broker, number):
+    code = "import sys; from firmware_tools.cli import main; sys.exit(main())"
+    with Listener(broker.port, topics.event(SITE, BOARD)) as user:
+        process = subprocess.Popen([sys.executable, "-c", code, "run", config_file], stderr=subprocess.PIPE)
+        try:
+            user.next()
+            process.send_signal(number)
+            _, log = process.communicate(timeout=PATIENCE_S)
+        finally:
+            process.kill()
+    assert process.returncode == os.EX_OK
+    assert b"board stopped accepted=" in log
+    assert b"Traceback" not in log
+    assert status(broker.port)["state"] == "offline"
+
+
+def test_a_backend_that_is_not_installed_is_named(board_bundle, photos, monkeypatch):
+    monkeypatch.setattr("edge_runtime.inference.backends.find_spec", lambda _: None)
+    with pytest.raises(BackendError, match=r"pip install 'aiflow-edge\[litert\]'"):
+        run_board(configuration(board_bundle, 1883, photos, backend="litert"), threading.Event())
