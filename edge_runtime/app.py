@@ -34,8 +34,7 @@ from edge_runtime.planning.planner import BoardPlanner
 from edge_runtime.planning.policy import Policy
 from edge_runtime.reporting.events import Events
 from edge_runtime.reporting.remote_settings import Switches, board_switches
-from edge_runtime.requests.byte_budget import Ledger
-from edge_runtime.requests.tracker import Answers
+from edge_runtime.requests import ByteBudget, RequestTracker
 from edge_runtime.wire import Event, topics
 
 logger = logging.getLogger(__name__)
@@ -85,11 +84,11 @@ class Board:
         draft = None if only_offloads else load_draft(bundle, board.backend, board.threads)
         self.cameras = Cameras(config.cameras, self._camera_changed)
         self.switches = Switches(site, board.id, board_switches(config, self.cameras))
-        ledger = Ledger(config.policy.bytes_per_minute)
-        self.estimates = Estimates(ledger)
+        budget = ByteBudget(config.policy.bytes_per_minute)
+        self.estimates = Estimates(budget)
         self.servers, self.local = self._clients()
         self.events = Events(self.local, site, board.id, listener)
-        self.answers = Answers(
+        self.tracker = RequestTracker(
             self.servers,
             bundle,
             site,
@@ -99,7 +98,7 @@ class Board:
             board.resend_ms / 1e3,
             config.outbox,
             self.estimates,
-            ledger,
+            budget,
         )
         new_policy = partial(
             Policy,
@@ -108,8 +107,8 @@ class Board:
             has_draft=draft is not None,
             calibration=Calibration(bundle.manifest.draft_calibration),
         )
-        planner = BoardPlanner(config, self.cameras, self.switches, new_policy, self.estimates, self.answers.has_room)
-        self.pipeline = Pipeline(bundle, head, draft, planner, self.answers, self.events, board.slowdown)
+        planner = BoardPlanner(config, self.cameras, self.switches, new_policy, self.estimates, self.tracker.has_room)
+        self.pipeline = Pipeline(bundle, head, draft, planner, self.tracker, self.events, board.slowdown)
 
     def run(self, stop: threading.Event) -> dict[str, int]:
         """Until the sources end or `stop` is set; returns what became of the requests.
@@ -123,7 +122,7 @@ class Board:
                 running.enter_context(client)
             for client in clients:
                 running.callback(client.finish)  # all of them, before the first one is waited for
-            running.enter_context(self.answers)
+            running.enter_context(self.tracker)
             self.cameras.check()
             try:
                 self.pipeline.run(self.cameras.frames(stop))
@@ -131,7 +130,7 @@ class Board:
                 raise RuntimeError("the board broke while it ran") from error
             # Sources that end, such as files, leave questions open: their answers are waited for, up to the deadline.
             own = [camera.config.deadline_ms or 0 for camera in self.cameras]
-            self.answers.wait_until_settled(max(self.config.board.deadline_ms, *own) / 1e3, stop)
+            self.tracker.wait_until_settled(max(self.config.board.deadline_ms, *own) / 1e3, stop)
         summary = self.summary()
         logger.info("board stopped %s", " ".join(f"{name}={value}" for name, value in summary.items()))
         return summary
@@ -144,7 +143,9 @@ class Board:
         failed = {"frames_failed": self.pipeline.failed}
         switched = {f"switch_{name}": count for name, count in asdict(self.switches.counters).items()}
         ignored = {f"ignored_{name}": count for name, count in self.estimates.counts.items()}
-        return self.answers.summary() | failed | asdict(self.cameras.totals()) | switched | ignored | mqtt
+        requests = self.tracker.summary()
+        requests |= {f"reply_{kind}": count for kind, count in requests.pop("reply").items()}
+        return requests | failed | asdict(self.cameras.totals()) | switched | ignored | mqtt
 
     def _clients(self) -> tuple[MqttClient, MqttClient]:
         """To the servers' broker, and to the near one of the users: the same where only one is configured."""
@@ -183,7 +184,7 @@ class Board:
         """On a client's thread: to whom a message is for."""
         board, site = self.config.board, self.config.board.site
         if message.topic == topics.reply(site, board.id):
-            self.answers.reply_arrived(message.payload)
+            self.tracker.reply_arrived(message.payload)
         elif message.topic == topics.frame(site, board.id):
             self.cameras.arrived(message.payload)
         elif not self.switches.heard(message, self.local):

@@ -25,7 +25,7 @@ from edge_runtime.inference.draft import Draft, Drafted
 from edge_runtime.inference.head import Head
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests.tracker import Answers, Question
+from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.wire import (
     ContentKind,
     Options,
@@ -117,13 +117,13 @@ class Pipeline:
         head: Head | None,
         draft: Draft | None,
         planner: Planner,
-        answers: Answers,
+        tracker: RequestTracker,
         events: Events,
         slowdown: float = 1.0,
     ) -> None:
         """Without a head every plan must be to offload."""
         self.bundle, self.head, self.draft, self.planner = bundle, head, draft, planner
-        self.answers, self.events, self.slowdown = answers, events, slowdown
+        self.tracker, self.events, self.slowdown = tracker, events, slowdown
         self.ids = RequestIds()
         self.failed = 0  # frames that the head or the coder could not handle
 
@@ -176,7 +176,7 @@ class Pipeline:
             self.events.publish(seen)
         else:
             seen = self._timed(seen, frame, watch)
-            self.answers.announce(seen, self._compact(frame, plan, seen, symbols))
+            self.tracker.announce(seen, self._compact(frame, plan, seen, symbols))
         watch.lap("publish")
         self.planner.took(plan, watch.ms)
         return seen
@@ -216,17 +216,16 @@ class Pipeline:
             seen = msgspec.structs.replace(seen, jpeg_bytes=len(request.content))
         elif plan.keeps:  # others' features should be on their way before it is counted what they save
             seen = self._as_picture(seen, plan, pixels)
-        if not plan.keeps and not self.answers.affords(len(payload)):
-            why = f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
-            return replace(plan, paradigm="device", why=why), seen
-        seen = self._timed(msgspec.structs.replace(seen, bytes_up=len(payload)), frame, watch)
+        sent = self._timed(msgspec.structs.replace(seen, bytes_up=len(payload)), frame, watch)
         deadline = frame.captured + plan.budget_ms / 1e3
-        self.answers.ask(Question(request, payload, seen, frame.captured, deadline, plan.keeps))
-        return plan, seen
+        if self.tracker.submit(NewRequest(request, payload, sent, frame.captured, deadline, plan.keeps)):
+            return plan, sent
+        why = f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
+        return replace(plan, paradigm="device", why=why), seen
 
     def _compact(self, frame: Frame, plan: Plan, seen: Event, symbols: npt.NDArray[np.int8]) -> bytes:
         """A picture's request as features, for an outbox: what is kept for hours is small, and shows nobody."""
-        if plan.paradigm != "offload" or not self.answers.has_outbox:
+        if plan.paradigm != "offload" or not self.tracker.has_outbox:
             return b""
         plan, request_id = replace(plan, paradigm="speculative"), bytes.fromhex(seen.frame)
         request = build_request(self.bundle, request_id, plan, NO_PIXELS, symbols, seen.tokens, age_ms(frame))

@@ -298,7 +298,7 @@ class Trial:
     def _gaps(self) -> int:
         """What a damaged spool lost: the board tells how many, nobody can say which frames."""
         said = self.board.said() if hasattr(self, "board") else ""
-        return sum(map(int, re.findall(r"spool rows lost count=(\d+)", said)))
+        return sum(map(int, re.findall(r"outbox rows lost count=(\d+)", said)))
 
     def _end_board(self) -> None:
         """SIGTERM: what is still open ends as lost, what is kept stays kept."""

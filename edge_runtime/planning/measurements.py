@@ -22,7 +22,7 @@ from msgspec import Meta, Struct
 from edge_runtime.errors import AiflowError
 from edge_runtime.planning.link_model import LINK_AGE_S, Link, Network
 from edge_runtime.planning.thermal import Vitals
-from edge_runtime.requests.byte_budget import Ledger
+from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.wire import Hop, Reply, TopicError, topics
 from edge_runtime.wire.envelope import Millis, Name, UInt32
 from edge_runtime.wire.event import ParadigmName
@@ -164,9 +164,9 @@ class _Open:
 class Estimates:
     """Fed by everybody, read by the frame path. `sent` comes before its `answered` or `lost`."""
 
-    def __init__(self, ledger: Ledger | None = None) -> None:
+    def __init__(self, ledger: ByteBudget | None = None) -> None:
         """ledger: of the bytes sent."""
-        self._ledger = ledger or Ledger()
+        self._ledger = ledger or ByteBudget()
         self.counts = Counter(dict.fromkeys(UNUSED, 0))
         self._inbox: deque[Callable[[], None]] = deque(maxlen=QUEUE)
         self._now = 0.0

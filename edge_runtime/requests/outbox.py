@@ -1,322 +1,367 @@
-"""Requests that found no answer in time, asked again when the link has room.
+"""The outbox: requests on disk that wait for a better link. It only stores; what is asked again when is decided in
+lifecycle.py.
 
-One thread owns the spool, the store on disk: whoever keeps an item or knows its end only puts that on the thread's
-queue, and a slow disk holds up nobody else. What is asked again when is decided by `Schedule`, which is pure: oldest
-first, a few a second, a few at a time, and each one later after every try in vain.
+One thread owns the SQLite database, so that a slow or hanging disk holds up nobody else. WAL mode with
+synchronous = FULL: a commit is on the medium when it returns (sqlite.org/pragma.html, "synchronous"). A commit costs
+milliseconds on flash, so rows are committed in groups; what is not committed yet stays in memory, too. A disk that
+refuses to write (full, read-only, no permission, locked) is tried again every few seconds.
 
-    given = found + kept = answered + dropped + gaps + now
+A database that SQLite calls damaged is set aside under one fixed name. Damage may take away rows, or whole commits,
+without a trace: SQLite drops the rest of a log behind a damaged frame (sqlite.org/walformat.html, section 4). So a
+small file beside the database says how many rows the latest commit had, and missing rows are reported as a number
+(docs/adr/0014-one-lifecycle.md says which faults need that).
 
-at every moment, over restarts as well: what a run leaves on disk the next one finds. At least once: an end that was
-known but not yet written when the power went is forgotten, and the request asked again.
+At least once: if the power fails between an answer and its commit, the request is asked again.
 """
 
 import logging
+import os
 import queue
-import random
+import sqlite3
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from math import inf
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from edge_runtime.config import OutboxConfig
-from edge_runtime.requests.store import Dropped, Kept, Spool
+from edge_runtime.requests.actions import Found
+from edge_runtime.wire.envelope import MAX_ENVELOPE
+from edge_runtime.wire.event import MAX_EVENT
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-QUEUE = 256  # items between threads: some minutes of a board whose disk hangs
-WINDOW = 4  # asked again and not answered yet: a dead server costs no more than that
-POLL_S = 0.5  # between two looks whether there is room to ask
-IDLE_S = 60.0  # the longest wait between two looks at the clock
-FIRST_RETRY_S = 5.0  # after a try in vain, then doubling
-LAST_RETRY_S = 600.0
+GROUP_S = 0.2  # rows wait at most this long for others, and
+GROUP_ROWS = 20  # at most so many are written with one commit
+RETRY_S = 5.0  # between two tries of a disk that refuses
+BACKLOG = 256  # commands that wait for the disk, then new rows are refused
+MEMORY_BYTES = 4 << 20  # of rows that are not on disk yet, then new rows are refused
+GRACE_S = 600.0  # that a row still has after a start, whatever the clock says; half the longest age if that is less
+ROW_BYTES = 64  # of a row beside payload and event
+PAGE = 4096  # bytes
+WAL_PAGES = 256  # the log grows to about 1 MiB before it is copied into the database
+APPLICATION = 0x41466F62  # "AFob": any other database belongs to another program
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
-    """found + kept = answered + dropped + gaps + now. The rest explains them."""
+class Row:
+    """A request as the outbox stores it."""
 
-    found: int = 0  # rows of earlier runs
-    kept: int = 0  # in this run
-    answered: int = 0
-    dropped: Mapping[str, int] = field(default_factory=dict)  # by reason; each was given to `on_dropped`
-    gaps: int = 0  # rows whose content is lost: nobody can be told which
-    now: int = 0  # waiting, on disk or in memory, or in the owner's hands
-    bytes: int = 0  # of those that wait
-    replayed: int = 0  # given to `on_due`, again and again
-    errors: int = 0  # exceptions in the owner's callbacks
-    is_on_disk: bool = False
-    fault: str = ""  # what is wrong with the disk, for people
+    id: bytes  # 8 bytes
+    captured: float  # wall clock, seconds since 1970
+    kept: float  # the same clock, when it was given to the outbox
+    payload: bytes  # the encoded request
+    event: bytes  # the frame's event so far, JSON
+
+    @property
+    def size(self) -> int:
+        """Bytes that count against the limit."""
+        return len(self.payload) + len(self.event) + ROW_BYTES
 
 
-class Schedule:
-    """Which item is asked again when. Pure: `now` is seconds of a clock that never goes back."""
+class _DamagedError(Exception):
+    """The database is not what was written."""
 
-    def __init__(self, per_s: float, rng: random.Random) -> None:
-        self._distance_s, self._rng = 1 / per_s, rng
-        self._free_at = -inf
-        self._out: set[bytes] = set()  # asked again, unanswered
-        self._held: set[bytes] = set()  # the owner asks them itself for the first time
-        self._not_before: dict[bytes, float] = {}
 
-    def hold(self, request_id: bytes) -> None:
-        """Not to be asked until it has failed."""
-        self._held.add(request_id)
-
-    def free_at(self) -> float:
-        """When one more may be asked, as far as the rate and the window say; inf: the window is full."""
-        return self._free_at if len(self._out) < WINDOW else inf
-
-    def take(self, ids: Iterable[bytes], now: float) -> bytes | None:
-        """The first of `ids` that is to be asked now; it is with the owner from here on."""
-        if now < self.free_at():
-            return None
-        for request_id in ids:
-            is_with_owner = request_id in self._out or request_id in self._held
-            if not is_with_owner and self._not_before.get(request_id, -inf) <= now:
-                self._out.add(request_id)
-                self._free_at = now + self._distance_s
-                return request_id
-        return None
-
-    def failed(self, request_id: bytes, tries: int, now: float) -> None:
-        """It was asked in vain for the `tries`th time, and is asked again later."""
-        self.forget(request_id)
-        delay_s = min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(max(0, tries - 1), 16))
-        # Spread, since what failed together would come back together: Brooker, "Exponential Backoff and Jitter", 2015.
-        self._not_before[request_id] = now + delay_s * self._rng.uniform(0.5, 1)
-
-    def forget(self, request_id: bytes) -> None:
-        """It has ended."""
-        self._out.discard(request_id)
-        self._held.discard(request_id)
-        self._not_before.pop(request_id, None)
+class _ForeignError(Exception):
+    """The file is not ours, and is left alone."""
 
 
 class Outbox:
-    """Items on disk and the thread that asks them again; `with` starts and ends it.
+    """Rows on disk; `start` and `close` begin and end its thread. Methods never wait for the disk.
 
-    All methods may be called from any thread, and none waits for the disk or the network. The callbacks run on the
-    outbox's thread: they should only pass on what they get. End the owner's threads before the outbox.
+    on_found(rows, missing): once, when the file is open: what an earlier run left, and how many rows the disk lost.
+    on_stored(ids): these are on disk now. on_read(id, row): what `read` asked for, or None if the disk has lost it;
+    comes unasked with None for rows that are lost while this runs. All three are called on the outbox's thread.
     """
 
     def __init__(
         self,
-        settings: OutboxConfig,
+        config: OutboxConfig,
         *,
-        on_due: Callable[[Kept, float], None],
-        on_dropped: Callable[[list[Kept], str], None],
-        may_replay: Callable[[], bool],
-        on_kept: Callable[[tuple[bytes, ...]], None] = lambda _: None,
+        on_found: Callable[[list[Found], int], None],
+        on_stored: Callable[[list[bytes]], None],
+        on_read: Callable[[bytes, Row | None], None],
     ) -> None:
-        """
-        on_due(item, age_s): ask it again, then call `done` or `failed`; age_s: since capture, as far as it is known.
-        on_dropped(items, reason): they have ended as lost.
-        may_replay(): whether the link has room beside the live requests; asked before each item.
-        on_kept(ids): these are on disk now, and outlive a power cut.
-        """
-        self._settings, self._on_due, self._on_dropped = settings, on_due, on_dropped
-        self._may_replay, self._on_kept = may_replay, on_kept
-        self._schedule = Schedule(settings.replay_per_s, random.Random())
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.fault = ""  # what is wrong with the disk, for people; empty: nothing
+        self._config, self._path = config, Path(config.file).expanduser()
+        self._on_found, self._on_stored, self._on_read = on_found, on_stored, on_read
+        self._group_s = 0.0 if config.every_request else GROUP_S
+        self._commands: queue.SimpleQueue[tuple[Callable[[Any], None], Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
-        self._is_open = False
-        self._lent: dict[bytes, Kept] = {}  # with the owner, who says how they end
-        self._orphans: dict[bytes, Dropped] = {}  # dropped meanwhile: lost only if they fail there
-        self._counter: Counter[str] = Counter()
-        self._reasons: Counter[str] = Counter()
-        self._poll_at = -inf
-        self._is_urgent = False  # something is to be written at the next step
-        self.counts = Counts()  # a new value after every step of the thread
+        self._db: sqlite3.Connection | None = None
+        self._fresh: dict[bytes, Row] = {}  # not on disk yet
+        self._fresh_bytes = 0
+        self._gone: set[bytes] = set()  # to be deleted on disk
+        self._on_disk: set[bytes] = set()
+        self._commits = 0
+        self._commit_at: float | None = None  # None: nothing to write
+        self._unread: list[bytes] = []  # asked for while the disk does not work
+        self._has_listed = False
 
-    def __enter__(self) -> "Outbox":
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    # ---- any thread ----
 
     def start(self) -> None:
         """Once."""
-        self._is_open = True
         self._thread.start()
 
-    def close(self) -> None:
-        """What is kept stays on disk for the next run; what no disk took is dropped."""
-        self._is_open = False
-        self._inbox.put(None)
+    def has_room(self) -> bool:
+        """Whether one more row is taken: false while the disk hangs, or while too much waits for it in memory."""
+        return self._commands.qsize() < BACKLOG and self._fresh_bytes < MEMORY_BYTES
+
+    def put(self, row: Row) -> None:
+        """Take a row. A second one with its id replaces nothing and is ignored."""
+        self._commands.put((self._put, row))
+
+    def read(self, request_id: bytes) -> None:
+        """`on_read` follows."""
+        self._commands.put((self._read, request_id))
+
+    def delete(self, request_id: bytes) -> None:
+        """Its request has ended. Unknown ids are ignored."""
+        self._commands.put((self._delete, request_id))
+
+    def close(self) -> list[Row]:
+        """Writes what there is, and returns the rows that the disk did not take."""
+        self._commands.put(None)
         if self._thread.is_alive():
             self._thread.join()
+        return list(self._fresh.values())
 
-    def keep(self, item: Kept, *, held: bool = False) -> bool:
-        """Take an item over; a second one with its id changes nothing.
-
-        held: not asked again before `failed`, and written without delay: somebody waits for `on_kept`.
-
-        False: not taken, since the outbox is closed or its disk hangs; the caller says that it is lost.
-        """
-        if not self._is_open or self._inbox.qsize() >= QUEUE:
-            return False
-        self._inbox.put(partial(self._keep, item, held))
-        return True
-
-    def done(self, request_id: bytes) -> None:
-        """It has its answer, or its end for another reason; unknown ids are ignored."""
-        self._inbox.put(partial(self._done, request_id))
-
-    def failed(self, request_id: bytes) -> None:
-        """It found no answer this time: ask again later; unknown ids are ignored."""
-        self._inbox.put(partial(self._failed, request_id))
+    # ---- the outbox's thread ----
 
     def _run(self) -> None:
+        self._open()
+        while True:
+            wait_s = None if self._commit_at is None else max(0.0, self._commit_at - time.monotonic())
+            try:
+                command = self._commands.get(timeout=wait_s)
+            except queue.Empty:
+                self._commit()
+                continue
+            if command is None:
+                break
+            do, argument = command
+            do(argument)
+            if len(self._fresh) >= GROUP_ROWS and not self.fault:
+                self._commit()
+        self._commit()
+        self._disconnect()
+
+    def _put(self, row: Row) -> None:
+        if row.id not in self._fresh and row.id not in self._on_disk:
+            self._fresh[row.id] = row
+            self._fresh_bytes += row.size
+            self._changed()
+
+    def _delete(self, request_id: bytes) -> None:
+        if row := self._fresh.pop(request_id, None):  # it never wears the disk
+            self._fresh_bytes -= row.size
+        else:
+            self._gone.add(request_id)
+            self._changed()
+
+    def _read(self, request_id: bytes) -> None:
+        row = self._fresh.get(request_id)
+        if row is None and self._db is not None:
+            try:
+                row = _row(self._db.execute("SELECT * FROM kept WHERE id = ?", (request_id,)).fetchone())
+            except sqlite3.DatabaseError as error:
+                self._refuse(str(error), reopen=True)  # opening it again looks at all of it
+        if row is None and self._db is None and request_id in self._on_disk:
+            self._unread.append(request_id)  # until the disk works again
+        else:
+            self._on_read(request_id, row)
+
+    def _changed(self) -> None:
+        if self._commit_at is None:
+            self._commit_at = time.monotonic() + self._group_s
+
+    def _commit(self) -> None:
+        """Write what changed. What the disk refuses is tried again later."""
+        self._commit_at = None
+        if self._db is None:
+            self._open()
+        if self._db is None or not (self._fresh or self._gone):
+            return
+        fresh = list(self._fresh.values())
         try:
-            self._spool = Spool(
-                Path(self._settings.file),
-                self._settings.max_bytes,
-                self._settings.max_age_s,
-                now=time.monotonic(),
-                wall=time.time(),
+            with self._db:  # one transaction
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.executemany("DELETE FROM kept WHERE id = ?", [(request_id,) for request_id in self._gone])
+                self._db.executemany(
+                    "INSERT OR IGNORE INTO kept VALUES (?, ?, ?, ?, ?)",
+                    [(row.id, row.captured, row.kept, row.payload, row.event) for row in fresh],
+                )
+                self._db.execute("UPDATE state SET commits = ?", (self._commits + 1,))
+        except sqlite3.OperationalError as error:  # not the content's fault: full, read-only, I/O error, locked
+            # A full or read-only disk can still be read. After any other fault the connection is not to be trusted.
+            self._refuse(str(error), reopen=not ("full" in str(error) or "readonly" in str(error)))
+            return
+        except sqlite3.DatabaseError as error:
+            self._refuse(str(error), reopen=True)
+            return
+        self._commits += 1
+        self._on_disk = (self._on_disk | self._fresh.keys()) - self._gone
+        self._fresh.clear()
+        self._gone.clear()
+        self._fresh_bytes = 0
+        with suppress(OSError):  # an old note claims less than there is, never too much
+            self._write_note()
+        self._works()
+        self._on_stored([row.id for row in fresh])
+
+    # ---- the file ----
+
+    def _open(self) -> None:
+        missing = 0
+        try:
+            try:
+                rows, missing = self._connect()
+            except (sqlite3.DatabaseError, _DamagedError) as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                rows, missing = self._start_anew(str(error))
+        except (OSError, sqlite3.Error, _DamagedError, _ForeignError) as error:
+            self._refuse(str(error), reopen=True)
+            return
+        self._works()
+        found = {row.id for row in rows}
+        lost, self._on_disk = self._on_disk - found - self._gone, found
+        if missing or lost:
+            with suppress(OSError):
+                self._write_note()  # so that the next start does not report them again
+        if not self._has_listed:
+            self._has_listed = True
+            if missing:
+                logger.error("outbox rows lost count=%d file=%s", missing, self._path)
+            self._on_found([row for row in rows if row.id not in self._gone], missing)
+        for request_id in lost:
+            self._on_read(request_id, None)
+        unread, self._unread = self._unread, []
+        for request_id in unread:
+            if request_id not in lost:
+                self._read(request_id)
+
+    def _connect(self) -> tuple[list[Found], int]:
+        """Opens or creates the database. Returns its rows, oldest first, and how many it should have besides."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # captions are private
+        self._db = db = sqlite3.connect(self._path, timeout=1.0, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")  # one board per file; the log then needs no shared memory
+        is_empty = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+        if not is_empty and db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
+            raise _ForeignError(f"{self._path} is another program's database: give the outbox a file of its own")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
+        db.execute(f"PRAGMA journal_size_limit = {WAL_PAGES * PAGE}")
+        note = self._read_note()
+        if is_empty:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute(f"PRAGMA application_id = {APPLICATION}")
+            db.execute(f"PRAGMA user_version = {SCHEMA}")
+            db.execute(
+                "CREATE TABLE kept (id BLOB PRIMARY KEY, captured REAL NOT NULL, kept REAL NOT NULL, "
+                "payload BLOB NOT NULL, event BLOB NOT NULL)"
             )
-            self._step()
-            while self._listen():
-                self._step()
-            self._close()
+            db.execute("CREATE TABLE state (commits INTEGER NOT NULL)")
+            db.execute("INSERT INTO state VALUES (0)")
+            db.execute("COMMIT")
+        if (schema := db.execute("PRAGMA user_version").fetchone()[0]) != SCHEMA:
+            raise _DamagedError(f"written by version {schema}, this is {SCHEMA}")
+        if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise _DamagedError(str(verdict))
+        rows = [
+            Found(bytes(request_id), int(size) + ROW_BYTES, self._age_s(kept))
+            for request_id, kept, size in db.execute(
+                "SELECT id, kept, length(payload) + length(event) FROM kept ORDER BY rowid"
+            )
+        ]
+        commits = int(db.execute("SELECT commits FROM state").fetchone()[0])
+        missing = max(0, note[1] - len(rows)) if note[0] > commits else 0
+        self._commits = max(note[0], commits)
+        return rows, missing
+
+    def _start_anew(self, why: str) -> tuple[list[Found], int]:
+        """The file is damaged: set it aside, one of them, and begin with an empty one."""
+        note = self._read_note()
+        if not self._beside(".rows").exists():  # a wrong path in the config must not move another program's file away
+            raise _ForeignError(f"{why}, and nothing says that the file is ours: remove {self._path}")
+        self._disconnect()
+        for suffix in ("-wal", ""):  # a log that stayed would be played into the new file
+            with suppress(FileNotFoundError):
+                self._beside(suffix).replace(self._beside(".damaged" + suffix))
+        logger.error("outbox damaged reason=%s: set aside as %s", why, self._beside(".damaged"))
+        self._connect()
+        self._write_note()
+        return [], note[1]
+
+    def _age_s(self, kept: float) -> float:
+        """Since a row of an earlier run was kept.
+
+        Between runs only the wall clock remains, and boards without a battery start in 1970 or last week. So the age
+        counts only as far as a row still has some time left: no jump of the clock drops anything.
+        """
+        grace_s = min(GRACE_S, self._config.max_age_s / 2)
+        return min(max(0.0, time.time() - kept), self._config.max_age_s - grace_s)
+
+    def _works(self) -> None:
+        if self.fault:
+            logger.warning("outbox on disk again file=%s", self._path)
+        self.fault = ""
+
+    def _refuse(self, why: str, *, reopen: bool) -> None:
+        if self.fault != why:
+            logger.error("outbox not on disk file=%s reason=%s: rows wait in memory", self._path, why)
+        self.fault, self._commit_at = why, time.monotonic() + RETRY_S
+        if reopen:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            with suppress(sqlite3.Error):
+                self._db.close()
+            self._db = None
+
+    def _beside(self, suffix: str) -> Path:
+        return self._path.with_name(self._path.name + suffix)
+
+    def _read_note(self) -> tuple[int, int]:
+        """The latest commit's number and how many rows there were; zeros: unknown."""
+        try:
+            with self._beside(".rows").open("rb") as file:
+                commits, rows = map(int, file.read(64).split())
+        except (OSError, ValueError):
+            return 0, 0
+        return max(0, commits), max(0, rows)
+
+    def _write_note(self) -> None:
+        """Written after the commit and not synced: it may be older than the database, and only a newer one counts."""
+        file = os.open(self._beside(".rows"), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(file, b"%-20d %-20d\n" % (self._commits, len(self._on_disk)), 0)
         finally:
-            self._is_open = False
+            os.close(file)
 
-    def _listen(self) -> bool:
-        """Waits for what the owner says, or for the time of the next step. False: the outbox is to end."""
-        try:
-            message = self._inbox.get(timeout=self._wait_s(time.monotonic()))
-            while message is not None:
-                message()
-                if self._spool.commit_at() == -inf:  # a group is full
-                    return True
-                message = self._inbox.get_nowait()
-        except queue.Empty:
-            return True
-        return False
 
-    def _close(self) -> None:
-        self._spool.close(time.monotonic())
-        self._report()
-        for request_id in list(self._orphans):
-            self._failed(request_id)
-        self._publish()
+def _row(fields: tuple[Any, ...] | None) -> Row | None:
+    """A row of the table; None: it is not there, or not what was written."""
+    try:
+        return Row(*fields) if fields and _is_sound(*fields) else None
+    except TypeError:
+        return None
 
-    def _wait_s(self, now: float) -> float:
-        replay_at = max(self._schedule.free_at(), self._poll_at) if len(self._spool) else inf
-        return min(IDLE_S, max(0.0, min(self._spool.commit_at(), self._spool.expire_at(), replay_at) - now))
 
-    def _step(self) -> None:
-        now = time.monotonic()
-        if self._spool.expire_at() <= now:
-            self._spool.expire(now)
-        if self._is_urgent or self._spool.commit_at() <= now:
-            self._is_urgent = False
-            if ids := self._spool.commit(now):
-                self._call(self._on_kept, ids)
-        self._report()
-        self._replay(now)
-        self._publish()
-
-    def _replay(self, now: float) -> None:
-        if not len(self._spool) or now < max(self._schedule.free_at(), self._poll_at):
-            return
-        request_id = self._schedule.take(self._spool.ids(), now) if self._call(self._may_replay) else None
-        if request_id is None:
-            self._poll_at = now + POLL_S
-            return
-        item = self._spool.load(request_id)
-        if item is None:  # unreadable, now or for ever
-            self._schedule.forget(request_id)
-            return
-        self._lent[request_id] = item
-        self._counter["replayed"] += 1
-        errors = self._counter["errors"]
-        age_s = max(0.0, item.kept - item.captured) + self._spool.age_s(request_id, now)
-        self._call(self._on_due, item, age_s)
-        if self._counter["errors"] > errors:
-            self._failed(request_id)
-
-    def _keep(self, item: Kept, held: bool) -> None:
-        request_id = item.request_id
-        if request_id in self._lent or not self._spool.keep(item, time.monotonic()):
-            return
-        self._counter["kept"] += 1
-        self._poll_at = -inf
-        if held:
-            self._lent[request_id] = item
-            self._schedule.hold(request_id)
-            self._is_urgent = True
-
-    def _done(self, request_id: bytes) -> None:
-        self._report()  # while it is known who has what
-        self._schedule.forget(request_id)
-        was_lent, was_dropped = self._lent.pop(request_id, None), self._orphans.pop(request_id, None)
-        self._is_urgent |= was_lent is not None  # its event is out: asked again after a kill, it would come twice
-        if self._spool.done(request_id, time.monotonic()) or was_dropped:
-            self._counter["answered"] += 1
-        elif was_lent:
-            self._counter["answered"] += 1
-            self._counter["regained"] += 1
-
-    def _failed(self, request_id: bytes) -> None:
-        self._report()  # while it is known who has what
-        self._schedule.forget(request_id)
-        item, dropped = self._lent.pop(request_id, None), self._orphans.pop(request_id, None)
-        if dropped:
-            self._end([dropped.item], dropped.reason)
-        elif tries := self._spool.tried(request_id):
-            self._schedule.failed(request_id, tries, time.monotonic())
-        elif item:
-            self._counter["regained"] += 1
-            self._end([item], "lost from a damaged disk")
-
-    def _report(self) -> None:
-        """Items that the store gave up have ended, unless the owner still waits for an answer to them."""
-        by_reason: dict[str, list[Kept]] = {}
-        for dropped in self._spool.take_dropped():
-            if dropped.item.request_id in self._lent:
-                self._orphans[dropped.item.request_id] = dropped
-            else:
-                self._schedule.forget(dropped.item.request_id)
-                by_reason.setdefault(dropped.reason, []).append(dropped.item)
-        for reason, items in by_reason.items():
-            self._end(items, reason)
-
-    def _end(self, items: list[Kept], reason: str) -> None:
-        logger.info("outbox dropped count=%d reason=%s", len(items), reason)
-        self._reasons[reason] += len(items)
-        self._call(self._on_dropped, items, reason)
-
-    def _call(self, callback: Callable[..., T], *arguments: object) -> T | None:
-        """The owner's mistake must not end the thread."""
-        try:
-            return callback(*arguments)
-        except Exception:
-            self._counter["errors"] += 1
-            logger.exception("outbox callback raised")
-            return None
-
-    def _publish(self) -> None:
-        spool = self._spool
-        self.counts = Counts(
-            found=spool.found,
-            kept=self._counter["kept"],
-            answered=self._counter["answered"],
-            dropped=dict(self._reasons),
-            gaps=spool.gaps - self._counter["regained"],  # the owner had what the disk lost
-            now=len(spool) + len(self._orphans),
-            bytes=spool.bytes,
-            replayed=self._counter["replayed"],
-            errors=self._counter["errors"],
-            is_on_disk=spool.is_on_disk,
-            fault=spool.fault,
-        )
+def _is_sound(request_id: Any, captured: Any, kept: Any, payload: Any, event: Any) -> bool:
+    are_bytes = all(isinstance(value, bytes) for value in (request_id, payload, event))
+    return (
+        are_bytes
+        and all(isinstance(value, float) for value in (captured, kept))
+        and len(request_id) == 8
+        and len(payload) <= MAX_ENVELOPE
+        and len(event) <= MAX_EVENT
+    )

@@ -1,26 +1,18 @@
-"""What comes back, or does not: every request that the board sent ends in exactly one more final event.
+"""The board's requests: sends them, and turns what comes back, or does not, into events.
 
-One thread owns the table of open requests. The frame path and the MQTT client only put values on its queue; it sends,
-publishes the "new" event behind the request, sends again with the same id, turns replies into "update" events and
-passed deadlines into "lost" events.
-
-A reply that is not final is an answer too, which a higher tier may improve: its "update" is not final, and at the
-deadline, or with the higher tier's reply, a last one follows. With an outbox, a request that found no answer in time is
-kept instead of lost: its "update" says that the draft stands for now, and it is asked again when the link has room.
+What becomes of a request is decided in lifecycle.py; here are the thread around it, the byte budget, the events and the
+outbox. Every request that the board submits ends in exactly one more final event.
 """
 
 import logging
-import queue
 import random
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
-from math import inf
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 
@@ -29,17 +21,29 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.logs import is_told
 from edge_runtime.mqtt.client import MqttClient, Outcome, State
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests.byte_budget import Ledger
-from edge_runtime.requests.outbox import Counts, Outbox
-from edge_runtime.requests.store import Kept
-from edge_runtime.requests.table import Lost, OpenRequests
+from edge_runtime.requests.actions import (
+    Action,
+    Answer,
+    Delete,
+    Found,
+    Lose,
+    Postpone,
+    Read,
+    Send,
+    Settle,
+    Store,
+    Why,
+)
+from edge_runtime.requests.byte_budget import ByteBudget
+from edge_runtime.requests.lifecycle import RequestLifecycle
+from edge_runtime.requests.outbox import Outbox, Row
+from edge_runtime.requests.thread import LifecycleThread
 from edge_runtime.wire import (
     AnsweredBy,
     Event,
     EventHop,
     Reply,
     Request,
-    Status,
     Tier,
     WireError,
     aged,
@@ -50,76 +54,84 @@ from edge_runtime.wire import (
     encode_request,
     topics,
 )
-from edge_runtime.wire.envelope import MAX_VIA
+from edge_runtime.wire.envelope import MAX_UINT32
 from edge_runtime.wire.event import PARADIGMS, ParadigmName
 
 logger = logging.getLogger(__name__)
 
-QUEUE = 256  # values between threads; a board has a few a second
-IDLE_S = 0.5  # the longest wait between two looks at the clock
-WRITE_S = 0.3  # for the outbox to write a request that must not be lost, before it leaves all the same
-REPLAY_S = 30.0  # for the answer to a request out of the outbox
 MAX_AFTER_S = 1e6  # of an event
-AWAY_S = 5.0  # after a frame that found the link away, nothing is replayed
-PUT_S = 1.0  # that the outbox's thread waits for room; without, it asks the request again later
-
-
-@dataclass(slots=True)
-class Question:
-    """A request on its way and what is known of its frame."""
-
-    request: Request
-    payload: bytes  # the request as first sent
-    seen: Event  # what the frame's next event starts from
-    captured: float  # seconds, time.monotonic()
-    deadline: float  # the same clock: the draft stands after it
-    keeps: bool = False  # not to be sent now: the link is away
-    is_replay: bool = False  # out of the outbox
-    is_kept: bool = False  # the outbox has it
-    is_announced: bool = False  # its "new" event has come behind it
-    compact: bytes = b""  # the same request in fewer bytes, for the outbox
-    not_final: int = 0  # replies so far that a higher tier may improve
-    begun: float = 0.0  # the same clock: when the answers' thread took it
-    asked: float = 0.0  # the same clock: when it was first sent
-    bytes_up: int = 0  # whole payloads, resends included; counted by the answers' thread
+NO_BYTES = Why("no_bytes", "no bytes left in this minute's budget")
 
 
 @dataclass(frozen=True, slots=True)
-class NotTaken:
+class NewRequest:
+    """What the path of a frame hands over."""
+
+    request: Request
+    payload: bytes  # the encoded request, as it is first sent
+    event: Event  # what the frame's next event starts from
+    captured: float  # seconds, time.monotonic()
+    deadline: float  # the same clock: after it the draft stands
+    keep: bool = False  # the link is away: into the outbox at once, not sent
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """A request and what is known of its frame."""
+
+    request: Request
+    payload: bytes  # as it is sent next
+    event: Event  # the frame's latest
+    captured: float  # seconds, time.monotonic()
+    is_paid: bool = False  # its bytes are taken from the budget
+    compact: bytes = b""  # the same request in fewer bytes, for the outbox
+    sent_at: float = 0.0  # seconds, time.monotonic(): first, in this try
+    bytes_up: int = 0  # whole payloads, resends included
+    is_retry: bool = False  # out of the outbox
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """What is known of a frame after its request was submitted."""
+
+    event: Event
+    compact: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _NotTaken:
     """The broker did not take a request, and will not."""
 
-    request_id: bytes
+    id: bytes
     outcome: Outcome
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
-    """A request that the outbox wants asked again."""
-
-    item: Kept
-    age_s: float  # since capture
+class _FoundInOutbox:
+    rows: list[Found]
+    missing: int
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """Requests that outlive a power cut from now on."""
-
-    ids: tuple[bytes, ...]
+class _StoredInOutbox:
+    ids: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Announced:
-    """What is known of a frame behind its question."""
+class _ReadFromOutbox:
+    id: bytes
+    row: Row | None
 
-    seen: Event
-    compact: bytes
+
+# Bytes are a message on the board's reply topic.
+_Message: TypeAlias = NewRequest | _Draft | _NotTaken | _FoundInOutbox | _StoredInOutbox | _ReadFromOutbox | bytes
 
 
 class Observer(Protocol):
     """Learns from the traffic; any thread."""
 
     def sent(self, request_id: bytes, paradigm: ParadigmName, size: int, now: float) -> None:
-        """A request leaves, or leaves again; size: bytes."""
+        """A request is sent, or sent again; size: bytes."""
 
     def answered(self, reply: Reply, now: float, draft: Sequence[int] = ()) -> None:
         """The first reply to a request; draft: what the board wrote for it, sent or not."""
@@ -128,8 +140,8 @@ class Observer(Protocol):
         """No reply came in time."""
 
 
-class Answers:
-    """The board's open requests; `with` starts and ends its thread, and the outbox's."""
+class RequestTracker:
+    """The board's requests; `with` starts and ends its thread, and the outbox's."""
 
     def __init__(
         self,
@@ -142,47 +154,41 @@ class Answers:
         resend_s: float,
         outbox: OutboxConfig | None = None,
         observer: Observer | None = None,
-        ledger: Ledger | None = None,
+        budget: ByteBudget | None = None,
     ) -> None:
-        """ledger: of the bytes that may leave; none: any number."""
-        self._ledger = ledger or Ledger()
-        self._client, self._bundle, self._events, self._capacity = client, bundle, events, capacity
-        self._observer = observer
-        self._outbox = (
-            Outbox(
-                outbox,
-                on_due=self._due,
-                on_dropped=self._dropped,
-                may_replay=self._may_replay,
-                on_kept=self._written,
-            )
-            if outbox
-            else None
-        )
-        self._keeps_every_request = outbox is not None and outbox.every_request
-        self._requests: OpenRequests[Question] = OpenRequests(capacity, min_resend_s=resend_s, rng=random.Random())
+        """capacity: requests that wait for a reply; budget: of the bytes that may be sent; None: no limit."""
+        self._client, self._bundle, self._events, self._observer = client, bundle, events, observer
+        self._capacity, self._budget = capacity, budget or ByteBudget()
         self._topic = topics.request(site, board)
-        self._improving: dict[bytes, Question] = {}  # answered; a higher tier may answer once more
-        self._unwritten: dict[bytes, Question] = {}  # leave when the outbox has them on disk
-        self._inbox: queue.Queue[Question | Announced | NotTaken | Due | Written | bytes | None] = queue.Queue(QUEUE)
-        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
-        self._asked = 0  # by the frame path
-        self._kept_unsent = self._put_by = self._replayed = 0  # into the outbox, at once or in vain; out of it
-        self._outdated = 0  # in the outbox, and not readable
-        self._away_at = -inf  # when a frame last found the link away
-        self.counts: Counter[str] = Counter()  # replies by status, and those that were none or found no room
+        self._outbox = self._new_outbox(outbox) if outbox else None
+        self._lifecycle: RequestLifecycle[_Tracked] = RequestLifecycle(
+            capacity, min_resend_s=resend_s, rng=random.Random(), outbox=outbox, size_of=lambda t: _row(t).size
+        )
+        self._thread: LifecycleThread[_Tracked, _Message] = LifecycleThread(
+            "requests", self._lifecycle, self._receive, self._perform, self._before_step
+        )
+        self._submitted = 0  # by the frame path
+        self._replies = Counter[str]()  # by status, and those that could not be read or found no room
 
-    def __enter__(self) -> "Answers":
+    def _new_outbox(self, config: OutboxConfig) -> Outbox:
+        return Outbox(
+            config,
+            on_found=lambda rows, missing: self._thread.put(_FoundInOutbox(rows, missing)),
+            on_stored=lambda ids: self._thread.put(_StoredInOutbox(ids)),
+            on_read=lambda request_id, row: self._thread.put(_ReadFromOutbox(request_id, row)),
+        )
+
+    def __enter__(self) -> "RequestTracker":
         if self._outbox:
             self._outbox.start()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._inbox.put(None)
-        self._thread.join()
-        if self._outbox:
-            self._outbox.close()
+        self._thread.close(Why("stopping", "the board stops"))
+        for row in self._outbox.close() if self._outbox else []:
+            tracked = self._restore(row, time.monotonic())
+            self._thread.follow(self._lifecycle.on_unwritten(row.id, tracked))
 
     # ---- the frame path: it alone may wait, since a board that is so far behind must not take more frames ----
 
@@ -191,217 +197,172 @@ class Answers:
         return self._outbox is not None
 
     def has_room(self) -> bool:
-        """Whether one more request may wait for its answer."""
-        return self._requests.counts.open < self._capacity
+        """Whether one more request may wait for its reply."""
+        return self._thread.counts.open < self._capacity
 
-    def affords(self, size: int) -> bool:
-        """Whether a request of so many bytes may leave in this minute; then they are spent."""
-        return self._ledger.take(size, time.monotonic())
+    def submit(self, new: NewRequest) -> bool:
+        """Takes over a request. False: its bytes do not fit into this minute's budget, and nothing is sent."""
+        if not new.keep and not self._budget.take(len(new.payload), time.monotonic()):
+            return False
+        self._submitted += 1
+        self._thread.put(new)
+        return True
 
-    def ask(self, question: Question) -> None:
-        """Takes over a question, whose bytes are spent already. Never waits for the network."""
-        self._asked += 1
-        self._inbox.put(question)
+    def announce(self, event: Event, compact: bytes = b"") -> None:
+        """The draft's event, which may come after the request is on its way. Published unless the answer was faster.
 
-    def announce(self, seen: Event, compact: bytes = b"") -> None:
-        """What is known of a frame behind its question: the "new" event, unless the answer was faster.
-
-        compact: the same question in fewer bytes, for the outbox."""
-        self._inbox.put(Announced(seen, compact))
+        compact: the same request in fewer bytes, for the outbox.
+        """
+        self._thread.put(_Draft(event, compact))
 
     # ---- any thread ----
 
     def reply_arrived(self, payload: bytes) -> None:
-        """One message on the board's reply topic; on the MQTT client's thread."""
-        self._tell(payload)
+        """One message on the board's reply topic; never waits. Without room the request is sent again, or lost."""
+        if not self._thread.offer(payload):
+            self._replies["overflow"] += 1
 
-    def wait_until_settled(self, timeout_s: float, stop: threading.Event) -> None:
-        """Waits until every question has its answer or is lost, until the time is up or `stop` is set."""
+    def wait_until_settled(self, timeout_s: float, stop: Any) -> None:
+        """Waits until no request is open, until the time is up or the event `stop` is set."""
         until = time.monotonic() + timeout_s
         while not self._is_settled() and time.monotonic() < until and not stop.is_set():
             # Not stop.wait(): its lock must be free when a signal interrupts this thread to set it.
             time.sleep(0.02)
 
     def _is_settled(self) -> bool:
-        return self._accepted() == self._asked and self._requests.counts.open == 0 and not self._improving
+        counts = self._thread.counts
+        return counts.accepted == self._submitted and counts.open == 0 and counts.improvable == 0
 
-    def _accepted(self) -> int:
-        """Questions that have a place, on their way or in the outbox."""
-        return self._requests.counts.accepted - self._replayed + self._kept_unsent
+    def summary(self) -> dict[str, Any]:
+        """Counters: accepted + found = answered + lost + open + kept; under "reply", replies by what became of them."""
+        counts = self._thread.counts
+        names = ("accepted", "found", "answered", "lost", "open", "kept", "retried", "resent", "busy")
+        values: dict[str, Any] = {name: getattr(counts, name) for name in (*names, "duplicate", "late", "unknown")}
+        replies = {**self._replies, "not_final_again": counts.repeated, "broken": self._thread.errors}
+        return values | {"reply": {kind: count for kind, count in replies.items() if count}}
 
-    def _tell(self, value: "NotTaken | bytes") -> None:
-        """From the MQTT client's thread, which must not wait: without room the request is sent again, or lost."""
-        try:
-            self._inbox.put_nowait(value)
-        except queue.Full:
-            self.counts["overflow"] += 1
+    # ---- the thread: messages ----
 
-    def summary(self) -> dict[str, int]:
-        """Counters; accepted + found = answered + lost + open + kept, where found was kept by an earlier run."""
-        counts = self._requests.counts
-        box = self._outbox.counts if self._outbox else Counts()
-        # By the outbox: too old, too many, lost by the disk, or written by a version that wrote otherwise.
-        gone = sum(box.dropped.values()) + box.gaps + self._outdated
-        values = {
-            "accepted": self._accepted(),
-            "found": box.found,
-            "answered": counts.answered,
-            "lost": counts.lost - self._put_by + gone,
-            "open": counts.open,
-            "kept": box.found + self._kept_unsent + self._put_by - self._replayed - gone,
-            "replayed": self._replayed,
-        }
-        values |= {name: getattr(counts, name) for name in ("resent", "busy", "duplicate", "late", "unknown")}
-        return values | {f"reply_{kind}": count for kind, count in self.counts.items()}
+    def _before_step(self, now: float) -> bool:
+        self._lifecycle.can_store = self._outbox is not None and self._outbox.has_room()
+        budget = self._budget.bytes_per_minute
+        has_bytes = not budget or self._budget.spent(now) < budget / 2  # live frames come first
+        return has_bytes and self._client.state is State.ONLINE
 
-    def _run(self) -> None:
-        while True:
-            until = min([self._requests.next_at(), *(question.deadline for question in self._improving.values())])
-            wait = min(IDLE_S, max(0.0, until - time.monotonic()))
-            try:
-                item = self._inbox.get(timeout=wait)
-            except queue.Empty:
-                self._look_at_the_clock()
-                continue
-            if item is None:
-                break
-            try:
-                self._take(item)
-            except Exception:  # whatever one message holds, the other requests must still end
-                self.counts["broken"] += 1
-                logger.exception("answers: not handled: %r", item)
-            self._look_at_the_clock()
-        for question in self._unwritten.values():  # the outbox has it
-            self._kept_unsent += 1
-            if not question.is_announced:
-                self._events.publish(question.seen)
-        for lost in self._requests.close("the board stops"):
-            self._unanswered(lost)
-        for question in self._improving.values():
-            self._stand(question, "the board stops before a higher tier answered")
+    def _receive(self, message: _Message, now: float) -> Sequence[Action[_Tracked]]:
+        actions: Sequence[Action[_Tracked]] = ()
+        match message:
+            case NewRequest(request, payload, event, captured, deadline, keep):
+                tracked = _Tracked(request, payload, event, captured, is_paid=not keep)
+                actions = self._lifecycle.on_request(request.id, tracked, deadline, now, link_is_away=keep)
+            case _Draft(event, compact):
+                self._announce(event, compact)
+            case _NotTaken(request_id, outcome):
+                actions = self._lifecycle.on_refused(request_id, Why("not_taken", f"broker: {outcome.value}"))
+            case _FoundInOutbox(rows, missing):
+                actions = self._lifecycle.on_found(rows, missing, now)
+            case _StoredInOutbox(ids):
+                actions = self._lifecycle.on_stored(ids, now)
+            case _ReadFromOutbox(request_id, row):
+                actions = self._read(request_id, row, now)
+            case bytes():
+                actions = self._reply(message, now)
+        return actions
 
-    def _take(self, item: "Question | Announced | NotTaken | Due | Written | bytes") -> None:
-        if isinstance(item, Question):
-            self._begin(item)
-        elif isinstance(item, Announced):
-            self._announce(item.seen, item.compact)
-        elif isinstance(item, NotTaken):
-            self._end_lost(self._requests.lose(item.request_id, f"broker: {item.outcome.value}"))
-        elif isinstance(item, Due):
-            self._ask_again(item)
-        elif isinstance(item, Written):
-            for question in filter(None, [self._unwritten.pop(request_id, None) for request_id in item.ids]):
-                self._open(question)
-        else:
-            self._reply(item)
+    def _announce(self, event: Event, compact: bytes) -> None:
+        """An event that comes after the frame's answer would take the answer back; one without a draft says nothing."""
+        request_id = bytes.fromhex(event.frame)
+        if tracked := self._lifecycle.find(request_id):
+            tracked.event, tracked.compact = event, compact
+        if self._lifecycle.has_ended(request_id):
+            self._replies["overtaken"] += 1
+        elif event.tokens or tracked is None:
+            self._events.publish(event)
 
-    def _begin(self, question: Question) -> None:
-        """On its way, into the outbox, or on its way as soon as the outbox has written it."""
-        question.begun = time.monotonic()
-        if question.keeps:
-            self._away_at = question.begun
-        if question.keeps and self._keep(question):
-            self._kept_unsent += 1
-        elif question.keeps and not self._ledger.take(len(question.payload), question.begun):
-            full = self._requests.open(question.request.id, question, question.deadline, question.begun)
-            self._end_lost(full or self._requests.lose(question.request.id, "no room in outbox and byte budget"))
-        elif self._keeps_every_request and self._keep(question, held=True):
-            self._unwritten[question.request.id] = question
-        else:
-            self._open(question)
-
-    def _open(self, question: Question) -> None:
-        question.asked = now = time.monotonic()
-        self._replayed += question.is_replay
-        if lost := self._requests.open(question.request.id, question, question.deadline, now):
-            self._unanswered(lost)
-            return
-        self._send(question, question.payload, question.deadline - now)
-
-    def _announce(self, seen: Event, compact: bytes) -> None:
-        """An event that its frame's answer has overtaken would only take the answer back; one without a draft says
-        nothing, but where the frame waits in the outbox.
-        """
-        request_id = bytes.fromhex(seen.frame)
-        entry = self._requests.find(request_id)
-        question = entry.content if entry else self._unwritten.get(request_id)
-        is_told = bool(seen.tokens) or question is None
-        if question:
-            question.seen, question.compact, question.is_announced = seen, compact, is_told
-        if self._requests.has_ended(request_id):
-            self.counts["overtaken"] += 1
-        elif is_told:
-            self._events.publish(seen)
-
-    def _send(self, question: Question, payload: bytes, left_s: float) -> None:
-        question.bytes_up += len(payload)
-        if self._observer and not question.is_replay:
-            paradigm = PARADIGMS[question.request.paradigm]
-            self._observer.sent(question.request.id, paradigm, len(payload), time.monotonic())
-        outcome = partial(self._sent, question.request.id)
-        self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, left_s), on_outcome=outcome)
-
-    def _sent(self, request_id: bytes, outcome: Outcome) -> None:  # on the MQTT client's thread
-        # What the queue dropped or what expired there is sent again, or lost at its deadline, as anything unanswered.
-        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED):
-            self._tell(NotTaken(request_id, outcome))
-
-    def _look_at_the_clock(self) -> None:
-        now = time.monotonic()
-        for request_id, question in list(self._improving.items()):
-            if question.deadline <= now:
-                del self._improving[request_id]
-                self._stand(question, "no higher tier answered in time")
-        overdue = now - WRITE_S  # a disk that hangs or is full holds nobody up for longer
-        for question in [q for q in self._unwritten.values() if q.begun <= overdue]:
-            del self._unwritten[question.request.id]
-            self._open(question)
-        for lost in self._requests.expired(now):
-            self._unanswered(lost)
-        for entry in self._requests.due(now):
-            question, left_s = entry.content, entry.deadline - now
-            payload = encode_request(aged(question.request, now - entry.opened_at, left_s))
-            if self._ledger.take(len(payload), now):
-                self._send(question, payload, left_s)
-            else:
-                self._requests.unsent(entry.id)
-                self.counts["over_budget"] += 1
-
-    def _reply(self, payload: bytes) -> None:
+    def _reply(self, payload: bytes, now: float) -> Sequence[Action[_Tracked]]:
         try:
             reply = decode_reply(payload)
         except WireError as error:
-            self.counts["unreadable"] += 1
-            if is_told(self.counts["unreadable"]):
-                logger.warning("reply unreadable count=%d error=%s", self.counts["unreadable"], error)
-            return
-        now = time.monotonic()
-        self.counts[reply.status.name.lower()] += 1
-        if reply.status is Status.BUSY:
-            self._requests.busy(reply.id, (reply.retry_after_ms or 1000) / 1e3, now)
-        elif reply.status is not Status.OK and self._requests.find(reply.id):
-            status = reply.status.name.lower()
-            self._end_lost(self._requests.lose(reply.id, f"server {reply.server}: {status}: {reply.error}"))
-        elif reply.status is Status.OK and (question := self._improving.get(reply.id)):
-            self._improve(question, reply, now)
-        elif entry := self._requests.answered(reply.id, now):
-            self._forget(entry.content)
-            if self._observer:
-                self._observer.answered(reply, now, entry.content.seen.tokens)
-            self._update(entry.content, reply, now)
+            self._replies["unreadable"] += 1
+            if is_told(self._replies["unreadable"]):
+                logger.warning("reply unreadable count=%d error=%s", self._replies["unreadable"], error)
+            return ()
+        self._replies[reply.status.name.lower()] += 1
+        tracked = self._lifecycle.find(reply.id)
+        if tracked:
+            try:
+                encode_event(self._update(tracked, reply, now))
+            except WireError as error:  # within a reply's limits, but not within an event's
+                return self._lifecycle.on_refused(reply.id, Why("failed", f"server {reply.server}: {error}"))
+        return self._lifecycle.on_reply(reply, now)
 
-    def _improve(self, question: Question, reply: Reply, now: float) -> None:
-        """Each new text once, and no more than there can be tiers: repeats come with every copy of a request."""
-        seen = question.seen
-        is_same = seen.tokens == tuple(reply.token_ids) and seen.answered_by == answered_by(reply)
-        if not reply.final and (is_same or question.not_final > MAX_VIA):
-            self.counts["not_final_again"] += 1
-        else:
-            self._update(question, reply, now)
+    def _read(self, request_id: bytes, row: Row | None, now: float) -> Sequence[Action[_Tracked]]:
+        if row is None:
+            return self._lifecycle.on_read(request_id, None, now)
+        try:
+            tracked = self._restore(row, now)
+        except WireError as error:  # written by another version, or damaged
+            return self._lifecycle.on_read(request_id, None, now, str(error))
+        return self._lifecycle.on_read(request_id, tracked, now)
 
-    def _update(self, question: Question, reply: Reply, now: float) -> None:
-        """A reply to the event that it is for its users."""
-        seen = question.seen
+    # ---- the thread: actions ----
+
+    def _perform(self, action: Action[_Tracked], now: float) -> Sequence[Action[_Tracked]]:
+        match action:
+            case Send():
+                return self._send(action, now)
+            case Answer():
+                return self._answer(action, now)
+            case Settle():
+                self._publish(action.content, now, final=True, why=action.why.text)
+            case Postpone():
+                self._observe_loss(action.id, now)
+                why = f"{action.why.text}: kept, asked again later"
+                self._publish(action.content, now, type="update", final=False, why=why[:1024])
+            case Lose():
+                self._lose(action, now)
+            case Store() if self._outbox:
+                self._outbox.put(_row(action.content))
+            case Read() if self._outbox:
+                self._outbox.read(action.id)
+            case Delete() if self._outbox:
+                self._outbox.delete(action.id)
+        return ()
+
+    def _send(self, send: Send[_Tracked], now: float) -> Sequence[Action[_Tracked]]:
+        tracked = send.content
+        payload = tracked.payload
+        if send.is_resend or tracked.is_retry:
+            payload = encode_request(aged(tracked.request, send.waited_s, send.left_s))
+        if not tracked.is_paid and not self._budget.take(len(payload), now):
+            self._replies["over_budget"] += 1
+            return self._lifecycle.on_unsent(send.id, NO_BYTES, now)
+        tracked.is_paid = False  # that was for this time
+        tracked.bytes_up += len(payload)
+        if not send.is_resend:
+            tracked.sent_at = now
+        if self._observer and not tracked.is_retry:
+            self._observer.sent(send.id, PARADIGMS[tracked.request.paradigm], len(payload), now)
+        outcome = partial(self._was_sent, send.id)
+        self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, send.left_s), on_outcome=outcome)
+        return ()
+
+    def _was_sent(self, request_id: bytes, outcome: Outcome) -> None:  # on the MQTT client's thread
+        # What its queue dropped, or what expired there, is sent again or lost at its deadline, as anything unanswered.
+        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED) and not self._thread.offer(_NotTaken(request_id, outcome)):
+            self._replies["overflow"] += 1
+
+    def _answer(self, answer: Answer[_Tracked], now: float) -> Sequence[Action[_Tracked]]:
+        tracked = answer.content
+        if self._observer and answer.is_first:
+            self._observer.answered(answer.reply, now, tracked.event.tokens)
+        tracked.event = self._update(tracked, answer.reply, now)
+        self._events.publish(tracked.event)
+        return ()
+
+    def _update(self, tracked: _Tracked, reply: Reply, now: float) -> Event:
+        """The event that a reply is to the board's users."""
+        event = tracked.event
         changes: dict[str, Any] = {
             "type": "update",
             "final": reply.final,
@@ -414,132 +375,46 @@ class Answers:
             "hops": tuple(EventHop.from_hop(hop) for hop in reply.hops),
             "label": reply.label,
             "scores": reply.scores or {},
-            "bytes_up": question.bytes_up,
-            "timings_ms": seen.timings_ms | {"answer": round(1e3 * (now - question.asked), 1)},
-            "after_ms": _after_ms(now - question.captured),
+            "bytes_up": tracked.bytes_up,
+            "timings_ms": event.timings_ms | {"answer": round(1e3 * (now - tracked.sent_at), 1)},
+            "after_ms": _after_ms(now - tracked.captured),
         }
-        event = msgspec.structs.replace(seen, **changes)
-        try:
-            self._events.publish(event)
-        except WireError as error:  # within a reply's bounds, but not within an event's
-            self._improving.pop(reply.id, None)
-            self._end_lost(Lost(reply.id, question, f"server {reply.server}: {error}"))
-            return
-        question.seen = event
-        self._improving.pop(reply.id, None)
-        if reply.final:
-            return
-        if len(self._improving) >= self._capacity:
-            self._stand(self._improving.pop(next(iter(self._improving))), "too many wait for a higher tier")
-        question.not_final += 1
-        self._improving[reply.id] = question
+        return msgspec.structs.replace(event, **changes)
 
-    def _stand(self, question: Question, why: str) -> None:
-        """The answer that there is becomes the last word."""
-        self._publish(question, final=True, why=why)
-
-    def _unanswered(self, lost: Lost[Question]) -> None:
-        """The time is up: the outbox has it from here on, or it is lost."""
-        question = lost.content
-        if self._outbox and question.is_kept:
-            self._outbox.failed(lost.id)
-        elif not self._keep(question):
-            self._end_lost(lost)
-            return
-        if self._observer:
-            self._observer.lost(lost.id, time.monotonic())
-        self._put_by += 1
-        if not question.is_replay:
-            why = f"{lost.reason}: kept, asked again later"
-            self._publish(question, type="update", final=False, why=why[:1024])
-
-    def _end_lost(self, lost: Lost[Question] | None) -> None:
-        if lost is None:
-            return
-        logger.info("request lost id=%s reason=%s", lost.id.hex(), lost.reason)
-        self._forget(lost.content)
-        if self._observer:
-            self._observer.lost(lost.id, time.monotonic())
-        self._publish(lost.content, type="lost", final=True, why=lost.reason[:1024])
-
-    def _publish(self, question: Question, **changes: Any) -> None:
-        after_ms = _after_ms(time.monotonic() - question.captured)
-        self._events.publish(
-            msgspec.structs.replace(question.seen, bytes_up=question.bytes_up, after_ms=after_ms, **changes)
-        )
-
-    # ---- the outbox ----
-
-    def _keep(self, question: Question, held: bool = False) -> bool:
-        """Into the outbox, if there is one and it takes more."""
-        if self._outbox is None:
-            return False
-        captured = question.seen.captured.timestamp()
-        now = captured + time.monotonic() - question.captured  # a wall clock that jumped would make it years old
-        payload = question.compact or question.payload
-        item = Kept(question.request.id, captured, now, payload, encode_event(question.seen))
-        question.is_kept = self._outbox.keep(item, held=held)
-        return question.is_kept
-
-    def _forget(self, question: Question) -> None:
-        """It has ended: the outbox need not ask it again."""
-        if self._outbox and question.is_kept:
-            self._outbox.done(question.request.id)
-
-    def _ask_again(self, due: Due) -> None:
-        item, now = due.item, time.monotonic()
-        if self._requests.find(item.request_id):
-            return
-        try:
-            request, seen = decode_request(item.payload), decode_event(item.seen)
-        except WireError as error:  # written by another version
-            self._give_up(item, f"outbox: {error}")
-            return
-        again = aged(msgspec.structs.replace(request, age_ms=0), due.age_s, REPLAY_S)
-        payload, captured = encode_request(again), now - due.age_s
-        if self._ledger.take(len(payload), now):
-            self._open(Question(again, payload, seen, captured, now + REPLAY_S, is_replay=True, is_kept=True))
+    def _lose(self, lose: Lose[_Tracked], now: float) -> None:
+        logger.info("request lost id=%s reason=%s", lose.id.hex(), lose.why.text)
+        self._observe_loss(lose.id, now)
+        if lose.content:
+            self._publish(lose.content, now, type="lost", final=True, why=lose.why.text[:1024])
         else:
-            self.counts["over_budget"] += 1
-            assert self._outbox is not None
-            self._outbox.failed(item.request_id)
+            captured = datetime.now(timezone.utc)  # nobody knows any more
+            lost = Event(type="lost", frame=lose.id.hex(), camera="unknown", captured=captured, final=True)
+            self._events.publish(msgspec.structs.replace(lost, why=lose.why.text[:1024]))
 
-    def _may_replay(self) -> bool:  # on the outbox's thread, as the next ones
-        """Live frames come first: in the table, in the budget, and on a link that has just been away for them."""
-        now = time.monotonic()
-        budget = self._ledger.bytes_per_minute
-        return (
-            self._client.state is State.ONLINE
-            and now - self._away_at > AWAY_S
-            and self._requests.counts.open < max(1, self._capacity // 2)
-            and (not budget or self._ledger.spent(now) < budget / 2)
+    def _observe_loss(self, request_id: bytes, now: float) -> None:
+        if self._observer:
+            self._observer.lost(request_id, now)
+
+    def _publish(self, tracked: _Tracked, now: float, **changes: Any) -> None:
+        after_ms = _after_ms(now - tracked.captured)
+        self._events.publish(
+            msgspec.structs.replace(tracked.event, bytes_up=tracked.bytes_up, after_ms=after_ms, **changes)
         )
 
-    def _written(self, ids: tuple[bytes, ...]) -> None:
-        if self._keeps_every_request:
-            self._inbox.put(Written(ids), timeout=PUT_S)
+    def _restore(self, row: Row, now: float) -> _Tracked:
+        """A row of the outbox as a request. Raises WireError for what another version wrote."""
+        request, event = decode_request(row.payload), decode_event(row.event)
+        age_s = max(0.0, row.kept - row.captured) + self._lifecycle.kept_for_s(row.id, now)
+        request = msgspec.structs.replace(request, age_ms=min(int(1e3 * age_s), MAX_UINT32))
+        return _Tracked(request, row.payload, event, now - age_s, is_retry=True, bytes_up=event.bytes_up)
 
-    def _due(self, item: Kept, age_s: float) -> None:
-        self._inbox.put(Due(item, age_s), timeout=PUT_S)
 
-    def _dropped(self, items: list[Kept], reason: str) -> None:
-        for item in items:
-            self._publish_lost(item, f"outbox: {reason}")
-
-    def _give_up(self, item: Kept, why: str) -> None:
-        assert self._outbox is not None
-        self._outdated += 1
-        self._outbox.done(item.request_id)
-        self._publish_lost(item, why)
-
-    def _publish_lost(self, item: Kept, why: str) -> None:
-        captured = datetime.fromtimestamp(item.captured, timezone.utc)
-        try:
-            seen = decode_event(item.seen)
-        except WireError:
-            seen = Event(type="lost", frame=item.request_id.hex(), camera="unknown", captured=captured)
-        after_ms = _after_ms(time.time() - item.captured)
-        self._events.publish(msgspec.structs.replace(seen, type="lost", final=True, why=why[:1024], after_ms=after_ms))
+def _row(tracked: _Tracked) -> Row:
+    """What the outbox stores of a request."""
+    captured = tracked.event.captured.timestamp()
+    kept = captured + time.monotonic() - tracked.captured  # a wall clock that jumped would make it years old
+    payload = tracked.compact or tracked.payload
+    return Row(tracked.request.id, captured, kept, payload, encode_event(tracked.event))
 
 
 def answered_by(reply: Reply) -> AnsweredBy:

@@ -1,6 +1,7 @@
 """The fault matrix counts from events alone, and its rows bring their faults about; all of them are a bench's job."""
 
 import json
+import queue
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from benchmarks.faults.accounts import Ledger, Tally
 from benchmarks.faults.load import slope_of
 from benchmarks.faults.rows import damage
 from benchmarks.faults.stage import Result, Row, Stage, Trial
+from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.requests.store import Kept, Spool
+from edge_runtime.requests import outbox as outbox_module
 from edge_runtime.wire import Event
 from firmware_tools import cli
 
@@ -102,23 +104,28 @@ def test_a_leak_is_a_slope_and_one_large_sample_is_none() -> None:
 
 
 @pytest.mark.parametrize("kind", ["header", "page", "truncated", "wal"])
-def test_damage_is_damage_to_a_spool(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "outbox.sqlite"
-    spool = Spool(path, 1 << 20, 3600.0, now=0.0, wall=1e9)
+def test_damage_is_damage_to_an_outbox(tmp_path: Path, kind: str) -> None:
+    path, stored = tmp_path / "outbox.sqlite", queue.Queue[list[bytes]]()
+    outbox = outbox_module.Outbox(
+        OutboxConfig(str(path), every_request=True), on_found=print, on_stored=stored.put, on_read=print
+    )
+    outbox.start()
     for number in range(40):
-        spool.keep(Kept(number.to_bytes(8, "big"), 1e9, 1e9, bytes(600), bytes(600)), float(number))
-        spool.commit(float(number))
+        outbox.put(outbox_module.Row(number.to_bytes(8, "big"), 1e9, 1e9, bytes(600), bytes(600)))
+        stored.get(timeout=20)
     copy = tmp_path / "killed" / path.name  # as a killed process leaves it, with its log
     copy.parent.mkdir()
     for file in tmp_path.glob(f"{path.name}*"):
         (copy.parent / file.name).write_bytes(file.read_bytes())
-    spool.close(40.0)
+    outbox.close()
     damage(kind, copy)
-    damaged = Spool(copy, 1 << 20, 3600.0, now=100.0, wall=1e9 + 100)
-    for request_id in list(damaged.ids()):
-        damaged.load(request_id)
-    assert damaged.gaps > 0
-    damaged.close(100.0)
+    missing = queue.Queue[int]()
+    damaged = outbox_module.Outbox(
+        OutboxConfig(str(copy)), on_found=lambda _, count: missing.put(count), on_stored=print, on_read=print
+    )
+    damaged.start()
+    assert missing.get(timeout=20) > 0
+    damaged.close()
 
 
 def test_whatever_a_row_raises_is_its_own_failure_and_the_next_one_is_played(

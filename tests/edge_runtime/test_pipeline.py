@@ -18,7 +18,7 @@ from edge_runtime.inference.preprocess import decode_picture, to_input
 from edge_runtime.mqtt.client import MqttClient, MqttSettings
 from edge_runtime.pipeline import Fixed, Pipeline, Plan, build_request, encode_finest, to_jpeg
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests.byte_budget import Ledger
+from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.requests.tracker import Answers, Question
 from edge_runtime.wire import (
     ContentKind,
@@ -91,7 +91,7 @@ class Board:
         )
         events = Events(self.client, SITE, BOARD, listener)
         self.announced: list[bytes] = []
-        announced, ledger = self.announced, Ledger(bytes_per_minute)
+        announced, ledger = self.announced, ByteBudget(bytes_per_minute)
         self.answers = RecordedAnswers(self.client, bundle, SITE, BOARD, events, 64, 60.0, outbox, ledger=ledger)
         head = load_head(bundle, "onnx", 1) if plan.paradigm != "offload" else None
         draft = load_draft(bundle, "onnx", 1) if plan.paradigm in ("device", "speculative") else None

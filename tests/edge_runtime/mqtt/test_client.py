@@ -26,7 +26,8 @@ from edge_runtime.mqtt.client import (
     State,
     Timing,
 )
-from edge_runtime.requests.table import OpenRequests
+from edge_runtime.requests.lifecycle import RequestLifecycle
+from edge_runtime.wire import Reply, Status
 from testbed.broker import free_port
 from tests.brokers import PLAIN, Mosquitto
 
@@ -571,10 +572,10 @@ def test_requests_that_a_killed_worker_held_are_answered_by_another(
 ) -> None:
     first = start_worker("s1", must_hold=20)
     board = start(broker.port, "b1", subscriptions=[("b1/down/reply", 1)], settings={"window": 20, "keepalive_s": 10})
-    requests: OpenRequests[bytes] = OpenRequests(64, min_resend_s=0.3, rng=random.Random(1))
+    requests: RequestLifecycle[bytes] = RequestLifecycle(64, min_resend_s=0.3, rng=random.Random(1))
     ids = [b"request %02d" % number for number in range(20)]
     for request_id in ids:
-        requests.open(request_id, request_id, time.monotonic() + PATIENCE_S, time.monotonic())
+        requests.on_request(request_id, request_id, time.monotonic() + PATIENCE_S, time.monotonic())
         board.client.publish("b1/up/request", request_id)
     assert first.stdout.readline() == b"holding\n"
     first.kill()
@@ -583,15 +584,14 @@ def test_requests_that_a_killed_worker_held_are_answered_by_another(
     replies: dict[bytes, bytes] = {}
     while requests.counts.open:
         now = time.monotonic()
-        assert not requests.expired(now)
-        for entry in requests.due(now):
-            board.client.publish("b1/up/request", entry.content)
+        for again in requests.on_time(now):
+            board.client.publish("b1/up/request", again.content)  # type: ignore[union-attr]
         try:
             reply = board.inbox.get(timeout=max(0.0, min(requests.next_at() - now, 0.1))).payload
         except queue.Empty:
             continue
         request_id = reply[:10]
-        if requests.answered(request_id, time.monotonic()):
+        if requests.on_reply(Reply(id=request_id, status=Status.OK), time.monotonic()):
             replies[request_id] = reply
     counts = requests.counts
     assert (counts.accepted, counts.answered, counts.lost) == (20, 20, 0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.planning.measurements import MAX_STATUS, OPEN, QUEUE, SERVERS, Estimates, StatusError, decode_status
 from edge_runtime.planning.thermal import Vitals
-from edge_runtime.requests.byte_budget import Ledger
+from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.wire import Hop, Reply, Status, Tier, encode_tokens, topics
 
 STAGES = {"resize": 1.0, "head": 4.0, "draft": 3.0, "encode": 0.5}
@@ -114,7 +114,7 @@ def test_an_open_request_says_how_slow_the_link_is_before_its_answer():
 
 
 def test_what_was_spent_is_a_fact():
-    ledger = Ledger()
+    ledger = ByteBudget()
     for now in (10.0, 12.0):
         assert ledger.take(400, now)
     facts = Estimates(ledger).facts(26.0)

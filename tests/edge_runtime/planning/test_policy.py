@@ -14,7 +14,7 @@ from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.planning.link_model import Link
 from edge_runtime.planning.measurements import Estimates, Facts
 from edge_runtime.planning.policy import LAST_TRY_S, LASTING, PROBE_EVERY, Decision, Policy
-from edge_runtime.requests.byte_budget import Ledger
+from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.wire.event import Event, decode_event, encode_event
 
 EPOCH = datetime.fromtimestamp(0, timezone.utc)
@@ -219,7 +219,7 @@ def test_a_deadline_that_only_one_paradigm_meets_chooses_it():
 
 
 def test_a_budget_is_spread_over_its_minute_and_used():
-    ledger = Ledger(8000)
+    ledger = ByteBudget(8000)
     policy, estimates = Policy(PolicyConfig(bytes_per_minute=8000, may_offload=False)), Estimates(ledger)
     times = []
     for now in range(180):

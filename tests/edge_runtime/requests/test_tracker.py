@@ -19,10 +19,10 @@ from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt.client import MqttClient, MqttSettings
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests.byte_budget import Ledger
-from edge_runtime.requests.store import Kept, Spool
-from edge_runtime.requests.table import OpenRequests
-from edge_runtime.requests.tracker import QUEUE, Answers, Question
+from edge_runtime.requests import ByteBudget, NewRequest, RequestTracker
+from edge_runtime.requests.lifecycle import RequestLifecycle
+from edge_runtime.requests.outbox import Outbox, Row
+from edge_runtime.requests.thread import QUEUE
 from edge_runtime.wire import (
     AnsweredBy,
     ContentKind,
@@ -66,13 +66,15 @@ class Board:
         self.client = MqttClient(
             MqttSettings("127.0.0.1", port, BOARD, keepalive_s=2),
             subscriptions=[(topics.reply(SITE, BOARD), 1)],
-            on_message=lambda message: self.answers.reply_arrived(message.payload),
+            on_message=lambda message: self.tracker.reply_arrived(message.payload),
             timing=QUICK,
         )
         self.listener: Callable[[Event], None] = self.events.put
         events = Events(self.client, SITE, BOARD, self.heard)
-        self.ledger = Ledger(bytes_per_minute)
-        self.answers = Answers(self.client, bundle, SITE, BOARD, events, capacity, resend_s, outbox, ledger=self.ledger)
+        self.budget = ByteBudget(bytes_per_minute)
+        self.tracker = RequestTracker(
+            self.client, bundle, SITE, BOARD, events, capacity, resend_s, outbox, budget=self.budget
+        )
         self.asked = 0
 
     def heard(self, event: Event) -> None:
@@ -102,9 +104,10 @@ class Board:
             timings_ms={"head": 1.0},
         )
         payload = encode_request(request)
-        self.answers.ask(Question(request, payload, seen, time.monotonic(), time.monotonic() + deadline_s, keeps))
+        now = time.monotonic()
+        assert self.tracker.submit(NewRequest(request, payload, seen, now, now + deadline_s, keeps))
         if announces:
-            self.answers.announce(seen)
+            self.tracker.announce(seen)
         return request
 
     def next_event(self) -> Event:
@@ -114,7 +117,7 @@ class Board:
         self.client.start()
         assert self.client.wait_online(PATIENCE_S)
         self.running = ExitStack()
-        self.running.enter_context(self.answers)
+        self.running.enter_context(self.tracker)
         return self
 
     def stop(self) -> None:
@@ -125,7 +128,7 @@ class Board:
         """Whatever the test was about: no event too many, and every question accounted for."""
         self.stop()
         self.client.close()
-        counts = self.answers.summary()
+        counts = self.tracker.summary()
         assert counts["accepted"] == self.asked
         assert counts["accepted"] + counts["found"] == counts["answered"] + counts["lost"] + counts["kept"]
         assert counts["open"] == 0
@@ -205,7 +208,7 @@ def test_an_answer_that_is_not_final_is_followed_by_the_higher_tiers(board, serv
     assert last.after_ms > first.after_ms
     server.reply(request, text="a cat")  # a third one changes nothing
     answer_one_more(board, server)
-    assert board.answers.summary()["duplicate"] == 1
+    assert board.tracker.summary()["duplicate"] == 1
 
 
 def test_an_answer_that_nobody_improves_is_the_last_word_at_the_deadline(board, server):
@@ -228,7 +231,7 @@ def test_the_same_answer_again_is_no_news_and_counted(board, server):
     server.say(not_final(request, "a cat", 8))
     server.reply(request, text="a cow")
     assert [board.next_event().text for _ in range(3)] == ["a dog", "a cat", "a cow"]
-    assert board.answers.summary()["reply_not_final_again"] == 3
+    assert board.tracker.summary()["reply"]["not_final_again"] == 3
 
 
 def test_a_server_that_never_comes_to_an_end_is_heard_so_often_as_there_can_be_tiers(board, server):
@@ -238,7 +241,7 @@ def test_a_server_that_never_comes_to_an_end_is_heard_so_often_as_there_can_be_t
     server.reply(request, text="a cow")
     texts = [board.next_event().text for _ in range(MAX_VIA + 2)]
     assert texts == [*(f"word{number}" for number in range(MAX_VIA + 1)), "a cow"]
-    assert board.answers.summary()["reply_not_final_again"] == 10 - MAX_VIA - 1
+    assert board.tracker.summary()["reply"]["not_final_again"] == 10 - MAX_VIA - 1
 
 
 def test_of_answers_that_wait_for_a_higher_tier_there_are_as_many_as_open_requests(broker, board_bundle, server):
@@ -272,7 +275,7 @@ def test_an_update_is_published_and_retained_as_the_last_event(board, server, br
     assert board.next_event().text == "a dog"
 
 
-@pytest.mark.parametrize("status", [Status.STALE, Status.UNKNOWN_BUNDLE, Status.BAD_REQUEST, Status.FAILED])
+@pytest.mark.parametrize("status", [Status.STALE, Status.BAD_REQUEST, Status.FAILED])
 def test_a_refusal_loses_the_question_at_once_and_says_who_and_why(board, server, status):
     board.ask()
     server.reply(server.request(), status, error="try this")
@@ -280,7 +283,7 @@ def test_a_refusal_loses_the_question_at_once_and_says_who_and_why(board, server
     assert (event.type, event.final) == ("lost", True)
     assert event.why == f"server s1: {status.name.lower()}: try this"
     assert (event.text, event.tokens) == ("word7 word8", DRAFT)  # the draft stands
-    assert board.answers.summary()[f"reply_{status.name.lower()}"] == 1
+    assert board.tracker.summary()["reply"][status.name.lower()] == 1
 
 
 def test_without_a_reply_a_question_is_lost_at_its_deadline(board, server):
@@ -296,7 +299,7 @@ def test_a_late_reply_is_counted_and_changes_nothing(board, server):
     server.request()
     server.reply(request)
     answer_one_more(board, server)
-    assert board.answers.summary()["late"] == 1
+    assert board.tracker.summary()["late"] == 1
 
 
 def test_a_duplicate_reply_is_counted_and_changes_nothing(board, server):
@@ -306,7 +309,7 @@ def test_a_duplicate_reply_is_counted_and_changes_nothing(board, server):
     server.reply(request)
     assert board.next_event().type == "update"
     answer_one_more(board, server)
-    assert board.answers.summary()["duplicate"] == 1
+    assert board.tracker.summary()["duplicate"] == 1
 
 
 def test_a_refusal_after_the_answer_changes_nothing(board, server):
@@ -316,7 +319,7 @@ def test_a_refusal_after_the_answer_changes_nothing(board, server):
     server.reply(request, Status.FAILED)
     assert board.next_event().type == "update"
     answer_one_more(board, server)
-    assert board.answers.summary()["duplicate"] == 1
+    assert board.tracker.summary()["duplicate"] == 1
 
 
 def test_a_busy_server_is_asked_again_and_its_answer_counts(board, server):
@@ -329,7 +332,7 @@ def test_a_busy_server_is_asked_again_and_its_answer_counts(board, server):
     event = board.next_event()
     assert (event.type, event.text) == ("update", "a dog")
     assert event.bytes_up == len(encode_request(first)) + len(encode_request(second))
-    assert board.answers.summary()["busy"] == 1
+    assert board.tracker.summary()["busy"] == 1
 
 
 def test_a_resend_has_the_same_id_and_content_and_says_how_old_it_has_become(broker, board_bundle, server):
@@ -344,7 +347,7 @@ def test_a_resend_has_the_same_id_and_content_and_says_how_old_it_has_become(bro
             assert later.budget_ms < earlier.budget_ms
         sums = [each.age_ms + each.budget_ms for each in sent[1:]]
         assert max(sums) - min(sums) <= 2  # rounded
-        assert board.answers.summary()["resent"] >= 2
+        assert board.tracker.summary()["resent"] >= 2
 
 
 def test_a_request_whose_server_died_is_answered_when_sent_again(broker, board_bundle):
@@ -361,14 +364,14 @@ def test_a_request_whose_server_died_is_answered_when_sent_again(broker, board_b
 def test_what_is_no_reply_is_counted_and_changes_nothing(board, server, garbage):
     server.say(garbage)
     answer_one_more(board, server)
-    assert board.answers.summary()["reply_unreadable"] == 1
+    assert board.tracker.summary()["reply"]["unreadable"] == 1
 
 
 def test_a_reply_to_nothing_we_asked_is_counted_and_changes_nothing(board, server):
     for status in Status:
         server.say(encode_reply(Reply(id=b"stranger", status=status, server="s1")))
     answer_one_more(board, server)
-    assert board.answers.summary()["unknown"] == len(Status)
+    assert board.tracker.summary()["unknown"] == len(Status)
 
 
 def test_a_reply_too_large_for_an_event_loses_its_question_and_no_other(board, server):
@@ -443,42 +446,43 @@ def after(seconds: float, action: Callable[[], Any]) -> None:
 def test_waiting_ends_when_the_last_question_has_its_event(board, server):
     requests = [board.ask() for _ in range(2)]
     after(0.1, lambda: [server.reply(request) for request in requests])
-    board.answers.wait_until_settled(FOREVER_S, threading.Event())
-    assert board.answers.summary()["answered"] == 2
+    board.tracker.wait_until_settled(FOREVER_S, threading.Event())
+    assert board.tracker.summary()["answered"] == 2
     assert [board.next_event().type for _ in requests] == ["update", "update"]
 
 
 def test_a_question_is_waited_for_while_it_is_in_nobodys_hands(board, monkeypatch):
-    gate, open_request = threading.Event(), OpenRequests.open
+    gate, on_request = threading.Event(), RequestLifecycle.on_request
 
-    def open_later(*arguments: Any) -> Any:
+    def accept_later(*arguments: Any, **keywords: Any) -> Any:
         gate.wait(PATIENCE_S)
-        return open_request(*arguments)
+        return on_request(*arguments, **keywords)
 
-    monkeypatch.setattr(OpenRequests, "open", open_later)
+    monkeypatch.setattr(RequestLifecycle, "on_request", accept_later)
     board.ask(deadline_s=0)  # lost as soon as it is open
     after(0.1, gate.set)
-    board.answers.wait_until_settled(FOREVER_S, threading.Event())
-    assert board.answers.summary()["lost"] == 1
+    board.tracker.wait_until_settled(FOREVER_S, threading.Event())
+    assert board.tracker.summary()["lost"] == 1
     assert board.next_event().type == "lost"
 
 
 def test_waiting_ends_with_its_time_or_with_a_stop(board):
     board.ask()
-    board.answers.wait_until_settled(0.05, threading.Event())
+    board.tracker.wait_until_settled(0.05, threading.Event())
     stop = threading.Event()
     after(0.05, stop.set)
-    board.answers.wait_until_settled(FOREVER_S, stop)
+    board.tracker.wait_until_settled(FOREVER_S, stop)
     board.stop()
     assert board.next_event().why == "the board stops"
 
 
 def test_a_flood_of_replies_never_blocks_the_network_thread(board_bundle):
     client = MqttClient(MqttSettings("127.0.0.1", 1, BOARD))
-    answers = Answers(client, board_bundle, SITE, BOARD, Events(client, SITE, BOARD), 8, 1.0)  # its thread not started
+    events = Events(client, SITE, BOARD)
+    tracker = RequestTracker(client, board_bundle, SITE, BOARD, events, 8, 1.0)  # its thread is not started
     for _ in range(QUEUE + 3):
-        answers.reply_arrived(b"x")
-    assert answers.summary()["reply_overflow"] == 3
+        tracker.reply_arrived(b"x")
+    assert tracker.summary()["reply"]["overflow"] == 3
     client.close()
 
 
@@ -499,7 +503,7 @@ def test_with_an_outbox_the_draft_stands_for_now_and_the_request_is_asked_again(
         server.reply(again, text="a dog")
         update = board.next_event()
         assert (update.type, update.final, update.text, update.frame) == ("update", True, "a dog", first.id.hex())
-        assert board.answers.summary()["kept"] == 0
+        assert board.tracker.summary()["kept"] == 0
 
 
 def test_what_was_kept_outlives_the_board(broker, board_bundle, server, tmp_path):
@@ -515,7 +519,7 @@ def test_what_was_kept_outlives_the_board(broker, board_bundle, server, tmp_path
         update = board.next_event()
         assert (update.type, update.final, update.text) == ("update", True, "a dog")
         assert update.after_ms > 0
-        assert board.answers.summary()["found"] == 1
+        assert board.tracker.summary()["found"] == 1
 
 
 def test_what_need_not_be_sent_now_waits_for_the_link(broker, board_bundle, server, tmp_path):
@@ -525,30 +529,30 @@ def test_what_need_not_be_sent_now_waits_for_the_link(broker, board_bundle, serv
         assert again.id == first.id
         server.reply(again, text="a dog")
         assert board.next_event().text == "a dog"
-        assert board.answers.summary()["resent"] == 0
+        assert board.tracker.summary()["resent"] == 0
 
 
 def test_what_was_kept_waits_while_frames_find_the_link_away(broker, board_bundle, server, tmp_path, monkeypatch):
-    monkeypatch.setattr("edge_runtime.requests.tracker.AWAY_S", FOREVER_S)
+    monkeypatch.setattr("edge_runtime.requests.lifecycle.AWAY_S", FOREVER_S)
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path)) as board:
         kept = board.ask(keeps=True)
-        until(lambda: board.answers._outbox.counts.now == 1)
+        until(lambda: board.tracker.summary()["kept"] == 1)
         live = board.ask()
         server.reply(live)
         assert (server.request().id, board.next_event().frame) == (live.id, live.id.hex())
-        monkeypatch.setattr("edge_runtime.requests.tracker.AWAY_S", 0.0)
+        monkeypatch.setattr("edge_runtime.requests.lifecycle.AWAY_S", 0.0)
         assert server.request().id == kept.id
         server.reply(kept)
         assert board.next_event().frame == kept.id.hex()
 
 
 def test_what_was_kept_leaves_half_of_the_table_to_live_frames(broker, board_bundle, server, tmp_path, monkeypatch):
-    monkeypatch.setattr("edge_runtime.requests.tracker.AWAY_S", 0.0)
+    monkeypatch.setattr("edge_runtime.requests.lifecycle.AWAY_S", 0.0)
     with Board(broker.port, board_bundle, capacity=2, outbox=outbox_in(tmp_path)) as board:
         live = board.ask()
         assert server.request().id == live.id
         kept = board.ask(keeps=True)
-        until(lambda: board.answers._outbox.counts.now == 1)
+        until(lambda: board.tracker.summary()["kept"] == 1)
         also_live = board.ask()
         assert server.request().id == also_live.id
         for request in (live, also_live):
@@ -562,28 +566,28 @@ def test_what_was_kept_leaves_half_of_the_table_to_live_frames(broker, board_bun
 def test_what_is_sent_again_is_paid_for_and_stays_when_the_budget_is_spent(broker, board_bundle, server):
     with Board(broker.port, board_bundle, resend_s=0.05, bytes_per_minute=150) as board:
         request = board.ask()
-        until(lambda: board.answers.summary().get("reply_over_budget", 0) >= 1)
-        resent, size = board.answers.summary()["resent"], len(encode_request(request))
-        assert board.ledger.spent(time.monotonic()) <= 150
-        assert not board.answers.affords(150)
+        until(lambda: board.tracker.summary()["reply"].get("over_budget", 0) >= 1)
+        resent, size = board.tracker.summary()["resent"], len(encode_request(request))
+        assert board.budget.spent(time.monotonic()) <= 150
+        assert not board.budget.take(150, time.monotonic())
         assert resent >= 1
-        assert board.ledger.spent(time.monotonic()) == pytest.approx(resent * size, rel=0.1)
+        assert board.budget.spent(time.monotonic()) == pytest.approx((1 + resent) * size, rel=0.1)
         server.reply(request)
         assert board.next_event().type == "update"
 
 
 def test_what_was_kept_is_paid_for_and_waits_for_the_budget(broker, board_bundle, server, tmp_path, monkeypatch):
-    monkeypatch.setattr("edge_runtime.requests.tracker.AWAY_S", 0.0)
+    monkeypatch.setattr("edge_runtime.requests.lifecycle.AWAY_S", 0.0)
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path), bytes_per_minute=1000) as board:
-        assert board.answers.affords(600)
+        assert board.budget.take(600, time.monotonic())
         kept = board.ask(keeps=True)
-        until(lambda: board.answers._outbox.counts.now == 1)
+        until(lambda: board.tracker.summary()["kept"] == 1)
         live = board.ask()
         server.reply(live)
         assert (server.request().id, board.next_event().frame) == (live.id, live.id.hex())
-        board.ledger.bytes_per_minute = 2000
+        board.budget.bytes_per_minute = 2000
         assert server.request().id == kept.id
-        assert board.ledger.spent(time.monotonic()) > 600
+        assert board.budget.spent(time.monotonic()) > 600
         server.reply(kept)
         assert board.next_event().frame == kept.id.hex()
 
@@ -594,7 +598,7 @@ def test_a_draft_that_follows_its_picture_is_kept_with_its_features_instead(brok
         features = msgspec.structs.replace(first, content=b"features")
         assert server.request() == first
         seen = Event(type="new", frame=first.id.hex(), camera="door", captured=datetime.now(timezone.utc), text="late")
-        board.answers.announce(seen, encode_request(features))
+        board.tracker.announce(seen, encode_request(features))
         kept = board.next_event()
         assert (kept.type, kept.text, kept.final) == ("update", "late", False)
         again = server.request()
@@ -609,32 +613,32 @@ def test_a_draft_that_follows_while_its_request_is_written_is_announced_once(
     news: list[Event] = []
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path, every_request=True)) as board:
         monkeypatch.setattr(board, "heard", lambda event: news.append(event) if event.type == "new" else None)
-        board.answers._events._listener = board.heard
-        monkeypatch.setattr(board.answers._outbox, "keep", lambda *_, **__: True)  # and never says that it has
+        board.tracker._events._listener = board.heard
+        monkeypatch.setattr(Outbox, "put", lambda *_: None)  # and never says that it has
         first = board.ask(announces=False)
         draft = Event(
             type="new", frame=first.id.hex(), camera="door", captured=datetime.now(timezone.utc), tokens=DRAFT
         )
-        board.answers.announce(draft)
+        board.tracker.announce(draft)
         assert server.request() == first
         server.reply(first)
-        until(lambda: board.answers.summary()["answered"] == 1)
+        until(lambda: board.tracker.summary()["answered"] == 1)
     assert news == [draft]
 
 
 def test_what_neither_outbox_nor_budget_take_is_lost_and_says_so(broker, board_bundle, tmp_path, monkeypatch):
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path), bytes_per_minute=1) as board:
-        monkeypatch.setattr(board.answers._outbox, "keep", lambda *_, **__: False)
+        monkeypatch.setattr(Outbox, "has_room", lambda _: False)
         board.ask(keeps=True)
         lost = board.next_event()
-        assert (lost.type, lost.why) == ("lost", "no room in outbox and byte budget")
+        assert (lost.type, lost.why) == ("lost", "no bytes left in this minute's budget")
 
 
 def test_a_disk_that_takes_nothing_holds_up_no_request_and_loses_none_silently(
     broker, board_bundle, server, tmp_path, monkeypatch
 ):
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path, every_request=True)) as board:
-        monkeypatch.setattr(board.answers._outbox, "keep", lambda *_, **__: False)
+        monkeypatch.setattr(Outbox, "has_room", lambda _: False)
         first = board.ask(deadline_s=SOON_S)
         assert server.request() == first
         lost = board.next_event()
@@ -643,7 +647,7 @@ def test_a_disk_that_takes_nothing_holds_up_no_request_and_loses_none_silently(
 
 def test_a_disk_that_hangs_holds_up_a_request_for_a_moment_only(broker, board_bundle, server, tmp_path, monkeypatch):
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path, every_request=True)) as board:
-        monkeypatch.setattr(board.answers._outbox, "keep", lambda *_, **__: True)  # and never says that it has
+        monkeypatch.setattr(Outbox, "put", lambda *_: None)  # and never says that it has
         first = board.ask()
         assert server.request() == first
         server.reply(first)
@@ -658,7 +662,7 @@ def test_a_refusal_ends_what_was_kept_as_well(broker, board_bundle, server, tmp_
         server.reply(server.request(), Status.BAD_REQUEST, error="try this")
         lost = board.next_event()
         assert (lost.type, lost.final, lost.why) == ("lost", True, "server s1: bad_request: try this")
-        assert board.answers.summary()["kept"] == 0
+        assert board.tracker.summary()["kept"] == 0
 
 
 def test_what_the_outbox_gives_up_is_lost_and_says_why(broker, board_bundle, server, tmp_path):
@@ -669,19 +673,20 @@ def test_what_the_outbox_gives_up_is_lost_and_says_why(broker, board_bundle, ser
         lost = board.next_event()
         assert (lost.type, lost.final) == ("lost", True)
         assert lost.why.startswith("outbox: ")
-        assert board.answers.summary()["lost"] == 1
+        assert board.tracker.summary()["lost"] == 1
 
 
 def test_what_another_version_kept_is_reported_lost(broker, board_bundle, tmp_path):
     settings = outbox_in(tmp_path)
-    spool = Spool(Path(settings.file), settings.max_bytes, settings.max_age_s, now=time.monotonic(), wall=time.time())
-    spool.keep(Kept(bytes(8), time.time(), time.time(), b"an old request", b"an old event"), time.monotonic())
-    spool.close(time.monotonic())
+    outbox = Outbox(settings, on_found=print, on_stored=print, on_read=print)
+    outbox.start()
+    outbox.put(Row(bytes(8), time.time(), time.time(), b"an old request", b"an old event"))
+    assert outbox.close() == []
     with Board(broker.port, board_bundle, outbox=settings) as board:
         lost = board.next_event()
         assert (lost.type, lost.final, lost.frame) == ("lost", True, bytes(8).hex())
         assert "not an envelope" in lost.why
-        until(lambda: board.answers.summary()["lost"] == 1)
+        until(lambda: board.tracker.summary()["lost"] == 1)
 
 
 def test_what_cannot_be_handled_is_counted_and_the_next_question_is_answered(board, server, monkeypatch):
@@ -691,7 +696,7 @@ def test_what_cannot_be_handled_is_counted_and_the_next_question_is_answered(boa
     with monkeypatch.context() as patched:
         patched.setattr("edge_runtime.requests.tracker.decode_reply", broken)
         server.say(b"whatever")
-        until(lambda: board.answers.summary().get("reply_broken") == 1)
+        until(lambda: board.tracker.summary()["reply"].get("broken") == 1)
     answer_one_more(board, server)
 
 
@@ -700,8 +705,8 @@ def test_with_every_request_kept_a_killed_board_loses_none(broker, board_bundle,
     settings = outbox_in(tmp_path, every_request=True)
     killed = Board(broker.port, board_bundle, outbox=settings)
     killed.client.start()
-    killed.answers._outbox.start()
-    killed.answers._thread.start()
+    killed.tracker._outbox.start()
+    killed.tracker._thread.start()
     first = killed.ask()
     assert server.request() == first
     copy = tmp_path / "copy"
@@ -722,4 +727,4 @@ def test_with_every_request_kept_a_killed_board_loses_none(broker, board_bundle,
         assert again.id == first.id
         server.reply(again, text="a dog")
         assert board.next_event().text == "a dog"
-    killed.answers.__exit__()
+    killed.tracker.__exit__()

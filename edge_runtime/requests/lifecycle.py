@@ -1,0 +1,513 @@
+"""What becomes of a request: a state machine without I/O, shared by the board and a server's connection upstream.
+
+A PUBACK only says that a broker took a message, and a server that dies takes its share of the requests with it. So a
+request stays open until a reply with its id comes. Until then it is sent again with the *same* id (servers answer a
+repeat from their cache). With an outbox, a request without a reply at its deadline is kept and asked again later.
+
+    submitted -> STORING -> OPEN -> IMPROVABLE -> answered
+                    |        | ^
+                    v        v |                             from every state: -> lost
+                       KEPT -> READING
+
+The methods named `on_...` take what happened and return the actions that follow; the caller carries these out. Time is
+an argument (seconds on one clock that never goes back), and so is the source of jitter. For one thread.
+
+At every moment: accepted + found = answered + lost + open + kept.
+"""
+
+import enum
+import random
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from math import inf
+from typing import Generic, TypeVar
+
+from edge_runtime.config import OutboxConfig
+from edge_runtime.requests.actions import (
+    Action,
+    Answer,
+    Counts,
+    Delete,
+    Found,
+    Lose,
+    Postpone,
+    Read,
+    Send,
+    Settle,
+    Store,
+    Why,
+)
+from edge_runtime.requests.timing import ResendTimer, RetryTimer, busy_wait_s
+from edge_runtime.wire import Reply, Status
+from edge_runtime.wire.envelope import MAX_VIA
+
+T = TypeVar("T")
+
+ENDED = 4096  # ended requests that are remembered, to tell late and duplicate replies apart; about 100 bytes each
+STORE_S = 0.3  # a request that must be on disk first is sent after this time even if the disk has not answered
+RETRY_DEADLINE_S = 30.0  # for the reply to a request that comes out of the outbox
+AWAY_S = 5.0  # after a frame found the link away, nothing is retried for this time
+POLL_S = 0.5  # between two looks whether a kept request may be retried
+DEFAULT_BUSY_S = 1.0  # for a server that says "busy" without a time
+MAX_STORED = 65_536  # requests in the outbox; the index takes some 300 bytes of memory for each
+EXPIRE = 256  # kept requests that are dropped for their age in one step, so that a step stays short
+
+
+class State(enum.Enum):
+    STORING = "storing"  # must be on disk before it is sent
+    OPEN = "open"  # sent, waits for a reply
+    IMPROVABLE = "improvable"  # has a reply that is not final: a higher tier may answer once more
+    KEPT = "kept"  # in the outbox, waits for its next try
+    READING = "reading"  # the outbox has been asked for its content
+
+
+@dataclass(slots=True)
+class _Entry(Generic[T]):
+    """One request that has not ended."""
+
+    id: bytes
+    content: T | None  # None while only the outbox has it
+    handed_over_at: float  # when the content came
+    deadline: float
+    state: State
+    is_stored: bool = False  # in the outbox
+    size: int = 0  # bytes there
+    # In STORING, OPEN and IMPROVABLE:
+    sent_at: float = inf  # first, in this try
+    resend_at: float = inf
+    sends: int = 0  # in this try
+    doublings: int = 0  # of the resend interval
+    refusals: int = 0  # replies in this try that asked to come back later
+    was_told_when: bool = False  # the latest of these said when
+    refusal: Why | None = None  # and why
+    latest: tuple[str, bytes] = ("", b"")  # server and tokens of the latest reply that is not final
+    not_final: int = 0  # replies that are not final
+    # Of those that were KEPT:
+    was_kept: bool = False
+    kept_at: float = 0.0
+    vain_tries: int = 0  # out of the outbox
+    retry_at: float = -inf
+    late_reply: Reply | None = None  # came while the request was kept
+    drop_reason: Why | None = None  # why the outbox gives it up
+
+
+class RequestLifecycle(Generic[T]):
+    """All requests that have not ended. At most `capacity` are open; one more is not sent.
+
+    The newest is refused, not the oldest: link and server have already worked for those that wait. If the oldest were
+    dropped, a slow server would see each request end shortly before its reply.
+
+    outbox: its limits, if there is one; size_of: the bytes that a content takes there.
+    can_store: whether the outbox takes one more request. The caller keeps it up to date.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        min_resend_s: float,
+        rng: random.Random,
+        outbox: OutboxConfig | None = None,
+        size_of: Callable[[T], int] = lambda _: 0,
+    ) -> None:
+        if capacity < 1 or min_resend_s <= 0:
+            raise ValueError(f"capacity = {capacity}, min_resend_s = {min_resend_s}: want at least 1, and more than 0")
+        self.can_store = outbox is not None
+        self._capacity, self._rng, self._outbox, self._size_of = capacity, rng, outbox, size_of
+        self._resend = ResendTimer(min_resend_s, rng)
+        self._retry = RetryTimer(outbox.replay_per_s if outbox else 1.0, rng)
+        self._live: dict[bytes, _Entry[T]] = {}  # those that are not KEPT
+        self._stored: dict[bytes, _Entry[T]] = {}  # those in the outbox, oldest first; some are live, too
+        self._stored_bytes = 0
+        self._in_state: Counter[State] = Counter()
+        self._away_at = -inf  # when a frame last found the link away
+        self._poll_at = -inf
+        self._ended: OrderedDict[bytes, str] = OrderedDict()  # id -> what a further reply is counted as
+        self._counts: Counter[str] = Counter()
+
+    # ---- what is known ----
+
+    @property
+    def open_count(self) -> int:
+        """Requests that wait for a reply."""
+        return self._in_state[State.STORING] + self._in_state[State.OPEN]
+
+    @property
+    def counts(self) -> Counts:
+        """A copy."""
+        names = ("accepted", "found", "answered", "lost", "resent", "retried", "busy", "duplicate", "late", "unknown")
+        return Counts(
+            **{name: self._counts[name] for name in (*names, "repeated")},
+            open=self.open_count,
+            kept=self._in_state[State.KEPT] + self._in_state[State.READING],
+            improvable=self._in_state[State.IMPROVABLE],
+        )
+
+    def find(self, request_id: bytes) -> T | None:
+        """The content of a request that waits for a reply, or for a better one."""
+        entry = self._live.get(request_id)
+        return entry.content if entry else None
+
+    def kept_for_s(self, request_id: bytes, now: float) -> float:
+        """Seconds since a request was kept; 0 for one that is not in the outbox."""
+        entry = self._stored.get(request_id) or self._live.get(request_id)
+        return now - entry.kept_at if entry and entry.was_kept else 0.0
+
+    def has_ended(self, request_id: bytes) -> bool:
+        """Whether it was answered or lost, as far as that is remembered."""
+        return request_id in self._ended
+
+    def next_at(self) -> float:
+        """When `on_time` will next have something to do; inf: never."""
+        times = [min(entry.deadline, entry.resend_at) for entry in self._live.values()]
+        if self._in_state[State.KEPT]:
+            times += [max(self._retry.free_at(), self._poll_at), self._expires_at()]
+        return min(times, default=inf)
+
+    # ---- what happens ----
+
+    def on_request(
+        self, request_id: bytes, content: T, deadline: float, now: float, *, link_is_away: bool = False
+    ) -> list[Action[T]]:
+        """A new request. ValueError: the id is in use.
+
+        link_is_away: not worth sending now. It goes to the outbox at once, if that takes it.
+        """
+        if request_id in self._live or request_id in self._stored:
+            raise ValueError(f"request {request_id.hex()} is open already: ids are used once")
+        self._counts["accepted"] += 1
+        entry = _Entry(request_id, content, now, deadline, State.STORING)
+        self._live[request_id] = entry
+        self._in_state[State.STORING] += 1
+        if link_is_away:
+            self._away_at = now
+            if self.can_store:
+                return self._keep(entry, now)
+        if self.open_count > self._capacity:
+            return self._no_reply(entry, Why("full", f"{self._capacity} requests wait already"), now)
+        if self._outbox and self._outbox.every_request and self.can_store:
+            entry.resend_at = now + STORE_S
+            return self._store(entry)
+        return self._send_first(entry, now)
+
+    def on_stored(self, ids: Iterable[bytes], now: float) -> list[Action[T]]:
+        """These requests are on disk: from now on they outlive a power cut."""
+        entries = [entry for request_id in ids if (entry := self._live.get(request_id))]
+        return [action for entry in entries if entry.state is State.STORING for action in self._send_first(entry, now)]
+
+    def on_unsent(self, request_id: bytes, why: Why, now: float) -> list[Action[T]]:
+        """A `Send` was not carried out. A resend waits for its next turn; a first send has failed."""
+        entry = self._live.get(request_id)
+        if entry is None or entry.state is not State.OPEN:
+            return []
+        entry.sends -= 1
+        if entry.sends:
+            self._counts["resent"] -= 1
+            return []
+        return self._no_reply(entry, why, now)
+
+    def on_reply(self, reply: Reply, now: float) -> list[Action[T]]:
+        """A reply, whatever it says."""
+        entry = self._live.get(reply.id) or self._stored.get(reply.id)
+        if entry is None:
+            self._counts[self._ended.get(reply.id, "unknown")] += 1
+            return []
+        # A server without the bundle cannot answer, but another one of its pool may.
+        if reply.status in (Status.BUSY, Status.UNKNOWN_BUNDLE):
+            return self._come_back_later(entry, reply, now)
+        if reply.status is not Status.OK:
+            return self._refused(entry, reply, now)
+        if entry.state in (State.KEPT, State.READING):
+            entry.late_reply = reply if reply.final else entry.late_reply
+            return self._read(entry) if reply.final and entry.state is State.KEPT else []
+        return self._answer(entry, reply, now)
+
+    def on_refused(self, request_id: bytes, why: Why) -> list[Action[T]]:
+        """The request can never be answered, for example because the broker refuses it."""
+        entry = self._live.get(request_id)
+        if entry is None:
+            return []
+        return self._settle(entry, why) if entry.state is State.IMPROVABLE else self._lose(entry, why)
+
+    def on_found(self, found: Iterable[Found], missing: int, now: float) -> list[Action[T]]:
+        """What an earlier run left in the outbox; missing: requests that the disk has lost, with their ids."""
+        for item in found:
+            if item.id not in self._live and item.id not in self._stored:
+                self._counts["found"] += 1
+                entry: _Entry[T] = _Entry(item.id, None, now, inf, State.KEPT, is_stored=True, size=item.size)
+                entry.was_kept, entry.kept_at = True, now - item.age_s
+                self._in_state[State.KEPT] += 1
+                self._stored[item.id] = entry
+                self._stored_bytes += item.size
+        self._stored = dict(sorted(self._stored.items(), key=lambda pair: pair[1].kept_at))
+        self._counts["found"] += missing
+        self._counts["lost"] += missing
+        return self._make_room()
+
+    def on_read(
+        self, request_id: bytes, content: T | None, now: float, why: str = "lost by the disk"
+    ) -> list[Action[T]]:
+        """What the outbox has of a request; None: it has lost the content, and why. May come unasked with None."""
+        entry = self._live.get(request_id) or self._stored.get(request_id)
+        if entry is None:
+            return []
+        if content is None:
+            return self._lost_by_disk(entry, why)
+        if entry.state is not State.READING:
+            return []
+        entry.content, entry.handed_over_at = content, now
+        if entry.late_reply:
+            return self._answer(entry, entry.late_reply, now)
+        if entry.drop_reason:
+            return self._lose(entry, entry.drop_reason)
+        self._counts["retried"] += 1
+        entry.deadline = now + RETRY_DEADLINE_S
+        return self._send_first(entry, now)
+
+    def on_unwritten(self, request_id: bytes, content: T) -> list[Action[T]]:
+        """The process ends, and the disk has not taken this request."""
+        entry = self._stored.get(request_id)
+        if entry is None or entry.state is not State.KEPT:
+            return []
+        entry.content = content
+        self._move(entry, State.READING)
+        return self._lose(entry, Why("outbox", "outbox: not on disk when the process ended"))
+
+    def on_time(self, now: float, *, link_is_free: bool = True) -> list[Action[T]]:
+        """What is due now. Call it after every other call, and at `next_at`.
+
+        link_is_free: online, with bytes to spare for requests out of the outbox.
+        """
+        actions: list[Action[T]] = []
+        for entry in list(self._live.values()):
+            if entry.deadline <= now:
+                actions += self._deadline(entry, now)
+            elif entry.resend_at <= now:
+                actions += (
+                    self._send_first(entry, now) if entry.state is State.STORING else [self._send_again(entry, now)]
+                )
+        actions += self._expire(now)
+        return actions + self._retry_one(now, link_is_free)
+
+    def close(self, why: Why, now: float) -> list[Action[T]]:
+        """The process ends: what is open is kept or lost."""
+        actions: list[Action[T]] = []
+        for entry in list(self._live.values()):
+            if entry.state is State.IMPROVABLE:
+                actions += self._settle(entry, Why(why.code, f"{why.text} before a higher tier answered"))
+            elif entry.state is State.READING:  # still on disk
+                self._move(entry, State.KEPT)
+            else:
+                actions += self._no_reply(entry, why, now)
+        return actions
+
+    # ---- sending ----
+
+    def _send_first(self, entry: _Entry[T], now: float) -> list[Action[T]]:
+        self._move(entry, State.OPEN)
+        entry.sent_at, entry.sends, entry.doublings = now, 1, self._resend.doublings
+        entry.resend_at = now + self._resend.interval(entry.doublings)
+        return [self._send(entry, now, is_resend=False)]
+
+    def _send_again(self, entry: _Entry[T], now: float) -> Send[T]:
+        entry.doublings += not entry.was_told_when  # a server that says "busy" is not silent
+        entry.was_told_when = False
+        entry.resend_at = now + self._resend.interval(entry.doublings)
+        entry.sends += 1
+        self._counts["resent"] += 1
+        return self._send(entry, now, is_resend=True)
+
+    def _send(self, entry: _Entry[T], now: float, is_resend: bool) -> Send[T]:
+        assert entry.content is not None
+        return Send(entry.id, entry.content, now - entry.handed_over_at, entry.deadline - now, is_resend)
+
+    # ---- replies ----
+
+    def _answer(self, entry: _Entry[T], reply: Reply, now: float) -> list[Action[T]]:
+        is_first, seen = entry.state is not State.IMPROVABLE, (reply.server, reply.tokens)
+        if not reply.final and (seen == entry.latest or entry.not_final > MAX_VIA):
+            # Each new text once, and no more than there can be tiers: a server answers each copy of a request.
+            self._counts["repeated"] += 1
+            return []
+        round_trip_s = now - entry.sent_at if is_first and entry.sends == 1 else None
+        assert entry.content is not None
+        actions: list[Action[T]] = [Answer(entry.id, entry.content, reply, is_first, round_trip_s)]
+        if is_first:
+            self._counts["answered"] += 1
+            if entry.sends:
+                self._resend.replied(round_trip_s, entry.doublings)
+            actions += self._leave_outbox(entry)
+        if reply.final:
+            self._end(entry, "duplicate")
+            return actions
+        entry.latest, entry.not_final, entry.resend_at = seen, entry.not_final + 1, inf
+        self._move(entry, State.IMPROVABLE)
+        return actions + self._bound_improvable()
+
+    def _bound_improvable(self) -> list[Action[T]]:
+        if self._in_state[State.IMPROVABLE] <= self._capacity:
+            return []
+        oldest = next(entry for entry in self._live.values() if entry.state is State.IMPROVABLE)
+        return self._settle(oldest, Why("full", "too many wait for a higher tier"))
+
+    def _settle(self, entry: _Entry[T], why: Why) -> list[Action[T]]:
+        assert entry.content is not None
+        self._end(entry, "duplicate")
+        return [Settle(entry.id, entry.content, why)]
+
+    def _come_back_later(self, entry: _Entry[T], reply: Reply, now: float) -> list[Action[T]]:
+        if entry.state is not State.OPEN:
+            self._counts["duplicate" if entry.state is State.IMPROVABLE else "late"] += 1
+            return []
+        self._counts["busy"] += 1
+        told_s = DEFAULT_BUSY_S if reply.retry_after_ms is None else reply.retry_after_ms / 1e3
+        entry.resend_at = now + busy_wait_s(told_s, entry.refusals, self._rng)
+        entry.refusals, entry.was_told_when = entry.refusals + 1, True
+        entry.refusal = _refusal(reply)
+        # The next copy says nothing about the reply time of the first one, so it is never a measurement.
+        entry.sends = max(entry.sends, 2)
+        return self._no_reply(entry, entry.refusal, now) if entry.resend_at >= entry.deadline else []
+
+    def _refused(self, entry: _Entry[T], reply: Reply, now: float) -> list[Action[T]]:
+        if entry.state is State.IMPROVABLE:
+            self._counts["duplicate"] += 1
+            return []
+        if entry.state is State.KEPT:
+            entry.drop_reason = _refusal(reply)
+            return self._read(entry)
+        return self._lose(entry, _refusal(reply)) if entry.state is not State.READING else []
+
+    # ---- without a reply ----
+
+    def _deadline(self, entry: _Entry[T], now: float) -> list[Action[T]]:
+        if entry.state is State.IMPROVABLE:
+            return self._settle(entry, Why("no_reply", "no higher tier answered in time"))
+        return self._no_reply(entry, entry.refusal or Why("no_reply", f"no reply to {entry.sends} sent"), now)
+
+    def _no_reply(self, entry: _Entry[T], why: Why, now: float) -> list[Action[T]]:
+        """Nothing more comes for now: the outbox has the request from here on, or it is lost."""
+        if not (entry.is_stored or self.can_store):
+            return self._lose(entry, why)
+        content, is_first_time = entry.content, not entry.was_kept
+        actions = self._keep(entry, now)
+        if is_first_time and content is not None and entry.id not in self._ended:
+            actions.append(Postpone(entry.id, content, why))
+        return actions
+
+    def _lose(self, entry: _Entry[T], why: Why) -> list[Action[T]]:
+        self._counts["lost"] += 1
+        self._end(entry, "late")
+        return [*self._leave_outbox(entry), Lose(entry.id, entry.content, why)]
+
+    def _end(self, entry: _Entry[T], further_replies: str) -> None:
+        """further_replies: what they are counted as."""
+        del self._live[entry.id]
+        self._in_state[entry.state] -= 1
+        self._retry.end(entry.id)
+        self._ended[entry.id] = further_replies
+        if len(self._ended) > ENDED:
+            self._ended.popitem(last=False)
+
+    def _move(self, entry: _Entry[T], state: State) -> None:
+        self._in_state[entry.state] -= 1
+        self._in_state[state] += 1
+        entry.state = state
+        if state is State.KEPT:
+            self._live.pop(entry.id, None)
+        else:
+            self._live[entry.id] = entry
+
+    # ---- the outbox ----
+
+    def _store(self, entry: _Entry[T]) -> list[Action[T]]:
+        assert entry.content is not None
+        entry.is_stored, entry.size = True, self._size_of(entry.content)
+        self._stored[entry.id] = entry
+        self._stored_bytes += entry.size
+        return [Store(entry.id, entry.content), *self._make_room()]
+
+    def _keep(self, entry: _Entry[T], now: float) -> list[Action[T]]:
+        """The outbox alone has it from now on, until its next try."""
+        actions = [] if entry.is_stored else self._store(entry)
+        self._retry.end(entry.id)
+        if entry.was_kept:
+            entry.vain_tries += 1
+            entry.retry_at = now + self._retry.delay_s(entry.vain_tries)
+        else:
+            entry.was_kept, entry.kept_at = True, now
+        entry.content, entry.sends, entry.deadline, entry.resend_at = None, 0, inf, inf
+        entry.refusals, entry.refusal = 0, None
+        self._move(entry, State.KEPT)
+        return actions + self._make_room()
+
+    def _make_room(self) -> list[Action[T]]:
+        """Give up the oldest kept requests while there are too many. Open ones stay: there are few of them."""
+        actions: list[Action[T]] = []
+        while self._outbox and (self._stored_bytes > self._outbox.max_bytes or len(self._stored) > MAX_STORED):
+            oldest = next((entry for entry in self._stored.values() if entry.state is State.KEPT), None)
+            if oldest is None:
+                break
+            actions += self._drop(oldest, "full")
+        return actions
+
+    def _expire(self, now: float) -> list[Action[T]]:
+        if self._expires_at() > now:
+            return []
+        assert self._outbox is not None
+        too_old = now - self._outbox.max_age_s
+        kept = (entry for entry in self._stored.values() if entry.state is State.KEPT and entry.kept_at <= too_old)
+        return [action for entry in list(islice(kept, EXPIRE)) for action in self._drop(entry, "too old")]
+
+    def _expires_at(self) -> float:
+        oldest = next((entry for entry in self._stored.values() if entry.state is State.KEPT), None)
+        return oldest.kept_at + self._outbox.max_age_s if oldest and self._outbox else inf
+
+    def _drop(self, entry: _Entry[T], why: str) -> list[Action[T]]:
+        """The outbox gives it up. Its content is read first, so that its event can say what is lost."""
+        entry.drop_reason = Why("outbox", f"outbox: {why}")
+        self._unlist(entry)
+        return self._read(entry)
+
+    def _retry_one(self, now: float, link_is_free: bool) -> list[Action[T]]:
+        """Live frames come first: in the table of open requests, and on a link that has just been away for them."""
+        if not self._in_state[State.KEPT] or now < max(self._retry.free_at(), self._poll_at):
+            return []
+        self._poll_at = now + POLL_S
+        is_idle = self.open_count < max(1, self._capacity // 2) and now - self._away_at > AWAY_S
+        if not (link_is_free and is_idle):
+            return []
+        kept = (entry for entry in self._stored.values() if entry.state is State.KEPT and entry.retry_at <= now)
+        if (entry := next(kept, None)) is None:
+            return []
+        self._poll_at = -inf
+        self._retry.start(entry.id, now)
+        return self._read(entry)
+
+    def _read(self, entry: _Entry[T]) -> list[Action[T]]:
+        self._move(entry, State.READING)
+        return [Read(entry.id)]
+
+    def _lost_by_disk(self, entry: _Entry[T], why: str) -> list[Action[T]]:
+        if entry.state in (State.KEPT, State.READING):
+            self._move(entry, State.READING)
+            return self._lose(entry, Why("outbox", f"outbox: {why}"))
+        self._leave_outbox(entry)  # it is open: stored once more if no reply comes
+        return []
+
+    def _leave_outbox(self, entry: _Entry[T]) -> list[Action[T]]:
+        if not entry.is_stored:
+            return []
+        entry.is_stored = False
+        self._unlist(entry)
+        return [Delete(entry.id)]
+
+    def _unlist(self, entry: _Entry[T]) -> None:
+        if self._stored.pop(entry.id, None):
+            self._stored_bytes -= entry.size
+
+
+def _refusal(reply: Reply) -> Why:
+    code = reply.status.name.lower()
+    return Why(code, f"server {reply.server}: {code}: {reply.error}")
