@@ -557,7 +557,7 @@ def start_worker(broker: Mosquitto) -> Iterator[Callable[..., "subprocess.Popen[
         def starts(name: str, must_hold: int = 0) -> "subprocess.Popen[bytes]":
             command = [sys.executable, "-c", WORKER, str(broker.port), name, str(must_hold)]
             worker = stack.enter_context(
-                subprocess.Popen(command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                subprocess.Popen(command, cwd=Path(__file__).parents[3], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             )
             stack.callback(worker.kill)
             assert worker.stdout is not None
