@@ -17,8 +17,7 @@ from itertools import cycle, islice, pairwise
 from typing import Any
 
 from edge_runtime.config import PolicyConfig
-from edge_runtime.planning.measurements import Estimates
-from edge_runtime.planning.policy import Policy
+from edge_runtime.planning import Measurements, Policy
 from edge_runtime.wire import Hop, Reply, Status, Tier, encode_tokens
 from edge_runtime.wire.event import ParadigmName
 from testbed.shaping import PROFILES
@@ -98,8 +97,8 @@ def size_of(paradigm: ParadigmName, noise: Noise) -> int:
 class Run:
     """One board on its way through a world; requests queue on the uplink."""
 
-    def __init__(self, world: World, estimates: Estimates | None = None) -> None:
-        self._world, self._estimates = world, estimates
+    def __init__(self, world: World, measurements: Measurements | None = None) -> None:
+        self._world, self._measurements = world, measurements
         self._free_s = 0.0  # the uplink
         self._arriving: list[tuple[float, int, Callable[[], None]]] = []
 
@@ -112,7 +111,7 @@ class Run:
         sent = now + before_ms(paradigm, stages) / 1e3
         self._free_s = max(self._free_s, sent) + size * 8 / (kbit * 1e3)
         replied = self._free_s + (trip_ms * noise.trip + fixed_ms + passes_ms) / 1e3
-        if self._estimates:
+        if self._measurements:
             self._tell(number, paradigm, stages, size, sent, replied, noise, (fixed_ms, passes_ms, passes))
         return min(DEADLINE_MS, 1e3 * (replied - now))
 
@@ -132,8 +131,8 @@ class Run:
         noise: Noise,
         served: tuple[float, float, int],
     ) -> None:
-        estimates, request_id = self._estimates, number.to_bytes(8, "big")
-        assert estimates is not None
+        measurements, request_id = self._measurements, number.to_bytes(8, "big")
+        assert measurements is not None
         fixed_ms, passes_ms, passes = served
         hop = Hop(Tier.EDGE, "server", 0.0, fixed_ms + passes_ms, {"tail": fixed_ms, "passes": passes_ms})
         # One pass a token and one for the end; with a draft, one for all that agrees.
@@ -150,12 +149,12 @@ class Run:
             accepted=agreed if is_sent else 0,
         )
         lost = number * PERIOD_S + DEADLINE_MS / 1e3
-        estimates.took(paradigm, stages, number * PERIOD_S + sum(stages.values()) / 1e3)
-        estimates.sent(request_id, paradigm, size, sent)
+        measurements.frame_handled(paradigm, stages, number * PERIOD_S + sum(stages.values()) / 1e3)
+        measurements.sent(request_id, paradigm, size, sent)
         if replied <= lost:
-            heapq.heappush(self._arriving, (replied, number, lambda: estimates.answered(reply, replied, draft)))
+            heapq.heappush(self._arriving, (replied, number, lambda: measurements.answered(reply, replied, draft)))
         else:
-            heapq.heappush(self._arriving, (lost, number, lambda: estimates.lost(request_id, lost)))
+            heapq.heappush(self._arriving, (lost, number, lambda: measurements.lost(request_id, lost)))
 
 
 def play_fixed(world: World, choose: Chooser, noise: Sequence[Noise]) -> list[float]:
@@ -166,12 +165,12 @@ def play_fixed(world: World, choose: Chooser, noise: Sequence[Noise]) -> list[fl
 
 def play_policy(world: World, noise: Sequence[Noise]) -> tuple[list[float], list[ParadigmName]]:
     """Verified ms and paradigm of each frame; a frame without a request counts as one that waited for its deadline."""
-    estimates, policy = Estimates(), Policy(PolicyConfig())
-    run, times, chosen = Run(world, estimates), [], []
+    measurements, policy = Measurements(), Policy(PolicyConfig())
+    run, times, chosen = Run(world, measurements), [], []
     for number, some in enumerate(noise):
         run.catch_up(number)
         now = number * PERIOD_S
-        decision = policy.choose(estimates.facts(now), now, DEADLINE_MS)
+        decision = policy.choose(measurements.snapshot(now), now, DEADLINE_MS)
         chosen.append(decision.paradigm)
         times.append(DEADLINE_MS if decision.paradigm == "device" else run.frame(number, decision.paradigm, some))
     return times, chosen

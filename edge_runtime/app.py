@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,11 @@ from edge_runtime.inference.head import Head
 from edge_runtime.inference.preprocess import PIXELS
 from edge_runtime.mqtt.client import Message, MqttClient, Publish, State
 from edge_runtime.pipeline import Pipeline
-from edge_runtime.planning.measurements import Estimates
-from edge_runtime.planning.planner import BoardPlanner
-from edge_runtime.planning.policy import Policy
+from edge_runtime.planning import BoardPlanner, Measurements
 from edge_runtime.reporting.events import Events
 from edge_runtime.reporting.remote_settings import Switches, board_switches
-from edge_runtime.requests.byte_budget import Ledger
-from edge_runtime.requests.tracker import Answers
+from edge_runtime.requests.byte_budget import ByteBudget
+from edge_runtime.requests.tracker import RequestTracker
 from edge_runtime.wire import Event, topics
 
 logger = logging.getLogger(__name__)
@@ -85,11 +82,11 @@ class Board:
         draft = None if only_offloads else load_draft(bundle, board.backend, board.threads)
         self.cameras = Cameras(config.cameras, self._camera_changed)
         self.switches = Switches(site, board.id, board_switches(config, self.cameras))
-        ledger = Ledger(config.policy.bytes_per_minute)
-        self.estimates = Estimates(ledger)
+        byte_budget = ByteBudget(config.policy.bytes_per_minute)
+        self.estimates = Measurements(byte_budget.spent)
         self.servers, self.local = self._clients()
         self.events = Events(self.local, site, board.id, listener)
-        self.answers = Answers(
+        self.answers = RequestTracker(
             self.servers,
             bundle,
             site,
@@ -99,16 +96,18 @@ class Board:
             board.resend_ms / 1e3,
             config.outbox,
             self.estimates,
-            ledger,
+            byte_budget,
         )
-        new_policy = partial(
-            Policy,
-            config.policy,
+        planner = BoardPlanner(
+            config,
+            self.cameras,
+            self.switches,
+            self.estimates,
+            Calibration(bundle.manifest.draft_calibration),
             has_head=head is not None,
             has_draft=draft is not None,
-            calibration=Calibration(bundle.manifest.draft_calibration),
+            has_room=self.answers.has_room,
         )
-        planner = BoardPlanner(config, self.cameras, self.switches, new_policy, self.estimates, self.answers.has_room)
         self.pipeline = Pipeline(bundle, head, draft, planner, self.answers, self.events, board.slowdown)
 
     def run(self, stop: threading.Event) -> dict[str, int]:

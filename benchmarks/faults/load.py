@@ -24,9 +24,10 @@ from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.preprocess import decode_picture, to_input
 from edge_runtime.mqtt.client import Message, MqttClient, State
-from edge_runtime.pipeline import NO_PIXELS, Plan, build_request
+from edge_runtime.pipeline import NO_PIXELS, build_request
+from edge_runtime.planning import Plan
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests.tracker import Answers, Question
+from edge_runtime.requests.tracker import NewRequest, RequestTracker
 from edge_runtime.wire import Event, RequestIds, encode_request, topics
 from edge_runtime.wire.event import AnsweredBy
 
@@ -64,12 +65,12 @@ class Asker:
             on_state=self._changed,
         )
         self._events = Events(local, SITE, name)
-        self.answers = Answers(self.client, self._bundle, SITE, name, self._events, capacity, 1.5)
+        self.tracker = RequestTracker(self.client, self._bundle, SITE, name, self._events, capacity, 1.5)
 
     def __enter__(self) -> "Asker":
         with ExitStack() as stack:
             stack.enter_context(self.client)
-            stack.enter_context(self.answers)
+            stack.enter_context(self.tracker)
             self._running = stack.pop_all()
         return self
 
@@ -90,10 +91,10 @@ class Asker:
         )
         captured = time.monotonic()
         payload = encode_request(request)
-        self.answers.ask(Question(request, payload, seen, captured, captured + PLAN.budget_ms / 1e3))
+        self.tracker.submit(NewRequest(request, payload, seen, captured, captured + PLAN.budget_ms / 1e3))
 
     def _heard(self, message: Message) -> None:
-        self.answers.reply_arrived(message.payload)
+        self.tracker.reply_arrived(message.payload)
 
     def _changed(self, state: State, _: str) -> None:
         if state is State.ONLINE:
@@ -196,7 +197,7 @@ def soak(trial: Trial) -> None:
         end = time.monotonic() + trial.seconds
         while time.monotonic() < end:
             crowd.ask_for(SAMPLE_S, OVERLOAD * server_per_s)
-            most_open = max(most_open, *(asker.answers.summary()["open"] for asker in crowd.askers))
+            most_open = max(most_open, *(asker.tracker.summary()["open"] for asker in crowd.askers))
             for name, pid in watched.items():
                 resident[name].append(resident_mb(pid))
         trial.interval_s = 0.25

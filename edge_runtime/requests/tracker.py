@@ -29,7 +29,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.logs import is_told
 from edge_runtime.mqtt.client import MqttClient, Outcome, State
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests.byte_budget import Ledger
+from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.requests.outbox import Counts, Outbox
 from edge_runtime.requests.store import Kept
 from edge_runtime.requests.table import Lost, OpenRequests
@@ -62,6 +62,18 @@ REPLAY_S = 30.0  # for the answer to a request out of the outbox
 MAX_AFTER_S = 1e6  # of an event
 AWAY_S = 5.0  # after a frame that found the link away, nothing is replayed
 PUT_S = 1.0  # that the outbox's thread waits for room; without, it asks the request again later
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request to be sent, and what is known of its frame."""
+
+    request: Request
+    payload: bytes  # the request, encoded
+    event: Event  # what the frame's next event starts from
+    captured: float  # seconds, time.monotonic()
+    deadline: float  # the same clock
+    keep: bool = False  # the link is away: into the outbox at once, not sent
 
 
 @dataclass(slots=True)
@@ -128,7 +140,7 @@ class Observer(Protocol):
         """No reply came in time."""
 
 
-class Answers:
+class RequestTracker:
     """The board's open requests; `with` starts and ends its thread, and the outbox's."""
 
     def __init__(
@@ -142,10 +154,10 @@ class Answers:
         resend_s: float,
         outbox: OutboxConfig | None = None,
         observer: Observer | None = None,
-        ledger: Ledger | None = None,
+        byte_budget: ByteBudget | None = None,
     ) -> None:
-        """ledger: of the bytes that may leave; none: any number."""
-        self._ledger = ledger or Ledger()
+        """byte_budget: of the bytes that may leave; none: any number."""
+        self._byte_budget = byte_budget or ByteBudget()
         self._client, self._bundle, self._events, self._capacity = client, bundle, events, capacity
         self._observer = observer
         self._outbox = (
@@ -172,7 +184,7 @@ class Answers:
         self._away_at = -inf  # when a frame last found the link away
         self.counts: Counter[str] = Counter()  # replies by status, and those that were none or found no room
 
-    def __enter__(self) -> "Answers":
+    def __enter__(self) -> "RequestTracker":
         if self._outbox:
             self._outbox.start()
         self._thread.start()
@@ -194,14 +206,13 @@ class Answers:
         """Whether one more request may wait for its answer."""
         return self._requests.counts.open < self._capacity
 
-    def affords(self, size: int) -> bool:
-        """Whether a request of so many bytes may leave in this minute; then they are spent."""
-        return self._ledger.take(size, time.monotonic())
-
-    def ask(self, question: Question) -> None:
-        """Takes over a question, whose bytes are spent already. Never waits for the network."""
+    def submit(self, new: NewRequest) -> bool:
+        """Sends a request. False: it does not fit into this minute's byte budget, and nothing was sent."""
+        if not new.keep and not self._byte_budget.take(len(new.payload), time.monotonic()):
+            return False
         self._asked += 1
-        self._inbox.put(question)
+        self._inbox.put(Question(new.request, new.payload, new.event, new.captured, new.deadline, new.keep))
+        return True
 
     def announce(self, seen: Event, compact: bytes = b"") -> None:
         """What is known of a frame behind its question: the "new" event, unless the answer was faster.
@@ -302,7 +313,7 @@ class Answers:
             self._away_at = question.begun
         if question.keeps and self._keep(question):
             self._kept_unsent += 1
-        elif question.keeps and not self._ledger.take(len(question.payload), question.begun):
+        elif question.keeps and not self._byte_budget.take(len(question.payload), question.begun):
             full = self._requests.open(question.request.id, question, question.deadline, question.begun)
             self._end_lost(full or self._requests.lose(question.request.id, "no room in outbox and byte budget"))
         elif self._keeps_every_request and self._keep(question, held=True):
@@ -361,7 +372,7 @@ class Answers:
         for entry in self._requests.due(now):
             question, left_s = entry.content, entry.deadline - now
             payload = encode_request(aged(question.request, now - entry.opened_at, left_s))
-            if self._ledger.take(len(payload), now):
+            if self._byte_budget.take(len(payload), now):
                 self._send(question, payload, left_s)
             else:
                 self._requests.unsent(entry.id)
@@ -497,7 +508,7 @@ class Answers:
             return
         again = aged(msgspec.structs.replace(request, age_ms=0), due.age_s, REPLAY_S)
         payload, captured = encode_request(again), now - due.age_s
-        if self._ledger.take(len(payload), now):
+        if self._byte_budget.take(len(payload), now):
             self._open(Question(again, payload, seen, captured, now + REPLAY_S, is_replay=True, is_kept=True))
         else:
             self.counts["over_budget"] += 1
@@ -507,12 +518,12 @@ class Answers:
     def _may_replay(self) -> bool:  # on the outbox's thread, as the next ones
         """Live frames come first: in the table, in the budget, and on a link that has just been away for them."""
         now = time.monotonic()
-        budget = self._ledger.bytes_per_minute
+        budget = self._byte_budget.bytes_per_minute
         return (
             self._client.state is State.ONLINE
             and now - self._away_at > AWAY_S
             and self._requests.counts.open < max(1, self._capacity // 2)
-            and (not budget or self._ledger.spent(now) < budget / 2)
+            and (not budget or self._byte_budget.spent(now) < budget / 2)
         )
 
     def _written(self, ids: tuple[bytes, ...]) -> None:

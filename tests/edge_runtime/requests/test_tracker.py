@@ -19,10 +19,10 @@ from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt.client import MqttClient, MqttSettings
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests.byte_budget import Ledger
+from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.requests.store import Kept, Spool
 from edge_runtime.requests.table import OpenRequests
-from edge_runtime.requests.tracker import QUEUE, Answers, Question
+from edge_runtime.requests.tracker import QUEUE, NewRequest, RequestTracker
 from edge_runtime.wire import (
     AnsweredBy,
     ContentKind,
@@ -71,8 +71,10 @@ class Board:
         )
         self.listener: Callable[[Event], None] = self.events.put
         events = Events(self.client, SITE, BOARD, self.heard)
-        self.ledger = Ledger(bytes_per_minute)
-        self.answers = Answers(self.client, bundle, SITE, BOARD, events, capacity, resend_s, outbox, ledger=self.ledger)
+        self.byte_budget = ByteBudget(bytes_per_minute)
+        self.answers = RequestTracker(
+            self.client, bundle, SITE, BOARD, events, capacity, resend_s, outbox, byte_budget=self.byte_budget
+        )
         self.asked = 0
 
     def heard(self, event: Event) -> None:
@@ -102,7 +104,7 @@ class Board:
             timings_ms={"head": 1.0},
         )
         payload = encode_request(request)
-        self.answers.ask(Question(request, payload, seen, time.monotonic(), time.monotonic() + deadline_s, keeps))
+        self.answers.submit(NewRequest(request, payload, seen, time.monotonic(), time.monotonic() + deadline_s, keeps))
         if announces:
             self.answers.announce(seen)
         return request
@@ -475,7 +477,9 @@ def test_waiting_ends_with_its_time_or_with_a_stop(board):
 
 def test_a_flood_of_replies_never_blocks_the_network_thread(board_bundle):
     client = MqttClient(MqttSettings("127.0.0.1", 1, BOARD))
-    answers = Answers(client, board_bundle, SITE, BOARD, Events(client, SITE, BOARD), 8, 1.0)  # its thread not started
+    answers = RequestTracker(
+        client, board_bundle, SITE, BOARD, Events(client, SITE, BOARD), 8, 1.0
+    )  # its thread not started
     for _ in range(QUEUE + 3):
         answers.reply_arrived(b"x")
     assert answers.summary()["reply_overflow"] == 3
@@ -564,10 +568,10 @@ def test_what_is_sent_again_is_paid_for_and_stays_when_the_budget_is_spent(broke
         request = board.ask()
         until(lambda: board.answers.summary().get("reply_over_budget", 0) >= 1)
         resent, size = board.answers.summary()["resent"], len(encode_request(request))
-        assert board.ledger.spent(time.monotonic()) <= 150
+        assert board.byte_budget.spent(time.monotonic()) <= 150
         assert not board.answers.affords(150)
         assert resent >= 1
-        assert board.ledger.spent(time.monotonic()) == pytest.approx(resent * size, rel=0.1)
+        assert board.byte_budget.spent(time.monotonic()) == pytest.approx(resent * size, rel=0.1)
         server.reply(request)
         assert board.next_event().type == "update"
 
@@ -581,9 +585,9 @@ def test_what_was_kept_is_paid_for_and_waits_for_the_budget(broker, board_bundle
         live = board.ask()
         server.reply(live)
         assert (server.request().id, board.next_event().frame) == (live.id, live.id.hex())
-        board.ledger.bytes_per_minute = 2000
+        board.byte_budget.bytes_per_minute = 2000
         assert server.request().id == kept.id
-        assert board.ledger.spent(time.monotonic()) > 600
+        assert board.byte_budget.spent(time.monotonic()) > 600
         server.reply(kept)
         assert board.next_event().frame == kept.id.hex()
 
