@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -43,7 +43,7 @@ from edge_runtime.wire.event import AnsweredBy, Event
 logger = logging.getLogger(__name__)
 
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # for a request that contains features
-NO_SYMBOLS = np.empty((0, 0, 0), np.int8)  # for a request that contains a picture
+NO_SYMBOLS = np.empty((0, 0, 0), np.int8)  # before the head has computed them
 
 
 class Stopwatch:
@@ -71,14 +71,10 @@ class FrameInProgress:
     watch: Stopwatch
     request_id: bytes
     pixels: npt.NDArray[np.uint8]  # [H, W, 3], RGB, the input of the head
-    symbols: npt.NDArray[np.int8] | None = None  # the output of the head
+    symbols: npt.NDArray[np.int8] = field(default_factory=lambda: NO_SYMBOLS)  # the output of the head
     draft: Drafted | None = None
     bytes_up: int = 0  # of the request that was sent
     jpeg_bytes: int = 0  # of the frame as a picture, sent or not
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        return self.draft.tokens if self.draft else ()
 
 
 class Pipeline:
@@ -164,7 +160,11 @@ class Pipeline:
             self._compute_symbols(work)
         if refusal or work.plan.writes_draft:
             self._write_draft(work)
-        return self._answer_on_device(work, refusal) if refusal else self._announce(work, self._as_features(work))
+        if refusal:
+            return self._answer_on_device(work, refusal)
+        if not self.tracker.has_outbox or not work.symbols.size:
+            return self._announce(work)
+        return self._announce(work, encode_request(self._request(work, replace(work.plan, paradigm="speculative"))))
 
     # ---- their steps ----
 
@@ -174,37 +174,29 @@ class Pipeline:
             work.watch.lap("head")
 
     def _write_draft(self, work: FrameInProgress) -> None:
-        if self.draft and work.symbols is not None:
+        if self.draft:
             work.draft = self.draft.write(work.symbols)
             work.watch.lap("draft")
 
     def _send(self, work: FrameInProgress) -> str | None:
-        """Sends the request. Returns None, or why it was not sent: the byte budget has no room for it."""
-        plan, frame, symbols = work.plan, work.frame, NO_SYMBOLS if work.symbols is None else work.symbols
-        request = build_request(
-            self.bundle, work.request_id, plan, work.pixels, symbols, work.tokens, milliseconds_since(frame.captured)
-        )
+        """Sends the request. Returns None, or why it was not sent: it does not fit into the byte budget."""
+        plan, captured = work.plan, work.frame.captured
+        request = self._request(work, plan)
         payload = encode_request(request)
         work.watch.lap("encode")
         if plan.paradigm == "offload":
             work.jpeg_bytes = len(request.content)
-        elif plan.keep:  # the outbox stores the event now. In all other cases this would only delay the request.
+        elif plan.keep:  # the outbox stores this event. In all other cases the encoding would only delay the request.
             self._count_jpeg_bytes(work)
-        event = self._event(work, bytes_up=len(payload))
-        deadline = frame.captured + plan.budget_ms / 1e3
-        if not self.tracker.submit(NewRequest(request, payload, event, frame.captured, deadline, plan.keep)):
+        event, deadline = self._event(work, bytes_up=len(payload)), captured + plan.budget_ms / 1e3
+        if not self.tracker.submit(NewRequest(request, payload, event, captured, deadline, plan.keep)):
             return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
         work.bytes_up = len(payload)
         return None
 
-    def _as_features(self, work: FrameInProgress) -> bytes:
-        """The same request with features instead of the picture; empty if there is no outbox or no head."""
-        if not self.tracker.has_outbox or work.symbols is None:
-            return b""
-        plan, age_ms = replace(work.plan, paradigm="speculative"), milliseconds_since(work.frame.captured)
-        return encode_request(
-            build_request(self.bundle, work.request_id, plan, NO_PIXELS, work.symbols, work.tokens, age_ms)
-        )
+    def _request(self, work: FrameInProgress, plan: Plan) -> Request:
+        age_ms, tokens = int(1e3 * (time.monotonic() - work.frame.captured)), work.draft.tokens if work.draft else ()
+        return build_request(self.bundle, work.request_id, plan, work.pixels, work.symbols, tokens, age_ms)
 
     def _answer_on_device(self, work: FrameInProgress, why: str) -> Event:
         """Publishes the draft as the only answer."""
@@ -214,7 +206,7 @@ class Pipeline:
         return event
 
     def _announce(self, work: FrameInProgress, features: bytes = b"") -> Event:
-        """Publishes the draft, unless the reply is here already. features: what the outbox shall keep."""
+        """Publishes the draft, unless the reply is here already. features: the request that the outbox shall keep."""
         self._count_jpeg_bytes(work)
         event = self._event(work)
         self.tracker.announce(event, features)
@@ -245,11 +237,6 @@ class Pipeline:
             text = self.bundle.text(list(work.draft.tokens))
             values |= {"text": text, "tokens": work.draft.tokens, "answered_by": AnsweredBy("device")}
         return Event(**(values | changes))
-
-
-def milliseconds_since(captured: float) -> int:
-    """captured: seconds, time.monotonic()."""
-    return int(1e3 * (time.monotonic() - captured))
 
 
 def build_request(

@@ -75,7 +75,7 @@ def test_its_bounds_are_those_of_the_code():
         MAX_STATUS: "each at most {:,} bytes",
         MAX_SETTING_BYTES: "text of at most {} bytes",
         SERVERS: "at most {} servers",
-        int(CLAIM_AGE_S): "{} s; all but",
+        int(CLAIM_AGE_S): "for {} s, and only until",
         int(STATUS_PERIOD_S): "a server every {} s",
     }
     text = " ".join(PAGE.split())

@@ -569,9 +569,9 @@ def test_what_is_sent_again_is_paid_for_and_stays_when_the_budget_is_spent(broke
         until(lambda: board.answers.summary().get("reply_over_budget", 0) >= 1)
         resent, size = board.answers.summary()["resent"], len(encode_request(request))
         assert board.byte_budget.spent(time.monotonic()) <= 150
-        assert not board.answers.affords(150)
+        assert not board.byte_budget.take(150, time.monotonic())
         assert resent >= 1
-        assert board.byte_budget.spent(time.monotonic()) == pytest.approx(resent * size, rel=0.1)
+        assert board.byte_budget.spent(time.monotonic()) == pytest.approx((1 + resent) * size, rel=0.1)
         server.reply(request)
         assert board.next_event().type == "update"
 
@@ -579,7 +579,7 @@ def test_what_is_sent_again_is_paid_for_and_stays_when_the_budget_is_spent(broke
 def test_what_was_kept_is_paid_for_and_waits_for_the_budget(broker, board_bundle, server, tmp_path, monkeypatch):
     monkeypatch.setattr("edge_runtime.requests.tracker.AWAY_S", 0.0)
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path), bytes_per_minute=1000) as board:
-        assert board.answers.affords(600)
+        assert board.byte_budget.take(600, time.monotonic())
         kept = board.ask(keeps=True)
         until(lambda: board.answers._outbox.counts.now == 1)
         live = board.ask()
