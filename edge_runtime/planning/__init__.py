@@ -8,17 +8,5 @@ from edge_runtime.planning.measurements import Measurements, Snapshot
 from edge_runtime.planning.plan import FixedPlanner, Plan, Planner
 from edge_runtime.planning.planner import BoardPlanner
 from edge_runtime.planning.policy import Decision, Policy
-from edge_runtime.planning.server_status import StatusError, decode_status
 
-__all__ = [
-    "BoardPlanner",
-    "Decision",
-    "FixedPlanner",
-    "Measurements",
-    "Plan",
-    "Planner",
-    "Policy",
-    "Snapshot",
-    "StatusError",
-    "decode_status",
-]
+__all__ = ["BoardPlanner", "Decision", "FixedPlanner", "Measurements", "Plan", "Planner", "Policy", "Snapshot"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 from edge_runtime.planning.link_model import LINK_AGE_S, LinkEstimate, LinkModel
 from edge_runtime.planning.recent_values import RecentValues
@@ -41,7 +42,7 @@ class LinkEstimator:
     """Times are seconds of one clock; server_ms is the time that servers spend on a request."""
 
     def __init__(self) -> None:
-        self.answered_at: float | None = None  # the latest reply
+        self.answered_at = -inf  # the latest reply
         self._model = LinkModel()
         self._open: dict[bytes, OpenRequest] = {}
         self._sizes: dict[ParadigmName, RecentValues] = {}

@@ -7,8 +7,7 @@ this board has measured its own value, and the statuses of servers that answered
 import logging
 import statistics
 from collections import Counter
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -66,26 +65,23 @@ def decode_status(payload: bytes) -> ServerStatus:
         raise StatusError(f"not a server's status: {error}") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Claims:
-    """What the servers say of themselves lately: medians. None: nothing."""
+class Claims(NamedTuple):
+    """Medians of what the servers say of themselves. None: they say nothing."""
 
-    queue_ms: float | None = None
-    pass_ms: float | None = None
+    queue_ms: float | None
+    pass_ms: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Received:
+class _Received(NamedTuple):
     status: ServerStatus
     at: float
     refusing_since: float | None  # when it first said that it takes no requests; None: it takes them
 
 
 class ServerStatuses:
-    """Written by the MQTT client's thread and read by the frame path.
+    """Written by the MQTT client's thread and read by the frame path: they share values that are replaced whole.
 
-    The two threads share values that are replaced whole. The statuses do not use the queue of the measurements, so that
-    a server that floods its topic displaces no measurement.
+    The statuses do not use the queue of the measurements: a server that floods its topic would displace measurements.
     """
 
     def __init__(self, counts: Counter[str]) -> None:
@@ -134,19 +130,15 @@ class ServerStatuses:
         online = [each.status for each in received if each.status.state == "online"]
         queue_ms = [status.price_ms.batch if status.queue.waiting else 0.0 for status in online]
         pass_ms = [status.price_ms.one_pass for status in online if status.price_ms.one_pass]
-        return Claims(
-            statistics.median(queue_ms) if queue_ms else None, statistics.median(pass_ms) if pass_ms else None
-        )
+        return Claims(*(statistics.median(values) if values else None for values in (queue_ms, pass_ms)))
 
-    def all_refuse(self, now: float, answered_at: float | None) -> bool:
+    def all_refuse(self, now: float, answered_at: float) -> bool:
         """All servers say that they take no requests, and no server has answered since they said so.
 
-        answered_at: the latest answer of any server.
+        answered_at: the latest answer of any server, -inf if there was none.
         """
         since = [each.refusing_since for each in self._received.values()]
-        return bool(since) and all(
-            at is not None and (answered_at is None or min(at, now) >= answered_at) for at in since
-        )
+        return bool(since) and all(at is not None and min(at, now) >= answered_at for at in since)
 
     def _report(self, kind: str, whose: str, why: str) -> None:
         self._counts[kind] += 1

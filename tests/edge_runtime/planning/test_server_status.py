@@ -1,6 +1,7 @@
 """The statuses of servers: genuine, hostile and forged."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -48,7 +49,7 @@ def test_a_hostile_status_is_counted_and_changes_nothing(payload):
     statuses.arrived(topics.server_status("home", "a"), payload, 0.0)
     assert statuses.counts == {"status_refused": 1}
     assert statuses.claims(0.0) == Statuses().claims(0.0)
-    assert not statuses.all_refuse(0.0, None)
+    assert not statuses.all_refuse(0.0, -math.inf)
 
 
 @pytest.mark.parametrize("topic", ["aiflow/home/server/EVIL/status", "aiflow/home/server/s1/status/more", "status", ""])
@@ -104,16 +105,16 @@ def test_if_all_remembered_servers_have_answered_a_further_one_waits_for_its_fir
 @pytest.mark.parametrize("away", [{"state": "offline"}, {"share_proven": False}, {"accepting": False}])
 def test_servers_count_as_offline_only_if_all_of_them_take_no_requests(away):
     statuses = Statuses()
-    assert not statuses.all_refuse(0.0, None)
+    assert not statuses.all_refuse(0.0, -math.inf)
     statuses.receive("a", 1.0, **away)
     statuses.receive("b", 1.0)
-    assert not statuses.all_refuse(2.0, None)
+    assert not statuses.all_refuse(2.0, -math.inf)
     statuses.receive("b", 3.0, **away)
-    assert statuses.all_refuse(3.0, None)
+    assert statuses.all_refuse(3.0, -math.inf)
     assert statuses.all_refuse(3.0, 0.5)  # answered before
     assert not statuses.all_refuse(5.0, 4.0)  # answered since
     statuses.receive("a", 6.0)
-    assert not statuses.all_refuse(6.0, None)
+    assert not statuses.all_refuse(6.0, -math.inf)
 
 
 def test_a_repeated_refusal_is_no_news_but_a_repeated_offline_is():
