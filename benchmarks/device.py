@@ -24,7 +24,8 @@ from edge_runtime.capture.cameras import Frame
 from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt.client import Message, MqttClient
-from edge_runtime.pipeline import Fixed, Pipeline, Plan
+from edge_runtime.pipeline import Pipeline
+from edge_runtime.planning import FixedPlanner, Plan
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import RequestTracker
 from edge_runtime.wire import decode_event, topics
@@ -63,11 +64,11 @@ def stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, co
         client.wait_online(PATIENCE_S)
         events = Events(client, SITE, BOARD, lambda _: published.put(time.perf_counter()))
         with RequestTracker(client, bundle, SITE, BOARD, events, count, LONG_MS / 1e3) as tracker:
-            pipeline = Pipeline(bundle, head, draft, Fixed(plan), tracker, events)
+            pipeline = Pipeline(bundle, head, draft, FixedPlanner(plan), tracker, events)
             for pixels in islice(cycle(frames), count):
                 # A copy lies in the caches, as what a camera's decoder has just written does.
                 frame, started = Frame("camera", pixels.copy(), time.time(), time.monotonic()), time.perf_counter()
-                stages_ms = pipeline.answer_at_once(frame).timings_ms
+                stages_ms = pipeline.answer(frame).timings_ms
                 # Request and event leave on the answers' thread: what it takes counts too.
                 total_ms = 1e3 * (published.get(timeout=PATIENCE_S) - started)
                 timings.append({**stages_ms, "publish": total_ms - sum(stages_ms.values())})

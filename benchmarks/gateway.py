@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt.client import Message, MqttClient
-from edge_runtime.pipeline import Plan, build_request
+from edge_runtime.pipeline import build_request
+from edge_runtime.planning import Plan
 from edge_runtime.wire import RequestIds, decode_reply, encode_request, topics
 from testbed.broker import start_embedded
 from testbed.processes import Child, wait_serving

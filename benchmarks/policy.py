@@ -1,8 +1,8 @@
-"""What the policy's choice costs: a board, a link and a server as arithmetic, in closed loop with the real policy.
+"""How much time the policy's choices cost: the real policy in closed loop with a simulated board, link and server.
 
-Every link profile, board and server, with noise; policy against each fixed paradigm and, on a trace whose link changes
-every 20 s, against an oracle that knows link and prices. All see the same noise. No I/O: seconds, not hours.
-`python -m benchmarks.policy [--json]`.
+For every link profile, speed of the board and speed of the server, it compares the policy with each fixed paradigm. On
+traces whose link changes every 20 s it compares the policy with an oracle that knows the link and all prices. All see
+the same noise. The simulation is arithmetic without I/O and takes seconds. `python -m benchmarks.policy [--json]`.
 """
 
 import argparse
@@ -17,16 +17,15 @@ from itertools import cycle, islice, pairwise
 from typing import Any
 
 from edge_runtime.config import PolicyConfig
-from edge_runtime.planning.measurements import Estimates
-from edge_runtime.planning.policy import Policy
+from edge_runtime.planning import Measurements, Policy
 from edge_runtime.wire import Hop, Reply, Status, Tier, encode_tokens
 from edge_runtime.wire.event import ParadigmName
 from testbed.shaping import PROFILES
 
 # Uplink in kbit/s, round trip in ms.
 LINKS = {profile.name: (profile.up_kbit, profile.rtt_ms) for profile in PROFILES.values() if not profile.is_outage}
-SLOWDOWNS = (1.0, 5.0, 20.0)  # of the board
-SERVERS = (0.25, 1.0, 4.0)  # times as slow
+SLOWDOWNS = (1.0, 5.0, 20.0)  # of the board, times
+SERVERS = (0.25, 1.0, 4.0)  # slowdown of the server, times
 FIXED: tuple[ParadigmName, ...] = ("split", "speculative", "offload")
 PERIOD_S, SWITCH_S = 1.0, 20.0  # between frames, between links
 DEADLINE_MS = 10_000.0
@@ -35,30 +34,30 @@ TOKENS, DRAFTED_PASSES, PICTURE_BYTES = 11, 6, 12_600
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """What is different in one frame; factors around 1."""
+    """How one frame differs from the usual one."""
 
-    board: float
-    trip: float
+    board: float  # factors around 1
+    round_trip: float
     server: float
     latent_bytes: int
-    tokens: int  # of the text with its end
-    passes: int  # with a draft
+    tokens: int  # of the text, with the end token
+    passes: int  # of the decoder, with a draft
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What a frame meets."""
+    """Links, board and server of a run."""
 
-    links: Sequence[tuple[float, float]]  # one for each frame
-    slowdown: float
-    server: float
+    links: Sequence[tuple[float, float]]  # kbit/s and round trip in ms, of each frame
+    slowdown: float  # of the board
+    server: float  # slowdown of the server
 
     def stages_ms(self, paradigm: ParadigmName, noise: Noise) -> dict[str, float]:
         ms = {"resize": 0.8, "head": 4.0, "draft": 3.5, "encode": 0.7}
         return {name: self.slowdown * noise.board * value for name, value in ms.items()}
 
     def server_ms(self, paradigm: ParadigmName, noise: Noise) -> tuple[float, float, int]:
-        """Before the decoder's passes, these, and their number."""
+        """Ms before the passes of the decoder, ms of the passes, and their number."""
         passes = noise.passes if paradigm == "speculative" else noise.tokens
         fixed = 4.0 + (8.0 if paradigm == "offload" else 0.0)
         return fixed * self.server * noise.server, 1.6 * passes * self.server * noise.server, passes
@@ -69,7 +68,7 @@ Chooser = Callable[[int], ParadigmName]
 
 
 def noises(frames: int, seed: int) -> list[Noise]:
-    """The same for whoever chooses."""
+    """The same noise for the policy and for what it is compared with."""
     rng = random.Random(seed)
     return [
         Noise(
@@ -85,7 +84,7 @@ def noises(frames: int, seed: int) -> list[Noise]:
 
 
 def before_ms(paradigm: ParadigmName, stages: dict[str, float]) -> float:
-    """From capture until the request leaves."""
+    """From capture to sending."""
     names = {"split": ("head",), "speculative": ("head", "draft"), "offload": ()}[paradigm]
     return stages["resize"] + stages["encode"] + sum(stages[name] for name in names)
 
@@ -96,32 +95,32 @@ def size_of(paradigm: ParadigmName, noise: Noise) -> int:
 
 
 class Run:
-    """One board on its way through a world; requests queue on the uplink."""
+    """One board in a world. Requests queue on the uplink."""
 
-    def __init__(self, world: World, estimates: Estimates | None = None) -> None:
-        self._world, self._estimates = world, estimates
-        self._free_s = 0.0  # the uplink
-        self._arriving: list[tuple[float, int, Callable[[], None]]] = []
+    def __init__(self, world: World, measurements: Measurements | None = None) -> None:
+        self._world, self._measurements = world, measurements
+        self._free_s = 0.0  # when the uplink is free
+        self._pending: list[tuple[float, int, Callable[[], None]]] = []
 
     def frame(self, number: int, paradigm: ParadigmName, noise: Noise) -> float:
-        """Ms from capture to the verified text, at most the deadline."""
+        """Returns ms from capture to the verified text, at most the deadline."""
         world, now = self._world, number * PERIOD_S
         kbit, trip_ms = world.links[number]
         stages, size = world.stages_ms(paradigm, noise), size_of(paradigm, noise)
         fixed_ms, passes_ms, passes = world.server_ms(paradigm, noise)
         sent = now + before_ms(paradigm, stages) / 1e3
         self._free_s = max(self._free_s, sent) + size * 8 / (kbit * 1e3)
-        replied = self._free_s + (trip_ms * noise.trip + fixed_ms + passes_ms) / 1e3
-        if self._estimates:
-            self._tell(number, paradigm, stages, size, sent, replied, noise, (fixed_ms, passes_ms, passes))
+        replied = self._free_s + (trip_ms * noise.round_trip + fixed_ms + passes_ms) / 1e3
+        if self._measurements:
+            self._report(number, paradigm, stages, size, sent, replied, noise, (fixed_ms, passes_ms, passes))
         return min(DEADLINE_MS, 1e3 * (replied - now))
 
     def catch_up(self, number: int) -> None:
-        """What has arrived by the time of a frame."""
-        while self._arriving and self._arriving[0][0] <= number * PERIOD_S:
-            heapq.heappop(self._arriving)[2]()
+        """Reports the replies and losses until the time of a frame."""
+        while self._pending and self._pending[0][0] <= number * PERIOD_S:
+            heapq.heappop(self._pending)[2]()
 
-    def _tell(
+    def _report(
         self,
         number: int,
         paradigm: ParadigmName,
@@ -132,11 +131,11 @@ class Run:
         noise: Noise,
         served: tuple[float, float, int],
     ) -> None:
-        estimates, request_id = self._estimates, number.to_bytes(8, "big")
-        assert estimates is not None
+        measurements, request_id = self._measurements, number.to_bytes(8, "big")
+        assert measurements is not None
         fixed_ms, passes_ms, passes = served
         hop = Hop(Tier.EDGE, "server", 0.0, fixed_ms + passes_ms, {"tail": fixed_ms, "passes": passes_ms})
-        # One pass a token and one for the end; with a draft, one for all that agrees.
+        # One pass per token and one for the end. With a draft, one pass for all tokens that agree.
         text, agreed = tuple(range(4, 3 + noise.tokens)), noise.tokens - noise.passes
         draft = (*text[:agreed], *[3] * (noise.tokens - agreed))
         is_sent = paradigm == "speculative"
@@ -150,40 +149,40 @@ class Run:
             accepted=agreed if is_sent else 0,
         )
         lost = number * PERIOD_S + DEADLINE_MS / 1e3
-        estimates.took(paradigm, stages, number * PERIOD_S + sum(stages.values()) / 1e3)
-        estimates.sent(request_id, paradigm, size, sent)
+        measurements.frame_handled(paradigm, stages, number * PERIOD_S + sum(stages.values()) / 1e3)
+        measurements.sent(request_id, paradigm, size, sent)
         if replied <= lost:
-            heapq.heappush(self._arriving, (replied, number, lambda: estimates.answered(reply, replied, draft)))
+            heapq.heappush(self._pending, (replied, number, lambda: measurements.answered(reply, replied, draft)))
         else:
-            heapq.heappush(self._arriving, (lost, number, lambda: estimates.lost(request_id, lost)))
+            heapq.heappush(self._pending, (lost, number, lambda: measurements.lost(request_id, lost)))
 
 
 def play_fixed(world: World, choose: Chooser, noise: Sequence[Noise]) -> list[float]:
-    """Verified ms of each frame, of one who needs not learn."""
+    """Ms of each frame, for a choice that needs no measurements."""
     run = Run(world)
     return [run.frame(number, choose(number), some) for number, some in enumerate(noise)]
 
 
 def play_policy(world: World, noise: Sequence[Noise]) -> tuple[list[float], list[ParadigmName]]:
-    """Verified ms and paradigm of each frame; a frame without a request counts as one that waited for its deadline."""
-    estimates, policy = Estimates(), Policy(PolicyConfig())
-    run, times, chosen = Run(world, estimates), [], []
+    """Ms and paradigm of each frame. A frame without a request counts as if it had waited until its deadline."""
+    measurements, policy = Measurements(), Policy(PolicyConfig())
+    run, times, chosen = Run(world, measurements), [], []
     for number, some in enumerate(noise):
         run.catch_up(number)
         now = number * PERIOD_S
-        decision = policy.choose(estimates.facts(now), now, DEADLINE_MS)
+        decision = policy.choose(measurements.snapshot(now), now, DEADLINE_MS)
         chosen.append(decision.paradigm)
         times.append(DEADLINE_MS if decision.paradigm == "device" else run.frame(number, decision.paradigm, some))
     return times, chosen
 
 
 def always(paradigm: ParadigmName, number: int) -> ParadigmName:
-    """What a board does whose configuration fixes the paradigm."""
+    """The choice of a board with a configured paradigm."""
     return paradigm
 
 
 def oracle(world: World) -> Chooser:
-    """Knows the link and every price, not the noise."""
+    """Knows the link and all prices, but not the noise."""
 
     def usual_ms(paradigm: ParadigmName, number: int) -> float:
         kbit, trip_ms = world.links[number]
@@ -195,7 +194,7 @@ def oracle(world: World) -> Chooser:
 
 
 def run(frames: int = 240, seed: int = 0) -> dict[str, Any]:
-    """All worlds: verified ms, mean over frames, and ratios; the median's ratio too, since a try costs few frames."""
+    """Runs all worlds. Ratios of means and of medians: a probe costs few frames, so it hardly moves the median."""
     noise = noises(frames, seed)
     steady: list[dict[str, Any]] = []
     traces: list[dict[str, Any]] = []
@@ -235,7 +234,7 @@ def _against(policy: list[float], chosen: list[ParadigmName], others: dict[str, 
 
 
 def main() -> None:
-    """Prints the table, or JSON."""
+    """Prints a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="instead of the table")
     parser.add_argument("--frames", type=int, default=240)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,7 @@ from edge_runtime.inference.head import Head
 from edge_runtime.inference.preprocess import PIXELS
 from edge_runtime.mqtt.client import Message, MqttClient, Publish, State
 from edge_runtime.pipeline import Pipeline
-from edge_runtime.planning.measurements import Estimates
-from edge_runtime.planning.planner import BoardPlanner
-from edge_runtime.planning.policy import Policy
+from edge_runtime.planning import BoardPlanner, Measurements
 from edge_runtime.reporting.events import Events
 from edge_runtime.reporting.remote_settings import Switches, board_switches
 from edge_runtime.requests import ByteBudget, RequestTracker
@@ -84,8 +81,8 @@ class Board:
         draft = None if only_offloads else load_draft(bundle, board.backend, board.threads)
         self.cameras = Cameras(config.cameras, self._camera_changed)
         self.switches = Switches(site, board.id, board_switches(config, self.cameras))
-        budget = ByteBudget(config.policy.bytes_per_minute)
-        self.estimates = Estimates(budget)
+        byte_budget = ByteBudget(config.policy.bytes_per_minute)
+        self.estimates = Measurements(byte_budget.spent)
         self.servers, self.local = self._clients()
         self.events = Events(self.local, site, board.id, listener)
         self.tracker = RequestTracker(
@@ -98,16 +95,18 @@ class Board:
             board.resend_ms / 1e3,
             config.outbox,
             self.estimates,
-            budget,
+            byte_budget,
         )
-        new_policy = partial(
-            Policy,
-            config.policy,
+        planner = BoardPlanner(
+            config,
+            self.cameras,
+            self.switches,
+            self.estimates,
+            Calibration(bundle.manifest.draft_calibration),
             has_head=head is not None,
             has_draft=draft is not None,
-            calibration=Calibration(bundle.manifest.draft_calibration),
+            has_room=self.tracker.has_room,
         )
-        planner = BoardPlanner(config, self.cameras, self.switches, new_policy, self.estimates, self.tracker.has_room)
         self.pipeline = Pipeline(bundle, head, draft, planner, self.tracker, self.events, board.slowdown)
 
     def run(self, stop: threading.Event) -> dict[str, int]:

@@ -1,20 +1,19 @@
 """The path of a frame, top to bottom: read this file first.
 
-frame -> plan -> input -> head -> symbols -> draft -> bits -> request -> event "new". Nothing here waits for the
-network: what comes back, or does not, is the business of answers.py, which ends every request in one more event. What
-the plan is, and why, is the business of planner.py.
+plan -> input -> head -> symbols -> draft -> bits -> request -> event "new": one function per paradigm says in which
+order. Nothing here waits for the network. requests/ ends every request in one more event, whether a reply comes or not;
+planning/ decides which paradigm a frame takes, and why.
 """
 
 import logging
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Protocol
+from typing import Any
 
 import cv2
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +23,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Draft, Drafted
 from edge_runtime.inference.head import Head
 from edge_runtime.inference.preprocess import to_input
+from edge_runtime.planning import Plan, Planner
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.wire import (
@@ -37,63 +37,17 @@ from edge_runtime.wire import (
     bitstream,
     encode_request,
 )
-from edge_runtime.wire.envelope import Tier, encode_tokens
-from edge_runtime.wire.event import AnsweredBy, Event, Explain, ParadigmName
+from edge_runtime.wire.envelope import encode_tokens
+from edge_runtime.wire.event import AnsweredBy, Event
 
 logger = logging.getLogger(__name__)
 
-NOTHING_DRAFTED = Drafted((), 0.0)
-NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # where features travel
-NOTHING_SEEN = np.empty((0, 0, 0), np.int8)  # the symbols where the server runs the head
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How one frame is answered."""
-
-    paradigm: ParadigmName
-    why: str  # for people, in every event
-    budget_ms: int  # from capture until the draft stands
-    tier: Tier | None = None  # wanted for the answer
-    jpeg_quality: int = 75  # of offload
-    explain: Explain | None = None  # the same for programs, with what a policy expected
-    drafts: bool = True  # where the draft is no part of the request: whether there is time for one
-    may_stand: bool = False  # a draft that is worth enough needs nobody who verifies it
-    keeps: bool = False  # the link is away: the request goes to the outbox at once
-    proposes: bool = False  # the server may draft by itself where no draft is sent
-
-
-class Planner(Protocol):
-    """Chooses, and learns from what it cost."""
-
-    def plan(self, camera: str) -> Plan:
-        """How the next frame of a camera is answered; before anything is known of the frame."""
-
-    def stands(self, plan: Plan, confidence: float) -> str | None:
-        """Why the draft needs nobody to verify it; None: it does."""
-
-    def took(self, plan: Plan, timings_ms: dict[str, float]) -> None:
-        """What the stages of a frame took."""
-
-
-class Fixed:
-    """A planner that always has the same plan."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-
-    def plan(self, camera: str) -> Plan:
-        return self._plan
-
-    def stands(self, plan: Plan, confidence: float) -> str | None:
-        return None
-
-    def took(self, plan: Plan, timings_ms: dict[str, float]) -> None:
-        pass
+NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # for a request that contains features
+NO_SYMBOLS = np.empty((0, 0, 0), np.int8)  # before the head has computed them
 
 
 class Stopwatch:
-    """Milliseconds per named stage; with a slowdown it sleeps as a slower board would compute."""
+    """Milliseconds per named stage. With a slowdown it sleeps, to take as long as a slower board."""
 
     def __init__(self, slowdown: float = 1.0) -> None:
         self.ms: dict[str, float] = {}
@@ -101,15 +55,30 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """Ends a stage, which began where the last one ended."""
+        """Ends a stage, which began at the end of the previous one."""
         if self._slowdown > 1.0:
             time.sleep((self._slowdown - 1.0) * (time.perf_counter() - self._last))
         now = time.perf_counter()
         self.ms[stage], self._last = round(1e3 * (now - self._last), 3), now
 
 
+@dataclass(slots=True)
+class FrameInProgress:
+    """A frame and what has been computed from it so far."""
+
+    frame: Frame
+    plan: Plan
+    watch: Stopwatch
+    request_id: bytes
+    pixels: npt.NDArray[np.uint8]  # [H, W, 3], RGB, the input of the head
+    symbols: npt.NDArray[np.int8] = field(default_factory=lambda: NO_SYMBOLS)  # the output of the head
+    draft: Drafted | None = None
+    bytes_up: int = 0  # of the request that was sent
+    jpeg_bytes: int = 0  # of the frame as a picture, sent or not
+
+
 class Pipeline:
-    """One board's head, draft and ways out."""
+    """Head and draft decoder of one board, and the ways out of it."""
 
     def __init__(
         self,
@@ -121,131 +90,153 @@ class Pipeline:
         events: Events,
         slowdown: float = 1.0,
     ) -> None:
-        """Without a head every plan must be to offload."""
+        """Without a head, every plan must be to offload."""
         self.bundle, self.head, self.draft, self.planner = bundle, head, draft, planner
         self.tracker, self.events, self.slowdown = tracker, events, slowdown
         self.ids = RequestIds()
         self.failed = 0  # frames that the head or the coder could not handle
 
     def run(self, frames: Iterable[Frame]) -> None:
-        """Handles frames until there are none."""
+        """Handles frames until there are no more."""
         for frame in frames:
             self.handle(frame)
 
     def handle(self, frame: Frame) -> Event | None:
-        """`answer_at_once`, but a frame that fails is counted, and the next one is handled."""
+        """Like `answer`, but a frame that fails is counted, and the next one can be handled."""
         try:
-            return self.answer_at_once(frame)
+            return self.answer(frame)
         except (BackendError, WireError) as error:
             self.failed += 1
             logger.error("frame failed camera=%s error=%s", frame.camera, error)
             return None
 
-    def answer_at_once(self, frame: Frame) -> Event:
-        """One frame: the question on its way, the draft at once. Returns the event that says so.
-
-        The question leaves as soon as it can: the draft, where it is no part of it, is written behind it.
-        """
+    def answer(self, frame: Frame) -> Event:
+        """Sends the request of one frame, if its plan has one, and publishes the event "new". Returns this event."""
         plan, watch = self.planner.plan(frame.camera), Stopwatch(self.slowdown)
-        seen = self._seen(frame, plan)
-        pixels = to_input(frame.pixels)
+        request_id = self.ids.next(int(frame.captured_unix * 1e3), secrets.randbits(16))
+        work = FrameInProgress(frame, plan, watch, request_id, to_input(frame.pixels))
         watch.lap("resize")
-        symbols, drafted, why = NOTHING_SEEN, NOTHING_DRAFTED, None
-        if plan.paradigm == "offload":
-            plan, seen = self._ask(frame, plan, seen, pixels, symbols, watch)
-        if self.head and (plan.drafts or plan.paradigm != "offload"):
-            symbols = self.head.symbols(pixels)
-            watch.lap("head")
-        if plan.paradigm == "split":
-            plan, seen = self._ask(frame, plan, seen, pixels, symbols, watch)
-        if self.draft and (plan.drafts or plan.paradigm == "device"):
-            drafted = self.draft.write(symbols)
-            watch.lap("draft")
-            text, device = self.bundle.text(list(drafted.tokens)), AnsweredBy("device")
-            seen = msgspec.structs.replace(seen, text=text, tokens=drafted.tokens, answered_by=device)
-            why = self.planner.stands(plan, drafted.confidence)  # asked in any case: the planner learns from it
-        if plan.paradigm == "speculative":
-            if why and not plan.keeps:
-                plan = replace(plan, paradigm="device", why=why)
-            else:
-                plan, seen = self._ask(frame, plan, seen, pixels, symbols, watch)
-        seen = self._as_picture(seen, plan, pixels)
-        if plan.paradigm == "device":
-            seen = msgspec.structs.replace(seen, final=True, paradigm="device", why=plan.why)
-            seen = self._timed(seen, frame, watch)
-            self.events.publish(seen)
-        else:
-            seen = self._timed(seen, frame, watch)
-            self.tracker.announce(seen, self._compact(frame, plan, seen, symbols))
+        paths = {
+            "device": self._device,
+            "split": self._split,
+            "speculative": self._speculative,
+            "offload": self._offload,
+        }
+        event = paths[plan.paradigm](work)
         watch.lap("publish")
-        self.planner.took(plan, watch.ms)
-        return seen
+        self.planner.learn(plan, watch.ms, work.draft.confidence if work.draft else None)
+        return event
 
-    def _seen(self, frame: Frame, plan: Plan) -> Event:
-        """What is known of a frame before anybody looked at it."""
-        return Event(
-            type="new",
-            frame=self.ids.next(int(frame.captured_unix * 1e3), secrets.randbits(16)).hex(),
-            camera=frame.camera,
-            captured=datetime.fromtimestamp(frame.captured_unix, timezone.utc),
-            paradigm=plan.paradigm,
-            why=plan.why,
-            explain=plan.explain,
-            # A file's name may hold bytes that are no text.
-            picture=frame.name.encode(errors="replace").decode()[-256:],
-        )
+    # ---- one function per paradigm ----
 
-    def _ask(
-        self,
-        frame: Frame,
-        plan: Plan,
-        seen: Event,
-        pixels: npt.NDArray[np.uint8],
-        symbols: npt.NDArray[np.int8],
-        watch: Stopwatch,
-    ) -> tuple[Plan, Event]:
-        """The frame's request leaves; returned with what is known of the frame then.
+    def _device(self, work: FrameInProgress) -> Event:
+        """The draft is the answer."""
+        self._compute_symbols(work)
+        self._write_draft(work)
+        return self._answer_on_device(work, work.plan.why)
 
-        Where the byte budget has no room for it, the plan that is returned is the device's.
-        """
-        request_id = bytes.fromhex(seen.frame)
-        request = build_request(self.bundle, request_id, plan, pixels, symbols, seen.tokens, age_ms(frame))
+    def _split(self, work: FrameInProgress) -> Event:
+        """The request contains the features. The draft is decoded after sending, to show something until the reply."""
+        self._compute_symbols(work)
+        refusal = self._send(work)
+        if refusal or work.plan.writes_draft:
+            self._write_draft(work)
+        return self._answer_on_device(work, refusal) if refusal else self._announce(work)
+
+    def _speculative(self, work: FrameInProgress) -> Event:
+        """The request contains features and draft. A draft that is good enough is the answer without a request."""
+        self._compute_symbols(work)
+        self._write_draft(work)
+        if work.draft and work.plan.accepts(work.draft.confidence) and not work.plan.keep:
+            why = f"the draft is sure enough: confidence {work.draft.confidence:.2f}"
+            return self._answer_on_device(work, why)
+        refusal = self._send(work)
+        return self._answer_on_device(work, refusal) if refusal else self._announce(work)
+
+    def _offload(self, work: FrameInProgress) -> Event:
+        """The request contains the picture. The outbox keeps features instead: they are small and show nobody."""
+        refusal = self._send(work)
+        if refusal or work.plan.writes_draft or self.tracker.has_outbox:
+            self._compute_symbols(work)
+        if refusal or work.plan.writes_draft:
+            self._write_draft(work)
+        if refusal:
+            return self._answer_on_device(work, refusal)
+        if not self.tracker.has_outbox or not work.symbols.size:
+            return self._announce(work)
+        return self._announce(work, encode_request(self._request(work, replace(work.plan, paradigm="speculative"))))
+
+    # ---- their steps ----
+
+    def _compute_symbols(self, work: FrameInProgress) -> None:
+        if self.head:
+            work.symbols = self.head.symbols(work.pixels)
+            work.watch.lap("head")
+
+    def _write_draft(self, work: FrameInProgress) -> None:
+        if self.draft:
+            work.draft = self.draft.write(work.symbols)
+            work.watch.lap("draft")
+
+    def _send(self, work: FrameInProgress) -> str | None:
+        """Sends the request. Returns None, or why it was not sent: it does not fit into the byte budget."""
+        plan, captured = work.plan, work.frame.captured
+        request = self._request(work, plan)
         payload = encode_request(request)
-        watch.lap("encode")
+        work.watch.lap("encode")
         if plan.paradigm == "offload":
-            seen = msgspec.structs.replace(seen, jpeg_bytes=len(request.content))
-        elif plan.keeps:  # others' features should be on their way before it is counted what they save
-            seen = self._as_picture(seen, plan, pixels)
-        sent = self._timed(msgspec.structs.replace(seen, bytes_up=len(payload)), frame, watch)
-        deadline = frame.captured + plan.budget_ms / 1e3
-        if self.tracker.submit(NewRequest(request, payload, sent, frame.captured, deadline, plan.keeps)):
-            return plan, sent
-        why = f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
-        return replace(plan, paradigm="device", why=why), seen
+            work.jpeg_bytes = len(request.content)
+        elif plan.keep:  # the outbox stores this event. In all other cases the encoding would only delay the request.
+            self._count_jpeg_bytes(work)
+        event, deadline = self._event(work, bytes_up=len(payload)), captured + plan.budget_ms / 1e3
+        if not self.tracker.submit(NewRequest(request, payload, event, captured, deadline, plan.keep)):
+            return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
+        work.bytes_up = len(payload)
+        return None
 
-    def _compact(self, frame: Frame, plan: Plan, seen: Event, symbols: npt.NDArray[np.int8]) -> bytes:
-        """A picture's request as features, for an outbox: what is kept for hours is small, and shows nobody."""
-        if plan.paradigm != "offload" or not self.tracker.has_outbox:
-            return b""
-        plan, request_id = replace(plan, paradigm="speculative"), bytes.fromhex(seen.frame)
-        request = build_request(self.bundle, request_id, plan, NO_PIXELS, symbols, seen.tokens, age_ms(frame))
-        return encode_request(request)
+    def _request(self, work: FrameInProgress, plan: Plan) -> Request:
+        age_ms, tokens = int(1e3 * (time.monotonic() - work.frame.captured)), work.draft.tokens if work.draft else ()
+        return build_request(self.bundle, work.request_id, plan, work.pixels, work.symbols, tokens, age_ms)
 
-    def _as_picture(self, seen: Event, plan: Plan, pixels: npt.NDArray[np.uint8]) -> Event:
-        """With what the frame would have cost as a picture."""
-        if seen.jpeg_bytes:
-            return seen
-        return msgspec.structs.replace(seen, jpeg_bytes=len(to_jpeg(pixels, plan.jpeg_quality)))
+    def _answer_on_device(self, work: FrameInProgress, why: str) -> Event:
+        """Publishes the draft as the only answer."""
+        self._count_jpeg_bytes(work)
+        event = self._event(work, final=True, paradigm="device", why=why)
+        self.events.publish(event)
+        return event
 
-    def _timed(self, seen: Event, frame: Frame, watch: Stopwatch) -> Event:
-        """With what it took until now."""
-        after_ms = 1e3 * (time.monotonic() - frame.captured)
-        return msgspec.structs.replace(seen, timings_ms=dict(watch.ms), after_ms=after_ms)
+    def _announce(self, work: FrameInProgress, features: bytes = b"") -> Event:
+        """Publishes the draft, unless the reply is here already. features: the request that the outbox shall keep."""
+        self._count_jpeg_bytes(work)
+        event = self._event(work)
+        self.tracker.announce(event, features)
+        return event
 
+    def _count_jpeg_bytes(self, work: FrameInProgress) -> None:
+        """What the frame would have cost as a picture."""
+        work.jpeg_bytes = work.jpeg_bytes or len(to_jpeg(work.pixels, work.plan.jpeg_quality))
 
-def age_ms(frame: Frame) -> int:
-    """Milliseconds since the frame was captured."""
-    return int(1e3 * (time.monotonic() - frame.captured))
+    def _event(self, work: FrameInProgress, **changes: Any) -> Event:
+        """What is known of the frame now."""
+        frame, plan = work.frame, work.plan
+        values: dict[str, Any] = {
+            "type": "new",
+            "frame": work.request_id.hex(),
+            "camera": frame.camera,
+            "captured": datetime.fromtimestamp(frame.captured_unix, timezone.utc),
+            "paradigm": plan.paradigm,
+            "why": plan.why,
+            "explain": plan.explain,
+            "picture": frame.name.encode(errors="replace").decode()[-256:],  # a name may contain bytes that are no text
+            "bytes_up": work.bytes_up,
+            "jpeg_bytes": work.jpeg_bytes,
+            "timings_ms": dict(work.watch.ms),
+            "after_ms": 1e3 * (time.monotonic() - frame.captured),
+        }
+        if work.draft:
+            text = self.bundle.text(list(work.draft.tokens))
+            values |= {"text": text, "tokens": work.draft.tokens, "answered_by": AnsweredBy("device")}
+        return Event(**(values | changes))
 
 
 def build_request(
@@ -257,7 +248,7 @@ def build_request(
     draft: tuple[int, ...],
     age_ms: int = 0,
 ) -> Request:
-    """The envelope of one frame; the same for a real board and for an evaluation."""
+    """The request of one frame; for a real board and for an evaluation. age_ms: since the capture."""
     offloads = plan.paradigm == "offload"
     return Request(
         id=request_id,
@@ -268,12 +259,12 @@ def build_request(
         content_kind=ContentKind.JPEG if offloads else ContentKind.LATENT,
         content=to_jpeg(pixels, plan.jpeg_quality) if offloads else encode_finest(symbols, bundle.tables),
         draft=encode_tokens(draft) if plan.paradigm == "speculative" else b"",
-        options=Options(tier=plan.tier, propose=plan.proposes) if plan.proposes or plan.tier is not None else None,
+        options=Options(tier=plan.tier, propose=plan.propose) if plan.propose or plan.tier is not None else None,
     )
 
 
 def encode_finest(symbols: npt.NDArray[np.int8], tables: Tables) -> bytes:
-    """The bits of symbols at the finest level, as the head gives them."""
+    """The bits of symbols at the finest level, which is the level of the head's output."""
     return bitstream.encode(symbols, tables, level=tables.levels - 1)
 
 

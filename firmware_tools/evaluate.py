@@ -19,7 +19,6 @@ from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Head
-from edge_runtime.planning.policy import Policy
 from testbed.sample_photos import is_readable
 from testbed.terminal import new_file, number, print_figures, share, track
 
@@ -131,14 +130,14 @@ class Chain:
         backend: str,
         tier: str,
         engine: "Engine | None",
-        policy: Policy | None = None,
+        min_confidence: float | None = None,
     ) -> None:
-        """policy: says which drafts stand; None: none does."""
+        """min_confidence: accept a draft with at least this confidence without verification; None: verify all."""
         from edge_runtime.app import load_draft, load_head
-        from edge_runtime.pipeline import Plan
+        from edge_runtime.planning import Plan
 
-        self.bundle, self.engine, self.tier, self.policy = bundle, engine, tier, policy
-        self.plan = Plan(paradigm, "evaluation", budget_ms=60_000)  # type: ignore[arg-type]
+        self.bundle, self.engine, self.tier = bundle, engine, tier
+        self.plan = Plan(paradigm, "evaluation", 60_000, min_confidence=min_confidence)  # type: ignore[arg-type]
         self.head: Head = load_head(bundle, backend, 1)
         self.draft: Draft | None = load_draft(bundle, backend, 1) if paradigm in ("device", "speculative") else None
 
@@ -146,13 +145,13 @@ class Chain:
         """Picture -> head -> draft -> envelope -> bytes -> envelope -> symbols."""
         from edge_runtime import wire
         from edge_runtime.inference.preprocess import decode_picture, to_input
-        from edge_runtime.pipeline import NOTHING_DRAFTED, build_request
+        from edge_runtime.pipeline import build_request
 
         pixels = to_input(decode_picture(picture.data))
         symbols = self.head.symbols(pixels)
-        drafted = self.draft.write(symbols) if self.draft else NOTHING_DRAFTED
-        draft = drafted.tokens
-        if self.plan.paradigm == "device" or (self.policy and self.policy.stands(drafted.confidence)):
+        drafted = self.draft.write(symbols) if self.draft else None
+        draft = drafted.tokens if drafted else ()
+        if self.plan.paradigm == "device" or (drafted and self.plan.accepts(drafted.confidence)):
             return Sent(picture.name, 0, draft, symbols, stands=True)
         payload = wire.encode_request(build_request(self.bundle, bytes(8), self.plan, pixels, symbols, draft))
         request = wire.decode_request(payload)
@@ -173,10 +172,10 @@ class Chain:
 
 
 def _chain(args: argparse.Namespace, bundle: Bundle, paradigm: str, tier: str) -> Chain:
-    policy = None
+    min_confidence = None
     if paradigm == "auto":
-        floor = PolicyConfig(quality_floor=args.quality_floor)
-        paradigm, policy = "speculative", Policy(floor, calibration=Calibration(bundle.manifest.draft_calibration))
+        paradigm, calibration = "speculative", Calibration(bundle.manifest.draft_calibration)
+        min_confidence = calibration.min_confidence(args.quality_floor)
     if paradigm == "device":
         return Chain(bundle, paradigm, args.backend, tier, None)
     from server.loading import load_engine
@@ -184,7 +183,7 @@ def _chain(args: argparse.Namespace, bundle: Bundle, paradigm: str, tier: str) -
 
     engine = load_engine(bundle, [tier], threads=2)
     engine.proof = prove(engine)
-    return Chain(bundle, paradigm, args.backend, tier, engine, policy)
+    return Chain(bundle, paradigm, args.backend, tier, engine, min_confidence)
 
 
 def _batches(photos: Photos, total: int | None, note: str) -> Iterator[list[Picture]]:

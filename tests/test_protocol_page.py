@@ -9,7 +9,7 @@ from edge_runtime.app import Board
 from edge_runtime.capture.cameras import Cameras
 from edge_runtime.config import BoardConfig, CameraConfig, PolicyConfig, RuntimeConfig
 from edge_runtime.mqtt.client import MqttSettings
-from edge_runtime.planning.measurements import CLAIM_AGE_S, MAX_STATUS, SERVERS, decode_status
+from edge_runtime.planning.server_status import CLAIM_AGE_S, MAX_STATUS, SERVERS, decode_status
 from edge_runtime.reporting.remote_settings import MAX_SETTING_BYTES, board_switches
 from server.config import MAX_REPLY, Config, ServerConfig
 from server.engine import Proof
@@ -75,7 +75,7 @@ def test_its_bounds_are_those_of_the_code():
         MAX_STATUS: "each at most {:,} bytes",
         MAX_SETTING_BYTES: "text of at most {} bytes",
         SERVERS: "at most {} servers",
-        int(CLAIM_AGE_S): "{} s; all but",
+        int(CLAIM_AGE_S): "for {} s, and only until",
         int(STATUS_PERIOD_S): "a server every {} s",
     }
     text = " ".join(PAGE.split())

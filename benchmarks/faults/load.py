@@ -24,7 +24,8 @@ from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.preprocess import decode_picture, to_input
 from edge_runtime.mqtt.client import Message, MqttClient, State
-from edge_runtime.pipeline import NO_PIXELS, Plan, build_request
+from edge_runtime.pipeline import NO_PIXELS, build_request
+from edge_runtime.planning import Plan
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.wire import Event, RequestIds, encode_request, topics

@@ -1,74 +1,97 @@
-"""How sure a draft must be to need no server: from a draft's confidence to what it is worth beside the verified text.
+"""Predicts the quality of a draft from its confidence, to decide whether it needs verification.
 
-The confidence that a draft decoder states says little by itself: what a draft is worth only rises with it. Worth is a
-ratio of scores against people's captions, such as CIDEr: of the drafts of about such a confidence, to the verified
-texts of the same photos. How many drafts equal the verified text would tell less, as two good captions seldom share
-every word. The ratios are fitted by a function that only rises (isotonic regression by pooling adjacent violators:
-Ayer et al., Annals of Mathematical Statistics 26, 1955; for classifiers Zadrozny and Elkan, KDD 2002), which travels
-with the bundle as a short table.
+The confidence that a draft decoder states is not a quality. It only rises with it. Here, quality is a ratio of scores
+against captions written by people, such as CIDEr: the scores of drafts of about this confidence, divided by the scores
+of the server's texts for the same photos. (Counting the drafts that equal the server's text would say less: two good
+captions seldom have every word in common.)
+
+The ratios are fitted by isotonic regression, by pooling adjacent violators (Ayer et al., Annals of Mathematical
+Statistics 26, 1955; for classifiers Zadrozny and Elkan, KDD 2002). The result is a short table in the bundle.
 """
 
-from bisect import bisect_right
+import struct
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
-from math import isfinite
+from math import inf, isfinite
 from typing import NamedTuple
 
 from edge_runtime.errors import AiflowError
 
 MAX_POINTS = 64
-BIN = 32  # samples: fewer say little about a ratio
-MOST = 0.99  # that any draft is worth: whoever asks for 1 wants each one verified
+SAMPLES_PER_BIN = 32  # fewer say little about a ratio
+MAX_QUALITY = 0.99  # of any draft, so that a quality floor of 1 verifies each one
 
-Table = tuple[tuple[float, float], ...]  # (confidence, worth), both 0..1
+Table = tuple[tuple[float, float], ...]  # (confidence, quality), both 0..1
 
 
 class CalibrationError(AiflowError, ValueError):
-    """A table that is none, or samples that make none."""
+    """A table that is not a calibration, or samples that give none."""
 
 
 class Calibration:
-    """A piecewise linear, never falling function; without a table it is 0 everywhere, and no draft ever stands."""
+    """A piecewise linear function that never falls. Without a table, the predicted quality is 0 everywhere."""
 
     def __init__(self, table: Sequence[tuple[float, float]] = ()) -> None:
-        """Points (confidence, worth) by rising confidence. Raises CalibrationError."""
+        """Points (confidence, quality) by rising confidence. Raises CalibrationError."""
         points = tuple((float(x), float(y)) for x, y in table)
         if len(points) > MAX_POINTS or not all(0 <= value <= 1 for point in points for value in point):
             raise CalibrationError(f"calibration of {len(points)} points, want at most {MAX_POINTS} of numbers 0..1")
         for (x, y), (next_x, next_y) in pairwise(points):
             if next_x <= x or next_y < y:
                 raise CalibrationError(
-                    f"calibration has ({next_x}, {next_y}) after ({x}, {y}): confidence must rise and worth never fall"
+                    f"calibration has ({next_x}, {next_y}) after ({x}, {y}): both must rise, quality may stay"
                 )
         self._points = points
 
-    def worth(self, confidence: float) -> float:
-        """Of a draft, as a share of the verified text's, 0..1; 0 for what is no number. Below the first point it falls
-        to 0.
+    def predicted_quality(self, confidence: float) -> float:
+        """Of a draft, as a fraction of the quality of the server's text, 0..1. 0 for NaN and infinity.
+
+        Below the first point it falls to 0 at confidence 0.
         """
         if not self._points or not isfinite(confidence):
             return 0.0
-        at = bisect_right(self._points, confidence, key=lambda point: point[0])
-        if at == len(self._points):
+        index = bisect_right(self._points, confidence, key=lambda point: point[0])
+        if index == len(self._points):
             return self._points[-1][1]
-        low, low_y = self._points[at - 1] if at else (0.0, 0.0)
-        high, high_y = self._points[at]
+        low, low_y = self._points[index - 1] if index else (0.0, 0.0)
+        high, high_y = self._points[index]
         if confidence <= low:
             return low_y
-        return low_y + (high_y - low_y) * (confidence - low) / (high - low)
+        # Rounding could make it exceed high_y, and the function must never fall.
+        return min(high_y, low_y + (high_y - low_y) * (confidence - low) / (high - low))
+
+    def min_confidence(self, quality_floor: float) -> float:
+        """The least confidence whose predicted quality is above 0 and at least quality_floor; inf if there is none.
+
+        Exact: a bisection over all floats from 0 to 1, which sort like their bits.
+        """
+
+        def is_enough(bits: int) -> bool:
+            quality = self.predicted_quality(_float(bits))
+            return quality > 0 and quality >= quality_floor
+
+        (one,) = struct.unpack("<q", struct.pack("<d", 1.0))
+        bits = bisect_left(range(one + 1), True, key=is_enough)
+        return _float(bits) if bits <= one else inf
+
+
+def _float(bits: int) -> float:
+    (value,) = struct.unpack("<d", struct.pack("<q", bits))
+    return float(value)
 
 
 def fit(
     confidences: Sequence[float],
     drafts: Sequence[float],
     verified: Sequence[float],
-    samples_per_bin: int = BIN,
+    samples_per_bin: int = SAMPLES_PER_BIN,
 ) -> Table:
-    """The table of drafts with these confidences, 0..1, from their scores and the verified texts', >= 0.
+    """The table for drafts with these confidences, 0..1, from their scores and the scores of the verified texts, >= 0.
 
-    A bin's ratio is that of its sums, with two samples more of the mean verified score, one of them with a draft worth
-    nothing (Laplace's rule): a few good drafts are no certainty. Empty where no verified text has a score. Raises
-    CalibrationError.
+    The ratio of a bin is the ratio of its sums. Two samples with the mean verified score are added to each bin, one of
+    them with a draft of score 0 (Laplace's rule), so that a few good drafts do not look like a certainty. Empty if no
+    verified text has a score above 0. Raises CalibrationError.
     """
     samples = sorted(zip(confidences, drafts, verified, strict=True))
     are_scores = all(isfinite(score) and score >= 0 for sample in samples for score in sample[1:])
@@ -89,7 +112,7 @@ def fit(
 
 
 class _Pool(NamedTuple):
-    """Neighbouring bins that share one ratio. Sums over the samples."""
+    """Neighbouring bins with one ratio: sums over their samples."""
 
     samples: int
     confidence: float
@@ -98,7 +121,7 @@ class _Pool(NamedTuple):
 
     @property
     def point(self) -> tuple[float, float]:
-        return min(1.0, self.confidence / self.samples), min(MOST, self.draft / self.verified)
+        return min(1.0, self.confidence / self.samples), min(MAX_QUALITY, self.draft / self.verified)
 
     def joined(self, other: "_Pool") -> "_Pool":
         return _Pool(

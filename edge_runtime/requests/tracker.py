@@ -154,11 +154,11 @@ class RequestTracker:
         resend_s: float,
         outbox: OutboxConfig | None = None,
         observer: Observer | None = None,
-        budget: ByteBudget | None = None,
+        byte_budget: ByteBudget | None = None,
     ) -> None:
-        """capacity: requests that wait for a reply; budget: of the bytes that may be sent; None: no limit."""
+        """capacity: requests that wait for a reply; byte_budget: None: no limit."""
         self._client, self._bundle, self._events, self._observer = client, bundle, events, observer
-        self._capacity, self._budget = capacity, budget or ByteBudget()
+        self._capacity, self._budget = capacity, byte_budget or ByteBudget()
         self._topic = topics.request(site, board)
         self._outbox = self._new_outbox(outbox) if outbox else None
         self._lifecycle: RequestLifecycle[_Tracked] = RequestLifecycle(

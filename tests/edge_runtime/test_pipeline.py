@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 
 from edge_runtime.app import load_draft, load_head
-from edge_runtime.capture.cameras import Frame
-from edge_runtime.config import OutboxConfig
+from edge_runtime.capture.cameras import Cameras, Frame
+from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, RuntimeConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted
+from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.preprocess import decode_picture, to_input
 from edge_runtime.mqtt.client import MqttClient, MqttSettings
-from edge_runtime.pipeline import Fixed, Pipeline, Plan, build_request, encode_finest, to_jpeg
+from edge_runtime.pipeline import Pipeline, build_request, encode_finest, to_jpeg
+from edge_runtime.planning import BoardPlanner, FixedPlanner, Measurements, Plan
 from edge_runtime.reporting.events import Events
+from edge_runtime.reporting.remote_settings import Switches, board_switches
+from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.requests.byte_budget import ByteBudget
-from edge_runtime.requests.tracker import Answers, Question
 from edge_runtime.wire import (
     ContentKind,
     Event,
@@ -46,15 +49,8 @@ def frame(seed: int = 0, captured_unix: float = 1.6e9) -> Frame:
     return Frame("door", coarse.repeat(40, 0).repeat(40, 1), captured_unix, time.monotonic())
 
 
-class Sure(Fixed):
-    """A planner whose drafts need nobody who verifies them."""
-
-    def stands(self, plan: Plan, confidence: float) -> str:
-        return "sure enough"
-
-
 class Board:
-    """A pipeline with its ways out; `order` is what it did, in the order in which it did it."""
+    """A pipeline with its ways out. `order` is what it did, in this order."""
 
     def __init__(
         self,
@@ -62,7 +58,6 @@ class Board:
         port: int,
         bundle: Bundle,
         plan: Plan,
-        planner: type[Fixed] = Fixed,
         outbox: OutboxConfig | None = None,
         bytes_per_minute: int = 0,
     ) -> None:
@@ -70,14 +65,15 @@ class Board:
         self.order: list[str] = []
         order = self.order
 
-        class RecordedAnswers(Answers):
-            def ask(self, question: Question) -> None:
-                order.append("ask")
-                super().ask(question)
+        class RecordingTracker(RequestTracker):
+            def submit(self, new: NewRequest) -> bool:
+                is_sent = super().submit(new)
+                order.extend(["submit"] * is_sent)
+                return is_sent
 
-            def announce(self, seen: Event, compact: bytes = b"") -> None:
+            def announce(self, event: Event, compact: bytes = b"") -> None:
                 announced.append(compact)
-                super().announce(seen, compact)
+                super().announce(event, compact)
 
         def listener(event: Event) -> None:
             order.append(event.type)
@@ -86,18 +82,18 @@ class Board:
         self.client = MqttClient(
             MqttSettings("127.0.0.1", port, BOARD, keepalive_s=2),
             subscriptions=[(topics.reply(SITE, BOARD), 1)],
-            on_message=lambda message: self.answers.reply_arrived(message.payload),
+            on_message=lambda message: self.tracker.reply_arrived(message.payload),
             timing=QUICK,
         )
         events = Events(self.client, SITE, BOARD, listener)
         self.announced: list[bytes] = []
-        announced, ledger = self.announced, ByteBudget(bytes_per_minute)
-        self.answers = RecordedAnswers(self.client, bundle, SITE, BOARD, events, 64, 60.0, outbox, ledger=ledger)
+        announced, budget = self.announced, ByteBudget(bytes_per_minute)
+        self.tracker = RecordingTracker(self.client, bundle, SITE, BOARD, events, 64, 60.0, outbox, byte_budget=budget)
         head = load_head(bundle, "onnx", 1) if plan.paradigm != "offload" else None
         draft = load_draft(bundle, "onnx", 1) if plan.paradigm in ("device", "speculative") else None
-        self.pipeline = Pipeline(bundle, head, draft, planner(plan), self.answers, events)
+        self.pipeline = Pipeline(bundle, head, draft, FixedPlanner(plan), self.tracker, events)
         stack.enter_context(self.client)
-        stack.enter_context(self.answers)
+        stack.enter_context(self.tracker)
         assert self.client.wait_online(PATIENCE_S)
 
     def next_event(self) -> Event:
@@ -128,13 +124,13 @@ def start(broker: Mosquitto, board_bundle: Bundle) -> Iterator[Start]:
 
 @pytest.fixture
 def server(broker: Mosquitto) -> Iterator[Listener]:
-    """Answers everything at once with the same text."""
+    """Answers every request at once with the same text."""
 
     with Listener(broker.port, topics.request(SITE, BOARD), answer=verified, to=topics.reply(SITE, BOARD)) as listener:
         yield listener
 
 
-def test_the_question_leaves_before_anything_else_is_told_or_counted_and_the_answer_follows(start, broker, monkeypatch):
+def test_the_request_is_sent_before_the_event_and_before_jpeg_bytes_are_counted(start, broker, monkeypatch):
     board = start("speculative")
     monkeypatch.setattr(
         "edge_runtime.pipeline.to_jpeg", lambda *arguments: board.order.append("jpeg") or to_jpeg(*arguments)
@@ -143,31 +139,31 @@ def test_the_question_leaves_before_anything_else_is_told_or_counted_and_the_ans
         for seed in range(5):
             seen = board.pipeline.handle(frame(seed))
             assert board.next_event() == seen
-            board.answers.reply_arrived(verified(server.next()))
+            board.tracker.reply_arrived(verified(server.next()))
             update = board.next_event()
             assert (update.type, update.frame, update.text, update.final) == ("update", seen.frame, "verified", True)
-    assert board.order == 5 * ["ask", "jpeg", "new", "update"]
+    assert board.order == 5 * ["submit", "jpeg", "new", "update"]
 
 
-def test_an_answer_that_was_faster_than_the_draft_is_not_taken_back(start, broker):
+def test_a_reply_that_is_faster_than_the_draft_is_not_replaced_by_the_draft(start, broker):
     board = start("split")
 
     class Waiting:
         """A draft decoder that takes longer than the answer."""
 
         def write(self, symbols: np.ndarray) -> Drafted:
-            board.answers.reply_arrived(verified(server.next()))
+            board.tracker.reply_arrived(verified(server.next()))
             assert board.next_event().type == "update"
             return Drafted((5, 6, 2), 0.5)
 
     board.pipeline.draft = Waiting()
     with Listener(broker.port, topics.request(SITE, BOARD)) as server:
         board.pipeline.handle(frame())
-        until(lambda: board.answers.summary().get("reply_overtaken") == 1)
-    assert (board.order, len(board.announced)) == (["ask", "update"], 1)
+        until(lambda: board.tracker.summary()["reply"].get("overtaken") == 1)
+    assert (board.order, len(board.announced)) == (["submit", "update"], 1)
 
 
-def test_in_split_the_draft_is_written_behind_the_question_and_bridges_the_wait(start, broker, board_bundle):
+def test_in_split_the_draft_is_written_after_sending_and_shown_until_the_reply(start, broker, board_bundle):
     board = start("split")
     board.pipeline.draft = load_draft(board_bundle, "onnx", 1)
     with Listener(broker.port, topics.request(SITE, BOARD)) as server:
@@ -177,7 +173,7 @@ def test_in_split_the_draft_is_written_behind_the_question_and_bridges_the_wait(
         assert seen.tokens
 
 
-def test_the_new_event_says_what_was_drafted_and_what_it_cost(start, board_bundle):
+def test_the_new_event_has_the_draft_and_what_it_took(start, board_bundle):
     event = start("speculative").pipeline.handle(frame())
     assert (event.type, event.final, event.camera, event.paradigm, event.why) == (
         "new",
@@ -224,11 +220,11 @@ def test_split_sends_no_draft_and_has_no_event_before_the_answer(start, server):
     assert (request.paradigm, request.draft) == (Paradigm.SPLIT, b"")
     update = board.next_event()
     assert (update.type, update.frame, update.text) == ("update", seen.frame, "verified")
-    assert board.order == ["ask", "update"]
+    assert board.order == ["submit", "update"]
 
 
 def test_a_plan_that_lets_the_server_propose_says_so(start, server):
-    board = start("split", proposes=True)
+    board = start("split", propose=True)
     board.pipeline.handle(frame())
     assert decode_request(server.next()).options == Options(propose=True)
 
@@ -252,35 +248,36 @@ def test_device_sends_nothing_and_its_event_is_final(start):
     assert board.client.stats().published == 2  # the event, and the retained last one
 
 
-def test_a_draft_that_stands_is_the_answer_and_nothing_is_sent(start):
-    board = start("speculative", board={"planner": Sure})
+def test_a_draft_with_enough_confidence_is_the_answer_and_nothing_is_sent(start):
+    board = start("speculative", min_confidence=0.0)
     seen = board.pipeline.handle(frame())
-    assert (seen.final, seen.paradigm, seen.why, seen.bytes_up) == (True, "device", "sure enough", 0)
+    assert (seen.final, seen.paradigm, seen.bytes_up) == (True, "device", 0)
+    assert seen.why.startswith("the draft is sure enough: confidence 0.")
     assert board.order == ["new"]
 
 
-def test_what_is_kept_is_asked_however_sure_its_draft_is(start, tmp_path):
+def test_a_kept_request_goes_to_the_outbox_whatever_the_confidence_of_its_draft(start, tmp_path):
     outbox = OutboxConfig(str(tmp_path / "outbox"))
-    board = start("speculative", keeps=True, board={"planner": Sure, "outbox": outbox})
+    board = start("speculative", keep=True, min_confidence=0.0, board={"outbox": outbox})
     seen = board.pipeline.handle(frame())
     assert (seen.final, seen.paradigm) == (False, "speculative")
     assert board.next_event().frame == seen.frame
-    assert board.order == ["ask", "new"]
+    assert board.order == ["submit", "new"]
 
 
 @pytest.mark.parametrize("paradigm", ["offload", "split"])
-def test_without_time_for_a_draft_only_what_the_request_needs_is_computed(start, server, board_bundle, paradigm):
-    board = start(paradigm, drafts=False)
+def test_without_cpu_time_for_a_draft_only_what_the_request_needs_is_computed(start, server, board_bundle, paradigm):
+    board = start(paradigm, writes_draft=False)
     board.pipeline.head, board.pipeline.draft = load_head(board_bundle, "onnx", 1), load_draft(board_bundle, "onnx", 1)
     told: list[dict[str, float]] = []
-    board.pipeline.planner.took = lambda plan, timings_ms: told.append(timings_ms)
+    board.pipeline.planner.learn = lambda plan, timings_ms, confidence: told.append(timings_ms)
     board.pipeline.handle(frame())
     assert board.next_event().type == "update"
     assert set(told[0]) == {"resize", "encode", "publish"} | ({"head"} if paradigm == "split" else set())
 
 
 @pytest.mark.parametrize("paradigm", ["offload", "split", "speculative"])
-def test_a_request_that_the_byte_budget_has_no_room_for_leaves_the_frame_to_the_device(start, board_bundle, paradigm):
+def test_if_the_request_does_not_fit_into_the_byte_budget_the_device_answers(start, board_bundle, paradigm):
     board = start(paradigm, board={"bytes_per_minute": 200})
     board.pipeline.head, board.pipeline.draft = load_head(board_bundle, "onnx", 1), load_draft(board_bundle, "onnx", 1)
     seen = board.pipeline.handle(frame())
@@ -299,12 +296,41 @@ def test_a_picture_is_kept_as_features(start, broker, board_bundle, tmp_path):
     assert (request.content_kind, tuple(request.draft_ids)) == (ContentKind.LATENT, seen.tokens)
 
 
-def test_nothing_waits_for_a_frozen_broker_and_every_question_ends_at_its_deadline(start, broker):
+def test_without_cpu_time_for_a_draft_a_picture_is_kept_as_features_too(start, board_bundle, tmp_path):
+    outbox = OutboxConfig(str(tmp_path / "outbox"))
+    board = start("offload", writes_draft=False, board={"outbox": outbox})
+    board.pipeline.head, board.pipeline.draft = load_head(board_bundle, "onnx", 1), load_draft(board_bundle, "onnx", 1)
+    assert board.pipeline.handle(frame()) is not None
+    request = decode_request(board.announced[0])
+    assert (request.content_kind, request.draft) == (ContentKind.LATENT, b"")
+
+
+def test_a_board_without_a_head_keeps_the_picture_itself(start, tmp_path):
+    board = start("offload", board={"outbox": OutboxConfig(str(tmp_path / "outbox"))})
+    assert board.pipeline.head is None
+    assert board.pipeline.handle(frame()) is not None
+    assert (board.pipeline.failed, board.announced) == (0, [b""])
+
+
+def test_the_encoding_time_of_a_picture_over_the_byte_budget_is_not_measured_as_that_of_a_latent(start, board_bundle):
+    board = start("offload", board={"bytes_per_minute": 200})
+    board.pipeline.head, board.pipeline.draft = load_head(board_bundle, "onnx", 1), load_draft(board_bundle, "onnx", 1)
+    cameras = (CameraConfig("door", "mqtt"),)
+    config = RuntimeConfig(BoardConfig(BOARD, "bundle", paradigm="offload"), cameras)
+    measurements, switches = Measurements(), Switches(SITE, BOARD, board_switches(config, Cameras(cameras)))
+    board.pipeline.planner = BoardPlanner(config, Cameras(cameras), switches, measurements, Calibration())
+    assert board.pipeline.handle(frame()).paradigm == "device"
+    measured = measurements.snapshot(time.monotonic()).board
+    assert measured.encode_ms is None
+    assert measured.picture_ms is not None
+
+
+def test_nothing_waits_for_a_frozen_broker_and_every_request_ends_at_its_deadline(start, broker):
     board = start("speculative", budget_ms=2000)
     broker.freeze()
     frames = [frame(seed) for seed in range(20)]
     seen = [board.pipeline.handle(each) for each in frames]
-    assert board.order.count("ask") == 20
+    assert board.order.count("submit") == 20
     ended = {}
     while len(ended) < 20:
         event = board.next_event()
@@ -329,7 +355,7 @@ def test_ids_rise_even_when_the_clock_goes_back(start):
     assert ids == sorted(set(ids))
 
 
-def test_of_several_levels_the_bits_are_those_of_the_one_that_the_head_quantises_at(board_bundle):
+def test_the_bits_are_those_of_the_level_of_the_heads_output(board_bundle):
     coarse = board_bundle.tables
     two = Tables(np.concatenate([coarse.frequencies] * 2), coarse.height, coarse.width, coarse.groups, coarse.set_id)
     symbols = load_head(board_bundle, "onnx", 1).symbols(to_input(frame().pixels))  # the finest

@@ -1,51 +1,49 @@
-"""Whose setting counts: the camera's, the switch's, the board's; and what the policy makes of "auto"."""
+"""Which setting counts: the camera's, the switch's or the board's; and the plans of the policy."""
 
 from typing import Any
 
 import pytest
 
 from edge_runtime.capture.cameras import Cameras
-from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, PolicyConfig, RuntimeConfig
+from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, RuntimeConfig
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.mqtt.client import Message
-from edge_runtime.planning.measurements import Estimates
-from edge_runtime.planning.planner import BoardPlanner
-from edge_runtime.planning.policy import Policy
+from edge_runtime.planning import BoardPlanner, Measurements
 from edge_runtime.reporting.remote_settings import Switches, board_switches
 from edge_runtime.wire import Tier, topics
 from edge_runtime.wire.event import Explain
 
-SURE = Calibration(((0.5, 0.5), (0.9, 0.95)))
+CALIBRATION = Calibration(((0.5, 0.5), (0.9, 0.95)))
 
 
-class Told:
-    """Takes what a switch publishes."""
+class Publisher:
+    """Receives what a switch publishes."""
 
     def publish(self, *_: Any, **__: Any) -> bool:
         return True
 
 
 class Board:
-    """What plans are made of, without a head, a broker and a camera."""
+    """A planner and what it needs, without a head, a broker and a camera."""
 
     def __init__(self, outbox: OutboxConfig | None = None, has_room: bool = True, **board: Any) -> None:
         own = CameraConfig("own", "mqtt", deadline_ms=100, paradigm="split", tier="edge")
         cameras = CameraConfig("plain", "mqtt"), own
         config = RuntimeConfig(BoardConfig("b1", "bundle", **{"tier": "cloud", **board}), cameras, outbox=outbox)
-        self.estimates = Estimates()
+        self.measurements = Measurements()
         self.switches = Switches("home", "b1", board_switches(config, Cameras(cameras)))
         self.planner = BoardPlanner(
             config,
             Cameras(cameras),
             self.switches,
-            lambda: Policy(PolicyConfig(), calibration=SURE),
-            self.estimates,
-            lambda: has_room,
+            self.measurements,
+            CALIBRATION,
+            has_room=lambda: has_room,
         )
 
     def set(self, name: str, value: str) -> None:
         topic = topics.setting("home", "b1", name)
-        assert self.switches.heard(Message(topic, value.encode(), 1, False, None, lambda: None), Told())
+        assert self.switches.heard(Message(topic, value.encode(), 1, False, None, lambda: None), Publisher())
 
 
 def test_a_configured_paradigm_is_the_plan_and_says_so():
@@ -55,102 +53,125 @@ def test_a_configured_paradigm_is_the_plan_and_says_so():
         "configured",
         Explain("speculative", "configured"),
     )
-    assert (plan.budget_ms, plan.tier, plan.jpeg_quality, plan.keeps) == (5000, Tier.CLOUD, 60, False)
+    assert (plan.budget_ms, plan.tier, plan.jpeg_quality, plan.keep) == (5000, Tier.CLOUD, 60, False)
 
 
-def test_a_cameras_own_settings_come_before_the_boards():
+def test_a_cameras_own_settings_take_precedence_over_the_boards():
     plan = Board(paradigm="speculative").planner.plan("own")
     assert (plan.paradigm, plan.budget_ms, plan.tier) == ("split", 100, Tier.EDGE)
 
 
-def test_a_switch_takes_the_place_of_the_boards_setting():
+def test_a_switch_replaces_the_boards_setting():
     board = Board(paradigm="speculative")
     board.set("paradigm", "device")
     assert board.planner.plan("plain").paradigm == "device"
     assert board.planner.plan("own").paradigm == "split"
 
 
-def test_where_the_policy_chooses_every_plan_explains_itself():
+def test_every_plan_of_the_policy_explains_itself():
     plan = Board().planner.plan("plain")
     assert plan.explain is not None
     assert (plan.paradigm, plan.why) == (plan.explain.chosen, plan.explain.reason)
     assert plan.explain.expected_ms.keys() == {"split", "speculative", "offload"}
 
 
-def test_only_where_the_policy_chooses_may_the_server_propose_words_to_itself():
+def test_the_server_may_propose_tokens_itself_only_if_the_policy_chooses():
     board = Board(paradigm="split")
-    assert not board.planner.plan("plain").proposes
+    assert not board.planner.plan("plain").propose
     board.set("paradigm", "offload")
-    assert not board.planner.plan("plain").proposes
+    assert not board.planner.plan("plain").propose
     board.set("paradigm", "auto")
-    board.estimates.took("speculative", {"head": 1.0, "draft": 500.0}, 0.0)
+    board.measurements.frame_handled("speculative", {"head": 1.0, "draft": 500.0}, 0.0)
     plan = board.planner.plan("plain")
-    assert (plan.paradigm, plan.proposes) == ("split", True)
+    assert (plan.paradigm, plan.propose) == ("split", True)
 
 
-def test_a_link_that_is_away_leaves_the_frame_to_the_device():
+def test_a_link_that_is_down_leaves_the_frame_to_the_device():
     board = Board()
-    board.estimates.connected(False)
+    board.measurements.connected(False)
     plan = board.planner.plan("plain")
-    assert (plan.paradigm, plan.keeps) == ("device", False)
+    assert (plan.paradigm, plan.keep) == ("device", False)
     assert "link offline, next try in" in plan.why
 
 
-def test_with_an_outbox_what_the_link_cannot_take_is_kept(tmp_path):
+def test_with_an_outbox_the_request_is_kept_while_the_link_is_down(tmp_path):
     board = Board(OutboxConfig(str(tmp_path / "outbox")))
-    board.estimates.connected(False)
+    board.measurements.connected(False)
     plan = board.planner.plan("plain")
-    assert (plan.paradigm, plan.keeps) == ("speculative", True)
+    assert (plan.paradigm, plan.keep) == ("speculative", True)
     assert plan.why.endswith("; kept until there is room")
 
 
 @pytest.mark.parametrize("paradigm", ["auto", "split", "speculative", "offload"])
-def test_where_as_many_requests_wait_as_may_the_device_answers_or_the_outbox_keeps(paradigm, tmp_path):
+def test_when_too_many_requests_wait_the_device_answers_or_the_outbox_keeps_the_request(paradigm, tmp_path):
     board = {} if paradigm == "offload" else {"paradigm": paradigm}
     plans = [Board(outbox, has_room=False, **board) for outbox in (None, OutboxConfig(str(tmp_path / "outbox")))]
     if paradigm == "offload":  # by a switch: the board has a head
         for each in plans:
             each.set("paradigm", "offload")
     alone, kept = (each.planner.plan("plain") for each in plans)
-    assert (alone.paradigm, alone.keeps) == ("device", False)
+    assert (alone.paradigm, alone.keep) == ("device", False)
     assert alone.why == "device: 64 requests wait already"
-    assert (kept.paradigm, kept.keeps) == ("speculative", True)
+    assert (kept.paradigm, kept.keep) == ("speculative", True)
 
 
 def test_a_camera_whose_deadline_cannot_be_met_does_not_hold_up_another():
     board = Board()
-    board.estimates.connected(False)
+    board.measurements.connected(False)
     now = {camera: board.planner.plan(camera).why for camera in ("plain", "own")}
     assert "next try in 1 s" in now["plain"]
     policies = board.planner._policies
-    assert policies["plain"]._trying is not None
-    assert policies["own"]._trying is None
+    assert policies["plain"]._retry is not None
+    assert policies["own"]._retry is None
 
 
-@pytest.mark.parametrize(("confidence", "stands"), [(0.95, True), (0.8, False), (float("nan"), False)])
-def test_a_draft_stands_when_it_is_sure_enough(confidence, stands):
-    board = Board(tier=None)
-    assert (board.planner.stands(board.planner.plan("plain"), confidence) is not None) == stands
+@pytest.mark.parametrize(("confidence", "accepted"), [(0.95, True), (0.8, False), (float("nan"), False)])
+def test_a_draft_with_enough_confidence_is_accepted_without_verification(confidence, accepted):
+    assert Board(tier=None).planner.plan("plain").accepts(confidence) == accepted
 
 
-def test_the_floor_of_what_is_sure_enough_is_a_switch():
+def test_the_quality_floor_is_a_switch():
     board = Board(tier=None)
     board.set("quality_floor", "0.5")
-    assert board.planner.stands(board.planner.plan("plain"), 0.6) == "the draft is sure enough: confidence 0.60"
+    assert board.planner.plan("plain").min_confidence == 0.5
 
 
 @pytest.mark.parametrize("settings", [{"paradigm": "speculative", "tier": None}, {"tier": "edge"}])
-def test_who_configures_speculative_or_a_tier_gets_every_draft_verified(settings):
-    planner = Board(**settings).planner
-    assert planner.stands(planner.plan("plain"), 1.0) is None
+def test_a_configured_paradigm_or_tier_has_every_draft_verified(settings):
+    plan = Board(**settings).planner.plan("plain")
+    assert plan.min_confidence is None
+    assert not plan.accepts(1.0)
 
 
-def test_what_is_told_is_taken_in_and_forgotten_where_nothing_is_to_be_chosen_too(monkeypatch):
+def test_a_later_plan_does_not_change_what_an_earlier_one_accepts():
+    board = Board(tier=None)
+    plan = board.planner.plan("plain")
+    board.set("quality_floor", "0.5")
+    board.planner.plan("plain")
+    assert not plan.accepts(0.8)
+
+
+def test_the_share_of_drafts_that_need_no_verification_is_measured_even_if_no_draft_can_be_good_enough():
+    board = Board(tier=None)
+    for floor, confidence in (("0.9", 0.95), ("0.9", 0.6), ("1", 1.0), ("1", 0.99)):
+        board.set("quality_floor", floor)
+        board.planner.learn(board.planner.plan("plain"), {}, confidence)
+    assert board.measurements.snapshot(0.0).board.accepted_unverified_share == 0.25
+
+
+@pytest.mark.parametrize("settings", [{"paradigm": "speculative", "tier": None}, {"tier": "edge"}])
+def test_drafts_that_must_be_verified_do_not_count_in_this_share(settings):
+    board = Board(**settings)
+    board.planner.learn(board.planner.plan("plain"), {}, 0.95)
+    assert board.measurements.snapshot(0.0).board.accepted_unverified_share is None
+
+
+def test_the_queue_of_the_measurements_never_fills_while_the_paradigm_is_configured(monkeypatch):
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     board = Board(paradigm="speculative")
     for number in range(2000):
         now += 1.0
-        board.estimates.sent(number.to_bytes(8, "big"), "speculative", 400, now)
-        board.planner.took(board.planner.plan("plain"), {"head": 5.0})
-    assert not board.estimates.counts.total()
+        board.measurements.sent(number.to_bytes(8, "big"), "speculative", 400, now)
+        board.planner.learn(board.planner.plan("plain"), {"head": 5.0}, None)
+    assert not board.measurements.counts.total()

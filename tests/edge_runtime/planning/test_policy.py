@@ -1,6 +1,6 @@
-"""The policy over facts that are known, over made boards, and in closed loop."""
+"""The policy, over known snapshots, over arbitrary ones, and in closed loop."""
 
-from dataclasses import replace
+import dataclasses
 from datetime import datetime, timezone
 from itertools import pairwise
 
@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from benchmarks import policy as simulation
 from edge_runtime.config import PolicyConfig
-from edge_runtime.inference.draft_calibration import Calibration
-from edge_runtime.planning.link_model import Link
-from edge_runtime.planning.measurements import Estimates, Facts
-from edge_runtime.planning.policy import LAST_TRY_S, LASTING, PROBE_EVERY, Decision, Policy
+from edge_runtime.planning import Decision, Measurements, Policy, Snapshot
+from edge_runtime.planning.board_estimator import BoardSnapshot
+from edge_runtime.planning.link_estimator import LinkSnapshot
+from edge_runtime.planning.link_model import LinkEstimate
+from edge_runtime.planning.policy import LAST_RETRY_S, LASTING_FRAMES, PROBE_EVERY
+from edge_runtime.planning.server_estimator import ServerSnapshot
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.wire.event import Event, decode_event, encode_event
 
@@ -21,13 +23,24 @@ EPOCH = datetime.fromtimestamp(0, timezone.utc)
 DEADLINE_MS = 5000.0
 
 
-def known_link(ms: float, window: float) -> Link:
+def known_link(ms: float, window: float) -> LinkEstimate:
     """One whose window was measured; ms for a latent."""
-    return Link(ms, 430.0, window, window, window)
+    return LinkEstimate(ms, 430.0, window, window, window)
 
 
-FACTS = Facts(
-    link=known_link(150.0, 8192.0),
+def with_values(snapshot: Snapshot, **values: object) -> Snapshot:
+    """The snapshot with other values, whichever of its parts has them."""
+    parts = {}
+    for name in ("link", "server", "board"):
+        part = getattr(snapshot, name)
+        own = {field.name for field in dataclasses.fields(part)} & values.keys()
+        parts[name] = dataclasses.replace(part, **{field: values.pop(field) for field in own})
+    return dataclasses.replace(snapshot, **parts, **values)
+
+
+KNOWN = with_values(
+    Snapshot(),
+    estimate=known_link(150.0, 8192.0),
     resize_ms=1.0,
     head_ms=4.0,
     draft_ms=3.5,
@@ -46,31 +59,31 @@ FACTS = Facts(
 )
 
 
-def at_wifi(**changes: object) -> Facts:
-    return replace(FACTS, link=known_link(5.0, 60_000.0), **changes)
+def at_wifi(**changes: object) -> Snapshot:
+    return with_values(KNOWN, estimate=known_link(5.0, 60_000.0), **changes)
 
 
-def choose(facts: Facts = FACTS, config: PolicyConfig | None = None, **board: bool) -> Decision:
+def choose(snapshot: Snapshot = KNOWN, config: PolicyConfig | None = None, **board: bool) -> Decision:
     """The first decision of a new policy."""
-    return Policy(config or PolicyConfig(), **board).choose(facts, 0.0, DEADLINE_MS)
+    return Policy(config or PolicyConfig(), **board).choose(snapshot, 0.0, DEADLINE_MS)
 
 
-def choices(policy: Policy, facts: Facts, count: int, start: int = 0) -> list[str]:
+def choices(policy: Policy, snapshot: Snapshot, count: int, start: int = 0) -> list[str]:
     """One frame a second."""
-    return [policy.choose(facts, float(start + number), DEADLINE_MS).paradigm for number in range(count)]
+    return [policy.choose(snapshot, float(start + number), DEADLINE_MS).paradigm for number in range(count)]
 
 
 # ---- which ----
 
 
-def test_a_quick_draft_that_saves_passes_goes_along():
+def test_a_quick_draft_that_saves_passes_is_sent():
     decision = choose()
     assert decision.paradigm == "speculative"
     assert decision.explain.reason == "speculative: draft 3.5 ms saves 5 passes of 1.6 ms"
 
 
-def test_a_slow_draft_is_written_behind_the_request():
-    decision = choose(replace(FACTS, draft_ms=70.0))
+def test_a_slow_draft_is_written_after_sending():
+    decision = choose(with_values(KNOWN, draft_ms=70.0))
     assert decision.paradigm == "split"
     assert decision.explain.reason == "split: draft 70 ms would save only 5 passes of 1.6 ms"
 
@@ -92,68 +105,57 @@ def test_a_board_does_only_what_it_can():
     assert choose(has_head=False).paradigm == "offload"
 
 
-def test_drafts_that_stand_make_drafting_first_worth_it():
-    slow = replace(FACTS, draft_ms=30.0)
+def test_drafts_that_need_no_verification_make_speculative_faster():
+    slow = with_values(KNOWN, draft_ms=30.0)
     assert choose(slow).paradigm == "split"
-    decision = choose(replace(slow, stands_share=0.5))
+    decision = choose(with_values(slow, accepted_unverified_share=0.5))
     assert decision.paradigm == "speculative"
     assert "50% of the drafts need no server" in decision.explain.reason
 
 
 def test_a_hot_board_computes_less():
-    warm = replace(FACTS, draft_ms=7.0)
+    warm = with_values(KNOWN, draft_ms=7.0)
     assert choose(warm).paradigm == "speculative"
-    assert choose(replace(warm, temperature_c=84.0)).paradigm == "split"
-    assert choose(replace(warm, throttled=True)).paradigm == "split"
+    assert choose(with_values(warm, temperature_c=84.0)).paradigm == "split"
+    assert choose(with_values(warm, throttled=True)).paradigm == "split"
 
 
 def test_a_link_that_changes_often_makes_pictures_a_risk():
     slow = at_wifi(head_ms=30.0, draft_ms=70.0, slowest=known_link(1000.0, 2000.0))
     assert choose(slow).paradigm == "offload"
-    assert choose(replace(slow, change_chance=0.02)).paradigm == "split"
+    assert choose(with_values(slow, change_chance=0.02)).paradigm == "split"
 
 
-def test_nothing_known_is_no_picture_on_a_link_that_may_be_thin():
-    assert choose(Facts()).paradigm != "offload"
+def test_without_measurements_no_picture_is_sent_on_a_link_that_may_be_slow():
+    assert choose(Snapshot()).paradigm != "offload"
 
 
-# ---- the draft that stands ----
+# ---- hysteresis and probes ----
 
 
-@pytest.mark.parametrize(
-    ("floor", "confidence", "stands"), [(0.9, 0.97, True), (0.9, 0.8, False), (0.0, 0.0, False), (1.0, 1.0, False)]
-)
-def test_a_draft_stands_from_the_quality_floor_on(floor, confidence, stands):
-    policy = Policy(PolicyConfig(quality_floor=floor), calibration=Calibration([(0.0, 0.0), (0.95, 0.9), (1.0, 0.99)]))
-    assert policy.stands(confidence) is stands
-
-
-@pytest.mark.parametrize("floor", [0.0, 0.9, 1.0])
-def test_without_a_calibration_no_draft_stands(floor):
-    assert not Policy(PolicyConfig(quality_floor=floor)).stands(1.0)
-
-
-# ---- hysteresis and tries ----
-
-
-def test_a_large_gain_counts_at_once_and_a_small_one_when_it_lasts():
+def test_a_large_gain_counts_at_once_and_a_small_one_only_if_it_lasts():
     policy = Policy(PolicyConfig(may_offload=False))
-    assert choices(policy, FACTS, 5)[-1] == "speculative"
-    slower = replace(FACTS, draft_ms=14.0)  # split is 3 % better
-    assert choices(policy, slower, LASTING) == ["speculative"] * (LASTING - 1) + ["split"]
-    assert choices(policy, replace(FACTS, pass_ms=20.0, kind_pass_ms={}), 1) == ["speculative"]
+    assert choices(policy, KNOWN, 5)[-1] == "speculative"
+    slower = with_values(KNOWN, draft_ms=14.0)  # split is 3 % better
+    assert choices(policy, slower, LASTING_FRAMES) == ["speculative"] * (LASTING_FRAMES - 1) + ["split"]
+    assert choices(policy, with_values(KNOWN, pass_ms=20.0, kind_pass_ms={}), 1) == ["speculative"]
 
 
-def test_near_equals_that_take_turns_are_no_reason_to_change():
+def test_two_paradigms_that_are_nearly_equal_do_not_alternate():
     policy = Policy(PolicyConfig(may_offload=False))
-    swinging = [replace(FACTS, draft_ms=12.0 if number % 2 else 4.0) for number in range(50)]
-    chosen = [policy.choose(facts, float(n), DEADLINE_MS).paradigm for n, facts in enumerate(swinging)]
+    swinging = [with_values(KNOWN, draft_ms=12.0 if number % 2 else 4.0) for number in range(50)]
+    chosen = [policy.choose(snapshot, float(n), DEADLINE_MS).paradigm for n, snapshot in enumerate(swinging)]
     assert set(chosen) == {"speculative"}
 
 
-def test_what_could_be_better_is_tried_but_not_often():
-    unsure = replace(
-        FACTS, head_ms=70.0, draft_ms=40.0, picture_server_ms=None, link=Link(45.0, 430.0), kind_pass_ms={"plain": 1.6}
+def test_a_paradigm_that_could_be_better_is_probed_but_not_often():
+    unsure = with_values(
+        KNOWN,
+        head_ms=70.0,
+        draft_ms=40.0,
+        picture_server_ms=None,
+        estimate=LinkEstimate(45.0, 430.0),
+        kind_pass_ms={"plain": 1.6},
     )
     policy = Policy(PolicyConfig())
     decisions = [policy.choose(unsure, float(n), DEADLINE_MS) for n in range(10 * PROBE_EVERY)]
@@ -164,69 +166,70 @@ def test_what_could_be_better_is_tried_but_not_often():
     assert decisions[tries[0]].explain.reason.startswith("offload: a try: ")
 
 
-def test_what_cannot_be_better_or_would_cost_much_is_never_tried():
+def test_a_paradigm_that_cannot_be_better_or_costs_much_is_never_probed():
     policy = Policy(PolicyConfig())
-    hopeless = replace(FACTS, link=Link(970.0, 430.0))  # a picture takes 200 ms more at best, and the head 4 ms
+    hopeless = with_values(
+        KNOWN, estimate=LinkEstimate(970.0, 430.0)
+    )  # a picture takes 200 ms more at best, and the head 4 ms
     assert not any(policy.choose(hopeless, float(n), DEADLINE_MS).is_probe for n in range(100))
-    costly = replace(FACTS, head_ms=150.0, link=Link(970.0, 430.0, 8192.0), draft_ms=1.0)
+    costly = with_values(KNOWN, head_ms=150.0, estimate=LinkEstimate(970.0, 430.0, 8192.0), draft_ms=1.0)
     assert not any(policy.choose(costly, float(n), DEADLINE_MS).is_probe for n in range(100))
 
 
-# ---- a link that is away ----
+# ---- a link that is down ----
 
 
 @pytest.mark.parametrize(
-    ("changes", "away", "words"),
+    ("changes", "outage", "words"),
     [
         ({"is_online": False}, "offline", "link offline, next try in 1 s"),
         ({"losses_in_row": 3}, "loss", "no answer to the last 3 requests, next try in 1 s"),
         ({"losses_in_row": 1, "reply_loss": 0.6}, "loss", "no answer to 60% of the latest requests"),
-        ({"link": Link(60_000.0, 430.0)}, "deadline", "wanted within 5000 ms"),
+        ({"estimate": LinkEstimate(60_000.0, 430.0)}, "deadline", "wanted within 5000 ms"),
     ],
 )
-def test_a_link_that_is_away_leaves_the_device_alone(changes, away, words):
-    decision = choose(replace(FACTS, **changes))
-    assert (decision.paradigm, decision.away) == ("device", away)
+def test_a_link_that_is_down_leaves_the_frame_to_the_device(changes, outage, words):
+    decision = choose(with_values(KNOWN, **changes))
+    assert (decision.paradigm, decision.outage) == ("device", outage)
     assert words in decision.explain.reason
 
 
-def test_a_link_that_is_away_is_tried_at_growing_intervals_and_used_again_when_it_is_back():
-    policy, offline = Policy(PolicyConfig()), replace(FACTS, is_online=False)
+def test_a_link_that_is_down_is_tested_at_growing_intervals_and_used_again_when_it_is_back():
+    policy, offline = Policy(PolicyConfig()), with_values(KNOWN, is_online=False)
     decisions = [policy.choose(offline, float(second), DEADLINE_MS) for second in range(300)]
     tries = [second for second, decision in enumerate(decisions) if decision.is_probe]
     assert tries == [1, 3, 7, 15, 31, 63, 123, 183, 243]
     assert {decisions[second].paradigm for second in tries} == {"split"}  # the smallest
-    assert policy.choose(FACTS, 300.0, DEADLINE_MS).away is None
+    assert policy.choose(KNOWN, 300.0, DEADLINE_MS).outage is None
     assert "next try in 1 s" in policy.choose(offline, 301.0, DEADLINE_MS).explain.reason
 
 
-def test_a_clock_that_steps_back_does_not_end_the_tries():
-    policy, offline = Policy(PolicyConfig()), replace(FACTS, is_online=False)
+def test_a_clock_that_steps_back_does_not_end_the_tests_of_the_link():
+    policy, offline = Policy(PolicyConfig()), with_values(KNOWN, is_online=False)
     policy.choose(offline, 1e6, DEADLINE_MS)
     assert not policy.choose(offline, 0.0, DEADLINE_MS).is_probe
-    assert policy.choose(offline, LAST_TRY_S + 1, DEADLINE_MS).is_probe
+    assert policy.choose(offline, LAST_RETRY_S + 1, DEADLINE_MS).is_probe
 
 
-def test_a_deadline_that_only_one_paradigm_meets_chooses_it():
-    thin = replace(FACTS, draft_ms=300.0, stands_share=0.9)
+def test_the_only_paradigm_that_meets_the_deadline_is_chosen():
+    thin = with_values(KNOWN, draft_ms=300.0, accepted_unverified_share=0.9)
     assert Policy(PolicyConfig()).choose(thin, 0.0, DEADLINE_MS).paradigm == "split"
-    assert Policy(PolicyConfig()).choose(replace(thin, stands_share=1.0, link=Link(900, 430)), 0.0, 400.0).paradigm == (
-        "speculative"
-    )
+    slow = with_values(thin, accepted_unverified_share=1.0, estimate=LinkEstimate(900, 430))
+    assert Policy(PolicyConfig()).choose(slow, 0.0, 400.0).paradigm == "speculative"
 
 
 # ---- budgets ----
 
 
 def test_a_budget_is_spread_over_its_minute_and_used():
-    ledger = ByteBudget(8000)
-    policy, estimates = Policy(PolicyConfig(bytes_per_minute=8000, may_offload=False)), Estimates(ledger)
+    budget = ByteBudget(8000)
+    policy, measurements = Policy(PolicyConfig(bytes_per_minute=8000, may_offload=False)), Measurements(budget.spent)
     times = []
     for now in range(180):
-        decision = policy.choose(estimates.facts(now), now, DEADLINE_MS)
+        decision = policy.choose(measurements.snapshot(now), now, DEADLINE_MS)
         if decision.paradigm != "device":
-            assert ledger.take(430, now)
-            estimates.sent(now.to_bytes(8, "big"), decision.paradigm, 430, now)
+            assert budget.take(430, now)
+            measurements.sent(now.to_bytes(8, "big"), decision.paradigm, 430, now)
             times.append(now)
         else:
             assert "bytes sent in the last minute" in decision.explain.reason
@@ -234,59 +237,70 @@ def test_a_budget_is_spread_over_its_minute_and_used():
     assert sum(now >= 120 for now in times) * 430 > 0.6 * 8000
 
 
-def test_a_server_that_may_propose_words_to_itself_is_tried_where_drafting_is_slow():
-    slow = replace(FACTS, draft_ms=6.0, kind_pass_ms={"drafted": 1.6}, plain_passes=11.0, drafted_passes=4.0)
+def test_a_server_that_may_propose_tokens_itself_is_probed_if_drafting_is_slow():
+    slow = with_values(KNOWN, draft_ms=6.0, kind_pass_ms={"drafted": 1.6}, plain_passes=11.0, drafted_passes=4.0)
     policy = Policy(PolicyConfig())
     tries = [decision for n in range(60) if (decision := policy.choose(slow, float(n), DEADLINE_MS)).is_probe]
     assert {decision.paradigm for decision in tries} == {"split"}
-    found = replace(slow, kind_pass_ms={"drafted": 1.6, "plain": 1.6}, plain_passes=5.0)
-    assert choices(policy, found, LASTING + 1, start=60)[-1] == "split"
+    found = with_values(slow, kind_pass_ms={"drafted": 1.6, "plain": 1.6}, plain_passes=5.0)
+    assert choices(policy, found, LASTING_FRAMES + 1, start=60)[-1] == "split"
 
 
-def test_a_server_that_is_slower_while_the_board_drafts_counts_against_drafting_behind_the_request():
-    slow = replace(FACTS, draft_ms=30.0)
+def test_a_server_that_is_slower_while_the_board_writes_a_draft_counts_against_split():
+    slow = with_values(KNOWN, draft_ms=30.0)
     assert choose(slow).paradigm == "split"
-    assert choose(replace(slow, kind_server_ms={"plain": 40.0, "drafted": 4.0})).paradigm == "speculative"
+    assert choose(with_values(slow, kind_server_ms={"plain": 40.0, "drafted": 4.0})).paradigm == "speculative"
 
 
-def test_no_try_is_made_over_the_budget():
-    unsure = replace(FACTS, head_ms=50.0, picture_server_ms=None, link=Link(45.0, 430.0))
+def test_no_probe_exceeds_the_byte_budget():
+    unsure = with_values(KNOWN, head_ms=50.0, picture_server_ms=None, estimate=LinkEstimate(45.0, 430.0))
     policy = Policy(PolicyConfig(bytes_per_minute=15_000))
     assert not any(policy.choose(unsure, float(n), DEADLINE_MS).is_probe for n in range(100))
 
 
-def test_a_board_without_time_for_its_draft_leaves_it_out():
-    busy = replace(FACTS, head_ms=200.0, draft_ms=200.0)
+def test_a_board_without_cpu_time_for_its_draft_writes_none():
+    busy = with_values(KNOWN, head_ms=200.0, draft_ms=200.0)
     decision = choose(busy, PolicyConfig(cpu_share=0.3, may_offload=False))
-    assert (decision.paradigm, decision.drafts) == ("split", False)
-    assert choose(busy, PolicyConfig(cpu_share=0.5, may_offload=False)).drafts
+    assert (decision.paradigm, decision.writes_draft) == ("split", False)
+    assert choose(busy, PolicyConfig(cpu_share=0.5, may_offload=False)).writes_draft
     assert choose(busy, PolicyConfig(cpu_share=0.1)).paradigm == "offload"
 
 
 # ---- properties ----
 
 ms = st.floats(0.1, 2000)
-some_facts = st.builds(
-    Facts,
+snapshots = st.builds(
+    Snapshot,
     is_online=st.booleans(),
-    link=st.none() | st.builds(known_link, ms, st.floats(256, 65536)) | st.builds(Link, ms, st.just(430.0)),
-    change_chance=st.floats(0, 0.2),
-    slowest=st.none() | st.builds(Link, ms, st.just(512.0)),
-    losses_in_row=st.integers(0, 4),
-    reply_loss=st.none() | st.floats(0, 1),
-    head_ms=st.none() | ms,
-    draft_ms=st.none() | ms,
-    encode_ms=st.none() | ms,
-    queue_ms=st.none() | ms,
-    server_ms=st.none() | ms,
-    picture_server_ms=st.none() | ms,
-    pass_ms=st.none() | st.floats(0, 50),
-    plain_passes=st.none() | st.floats(1, 30),
-    drafted_passes=st.none() | st.floats(1, 30),
-    stands_share=st.none() | st.floats(0, 1),
-    throttled=st.none() | st.booleans(),
-    bytes_last_minute=st.integers(0, 10_000),
-    interval_ms=st.none() | ms,
+    link=st.builds(
+        LinkSnapshot,
+        estimate=st.none()
+        | st.builds(known_link, ms, st.floats(256, 65536))
+        | st.builds(LinkEstimate, ms, st.just(430.0)),
+        change_chance=st.floats(0, 0.2),
+        slowest=st.none() | st.builds(LinkEstimate, ms, st.just(512.0)),
+        losses_in_row=st.integers(0, 4),
+        reply_loss=st.none() | st.floats(0, 1),
+        bytes_last_minute=st.integers(0, 10_000),
+    ),
+    server=st.builds(
+        ServerSnapshot,
+        queue_ms=st.none() | ms,
+        server_ms=st.none() | ms,
+        picture_server_ms=st.none() | ms,
+        pass_ms=st.none() | st.floats(0, 50),
+        plain_passes=st.none() | st.floats(1, 30),
+        drafted_passes=st.none() | st.floats(1, 30),
+    ),
+    board=st.builds(
+        BoardSnapshot,
+        head_ms=st.none() | ms,
+        draft_ms=st.none() | ms,
+        encode_ms=st.none() | ms,
+        accepted_unverified_share=st.none() | st.floats(0, 1),
+        throttled=st.none() | st.booleans(),
+        interval_ms=st.none() | ms,
+    ),
 )
 configs = st.builds(
     PolicyConfig,
@@ -296,16 +310,16 @@ configs = st.builds(
 )
 
 
-@given(configs, st.lists(some_facts, max_size=12), st.booleans())
-def test_the_same_inputs_give_the_same_decisions(config, all_facts, has_head):
+@given(configs, st.lists(snapshots, max_size=12), st.booleans())
+def test_the_same_inputs_give_the_same_decisions(config, several, has_head):
     first, second = (Policy(config, has_head=has_head) for _ in range(2))
-    for number, facts in enumerate(all_facts):
-        assert first.choose(facts, number, DEADLINE_MS) == second.choose(facts, number, DEADLINE_MS)
+    for number, snapshot in enumerate(several):
+        assert first.choose(snapshot, number, DEADLINE_MS) == second.choose(snapshot, number, DEADLINE_MS)
 
 
-@given(configs, some_facts, st.booleans(), st.booleans(), st.floats(0, 10_000))
-def test_every_decision_is_possible_and_fits_an_event(config, facts, has_head, has_draft, deadline_ms):
-    decision = Policy(config, has_head=has_head, has_draft=has_draft).choose(facts, 1.0, deadline_ms)
+@given(configs, snapshots, st.booleans(), st.booleans(), st.floats(0, 10_000))
+def test_every_decision_is_possible_and_fits_an_event(config, snapshot, has_head, has_draft, deadline_ms):
+    decision = Policy(config, has_head=has_head, has_draft=has_draft).choose(snapshot, 1.0, deadline_ms)
     assert decision.paradigm != "offload" or config.may_offload
     assert decision.paradigm not in ("split", "speculative") or has_head
     assert decision.paradigm != "speculative" or has_draft
@@ -314,27 +328,27 @@ def test_every_decision_is_possible_and_fits_an_event(config, facts, has_head, h
     assert decode_event(encode_event(event)).explain == decision.explain
 
 
-@given(some_facts.filter(lambda facts: facts.is_online and facts.losses_in_row < 1), ms)
-def test_a_slower_draft_never_makes_drafting_first_the_choice(facts, more_ms):
-    facts = replace(facts, draft_ms=facts.draft_ms or 5.0)
-    before = choose(facts)
-    after = choose(replace(facts, draft_ms=facts.draft_ms + more_ms))
+@given(snapshots.filter(lambda snapshot: snapshot.is_online and snapshot.link.losses_in_row < 1), ms)
+def test_a_slower_draft_never_makes_speculative_the_choice(snapshot, more_ms):
+    snapshot = with_values(snapshot, draft_ms=snapshot.board.draft_ms or 5.0)
+    before = choose(snapshot)
+    after = choose(with_values(snapshot, draft_ms=snapshot.board.draft_ms + more_ms))
     assert after.paradigm != "speculative" or before.paradigm == "speculative"
 
 
-@given(some_facts.filter(lambda facts: facts.is_online and facts.losses_in_row < 1), st.floats(1.01, 50))
-def test_a_slower_link_never_makes_the_picture_the_choice(facts, times):
-    link = facts.link or Link(100.0, 430.0)
-    before = choose(replace(facts, link=link))
-    after = choose(replace(facts, link=replace(link, ms=times * link.ms)))
+@given(snapshots.filter(lambda snapshot: snapshot.is_online and snapshot.link.losses_in_row < 1), st.floats(1.01, 50))
+def test_a_slower_link_never_makes_offload_the_choice(snapshot, times):
+    link = snapshot.link.estimate or LinkEstimate(100.0, 430.0)
+    before = choose(with_values(snapshot, estimate=link))
+    after = choose(with_values(snapshot, estimate=dataclasses.replace(link, ms=times * link.ms)))
     assert after.paradigm != "offload" or before.paradigm == "offload"
 
 
-@given(some_facts, st.floats(50, 5000), st.floats(0, 5000))
-def test_more_time_never_leaves_the_device_alone(facts, deadline_ms, more_ms):
+@given(snapshots, st.floats(50, 5000), st.floats(0, 5000))
+def test_a_longer_deadline_never_leaves_the_frame_to_the_device(snapshot, deadline_ms, more_ms):
     policy = Policy(PolicyConfig())
-    if policy.choose(facts, 0.0, deadline_ms).paradigm != "device":
-        assert Policy(PolicyConfig()).choose(facts, 0.0, deadline_ms + more_ms).paradigm != "device"
+    if policy.choose(snapshot, 0.0, deadline_ms).paradigm != "device":
+        assert Policy(PolicyConfig()).choose(snapshot, 0.0, deadline_ms + more_ms).paradigm != "device"
 
 
 # ---- in closed loop ----

@@ -1,8 +1,8 @@
-"""What a board's kernel says, as files in a folder."""
+"""Thermal state from the files of a board's kernel, in a folder."""
 
 import pytest
 
-from edge_runtime.planning.thermal import Vitals, VitalsReader
+from edge_runtime.planning.thermal import ThermalReader, ThermalState
 
 
 @pytest.fixture
@@ -17,12 +17,12 @@ def board(tmp_path):
     return write
 
 
-def read(tmp_path) -> Vitals:
-    return VitalsReader(tmp_path).read(0.0)
+def read(tmp_path) -> ThermalState:
+    return ThermalReader(tmp_path).read(0.0)
 
 
 def test_a_board_that_says_nothing_is_unknown(tmp_path):
-    assert read(tmp_path) == Vitals(None, None)
+    assert read(tmp_path) == ThermalState(None, None)
 
 
 def test_the_hottest_zone_counts(tmp_path, board):
@@ -65,16 +65,16 @@ def test_a_processor_that_is_held_down_is_throttled_and_a_fan_that_turns_is_not(
 def test_rubbish_is_unknown(tmp_path, board, rubbish):
     board("class/thermal/thermal_zone0/temp", rubbish)
     board("devices/platform/soc/soc:firmware/get_throttled", rubbish if rubbish != "1e9" else "zz")
-    assert read(tmp_path) == Vitals(None, None)
+    assert read(tmp_path) == ThermalState(None, None)
 
 
 def test_a_folder_in_a_files_place_is_unknown(tmp_path):
     (tmp_path / "sys/class/thermal/thermal_zone0/temp").mkdir(parents=True)
-    assert read(tmp_path) == Vitals(None, None)
+    assert read(tmp_path) == ThermalState(None, None)
 
 
 def test_it_reads_at_most_every_few_seconds(tmp_path, board):
-    reader = VitalsReader(tmp_path, period_s=5.0)
+    reader = ThermalReader(tmp_path, period_s=5.0)
     board("class/thermal/thermal_zone0/temp", "50000")
     assert reader.read(100.0).temperature_c == 50.0
     board("class/thermal/thermal_zone0/temp", "70000")

@@ -73,7 +73,7 @@ class Board:
         events = Events(self.client, SITE, BOARD, self.heard)
         self.budget = ByteBudget(bytes_per_minute)
         self.tracker = RequestTracker(
-            self.client, bundle, SITE, BOARD, events, capacity, resend_s, outbox, budget=self.budget
+            self.client, bundle, SITE, BOARD, events, capacity, resend_s, outbox, byte_budget=self.budget
         )
         self.asked = 0
 

@@ -1,0 +1,146 @@
+"""The statuses that servers publish: what they claim of themselves, bounded and checked.
+
+Anybody who may publish on a status topic can claim anything for any number of servers. So a claim is used only until
+this board has measured its own value, and the statuses of servers that answered this board are never evicted.
+"""
+
+import logging
+import statistics
+from collections import Counter
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_runtime.errors import AiflowError
+from edge_runtime.wire import TopicError, topics
+from edge_runtime.wire.envelope import Millis, Name, UInt32
+
+logger = logging.getLogger(__name__)
+
+MAX_STATUS = 16 * 1024  # bytes of JSON; a server writes 1 KB
+SERVERS = 16  # whose statuses are remembered
+CONTRADICTION_RATIO = 8.0  # a claimed price that differs by this factor from the measured one is counted
+CLAIM_AGE_S = 60.0  # a server publishes its status every 10 s
+
+
+class StatusError(AiflowError, ValueError):
+    """A payload that is not the status of a server."""
+
+
+class _Queue(Struct, frozen=True):
+    waiting: UInt32 = 0
+
+
+class _Price(Struct, frozen=True):
+    batch: Millis = 0.0
+    one_pass: Millis = msgspec.field(default=0.0, name="pass")
+
+
+class ServerStatus(Struct, frozen=True):
+    """The fields that a board reads; it ignores all others."""
+
+    state: Literal["online", "offline"]
+    server: Annotated[Name, Meta(min_length=1)]
+    queue: _Queue = _Queue()
+    price_ms: _Price = _Price()
+    share_proven: bool = True  # False: requests do not reach this server
+    accepting: bool = True  # False: it takes no requests at present
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.state == "online" and self.share_proven and self.accepting
+
+
+_status = msgspec.json.Decoder(ServerStatus)
+
+
+def decode_status(payload: bytes) -> ServerStatus:
+    """Raises StatusError."""
+    if len(payload) > MAX_STATUS:
+        raise StatusError(f"status of {len(payload)} bytes, at most {MAX_STATUS} are read: no server publishes this")
+    try:
+        return _status.decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise StatusError(f"not a server's status: {error}") from error
+
+
+class Claims(NamedTuple):
+    """Medians of what the servers say of themselves. None: they say nothing."""
+
+    queue_ms: float | None
+    pass_ms: float | None
+
+
+class _Received(NamedTuple):
+    status: ServerStatus
+    at: float
+    refusing_since: float | None  # when it first said that it takes no requests; None: it takes them
+
+
+class ServerStatuses:
+    """Written by the MQTT client's thread and read by the frame path: they share values that are replaced whole.
+
+    The statuses do not use the queue of the measurements: a server that floods its topic would displace measurements.
+    """
+
+    def __init__(self, counts: Counter[str]) -> None:
+        """counts: of values that were ignored; adds to status_refused, status_contradicted and servers_forgotten."""
+        self.measured_pass_ms: float | None = None  # set by the frame path
+        self._counts = counts
+        self._received: dict[str, _Received] = {}  # by server, the stalest first; replaced by the MQTT client's thread
+        self._answered: dict[str, None] = {}  # servers, the latest to answer last; replaced by the frame path
+
+    def arrived(self, topic: str, payload: bytes, now: float) -> None:
+        """A message on the topic of a server's status."""
+        try:
+            server, status = topics.server_of(topic), decode_status(payload)
+            if status.server != server:
+                raise StatusError(f"it says that it is of {status.server!r}")
+        except (TopicError, StatusError) as error:
+            self._report("status_refused", topic, str(error))
+            return
+        measured, claimed = self.measured_pass_ms, status.price_ms.one_pass
+        if measured and claimed and not measured / CONTRADICTION_RATIO < claimed < CONTRADICTION_RATIO * measured:
+            why = f"it claims {claimed} ms per pass, the board measured {measured:.2f} ms and uses that"
+            self._report("status_contradicted", server, why)
+        received = dict(self._received)
+        before = received.pop(server, None)
+        if len(received) >= SERVERS:
+            answered = self._answered
+            evicted = next((name for name in received if name not in answered), server)
+            self._report("servers_forgotten", evicted, f"more than {SERVERS} servers publish a status")
+            if evicted == server:  # all others have answered
+                return
+            del received[evicted]
+        since = None if status.takes_requests else now
+        # A server that is online repeats its status all the time. "offline" is only published when it leaves.
+        if since is not None and status.state == "online" and before and before.refusing_since is not None:
+            since = before.refusing_since
+        self._received = {**received, server: _Received(status, now, since)}
+
+    def answered(self, server: str) -> None:
+        """A server has answered this board."""
+        others = [name for name in self._answered if name != server]
+        self._answered = dict.fromkeys([*others[1 - SERVERS :], server])
+
+    def claims(self, now: float) -> Claims:
+        """Of the servers that are online."""
+        received = [each for each in self._received.values() if abs(now - each.at) <= CLAIM_AGE_S]
+        online = [each.status for each in received if each.status.state == "online"]
+        queue_ms = [status.price_ms.batch if status.queue.waiting else 0.0 for status in online]
+        pass_ms = [status.price_ms.one_pass for status in online if status.price_ms.one_pass]
+        return Claims(*(statistics.median(values) if values else None for values in (queue_ms, pass_ms)))
+
+    def all_refuse(self, now: float, answered_at: float) -> bool:
+        """All servers say that they take no requests, and no server has answered since they said so.
+
+        answered_at: the latest answer of any server, -inf if there was none.
+        """
+        since = [each.refusing_since for each in self._received.values()]
+        return bool(since) and all(at is not None and min(at, now) >= answered_at for at in since)
+
+    def _report(self, kind: str, whose: str, why: str) -> None:
+        self._counts[kind] += 1
+        if self._counts[kind] == 1:
+            logger.warning("%s server=%.128r why=%s", kind.replace("_", " "), whose, why)

@@ -1,0 +1,127 @@
+"""The statuses of servers: genuine, hostile and forged."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.planning.server_status import MAX_STATUS, SERVERS, ServerStatuses, StatusError, decode_status
+from edge_runtime.wire import topics
+
+
+def status_of(server: str = "a", state: str = "online", **others: object) -> bytes:
+    return json.dumps({"state": state, "server": server, **others}).encode()
+
+
+class Statuses(ServerStatuses):
+    """With its counters."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        super().__init__(self.counts)
+
+    def receive(self, server: str, now: float, **status: object) -> None:
+        self.arrived(topics.server_status("home", server), status_of(server, **status), now)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 10_000,
+        b" " * (MAX_STATUS + 1),
+        status_of("someone-else"),
+        status_of(state="perhaps"),
+        status_of(share_proven="no"),
+        status_of(price_ms={"pass": -1.0}),
+        status_of(price_ms={"pass": 1e300}),
+        status_of(queue={"waiting": -5}),
+        b'{"state": "online", "server": "a", "price_ms": {"pass": NaN}}',
+    ],
+)
+def test_a_hostile_status_is_counted_and_changes_nothing(payload):
+    statuses = Statuses()
+    statuses.arrived(topics.server_status("home", "a"), payload, 0.0)
+    assert statuses.counts == {"status_refused": 1}
+    assert statuses.claims(0.0) == Statuses().claims(0.0)
+    assert not statuses.all_refuse(0.0, -math.inf)
+
+
+@pytest.mark.parametrize("topic", ["aiflow/home/server/EVIL/status", "aiflow/home/server/s1/status/more", "status", ""])
+def test_a_status_on_a_topic_of_no_server_is_counted_and_logged_once(topic, caplog):
+    statuses = Statuses()
+    for _ in range(3):
+        statuses.arrived(topic, status_of(), 0.0)
+    assert statuses.counts == {"status_refused": 3}
+    assert len(caplog.records) == 1
+
+
+@given(
+    st.binary(max_size=200) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(repr).map(str.encode)
+)
+def test_any_bytes_are_a_status_or_a_named_error(payload):
+    with pytest.raises(StatusError):
+        decode_status(payload)
+
+
+def test_if_more_servers_publish_a_status_than_are_remembered_the_stalest_is_forgotten_and_counted():
+    statuses = Statuses()
+    for number in range(SERVERS + 5):
+        statuses.receive(f"s{number}", 0.0, price_ms={"pass": 1.0 + number})
+    assert statuses.counts == {"servers_forgotten": 5}
+    assert statuses.claims(0.0).pass_ms == 1.0 + 5 + (SERVERS - 1) / 2
+
+
+def test_a_server_that_has_answered_is_never_forgotten():
+    statuses = Statuses()
+    statuses.receive("real", 0.0)
+    statuses.answered("real")
+    for number in range(100):
+        statuses.receive(f"forged{number}", 1.0 + number, state="offline")
+    assert not statuses.all_refuse(101.0, 0.0)
+    assert len(statuses._received) == SERVERS
+    assert statuses.counts == {"servers_forgotten": 100 - (SERVERS - 1)}
+
+
+def test_if_all_remembered_servers_have_answered_a_further_one_waits_for_its_first_answer():
+    statuses = Statuses()
+    for number in range(SERVERS):
+        statuses.receive(f"s{number}", 0.0)
+        statuses.answered(f"s{number}")
+    statuses.receive("new", 1.0)
+    assert "new" not in statuses._received
+    statuses.answered("new")
+    statuses.receive("new", 2.0)
+    assert "new" in statuses._received
+    assert len(statuses._received) == SERVERS
+    assert statuses.counts == {"servers_forgotten": 2}
+
+
+@pytest.mark.parametrize("away", [{"state": "offline"}, {"share_proven": False}, {"accepting": False}])
+def test_servers_count_as_offline_only_if_all_of_them_take_no_requests(away):
+    statuses = Statuses()
+    assert not statuses.all_refuse(0.0, -math.inf)
+    statuses.receive("a", 1.0, **away)
+    statuses.receive("b", 1.0)
+    assert not statuses.all_refuse(2.0, -math.inf)
+    statuses.receive("b", 3.0, **away)
+    assert statuses.all_refuse(3.0, -math.inf)
+    assert statuses.all_refuse(3.0, 0.5)  # answered before
+    assert not statuses.all_refuse(5.0, 4.0)  # answered since
+    statuses.receive("a", 6.0)
+    assert not statuses.all_refuse(6.0, -math.inf)
+
+
+def test_a_repeated_refusal_is_no_news_but_a_repeated_offline_is():
+    """A server publishes its status every 10 s while it is online, and "offline" only when it leaves."""
+    statuses = Statuses()
+    for now in (1.0, 11.0):
+        statuses.receive("a", now, accepting=False)
+    assert not statuses.all_refuse(11.0, 5.0)
+    statuses.receive("a", 12.0, state="offline")
+    assert statuses.all_refuse(12.0, 5.0)
