@@ -17,7 +17,7 @@ from edge_runtime.pipeline import Plan
 from edge_runtime.planning.measurements import Estimates
 from edge_runtime.planning.policy import Policy
 from edge_runtime.planning.thermal import VitalsReader
-from edge_runtime.reporting.remote_settings import Switches
+from edge_runtime.reporting.remote_settings import RemoteSettings
 from edge_runtime.wire import Tier
 from edge_runtime.wire.event import Explain, ParadigmName
 
@@ -29,7 +29,7 @@ class BoardPlanner:
         self,
         config: RuntimeConfig,
         cameras: Cameras,
-        switches: Switches,
+        switches: RemoteSettings,
         new_policy: Callable[[], Policy],
         estimates: Estimates,
         has_room: Callable[[], bool] = lambda: True,

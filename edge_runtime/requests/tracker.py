@@ -236,7 +236,7 @@ class Answers:
         except queue.Full:
             self.counts["overflow"] += 1
 
-    def summary(self) -> dict[str, int]:
+    def summary(self) -> dict[str, Any]:
         """Counters; accepted + found = answered + lost + open + kept, where found was kept by an earlier run."""
         counts = self._requests.counts
         box = self._outbox.counts if self._outbox else Counts()
@@ -252,7 +252,7 @@ class Answers:
             "replayed": self._replayed,
         }
         values |= {name: getattr(counts, name) for name in ("resent", "busy", "duplicate", "late", "unknown")}
-        return values | {f"reply_{kind}": count for kind, count in self.counts.items()}
+        return values | {"reply": dict(self.counts)}  # a copy in one step: the answers' thread adds kinds
 
     def _run(self) -> None:
         while True:

@@ -163,7 +163,7 @@ def test_an_answer_that_was_faster_than_the_draft_is_not_taken_back(start, broke
     board.pipeline.draft = Waiting()
     with Listener(broker.port, topics.request(SITE, BOARD)) as server:
         board.pipeline.handle(frame())
-        until(lambda: board.answers.summary().get("reply_overtaken") == 1)
+        until(lambda: board.answers.summary()["reply"].get("overtaken") == 1)
     assert (board.order, len(board.announced)) == (["ask", "update"], 1)
 
 

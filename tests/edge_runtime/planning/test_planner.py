@@ -11,7 +11,7 @@ from edge_runtime.mqtt.client import Message
 from edge_runtime.planning.measurements import Estimates
 from edge_runtime.planning.planner import BoardPlanner
 from edge_runtime.planning.policy import Policy
-from edge_runtime.reporting.remote_settings import Switches, board_switches
+from edge_runtime.reporting import RemoteSettings, board_settings
 from edge_runtime.wire import Tier, topics
 from edge_runtime.wire.event import Explain
 
@@ -33,7 +33,7 @@ class Board:
         cameras = CameraConfig("plain", "mqtt"), own
         config = RuntimeConfig(BoardConfig("b1", "bundle", **{"tier": "cloud", **board}), cameras, outbox=outbox)
         self.estimates = Estimates()
-        self.switches = Switches("home", "b1", board_switches(config, Cameras(cameras)))
+        self.switches = RemoteSettings("home", "b1", board_settings(config))
         self.planner = BoardPlanner(
             config,
             Cameras(cameras),
@@ -45,7 +45,7 @@ class Board:
 
     def set(self, name: str, value: str) -> None:
         topic = topics.setting("home", "b1", name)
-        assert self.switches.heard(Message(topic, value.encode(), 1, False, None, lambda: None), Told())
+        self.switches.message_arrived(Message(topic, value.encode(), 1, False, None, lambda: None), Told())
 
 
 def test_a_configured_paradigm_is_the_plan_and_says_so():

@@ -228,7 +228,7 @@ def test_the_same_answer_again_is_no_news_and_counted(board, server):
     server.say(not_final(request, "a cat", 8))
     server.reply(request, text="a cow")
     assert [board.next_event().text for _ in range(3)] == ["a dog", "a cat", "a cow"]
-    assert board.answers.summary()["reply_not_final_again"] == 3
+    assert board.answers.summary()["reply"]["not_final_again"] == 3
 
 
 def test_a_server_that_never_comes_to_an_end_is_heard_so_often_as_there_can_be_tiers(board, server):
@@ -238,7 +238,7 @@ def test_a_server_that_never_comes_to_an_end_is_heard_so_often_as_there_can_be_t
     server.reply(request, text="a cow")
     texts = [board.next_event().text for _ in range(MAX_VIA + 2)]
     assert texts == [*(f"word{number}" for number in range(MAX_VIA + 1)), "a cow"]
-    assert board.answers.summary()["reply_not_final_again"] == 10 - MAX_VIA - 1
+    assert board.answers.summary()["reply"]["not_final_again"] == 10 - MAX_VIA - 1
 
 
 def test_of_answers_that_wait_for_a_higher_tier_there_are_as_many_as_open_requests(broker, board_bundle, server):
@@ -280,7 +280,7 @@ def test_a_refusal_loses_the_question_at_once_and_says_who_and_why(board, server
     assert (event.type, event.final) == ("lost", True)
     assert event.why == f"server s1: {status.name.lower()}: try this"
     assert (event.text, event.tokens) == ("word7 word8", DRAFT)  # the draft stands
-    assert board.answers.summary()[f"reply_{status.name.lower()}"] == 1
+    assert board.answers.summary()["reply"][status.name.lower()] == 1
 
 
 def test_without_a_reply_a_question_is_lost_at_its_deadline(board, server):
@@ -361,7 +361,7 @@ def test_a_request_whose_server_died_is_answered_when_sent_again(broker, board_b
 def test_what_is_no_reply_is_counted_and_changes_nothing(board, server, garbage):
     server.say(garbage)
     answer_one_more(board, server)
-    assert board.answers.summary()["reply_unreadable"] == 1
+    assert board.answers.summary()["reply"]["unreadable"] == 1
 
 
 def test_a_reply_to_nothing_we_asked_is_counted_and_changes_nothing(board, server):
@@ -478,7 +478,7 @@ def test_a_flood_of_replies_never_blocks_the_network_thread(board_bundle):
     answers = Answers(client, board_bundle, SITE, BOARD, Events(client, SITE, BOARD), 8, 1.0)  # its thread not started
     for _ in range(QUEUE + 3):
         answers.reply_arrived(b"x")
-    assert answers.summary()["reply_overflow"] == 3
+    assert answers.summary()["reply"]["overflow"] == 3
     client.close()
 
 
@@ -562,7 +562,7 @@ def test_what_was_kept_leaves_half_of_the_table_to_live_frames(broker, board_bun
 def test_what_is_sent_again_is_paid_for_and_stays_when_the_budget_is_spent(broker, board_bundle, server):
     with Board(broker.port, board_bundle, resend_s=0.05, bytes_per_minute=150) as board:
         request = board.ask()
-        until(lambda: board.answers.summary().get("reply_over_budget", 0) >= 1)
+        until(lambda: board.answers.summary()["reply"].get("over_budget", 0) >= 1)
         resent, size = board.answers.summary()["resent"], len(encode_request(request))
         assert board.ledger.spent(time.monotonic()) <= 150
         assert not board.answers.affords(150)
@@ -691,7 +691,7 @@ def test_what_cannot_be_handled_is_counted_and_the_next_question_is_answered(boa
     with monkeypatch.context() as patched:
         patched.setattr("edge_runtime.requests.tracker.decode_reply", broken)
         server.say(b"whatever")
-        until(lambda: board.answers.summary().get("reply_broken") == 1)
+        until(lambda: board.answers.summary()["reply"].get("broken") == 1)
     answer_one_more(board, server)
 
 
