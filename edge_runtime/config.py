@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.errors import AiflowError
-from edge_runtime.mqtt import MqttSettings
+from edge_runtime.mqtt.settings import MqttSettings, is_loopback
 
 MAX_CONFIG_BYTES = 256 * 1024
 
@@ -172,7 +172,9 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         A broker may derive the client id from the user name, so a second connection might evict the first.
         """
         local, mqtt = self.local, self.mqtt
-        is_same = local and (local.host, local.port, local.username) == (mqtt.host, mqtt.port, mqtt.username)
+        if local is None or (local.port, local.username) != (mqtt.port, mqtt.username):
+            return local
+        is_same = local.host == mqtt.host or (is_loopback(local.host) and is_loopback(mqtt.host))
         return None if is_same else local
 
     def __post_init__(self) -> None:

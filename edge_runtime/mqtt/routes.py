@@ -61,7 +61,7 @@ class Router:
         why, advice = rejection
         self._rejected[why] += 1
         if is_told(count := self._rejected[why]):
-            topic = printable(message.topic)
+            topic = printable(message.topic, 128)
             logger.warning("mqtt message rejected topic=%s reason=%s count=%d: %s", topic, why, count, advice)
 
     def rejected(self) -> dict[str, int]:

@@ -218,13 +218,10 @@ def test_each_of_several_mqtt_cameras_has_a_topic_and_what_names_none_is_counted
     assert "publish pictures on aiflow/home/b1/down/frame/front or aiflow/home/b1/down/frame/back" in caplog.text
 
 
-def with_near(config: RuntimeConfig, port: int, host: str = "127.0.0.1") -> RuntimeConfig:
-    return msgspec.structs.replace(config, local=MqttConfig(host=host, port=port, keepalive_s=2))
-
-
 def test_both_brokers_have_the_same_status(board_bundle, start_broker, photos):
     far, near = start_broker(), start_broker()
-    config = with_near(configuration(board_bundle, far.port, photos, paradigm="device"), near.port)
+    config = configuration(board_bundle, far.port, photos, paradigm="device")
+    config = msgspec.structs.replace(config, local=MqttConfig(port=near.port, keepalive_s=2))
     with (
         Listener(far.port, topics.status(SITE, BOARD)) as far_user,
         Listener(near.port, topics.status(SITE, BOARD)) as near_user,
@@ -239,28 +236,25 @@ def test_both_brokers_have_the_same_status(board_bundle, start_broker, photos):
     assert [status(broker.port)["state"] for broker in (far, near)] == ["offline", "offline"]
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_both_tables_may_name_one_broker_by_any_of_its_names(board_bundle, start_broker, photos, host):
-    broker = start_broker(PLAIN + "listener {port} ::1\n" if has_ipv6_localhost() else PLAIN)
-    config = with_near(configuration(board_bundle, broker.port, photos), broker.port, host)
+@pytest.mark.parametrize(("local", "connections"), [({}, 1), ({"host": "localhost"}, 1), ({"username": "b1-local"}, 2)])
+def test_both_tables_may_name_one_broker(board_bundle, broker, photos, local, connections):
+    near = MqttConfig(**{"port": broker.port, "keepalive_s": 2, **local})
+    config = msgspec.structs.replace(configuration(board_bundle, broker.port, photos), local=near)
     with server(broker.port), Running(config) as board:
         summary = board.wait_ended()
     assert summary["answered"] == 3
     ends = [summary[name] for name in ("mqtt", "local") if name in summary]
-    assert len(ends) == (2 if host == "localhost" else 1)
-    assert all((end["connects"], end["evictions"], end["losses"]) == (1, 0, 1) for end in ends)
+    assert [(end["connects"], end["evictions"], end["losses"]) for end in ends] == connections * [(1, 0, 1)]
     assert status(broker.port)["state"] == "offline"
-
-
-def has_ipv6_localhost() -> bool:
-    return any(info[0] is socket.AF_INET6 for info in socket.getaddrinfo("localhost", 1883))
 
 
 def test_a_changed_setting_is_applied_to_its_camera(board_bundle):
     board = Board(configuration(board_bundle, 1883, "mqtt"))
 
     def change(name: str, value: bytes) -> None:
-        board.servers._on_message(Message(topics.setting(SITE, BOARD, name), value, 1, False, None, lambda: None))
+        board.routers[-1].message_arrived(
+            Message(topics.setting(SITE, BOARD, name), value, 1, False, None, lambda: None)
+        )
 
     door = board.cameras["door"]
     change("door_motion", b"ON")

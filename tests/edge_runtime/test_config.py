@@ -81,7 +81,7 @@ def test_a_missing_key_is_named(tmp_path):
         ("", False),
         ("[local]\n", False),
         ("[local]\nport = 1884\n", True),
-        ('[local]\nhost = "localhost"\n', True),
+        ('[local]\nhost = "localhost"\n', False),
         ('[local]\nusername = "user"\n', True),
     ],
 )
