@@ -1,6 +1,6 @@
-"""A board put together from its configuration: bundle, models, MQTT client, cameras; `aiflow run` is this.
+"""A board put together from its configuration: bundle, models, MQTT clients, cameras. `aiflow run` is this.
 
-Knows how the parts fit; what happens to a frame is in pipeline.py.
+This file knows how the parts fit together. What happens to a frame is in pipeline.py.
 """
 
 import json
@@ -8,9 +8,11 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +28,23 @@ from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Head
 from edge_runtime.inference.preprocess import PIXELS
-from edge_runtime.mqtt.client import Message, MqttClient, Publish, State
+from edge_runtime.mqtt import Message, MqttClient, Publish, State
+from edge_runtime.mqtt.routes import Rejection, Route, Router
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import BoardPlanner, Measurements
-from edge_runtime.reporting.events import Events
-from edge_runtime.reporting.remote_settings import Switches, board_switches
+from edge_runtime.reporting import BOARD, Events, RemoteSettings, Setting, Values, board_settings, not_zero
 from edge_runtime.requests import ByteBudget, RequestTracker
 from edge_runtime.wire import Event, topics
 
 logger = logging.getLogger(__name__)
 
-BOOT = secrets.token_hex(4)  # tells one start of a board from the next
-MAX_FRAME = 8 << 20  # bytes of a packet from the broker, where camera software sends pictures
-STOP_S = 10.0  # that an orderly end takes at most: both clients say what is left, the outbox writes
+BOOT = secrets.token_hex(4)  # distinguishes one start of a board from the next
+MAX_PICTURE = 8 << 20  # bytes of a packet from the broker to which camera software sends pictures
+STOP_S = 10.0  # that an orderly end may take: both clients send what is left, the outbox writes
 
 
 def load_head(bundle: Bundle, backend: str, threads: int) -> Head:
-    """The bundle's head in a backend ("onnx", "litert", or "auto": the faster here of those that are installed).
+    """The bundle's head in a backend: "onnx", "litert", or "auto" for the faster one of those that are installed.
 
     Raises BundleError, BackendError.
     """
@@ -55,7 +57,10 @@ def load_head(bundle: Bundle, backend: str, threads: int) -> Head:
 
 
 def load_draft(bundle: Bundle, backend: str, threads: int) -> Draft:
-    """The bundle's draft decoder in a backend; "auto" need not choose the head's. Raises BundleError, BackendError."""
+    """The bundle's draft decoder in a backend. "auto" may choose another one than for the head.
+
+    Raises BundleError, BackendError.
+    """
 
     def load(suffix: str) -> Draft:
         look, step = (load_model(bundle.file(f"draft_{part}{suffix}"), threads) for part in ("look", "step"))
@@ -66,23 +71,31 @@ def load_draft(bundle: Bundle, backend: str, threads: int) -> Draft:
 
 
 class Board:
-    """The parts of one board, and how they hear of each other."""
+    """The parts of one board, and which of them hears what."""
 
     def __init__(self, config: RuntimeConfig, listener: Callable[[Event], None] | None = None) -> None:
-        """Raises the named errors of what cannot start; a broker that is away is not one of them."""
+        """Raises the named error of a part that can never start. A broker that is away is not an error."""
         self.config = config
         board, site = config.board, config.board.site
-        # One frame's resize gains nothing from OpenCV's own pool, and waits for its workers where cores are busy.
+
+        # Models. A board that only offloads has no head and no draft decoder.
+        # OpenCV's own threads do not make the resize of a frame faster, and it waits for them if all cores are busy.
         cv2.setNumThreads(board.threads)
         self.bundle = bundle = open_bundle(Path(board.bundle))
-        _ = bundle.tables, bundle.words  # a file that is missing is found at start
-        only_offloads = board.paradigm == "offload"  # a board without a head
-        head = None if only_offloads else load_head(bundle, board.backend, board.threads)
-        draft = None if only_offloads else load_draft(bundle, board.backend, board.threads)
-        self.cameras = Cameras(config.cameras, self._camera_changed)
-        self.switches = Switches(site, board.id, board_switches(config, self.cameras))
+        _ = bundle.tables, bundle.words  # read now, so that a missing file is found at start
+        offloads = board.paradigm == "offload"
+        head = None if offloads else load_head(bundle, board.backend, board.threads)
+        draft = None if offloads else load_draft(bundle, board.backend, board.threads)
+
+        # Where frames come from, and what users may change.
+        self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
+        self.cameras = Cameras(config.cameras, self.publish_status)
+        self.settings = RemoteSettings(site, board.id, board_settings(config), self._apply)
+
+        # The network: requests and replies with `servers`, everything for users with `local`.
         byte_budget = ByteBudget(config.policy.bytes_per_minute)
-        self.estimates = Measurements(byte_budget.spent)
+        self.measurements = Measurements(byte_budget.spent)
+        self.routers: list[Router] = []
         self.servers, self.local = self._clients()
         self.events = Events(self.local, site, board.id, listener)
         self.tracker = RequestTracker(
@@ -94,14 +107,16 @@ class Board:
             board.open_requests,
             board.resend_ms / 1e3,
             config.outbox,
-            self.estimates,
+            self.measurements,
             byte_budget,
         )
+
+        # What decides, and the path of a frame.
         planner = BoardPlanner(
             config,
             self.cameras,
-            self.switches,
-            self.estimates,
+            self.settings,
+            self.measurements,
             Calibration(bundle.manifest.draft_calibration),
             has_head=head is not None,
             has_draft=draft is not None,
@@ -109,15 +124,14 @@ class Board:
         )
         self.pipeline = Pipeline(bundle, head, draft, planner, self.tracker, self.events, board.slowdown)
 
-    def run(self, stop: threading.Event) -> dict[str, int]:
-        """Until the sources end or `stop` is set; returns what became of the requests.
+    def run(self, stop: threading.Event) -> Values:
+        """Handles frames until the sources end or `stop` is set; returns `summary`.
 
-        Raises PictureError for sources that can never work, and RuntimeError for whatever ends it later: that is no
-        mistake of the configuration, and the board is worth starting again.
+        Raises PictureError for sources that can never work, and RuntimeError for anything that ends it later: that is
+        not a mistake in the configuration, and the board is worth starting again.
         """
         with ExitStack() as running:
-            clients = {self.servers, self.local}
-            for client in clients:
+            for client in (clients := {self.servers, self.local}):
                 running.enter_context(client)
             for client in clients:
                 running.callback(client.finish)  # all of them, before the first one is waited for
@@ -127,72 +141,117 @@ class Board:
                 self.pipeline.run(self.cameras.frames(stop))
             except Exception as error:
                 raise RuntimeError("the board broke while it ran") from error
-            # Sources that end, such as files, leave questions open: their answers are waited for, up to the deadline.
+            # Sources that end, such as files, leave requests open: wait for their answers until the deadline.
             own = [camera.config.deadline_ms or 0 for camera in self.cameras]
             self.tracker.wait_until_settled(max(self.config.board.deadline_ms, *own) / 1e3, stop)
         summary = self.summary()
-        logger.info("board stopped %s", " ".join(f"{name}={value}" for name, value in summary.items()))
+        logger.info("board stopped %s", not_zero(summary))
         return summary
 
-    def summary(self) -> dict[str, int]:
-        """Every counter; any thread."""
-        mqtt = {f"mqtt_{name}": count for name, count in asdict(self.servers.stats()).items()}
-        if self.local is not self.servers:
-            mqtt |= {f"local_{name}": count for name, count in asdict(self.local.stats()).items()}
-        failed = {"frames_failed": self.pipeline.failed}
-        switched = {f"switch_{name}": count for name, count in asdict(self.switches.counters).items()}
-        ignored = {f"ignored_{name}": count for name, count in self.estimates.counts.items()}
-        requests = self.tracker.summary()
-        requests |= {f"reply_{kind}": count for kind, count in requests.pop("reply").items()}
-        return requests | failed | asdict(self.cameras.totals()) | switched | ignored | mqtt
+    def summary(self) -> Values:
+        """Every number of the board, with the names of reporting/counters.py; any thread."""
+        rejected = Counter[str]()
+        for router in self.routers:
+            rejected.update(router.rejected())
+        values: dict[str, Any] = {
+            **self.tracker.summary(),
+            **asdict(self.cameras.totals()),
+            "frames_failed": self.pipeline.failed,
+            "setting": self.settings.counts(),
+            "rejected": dict(rejected),
+            "ignored": dict(self.measurements.counts),
+            **self.servers.counts("mqtt"),
+        }
+        return values if self.local is self.servers else values | self.local.counts("local")
+
+    def publish_status(self) -> None:
+        """On any thread: every broker that has the board's status hears of the change."""
+        status = self._status("online")
+        for client in {self.servers, self.local}:
+            client.publish(status.topic, status.payload, qos=status.qos, retain=status.retain)
+
+    def report_problem(self, part: str, problem: str) -> None:
+        """On any thread: show in the status what is wrong with a part; "" when it works again."""
+        before, now = self.problems, {**self.problems, part: problem}
+        self.problems = {name: text for name, text in now.items() if text}
+        if self.problems != before:
+            self.publish_status()
+
+    # ---- which messages go where ----
 
     def _clients(self) -> tuple[MqttClient, MqttClient]:
-        """To the servers' broker, and to the near one of the users: the same where only one is configured."""
+        """To the servers' broker and to the users' broker. Without [local] they are one."""
         board, site = self.config.board, self.config.board.site
-        for_servers = [(topics.reply(site, board.id), 1), (topics.server_statuses(site), 0)]
-        for_users = [self.switches.subscription] + [(topics.frame(site, board.id), 0)] * self.cameras.wants_pictures
-        if (near := self.config.near_broker) is None:
-            one = self._client(self.config.mqtt, for_servers + for_users, self._told)
-            return one, one
-        local = self._client(near, for_users)
-        return self._client(self.config.mqtt, for_servers, self._told), local
+        for_servers = [
+            Route(topics.reply(site, board.id), self._reply_arrived),
+            Route(topics.server_statuses(site), self._server_status_arrived, qos=0, accepts_retained=True),
+        ]
+        for_users = [Route(self.settings.filter, self._setting_arrived)]
+        if self.cameras.mqtt_cameras():
+            for_users.append(Route(topics.frames(site, board.id), self._picture_arrived, qos=0))
+        mqtt, near = self.config.mqtt, self.config.near_broker
+        if near is None:
+            both = self._client(mqtt, board.id, for_servers + for_users, self._connection_changed)
+            return both, both
+        # Two ids: if both tables name one broker, two connections with one id would end each other for ever.
+        servers = self._client(mqtt, board.id, for_servers, self._connection_changed)
+        return servers, self._client(near, f"{board.id}-local", for_users)
 
     def _client(
         self,
         mqtt: MqttConfig,
-        subscriptions: list[tuple[str, int]],
+        client_id: str,
+        routes: Sequence[Route],
         on_state: Callable[[State, str], None] | None = None,
     ) -> MqttClient:
-        limits = {"max_inbound_bytes": MAX_FRAME} if self.cameras.wants_pictures else {}
-        births = self.switches.births if self.switches.subscription in subscriptions else list
+        filters = {route.filter for route in routes}
+        has_pictures = topics.frames(self.config.board.site, self.config.board.id) in filters
+        settings = mqtt.settings(client_id, **({"max_inbound_bytes": MAX_PICTURE} if has_pictures else {}))
+        states = self.settings.states if self.settings.filter in filters else list
+        router = Router(routes)
+        self.routers.append(router)
         return MqttClient(
-            mqtt.settings(self.config.board.id, **limits),
-            subscriptions=subscriptions,
+            settings,
+            subscriptions=router.subscriptions,
             optional=[topics.server_statuses(self.config.board.site)],  # replies tell the same, later
-            on_message=self._heard,
+            on_message=router.message_arrived,
             will=self._status("offline"),
-            birth=lambda: [self._status("online"), *births()],
+            birth=lambda: [self._status("online"), *states()],
             on_state=on_state,
         )
 
-    def _told(self, state: State, _: str) -> None:
+    def _connection_changed(self, state: State, _: str) -> None:
         if state is not State.CONNECTING:  # the first frames need not wait for the first connection
-            self.estimates.connected(state in (State.ONLINE, State.DEGRADED))
+            self.measurements.connected(state in (State.ONLINE, State.DEGRADED))
 
-    def _heard(self, message: Message) -> None:
-        """On a client's thread: to whom a message is for."""
-        board, site = self.config.board, self.config.board.site
-        if message.topic == topics.reply(site, board.id):
-            self.tracker.reply_arrived(message.payload)
-        elif message.topic == topics.frame(site, board.id):
-            self.cameras.arrived(message.payload)
-        elif not self.switches.heard(message, self.local):
-            self.estimates.status_arrived(message.topic, message.payload, time.monotonic())
+    def _reply_arrived(self, message: Message) -> None:
+        self.tracker.reply_arrived(message.payload)
 
-    def _camera_changed(self) -> None:
-        """On any thread: whoever reads the status need not wait for the next connection."""
-        status = self._status("online")
-        self.local.publish(status.topic, status.payload, qos=status.qos, retain=status.retain)
+    def _server_status_arrived(self, message: Message) -> None:
+        self.measurements.status_arrived(message.topic, message.payload, time.monotonic())
+
+    def _setting_arrived(self, message: Message) -> None:
+        self.settings.message_arrived(message, self.local)
+
+    def _picture_arrived(self, message: Message) -> Rejection | None:
+        camera, known = topics.camera_of(message.topic), self.cameras.mqtt_cameras()
+        if camera in known or (camera is None and len(known) == 1):
+            self.cameras.arrived(camera, message.payload)
+            return None
+        wanted = " or ".join(topics.frame(self.config.board.site, self.config.board.id, name) for name in known)
+        return Rejection("no_camera", f"publish pictures on {wanted}")
+
+    def _apply(self, setting: Setting) -> None:
+        """A user has changed a run-time setting. Those that are not here are read for each frame."""
+        is_on = setting.value == "ON"
+        if setting.kind == "paused":
+            self.cameras.pause(is_on)
+        elif setting.kind == "enabled":
+            self.cameras[setting.camera].switch(enabled=is_on)
+        elif setting.kind == "motion":
+            self.cameras[setting.camera].gate.enabled = is_on
+        elif setting.kind == "paradigm":
+            self.publish_status()
 
     def _status(self, state: str) -> Publish:
         value: dict[str, Any] = {"state": state, "boot": BOOT}
@@ -200,25 +259,20 @@ class Board:
             value |= {
                 "version": __version__,
                 "bundle": self.bundle.id.hex(),
-                "paradigm": self.switches["paradigm"],
+                "paradigm": self.settings["paradigm"],
                 "cameras": {name: camera.state for name, camera in self.cameras.states().items()},
+                "problems": self.problems,
             }
         board = self.config.board
         return Publish(topics.status(board.site, board.id), json.dumps(value).encode(), qos=1, retain=True)
 
 
-def run_board(
-    config: RuntimeConfig, stop: threading.Event, listener: Callable[[Event], None] | None = None
-) -> dict[str, int]:
-    """`Board.run` of a new board, with its counters exported where that is configured."""
+def run_board(config: RuntimeConfig, stop: threading.Event, listener: Callable[[Event], None] | None = None) -> Values:
+    """`Board.run` of a new board, with its numbers exported if [metrics] is configured."""
     board = Board(config, listener)
     if config.metrics is None:
         return board.run(stop)
-    from edge_runtime.reporting.metrics import (  # a few megabytes that most boards need not carry
-        BOARD,
-        by_kind,
-        exported,
-    )
+    from edge_runtime.reporting.metrics import exported  # a few megabytes that most boards need not load
 
-    with exported(config.metrics, "board", BOARD, lambda: by_kind(BOARD, board.summary())):
+    with exported(config.metrics, "board", BOARD, board.summary, partial(board.report_problem, "metrics")):
         return board.run(stop)

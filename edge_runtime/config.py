@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.errors import AiflowError
-from edge_runtime.mqtt.client import MqttSettings
+from edge_runtime.mqtt.settings import MqttSettings, is_loopback
 
 MAX_CONFIG_BYTES = 256 * 1024
 
@@ -167,9 +167,15 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def near_broker(self) -> MqttConfig | None:
-        """`local`, unless it is that of the servers: two connections with one id to one broker would end each other."""
+        """`local`, unless it is the same broker and user as `mqtt`: one connection is enough then.
+
+        A broker may derive the client id from the user name, so a second connection might evict the first.
+        """
         local, mqtt = self.local, self.mqtt
-        return None if local is None or (local.host, local.port) == (mqtt.host, mqtt.port) else local
+        if local is None or (local.port, local.username) != (mqtt.port, mqtt.username):
+            return local
+        is_same = local.host == mqtt.host or (is_loopback(local.host) and is_loopback(mqtt.host))
+        return None if is_same else local
 
     def __post_init__(self) -> None:
         names = [camera.name for camera in self.cameras]

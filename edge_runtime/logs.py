@@ -6,6 +6,6 @@ def is_told(count: int) -> bool:
     return count & (count - 1) == 0
 
 
-def printable(text: str, limit: int = 128) -> str:
-    """What a stranger sent, for one line of a log: without control characters (so no terminal escapes), cut."""
-    return "".join(c if c.isprintable() else "?" for c in text[:limit])
+def printable(text: str, limit: int | None = None) -> str:
+    """Text from files or the network without the characters that a terminal would obey, cut after `limit`."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:limit])

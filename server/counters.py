@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from edge_runtime.reporting.metrics import Meaning, Values, by_kind
+from edge_runtime.reporting import Meaning, Values
 from edge_runtime.wire import Status
 
 SERVER = {
@@ -26,19 +26,27 @@ SERVER = {
     "loop": Meaning("Requests refused since they had passed this server before"),
     "undelivered": Meaning("Replies, first ones included, that the broker did not take: their boards ask again"),
     "foreign_topics": Meaning("Messages on topics that are no board's request topic"),
-    "mqtt": Meaning("Messages to and from the boards' broker, by what became of them", "what", is_gauge=True),
+    "mqtt": Meaning("Messages to and from the boards' broker, by what became of them; its connections", "what"),
+    "mqtt_pending": Meaning("Messages to the boards' broker that wait or are in flight", is_gauge=True),
 }
 STATUSES = {status.name.lower() for status in Status}
 
 
 def values(status: Mapping[str, Any]) -> Values:
     """The numbers of `Service.status` and, under "gateway", of `Gateway.summary`, under the names above."""
-    plain = dict.fromkeys(("received", "repeated", "joined", "answered_above", "unchanged", "loop"), 0)
-    plain |= {"waiting": status["queue"]["waiting"], "asked_above": status["asked_above"]}
-    plain |= status.get("gateway", {})
+    counts, gateway = status["counts"], dict(status.get("gateway", {}))
+    plain = ("received", "repeated", "joined", "answered_above", "unchanged", "loop")
+    values: dict[str, Any] = {name: counts.get(name, 0) for name in plain}
+    values |= {"waiting": status["queue"]["waiting"], "asked_above": status["asked_above"]}
+    values["replies"] = {name: count for name, count in counts.items() if name in STATUSES}
+    values |= {kind: _labelled(counts, kind) for kind in ("escalated", "changed", "alone")}
     if above := status.get("upstream"):
-        plain |= {f"upstream_{name}": count for name, count in above["requests"].items() if name != "open"}
-        plain |= {f"upstream_reply_{name}": count for name, count in above["replies"].items()}
-    totals = {name for name, meaning in SERVER.items() if meaning.label}  # counted beside their kinds: their sum
-    counts = {f"replies_{name}" if name in STATUSES else name: count for name, count in status["counts"].items()}
-    return by_kind(SERVER, plain | {name: count for name, count in counts.items() if name not in totals})
+        values["upstream"] = {name: count for name, count in above["requests"].items() if name != "open"}
+        values["upstream"] |= {f"reply_{name}": count for name, count in above["replies"].items()}
+    if mqtt := _labelled(gateway, "mqtt"):
+        values |= {"mqtt_pending": mqtt.pop("pending"), "mqtt": mqtt}
+    return values | {name: count for name, count in gateway.items() if not name.startswith("mqtt_")}
+
+
+def _labelled(counts: Mapping[str, int], kind: str) -> dict[str, int]:
+    return {name.removeprefix(f"{kind}_"): count for name, count in counts.items() if name.startswith(f"{kind}_")}

@@ -185,7 +185,7 @@ class Upstream:
             case Settle(_, asked, why) | Lose(_, UpstreamRequest() as asked, why):
                 if why.code == "no_reply":  # a reply would take longer still; so a tier that is gone is soon left alone
                     self._add_trip(now, now - asked.asked_at)
-                logger.info("no reply from above reason=%s", printable(why.text))
+                logger.info("no reply from above reason=%s", printable(why.text, 256))
                 asked.tell(None, why.code)
         return ()
 

@@ -1,4 +1,4 @@
-"""The JSON and the switches that docs/protocol.md lists are those of board and server; its bounds are theirs."""
+"""The JSON and the settings that docs/protocol.md lists are those of board and server; its bounds are theirs."""
 
 import json
 import re
@@ -6,11 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from edge_runtime.app import Board
-from edge_runtime.capture.cameras import Cameras
 from edge_runtime.config import BoardConfig, CameraConfig, PolicyConfig, RuntimeConfig
 from edge_runtime.mqtt.client import MqttSettings
 from edge_runtime.planning.server_status import CLAIM_AGE_S, MAX_STATUS, SERVERS, decode_status
-from edge_runtime.reporting.remote_settings import MAX_SETTING_BYTES, board_switches
+from edge_runtime.reporting import board_settings
+from edge_runtime.reporting.remote_settings import MAX_SETTING_BYTES
 from server.config import MAX_REPLY, Config, ServerConfig
 from server.engine import Proof
 from server.gateway import Gateway
@@ -54,16 +54,16 @@ def test_a_servers_status_has_the_listed_fields_and_a_board_reads_it(board_bundl
     assert decode_status(b'{"state": "offline", "server": "attic"}').state == "offline"
 
 
-def test_the_switches_are_those_of_the_board():
+def test_the_settings_are_those_of_the_board():
     config = RuntimeConfig(BoardConfig("porch", "bundle"), (CAMERA,))
-    switches = {switch.name: switch for switch in board_switches(config, Cameras(config.cameras))}
-    values = {cells[0].strip("`").replace("<camera>", "door"): cells[1] for cells in rows("switches")}
-    assert values.keys() == switches.keys()
+    settings = {setting.name: setting for setting in board_settings(config)}
+    values = {cells[0].strip("`").replace("<camera>", "door"): cells[1] for cells in rows("settings")}
+    assert values.keys() == settings.keys()
     for name, said in values.items():
         for word in re.findall("`(.*?)`", said) or ["0", "1"]:
-            assert switches[name].parse(word.lower()) == word
+            assert settings[name].parse(word.lower()) == word
     private = RuntimeConfig(config.board, config.cameras, policy=PolicyConfig(may_offload=False))
-    assert len({switch.name for switch in board_switches(private, Cameras(config.cameras))}) == len(values)
+    assert len({setting.name for setting in board_settings(private)}) == len(values)
 
 
 def test_its_bounds_are_those_of_the_code():

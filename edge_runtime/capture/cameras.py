@@ -437,15 +437,13 @@ class Cameras:
     def __iter__(self) -> Iterator[Camera]:
         return iter(self._cameras.values())
 
-    @property
-    def wants_pictures(self) -> bool:
-        """`down/frame` is to be subscribed to."""
-        return any(camera.arriving for camera in self)
+    def mqtt_cameras(self) -> tuple[str, ...]:
+        """The names of the cameras with source = "mqtt"."""
+        return tuple(name for name, camera in self._cameras.items() if camera.arriving)
 
-    def arrived(self, data: bytes) -> None:
-        """A picture on `down/frame`; never blocks."""
-        for camera in self:
-            camera.arrived(data)
+    def arrived(self, camera: str | None, data: bytes) -> None:
+        """A picture over MQTT for one of `mqtt_cameras`; None: for the only one. Never blocks."""
+        self._cameras[camera or self.mqtt_cameras()[0]].arrived(data)
 
     def pause(self, paused: bool) -> None:
         """Closes all cameras until it is called with False."""

@@ -17,7 +17,7 @@ from edge_runtime.planning.measurements import Measurements
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.policy import Policy
 from edge_runtime.planning.thermal import ThermalReader
-from edge_runtime.reporting.remote_settings import Switches
+from edge_runtime.reporting.remote_settings import RemoteSettings
 from edge_runtime.wire import Tier
 from edge_runtime.wire.event import Explain, ParadigmName
 
@@ -29,7 +29,7 @@ class BoardPlanner:
         self,
         config: RuntimeConfig,
         cameras: Cameras,
-        switches: Switches,
+        settings: RemoteSettings,
         measurements: Measurements,
         calibration: Calibration,
         *,
@@ -39,7 +39,7 @@ class BoardPlanner:
     ) -> None:
         """calibration: of the bundle's drafts; has_room: whether one more request may wait for its reply."""
         self._board, self._has_outbox, self._has_room = config.board, config.outbox is not None, has_room
-        self._cameras, self._switches, self._measurements = cameras, switches, measurements
+        self._cameras, self._settings, self._measurements = cameras, settings, measurements
         # One policy per camera: their deadlines and loads differ.
         self._policies = {
             camera.config.name: Policy(config.policy, has_head=has_head, has_draft=has_draft) for camera in cameras
@@ -50,7 +50,7 @@ class BoardPlanner:
     def plan(self, camera: str) -> Plan:
         """The camera's own settings take precedence over the board's. Raises KeyError for an unknown camera."""
         board, own = self._board, self._cameras[camera].config
-        paradigm, tier = own.paradigm or self._switches["paradigm"], own.tier or board.tier
+        paradigm, tier = own.paradigm or self._settings["paradigm"], own.tier or board.tier
         plan = Plan(
             "device",
             "configured",
@@ -65,7 +65,7 @@ class BoardPlanner:
             return self._without_link(replace(plan, why=why, explain=Explain("device", why)))
         if paradigm == "auto":
             return self._choose(plan, camera, now)
-        name = cast(ParadigmName, paradigm)  # the switch accepts no other word
+        name = cast(ParadigmName, paradigm)  # the setting accepts no other word
         return replace(plan, paradigm=name, explain=Explain(name, "configured"))
 
     def learn(self, plan: Plan, timings_ms: dict[str, float], confidence: float | None) -> None:
@@ -86,7 +86,7 @@ class BoardPlanner:
             explain=decision.explain,
             writes_draft=decision.writes_draft,
             # A tier in the configuration means that a server of this tier shall answer every frame.
-            min_confidence=None if plan.tier else self._min_confidence(float(self._switches["quality_floor"])),
+            min_confidence=None if plan.tier else self._min_confidence(float(self._settings["quality_floor"])),
             # Whoever configures split or offload wants to measure the target alone. Here only the time counts.
             propose=decision.paradigm in ("split", "offload"),
         )

@@ -1,16 +1,16 @@
-"""Where events go: the board's event topic, its retained last event, and listeners in the same process."""
+"""Where events go: the board's event topic, its retained last event, and a listener in the same process."""
 
 import logging
 from collections.abc import Callable
 
-from edge_runtime.mqtt.client import MqttClient
+from edge_runtime.mqtt import MqttClient
 from edge_runtime.wire import Event, encode_event, topics
 
 logger = logging.getLogger(__name__)
 
 
 class Events:
-    """Publishes what became known about frames."""
+    """Publishes what became of frames."""
 
     def __init__(
         self, client: MqttClient, site: str, board: str, listener: Callable[[Event], None] | None = None
@@ -26,5 +26,5 @@ class Events:
         if self._listener:
             try:
                 self._listener(event)
-            except Exception:  # it is the caller's; neither the frame path nor the answers may end with it
+            except Exception:  # the listener is the caller's code: the runtime must go on whatever it raises
                 logger.exception("event listener raised")

@@ -1,126 +1,192 @@
-"""The counters of a board or a server for Prometheus: read when somebody asks, kept nowhere twice.
+"""Counters over HTTP for Prometheus: read when somebody asks.
 
-Every name has a meaning in one table, and one that has none is an error of the test suite. On loopback unless
-configured otherwise: counters tell when somebody is at home.
+A scrape never disturbs the frame path, whoever sends it: connections are few and short, and a port that cannot be had
+is tried again in the background. On loopback unless configured otherwise, since counters tell when somebody is at home.
 """
 
 import logging
+import socket
+import socketserver
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import contextmanager, suppress
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from edge_runtime.config import ConfigError, MetricsConfig
+from edge_runtime.config import MetricsConfig
+from edge_runtime.reporting.counters import Meaning, Values
+
+__all__ = ["Meaning", "Values", "exported"]
 
 logger = logging.getLogger(__name__)
 
-Values = Mapping[str, float | Mapping[str, float]]  # a mapping inside becomes one series a key
+MAX_CONNECTIONS = 8  # one thread each; one more ends the oldest
+MAX_CONNECTION_S = 10.0  # a scrape takes milliseconds; a client that sends a byte now and then would hold a thread
+CHECK_S = 0.25  # between two looks at the age of connections, and whether to stop
+FIRST_TRY_S = 1.0  # that a start waits for the port
+MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0  # before the next try to bind, doubled each time
 
 
-class Meaning(NamedTuple):
-    """What a number means, for people."""
+class _Reader(Collector):
+    """Reads the numbers at each scrape. A counter never falls, whatever is read: Prometheus takes a fall for a restart
+    and would count everything again.
+    """
 
-    text: str
-    label: str = ""  # of a number that comes in kinds
-    is_gauge: bool = False  # may fall
-
-
-BOARD = {
-    "accepted": Meaning("Requests that the board took on: accepted + found = answered + lost + open + kept"),
-    "found": Meaning("Requests that an earlier run left in the outbox"),
-    "answered": Meaning("Requests that a server answered"),
-    "lost": Meaning("Requests that ended without an answer, each reported in an event"),
-    "open": Meaning("Requests that wait for an answer", is_gauge=True),
-    "kept": Meaning("Requests in the outbox, to be asked again", is_gauge=True),
-    "replayed": Meaning("Requests asked again out of the outbox"),
-    "resent": Meaning("Requests sent once more, with the same id, since no reply came"),
-    "busy": Meaning("Replies that asked to come back later"),
-    "duplicate": Meaning("Replies to what was answered already"),
-    "late": Meaning("Replies to what was lost or kept already"),
-    "unknown": Meaning("Replies to nothing that the board remembers"),
-    "reply": Meaning(
-        "Replies, by what they said; overflow: no room to read them, overtaken: ended before the draft was told, "
-        "not_final_again: nothing new, over_budget: requests not sent again for want of bytes",
-        "status",
-    ),
-    "frames_failed": Meaning("Frames that head or coder could not handle"),
-    "frames": Meaning("Frames read from cameras, files and MQTT"),
-    "still": Meaning("Frames held back by the motion gate"),
-    "lightning": Meaning("Frames held back because the whole picture changed at once"),
-    "skipped": Meaning("Frames replaced by a newer one before anybody looked at them, or too early"),
-    "unreadable": Meaning("Pictures that could not be decoded"),
-    "reopened": Meaning("Cameras opened again after a stall, an end or an error"),
-    "switch": Meaning(
-        "Messages to run-time switches: set, refused, unknown (no such switch), retained (ignored)", "what"
-    ),
-    "ignored": Meaning(
-        "What was told and not used: status_refused (a server's status that is none), status_contradicted (far from "
-        "what was measured), hops_refused (a server that worked longer than the board waited), passes_refused (more "
-        "passes than its text has tokens), servers_forgotten, bad_value, overflow",
-        "what",
-    ),
-    "mqtt": Meaning("Messages to and from the servers' broker, by what became of them", "what", is_gauge=True),
-    "local": Meaning("The same of the near broker, where there is one", "what", is_gauge=True),
-}
-
-
-def by_kind(meanings: Mapping[str, Meaning], flat: Mapping[str, float]) -> dict[str, float | dict[str, float]]:
-    """Counters named <name>_<kind> under their names, where the meaning has a label."""
-    values: dict[str, float | dict[str, float]] = {}
-    for name, value in flat.items():
-        kinds = next(
-            (known for known, meaning in meanings.items() if meaning.label and name.startswith(f"{known}_")), None
-        )
-        if kinds is None:
-            values[name] = value
-        else:
-            values[kinds] = {**values.get(kinds, {}), name.removeprefix(f"{kinds}_"): value}  # type: ignore[dict-item]
-    return values
-
-
-class _Read(Collector):
     def __init__(self, prefix: str, meanings: Mapping[str, Meaning], read: Callable[[], Values]) -> None:
         self._prefix, self._meanings, self._read = prefix, meanings, read
+        self._highest: dict[tuple[str, str], float] = {}
+        self._fell: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()  # two scrapes at once: what was read first must not be told last
 
     def collect(self) -> Iterator[Metric]:
-        for name, value in self._read().items():
-            meaning = self._meanings[name]
-            family = GaugeMetricFamily if meaning.is_gauge else CounterMetricFamily
-            labels = [meaning.label] if meaning.label else []
-            metric = family(f"aiflow_{self._prefix}_{name}", meaning.text, labels=labels)
-            kinds = value.items() if isinstance(value, Mapping) else [("", value)]
-            for kind, number in kinds:
-                metric.add_metric([kind] * len(labels), number)
-            yield metric
+        with self._lock:
+            families = [self._family(name, value) for name, value in self._read().items()]
+        yield from families
+
+    def _family(self, name: str, value: float | Mapping[str, float]) -> Metric:
+        meaning = self._meanings[name]
+        family = GaugeMetricFamily if meaning.is_gauge else CounterMetricFamily
+        labels = [meaning.label] if meaning.label else []
+        metric = family(f"aiflow_{self._prefix}_{name}", meaning.text, labels=labels)
+        for label, number in value.items() if isinstance(value, Mapping) else [("", value)]:
+            metric.add_metric([label] * len(labels), number if meaning.is_gauge else self._counted(name, label, number))
+        return metric
+
+    def _counted(self, name: str, label: str, number: float) -> float:
+        highest = self._highest.get((name, label), 0.0)
+        if number < highest and (name, label) not in self._fell:  # a bug of the component that counts
+            self._fell.add((name, label))
+            logger.error("counter fell name=%s label=%s from=%g to=%g", name, label, highest, number)
+        self._highest[name, label] = max(highest, number)
+        return self._highest[name, label]
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = MAX_CONNECTION_S  # of each read and write
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: a scrape every few seconds would fill the log."""
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    """An HTTP server with bounds on the number and the age of its connections."""
+
+    daemon_threads = True  # none is waited for at the end
+    timeout = CHECK_S
+
+    def __init__(self, host: str, port: int) -> None:
+        """Raises OSError if the address cannot be had."""
+        self._open: dict[Any, float] = {}  # connection -> since when, the oldest first
+        self.address_family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        super().__init__(address[:2], _Handler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for our name, which may take long
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        for oldest in list(self._open)[: len(self._open) - MAX_CONNECTIONS + 1]:
+            self._end(oldest)
+        self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:  # on the connection's thread
+        self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away, or was sent away: nothing to report."""
+        logger.debug("metrics connection failed", exc_info=True)
+
+    def end_connections(self, min_age_s: float) -> None:
+        for request, since in list(self._open.items()):
+            if time.monotonic() - since >= min_age_s:
+                self._end(request)
+
+    def _end(self, request: Any) -> None:
+        """Its thread reads the end of the connection, and ends."""
+        self._open.pop(request, None)
+        with suppress(OSError):
+            request.shutdown(socket.SHUT_RDWR)
+
+
+class _Exporter:
+    """One thread that binds, as often as it takes, and serves."""
+
+    def __init__(self, config: MetricsConfig, app: Any, on_trouble: Callable[[str], None]) -> None:
+        self._config, self._app, self._on_trouble = config, app, on_trouble
+        self._stop, self._tried = threading.Event(), threading.Event()
+        self.port: int | None = None
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._tried.wait(FIRST_TRY_S)
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(2 * FIRST_TRY_S)  # a name that does not resolve may hold it for longer: it is left behind
+
+    def _run(self) -> None:
+        pause = MIN_PAUSE_S
+        while (server := self._bind()) is None:
+            if self._stop.wait(pause):
+                return
+            pause = min(2 * pause, MAX_PAUSE_S)
+        with server:
+            while not self._stop.is_set():
+                server.handle_request()
+                server.end_connections(MAX_CONNECTION_S)
+            server.end_connections(0.0)
+
+    def _bind(self) -> _Server | None:
+        """None: the port is taken, or the interface is not up yet. Both pass by themselves."""
+        place = f"{self._config.host}:{self._config.port}"
+        try:
+            server = _Server(self._config.host, self._config.port)
+        except OSError as error:
+            if not self._tried.is_set():  # once; the status shows it as long as it lasts
+                logger.warning("metrics not available yet address=%s reason=%s", place, error.strerror)
+            self._on_trouble(f"{place}: {error.strerror}")
+            self._tried.set()
+            return None
+        server.set_app(self._app)
+        self.port = server.server_port
+        logger.info("metrics at http://%s:%d/metrics", self._config.host, self.port)
+        self._on_trouble("")
+        self._tried.set()
+        return server
 
 
 @contextmanager
 def exported(
-    config: MetricsConfig | None, prefix: str, meanings: Mapping[str, Meaning], read: Callable[[], Values]
+    config: MetricsConfig | None,
+    prefix: str,
+    meanings: Mapping[str, Meaning],
+    read: Callable[[], Values],
+    on_trouble: Callable[[str], None] = lambda _: None,
 ) -> Iterator[int | None]:
-    """Serves what `read` returns, at every request, as aiflow_<prefix>_<name>; gives the port, None without a config.
+    """Serves what `read` returns at every request, as aiflow_<prefix>_<name>; gives the port.
 
-    `read` is called on threads of its own, one a connection. Raises ConfigError where the address cannot be had.
+    None: no configuration, or the address cannot be had yet; then it is tried again with growing pauses. `on_trouble`
+    gets the reason, and "" when the address could be had. `on_trouble` and `read` are called on threads of their own.
     """
     if config is None:
         yield None
         return
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Read(prefix, meanings, read))
+    registry.register(_Reader(prefix, meanings, read))
+    exporter = _Exporter(config, make_wsgi_app(registry), on_trouble)
+    exporter.start()
     try:
-        server, thread = start_http_server(config.port, config.host, registry)
-    except OSError as error:
-        raise ConfigError(
-            f"metrics: {config.host}:{config.port}: {error.strerror}: choose another port, or 0 for any"
-        ) from error
-    port = server.server_port
-    logger.info("metrics at http://%s:%d/metrics", config.host, port)
-    try:
-        yield port
+        yield exporter.port
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        exporter.stop()

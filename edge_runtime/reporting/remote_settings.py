@@ -1,110 +1,97 @@
-"""The board's run-time switches: what may be changed while it runs, over `down/set/<name>`, told on `up/state/<name>`.
+"""The board's run-time settings: what users may change over `down/set/<name>`, with its value on `up/state/<name>`.
 
-A table of names, each with the words it takes; what a stranger sends is one of them, or counted and left alone. The
-state is what is in force, retained, told at every connection and after every change. It lives as long as the process:
-after a restart the configuration is in force again, so that no forgotten switch outlives the one who set it.
+A table of names, each with the values it takes. A message either is one of these values, or is counted and changes
+nothing. The value in force is retained at the broker: published at each connection and after each change. It lives as
+long as the process: after a restart the configuration is in force again, so that nobody's forgotten setting stays.
+This module decides what changes; app.py applies it to the parts of the board.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-from edge_runtime.capture.cameras import Camera, Cameras
-from edge_runtime.config import RuntimeConfig
+from edge_runtime.config import CameraConfig, RuntimeConfig
 from edge_runtime.errors import AiflowError
-from edge_runtime.logs import is_told
-from edge_runtime.mqtt.client import Message, Outcome, Publish
+from edge_runtime.logs import is_told, printable
+from edge_runtime.mqtt import Message, Outcome, Publish
 from edge_runtime.wire import event, topics
 
 logger = logging.getLogger(__name__)
 
 MAX_SETTING_BYTES = 256
 PARADIGMS = ("auto", *event.PARADIGMS)
+ON_OFF = ("OFF", "ON")  # as Home Assistant says it; by truth value
+Kind = Literal["paradigm", "quality_floor", "paused", "enabled", "motion"]
 
 
-class SwitchError(AiflowError, ValueError):
-    """A value that a switch does not take."""
+class SettingError(AiflowError, ValueError):
+    """A value that a setting does not take."""
 
 
 @dataclass(slots=True)
-class Switch:
+class Setting:
     """One thing that can be changed."""
 
-    name: str  # a level of topics: a-z 0-9 _ -, at most 32
+    kind: Kind
     value: str  # in force
-    parse: Callable[[str], str]  # what was sent, stripped, to a value; raises SwitchError
-    apply: Callable[[str], None] = lambda _: None  # makes it so, on the MQTT client's thread; may raise SwitchError
+    parse: Callable[[str], str]  # the stripped text of a message to a value; raises SettingError
+    camera: str = ""  # if it is one camera's
+
+    @property
+    def name(self) -> str:
+        """A level of topics."""
+        return f"{self.camera}_{self.kind}" if self.camera else self.kind
 
 
-def choice(name: str, value: str, words: Sequence[str], apply: Callable[[str], None] = lambda _: None) -> Switch:
-    """A switch between words, in any case."""
+def choice(words: Sequence[str]) -> Callable[[str], str]:
+    """One of these words, in any case."""
 
     def parse(text: str) -> str:
         found = next((word for word in words if word.lower() == text.lower()), None)
         if found is None:
-            raise SwitchError(f"{text[:32]!r} is none of {', '.join(words)}")
+            raise SettingError(f"{printable(text, 32)!r} is none of {', '.join(words)}")
         return found
 
-    return Switch(name, value, parse, apply)
+    return parse
 
 
-def on_off(name: str, value: bool, apply: Callable[[bool], None]) -> Switch:
-    """ON or OFF, as Home Assistant says it."""
-    return choice(name, "ON" if value else "OFF", ("ON", "OFF"), lambda word: apply(word == "ON"))
-
-
-def number(name: str, value: float, low: float, high: float, apply: Callable[[float], None] = lambda _: None) -> Switch:
+def number(low: float, high: float) -> Callable[[str], str]:
     """A decimal number from low to high."""
 
     def parse(text: str) -> str:
         try:
             found = float(text)
         except ValueError:
-            raise SwitchError(f"{text[:32]!r} is no number") from None
-        if not low <= found <= high:  # true for NaN, too
-            raise SwitchError(f"{found:g} is not from {low:g} to {high:g}")
+            raise SettingError(f"{printable(text, 32)!r} is not a number") from None
+        if not low <= found <= high:  # also for NaN
+            raise SettingError(f"{found:g} is not from {low:g} to {high:g}")
         return f"{found:g}"
 
-    return Switch(name, f"{value:g}", parse, lambda text: apply(float(text)))
+    return parse
 
 
-def board_switches(config: RuntimeConfig, cameras: Cameras) -> list[Switch]:
+def board_settings(config: RuntimeConfig) -> list[Setting]:
     """paradigm, quality_floor, paused, and for each camera <camera>_enabled and <camera>_motion."""
     board = config.board
-    # Whoever may set a switch may not send pictures out of a house that has forbidden it.
+    # Users may not make a board send pictures if its configuration forbids that.
     paradigms: tuple[str, ...] = PARADIGMS if config.policy.may_offload else PARADIGMS[:-1]
     if board.paradigm == "offload":  # it has loaded no head
         paradigms = PARADIGMS[-1:]
-    switches = [
-        choice("paradigm", board.paradigm, paradigms),
-        number("quality_floor", config.policy.quality_floor, 0, 1),
-        on_off("paused", False, cameras.pause),
+    settings = [
+        Setting("paradigm", board.paradigm, choice(paradigms)),
+        Setting("quality_floor", f"{config.policy.quality_floor:g}", number(0, 1)),
+        Setting("paused", "OFF", choice(ON_OFF)),
     ]
-    for camera in cameras:
-        switches += _camera_switches(camera)
-    return switches
+    return settings + [setting for camera in config.cameras for setting in _camera_settings(camera)]
 
 
-def _camera_switches(camera: Camera) -> list[Switch]:
-    def set_motion(wanted: bool) -> None:
-        camera.gate.enabled = wanted
-
-    name = camera.config.name
+def _camera_settings(camera: CameraConfig) -> list[Setting]:
     return [
-        on_off(f"{name}_enabled", True, lambda wanted: camera.switch(enabled=wanted)),
-        on_off(f"{name}_motion", camera.gate.enabled, set_motion),
+        Setting("enabled", "ON", choice(ON_OFF), camera.name),
+        Setting("motion", ON_OFF[camera.motion.enabled], choice(ON_OFF), camera.name),
     ]
-
-
-@dataclass(slots=True)
-class SwitchCounters:
-    """What became of what was set."""
-
-    set: int = 0  # taken; the value may have been in force already
-    refused: int = 0  # no value of this switch
-    unknown: int = 0  # no such switch
-    retained: int = 0  # an old wish that the broker kept: not taken, it would come back with every connection
 
 
 class Publisher(Protocol):
@@ -121,77 +108,75 @@ class Publisher(Protocol):
     ) -> bool: ...
 
 
-class Switches:
-    """The table in force; `heard` and `births` are called on the MQTT client's thread, values may be read anywhere."""
+class RemoteSettings:
+    """The settings in force. Values may be read on any thread; everything else is for the MQTT client's thread."""
 
-    def __init__(self, site: str, board: str, switches: Iterable[Switch]) -> None:
-        """Raises TopicError for a name that cannot be part of a topic, or an id that cannot."""
-        self.counters = SwitchCounters()
-        self._switches = {topics.setting(site, board, switch.name): switch for switch in switches}
-        self._states = {switch.name: topics.state(site, board, switch.name) for switch in self._switches.values()}
-        self._prefix = topics.setting(site, board, "x")[:-1]
-        self._telling: dict[str, str] = {}  # values on their way to the broker, by name
+    def __init__(
+        self, site: str, board: str, settings: Iterable[Setting], apply: Callable[[Setting], None] = lambda _: None
+    ) -> None:
+        """apply: makes a new value effective. Raises TopicError for an id or a name that cannot be part of a topic."""
+        self._apply = apply
+        self._settings = {topics.setting(site, board, setting.name): setting for setting in settings}
+        self._by_name = {setting.name: setting for setting in self._settings.values()}
+        self._states = {name: topics.state(site, board, name) for name in self._by_name}
+        self._counts = Counter({"set": 0, "refused": 0, "unknown": 0})
+        self._publishing: dict[str, str] = {}  # values on their way to the broker, by name
+        # Every name: a message to a name with a mistake in it is counted.
+        self.filter = topics.setting(site, board, "x")[:-1] + "+"
 
     def __getitem__(self, name: str) -> str:
         """The value in force."""
-        return next(switch.value for switch in self._switches.values() if switch.name == name)
+        return self._by_name[name].value
 
-    @property
-    def subscription(self) -> tuple[str, int]:
-        """For the MQTT client: every switch, so that a name with a mistake is heard and counted."""
-        return f"{self._prefix}+", 1
+    def counts(self) -> dict[str, int]:
+        """Messages, by what became of them. set: the value may have been in force before."""
+        return dict(self._counts)
 
-    def births(self) -> list[Publish]:
-        """The state of every switch, for each connection."""
-        # QoS 0, since births go out at once, and 16 cameras have more switches than a broker's Receive Maximum may be:
-        # no more of QoS 1 may be under way (MQTT 5, 4.9).
-        return [Publish(self._states[s.name], s.value.encode(), qos=0, retain=True) for s in self._switches.values()]
+    def states(self) -> list[Publish]:
+        """All values in force, to publish at each connection."""
+        # QoS 0: these go out at once, and 16 cameras have more settings than a broker's Receive Maximum may be. No more
+        # messages of QoS 1 may be in flight (MQTT 5, 4.9).
+        return [Publish(self._states[name], s.value.encode(), qos=0, retain=True) for name, s in self._by_name.items()]
 
-    def heard(self, message: Message, client: Publisher) -> bool:
-        """Takes a message on a switch's topic, and tells a new state; False for any other topic."""
-        if not message.topic.startswith(self._prefix):
-            return False
-        switch = self._switches.get(message.topic)
-        if switch is None:
-            self._count("unknown", message.topic[len(self._prefix) :], f"is none of {', '.join(self._states)}")
-        elif message.retained:
-            self._count("retained", switch.name, "was set with the retain flag: set it again without")
-        elif (why := self._set(switch, message.payload)) is not None:
-            self._count("refused", switch.name, why)
+    def message_arrived(self, message: Message, client: Publisher) -> None:
+        """A message on a topic that matches `filter`; publishes the state through the client."""
+        setting = self._settings.get(message.topic)
+        if setting is None:
+            self._reject("unknown", message.topic.rpartition("/")[2], f"want one of {', '.join(self._states)}")
+        elif (why := self._set(setting, message.payload)) is not None:
+            self._reject("refused", setting.name, why)
         else:
-            self._tell(switch, client)
-        return True
+            self._publish_state(setting, client)
 
-    def _set(self, switch: Switch, payload: bytes) -> str | None:
-        """None, or why it was refused."""
+    def _set(self, setting: Setting, payload: bytes) -> str | None:
+        """None, or why the value was refused."""
         if len(payload) > MAX_SETTING_BYTES:
             return f"has {len(payload)} bytes, at most {MAX_SETTING_BYTES} are read"
         try:
-            value = switch.parse(payload.decode().strip())
-            if value != switch.value:
-                switch.apply(value)
-                switch.value = value
-                logger.info("switch set name=%s value=%s", switch.name, value)
-        except (SwitchError, UnicodeDecodeError) as error:
+            value = setting.parse(payload.decode().strip())
+        except (SettingError, UnicodeDecodeError) as error:
             return str(error)
-        self.counters.set += 1
+        if value != setting.value:
+            setting.value = value
+            self._apply(setting)
+            logger.info("setting changed name=%s value=%s", setting.name, value)
+        self._counts["set"] += 1
         return None
 
-    def _tell(self, switch: Switch, client: Publisher) -> None:
-        """At most one message a switch is under way: who plays with it must not push requests out of the queue."""
-        if switch.name in self._telling:
+    def _publish_state(self, setting: Setting, client: Publisher) -> None:
+        """At most one message per setting is on its way: a flood of changes must not push requests out of the queue."""
+        if setting.name in self._publishing:
             return
-        self._telling[switch.name] = value = switch.value
+        self._publishing[setting.name] = value = setting.value
 
-        def told(_: Outcome) -> None:
-            del self._telling[switch.name]
-            if switch.value != value:
-                self._tell(switch, client)
+        def published(_: Outcome) -> None:
+            del self._publishing[setting.name]
+            if setting.value != value:
+                self._publish_state(setting, client)
 
-        client.publish(self._states[switch.name], value.encode(), qos=1, retain=True, on_outcome=told)
+        client.publish(self._states[setting.name], value.encode(), qos=1, retain=True, on_outcome=published)
 
-    def _count(self, what: str, name: str, why: str) -> None:
-        count = getattr(self.counters, what) + 1
-        setattr(self.counters, what, count)
-        if is_told(count):
-            logger.warning("switch %s name=%.64r count=%d reason=%s", what, name, count, why)
+    def _reject(self, what: str, name: str, why: str) -> None:
+        self._counts[what] += 1
+        if is_told(count := self._counts[what]):
+            logger.warning("setting %s name=%r count=%d reason=%s", what, printable(name, 64), count, why)

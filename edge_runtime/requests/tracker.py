@@ -236,8 +236,9 @@ class RequestTracker:
     def summary(self) -> dict[str, Any]:
         """Counters: accepted + found = answered + lost + open + kept; under "reply", replies by what became of them."""
         counts = self._thread.counts
-        names = ("accepted", "found", "answered", "lost", "open", "kept", "retried", "resent", "busy")
+        names = ("accepted", "found", "answered", "lost", "open", "kept", "resent", "busy")
         values: dict[str, Any] = {name: getattr(counts, name) for name in (*names, "duplicate", "late", "unknown")}
+        values["replayed"] = counts.retried
         replies = {**self._replies, "not_final_again": counts.repeated, "broken": self._thread.errors}
         return values | {"reply": {kind: count for kind, count in replies.items() if count}}
 

@@ -1,6 +1,6 @@
 """The topics, as functions of ids; docs/protocol.md, section 2.
 
-Directions are in the topic, so that a broker's access list is two patterns a board: it may write
+The direction is part of the topic, so that a broker's access list needs two patterns per board: a board may write
 `aiflow/<site>/<board>/up/#` and read `aiflow/<site>/<board>/down/#`.
 """
 
@@ -9,9 +9,9 @@ import re
 from edge_runtime.wire.errors import TopicError
 
 ROOT = "aiflow"
-SERVERS = "server"  # stands where a board's id would, so no board may have this name
+SERVERS = "server"  # in the place of a board's id, so no board may have this name
 _ID = re.compile(r"[a-z0-9-]{1,32}")
-_NAME = re.compile(r"[a-z0-9_-]{1,32}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")  # of settings and cameras; Frigate's camera names fit
 _SERVER_STATUS = re.compile(rf"{ROOT}/{_ID.pattern}/{SERVERS}/({_ID.pattern})/status")
 _REQUEST = re.compile(rf"({ROOT}/{_ID.pattern}/({_ID.pattern}))/up/request")
 
@@ -32,12 +32,12 @@ def reply(site: str, board: str) -> str:
 
 
 def board_of(request_topic: str) -> str:
-    """The board that asked. Raises TopicError for any topic that is not a request's."""
+    """The board that sent a request. Raises TopicError for any topic that is not a request's."""
     return _parse(request_topic)[1]
 
 
 def reply_topic_for(request_topic: str) -> str:
-    """Where the answer goes. Derived, since a response-topic property would let a board publish in another's name."""
+    """The topic of the reply. It is derived: a response-topic property would let a board publish in another's name."""
     return f"{_parse(request_topic)[0]}/down/reply"
 
 
@@ -74,18 +74,30 @@ def server_of(status_topic: str) -> str:
     return found[1]
 
 
-def frame(site: str, board: str) -> str:
-    """Camera software to board: a picture file as it is, QoS 0."""
-    return f"{_board(site, board)}/down/frame"
+def frame(site: str, board: str, camera: str | None = None) -> str:
+    """Camera software to board: a picture file as it is, QoS 0. None: to the board's only MQTT camera."""
+    bare = f"{_board(site, board)}/down/frame"
+    return bare if camera is None else f"{bare}/{_id('camera', camera, _NAME)}"
+
+
+def frames(site: str, board: str) -> str:
+    """A filter over all of them."""
+    return f"{frame(site, board)}/#"
+
+
+def camera_of(frame_topic: str) -> str | None:
+    """The camera that a picture is for, as the sender wrote it; None: the topic names none."""
+    _, _, camera = frame_topic.partition("/down/frame/")
+    return camera or None
 
 
 def setting(site: str, board: str, name: str) -> str:
-    """To a board's run-time switch."""
+    """Users to a board: a new value for a run-time setting."""
     return f"{_board(site, board)}/down/set/{_id('name', name, _NAME)}"
 
 
 def state(site: str, board: str, name: str) -> str:
-    """The state of a run-time switch, retained."""
+    """Board to users: the value of a run-time setting, retained."""
     return f"{_board(site, board)}/up/state/{_id('name', name, _NAME)}"
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import queue
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.app import run_board
-from edge_runtime.config import BoardConfig, CameraConfig, MqttConfig, RuntimeConfig
+from edge_runtime.app import Board, run_board
+from edge_runtime.config import BoardConfig, CameraConfig, MetricsConfig, MqttConfig, RuntimeConfig
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import Bundle, BundleError
 from edge_runtime.inference.preprocess import PictureError
+from edge_runtime.mqtt import Message
 from edge_runtime.wire import Event, Reply, Status, decode_event, decode_request, encode_reply, topics
 from tests.brokers import PLAIN, Mosquitto
 from tests.listener import PATIENCE_S, Listener, until
@@ -64,14 +68,14 @@ class Running:
 
     def __init__(self, config: RuntimeConfig) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
-        self.summary: dict[str, int] = {}
+        self.summary: dict[str, Any] = {}
         self.error: Exception | None = None
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._run, args=(config,))
 
     def _run(self, config: RuntimeConfig) -> None:
         try:
-            self.summary = run_board(config, self.stop, self.events.put)
+            self.summary = dict(run_board(config, self.stop, self.events.put))
         except Exception as error:
             self.error = error
 
@@ -81,7 +85,7 @@ class Running:
             pass
         return event
 
-    def wait_ended(self) -> dict[str, int]:
+    def wait_ended(self) -> dict[str, Any]:
         self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive()
         assert self.error is None
@@ -109,7 +113,7 @@ def test_photos_become_drafts_and_verified_texts_and_the_board_ends(board_bundle
         summary = run_board(configuration(board_bundle, broker.port, photos, backend=backend), threading.Event())
         events = [decode_event(user.next()) for _ in range(6)]
     assert (summary["accepted"], summary["answered"], summary["lost"], summary["open"]) == (3, 3, 0, 0)
-    assert (summary["frames_failed"], summary["unreadable"], summary["mqtt_dropped"]) == (0, 0, 0)
+    assert (summary["frames_failed"], summary["unreadable"], summary["mqtt"]["dropped"]) == (0, 0, 0)
     for name in {event.frame for event in events}:
         new, update = (event for event in events if event.frame == name)
         assert (new.type, update.type, update.text, update.final) == ("new", "update", "verified", True)
@@ -174,7 +178,109 @@ def test_pictures_arrive_over_mqtt_and_garbage_is_counted(board_bundle, broker, 
         board.stop.set()
         summary = board.wait_ended()
     assert summary["accepted"] == summary["answered"] == 2
-    assert (summary["unreadable"], summary["reply_unreadable"]) == (1, 1)
+    assert (summary["unreadable"], summary["reply"]["unreadable"]) == (1, 1)
+
+
+def test_what_a_broker_had_kept_is_neither_answered_as_captured_now_nor_taken_as_a_reply(board_bundle, broker, caplog):
+    config = configuration(board_bundle, broker.port, "mqtt", paradigm="device")
+    with Listener(broker.port, topics.setting(SITE, BOARD, "paused")) as user:
+        for topic, payload in (
+            (topics.frame(SITE, BOARD), photo(1)),
+            (topics.reply(SITE, BOARD), b"garbage"),
+            (topics.setting(SITE, BOARD, "paused"), b"ON"),
+        ):
+            user.client.publish(topic, payload, retain=True)
+        user.next()
+        with Running(config) as board:
+            until(lambda: caplog.text.count("reason=retained") == 2)  # the 1st and the 2nd are logged
+            user.client.publish(topics.frame(SITE, BOARD), photo(2), qos=0)
+            assert board.next("new").camera == "door"
+            assert board.events.empty()
+            board.stop.set()
+            summary = board.wait_ended()
+    assert (summary["frames"], summary["rejected"]["retained"], summary["reply"]) == (1, 3, {})
+    assert summary["setting"]["set"] == 0
+
+
+def test_each_of_several_mqtt_cameras_has_a_topic_and_what_names_none_is_counted(board_bundle, broker, caplog):
+    config = configuration(board_bundle, broker.port, "mqtt", paradigm="device")
+    config = msgspec.structs.replace(config, cameras=tuple(CameraConfig(n, "mqtt") for n in ("front", "back")))
+    with Running(config) as board, Listener(broker.port) as user:
+        until(lambda: status(broker.port)["state"] == "online")
+        for camera in (None, "attic", "back"):
+            user.client.publish(topics.frame(SITE, BOARD, camera), photo(1), qos=0)
+        assert board.next("new").camera == "back"
+        user.client.publish(topics.frame(SITE, BOARD, "front"), photo(1), qos=0)
+        assert board.next("new").camera == "front"
+        board.stop.set()
+        summary = board.wait_ended()
+    assert (summary["frames"], summary["rejected"]["no_camera"]) == (2, 2)
+    assert "publish pictures on aiflow/home/b1/down/frame/front or aiflow/home/b1/down/frame/back" in caplog.text
+
+
+def test_both_brokers_have_the_same_status(board_bundle, start_broker, photos):
+    far, near = start_broker(), start_broker()
+    config = configuration(board_bundle, far.port, photos, paradigm="device")
+    config = msgspec.structs.replace(config, local=MqttConfig(port=near.port, keepalive_s=2))
+    with (
+        Listener(far.port, topics.status(SITE, BOARD)) as far_user,
+        Listener(near.port, topics.status(SITE, BOARD)) as near_user,
+    ):
+        with Running(config) as board:
+            board.wait_ended()
+        for user in (far_user, near_user):
+            told = []
+            while (now := json.loads(user.next()))["state"] == "online":
+                told.append(now["cameras"]["door"])
+            assert told[-1] == "ended"
+    assert [status(broker.port)["state"] for broker in (far, near)] == ["offline", "offline"]
+
+
+@pytest.mark.parametrize(("local", "connections"), [({}, 1), ({"host": "localhost"}, 1), ({"username": "b1-local"}, 2)])
+def test_both_tables_may_name_one_broker(board_bundle, broker, photos, local, connections):
+    near = MqttConfig(**{"port": broker.port, "keepalive_s": 2, **local})
+    config = msgspec.structs.replace(configuration(board_bundle, broker.port, photos), local=near)
+    with server(broker.port), Running(config) as board:
+        summary = board.wait_ended()
+    assert summary["answered"] == 3
+    ends = [summary[name] for name in ("mqtt", "local") if name in summary]
+    assert [(end["connects"], end["evictions"], end["losses"]) for end in ends] == connections * [(1, 0, 1)]
+    assert status(broker.port)["state"] == "offline"
+
+
+def test_a_changed_setting_is_applied_to_its_camera(board_bundle):
+    board = Board(configuration(board_bundle, 1883, "mqtt"))
+
+    def change(name: str, value: bytes) -> None:
+        board.routers[-1].message_arrived(
+            Message(topics.setting(SITE, BOARD, name), value, 1, False, None, lambda: None)
+        )
+
+    door = board.cameras["door"]
+    change("door_motion", b"ON")
+    assert door.gate.enabled
+    change("door_enabled", b"OFF")
+    assert not door.is_on
+    change("door_enabled", b"ON")
+    change("paused", b"ON")
+    assert not door.is_on
+    change("paused", b"OFF")
+    assert door.is_on
+    board.servers.close()
+
+
+def test_a_metrics_port_that_is_taken_is_in_the_status_and_stops_no_camera(board_bundle, broker, photos):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        metrics = MetricsConfig(port=other.getsockname()[1])
+        config = configuration(board_bundle, broker.port, photos, repeat=True, paradigm="device")
+        with Running(msgspec.structs.replace(config, metrics=metrics)) as board:
+            board.next("new")
+            wanted = {"metrics": f"127.0.0.1:{metrics.port}: Address already in use"}
+            until(lambda: status(broker.port).get("problems") == wanted)
+            other.close()
+            until(lambda: status(broker.port).get("problems") == {})
 
 
 def test_a_stop_does_not_wait_for_answers(board_bundle, broker, photos):
@@ -236,11 +342,14 @@ def config_file(board_bundle: Bundle, broker: Mosquitto, photos: str, tmp_path: 
     return path
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_aiflow_run_stops_cleanly_on_a_signal(config_file, broker, number):
+def aiflow_run(config_file: Path) -> "subprocess.Popen[bytes]":
     code = "import sys; from firmware_tools.cli import main; sys.exit(main())"
-    with Listener(broker.port, topics.event(SITE, BOARD)) as user:
-        process = subprocess.Popen([sys.executable, "-c", code, "run", config_file], stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code, "run", config_file], stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_aiflow_run_stops_cleanly_on_a_signal(config_file, broker, number):
+    with Listener(broker.port, topics.event(SITE, BOARD)) as user, aiflow_run(config_file) as process:
         try:
             user.next()
             process.send_signal(number)
@@ -248,9 +357,31 @@ def test_aiflow_run_stops_cleanly_on_a_signal(config_file, broker, number):
         finally:
             process.kill()
     assert process.returncode == os.EX_OK
-    assert b"board stopped accepted=" in log
+    assert re.search(rb"board stopped accepted=\d+ .*mqtt\{published\}=\d+", log)
+    assert not re.search(rb"board stopped .*=0( |$)", log, re.MULTILINE)
     assert b"Traceback" not in log
     assert status(broker.port)["state"] == "offline"
+
+
+@pytest.mark.parametrize("state", ["broker away", "login refused"])
+def test_aiflow_run_stops_cleanly_in_every_state_of_its_connection(config_file, broker, state, start_broker):
+    if state == "login refused":
+        other = start_broker(PLAIN.replace("allow_anonymous true", "allow_anonymous false"))
+        config_file.write_text(config_file.read_text().replace(str(broker.port), str(other.port)))
+    else:
+        broker.kill()
+    with aiflow_run(config_file) as process:
+        try:
+            assert process.stderr is not None
+            seen = b""
+            while b"mqtt offline" not in seen:
+                seen += process.stderr.readline()
+            process.send_signal(signal.SIGHUP)
+            _, log = process.communicate(timeout=PATIENCE_S)
+        finally:
+            process.kill()
+    assert process.returncode == os.EX_OK
+    assert b"board stopped" in log
 
 
 def test_a_backend_that_is_not_installed_is_named(board_bundle, photos, monkeypatch):

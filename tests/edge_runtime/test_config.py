@@ -75,8 +75,17 @@ def test_a_missing_key_is_named(tmp_path):
         load(tmp_path, '[board]\nid = "b1"\n' + CAMERA)
 
 
-@pytest.mark.parametrize(("local", "is_near"), [("", False), ("[local]\n", False), ("[local]\nport = 1884\n", True)])
-def test_a_near_broker_is_another_one_than_the_servers(tmp_path, local, is_near):
+@pytest.mark.parametrize(
+    ("local", "is_near"),
+    [
+        ("", False),
+        ("[local]\n", False),
+        ("[local]\nport = 1884\n", True),
+        ('[local]\nhost = "localhost"\n', False),
+        ('[local]\nusername = "user"\n', True),
+    ],
+)
+def test_a_near_broker_is_another_broker_or_user_than_the_servers(tmp_path, local, is_near):
     assert (load(tmp_path, BOARD + CAMERA + local).near_broker is not None) == is_near
 
 

@@ -19,8 +19,8 @@ from edge_runtime.inference.preprocess import decode_picture, to_input
 from edge_runtime.mqtt.client import MqttClient, MqttSettings
 from edge_runtime.pipeline import Pipeline, build_request, encode_finest, to_jpeg
 from edge_runtime.planning import BoardPlanner, FixedPlanner, Measurements, Plan
+from edge_runtime.reporting import RemoteSettings, board_settings
 from edge_runtime.reporting.events import Events
-from edge_runtime.reporting.remote_settings import Switches, board_switches
 from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.wire import (
@@ -317,7 +317,7 @@ def test_the_encoding_time_of_a_picture_over_the_byte_budget_is_not_measured_as_
     board.pipeline.head, board.pipeline.draft = load_head(board_bundle, "onnx", 1), load_draft(board_bundle, "onnx", 1)
     cameras = (CameraConfig("door", "mqtt"),)
     config = RuntimeConfig(BoardConfig(BOARD, "bundle", paradigm="offload"), cameras)
-    measurements, switches = Measurements(), Switches(SITE, BOARD, board_switches(config, Cameras(cameras)))
+    measurements, switches = Measurements(), RemoteSettings(SITE, BOARD, board_settings(config))
     board.pipeline.planner = BoardPlanner(config, Cameras(cameras), switches, measurements, Calibration())
     assert board.pipeline.handle(frame()).paradigm == "device"
     measured = measurements.snapshot(time.monotonic()).board

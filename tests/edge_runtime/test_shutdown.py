@@ -6,15 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from subprocess import PIPE
 
 import pytest
 
 HANGS = """
 import threading
 import time
-from edge_runtime import shutdown as signals
-signals.SLACK_S = 3.0  # for `told` to be said on a busy machine
-stop = signals.stop_when_told(orderly_s=0.1)
+from edge_runtime import shutdown
+shutdown.SLACK_S = 3.0  # for `told` to be said on a busy machine
+stop = shutdown.stop_when_told(orderly_s=0.1)
 print("ready", flush=True)
 def in_a_driver():
     while not stop.is_set():
@@ -26,8 +27,8 @@ in_a_driver()
 DIES = """
 import sys
 import threading
-from edge_runtime import shutdown as signals
-stop = signals.stop_when_told(orderly_s=60)
+from edge_runtime import shutdown
+stop = shutdown.stop_when_told(orderly_s=60)
 def work():
     {ending}
 thread = threading.Thread(target=work, name="worker")
@@ -36,18 +37,99 @@ thread.join()
 print(stop.is_set(), flush=True)
 sys.exit(stop.exit_code)
 """
+IGNORES = """
+import sys
+import time
+from edge_runtime import shutdown
+shutdown.REPEAT_S = {repeat_s}
+stop = shutdown.stop_when_told(orderly_s=60)
+print("ready", flush=True)
+while not stop.is_set():
+    time.sleep(0.01)
+print("told", flush=True)
+sys.stdin.readline()  # an orderly end that takes its time
+print("ended", flush=True)
+sys.exit(shutdown.leave(lambda: stop.exit_code))
+"""
+IN_A_DRIVER = """
+import atexit
+import sys
+import threading
+from edge_runtime.shutdown import DriverThread, leave
+atexit.register(print, "finalised", flush=True)
+def main():
+    {kind}(threading.Event().wait).start()
+    sys.stdout.write("buffered, ")
+    return 3
+sys.exit(leave(main))
+"""
+EVERY_SIGNAL = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 
 
 @contextmanager
 def python(code: str) -> Iterator["subprocess.Popen[bytes]"]:
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, stderr=PIPE) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def told(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    """Returns when the process has heard of the signal."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(number)
+    assert process.stdout.readline() == b"told\n"
+
+
+@EVERY_SIGNAL
+def test_a_signal_ends_a_process_in_order_and_with_success(number: signal.Signals) -> None:
+    with python(IGNORES.format(repeat_s=0)) as process:
+        told(process, number)
+        out, said = process.communicate(b"\n", timeout=60)
+    assert (process.returncode, out, said) == (os.EX_OK, b"ended\n", b"")
+
+
+@EVERY_SIGNAL
+def test_a_second_signal_ends_it_at_once_and_the_exit_status_says_so(number: signal.Signals) -> None:
+    with python(IGNORES.format(repeat_s=0)) as process:
+        told(process, signal.SIGTERM)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == -number
+
+
+def test_one_wish_that_comes_as_two_signals_is_one() -> None:
+    with python(IGNORES.format(repeat_s=60)) as process:
+        told(process, signal.SIGHUP)
+        process.send_signal(signal.SIGHUP)  # a closing terminal: from the kernel, and from the shell
+        out, said = process.communicate(b"\n", timeout=60)
+    assert (process.returncode, out, said) == (os.EX_OK, b"ended\n", b"")
+
+
+def test_a_hangup_that_was_ignored_at_start_stays_so() -> None:
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + IGNORES.format(repeat_s=0)
+    with python(code) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)  # the first one that counts: as a second one it would end it at once
+        assert process.stdout.readline() == b"told\n"
+        process.communicate(b"\n", timeout=60)
+    assert process.returncode == os.EX_OK
+
+
+@pytest.mark.parametrize(
+    ("kind", "out"),
+    [("DriverThread", b"buffered, "), ("(lambda f: threading.Thread(None, f, daemon=True))", b"buffered, finalised\n")],
+)
+def test_only_a_thread_in_a_driver_keeps_the_interpreter_from_finalising(kind: str, out: bytes) -> None:
+    with python(IN_A_DRIVER.format(kind=kind)) as process:
+        assert process.communicate(timeout=60)[0] == out
+    assert process.returncode == 3
+
+
+@EVERY_SIGNAL
 def test_a_process_that_hangs_while_it_stops_says_where_and_ends(number: signal.Signals) -> None:
     with python(HANGS) as process:
         assert process.stdout is not None

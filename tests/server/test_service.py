@@ -268,7 +268,7 @@ def test_a_servers_counters_are_exported_with_its_connections(board, bundle, bro
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE_S) as response:
             lines = response.read().decode().splitlines()
         assert 'aiflow_server_replies_total{status="bad_request"} 1.0' in lines
-        assert 'aiflow_server_mqtt{what="connects"} 1.0' in lines
+        assert 'aiflow_server_mqtt_total{what="connects"} 1.0' in lines
         assert {"aiflow_server_undelivered_total 0.0", "aiflow_server_foreign_topics_total 0.0"} <= set(lines)
     finally:
         stop.set()

@@ -374,11 +374,11 @@ def test_a_slow_board_gets_the_newest_frame_and_no_queue_of_old_ones(stop, monke
     monkeypatch.setattr(sources, "ArrivingFrames", Asked)
     cameras = Cameras([CameraConfig("door", "mqtt")])
     frames = cameras.frames(stop)
-    cameras.arrived(jpeg(10))
+    cameras.arrived(None, jpeg(10))
     assert shade_of(next(frames)) == 10
     assert not asked_again.wait(0.1)
     for shade in (20, 30, 40, 50):  # while the first is being handled
-        cameras.arrived(jpeg(shade))
+        cameras.arrived(None, jpeg(shade))
     assert shade_of(next(frames)) == 50
     assert cameras.totals().skipped == 3
 
@@ -488,7 +488,7 @@ class Arriving:
     def show(self, picture: bytes) -> None:
         """Returns when the camera has looked at it."""
         frames = self.camera.counters.frames
-        self.cameras.arrived(picture)
+        self.cameras.arrived(None, picture)
         until(lambda: self.camera.counters.frames == frames + 1)
 
     @property
@@ -533,9 +533,9 @@ def test_a_camera_that_is_off_says_so_and_goes_on_when_it_is_on_again(stop):
 
 def test_what_a_camera_saw_just_before_and_while_it_was_off_is_not_kept_for_later():
     cameras = Cameras([CameraConfig("door", "mqtt")])
-    cameras.arrived(scene(1))
+    cameras.arrived(None, scene(1))
     cameras["door"].switch(enabled=False)
-    cameras.arrived(scene(2))
+    cameras.arrived(None, scene(2))
     cameras["door"].switch(enabled=True)
     assert cameras.totals().skipped == 2
 
@@ -543,12 +543,14 @@ def test_what_a_camera_saw_just_before_and_while_it_was_off_is_not_kept_for_late
 def test_a_frame_that_waits_for_its_turn_is_dropped_when_its_camera_is_switched_off(stop):
     cameras = Cameras([CameraConfig("a", "mqtt"), CameraConfig("b", "mqtt")])
     frames = cameras.frames(stop)
-    cameras.arrived(scene(1))
+    for name in ("a", "b"):
+        cameras.arrived(name, scene(1))
     first = next(frames).camera
     other = cameras["b" if first == "a" else "a"]
     until(lambda: other.counters.frames == 1)
     other.switch(enabled=False)
-    cameras.arrived(scene(2))
+    for name in ("a", "b"):
+        cameras.arrived(name, scene(2))
     assert next(frames).camera == first
     assert other.counters.frames == 1
 

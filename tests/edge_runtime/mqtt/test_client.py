@@ -2,8 +2,10 @@
 
 import ctypes
 import logging
+import os
 import queue
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -16,20 +18,13 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.mqtt.client import (
-    Message,
-    MqttClient,
-    MqttConfigError,
-    MqttSettings,
-    Outcome,
-    Publish,
-    State,
-    Timing,
-)
+from edge_runtime.mqtt import Message, MqttClient, MqttConfigError, MqttSettings, Outcome, Publish, State, Timing
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.wire import Reply, Status
 from testbed.broker import free_port
 from tests.brokers import PLAIN, Mosquitto
+from tests.listener import until
+from tests.test_access_rights import strict_broker
 
 PATIENCE_S = 15  # for what takes well under a second when nothing is wrong
 QUICK = Timing(
@@ -99,6 +94,20 @@ def start() -> Iterator[Start]:
         yield starts
 
 
+@pytest.fixture
+def many_open_files() -> Iterator[None]:
+    """Every descriptor up to 1023 is taken: select.select fails for those beyond."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], min(2048, limits[1])), limits[1]))
+    taken = [os.open(os.devnull, os.O_RDONLY)]
+    while taken[-1] < 1024:
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+    yield
+    for descriptor in taken:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 # ---- a broker that dies, freezes, comes back ----
 
 
@@ -140,9 +149,12 @@ def test_what_was_in_flight_is_sent_again_before_anything_newer(broker: Mosquitt
     assert watcher.received() == b"5"
 
 
+@pytest.mark.parametrize("files", ["few", "many"])
 def test_what_the_broker_has_acknowledged_is_not_sent_again_when_the_client_breaks(
-    broker: Mosquitto, start: Start
+    broker: Mosquitto, start: Start, files: str, request: pytest.FixtureRequest
 ) -> None:
+    if files == "many":
+        request.getfixturevalue("many_open_files")
     listener = start(broker.port, "s1", subscriptions=[("up/#", 1)])
     board = start(broker.port, "b1")
     broker.freeze()
@@ -280,6 +292,18 @@ def test_close_sends_what_waits_and_has_the_will_published(broker: Mosquitto, st
     assert set(outcomes.values()) == {Outcome.DELIVERED}
 
 
+@pytest.mark.usefixtures("many_open_files")
+def test_a_client_with_a_high_descriptor_says_goodbye(
+    broker: Mosquitto, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    board = start(broker.port, "b1")
+    board.publish("up/1", b"x")
+    board.client.close(PATIENCE_S)
+    assert board.outcome() == (b"x", Outcome.DELIVERED)
+    assert "mqtt client broke" not in caplog.text
+    until(lambda: "Client b1 disconnected." in broker.said())  # and not "closed its connection"
+
+
 def test_every_publish_ends_exactly_once_whatever_happens_to_the_broker(broker: Mosquitto, start: Start) -> None:
     rng = random.Random(7)
     board = start(broker.port, "b1", settings={"queue_messages": 20})
@@ -296,6 +320,61 @@ def test_every_publish_ends_exactly_once_whatever_happens_to_the_broker(broker: 
     assert board.outcomes.empty()
     stats = board.client.stats()
     assert (stats.published, stats.pending) == (400, 0)
+
+
+# ---- subscriptions that change ----
+
+
+def test_subscriptions_change_while_online_and_last_over_the_next_connection(broker: Mosquitto, start: Start) -> None:
+    server = start(broker.port, "s1", subscriptions=[("a", 1), ("b", 1)])
+    board = start(broker.port, "b1")
+    server.client.set_subscriptions([("b", 1), ("c", 1)])
+    while server.inbox.empty():  # the broker handles the SUBSCRIBE when it likes
+        board.publish("c", b"new")
+        assert board.outcome() == (b"new", Outcome.DELIVERED)
+    broker.kill()
+    broker.start()
+    assert all(probe.client.wait_online(PATIENCE_S) for probe in (server, board))
+    while server.received() != b"end":  # "a" and everything before it came in order
+        for topic, payload in (("a", b"removed"), ("b", b"kept"), ("b", b"end")):
+            board.publish(topic, payload)
+            board.outcome()
+    assert server.client.stats().connects == 2
+
+
+def test_a_member_that_unsubscribes_from_a_share_gets_no_more_of_it_and_keeps_its_connection(
+    broker: Mosquitto, start: Start
+) -> None:
+    share = [("$share/pool/up", 1)]
+    leaves, stays = (start(broker.port, name, subscriptions=[*share, ("ping", 1)]) for name in ("s1", "s2"))
+    leaves.client.set_subscriptions([("ping", 1)])
+    board = start(broker.port, "b1")
+    # The broker answers in order: what comes on a subscription made later shows that it has handled the UNSUBSCRIBE.
+    leaves.client.set_subscriptions([("ping", 1), ("left", 1)])
+    while leaves.inbox.empty():
+        board.publish("left", b"")
+        board.outcome()
+    while not leaves.inbox.empty():
+        leaves.received()
+    for number in range(10):
+        board.publish("up", b"%d" % number)
+    assert [stays.received() for _ in range(10)] == [b"%d" % number for number in range(10)]
+    leaves.client.set_subscriptions([("ping", 1), *share])
+    while b"back" not in [message.payload for message in list(leaves.inbox.queue)]:
+        board.publish("up", b"back")
+        board.outcome()
+    assert leaves.client.stats().connects == 1
+
+
+def test_a_subscription_that_is_refused_while_online_takes_the_client_offline(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "s1").write_text("s1")
+    credentials = {"username": "s1", "password_file": str(tmp_path / "s1")}
+    with strict_broker(tmp_path, {"s1": ([], ["allowed/1", "allowed/2"])}) as broker:
+        server = start(broker.port, "s1", subscriptions=[("allowed/1", 1)], settings=credentials)
+        server.client.set_subscriptions([("allowed/1", 1), ("forbidden", 1)])
+        server.wait_state(State.BACKOFF, "refused to subscribe forbidden")
+        server.client.set_subscriptions([("allowed/2", 1)])
+        assert server.client.wait_online(PATIENCE_S)
 
 
 # ---- callbacks that raise ----
@@ -484,6 +563,30 @@ def test_tls_needs_the_right_authority(
     assert stranger.client.stats().connects == 0
 
 
+def test_a_plain_client_at_a_tls_port_is_told_so(
+    start_broker: Callable[..., Mosquitto], start: Start, certificates: Path
+) -> None:
+    broker = start_broker(PLAIN + f"certfile {certificates}/server.crt\nkeyfile {certificates}/server.key\n")
+    board = start(broker.port, "b1", online=False)
+    board.wait_state(State.BACKOFF, "closed before CONNACK: is this a TLS port (8883)? does it speak MQTT 5?")
+
+
+def test_a_tls_client_without_the_certificate_that_the_broker_wants_is_told_so(
+    start_broker: Callable[..., Mosquitto], start: Start, certificates: Path
+) -> None:
+    files = f"certfile {certificates}/server.crt\nkeyfile {certificates}/server.key\ncafile {certificates}/server.crt\n"
+    broker = start_broker(PLAIN + files + "require_certificate true\n")
+    board = start(broker.port, "b1", online=False, settings={"ca_file": f"{certificates}/server.crt"})
+    board.wait_state(State.BACKOFF, "closed before CONNACK: does it want a client certificate?")
+
+
+# paho leaves a socket whose handshake failed to the garbage collector, which closes it at once but complains.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_tls_client_at_a_plain_port_is_told_so(broker: Mosquitto, start: Start, certificates: Path) -> None:
+    board = start(broker.port, "b1", online=False, settings={"ca_file": f"{certificates}/server.crt"})
+    board.wait_state(State.BACKOFF, "does this port speak TLS?")
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
@@ -520,7 +623,7 @@ def test_a_topic_that_nobody_may_publish_to_is_an_error_at_once(topic: str) -> N
 
 WORKER = """
 import sys
-from edge_runtime.mqtt.client import MqttClient, MqttSettings
+from edge_runtime.mqtt import MqttClient, MqttSettings
 from server.reply_cache import Cached, New, ReplyCache
 
 port, name, must_hold = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])

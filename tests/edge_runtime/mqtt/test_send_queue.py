@@ -6,22 +6,22 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from edge_runtime.mqtt.send_queue import MAX_SENDS, Outcome, Outgoing, OutgoingQueue
+from edge_runtime.mqtt.send_queue import MAX_SENDS, Outcome, OutgoingMessage, SendQueue
 
 
-def message(name: str, **options: float) -> Outgoing:
-    return Outgoing(name, b"x", 1, False, **options)
+def message(name: str, **options: float) -> OutgoingMessage:
+    return OutgoingMessage(name, b"x", 1, False, **options)
 
 
-def filled(*names: str) -> OutgoingQueue:
-    queue = OutgoingQueue(10, 100)
+def filled(*names: str) -> SendQueue:
+    queue = SendQueue(10, 100)
     for name in names:
         queue.accept(message(name))
     return queue
 
 
-def take_all(queue: OutgoingQueue, window: int) -> list[Outgoing]:
-    taken: list[Outgoing] = []
+def take_all(queue: SendQueue, window: int) -> list[OutgoingMessage]:
+    taken: list[OutgoingMessage] = []
     while len(taken) < window and (one := queue.take(taken)):
         taken.append(one)
     return taken
@@ -55,9 +55,9 @@ def test_a_lost_link_convicts_nobody() -> None:
 
 
 def test_what_was_taken_makes_room_for_as_many_bytes() -> None:
-    queue = OutgoingQueue(max_messages=10, max_bytes=10)
+    queue = SendQueue(max_messages=10, max_bytes=10)
     for number in range(3):
-        queue.accept(Outgoing(str(number), b"x" * 8, 1, False))
+        queue.accept(OutgoingMessage(str(number), b"x" * 8, 1, False))
         assert [one.topic for one in take_all(queue, window=1)] == [str(number)]
     assert queue.counts()["dropped"] == 0
 
@@ -67,8 +67,8 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue = OutgoingQueue(max_messages=4, max_bytes=20)
-        self.in_flight: list[Outgoing] = []
+        self.queue = SendQueue(max_messages=4, max_bytes=20)
+        self.in_flight: list[OutgoingMessage] = []
         self.told: Counter[int] = Counter()
         self.accepted, self.now = 0, 0.0
 
@@ -79,7 +79,9 @@ class AnyOrderOfEvents(RuleBasedStateMachine):
     @rule(size=st.integers(0, 12), budget=st.one_of(st.just(float("inf")), st.floats(0, 9)), refused=st.booleans())
     def publish(self, size: int, budget: float, refused: bool) -> None:
         number, self.accepted = self.accepted, self.accepted + 1
-        one = Outgoing(str(number), b"x" * size, 1, False, self.now + budget, lambda _: self.told.update([number]))
+        one = OutgoingMessage(
+            str(number), b"x" * size, 1, False, self.now + budget, lambda _: self.told.update([number])
+        )
         ended = self.queue.accept(one, Outcome.OVERSIZED if refused else None)
         assert ended is not None or not refused
 

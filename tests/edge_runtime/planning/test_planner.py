@@ -9,7 +9,7 @@ from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, Runtime
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.mqtt.client import Message
 from edge_runtime.planning import BoardPlanner, Measurements
-from edge_runtime.reporting.remote_settings import Switches, board_switches
+from edge_runtime.reporting import RemoteSettings, board_settings
 from edge_runtime.wire import Tier, topics
 from edge_runtime.wire.event import Explain
 
@@ -31,11 +31,11 @@ class Board:
         cameras = CameraConfig("plain", "mqtt"), own
         config = RuntimeConfig(BoardConfig("b1", "bundle", **{"tier": "cloud", **board}), cameras, outbox=outbox)
         self.measurements = Measurements()
-        self.switches = Switches("home", "b1", board_switches(config, Cameras(cameras)))
+        self.settings = RemoteSettings("home", "b1", board_settings(config))
         self.planner = BoardPlanner(
             config,
             Cameras(cameras),
-            self.switches,
+            self.settings,
             self.measurements,
             CALIBRATION,
             has_room=lambda: has_room,
@@ -43,7 +43,7 @@ class Board:
 
     def set(self, name: str, value: str) -> None:
         topic = topics.setting("home", "b1", name)
-        assert self.switches.heard(Message(topic, value.encode(), 1, False, None, lambda: None), Publisher())
+        self.settings.message_arrived(Message(topic, value.encode(), 1, False, None, lambda: None), Publisher())
 
 
 def test_a_configured_paradigm_is_the_plan_and_says_so():

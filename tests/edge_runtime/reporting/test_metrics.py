@@ -1,21 +1,23 @@
-"""Counters over HTTP, read by what Prometheus itself reads with."""
+"""Counters over HTTP, read with what Prometheus itself uses."""
 
+import logging
+import queue
 import socket
+import threading
 import urllib.request
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from edge_runtime.app import Board
-from edge_runtime.config import BoardConfig, CameraConfig, ConfigError, MetricsConfig, MqttConfig, RuntimeConfig
-from edge_runtime.reporting.metrics import BOARD, Meaning, by_kind, exported
-from server.counters import SERVER, values
+from edge_runtime.config import MetricsConfig
+from edge_runtime.reporting import Meaning
+from edge_runtime.reporting.metrics import MAX_CONNECTIONS, exported
+from tests.listener import PATIENCE_S, until
 
 MEANINGS = {"lost": Meaning("Lost."), "open": Meaning("Open.", is_gauge=True), "reply": Meaning("By status.", "status")}
 
 
-def scrape(port: int) -> dict[tuple[str, str], float]:
+def scrape(port: int | None) -> dict[tuple[str, str], float]:
     """Value by name and label."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
         families = text_string_to_metric_families(response.read().decode())
@@ -35,19 +37,53 @@ def test_a_number_is_read_when_it_is_asked_for():
         assert scrape(port)["aiflow_board_lost_total", ""] == 5
 
 
+def test_a_counter_never_falls_and_a_gauge_may(caplog):
+    numbers = {"lost": -60, "open": 9, "reply": {"ok": 3}}
+    with exported(MetricsConfig(port=0), "board", MEANINGS, lambda: numbers) as port:
+        assert scrape(port)["aiflow_board_lost_total", ""] == 0
+        numbers |= {"lost": 7}
+        assert scrape(port)["aiflow_board_lost_total", ""] == 7
+        numbers |= {"lost": 5, "open": 1, "reply": {"ok": 2}}
+        for _ in range(2):
+            read = scrape(port)
+            assert (read["aiflow_board_lost_total", ""], read["aiflow_board_reply_total", "ok"]) == (7, 3)
+            assert read["aiflow_board_open", ""] == 1
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert told == [
+        "counter fell name=lost label= from=0 to=-60",
+        "counter fell name=reply label=ok from=3 to=2",
+    ]
+
+
 def test_without_a_setting_nothing_listens():
     with exported(None, "board", MEANINGS, dict) as port:
         assert port is None
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # the library's socket that was not bound
-def test_a_port_that_is_taken_is_a_configuration_error():
-    with exported(MetricsConfig(port=0), "board", MEANINGS, dict) as port:
-        second = exported(MetricsConfig(port=port), "board", MEANINGS, dict)
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: .*: choose another port"), second:
-            pass
+def test_a_port_that_is_taken_is_reported_and_tried_again_until_it_is_free(caplog):
+    troubles: queue.Queue[str] = queue.Queue()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        exporting = exported(MetricsConfig(port=port), "board", MEANINGS, lambda: {"open": 2}, troubles.put)
+        with exporting as given:
+            assert given is None
+            assert troubles.get(timeout=PATIENCE_S) == f"127.0.0.1:{port}: Address already in use"
+            other.close()
+            while troubles.get(timeout=PATIENCE_S):
+                pass
+            assert scrape(port) == {("aiflow_board_open", ""): 2}
+    assert caplog.text.count("metrics not available yet") == 1
+
+
+def test_an_end_while_the_port_is_taken_is_an_end():
+    with (
+        exported(MetricsConfig(port=0), "board", MEANINGS, dict) as port,
+        exported(MetricsConfig(port=port), "board", MEANINGS, dict),
+    ):
+        pass
+    assert not [thread for thread in threading.enumerate() if thread.name == "metrics"]
 
 
 def test_a_connection_that_says_nothing_holds_up_neither_a_scrape_nor_the_end():
@@ -59,36 +95,37 @@ def test_a_connection_that_says_nothing_holds_up_neither_a_scrape_nor_the_end():
             scrape(port)
 
 
-def test_every_counter_of_a_board_has_a_meaning(board_bundle):
-    camera, near = CameraConfig("door", "mqtt"), MqttConfig(port=1)
-    board = Board(RuntimeConfig(BoardConfig("b1", str(board_bundle.path)), cameras=(camera,), local=near))
-    board.answers.counts["ok"] += 1
-    with exported(MetricsConfig(port=0), "board", BOARD, lambda: by_kind(BOARD, board.summary())) as port:
-        assert scrape(port)["aiflow_board_reply_total", "ok"] == 1
-        assert by_kind(BOARD, board.summary()).keys() == BOARD.keys()
-    for client in (board.servers, board.local):
-        client.close()
+def threads_of_connections() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
 
 
-def test_a_servers_counters_come_by_what_happened():
-    counts = {"received": 9, "ok": 4, "busy": 1, "escalated": 2, "escalated_tier": 2, "alone_offline": 1, "changed": 1}
-    counts |= {"changed_tier": 1, "answered_above": 1, "bad_request": 2}
-    read = values({"counts": counts, "queue": {"waiting": 3}, "asked_above": 1})
-    assert read["replies"] == {"ok": 4, "busy": 1, "bad_request": 2}
-    assert (read["escalated"], read["alone"], read["changed"]) == ({"tier": 2}, {"offline": 1}, {"tier": 1})
-    assert (read["waiting"], read["asked_above"], read["answered_above"]) == (3, 1, 1)
-    assert read.keys() <= SERVER.keys()
+def test_connections_that_never_end_hold_a_bounded_number_of_threads_and_no_scrape():
+    with exported(MetricsConfig(port=0), "board", MEANINGS, lambda: {"open": 2}) as port:
+        slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(5 * MAX_CONNECTIONS)]
+        for connection in slow:
+            connection.sendall(b"GET /metrics HTTP/1.1\r\nX-Slow: ")
+        for _ in range(3):
+            assert scrape(port) == {("aiflow_board_open", ""): 2}
+        until(lambda: len(threads_of_connections()) <= MAX_CONNECTIONS)
+        for connection in slow:
+            connection.close()
 
 
-def test_what_a_tier_above_says_unasked_is_counted():
-    above = {"requests": {"accepted": 4, "unknown": 2, "open": 1}, "replies": {"ok": 3, "unreadable": 1}}
-    read = values({"counts": {}, "queue": {"waiting": 0}, "asked_above": 1, "upstream": above})
-    assert read["upstream"] == {"accepted": 4, "unknown": 2, "reply_ok": 3, "reply_unreadable": 1}
+def test_a_client_that_sends_a_byte_now_and_then_is_sent_away(monkeypatch):
+    monkeypatch.setattr("edge_runtime.reporting.metrics.MAX_CONNECTION_S", 0.5)
+    with exported(MetricsConfig(port=0), "board", MEANINGS, lambda: {"open": 2}) as port:
+        slow = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
+        slow.sendall(b"GET /metrics HTTP/1.1\r\nX-Slow: ")
+        slow.settimeout(0.05)
 
+        def is_away() -> bool:
+            try:
+                slow.sendall(b"x")
+                return slow.recv(1) == b""
+            except TimeoutError:
+                return False
+            except OSError:
+                return True
 
-@pytest.mark.parametrize(("prefix", "meanings"), [("board", BOARD), ("server", SERVER)])
-def test_every_counter_is_documented(prefix, meanings):
-    page = (Path(__file__).parents[3] / "docs/RELIABILITY.md").read_text()
-    for name, meaning in meanings.items():
-        total = "" if meaning.is_gauge else "_total"
-        assert f"| `aiflow_{prefix}_{name}{total}` | {meaning.label} | {meaning.text} |" in page
+        until(is_away)
+        slow.close()

@@ -14,6 +14,8 @@ def test_the_scheme():
     assert topics.status("home", "b1") == "aiflow/home/b1/up/status"
     assert topics.server_status("home", "e1") == "aiflow/home/server/e1/status"
     assert topics.frame("home", "b1") == "aiflow/home/b1/down/frame"
+    assert topics.frame("home", "b1", "Front_door") == "aiflow/home/b1/down/frame/Front_door"
+    assert topics.frames("home", "b1") == "aiflow/home/b1/down/frame/#"
     assert topics.setting("home", "b1", "fps") == "aiflow/home/b1/down/set/fps"
     assert topics.state("home", "b1", "min_confidence") == "aiflow/home/b1/up/state/min_confidence"
 
@@ -31,10 +33,21 @@ def test_an_id_that_is_no_level_is_refused(bad: str):
         lambda: topics.reply("home", bad),
         lambda: topics.request_share(bad, "home"),
         lambda: topics.server_status("home", bad),
-        lambda: topics.setting("home", "b1", bad),
     ):
         with pytest.raises(TopicError, match="must match"):
             build()
+
+
+@pytest.mark.parametrize("bad", ["", "a/b", "+", "#", "a b", "x" * 33, "ä", "b1\n", "$share"])
+def test_a_name_that_is_no_level_is_refused(bad: str):
+    for build in (lambda: topics.setting("home", "b1", bad), lambda: topics.frame("home", "b1", bad)):
+        with pytest.raises(TopicError, match="must match"):
+            build()
+
+
+@pytest.mark.parametrize("camera", [None, "door", "Front_door"])
+def test_a_pictures_topic_tells_its_camera(camera: str | None):
+    assert topics.camera_of(topics.frame("home", "b1", camera)) == camera
 
 
 def test_no_board_may_stand_where_the_servers_are():

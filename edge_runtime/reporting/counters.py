@@ -1,0 +1,73 @@
+"""The numbers that a board counts, and what each of them means.
+
+Components count; each offers its numbers as name -> number, or name -> {label: number} if they come in kinds. Nothing
+is counted a second time here. A name without a meaning is an error of the test suite.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+Values = Mapping[str, float | Mapping[str, float]]  # an inner mapping is label -> number
+
+
+class Meaning(NamedTuple):
+    """What a number means, for people."""
+
+    text: str
+    label: str = ""  # what distinguishes the kinds, if the number comes in kinds
+    is_gauge: bool = False  # may fall; everything else is a counter
+
+
+BOARD = {
+    "accepted": Meaning("Requests that the board took on: accepted + found = answered + lost + open + kept"),
+    "found": Meaning("Requests that an earlier run left in the outbox"),
+    "answered": Meaning("Requests that a server answered"),
+    "lost": Meaning("Requests that ended without an answer, each reported in an event"),
+    "open": Meaning("Requests that wait for an answer", is_gauge=True),
+    "kept": Meaning("Requests in the outbox, to be asked again", is_gauge=True),
+    "replayed": Meaning("Requests asked again out of the outbox"),
+    "resent": Meaning("Requests sent once more, with the same id, since no reply came"),
+    "busy": Meaning("Replies that asked to come back later"),
+    "duplicate": Meaning("Replies to requests that had been answered"),
+    "late": Meaning("Replies to requests that had been lost or kept"),
+    "unknown": Meaning("Replies to nothing that the board remembers"),
+    "reply": Meaning(
+        "Replies, by what they said; overflow: no room to read them, overtaken: ended before the draft was told, "
+        "not_final_again: nothing new, over_budget: requests not sent again for want of bytes",
+        "status",
+    ),
+    "frames_failed": Meaning("Frames that head or coder could not handle"),
+    "frames": Meaning("Frames read from cameras, files and MQTT"),
+    "still": Meaning("Frames held back by the motion gate"),
+    "lightning": Meaning("Frames held back because the whole picture changed at once"),
+    "skipped": Meaning("Frames that a newer one replaced before they were handled, or that came too early"),
+    "unreadable": Meaning("Pictures that could not be decoded"),
+    "reopened": Meaning("Cameras opened again after a stall, an end or an error"),
+    "setting": Meaning("Messages to run-time settings: set, refused (not a value), unknown (no such setting)", "what"),
+    "rejected": Meaning(
+        "Messages from a broker that were not used: retained (published before this connection), no_camera (a picture "
+        "for no MQTT camera of this board), no_route (a topic that the board did not subscribe to)",
+        "why",
+    ),
+    "ignored": Meaning(
+        "Statements of servers that were not used: status_refused (not a server's status), status_contradicted (far "
+        "from what was measured), hops_refused (a server that worked longer than the board waited), passes_refused "
+        "(more passes than its text has tokens), servers_forgotten, bad_value, overflow",
+        "what",
+    ),
+    "mqtt": Meaning("Messages to and from the servers' broker, by what became of them; its connections", "what"),
+    "mqtt_pending": Meaning("Messages to the servers' broker that wait or are in flight", is_gauge=True),
+    "local": Meaning("As mqtt, for the near broker, if there is one", "what"),
+    "local_pending": Meaning("As mqtt_pending, for the near broker, if there is one", is_gauge=True),
+}
+
+
+def not_zero(values: Values) -> str:
+    """The numbers that are not zero, for a log line: `lost=2 reply{ok}=40`."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}{{{label}}}": number for label, number in value.items()}
+        else:
+            flat[name] = value
+    return " ".join(f"{name}={number:g}" for name, number in flat.items() if number)

@@ -1,0 +1,63 @@
+"""Every number of a board has a meaning, is documented, and is shown at the end if it is not zero."""
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.app import Board
+from edge_runtime.config import BoardConfig, CameraConfig, MqttConfig, RuntimeConfig
+from edge_runtime.reporting import BOARD, not_zero
+from server.counters import SERVER
+
+
+@pytest.fixture
+def board(board_bundle):
+    camera, near = CameraConfig("door", "mqtt"), MqttConfig(port=1)
+    board = Board(RuntimeConfig(BoardConfig("b1", str(board_bundle.path)), cameras=(camera,), local=near))
+    yield board
+    for client in (board.servers, board.local):
+        client.close()
+
+
+def test_every_number_of_a_board_has_a_meaning_and_kinds_where_it_has_a_label(board):
+    summary = board.summary()
+    assert summary.keys() == BOARD.keys()
+    assert {name for name, value in summary.items() if isinstance(value, dict)} == {
+        name for name, meaning in BOARD.items() if meaning.label
+    }
+
+
+def test_a_summary_may_be_read_while_new_kinds_are_counted(board):
+    """A new kind of reply changes the size of what is read."""
+    stop, interval = threading.Event(), sys.getswitchinterval()
+
+    def count() -> None:
+        while not stop.is_set():
+            board.answers.counts.clear()
+            for number in range(5000):
+                board.answers.counts[f"kind-{number}"] += 1
+
+    writer = threading.Thread(target=count)
+    sys.setswitchinterval(1e-6)
+    writer.start()
+    try:
+        for _ in range(100):
+            board.summary()
+    finally:
+        stop.set()
+        writer.join()
+        sys.setswitchinterval(interval)
+
+
+def test_what_is_not_zero_is_shown():
+    assert not_zero({"lost": 0, "accepted": 12, "reply": {"ok": 11, "busy": 0}}) == "accepted=12 reply{ok}=11"
+
+
+@pytest.mark.parametrize(("prefix", "meanings"), [("board", BOARD), ("server", SERVER)])
+def test_every_counter_is_documented(prefix, meanings):
+    page = (Path(__file__).parents[3] / "docs/RELIABILITY.md").read_text()
+    for name, meaning in meanings.items():
+        total = "" if meaning.is_gauge else "_total"
+        assert f"| `aiflow_{prefix}_{name}{total}` | {meaning.label} | {meaning.text} |" in page
