@@ -126,6 +126,8 @@ class _Session:
     loss: _Loss | None = None
     max_packet: int = 268_435_460  # the protocol's own limit, until CONNACK says less
     window: int = 1
+    subscriptions: list[tuple[str, int]] = field(default_factory=list)  # asked for on this connection
+    asked: dict[int, list[tuple[str, int]]] = field(default_factory=dict)  # SUBSCRIBE without a SUBACK, by packet id
     online_at: float | None = None
     progress_at: float = 0.0  # last PUBACK, or when work began
     in_flight: dict[int, Outgoing] = field(default_factory=dict)  # by packet id, in order of sending
@@ -219,6 +221,14 @@ class MqttClient:
             self._tell()
         self._wake()
         return ended is None
+
+    def subscribe_to(self, subscriptions: Sequence[tuple[str, int]]) -> None:
+        """Replace the subscriptions, on this connection and on later ones. Does not wait for the broker.
+
+        Messages that the broker has sent or queued for a removed subscription may still arrive.
+        """
+        self._subscriptions = list(subscriptions)
+        self._wake()
 
     def wait_online(self, timeout: float | None = None) -> bool:
         return self._online.wait(timeout)
@@ -324,6 +334,8 @@ class MqttClient:
         self._tell()
         self._send_acks()
         self._watch(session, now)
+        if session.online_at is not None:
+            self._update_subscriptions(session)
         if self.state is State.ONLINE:
             self._pump(session, now)
         if self._is_done():
@@ -387,6 +399,20 @@ class MqttClient:
             elif stalled > self.timing.degraded and self.state is State.ONLINE:
                 self._set_state(State.DEGRADED, f"{len(session.in_flight)} in flight are not acknowledged")
 
+    def _update_subscriptions(self, session: _Session) -> None:
+        """Tell the broker what `subscribe_to` has changed."""
+        before, wanted = session.subscriptions, self._subscriptions
+        session.subscriptions = wanted
+        if removed := [name for name, _ in before if name not in dict(wanted)]:
+            session.client.unsubscribe(removed)
+        if added := [pair for pair in wanted if pair not in before]:
+            self._subscribe(session, added)
+
+    def _subscribe(self, session: _Session, pairs: list[tuple[str, int]]) -> None:
+        _, packet_id = session.client.subscribe([(name, SubscribeOptions(qos=qos)) for name, qos in pairs])
+        if packet_id is not None:  # None: the socket is closed, and the loss is reported elsewhere
+            session.asked[packet_id] = pairs
+
     def _pump(self, session: _Session, now: float) -> None:
         in_flight = session.in_flight
         while len(in_flight) < session.window and (message := self._queue.take(in_flight.values())):
@@ -425,20 +451,21 @@ class MqttClient:
             logger.exception("mqtt callback raised client=%s", self.settings.client_id)
             return None
 
-    def _connected(self, session: _Session, client: paho.Client, _: Any, __: Any, code: ReasonCode, got: Any) -> None:
+    def _connected(self, session: _Session, _: Any, __: Any, ___: Any, code: ReasonCode, got: Any) -> None:
         if code.is_failure:
             refused = code.value not in TEMPORARY
             session.loss = _Loss(f"the broker refused the login: {code}", refused=refused)
             return
         session.max_packet = getattr(got, "MaximumPacketSize", session.max_packet)
         session.window = min(self.settings.window, getattr(got, "ReceiveMaximum", 65535))
-        if self._subscriptions:
-            client.subscribe([(name, SubscribeOptions(qos=qos)) for name, qos in self._subscriptions])
+        session.subscriptions = self._subscriptions
+        if session.subscriptions:
+            self._subscribe(session, session.subscriptions)
         else:
             self._go_online(session)
 
-    def _subscribed(self, session: _Session, _: Any, __: Any, ___: Any, codes: list[ReasonCode], ____: Any) -> None:
-        asked = zip(self._subscriptions, codes, strict=False)
+    def _subscribed(self, session: _Session, _: Any, __: Any, mid: int, codes: list[ReasonCode], ___: Any) -> None:
+        asked = zip(session.asked.pop(mid, ()), codes, strict=False)
         refused = {name: code for (name, _), code in asked if code.is_failure}
         bad = [f"{name} ({code})" for name, code in refused.items() if name not in self._optional]
         if bad:  # deaf but "online" would be worse than offline with a reason
@@ -446,7 +473,8 @@ class MqttClient:
             return
         for name, code in refused.items():
             logger.info("mqtt goes without client=%s topic=%s reason=%s", self.settings.client_id, name, code)
-        self._go_online(session)
+        if session.online_at is None:
+            self._go_online(session)
 
     def _go_online(self, session: _Session) -> None:
         now = session.online_at = session.progress_at = self._clock()
