@@ -200,18 +200,18 @@ def test_a_packet_of_150_megabytes_ends_its_connection_and_nothing_else(site: Ru
         assert site.memory() - before < 8 << 20
 
 
-def test_events_for_a_reader_that_stands_still_stay_within_the_memory_limit(site: Running, server: Server) -> None:
-    limit = int((site.folder / "broker" / "aiflow.conf").read_text().split("memory_limit ")[1].split()[0])
+def test_events_for_a_reader_that_stands_still_do_not_fill_the_broker(site: Running, server: Server) -> None:
+    """250 KB each, 150 MB at either QoS; about 25 MB may wait for one reader."""
     with a_good_board_is_answered(site, server), Raw(site, "anna") as person:
         person.subscribe(["aiflow/home/+/up/event"])
-        board = site.client("porch")
+        board, before = site.client("porch"), site.memory()
         for qos in (0, 1):
             outcomes: Queue[Outcome] = Queue()
-            for _ in range(8):
+            for _ in range(20):
                 for _ in range(30):
                     board.publish(topics.event("home", "porch"), bytes(250_000), qos=qos, on_outcome=outcomes.put)
                 assert {outcomes.get(timeout=PATIENCE_S) for _ in range(30)} == {Outcome.DELIVERED}
-        assert site.memory() < limit
+        assert site.memory() - before < 64 << 20
         assert board.stats().losses == 0
 
 
