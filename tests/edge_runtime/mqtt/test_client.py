@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,31 @@ def start() -> Iterator[Start]:
             return probe
 
         yield starts
+
+
+def test_subscriptions_can_be_replaced_and_stay_so_over_a_lost_connection(broker: Mosquitto, start: Start) -> None:
+    server = start(broker.port, "s1", subscriptions=[("status", 1), ("requests", 1)])
+    board = start(broker.port, "b1")
+    server.client.subscribe_to([("status", 1), ("settings", 1)])
+    server.client.subscribe_to([("status", 1), ("settings", 1)])
+    for attempt in range(2):
+        heard = set[bytes]()
+        while b"settings" not in heard:  # the broker's answer to a later SUBSCRIBE is not told
+            board.publish("settings", b"settings")
+            with suppress(queue.Empty):
+                heard.add(server.inbox.get(timeout=0.1).payload)
+        for topic in ("requests", "status"):
+            board.publish(topic, topic.encode() + b"%d" % attempt)
+        while b"status%d" % attempt not in heard:
+            heard.add(server.received())
+        assert b"requests%d" % attempt not in heard
+        if attempt == 0:
+            broker.kill()
+            for probe in (board, server):
+                probe.wait_state(State.BACKOFF)
+            broker.start()
+            assert server.client.wait_online(PATIENCE_S)
+            assert board.client.wait_online(PATIENCE_S)
 
 
 # ---- a broker that dies, freezes, comes back ----
