@@ -243,9 +243,9 @@ def mosquitto_conf(site: Site, has_tls: bool, port: int | None, folder: str, plu
     max_packet = (MAX_PICTURE if site.takes_pictures else MAX_ENVELOPE) + PACKET_OVERHEAD
     topic_count = len({topic for right in rights.values() for topic in right.writes})  # each may be retained
     queue = max(MIN_QUEUE, topic_count)  # so that a new subscription gets all that is retained
-    # QoS 0 messages to a client that does not read are bounded by number alone. Boards get no large ones from boards.
-    readers = len(site.servers) + len(site.people) + (len(site.boards) if site.takes_pictures else 0)
-    memory = BASE_MEMORY + topic_count * max_packet + readers * queue * max_packet + len(rights) * QUEUE_BYTES
+    # All that may be retained fits. A flood of large packets to a client that does not read can still reach the limit:
+    # then large packets fail first, and that ends the connection that sends them.
+    memory = BASE_MEMORY + topic_count * max_packet + len(rights) * 2 * QUEUE_BYTES
     listener = f"listener {port or 8883}" if has_tls else f"listener {port or 1883} 127.0.0.1"
     certificate = [f"certfile {folder}/broker.pem", f"keyfile {folder}/broker.key"]
     lines = [

@@ -1,5 +1,7 @@
 """One bad account against a broker that `aiflow broker config` has set up: the rest of the site goes on as before."""
 
+import json
+import re
 import socket
 import struct
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ import psutil
 import pytest
 
 from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings, Outcome, State
+from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings, Outcome, Publish, State
 from edge_runtime.wire import topics
 from firmware_tools.site_broker import Board, Site
 from server.gateway import Arrival, Gateway
@@ -50,8 +52,13 @@ class Running:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Running]:
-    with site_broker(tmp_path, SITE) as broker, ExitStack() as stack:
+def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    """A parameter is another memory limit, in bytes."""
+    broker = site_broker(tmp_path, SITE)
+    if limit := getattr(request, "param", 0):
+        conf = tmp_path / f"mosquitto-{broker.port}.conf"
+        conf.write_text(re.sub(r"memory_limit \d+", f"memory_limit {limit}", conf.read_text()))
+    with broker, ExitStack() as stack:
         yield Running(tmp_path, broker, stack)
 
 
@@ -215,6 +222,20 @@ def test_events_for_a_reader_that_stands_still_do_not_fill_the_broker(site: Runn
         assert board.stats().losses == 0
 
 
+@pytest.mark.parametrize("site", [8 << 20], indirect=True)
+def test_when_all_memory_is_taken_the_board_that_takes_it_is_cut_off_and_no_other(
+    site: Running, server: Server
+) -> None:
+    with a_good_board_is_answered(site, server), Raw(site, "anna") as person:
+        person.subscribe(["aiflow/home/+/up/event"])
+        board, before = site.client("porch"), site.memory()
+        for _ in range(90):  # 22 MB: the reader's socket takes some of it
+            board.publish(topics.event("home", "porch"), bytes(250_000), qos=0)
+        until(lambda: board.stats().losses > 0)
+        assert site.memory() - before < 16 << 20
+        board.close(0.0)
+
+
 # ---- what must go on working ----
 
 
@@ -254,6 +275,14 @@ def test_people_cannot_speak_for_a_board_and_boards_cannot_speak_for_another(sit
             client.publish(topic, b"{}", on_outcome=outcomes.put)
         assert {outcomes.get(timeout=PATIENCE_S) for _ in forbidden} == {Outcome.REFUSED}
         client.close()
+
+
+def test_a_boards_last_will_cannot_say_that_a_server_is_offline(site: Running, server: Server) -> None:
+    status = topics.server_status("home", "attic")
+    site.client("porch", will=Publish(status, b'{"state": "offline"}', retain=True)).close()
+    heard: Queue[Message] = Queue()
+    site.client("anna", topics.server_statuses("home"), on_message=heard.put)
+    assert json.loads(heard.get(timeout=PATIENCE_S).payload)["state"] == "online"
 
 
 class Raw:
