@@ -39,7 +39,8 @@ def checked(certificate: Path, key: Path) -> tuple[bytes, bytes]:
 def made(folder: Path, site: str, hosts: Sequence[str]) -> tuple[bytes, bytes]:
     """A certificate for these names and addresses, and its key, as PEM.
 
-    ca.pem and ca.key in the folder are the authority: made if they are not there, otherwise used again.
+    ca.pem and ca.key in the folder are the authority: made if they are not there, otherwise used again. The key is
+    needed only for a new certificate, so it may be kept elsewhere.
     broker/broker.pem and broker/broker.key in the folder are kept if they are for these names and last long enough.
     Raises CertificateError.
     """
@@ -48,14 +49,20 @@ def made(folder: Path, site: str, hosts: Sequence[str]) -> tuple[bytes, bytes]:
     names = [_alternative_name(host) for host in hosts]
     authority, authority_key = folder / "ca.pem", folder / "ca.key"
     present = folder / "broker" / "broker.pem", folder / "broker" / "broker.key"
-    if not (authority.exists() and authority_key.exists()):
+    if authority.exists():
+        if all(path.exists() for path in present) and _is_good(present[0], authority, names):
+            return checked(*present)
+        if not authority_key.exists():
+            raise CertificateError(
+                f"{authority_key}: is gone, and a new certificate needs it: put it back for this run, or delete "
+                f"{authority} for a new authority, which every client then needs"
+            )
+    else:
         _openssl(
             *("req", "-x509", *NEW_KEY, "-days", str(AUTHORITY_DAYS), "-subj", f"/CN=aiflow site {site}"),
             *("-addext", "keyUsage=critical,keyCertSign,cRLSign", "-keyout", authority_key, "-out", authority),
         )
         authority_key.chmod(0o600)
-    elif all(path.exists() for path in present) and _is_good(present[0], authority, names):
-        return checked(*present)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".certificate-") as scratch:
         key, request, extensions, certificate = (Path(scratch) / name for name in ("key", "csr", "ext", "pem"))
         # Python 3.13 refuses a certificate without the two key identifiers.

@@ -192,6 +192,7 @@ def test_a_made_certificate_is_kept_until_the_broker_has_another_name(tmp_path: 
     before = files(tmp_path)
     write_site(tmp_path, SITE, make_tls=["localhost", "127.0.0.1", "::1"])
     assert files(tmp_path) == before
+    certificates._openssl("verify", "-x509_strict", "-CAfile", tmp_path / "ca.pem", tmp_path / "broker" / "broker.pem")
     write_site(tmp_path, SITE, make_tls=["localhost", "broker.lan"])
     after = files(tmp_path)
     assert {name for name in after if after[name] != before[name]} == {"broker/broker.pem", "broker/broker.key"}
@@ -206,6 +207,16 @@ def test_a_made_certificate_is_renewed_before_it_ends(tmp_path: Path, monkeypatc
     after = files(tmp_path)
     assert after["broker/broker.pem"] != before["broker/broker.pem"]
     assert after["ca.pem"] == before["ca.pem"]
+
+
+def test_an_authoritys_key_may_be_kept_elsewhere_and_is_asked_for_only_when_it_is_needed(tmp_path: Path) -> None:
+    write_site(tmp_path, SITE, make_tls=["localhost"])
+    (tmp_path / "ca.key").unlink()
+    before = files(tmp_path)
+    write_site(tmp_path, SITE, make_tls=["localhost"])
+    with pytest.raises(CertificateError, match="put it back"):
+        write_site(tmp_path, SITE, make_tls=["broker.lan"])
+    assert files(tmp_path) == before
 
 
 def test_a_certificate_from_files_is_copied_and_one_that_does_not_fit_its_key_is_refused(tmp_path: Path) -> None:
