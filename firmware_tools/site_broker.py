@@ -111,7 +111,7 @@ class Site:
         writes += [topics.state(site, name, switch) for switch in _switches(board)]
         subscribes = [topics.reply(site, name), topics.server_statuses(site), f"{topics.ROOT}/{site}/{name}/down/set/+"]
         if self.takes_pictures:
-            subscribes.append(topics.frame(site, name))
+            subscribes += [topics.frame(site, name), f"{topics.frame(site, name)}/#"]
         return Rights(tuple(writes), tuple(subscribes))
 
     def _server(self, server: str) -> "Rights":
@@ -125,7 +125,9 @@ class Site:
         site = self.name
         writes = [topics.setting(site, board.name, switch) for board in self.boards for switch in _switches(board)]
         if self.takes_pictures:
-            writes += [topics.frame(site, board.name) for board in self.boards]
+            frames = [(topics.frame(site, board.name), board.cameras) for board in self.boards]
+            writes += [topic for topic, _ in frames]
+            writes += [f"{topic}/{camera}" for topic, cameras in frames for camera in cameras]
         any_board = f"{topics.ROOT}/{site}/+/up"
         reads = [f"{any_board}/{kind}" for kind in ("event", "last", "status", "state/+")]
         return Rights(tuple(writes), (*reads, topics.server_statuses(site)), may_narrow=True)

@@ -6,7 +6,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -17,13 +17,13 @@ import pytest
 from edge_runtime.config import MqttConfig
 from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings, Outcome, Publish, State
 from edge_runtime.wire import topics
-from firmware_tools.site_broker import Board, Site
+from firmware_tools.site_broker import MAX_PICTURE, Board, Site
 from server.gateway import Arrival, Gateway
 from tests.brokers import Mosquitto
 from tests.listener import PATIENCE_S, QUICK, until
 from tests.sites import login, site_broker
 
-SITE = Site("home", (Board("porch", ("front",)), Board("gate")), ("attic",), ("anna", "tablet"))
+SITE = Site("home", (Board("porch", ("front",)), Board("gate")), ("attic", "cellar"), ("anna", "tablet"))
 REQUESTS = 60
 
 
@@ -40,7 +40,7 @@ class Running:
 
     def client(self, name: str, *filters: str, online: bool = True, **options: Any) -> MqttClient:
         """A connected client of an account."""
-        settings = self.settings(name, options.pop("client_id", None))
+        settings = self.settings(name, options.pop("client_id", None), **options.pop("limits", {}))
         client = MqttClient(settings, subscriptions=[(name, 1) for name in filters], timing=QUICK, **options)
         self.stack.enter_context(client)
         assert not online or client.wait_online(PATIENCE_S), client.reason
@@ -51,13 +51,22 @@ class Running:
         return int(psutil.Process(self.broker.process.pid).memory_info().rss)
 
 
+@dataclass
+class Options:
+    """What is different at a test's broker."""
+
+    pictures: bool = False
+    memory_limit: int = 0  # bytes; 0: as the command writes it
+
+
 @pytest.fixture
 def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
-    """A parameter is another memory limit, in bytes."""
-    broker = site_broker(tmp_path, SITE)
-    if limit := getattr(request, "param", 0):
+    """The parameter, if there is one, says what is different."""
+    options = getattr(request, "param", Options())
+    broker = site_broker(tmp_path, replace(SITE, takes_pictures=options.pictures))
+    if options.memory_limit:
         conf = tmp_path / f"mosquitto-{broker.port}.conf"
-        conf.write_text(re.sub(r"memory_limit \d+", f"memory_limit {limit}", conf.read_text()))
+        conf.write_text(re.sub(r"memory_limit \d+", f"memory_limit {options.memory_limit}", conf.read_text()))
     with broker, ExitStack() as stack:
         yield Running(tmp_path, broker, stack)
 
@@ -222,16 +231,19 @@ def test_events_for_a_reader_that_stands_still_do_not_fill_the_broker(site: Runn
         assert board.stats().losses == 0
 
 
-@pytest.mark.parametrize("site", [8 << 20], indirect=True)
+@pytest.mark.parametrize("site", [Options(memory_limit=8 << 20)], indirect=True)
 def test_when_all_memory_is_taken_the_board_that_takes_it_is_cut_off_and_no_other(
     site: Running, server: Server
 ) -> None:
     with a_good_board_is_answered(site, server), Raw(site, "anna") as person:
         person.subscribe(["aiflow/home/+/up/event"])
         board, before = site.client("porch"), site.memory()
-        for _ in range(90):  # 22 MB: the reader's socket takes some of it
+
+        def is_cut_off() -> bool:
             board.publish(topics.event("home", "porch"), bytes(250_000), qos=0)
-        until(lambda: board.stats().losses > 0)
+            return board.stats().losses > 0
+
+        until(is_cut_off)
         assert site.memory() - before < 16 << 20
         board.close(0.0)
 
@@ -260,6 +272,39 @@ def test_people_set_switches_and_see_what_boards_say(site: Running) -> None:
     late: Queue[Message] = Queue()
     site.client("anna", "aiflow/home/+/up/state/+", "aiflow/home/+/up/last", on_message=late.put)
     assert len({late.get(timeout=PATIENCE_S).topic for _ in range(len(names) + 1)}) == len(names) + 1
+
+
+def test_servers_of_a_pool_share_requests_and_return_each_others_probes(site: Running, server: Server) -> None:
+    with a_good_board_is_answered(site, server):
+        settings = site.settings("cellar", receive_maximum=64)
+        arrivals: Queue[Arrival] = Queue()
+        with Gateway(settings, "home", "cellar", SITE.pool, arrivals.put, dict) as other:
+            assert other.is_proven.wait(PATIENCE_S)
+            before = [gateway.client.stats().received for gateway in (other, server.gateway)]
+            for _ in range(10):
+                for gateway in (other, server.gateway):
+                    gateway.heartbeat()
+            until(lambda: not other._probes._open and not server.gateway._probes._open)
+            after = [gateway.client.stats().received for gateway in (other, server.gateway)]
+            assert sum(after) - sum(before) == 40  # each of the 20 probes once, and back once
+            assert all(now - then > 10 for now, then in zip(after, before, strict=True))  # both servers get some
+            assert other.summary()["probes_missing"] == 0
+
+
+@pytest.mark.parametrize("site", [Options(pictures=True)], indirect=True)
+def test_camera_software_sends_a_large_picture_where_that_is_allowed(site: Running) -> None:
+    heard: Queue[Message] = Queue()
+    limits = {"max_publish_bytes": MAX_PICTURE, "queue_bytes": MAX_PICTURE, "max_inbound_bytes": MAX_PICTURE + 1024}
+    topic = topics.frame("home", "porch")
+    for name in (topic, f"{topic}/#"):
+        board = site.client("porch", name, limits=limits, on_message=heard.put)
+        person = site.client("anna", limits=limits)
+        for sent_to in (topic, f"{topic}/front")[: 1 + name.endswith("#")]:
+            person.publish(sent_to, bytes(5 << 20), qos=0)
+            message = heard.get(timeout=PATIENCE_S)
+            assert (message.topic, len(message.payload)) == (sent_to, 5 << 20)
+        for client in (board, person):
+            client.close()
 
 
 def test_people_cannot_speak_for_a_board_and_boards_cannot_speak_for_another(site: Running) -> None:
