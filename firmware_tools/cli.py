@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "run a board: camera -> head and draft -> MQTT -> events",
     "serve": "run an edge or cloud server",
     "validate": "check a configuration or a bundle without running it",
+    "broker": "write the configuration of a site's broker: accounts, rights, certificates",
     "watch": "show live events of a site in the terminal",
     "evaluate": "measure quality and bytes on captioned or labelled photos",
     "link": "put a simulated thin link (NB-IoT to Wi-Fi, outages) before a broker",

@@ -26,6 +26,8 @@ SERVER = {
     "loop": Meaning("Requests refused since they had passed this server before"),
     "undelivered": Meaning("Replies, first ones included, that the broker did not take: their boards ask again"),
     "foreign_topics": Meaning("Messages on topics that are no board's request topic"),
+    "retained_requests": Meaning("Requests that the broker had kept from an earlier time, not answered"),
+    "probes": Meaning("Probes to this server's own request topic: sent, and missing (not returned in time)", "what"),
     "mqtt": Meaning("Messages to and from the boards' broker, by what became of them; its connections", "what"),
     "mqtt_pending": Meaning("Messages to the boards' broker that wait or are in flight", is_gauge=True),
 }

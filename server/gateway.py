@@ -1,8 +1,11 @@
-"""The server's MQTT side: requests in, replies out, a retained status, and proof that the broker delivers.
+"""The server's side of MQTT: requests in, replies out, a retained status, and a running check that requests arrive.
 
-Some brokers grant a `$share` subscription and then deliver nothing. So the server asks itself: a probe on the request
-topic that it would have as a board, repeated until one has come back. In a pool each member gets some of the others'
-probes, and drops them. Knows nothing of what is in a request.
+Some brokers grant a `$share` subscription and then deliver nothing, and a foreign client in the share swallows what is
+delivered to it. Neither shows in any acknowledgement. So the server sends probes to the request topic that it would
+have if it were a board. The pool's member that gets a probe sends it back on the prober's reply topic. A healthy
+neighbour therefore returns a probe, and a probe that does not come back means that boards lose requests too.
+
+This module knows nothing of what is in a request.
 """
 
 import json
@@ -11,18 +14,22 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings, Outcome, Publish, State
+from edge_runtime.reporting import Values
 from edge_runtime.wire import TopicError, topics
 
 logger = logging.getLogger(__name__)
 
-PROBE = b"probe "  # no envelope begins so: in msgpack it is a number, not an array
-PROBE_EXPIRY_S = 10.0
-MIN_REPLY_EXPIRY_S = 1.0  # a reply that is late by a little still tells the board what became of its request
+PROBE = b"probe "  # not the start of any envelope: in msgpack this byte is a number, not an array
+PROBE_BYTES = len(PROBE) + 8
+PROBE_EXPIRY_S = 10.0  # a probe that is not back by then is missing
+RETURNED_IN_A_ROW = 10  # probes; after a missing one the share is proven again when so many came back
+MIN_REPLY_EXPIRY_S = 1.0  # a reply that is slightly late still tells the board what became of its request
+MAX_REASON = 200  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +39,45 @@ class Arrival:
     board: str
     payload: bytes
     at: float  # seconds, time.monotonic()
-    accept: Callable[[], None]  # acknowledges it to the broker
-    reply: Callable[[bytes, float], None]  # sends the board a reply's bytes, worth reading for so many seconds
+    accept: Callable[[], None]  # acknowledges the message to the broker
+    reply: Callable[[bytes, float], None]  # sends the bytes of a reply, useful for so many seconds, to the board
+
+
+class Probes:
+    """What this server's probes say about one connection. No I/O; the caller gives the time and the random bytes."""
+
+    def __init__(self) -> None:
+        self.sent = self.missing = 0  # since the start
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the probes on their way: a new connection has to be proven anew."""
+        self.is_proven = False  # as far as the last probes tell, every request reaches a server
+        self._open: dict[bytes, float] = {}  # payload -> when it was sent
+        self._wanted = 1  # returned probes until the share is proven
+
+    def send(self, random_bytes: bytes, now: float) -> bytes:
+        """The payload of a new probe."""
+        payload = PROBE + random_bytes
+        self._open[payload] = now
+        self.sent += 1
+        return payload
+
+    def returned(self, payload: bytes) -> None:
+        """A message came on the reply topic. Anything but an open probe changes nothing."""
+        if self._open.pop(payload, None) is not None:
+            self._wanted -= 1
+            self.is_proven = self.is_proven or self._wanted <= 0
+
+    def expire(self, now: float) -> int:
+        """How many probes are missing since the last call."""
+        late = [payload for payload, sent_at in self._open.items() if now - sent_at >= PROBE_EXPIRY_S]
+        for payload in late:
+            del self._open[payload]
+        if late:
+            self.missing += len(late)
+            self.is_proven, self._wanted = False, RETURNED_IN_A_ROW
+        return len(late)
 
 
 class Gateway:
@@ -49,17 +93,23 @@ class Gateway:
         status: Callable[[], dict[str, Any]],
     ) -> None:
         self.site, self.server = site, server
-        self.is_proven = threading.Event()  # a probe has come back on this connection
-        self.counts = {"undelivered": 0, "foreign_topics": 0}
+        self.is_proven = threading.Event()  # probes come back on this connection
+        self.counts = {"undelivered": 0, "foreign_topics": 0, "retained_requests": 0}  # written by the client's thread
         self._on_arrival, self._status = on_arrival, status
-        self._probe = PROBE + os.urandom(8)
-        self._topic = topics.server_status(site, server)
+        self._lock = threading.Lock()  # over the next three; held for a few statements
+        self._probes = Probes()
+        self._is_loss_logged = False
+        self._suspended = ""  # why this server takes no requests; empty: it does
+        self._status_topic = topics.server_status(site, server)
+        self._probe_topic, self._returned_topic = topics.request(site, server), topics.reply(site, server)
+        self._returned = [(self._returned_topic, 1)]
+        self._requests = [(topics.request_share(pool, site), 1)]
         self.client = MqttClient(
             settings,
-            subscriptions=[(topics.request_share(pool, site), 1)],
+            subscriptions=self._returned + self._requests,
             on_message=self._receive,
-            will=Publish(self._topic, _json({"state": "offline", "server": server}), qos=1, retain=True),
-            birth=lambda: [self._status_message(), self._probe_message()],
+            will=Publish(self._status_topic, _json({"state": "offline", "server": server}), qos=1, retain=True),
+            birth=lambda: [self._status_message()],
             on_state=self._changed,
             manual_ack=True,
         )
@@ -71,39 +121,131 @@ class Gateway:
     def __exit__(self, *_: object) -> None:
         self.client.close()
 
-    def heartbeat(self) -> bool:
-        """Tells the status, and probes again while no probe has come back. True: one has. Call it regularly."""
-        if self.client.state is State.ONLINE:
-            self._publish(self._status_message())
-            if not self.is_proven.is_set():
-                self._publish(self._probe_message())
-        return self.is_proven.is_set()
+    # ---- any thread ----
 
-    def summary(self) -> dict[str, int]:
-        """Counters; any thread."""
-        return self.counts | {f"mqtt_{name}": count for name, count in asdict(self.client.stats()).items()}
+    def heartbeat(self) -> bool:
+        """Publish the status and a probe. False: probes are missing, so call it again soon. Call it regularly."""
+        with self._lock:
+            self._count_missing(time.monotonic())
+            is_calm = self._probes.is_proven or bool(self._suspended)
+        if self.client.state is State.ONLINE:
+            self._publish_all()
+        return is_calm
+
+    def suspend(self, reason: str) -> None:
+        """Leave the share and say why in the status; other servers of the pool get the requests from now on.
+
+        Requests that the broker has already assigned to this server still arrive. A later reason replaces the first.
+        """
+        self._set_suspended(reason[:MAX_REASON] or "suspended")
+
+    def resume(self) -> None:
+        """Take requests again after `suspend`. Does nothing if the server takes them already."""
+        self._set_suspended("")
+
+    def summary(self) -> Values:
+        """Numbers, with the names of server/counters.py."""
+        with self._lock:
+            probes = {"sent": self._probes.sent, "missing": self._probes.missing}
+        return {**self.counts, "probes": probes, **self.client.counts("mqtt")}
+
+    def _set_suspended(self, reason: str) -> None:
+        with self._lock:
+            if reason == self._suspended:
+                return
+            if bool(reason) != bool(self._suspended):
+                self.client.set_subscriptions(self._returned + ([] if reason else self._requests))
+                self._forget_probes()
+            self._suspended = reason
+        if reason:
+            logger.warning("server takes no requests server=%s reason=%s", self.server, reason)
+        else:
+            logger.info("server takes requests again server=%s", self.server)
+        if self.client.state is State.ONLINE:  # otherwise the status follows when it is
+            self._publish_all()
+
+    def _publish_all(self) -> None:
+        for message in (self._status_message(), *self._probe_messages()):
+            self._publish(message)
 
     def _publish(self, message: Publish) -> None:
         self.client.publish(
             message.topic, message.payload, qos=message.qos, retain=message.retain, expiry_s=message.expiry_s
         )
 
+    def _status_message(self) -> Publish:
+        with self._lock:
+            status = {
+                "state": "online",
+                "server": self.server,
+                "share_proven": self._probes.is_proven,
+                "probes": {"sent": self._probes.sent, "missing": self._probes.missing},
+                "accepting": not self._suspended,
+                "why": self._suspended,
+            }
+        return Publish(self._status_topic, _json(status | self._status()), qos=1, retain=True)
+
+    def _probe_messages(self) -> list[Publish]:
+        """One probe; none from a suspended server, since it may be the only one of its pool."""
+        with self._lock:
+            if self._suspended:
+                return []
+            payload = self._probes.send(os.urandom(PROBE_BYTES - len(PROBE)), time.monotonic())
+        return [Publish(self._probe_topic, payload, qos=1, expiry_s=PROBE_EXPIRY_S)]
+
+    # ---- with the lock held ----
+
+    def _count_missing(self, now: float) -> None:
+        if self._probes.expire(now) == 0:
+            return
+        self.is_proven.clear()
+        if not self._is_loss_logged:
+            self._is_loss_logged = True
+            logger.warning(
+                "requests get lost: a probe did not come back server=%s; want only servers in the share: let the "
+                "broker's rights keep everybody else out, and look for a server that hangs",
+                self.server,
+            )
+
+    def _forget_probes(self) -> None:
+        self._probes.reset()
+        self.is_proven.clear()
+
+    # ---- the client's thread ----
+
     def _receive(self, message: Message) -> None:
-        """On the client's thread."""
+        if message.topic == self._returned_topic:
+            self._probe_returned(message.payload)
+            message.ack()
+            return
         try:
             board = topics.board_of(message.topic)
         except TopicError:
             self.counts["foreign_topics"] += 1
             message.ack()
             return
-        if message.payload.startswith(PROBE):
-            if message.payload == self._probe:
-                self.is_proven.set()
-                self._publish(self._status_message())
-            message.ack()
-            return
         reply = partial(self._reply, topics.reply_topic_for(message.topic))
-        self._on_arrival(Arrival(board, message.payload, time.monotonic(), message.ack, reply))
+        if message.retained:  # kept from an earlier time: nobody waits for the answer
+            self.counts["retained_requests"] += 1
+            message.ack()
+        elif message.payload.startswith(PROBE):
+            if len(message.payload) == PROBE_BYTES:
+                reply(message.payload, PROBE_EXPIRY_S)
+            message.ack()
+        else:
+            self._on_arrival(Arrival(board, message.payload, time.monotonic(), message.ack, reply))
+
+    def _probe_returned(self, payload: bytes) -> None:
+        with self._lock:
+            self._probes.returned(payload)
+            has_changed = self._probes.is_proven and not self.is_proven.is_set()
+            if has_changed:
+                self.is_proven.set()
+            was_lossy, self._is_loss_logged = self._is_loss_logged, self._is_loss_logged and not has_changed
+        if has_changed:
+            if was_lossy:
+                logger.info("probes come back again server=%s", self.server)
+            self._publish(self._status_message())
 
     def _reply(self, topic: str, data: bytes, expiry_s: float) -> None:
         self.client.publish(topic, data, expiry_s=max(expiry_s, MIN_REPLY_EXPIRY_S), on_outcome=self._replied)
@@ -114,15 +256,11 @@ class Gateway:
             logger.warning("reply not delivered server=%s outcome=%s", self.server, outcome.value)
 
     def _changed(self, state: State, _: str) -> None:
-        if state is State.CONNECTING:
-            self.is_proven.clear()
-
-    def _status_message(self) -> Publish:
-        status = {"state": "online", "server": self.server, "share_proven": self.is_proven.is_set()}
-        return Publish(self._topic, _json(status | self._status()), qos=1, retain=True)
-
-    def _probe_message(self) -> Publish:
-        return Publish(topics.request(self.site, self.server), self._probe, qos=1, expiry_s=PROBE_EXPIRY_S)
+        if state not in (State.ONLINE, State.DEGRADED):
+            with self._lock:
+                self._forget_probes()
+        elif state is State.ONLINE:  # once more, behind a status of the last connection that is sent again
+            self._publish_all()
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -2,14 +2,29 @@
 
 import json
 import threading
+from pathlib import Path
 
 from edge_runtime.app import run_board
-from edge_runtime.config import RuntimeConfig
+from edge_runtime.config import MqttConfig, RuntimeConfig
 from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings
 from edge_runtime.wire import Event, topics
+from firmware_tools.site_broker import Site, write_site
 from server.config import Config
 from server.service import run_server
+from tests.brokers import Mosquitto
 from tests.listener import PATIENCE_S
+
+
+def site_broker(folder: Path, site: Site) -> Mosquitto:
+    """A Mosquitto as `aiflow broker config` sets it up, in plain text on loopback; start it with `with`."""
+    write_site(folder, site, port=1, broker_folder=str(folder / "broker"))
+    config = (folder / "broker" / "aiflow.conf").read_text()
+    return Mosquitto(folder, config.replace("listener 1 ", "listener {port} ") + "persistence false\n")
+
+
+def login(folder: Path, name: str, port: int) -> MqttConfig:
+    """How this account reaches that broker."""
+    return MqttConfig(port=port, username=name, password_file=str(folder / "passwords" / name))
 
 
 def assert_answered(board: RuntimeConfig, server: Config, person: MqttSettings) -> None:
@@ -26,7 +41,8 @@ def assert_answered(board: RuntimeConfig, server: Config, person: MqttSettings) 
     serving = threading.Thread(target=run_server, args=(server, stop))
     serving.start()
     try:
-        with MqttClient(person, subscriptions=[(f"aiflow/{site}/#", 1)], on_message=on_message):
+        filters = [(topics.server_statuses(site), 1), (f"aiflow/{site}/+/up/event", 1)]
+        with MqttClient(person, subscriptions=filters, on_message=on_message):
             assert proven.wait(PATIENCE_S)
             run_board(board, threading.Event(), events.append)
             assert [event.type for event in events] == ["new", "update"]

@@ -491,23 +491,6 @@ def test_an_unreadable_request_has_the_zero_id(payload: bytes) -> None:
     assert readable_id(payload) == bytes(8)
 
 
-def test_probes_of_other_servers_are_dropped_and_never_answered(server, board, broker) -> None:
-    board.ask(b"probe of another server")
-    board.ask(b"")
-    assert board.reply().status is Status.BAD_REQUEST
-    assert board.replies.empty()
-
-
-def test_a_gateway_is_unproven_until_its_own_probe_returns(broker: Mosquitto) -> None:
-    arrivals: list[Arrival] = []
-    with ExitStack() as stack:
-        settings = MqttSettings("127.0.0.1", broker.port, "s2")
-        gateway = stack.enter_context(Gateway(settings, "home", "s2", "servers", arrivals.append, dict))
-        assert gateway.is_proven.wait(PATIENCE_S)
-        assert gateway.heartbeat()
-    assert arrivals == []
-
-
 # ---- tiers: board -> broker -> edge server -> another broker -> cloud server ----
 
 WANTS_CLOUD = Options(tier=Tier.CLOUD)
