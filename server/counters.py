@@ -4,20 +4,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from edge_runtime.reporting.metrics import Meaning, Values, by_kind
-from edge_runtime.wire import Status
 
 SERVER = {
     "received": Meaning("Requests: received = replies for good + repeated + joined + waiting + asked_above"),
     "replies": Meaning("Last replies to requests, by status", "status"),
     "repeated": Meaning("Requests answered before, told the same again"),
     "joined": Meaning("Requests asked again while they were being answered"),
-    "waiting": Meaning("Requests in the queue", is_gauge=True),
+    "waiting": Meaning("Requests in the queues of pictures and of the engine", is_gauge=True),
     "asked_above": Meaning("Requests that wait for the tier above, their boards have a first reply", is_gauge=True),
+    "pictures": Meaning(
+        "Pictures of offloaded requests: decoded, unreadable, too_costly (more time or memory than one may take), "
+        "not_taken (this server takes none)",
+        "what",
+    ),
+    "late": Meaning("How often the engine was found to hang: the server leaves its share until it works again"),
     "escalated": Meaning("Requests passed up, by reason", "reason"),
     "answered_above": Meaning("Requests passed up that the tier above answered"),
     "changed": Meaning("Of those, answers that differ from this server's own, by the reason to ask", "reason"),
     "unchanged": Meaning("Of those, answers that do not"),
-    "alone": Meaning("Requests that should have gone up, or did in vain, by what stood in the way", "why"),
+    "alone": Meaning(
+        "Requests that should have gone up, or did in vain, by what stood in the way; asked_too_often: beyond "
+        "max_requested_share, board_full: one board has half of open_requests",
+        "why",
+    ),
     "upstream": Meaning(
         "Requests to the tier above, by what became of them, and its replies (reply_*); unknown, late and duplicate "
         "are replies to nothing that was asked, to what had ended, and to what was answered",
@@ -28,17 +37,26 @@ SERVER = {
     "foreign_topics": Meaning("Messages on topics that are no board's request topic"),
     "mqtt": Meaning("Messages to and from the boards' broker, by what became of them", "what", is_gauge=True),
 }
-STATUSES = {status.name.lower() for status in Status}
+UNLABELLED = ("received", "repeated", "joined", "late", "answered_above", "unchanged", "loop")
+
+
+def by_label(counts: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+    """Counts by (name, label) to counts by name, and those with a label by name and label."""
+    nested: dict[str, Any] = {}
+    for (name, label), count in sorted(counts.items()):
+        if label:
+            nested.setdefault(name, {})[label] = count
+        else:
+            nested[name] = count
+    return nested
 
 
 def values(status: Mapping[str, Any]) -> Values:
     """The numbers of `Service.status` and, under "gateway", of `Gateway.summary`, under the names above."""
-    plain = dict.fromkeys(("received", "repeated", "joined", "answered_above", "unchanged", "loop"), 0)
-    plain |= {"waiting": status["queue"]["waiting"], "asked_above": status["asked_above"]}
-    plain |= status.get("gateway", {})
+    numbers: dict[str, Any] = dict.fromkeys(UNLABELLED, 0) | status["counts"]
+    numbers |= {"waiting": status["queue"]["waiting"], "asked_above": status["asked_above"]}
+    numbers |= by_kind(SERVER, status.get("gateway", {}))
     if above := status.get("upstream"):
-        plain |= {f"upstream_{name}": count for name, count in above["requests"].items() if name != "open"}
-        plain |= {f"upstream_reply_{name}": count for name, count in above["replies"].items()}
-    totals = {name for name, meaning in SERVER.items() if meaning.label}  # counted beside their kinds: their sum
-    counts = {f"replies_{name}" if name in STATUSES else name: count for name, count in status["counts"].items()}
-    return by_kind(SERVER, plain | {name: count for name, count in counts.items() if name not in totals})
+        requests = {name: count for name, count in above["requests"].items() if name != "open"}
+        numbers["upstream"] = requests | {f"reply_{name}": count for name, count in above["replies"].items()}
+    return numbers

@@ -79,6 +79,12 @@ class Gateway:
                 self._publish(self._probe_message())
         return self.is_proven.is_set()
 
+    def suspend(self, reason: str) -> None:
+        """Leaves the share."""
+
+    def resume(self) -> None:
+        """Takes part in the share again."""
+
     def summary(self) -> dict[str, int]:
         """Counters; any thread."""
         return self.counts | {f"mqtt_{name}": count for name, count in asdict(self.client.stats()).items()}

@@ -7,8 +7,8 @@ from edge_runtime.app import run_board
 from edge_runtime.config import RuntimeConfig
 from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings
 from edge_runtime.wire import Event, topics
+from server.app import run_server
 from server.config import Config
-from server.service import run_server
 from tests.listener import PATIENCE_S
 
 
