@@ -112,10 +112,10 @@ def own_reason(confidence: float, rank: float, bounds: Bounds, chance: float) ->
     return "explore" if chance < explore else None
 
 
-def obstacle_to(above: Above | None, left_s: float, open_of_board: int, bounds: Bounds) -> Obstacle | None:
+def obstacle_to(above: Above | None, left_s: float, board_has_room: bool = True) -> Obstacle | None:
     """Why the tier above cannot be asked now, with left_s seconds for its reply; None: it can.
 
-    above: None, if there is no tier above. open_of_board: requests of the same board that wait for it.
+    above: None, if there is no tier above. board_has_room: fewer of the board's requests wait for it than may.
     """
     if above is None:
         return "no_upstream"
@@ -123,7 +123,7 @@ def obstacle_to(above: Above | None, left_s: float, open_of_board: int, bounds: 
         return "offline"
     if not above.has_room:
         return "full"
-    if open_of_board >= bounds.max_open_per_board:
+    if not board_has_room:
         return "board_full"
     return "too_late" if left_s <= above.round_trip_s else None
 

@@ -79,9 +79,9 @@ class Escalator:
         if reason is None:
             return False
         now, until = time.monotonic(), ask_until(accepted.arrival.at, accepted.deadline)
-        open_of_board = sum(board == accepted.arrival.board for board, _ in list(self._first_replies))
+        of_board = sum(board == accepted.arrival.board for board, _ in list(self._first_replies))
         above = self._upstream.above(now) if self._upstream else None
-        obstacle = obstacle_to(above, until - now, open_of_board, self._bounds)
+        obstacle = obstacle_to(above, until - now, of_board < self._bounds.max_open_per_board)
         if obstacle or self._upstream is None:
             self._count("alone", obstacle or "no_upstream")
             return False

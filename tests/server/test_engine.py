@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save
 
 from edge_runtime.inference.bundle import BOS, EOS, Bundle, BundleError, FileRecord, file_hash
 from models.family import DecoderShape, Tail, TextDecoder
@@ -177,14 +178,14 @@ def test_each_pass_has_the_cheapest_proven_shape_and_the_texts_do_not_depend_on_
     with torch.inference_mode():
         memory = encode_image(decoder, engine.features(torch.from_numpy(SYMBOLS[rows]).float(), (1,)), (1,))
         texts = [new_text(draft, VOCABULARY, MAX_TOKENS) for draft in drafts]
-        writing = DecodingBatch(decoder, memory, texts, engine.proof.shapes)
+        batch = DecodingBatch(decoder, memory, texts, engine.proof.shapes)
         used = []
-        while writing.live:
-            used.append(writing.step())
+        while batch.unfinished:
+            used.append(batch.step())
     assert used[0][0] == 8
     assert set(used) <= set(engine.proof.shapes)
     assert len(set(used)) > 1
-    assert [text.without_end for text in writing.texts] == [alone["edge"][i].tokens for i in rows]
+    assert [text.without_end for text in batch.texts] == [alone["edge"][i].tokens for i in rows]
 
 
 @pytest.mark.parametrize(
@@ -318,6 +319,19 @@ def test_a_file_that_is_no_safetensors_is_refused_by_name(tmp_path: Path) -> Non
     bundle = tiny_bundle(tmp_path / "bundle")
     with pytest.raises(BundleError, match="no readable safetensors"):
         load_engine(with_file(bundle, "edge.safetensors", b"\x00" * 100), ("edge",))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["tail.safetensors", "edge.safetensors", "head.safetensors", "lookahead-edge.safetensors"]
+)
+def test_weights_that_are_not_finite_are_found_at_start_by_name(tmp_path: Path, name: str, value: float) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    tensors = load_file(bundle.path / name)
+    key = max(key for key, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[key].view(-1)[-1] = value
+    with pytest.raises(BundleError, match=f"{name}: tensor '{key}' has NaN or infinite values"):
+        load_engine(with_file(bundle, name, save(tensors)), ("edge",))
 
 
 def test_a_lookahead_may_be_missing_but_not_wrong(tmp_path: Path) -> None:

@@ -137,13 +137,12 @@ def test_the_least_sure_rank_lowest_and_the_scale_does_not_matter() -> None:
     ],
 )
 def test_what_keeps_a_request_from_going_up_has_a_name(above, left_s, obstacle) -> None:
-    assert obstacle_to(above, left_s, 0, BOUNDS) == obstacle
+    assert obstacle_to(above, left_s) == obstacle
 
 
 def test_one_board_may_not_fill_the_tier_above() -> None:
-    bounds, above = Bounds(max_open_per_board=32), Above(is_online=True, has_room=True, round_trip_s=0.0)
-    assert obstacle_to(above, 9.0, 31, bounds) is None
-    assert obstacle_to(above, 9.0, 32, bounds) == "board_full"
+    above = Above(is_online=True, has_room=True, round_trip_s=0.0)
+    assert obstacle_to(above, 9.0, board_has_room=False) == "board_full"
 
 
 @given(st.floats(0, 1e9), st.floats(0, 1e6))

@@ -38,7 +38,7 @@ from server.upstream import Upstream
 from server.watchdog import Watchdog
 from tests.brokers import Mosquitto
 from tests.bundles import MAX_TOKENS
-from tests.server.boards import PATIENCE_S, SCRIPT, SYMBOLS, Board, is_balanced, request
+from tests.server.boards import PATIENCE_S, SCRIPT, SYMBOLS, Board, board_of, is_balanced, request
 
 WANTS_CLOUD = Options(tier=Tier.CLOUD)
 
@@ -153,6 +153,34 @@ def test_an_unsure_answer_goes_up_and_so_does_a_share_of_the_others(sites, board
             (Tier.CLOUD, True),
         ]
     assert edge.counts["escalated", reason] == 1
+
+
+def test_a_board_that_always_asks_for_a_higher_tier_gets_the_share_that_the_operator_grants(sites, board) -> None:
+    with (
+        sites.serving("c1", "cloud", sites.above, "hq"),
+        sites.serving("e1", "edge", sites.below, up=sites.up(max_share=0.0, max_requested_share=0.5)) as edge,
+    ):
+        tiers = []
+        for i in range(6):
+            board.ask(request(sites.bundle, i, options=WANTS_CLOUD))
+            while not (reply := board.reply()).final:
+                pass
+            tiers.append(reply.tier)
+        assert is_balanced(edge)
+    assert tiers == [Tier.EDGE, Tier.CLOUD] * 3
+    assert (edge.counts["escalated", "tier"], edge.counts["alone", "asked_too_often"]) == (3, 3)
+
+
+def test_one_board_holds_half_of_the_places_above_and_another_one_still_gets_one(sites: Sites, board: Board) -> None:
+    up = sites.up(open_requests=2)  # and nobody answers there
+    with sites.serving("e1", "edge", sites.below, up=up) as edge, board_of(sites.below, "b2") as other:
+        board.ask(request(sites.bundle, 1, options=WANTS_CLOUD))
+        assert not board.reply().final
+        board.ask(request(sites.bundle, 2, options=WANTS_CLOUD))
+        assert board.reply().final
+        other.ask(request(sites.bundle, 2, options=WANTS_CLOUD))
+        assert not other.reply().final
+    assert edge.counts["alone", "board_full"] == 1
 
 
 def test_three_tiers_tell_the_board_three_texts_and_the_last_is_the_highests_own(sites: Sites, board: Board) -> None:

@@ -87,7 +87,7 @@ def test_what_a_tier_above_says_unasked_is_counted():
 
 @pytest.mark.parametrize(("prefix", "meanings"), [("board", BOARD), ("server", SERVER)])
 def test_every_counter_is_documented(prefix, meanings):
-    page = (Path(__file__).parents[2] / "docs/RELIABILITY.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/RELIABILITY.md").read_text()
     for name, meaning in meanings.items():
         total = "" if meaning.is_gauge else "_total"
         assert f"| `aiflow_{prefix}_{name}{total}` | {meaning.label} | {meaning.text} |" in page
