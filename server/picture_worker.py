@@ -36,6 +36,7 @@ def main(cpu_s: float, memory_bytes: int, max_pixels: int) -> None:
 
     from edge_runtime.inference.preprocess import PictureError, decode_picture, to_input
 
+    os.nice(5)  # gives way to the engine: every request needs that
     cv2.setNumThreads(1)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + memory_bytes, mapped + memory_bytes))

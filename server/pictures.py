@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class PictureDecoder:
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self._process: subprocess.Popen[bytes] | None = None
-        self._is_killed = False
+        self._killed = threading.Event()
 
     def __enter__(self) -> "PictureDecoder":
         return self
@@ -62,7 +63,7 @@ class PictureDecoder:
 
     def kill(self) -> None:
         """Ends the process now: `decode` raises PictureWorkerError from now on. Any thread."""
-        self._is_killed = True
+        self._killed.set()
         if process := self._process:
             process.kill()
 
@@ -89,30 +90,31 @@ class PictureDecoder:
         return np.frombuffer(bytearray(content), np.uint8).reshape(PIXELS, PIXELS, 3)
 
     def _start(self) -> None:
-        if self._is_killed:
+        if self._killed.is_set():
             raise PictureWorkerError("this server is stopping")
-        limits, (ours, theirs) = self.limits, socket.socketpair()
+        limits = self.limits
         # OpenCV has a bound of its own. One thread: each of OpenBLAS's would reserve memory that counts.
         environment = {"OPENCV_IO_MAX_IMAGE_PIXELS": str(limits.pixels), "OPENBLAS_NUM_THREADS": "1"}
         arguments = [str(limit) for limit in (limits.cpu_s, limits.memory_bytes, limits.pixels)]
-        with ours, theirs:  # the stream keeps our end open
-            try:
+        try:
+            ours, theirs = socket.socketpair()
+            with ours, theirs:  # the stream keeps our end open
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", picture_worker.__name__, *arguments],
                     stdin=theirs.fileno(),
                     cwd=ROOT,
                     env=os.environ | environment,
                 )
-            except OSError as error:
-                raise PictureWorkerError(f"no process to decode pictures could be started: {error}") from error
-            theirs.close()
-            self._stream = ours.makefile("rwb")
-            ours.settimeout(START_S)
-            try:
+                self._stream = ours.makefile("rwb")
+                if self._killed.is_set():  # while it started
+                    self._process.kill()
+                theirs.close()
+                ours.settimeout(START_S)
                 is_ready = receive(self._stream) is not None
-            except OSError:
-                is_ready = False
-            ours.settimeout(limits.wall_s)
+                ours.settimeout(limits.wall_s)
+        except OSError as error:
+            self._end()
+            raise PictureWorkerError(f"no process to decode pictures could be started: {error}") from error
         if not is_ready:
             raise PictureWorkerError(f"the process to decode pictures {self._end()} at its start, see the log")
 

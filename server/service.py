@@ -224,12 +224,11 @@ class Service:
                 self._is_stopping = True
             give_up = time.monotonic() + self.config.stop_s
             while len(self.batcher) or not self.pictures.is_idle:
-                if time.monotonic() < give_up:
-                    self.answer(self.batcher.take(TAKE_S))
-                else:
+                if time.monotonic() >= give_up:
                     self._hand_back("this server stops before it could answer: another one may")
                     for decoder in self._decoders:
                         decoder.kill()
+                self.answer(self.batcher.take(TAKE_S))
 
     def answer(self, batch: Batch[Accepted]) -> None:
         """One batch, from contents to replies. What each request costs is charged to its board."""

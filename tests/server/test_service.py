@@ -292,7 +292,7 @@ def test_a_server_that_takes_no_pictures_refuses_them_at_once_and_says_so(make_s
 
 
 def test_a_board_whose_requests_cost_more_is_served_less_often(make_service, bundle, engine, monkeypatch) -> None:
-    now_s = [time.monotonic()]
+    now_s = [time.monotonic() + 1]
     monkeypatch.setattr("server.service.time", SimpleNamespace(monotonic=lambda: now_s[0]))
     service, costly, cheap = make_service(max_batch=1, queue=100), Lane("costly"), Lane("cheap")
     for lane in (costly, cheap):
