@@ -71,19 +71,19 @@ class Gateway:
     def __exit__(self, *_: object) -> None:
         self.client.close()
 
-    def heartbeat(self) -> bool:
-        """Tells the status, and probes again while no probe has come back. True: one has. Call it regularly."""
-        if self.client.state is State.ONLINE:
-            self._publish(self._status_message())
-            if not self.is_proven.is_set():
-                self._publish(self._probe_message())
-        return self.is_proven.is_set()
-
     def suspend(self, reason: str) -> None:
         """Leaves the share."""
 
     def resume(self) -> None:
         """Takes part in the share again."""
+
+    def heartbeat(self) -> bool:
+        """Tells the status, and probes again while no probe has come back. True: one has. Any thread."""
+        if self.client.state is State.ONLINE:
+            self._publish(self._status_message())
+            if not self.is_proven.is_set():
+                self._publish(self._probe_message())
+        return self.is_proven.is_set()
 
     def summary(self) -> dict[str, int]:
         """Counters; any thread."""
