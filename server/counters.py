@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from edge_runtime.reporting.metrics import Meaning, Values, by_kind
+from edge_runtime.reporting.metrics import Meaning, Values
 
 SERVER = {
     "received": Meaning("Requests: received = replies for good + repeated + joined + waiting + asked_above"),
@@ -55,7 +55,12 @@ def values(status: Mapping[str, Any]) -> Values:
     """The numbers of `Service.status` and, under "gateway", of `Gateway.summary`, under the names above."""
     numbers: dict[str, Any] = dict.fromkeys(UNLABELLED, 0) | status["counts"]
     numbers |= {"waiting": status["queue"]["waiting"], "asked_above": status["asked_above"]}
-    numbers |= by_kind(SERVER, status.get("gateway", {}))
+    for name, count in status.get("gateway", {}).items():
+        if name in SERVER:
+            numbers[name] = count
+        else:  # such as mqtt_delivered
+            known, _, label = name.partition("_")
+            numbers.setdefault(known, {})[label] = count
     if above := status.get("upstream"):
         requests = {name: count for name, count in above["requests"].items() if name != "open"}
         numbers["upstream"] = requests | {f"reply_{name}": count for name, count in above["replies"].items()}
