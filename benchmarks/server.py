@@ -94,7 +94,7 @@ def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[i
     verified = [engine.answer([job])[0] for job in jobs]
     result["proposed"] = sum(answer.proposed for answer in verified)
     result["accepted"] = sum(answer.accepted for answer in verified)
-    result["redrafted"] = sum(answer.redrafted for answer in verified)
+    result["accepted_again"] = sum(answer.accepted_again for answer in verified)
     result["tokens"] = sum(len(answer.tokens) for answer in verified)
     return result
 
@@ -113,7 +113,7 @@ def pass_costs(
     cases: dict[str, tuple[Callable[[], Any], list[float]]] = {}
     with torch.inference_mode():
         for size in sizes:
-            memory = decoder.look(torch.rand(size, 49, 1280))
+            memory = decoder.encode_image(torch.rand(size, 49, 1280))
             for width in widths:
                 tokens, start = torch.randint(4, decoder.shape.vocabulary, (size, width)), torch.full((size,), 5)
                 cache = decoder.new_cache(size, BLOCK)
@@ -144,7 +144,7 @@ def _random_engine(shape: DecoderShape) -> Engine:
     torch.manual_seed(0)
     decoder = TextDecoder(shape)
     torch.nn.init.normal_(decoder.norm.weight)  # keeps tied embeddings from repeating one token for ever
-    engine = Engine(Tail().eval(), {"edge": decoder.eval().requires_grad_(False)})  # random weights: nothing to redraft
+    engine = Engine(Tail().eval(), {"edge": decoder.eval().requires_grad_(False)})  # random weights: no lookahead
     engine.proof = prove(engine)
     return engine
 

@@ -230,7 +230,7 @@ def _captions(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         "tokens_mean": float(np.mean([len(a.tokens) for a in answers] or [len(s.draft) for s in sent])),
         "proposed_mean": float(np.mean([a.proposed for a in answers] or [0])),
         "accepted_mean": float(np.mean([a.accepted for a in answers] or [0])),
-        "redrafted_mean": float(np.mean([a.redrafted for a in answers] or [0])),
+        "accepted_again_mean": float(np.mean([a.accepted_again for a in answers] or [0])),
         "passes_mean": float(np.mean([a.passes for a in answers] or [0])),
         "passes_alone_mean": float(np.mean([a.passes for a in alone] or [0])),
         "identical_to_tier": float(np.mean(same)),

@@ -13,8 +13,8 @@ def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM, then finishes what was accepted."""
     from edge_runtime.config import load_toml
     from edge_runtime.shutdown import stop_when_told
+    from server.app import run_server
     from server.config import Config
-    from server.service import run_server
 
     config = load_toml(args.config, Config)
     stop = stop_when_told(config.server.stop_s)

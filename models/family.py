@@ -269,8 +269,8 @@ class TextDecoder(nn.Module):
         banned[list(NEVER_EMITTED)] = -math.inf
         self.register_buffer("never_emitted", banned, persistent=False)
 
-    def look(self, features: Tensor, drop: Dropout | None = None) -> Memory:
-        """Features [B, N, 1280] to what every decoder layer sees of the image."""
+    def encode_image(self, features: Tensor, drop: Dropout | None = None) -> Memory:
+        """Features [B, N, 1280] to the image's keys and values for each decoder layer."""
         drop = drop or Dropout()
         x = self.image(torch.cat([features, features.mean(1, keepdim=True)], 1)) + self.image_positions
         x = drop(x)

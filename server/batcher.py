@@ -1,96 +1,151 @@
-"""The queue between the network and the engine: bounded, fair across boards, and nothing stale leaves it.
+"""A queue between two stages of the server: bounded, shared fairly between boards by cost, and nothing stale leaves it.
+
+Each board has a virtual time: the milliseconds of service it has had. The board with the least is served next, and a
+board that was idle starts at the virtual time of the queue, so that it neither waits for its past nor saves up. What a
+request costs is known only afterwards, so a typical cost is charged when it is taken and corrected when it is done.
+Start-time fair queuing (Goyal et al., SIGCOMM 1996) with costs that are measured, as in Sheng et al., "Fairness in
+Serving Large Language Models" (OSDI 2024).
 
 Knows nothing of messages and models; its clock is an argument.
 """
 
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
+MAX_BOARDS = 4096  # whose virtual times are kept
+TYPICAL_SHARE = 0.1  # of the latest request in the moving average of costs
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting(Generic[Item]):
     """One request in the queue."""
 
-    board: str
     item: Item
-    deadline: float  # on the batcher's clock; past it nobody waits for the answer
+    deadline: float  # on the batcher's clock; nobody waits for the answer after it
 
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[Item]):
-    """What to do next: requests to serve, and those whose deadline has passed, to be told so."""
+    """What to do next: requests to serve, and requests whose deadline has passed, to be told so."""
 
     items: list[Item] = field(default_factory=list)
     stale: list[Item] = field(default_factory=list)
 
 
 class Batcher(Generic[Item]):
-    """One queue a board, served in turn. When all are full together, the longest gives way.
+    """One queue per board. When all of them together are full, the longest loses its newest request.
 
-    So a board that floods loses its own requests, and one that asks now and then always gets in (longest queue drop:
+    So a board that floods loses its own requests, and a board that asks rarely always gets in (longest queue drop:
     Suter et al., "Buffer management schemes for supporting TCP in gigabit routers with per-flow queueing", 1999).
     """
 
     def __init__(self, capacity: int, max_batch: int, wait_s: float, clock: Callable[[], float]) -> None:
         self.capacity, self.max_batch, self.wait_s, self._clock = capacity, max_batch, wait_s, clock
-        self._boards: OrderedDict[str, deque[Waiting[Item]]] = OrderedDict()  # the next to be served first; none empty
+        self._queues: dict[str, deque[Waiting[Item]]] = {}  # by board; none is empty
         self._count = 0
-        self._came_together = False  # the requests of the last batch
+        # What the boards of requests that were taken and are not done have been charged for them.
+        self._in_service: dict[str, list[float]] = {}
+        self._served_ms: dict[str, float] = {}  # virtual times by board
+        self._now_ms = 0.0  # the queue's own: the virtual time of the board that was taken last
+        self._typical_ms = 1.0  # of a request
+        self._last_was_shared = False  # the last batch had more than one request
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
+        """Requests that wait."""
         return self._count
 
-    def ahead_of(self, board: str) -> int:
-        """How many that wait now are served before one more of this board, at most."""
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits and nothing is in service."""
         with self._changed:
-            own = len(self._boards.get(board, ()))
-            return own + sum(min(len(queue), own + 1) for name, queue in self._boards.items() if name != board)
+            return not self._count and not self._in_service
+
+    def ahead_of(self, board: str) -> int:
+        """How many of the waiting requests are served before one more of this board, if all cost the same."""
+        with self._changed:
+            own = len(self._queues.get(board, ()))
+            return own + sum(min(len(queue), own + 1) for name, queue in self._queues.items() if name != board)
 
     def put(self, board: str, item: Item, deadline: float) -> Item | None:
-        """Queues an item; returns the one for which there is no room, this or another, or None. Never waits."""
+        """Queues an item. Returns the item for which there is no room, this one or another, or None. Never waits."""
         with self._changed:
-            self._boards.setdefault(board, deque()).append(Waiting(board, item, deadline))
+            if board not in self._queues and board not in self._in_service:
+                self._served_ms[board] = max(self._served_ms.get(board, 0.0), self._now_ms)
+            self._queues.setdefault(board, deque()).append(Waiting(item, deadline))
             self._count += 1
             refused = None
             if self._count > self.capacity:
-                # Its newest: the older ones have waited for their turn already. On a tie the newcomer gives way.
-                longest = max(reversed(self._boards), key=lambda name: (len(self._boards[name]), name == board))
-                refused = self._pop(longest, newest=True)
+                # Its newest: the older ones are nearer to their turn. If two are as long, the board that asks loses.
+                longest = max(self._queues, key=lambda name: (len(self._queues[name]), name == board))
+                refused = self._pop(longest, newest=True).item
             self._changed.notify()
             return refused
 
     def take(self, timeout_s: float) -> Batch[Item]:
-        """Waits for a first item, then shortly for more, and takes at most one batch, one a board in turn.
+        """Waits for a first item, then shortly for more, and takes at most one batch. Call `done` for each item of it.
 
-        Not for more where the last one came alone: one camera's requests do, and would all be held up in vain.
+        A board with requests in service is not taken before they are done: with several threads that take, one board
+        occupies one of them. A request that is alone does not wait for more if the last one was alone too: the requests
+        of a single camera are, and each would wait in vain.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._count > 0, timeout_s):
+            if not self._changed.wait_for(self._ready, timeout_s):
                 return Batch()
-            if self._came_together or self._count > 1:
+            if self._last_was_shared or self._count > 1:
                 self._changed.wait_for(lambda: self._count >= self.max_batch, self.wait_s)
-            self._came_together = self._count > 1
-            now = self._clock()
+            self._last_was_shared = self._count > 1
+            now, boards = self._clock(), self._ready()
             batch: Batch[Item] = Batch()
-            while self._count and len(batch.items) < self.max_batch:
-                board = next(iter(self._boards))
-                waiting = self._boards[board][0]
-                (batch.items if waiting.deadline > now else batch.stale).append(self._pop(board))
+            while boards and len(batch.items) < self.max_batch:
+                board = min(boards, key=self._served_ms.__getitem__)
+                self._now_ms = max(self._now_ms, self._served_ms[board])
+                waiting = self._pop(board)
+                if waiting.deadline > now:
+                    batch.items.append(waiting.item)
+                    self._in_service.setdefault(board, []).append(self._typical_ms)
+                    self._served_ms[board] += self._typical_ms
+                else:
+                    batch.stale.append(waiting.item)
+                if board not in self._queues:
+                    boards.remove(board)
             return batch
 
-    def _pop(self, board: str, newest: bool = False) -> Item:
-        """Under the lock. The board goes to the end of the round."""
-        queue = self._boards[board]
+    def done(self, board: str, cost_ms: float) -> None:
+        """One request of this board that was taken to be served has been, at this cost."""
+        with self._changed:
+            charges = self._in_service[board]
+            self._served_ms[board] += cost_ms - charges.pop()
+            if not charges:
+                del self._in_service[board]
+            self._typical_ms += TYPICAL_SHARE * (cost_ms - self._typical_ms)
+            if len(self._served_ms) > MAX_BOARDS:
+                active = {*self._queues, *self._in_service}
+                self._served_ms = {name: ms for name, ms in self._served_ms.items() if name in active}
+            self._changed.notify_all()
+
+    def clear(self) -> list[Item]:
+        """Takes everything that waits, not to be served."""
+        with self._changed:
+            items = [waiting.item for queue in self._queues.values() for waiting in queue]
+            self._queues.clear()
+            self._count = 0
+            return items
+
+    def _ready(self) -> list[str]:
+        """Boards of which a request may be taken. Under the lock."""
+        return [board for board in self._queues if board not in self._in_service]
+
+    def _pop(self, board: str, newest: bool = False) -> Waiting[Item]:
+        """Under the lock."""
+        queue = self._queues[board]
         waiting = queue.pop() if newest else queue.popleft()
         self._count -= 1
         if not queue:
-            del self._boards[board]
-        elif not newest:
-            self._boards.move_to_end(board)
-        return waiting.item
+            del self._queues[board]
+        return waiting

@@ -8,6 +8,7 @@ from edge_runtime.config import Id, MetricsConfig, MqttConfig, StationId
 from edge_runtime.mqtt.client import MqttSettings
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
+from server.escalation import Bounds
 
 MAX_REPLY = 64 * 1024  # bytes from the tier above: the longest text, scores and hops, which then fit an envelope again
 
@@ -23,8 +24,9 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     device: Annotated[str, Meta(pattern="^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
     threads: Annotated[int, Meta(ge=1, le=256)] = 1  # of the networks on a CPU; answers' bits depend on it
     max_batch: Annotated[int, Meta(ge=1, le=8)] = 8  # rows of a pass; used as far as the start test proves it
-    batch_wait_ms: Annotated[float, Meta(ge=0, le=1000)] = 2.0  # for more rows, where the last ones came together
+    batch_wait_ms: Annotated[float, Meta(ge=0, le=1000)] = 2.0  # for more rows, if the last ones came together
     queue: Annotated[int, Meta(ge=1, le=4096)] = 64  # requests waiting; then boards are told to come back
+    pictures: bool = True  # false: requests with a picture are refused, only latents are answered
     stop_s: Annotated[float, Meta(ge=0, le=600)] = 10.0  # to finish what was accepted, when told to stop
 
 
@@ -35,12 +37,18 @@ class UpstreamConfig(Struct, frozen=True, forbid_unknown_fields=True):
     site: Id = "home"
     min_confidence: Share = 0.9  # a text below it is passed up; a request may ask for more, not for less
     max_share: Share = 0.45  # of the answers, the least sure, are passed up in the long run; on request more
+    max_requested_share: Share = 1.0  # of each board's answers are passed up because the board asks for it
     explore: Share = 0.02  # of the others are passed up too, out of that share, to see what it changes
     open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # waiting for the tier above; then the edge answers alone
     resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply for at least so long: asked again
 
+    def bounds(self) -> Bounds:
+        """What may be passed up. One board may hold half of the open requests, so that the others always get some."""
+        half = (self.open_requests + 1) // 2
+        return Bounds(self.min_confidence, self.max_share, self.explore, self.max_requested_share, half)
+
     def settings(self, server: str) -> MqttSettings:
-        """Raises MqttConfigError where no connection could ever work."""
+        """Raises MqttConfigError if no connection could ever work."""
         return self.mqtt.settings(
             f"{server}-up",  # not the server's own: both connections may be to one broker
             window=32,
@@ -58,7 +66,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     metrics: MetricsConfig | None = None
 
     def mqtt_settings(self) -> MqttSettings:
-        """Raises MqttConfigError where no connection could ever work."""
+        """Raises MqttConfigError if no connection could ever work."""
         queue = self.server.queue
         return self.mqtt.settings(
             self.server.id,

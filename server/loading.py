@@ -14,7 +14,7 @@ from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDeco
 from models.lookahead import Lookahead, lookahead_file
 from server.engine import Engine
 
-HEAD = "head.safetensors"  # which a bundle may lack
+HEAD = "head.safetensors"  # a bundle may lack it
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -22,8 +22,8 @@ Network = TypeVar("Network", bound=nn.Module)
 def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threads: int = 1) -> Engine:
     """Loads the tail, the classifier, the float head if there is one, and these tiers' decoders, as float32.
 
-    Sets torch's thread count for the whole process: bits depend on it. Raises BundleError, and ConfigError for a device
-    that is not there.
+    Sets torch's thread count for the whole process, since bits depend on it. Raises BundleError, and ConfigError if the
+    device is not there.
     """
     if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ConfigError(
@@ -31,7 +31,7 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
             'want device = "cpu", or a driver and a PyTorch that fit the GPU'
         )
     torch.set_num_threads(threads)
-    # On a GPU: float32 all through, and no algorithm that sums in another order at each run.
+    # On a GPU: float32 everywhere, and no algorithm that sums in another order at each run.
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     manifest = bundle.manifest
     if (manifest.latent.channels, manifest.latent.height, manifest.latent.width) != LATENT:
@@ -44,7 +44,7 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
         classifier = filled(Classifier(len(manifest.classes)), _below(weights, "classifier."), manifest.tail)
     if HEAD in manifest.files:
         head = filled(Head(), load_weights(bundle, HEAD), HEAD)
-    # So the weights of its 3 x 3 convolutions are matrices already.
+    # Then the weights of its 3 x 3 convolutions are matrices already.
     tail = tail.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for network in (tail, classifier, head, *decoders.values()):
         if network is not None:
@@ -85,15 +85,19 @@ def load_weights(bundle: Bundle, name: str) -> dict[str, Tensor]:
 
 
 def load_tensors(bundle: Bundle, name: str) -> dict[str, Tensor]:
-    """A safetensors file of the bundle, checked against its hash. Raises BundleError."""
+    """A safetensors file of the bundle, checked against its hash, with finite numbers only. Raises BundleError."""
     try:
-        return load_file(bundle.file(name))
+        tensors: dict[str, Tensor] = load_file(bundle.file(name))
     except (SafetensorError, OSError) as error:
         raise BundleError(f"{bundle.path / name} is no readable safetensors file: {error}") from error
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise BundleError(f"{bundle.path / name}: tensor {key[:128]!r} has NaN or infinite values: export it again")
+    return tensors
 
 
 def filled(network: Network, weights: dict[str, Tensor], name: str) -> Network:
-    """The network with these weights, every one of them used and ready to serve. Raises BundleError."""
+    """The network with these weights, each of them used, and ready to serve. Raises BundleError."""
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

@@ -1,7 +1,7 @@
 """The start test: which shapes give the same bits on this device, with these weights and this thread count.
 
 Which kernel a library picks, and with it the order of its sums, depends on shape, CPU and thread count, and no library
-promises otherwise; so it is tried, at every start. What is proven here is all that the engine then does.
+promises anything else. So every start tries it, and the engine then uses only what was proven here.
 """
 
 import hashlib
@@ -15,22 +15,22 @@ from torch import Tensor
 
 from edge_runtime.inference.bundle import BOS, UNKNOWN
 from models.family import LATENT, Memory, TextDecoder
-from server.engine import BLOCK, SIZES, WIDTHS, Engine, Proof, Shape, look
+from server.engine import BLOCK, SIZES, WIDTHS, Engine, Proof, Shape, encode_image
 
 Option = TypeVar("Option", int, Shape)
 
 GARBAGE = 1e3  # left in a cache by earlier passes: finite, and far from what belongs there
-REJECTED = UNKNOWN + 1  # a token that follows the real ones of a block
+REJECTED = UNKNOWN + 1  # a token after the real ones of a block
 MAX_TEXT = 48  # tokens of a test text; shapes do not change along it
-CUTS = (1, 3, 5, 8, 2, 13, BLOCK)  # tokens of successive passes; each row begins elsewhere in this round
+CUTS = (1, 3, 5, 8, 2, 13, BLOCK)  # tokens of successive passes; each row begins at another one
 
 
 @torch.inference_mode()
 def prove(engine: Engine, sizes: Sequence[int] = SIZES) -> Proof:
-    """Runs random latents and texts in every shape; what has the bits of one row alone, one token a pass, is proven.
+    """Runs random latents and texts in every shape. Proven is what has the bits of one row alone, one token per pass.
 
-    Varied are the batch size, the width, a row's slot, its neighbours, how its text is cut into blocks, what follows
-    the real tokens in a block, and what is left in the cache. Takes about a second a target on a CPU.
+    It varies the batch size, the width, a row's place, its neighbours, how its text is cut into blocks, what follows
+    the real tokens in a block, and what is left in the cache. Takes about a second per target on a CPU.
     """
     random = torch.Generator().manual_seed(0)
     symbols = torch.randint(-4, 5, (max(sizes), *LATENT), generator=random).float().to(engine.device)
@@ -38,10 +38,10 @@ def prove(engine: Engine, sizes: Sequence[int] = SIZES) -> Proof:
     tail_sizes = _equal(sizes, features, lambda rows, size: engine.features(symbols[rows], (size,)))
     fingerprint = hashlib.sha256(f"{torch.__version__} {torch.get_num_threads()} {features.dtype}".encode())
     fingerprint.update(features.cpu().numpy().tobytes())
-    look_sizes, shapes = tuple(sizes), tuple(product(sizes, WIDTHS))
+    image_sizes, shapes = tuple(sizes), tuple(product(sizes, WIDTHS))
     for decoder in engine.decoders.values():
-        memory = look(decoder, features, (1,))
-        look_sizes = _equal(look_sizes, _flat(memory), partial(_look_again, decoder, features))
+        memory = encode_image(decoder, features, (1,))
+        image_sizes = _equal(image_sizes, _flat(memory), partial(_encode_again, decoder, features))
         length = min(decoder.shape.max_tokens, MAX_TEXT)
         texts = torch.randint(UNKNOWN + 1, decoder.shape.vocabulary, (len(symbols), length), generator=random)
         texts[:, 0] = BOS
@@ -51,7 +51,7 @@ def prove(engine: Engine, sizes: Sequence[int] = SIZES) -> Proof:
     may_speculate = (1, BLOCK) in shapes
     return Proof(
         tail_sizes=tail_sizes or (1,),
-        look_sizes=look_sizes or (1,),
+        image_sizes=image_sizes or (1,),
         shapes=shapes if may_speculate else ((1, BLOCK),),
         may_speculate=may_speculate,
         numerics=fingerprint.hexdigest()[:8],
@@ -67,10 +67,10 @@ def read(
     filler: int = BOS,
     left: float = 0.0,
 ) -> Tensor:
-    """Passes of this shape over given texts, int64 [R, T] from BOS on, of which they take `cuts` tokens at a time.
+    """Passes of this shape over given texts, int64 [R, T] from BOS on, that read `cuts` tokens at a time.
 
-    Returns what the engine looks at and keeps, by token [R, T, ...]: the logits of what follows it, their log-sum-exp,
-    and its keys and values. `filler` fills the blocks up, `left` is what the cache holds at first.
+    Returns what the engine uses and keeps per token, [R, T, ...]: the logits of the next token, their log-sum-exp, and
+    its keys and values. `filler` fills the blocks up, and `left` is what the cache holds at first.
     """
     size, width = shape
     T = texts.shape[1]
@@ -91,9 +91,9 @@ def read(
                 tokens[b, : len(piece)] = piece
             device = seen[0][0].device
             logits = decoder.step(tokens.to(device), torch.tensor(at, device=device), seen, cache)
-            looked_at = torch.cat([logits, logits.logsumexp(-1, keepdim=True)], -1).to(found.device)
+            used = torch.cat([logits, logits.logsumexp(-1, keepdim=True)], -1).to(found.device)
             for b, (row, piece) in enumerate(zip(rows, pieces, strict=True)):
-                found[row, at[b] : at[b] + len(piece)] = looked_at[b, : len(piece)]
+                found[row, at[b] : at[b] + len(piece)] = used[b, : len(piece)]
                 at[b] += len(piece)
         buffers = [buffer[:, :, :T].transpose(1, 2).flatten(2) for buffer in (*cache.keys, *cache.values)]
         kept.append(torch.cat(buffers, -1).to(found.device))
@@ -103,7 +103,7 @@ def read(
 def _equal(
     options: Sequence[Option], alone: Tensor, again: Callable[[list[int], Option], Tensor]
 ) -> tuple[Option, ...]:
-    """The sizes or shapes with which `again(rows, option)` has the bits of `alone` [R, ...], in any slots."""
+    """The sizes or shapes with which `again(rows, option)` has the bits of `alone` [R, ...], at any places."""
     orders = [[(row + shift) % len(alone) for row in range(len(alone))] for shift in (0, 3)]
 
     def is_equal(option: Option) -> bool:
@@ -112,8 +112,8 @@ def _equal(
     return tuple(option for option in options if is_equal(option))
 
 
-def _look_again(decoder: TextDecoder, features: Tensor, rows: list[int], size: int) -> Tensor:
-    return _flat(look(decoder, features[rows], (size,)))
+def _encode_again(decoder: TextDecoder, features: Tensor, rows: list[int], size: int) -> Tensor:
+    return _flat(encode_image(decoder, features[rows], (size,)))
 
 
 def _read_again(decoder: TextDecoder, memory: Memory, texts: Tensor, rows: list[int], shape: Shape) -> Tensor:

@@ -1,7 +1,7 @@
 """Replies by (board, request id), so that a request that comes again is answered again and not computed again.
 
-A board repeats a request when no reply came: the request may have been lost, or still be in work here, or the reply may
-have been lost. `begin` says which. Knows nothing of MQTT and of what the bytes mean. May be used by several threads.
+A board sends a request again if no reply came: the request was lost, or it is still being answered here, or the reply
+was lost. `begin` says which. Knows nothing of MQTT and of what the bytes mean. Any number of threads may use it.
 """
 
 import threading
@@ -20,7 +20,7 @@ class New:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """In work since an earlier copy came: its reply will serve both."""
+    """It is being answered since an earlier copy came: the reply will do for both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,11 @@ class Cached:
 
 
 class ReplyCache:
-    """Bounds: replies, their bytes, and their age in seconds; what came first goes first.
+    """Bounds: the number of replies, their bytes, and their age in seconds. The oldest are dropped first.
 
-    The defaults keep 300 replies a second, of up to 512 bytes, for 50 s: longer than boards go on asking.
-    max_flight_s: what has been in work for longer is taken for dead, so that a crash of the engine cannot make
-    a request unanswerable.
+    The defaults keep 300 replies per second, of up to 512 bytes, for 50 s: longer than boards go on asking.
+    max_flight_s: a request that has been in flight for longer counts as new again, so that an engine that breaks cannot
+    make it unanswerable.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class ReplyCache:
             return New()
 
     def get(self, board: str, request_id: bytes) -> bytes | None:
-        """The reply, where there is one; starts nothing."""
+        """The reply, if there is one; starts nothing."""
         with self._lock:
             self._drop_old()
             reply, _ = self._replies.get((board, request_id), (None, 0.0))
             return reply
 
     def put(self, board: str, request_id: bytes, reply: bytes) -> None:
-        """Keep a reply; the request is in flight no longer. A second reply takes the place of the first."""
+        """Keeps a reply, and the request is no longer in flight. A second reply replaces the first."""
         key = (board, request_id)
         with self._lock:
             self._in_flight.pop(key, None)
@@ -81,7 +81,7 @@ class ReplyCache:
             self._drop_old()
 
     def forget(self, board: str, request_id: bytes) -> None:
-        """It ended in something that must not be repeated, such as "busy": the next copy is new."""
+        """It ended in something that must not be repeated, such as "busy". The next copy is new."""
         with self._lock:
             self._in_flight.pop((board, request_id), None)
 
@@ -103,7 +103,7 @@ class ReplyCache:
             self._remove(key)
         while self._in_flight:
             key, since = next(iter(self._in_flight.items()))
-            # Each in flight holds a place in the server's own bounded queue; the count is a second bound on that.
+            # Each request in flight also has a place in the server's bounded queues. This is a second bound.
             if now - since <= self._max_flight_s and len(self._in_flight) <= self._max_replies:
                 break
             del self._in_flight[key]

@@ -1,10 +1,10 @@
 """Greedy verification of drafts, as functions of values: no network, no clock, no arrays.
 
-A text is written in passes. A pass computes the target's choice after every token of a block: the last token written,
-then proposals. Choices count as long as the proposals before them are what the target chose; the first that differs is
-the target's correction, and what was computed after it saw another history and is dropped (Leviathan et al., arXiv
-2211.17192, in its greedy case). A proposal thus decides only which positions are computed early, never a token: the
-text is the same for every draft, and for none.
+A text is written in passes. A pass reads a block, the last token written and then proposals, and computes the target's
+choice after every token of it. Choices count as long as the proposals before them are what the target chose. The first
+proposal that differs is replaced by the target's choice, and what was computed after it is dropped, since it followed
+another history (Leviathan et al., arXiv 2211.17192, in its greedy case). So a proposal only decides which positions are
+computed early, never a token: the text is the same for every draft, and for none.
 """
 
 from collections.abc import Sequence
@@ -16,83 +16,84 @@ from edge_runtime.inference.bundle import BOS, EOS, UNKNOWN
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text in the making."""
+    """A text that is being written."""
 
     limit: int  # tokens at most, end token included
-    rest: tuple[int, ...] = ()  # proposed after the last token: what is left of the draft, or of a later one
+    rest: tuple[int, ...] = ()  # proposals after the last token: what is left of the draft, or of later proposals
     tokens: tuple[int, ...] = ()  # written so far, end token included
     proposed: int = 0  # tokens of the draft that were usable
     accepted: int = 0  # of those, how many the target chose as well
-    redrafted: int = 0  # tokens of later drafts that the target chose as well
+    accepted_again: int = 0  # of the proposals that replaced the draft, how many the target chose as well
     passes: int = 0
-    is_adrift: bool = False  # the target wrote something else: what is left was meant to follow another history
-    is_redraft: bool = False  # the draft has been replaced
+    has_diverged: bool = False  # the target chose another token, so the rest was meant to follow another history
+    is_proposed_again: bool = False  # other proposals have replaced the draft
 
     @property
     def is_done(self) -> bool:
-        """Nothing may be written any more."""
+        """The text has ended, or is as long as it may be."""
         return self.tokens[-1:] == (EOS,) or len(self.tokens) >= self.limit
 
     @property
-    def wants_redraft(self) -> bool:
-        """A better proposal would be welcome."""
-        return self.is_adrift or not self.rest
+    def needs_proposals(self) -> bool:
+        """There are no proposals left, or they have become unlikely."""
+        return self.has_diverged or not self.rest
 
     @property
     def without_end(self) -> tuple[int, ...]:
-        """The tokens, end token left out."""
+        """The tokens without the end token."""
         return self.tokens[:-1] if self.tokens[-1:] == (EOS,) else self.tokens
 
 
 def new_text(draft: Sequence[int], vocabulary: int, limit: int) -> Text:
     """A text of at most `limit` tokens before its first pass.
 
-    The draft is cut to what can be written, and before the first special token (proposing an end makes nothing early,
-    no text contains the others) or id outside the vocabulary: a hostile draft or one of another tokenizer costs passes
-    and never reaches an embedding.
+    The draft is cut to that length, and before the first special token or id outside the vocabulary. Proposing an end
+    saves no pass, and no text contains the other special tokens. So a hostile draft, or one of another tokenizer, costs
+    passes but never reaches an embedding.
     """
     usable = tuple(takewhile(lambda token: UNKNOWN < token < vocabulary, draft[: limit - 1]))
     return Text(limit, rest=usable, proposed=len(usable))
 
 
-def redraft(text: Text, proposals: Sequence[int]) -> Text:
-    """The text with what is left of its draft replaced, by words alone."""
+def propose_again(text: Text, proposals: Sequence[int]) -> Text:
+    """The text with other proposals, up to their first special token."""
     usable = tuple(takewhile(lambda token: token > UNKNOWN, proposals[: text.limit - len(text.tokens) - 1]))
-    return replace(text, rest=usable, is_adrift=False, is_redraft=True)
+    return replace(text, rest=usable, has_diverged=False, is_proposed_again=True)
 
 
 def next_block(text: Text, width: int) -> tuple[int, ...]:
-    """What the next pass reads: the last token, then up to width - 1 proposals."""
+    """What the next pass reads: the last token, and then up to width - 1 proposals."""
     return (text.tokens[-1:] or (BOS,)) + text.rest[: width - 1]
 
 
 def verify(text: Text, choices: Sequence[int]) -> Text:
-    """One pass: choices[i] is what the target writes after the i-th token of `next_block`; at least one."""
-    tokens, rest, chosen, is_adrift = list(text.tokens), text.rest, 0, text.is_adrift
+    """The text after a pass: choices[i], at least one, is the target's token after the i-th token of `next_block`."""
+    tokens, rest, chosen, has_diverged = list(text.tokens), text.rest, 0, text.has_diverged
     for token in choices:
         tokens.append(token)
         if token == EOS or len(tokens) == text.limit:  # in this order: an end token at the limit is an end
             rest = ()
             break
         if rest[:1] != (token,):
-            rest, is_adrift = realign(rest, token), True
+            rest, has_diverged = realign(rest, token), True
             break
         rest, chosen = rest[1:], chosen + 1
     return replace(
         text,
         tokens=tuple(tokens),
         rest=rest,
-        accepted=text.accepted + chosen * (not text.is_redraft),
-        redrafted=text.redrafted + chosen * text.is_redraft,
+        accepted=text.accepted + chosen * (not text.is_proposed_again),
+        accepted_again=text.accepted_again + chosen * text.is_proposed_again,
         passes=text.passes + 1,
-        is_adrift=is_adrift,
+        has_diverged=has_diverged,
     )
 
 
 def realign(rest: tuple[int, ...], token: int) -> tuple[int, ...]:
-    """What to propose after the target wrote `token` where the draft has rest[0].
+    """What to propose after the target chose `token` and not rest[0].
 
-    If the draft has the token later, the target left words out and goes on from there; else it replaced one. A wrong
-    guess costs nothing, as the block has its width anyway. Kin: LLMA (Yang et al., arXiv 2304.04487).
+    If the token comes later in the draft, the target left words out, and the proposals go on after it. Otherwise it
+    replaced one word. A wrong guess costs nothing, as the block has its width anyway. Similar: LLMA (Yang et al., arXiv
+    2304.04487).
     """
     return rest[rest.index(token) + 1 :] if token in rest else rest[1:]

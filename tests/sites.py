@@ -9,8 +9,8 @@ from edge_runtime.config import MqttConfig, RuntimeConfig
 from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings
 from edge_runtime.wire import Event, topics
 from firmware_tools.site_broker import Site, write_site
+from server.app import run_server
 from server.config import Config
-from server.service import run_server
 from tests.brokers import Mosquitto
 from tests.listener import PATIENCE_S
 

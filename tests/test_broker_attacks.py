@@ -111,7 +111,7 @@ def a_good_board_is_answered(site: Running, server: Server) -> Iterator[None]:
     assert server.gateway.client.stats().losses == 0
     assert board.stats().connects == 1
     assert server.gateway.heartbeat()
-    assert server.gateway.summary()["probes_missing"] == 0
+    assert server.gateway.summary()["probes"]["missing"] == 0
 
 
 # ---- subscriptions ----
@@ -261,8 +261,8 @@ def test_people_set_switches_and_see_what_boards_say(site: Running) -> None:
         board.publish(topics.state("home", "porch", name), message.payload, retain=True)
 
     board = site.client("porch", *filters, on_message=obey)
-    person = site.client("tablet", *(f"aiflow/home/porch/up/{kind}" for kind in ("state/+", "event", "last", "status")))
-    person._on_message = heard.put
+    watched = (f"aiflow/home/porch/up/{kind}" for kind in ("state/+", "event", "last", "status"))
+    person = site.client("tablet", *watched, on_message=heard.put)
     for name in names:
         person.publish(topics.setting("home", "porch", name), name.encode())
     assert {heard.get(timeout=PATIENCE_S).payload.decode() for _ in names} == set(names)
@@ -288,7 +288,7 @@ def test_servers_of_a_pool_share_requests_and_return_each_others_probes(site: Ru
             after = [gateway.client.stats().received for gateway in (other, server.gateway)]
             assert sum(after) - sum(before) == 40  # each of the 20 probes once, and back once
             assert all(now - then > 10 for now, then in zip(after, before, strict=True))  # both servers get some
-            assert other.summary()["probes_missing"] == 0
+            assert other.summary()["probes"]["missing"] == 0
 
 
 @pytest.mark.parametrize("site", [Options(pictures=True)], indirect=True)

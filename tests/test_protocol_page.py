@@ -15,7 +15,8 @@ from server.config import MAX_REPLY, Config, ServerConfig
 from server.engine import Proof
 from server.gateway import Gateway
 from server.reply_cache import ReplyCache
-from server.service import STATUS_PERIOD_S, Service
+from server.service import Service
+from server.watchdog import STATUS_PERIOD_S
 
 PAGE = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
 CAMERA = CameraConfig("door", "mqtt")
@@ -44,7 +45,7 @@ def test_a_boards_status_has_the_listed_fields(board_bundle):
 
 def test_a_servers_status_has_the_listed_fields_and_a_board_reads_it(board_bundle):
     config = Config(ServerConfig("attic", str(board_bundle.path)))
-    service = Service(config.server, board_bundle, SimpleNamespace(proof=Proof()), ReplyCache())
+    service = Service(config.server, board_bundle, SimpleNamespace(proof=Proof(), head=None), ReplyCache())
     gateway = Gateway(config.mqtt_settings(), "home", "attic", "servers", service.receive, service.status)
     payload = gateway._status_message().payload
     gateway.client.close()

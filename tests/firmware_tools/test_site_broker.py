@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.app import MAX_FRAME
-from edge_runtime.capture.cameras import Cameras
+from edge_runtime import app
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
 from edge_runtime.mqtt.settings import MAX_PASSWORD_BYTES
-from edge_runtime.reporting.remote_settings import board_switches
+from edge_runtime.reporting import board_settings
 from firmware_tools import certificates
 from firmware_tools.certificates import CertificateError
 from firmware_tools.cli import EXIT_FAILED, main
@@ -160,9 +159,9 @@ def test_any_name_is_a_plain_level_of_a_topic_or_an_error(board: str, camera: st
 def test_the_switches_and_the_size_of_pictures_are_those_of_the_board() -> None:
     cameras = (CameraConfig("front", "front.jpg"), CameraConfig("yard", "yard.jpg"))
     config = RuntimeConfig(BoardConfig("porch", "bundle"), cameras)
-    switches = [switch.name for switch in board_switches(config, Cameras(cameras))]
+    switches = [switch.name for switch in board_settings(config)]
     assert sorted(_switches(Board("porch", ("front", "yard")))) == sorted(switches)
-    assert MAX_PICTURE == MAX_FRAME
+    assert MAX_PICTURE == app.MAX_PICTURE
 
 
 # ---- bounds ----

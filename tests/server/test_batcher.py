@@ -6,7 +6,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.batcher import Batch, Batcher
+from server.batcher import MAX_BOARDS, Batch, Batcher
 
 
 class Clock:
@@ -21,13 +21,91 @@ def batcher(capacity: int = 8, max_batch: int = 4, clock: Clock | None = None) -
     return Batcher(capacity, max_batch, 0.0, clock or Clock())
 
 
+def served(queue: Batcher[str], cost_ms: float = 1.0) -> list[str]:
+    """The items of the next batch, each at this cost; a board is the first letter of its items."""
+    items = queue.take(0).items
+    for item in items:
+        queue.done(item[0], cost_ms)
+    return items
+
+
 def test_a_batch_takes_one_of_each_board_in_turn() -> None:
     queue = batcher()
     for item in ("a1", "a2", "a3", "b1", "c1"):
         assert queue.put(item[0], item, 1.0) is None
-    assert queue.take(0).items == ["a1", "b1", "c1", "a2"]
-    assert queue.take(0).items == ["a3"]
+    assert served(queue) == ["a1", "b1", "c1", "a2"]
+    assert served(queue) == ["a3"]
     assert queue.take(0) == Batch()
+    assert queue.is_idle
+
+
+def test_boards_that_always_ask_share_time_and_not_turns() -> None:
+    queue, cost_ms, spent_ms = batcher(max_batch=1), {"a": 100.0, "b": 1.0, "c": 7.0}, Counter[str]()
+    for number in range(3000):
+        for board in cost_ms:
+            queue.put(board, f"{board}{number}", 1.0)
+        (item,) = queue.take(0).items
+        queue.done(item[0], cost_ms[item[0]])
+        spent_ms[item[0]] += cost_ms[item[0]]
+    assert max(spent_ms.values()) - min(spent_ms.values()) <= 2 * max(cost_ms.values())
+
+
+def test_a_board_that_asks_rarely_waits_for_one_expensive_request_at_most() -> None:
+    queue = batcher(max_batch=1)
+    queue.put("a", "a0", 1.0)
+    for number in range(1, 50):
+        queue.put("a", f"a{number}", 1.0)
+        assert queue.take(0).items[0][0] == "a"
+        queue.put("b", "b", 1.0)  # while it is served
+        queue.done("a", 1000.0 + number % 7)
+        assert served(queue) == ["b"]
+
+
+def test_a_board_that_was_away_has_saved_nothing() -> None:
+    queue = batcher(max_batch=1)
+    queue.put("b", "b0", 1.0)
+    assert served(queue) == ["b0"]
+    for number in range(100):
+        queue.put("a", f"a{number}", 1.0)
+        assert served(queue, 10.0) == [f"a{number}"]
+    for number in range(4):
+        queue.put("b", f"b{number}", 1.0)
+        queue.put("a", f"a{number}", 1.0)
+    order = [item[0] for _ in range(8) for item in served(queue, 10.0)]
+    assert 2 <= order[:6].count("a") <= 4
+
+
+def test_one_board_occupies_one_of_several_threads() -> None:
+    queue = batcher(max_batch=1)
+    for item in ("a1", "a2", "b1"):
+        queue.put(item[0], item, 1.0)
+    assert queue.take(0).items == ["a1"]
+    assert queue.take(0).items == ["b1"]
+    assert queue.take(0) == Batch()
+    queue.done("b", 1.0)
+    assert queue.take(0) == Batch()
+    assert not queue.is_idle
+    queue.done("a", 1.0)
+    assert queue.take(0).items == ["a2"]
+
+
+def test_what_is_cleared_is_not_served() -> None:
+    queue = batcher()
+    for item in ("a1", "b1", "a2"):
+        queue.put(item[0], item, 1.0)
+    assert sorted(queue.clear()) == ["a1", "a2", "b1"]
+    assert queue.is_idle
+    assert queue.put("a", "a3", 1.0) is None
+    assert served(queue) == ["a3"]
+
+
+def test_the_costs_of_boards_that_are_gone_are_forgotten() -> None:
+    queue = batcher()
+    for number in range(2 * MAX_BOARDS):
+        queue.put(f"b{number}", "x", 1.0)
+        queue.take(0)
+        queue.done(f"b{number}", 1.0)
+    assert len(queue._served_ms) <= MAX_BOARDS
 
 
 def test_a_stale_request_is_taken_out_but_not_served() -> None:
@@ -61,12 +139,12 @@ def test_every_item_leaves_once_and_no_board_holds_more_than_its_share_against_a
             held[refused[0]] -= 1
             assert held[refused[0]] + 1 >= max(held.values())  # nobody was longer
         if takes:
-            taken = queue.take(0).items
+            taken = served(queue)
             assert len(taken) <= size
             left += taken
             held -= Counter(item[0] for item in taken)
         assert len(queue) == sum(held.values()) <= capacity
-    while taken := queue.take(0).items:
+    while taken := served(queue):
         left += taken
     assert sorted(left) == sorted(f"{board}{i}" for i, (board, _) in enumerate(puts))
 
@@ -92,14 +170,14 @@ def test_who_is_ahead_of_one_more_is_counted_by_turns() -> None:
     assert batcher.ahead_of("quiet") == 3
 
 
-def test_a_request_waits_for_others_only_where_the_last_ones_came_together() -> None:
+def test_a_request_waits_for_others_only_if_the_last_ones_came_together() -> None:
     queue: Batcher[str] = Batcher(8, 2, 1e6, Clock())
     for item in ("a1", "a2"):
         queue.put("a", item, 1.0)
-        assert queue.take(0).items == [item]  # alone, and at once
+        assert served(queue) == [item]  # alone, and at once
     for board in "ab":
         queue.put(board, board, 1.0)
-    assert queue.take(0).items == ["a", "b"]
+    assert sorted(served(queue)) == ["a", "b"]
     queue.put("a", "first", 1.0)
     threading.Timer(0.05, queue.put, ["b", "second", 1.0]).start()
-    assert queue.take(0).items == ["first", "second"]
+    assert sorted(queue.take(0).items) == ["first", "second"]

@@ -12,12 +12,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save
 
 from edge_runtime.inference.bundle import BOS, EOS, Bundle, BundleError, FileRecord, file_hash
 from models.family import DecoderShape, Tail, TextDecoder
 from models.lookahead import Lookahead, LookaheadNet
 from models.recipe.stage10_lookahead import Texts, loss_of
-from server.engine import BLOCK, LONE_BLOCK, Answer, Engine, Job, Proof, Shape, Writing, cheapest, look
+from server.engine import BLOCK, LONE_BLOCK, Answer, DecodingBatch, Engine, Job, Proof, Shape, cheapest, encode_image
 from server.loading import load_engine
 from server.numerics import REJECTED, prove, read
 from server.verify import new_text
@@ -49,7 +50,7 @@ def test_the_small_bundle_writes_texts_worth_comparing(alone: dict[str, list[Ans
 def test_every_token_is_the_one_that_training_would_have_put_first(engine: Engine, alone, tier: str) -> None:
     decoder = engine.decoders[tier]
     with torch.inference_mode():
-        memory = look(decoder, engine.features(torch.from_numpy(SYMBOLS).float(), (1,)), (1,))
+        memory = encode_image(decoder, engine.features(torch.from_numpy(SYMBOLS).float(), (1,)), (1,))
         for i, answer in enumerate(alone[tier]):
             emitted = [*answer.tokens, EOS][:MAX_TOKENS]
             logits = decoder(torch.tensor([[BOS, *emitted[:-1]]]), [(k[i : i + 1], v[i : i + 1]) for k, v in memory])[0]
@@ -82,7 +83,7 @@ def test_any_batch_with_any_drafts_answers_as_each_row_alone(engine, alone, rows
     for (i, tier, _), answer in zip(rows, engine.answer(jobs), strict=True):
         assert result(answer) == result(alone[tier][i])
         assert 0 <= answer.accepted <= answer.proposed
-        written = len(answer.tokens) - answer.accepted - answer.redrafted
+        written = len(answer.tokens) - answer.accepted - answer.accepted_again
         assert written <= answer.passes <= alone[tier][i].passes
 
 
@@ -102,7 +103,7 @@ def taught(engine: Engine, texts: list[tuple[int, ...]]) -> Lookahead:
     tokens = np.zeros((len(texts), MAX_TOKENS + 2), np.int16)
     hidden = np.zeros((*tokens.shape, decoder.shape.width), np.float16)
     with torch.inference_mode():
-        memory = look(decoder, engine.features(torch.from_numpy(SYMBOLS).float(), (1,)), (1,))
+        memory = encode_image(decoder, engine.features(torch.from_numpy(SYMBOLS).float(), (1,)), (1,))
         for i, text in enumerate(texts):
             read_again = torch.tensor([[BOS, *text]])
             image = [(keys[i : i + 1], values[i : i + 1]) for keys, values in memory]
@@ -130,7 +131,7 @@ def test_a_lookahead_saves_passes_where_there_is_a_draft_and_changes_no_text(bun
         answers = [a for i in range(0, len(jobs), size) for a in informed.answer(jobs[i : i + size])]
         assert [result(a) for a in answers] == [result(a) for a in alone["edge"]]
         assert (sum(a.passes for a in answers) < sum(a.passes for a in alone["edge"])) == saves
-        assert (sum(a.redrafted for a in answers) > 0) == saves
+        assert (sum(a.accepted_again for a in answers) > 0) == saves
 
 
 @pytest.mark.parametrize("draft", [(-1,), (VOCABULARY,), (1 << 31,), (5,) * 10**6, (0, 1, 2, 3), (EOS,)])
@@ -164,7 +165,7 @@ def test_a_row_without_numbers_fails_by_name_and_leaves_its_neighbours_alone(eng
 def test_rejected_tokens_in_the_cache_leave_no_trace_but_a_nan_would(engine: Engine) -> None:
     decoder = engine.decoders["edge"]
     with torch.inference_mode():
-        memory = look(decoder, engine.features(torch.from_numpy(SYMBOLS[:1]).float(), (1,)), (1,))
+        memory = encode_image(decoder, engine.features(torch.from_numpy(SYMBOLS[:1]).float(), (1,)), (1,))
         text = torch.tensor([[1, 9, 8, 7, 6, 5, 9, 8, 7]])
         clean = read(decoder, memory, text, (1, BLOCK), cuts=(3,))
         assert torch.equal(clean, read(decoder, memory, text, (1, BLOCK), cuts=(3,), left=1e3))
@@ -175,16 +176,16 @@ def test_each_pass_has_the_cheapest_proven_shape_and_the_texts_do_not_depend_on_
     decoder, rows = engine.decoders["edge"], [0, 1, 2, 3, 4, 5, 6, 7]
     drafts = [alone["edge"][i].tokens if i == 2 else () for i in rows]
     with torch.inference_mode():
-        memory = look(decoder, engine.features(torch.from_numpy(SYMBOLS[rows]).float(), (1,)), (1,))
+        memory = encode_image(decoder, engine.features(torch.from_numpy(SYMBOLS[rows]).float(), (1,)), (1,))
         texts = [new_text(draft, VOCABULARY, MAX_TOKENS) for draft in drafts]
-        writing = Writing(decoder, memory, texts, engine.proof.shapes)
+        batch = DecodingBatch(decoder, memory, texts, engine.proof.shapes)
         used = []
-        while writing.live:
-            used.append(writing.step())
+        while batch.unfinished:
+            used.append(batch.step())
     assert used[0][0] == 8
     assert set(used) <= set(engine.proof.shapes)
     assert len(set(used)) > 1
-    assert [text.without_end for text in writing.texts] == [alone["edge"][i].tokens for i in rows]
+    assert [text.without_end for text in batch.texts] == [alone["edge"][i].tokens for i in rows]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +216,7 @@ def test_passes_of_one_token_would_be_found_to_differ_from_blocks() -> None:
         pytest.skip("this library multiplies one row with the same bits as many")
     decoder = full_size_decoder()
     with torch.inference_mode():
-        memory, text = decoder.look(torch.rand(1, 49, 1280)), torch.randint(4, 512, (1, 24))
+        memory, text = decoder.encode_image(torch.rand(1, 49, 1280)), torch.randint(4, 512, (1, 24))
         blocks = read(decoder, memory, text, (1, BLOCK), cuts=(BLOCK,))
         assert torch.equal(blocks, read(decoder, memory, text, (1, BLOCK), cuts=(1,)))
         assert not torch.equal(blocks, read(decoder, memory, text, (1, 1), cuts=(1,)))
@@ -241,13 +242,13 @@ def test_a_device_whose_bits_depend_on_blocks_may_not_speculate(engine: Engine, 
 
 
 def test_a_batch_size_with_other_bits_is_not_used(engine: Engine, monkeypatch) -> None:
-    step, forward, look = TextDecoder.step, Tail.forward, TextDecoder.look
+    step, forward, encode = TextDecoder.step, Tail.forward, TextDecoder.encode_image
     odd = 1 + 1e-6
     monkeypatch.setattr(TextDecoder, "step", lambda self, x, *rest: step(self, x, *rest) * (odd if len(x) == 4 else 1))
-    monkeypatch.setattr(TextDecoder, "look", lambda self, x: look(self, x * (odd if len(x) == 8 else 1)))
+    monkeypatch.setattr(TextDecoder, "encode_image", lambda self, x: encode(self, x * (odd if len(x) == 8 else 1)))
     monkeypatch.setattr(Tail, "forward", lambda self, x: forward(self, x) * (odd if len(x) > 1 else 1))
     proof = prove(engine)
-    assert (proof.tail_sizes, proof.look_sizes) == ((1,), (1, 4))
+    assert (proof.tail_sizes, proof.image_sizes) == ((1,), (1, 4))
     assert proof.shapes == tuple(shape for shape in engine.proof.shapes if shape[0] != 4)
     assert proof.numerics == engine.proof.numerics  # one row alone has the bits it had
 
@@ -318,6 +319,19 @@ def test_a_file_that_is_no_safetensors_is_refused_by_name(tmp_path: Path) -> Non
     bundle = tiny_bundle(tmp_path / "bundle")
     with pytest.raises(BundleError, match="no readable safetensors"):
         load_engine(with_file(bundle, "edge.safetensors", b"\x00" * 100), ("edge",))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["tail.safetensors", "edge.safetensors", "head.safetensors", "lookahead-edge.safetensors"]
+)
+def test_weights_that_are_not_finite_are_found_at_start_by_name(tmp_path: Path, name: str, value: float) -> None:
+    bundle = tiny_bundle(tmp_path / "bundle")
+    tensors = load_file(bundle.path / name)
+    key = max(key for key, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[key].view(-1)[-1] = value
+    with pytest.raises(BundleError, match=f"{name}: tensor '{key}' has NaN or infinite values"):
+        load_engine(with_file(bundle, name, save(tensors)), ("edge",))
 
 
 def test_a_lookahead_may_be_missing_but_not_wrong(tmp_path: Path) -> None:

@@ -23,15 +23,18 @@ from edge_runtime.wire import (
 )
 from edge_runtime.wire.envelope import MAX_VIA
 from server.escalation import (
+    MAX_BOARDS,
     Above,
+    Allowances,
     Bounds,
     Ranks,
     ask_until,
     is_loop,
     obstacle_to,
+    own_reason,
     passed_down,
     passed_up,
-    reason_to_ask,
+    requested_reason,
 )
 
 REQUEST = Request(
@@ -50,24 +53,52 @@ BOUNDS = Bounds(min_confidence=0.5, max_share=0.5, explore=0.1)
 
 
 @pytest.mark.parametrize(
-    ("options", "confidence", "rank", "chance", "reason"),
+    ("confidence", "rank", "chance", "reason"),
     [
-        (None, 0.4, 0.3, 0.5, "confidence"),
-        (None, 0.6, 0.3, 0.5, None),  # sure enough
-        (None, 0.4, 0.41, 0.5, None),  # others were less sure, and the share is spent on them
-        (None, 0.6, 0.9, 0.05, "explore"),
-        (Options(tier=Tier.CLOUD), 1.0, 0.9, 0.5, "tier"),
-        (Options(tier=Tier.EDGE), 1.0, 0.9, 0.5, None),
-        (Options(min_confidence=0.7), 0.6, 0.9, 0.5, "confidence"),  # a request asks for more than the operator
-        (Options(min_confidence=0.1), 0.4, 0.3, 0.5, "confidence"),  # but not for less
+        (0.4, 0.3, 0.5, "confidence"),
+        (0.6, 0.3, 0.5, None),  # sure enough
+        (0.4, 0.41, 0.5, None),  # others were less sure, and the share is spent on them
+        (0.6, 0.9, 0.05, "explore"),
     ],
 )
-def test_an_answer_goes_up_for_a_reason(options, confidence, rank, chance, reason) -> None:
-    assert reason_to_ask(options, Tier.EDGE, confidence, rank, BOUNDS, chance) == reason
+def test_an_answer_goes_up_by_the_operators_bounds(confidence, rank, chance, reason) -> None:
+    assert own_reason(confidence, rank, BOUNDS, chance) == reason
+
+
+@pytest.mark.parametrize(
+    ("options", "confidence", "reason"),
+    [
+        (None, 0.0, None),
+        (Options(tier=Tier.CLOUD), 1.0, "tier"),
+        (Options(tier=Tier.EDGE), 1.0, None),
+        (Options(min_confidence=0.7), 0.6, "confidence"),
+        (Options(min_confidence=0.1), 0.4, None),
+    ],
+)
+def test_an_answer_goes_up_because_its_request_asks_for_it(options, confidence, reason) -> None:
+    assert requested_reason(options, Tier.EDGE, confidence) == reason
 
 
 def test_without_bounds_nothing_goes_up() -> None:
-    assert reason_to_ask(None, Tier.EDGE, 0.0, 0.0, Bounds(), 0.0) is None
+    assert own_reason(0.0, 0.0, Bounds(), 0.0) is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 1.0])
+def test_a_board_that_always_asks_gets_its_share_and_others_lose_nothing(share: float) -> None:
+    allowances = Allowances(share)
+    granted = {"greedy": 0, "modest": 0}
+    for i in range(4000):
+        granted["greedy"] += allowances.spend("greedy", True)
+        granted["modest"] += allowances.spend("modest", i % 10 == 9)
+    assert granted["greedy"] == pytest.approx(4000 * share, abs=1)
+    assert granted["modest"] == pytest.approx(4000 * min(share, 0.1), abs=1)
+
+
+def test_no_more_boards_are_remembered_than_there_can_be() -> None:
+    allowances = Allowances(0.5)
+    for i in range(3 * MAX_BOARDS):
+        allowances.spend(f"b{i}", True)
+    assert len(allowances._saved) == MAX_BOARDS
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 10_000])  # of scenes, so of different confidences
@@ -78,7 +109,7 @@ def test_no_more_than_the_share_goes_up_whatever_the_confidences_are(kinds: int,
     for _ in range(4000):
         confidence = rng.randrange(kinds) / kinds
         rank = ranks.rank(confidence, rng.random())
-        up += reason_to_ask(None, Tier.EDGE, confidence, rank, bounds, rng.random()) is not None
+        up += own_reason(confidence, rank, bounds, rng.random()) is not None
     assert up / 4000 == pytest.approx(share, abs=0.03)
 
 
@@ -107,6 +138,11 @@ def test_the_least_sure_rank_lowest_and_the_scale_does_not_matter() -> None:
 )
 def test_what_keeps_a_request_from_going_up_has_a_name(above, left_s, obstacle) -> None:
     assert obstacle_to(above, left_s) == obstacle
+
+
+def test_one_board_may_not_fill_the_tier_above() -> None:
+    above = Above(is_online=True, has_room=True, round_trip_s=0.0)
+    assert obstacle_to(above, 9.0, board_has_room=False) == "board_full"
 
 
 @given(st.floats(0, 1e9), st.floats(0, 1e6))

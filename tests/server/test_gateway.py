@@ -137,7 +137,7 @@ def test_in_a_pool_no_probe_is_missing(join: Join) -> None:
             member.gateway.heartbeat()
     for member in members:
         until(lambda gateway=member.gateway: not gateway._probes._open)  # type: ignore[misc]
-        assert member.gateway.summary()["probes_missing"] == 0
+        assert member.gateway.summary()["probes"]["missing"] == 0
         assert member.gateway.is_proven.is_set()
 
 
@@ -163,7 +163,7 @@ def test_a_black_hole_in_the_share_shows_in_counters_log_and_status(
             until(lambda: member.gateway.heartbeat() is False)
             status = status_of(person, share_proven=False)
             assert status["probes"]["missing"] >= 1
-            assert member.gateway.summary()["probes_missing"] >= 1
+            assert member.gateway.summary()["probes"]["missing"] >= 1
             assert not member.gateway.is_proven.is_set()
         until(lambda: member.gateway.heartbeat() is True)  # the black hole has gone
         assert status_of(person, share_proven=True)
@@ -180,7 +180,7 @@ def test_a_suspended_server_says_why_and_gets_no_requests_until_it_resumes(broke
         assert status_of(board, accepting=False)["why"] == "the engine has not answered for 30 s"
         until(lambda: in_share(board, fresh, tired, 8) == (8, 0))
         assert tired.gateway.heartbeat()
-        assert tired.gateway.summary()["probes_missing"] == 0
+        assert tired.gateway.summary()["probes"]["missing"] == 0
         tired.gateway.resume()
         tired.gateway.resume()
         status_of(board, accepting=True)

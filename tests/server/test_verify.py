@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.inference.bundle import BOS, EOS
-from server.verify import Text, new_text, next_block, realign, redraft, verify
+from server.verify import Text, new_text, next_block, propose_again, realign, verify
 
 A, B = 4, 5  # with the end token a vocabulary of three
 VOCABULARY = 6
@@ -126,32 +126,32 @@ def test_any_new_drafts_give_the_same_text_in_no_more_passes(seed, limit, width,
     own = alone(target, limit)
     anything = st.lists(st.integers(-2, 10), max_size=12).map(tuple)
 
-    def verify_then_redraft(text: Text, choices: Sequence[int]) -> Text:
+    def verify_then_propose_again(text: Text, choices: Sequence[int]) -> Text:
         after = verify(text, choices)
-        return redraft(after, data.draw(anything)) if after.wants_redraft and not after.is_done else after
+        return propose_again(after, data.draw(anything)) if after.needs_proposals and not after.is_done else after
 
-    text = write(target, new_text(data.draw(anything), VOCABULARY, limit), width, verify_then_redraft)
+    text = write(target, new_text(data.draw(anything), VOCABULARY, limit), width, verify_then_propose_again)
     assert text.tokens == own
     assert text.accepted <= text.proposed
-    assert len(own) <= text.accepted + text.redrafted + text.passes
+    assert len(own) <= text.accepted + text.accepted_again + text.passes
     assert text.passes <= len(own)
 
 
 def test_a_new_draft_is_wanted_where_the_old_one_ends_or_was_wrong_and_is_counted_apart() -> None:
     text = new_text((A, B, A, A), VOCABULARY, 24)
-    assert not text.wants_redraft
+    assert not text.needs_proposals
     text = verify(text, [A, A])  # A was right, B was not
-    assert text.wants_redraft
-    text = redraft(text, (B, B, EOS, A))
-    assert (text.rest, text.wants_redraft) == ((B, B), False)
+    assert text.needs_proposals
+    text = propose_again(text, (B, B, EOS, A))
+    assert (text.rest, text.needs_proposals) == ((B, B), False)
     text = verify(text, [B, B, A])
-    assert text.wants_redraft
-    assert (text.tokens, text.proposed, text.accepted, text.redrafted) == ((A, A, B, B, A), 4, 1, 2)
+    assert text.needs_proposals
+    assert (text.tokens, text.proposed, text.accepted, text.accepted_again) == ((A, A, B, B, A), 4, 1, 2)
 
 
 def test_a_new_draft_is_cut_to_what_can_be_written() -> None:
     text = verify(new_text((), VOCABULARY, 4), [A])
-    assert redraft(text, (A,) * 50).rest == (A, A)
+    assert propose_again(text, (A,) * 50).rest == (A, A)
 
 
 def test_realign_follows_a_target_that_left_words_out_or_replaced_one() -> None:

@@ -16,15 +16,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from edge_runtime.mqtt import Message, MqttClient, MqttConfigError, MqttSettings, Outcome, Publish, State, Timing
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.wire import Reply, Status
+from firmware_tools.site_broker import PLUGIN, Login, Rights
 from testbed.broker import free_port
 from tests.brokers import PLAIN, Mosquitto
 from tests.listener import until
-from tests.test_access_rights import strict_broker
 
 PATIENCE_S = 15  # for what takes well under a second when nothing is wrong
 QUICK = Timing(
@@ -369,7 +370,14 @@ def test_a_member_that_unsubscribes_from_a_share_gets_no_more_of_it_and_keeps_it
 def test_a_subscription_that_is_refused_while_online_takes_the_client_offline(start: Start, tmp_path: Path) -> None:
     (tmp_path / "s1").write_text("s1")
     credentials = {"username": "s1", "password_file": str(tmp_path / "s1")}
-    with strict_broker(tmp_path, {"s1": ([], ["allowed/1", "allowed/2"])}) as broker:
+    rights = {
+        "defaultACLAccess": dict.fromkeys(("publishClientSend", "publishClientReceive", "subscribe"), False),
+        "clients": [msgspec.structs.asdict(Login.of("s1", "s1")) | {"roles": [{"rolename": "s1"}]}],
+        "roles": [{"rolename": "s1", "acls": Rights((), ("allowed/1", "allowed/2")).acls()}],
+    }
+    (tmp_path / "rights.json").write_bytes(msgspec.json.encode(rights))
+    plugin = f"plugin {PLUGIN}\nplugin_opt_config_file {tmp_path}/rights.json\n"
+    with Mosquitto(tmp_path, PLAIN.replace("allow_anonymous true", "allow_anonymous false") + plugin) as broker:
         server = start(broker.port, "s1", subscriptions=[("allowed/1", 1)], settings=credentials)
         server.client.set_subscriptions([("allowed/1", 1), ("forbidden", 1)])
         server.wait_state(State.BACKOFF, "refused to subscribe forbidden")

@@ -1,0 +1,71 @@
+"""A thread that tells a server's status and watches its engine.
+
+It is not the engine's thread, so the status is told while the engine hangs, and says so. A server whose engine hangs
+leaves the share, since the broker would go on giving it requests; it comes back when the engine does.
+"""
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+from server.service import Service
+
+logger = logging.getLogger(__name__)
+
+STATUS_PERIOD_S = 10.0
+PROBE_PERIOD_S = 1.0  # until the broker is proven to deliver; also how often the engine is looked at
+
+
+class Share(Protocol):
+    """This server's part in its pool, as the gateway keeps it. Each method may be called on any thread."""
+
+    def heartbeat(self) -> bool:
+        """Tells the status and whether the broker is proven to deliver."""
+
+    def suspend(self, reason: str) -> None:
+        """No more requests are wanted. Calling it again changes nothing."""
+
+    def resume(self) -> None:
+        """Requests are wanted again. Calling it again changes nothing."""
+
+
+class Watchdog:
+    """Use it with `with`."""
+
+    def __init__(self, service: Service, share: Share) -> None:
+        self._service, self._share = service, share
+        self._is_late = False
+        self._next_beat = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self.check(time.monotonic())
+            if self._stop.wait(PROBE_PERIOD_S):
+                return
+
+    def check(self, now: float) -> None:
+        """Does what is due at this time (seconds, time.monotonic())."""
+        is_late = self._service.batch_times.is_late(now)
+        if is_late != self._is_late:
+            self._is_late, self._next_beat = is_late, now
+            busy_s = self._service.batch_times.busy_s(now)
+            if is_late:
+                logger.error("engine hangs server=%s busy_s=%.1f", self._service.config.id, busy_s)
+                self._share.suspend(f"the engine has been busy with one batch for {busy_s:.0f} s")
+                self._service.engine_hangs()
+            else:
+                logger.warning("engine works again server=%s", self._service.config.id)
+                self._share.resume()
+        if now >= self._next_beat:
+            self._next_beat = now + (STATUS_PERIOD_S if self._share.heartbeat() else PROBE_PERIOD_S)
