@@ -1,8 +1,8 @@
-"""What a frame's symbols cost: bytes against the ideal code and against zstd, milliseconds to encode and to decode.
+"""The cost of a frame's symbols: bytes against the ideal code and against zstd, milliseconds to encode and to decode.
 
-`python -m benchmarks.codec --json codec.json` makes up symbols; `--symbols FILE.npz --tables FILE` takes real ones,
-int8 [N, C, H, W] under the key `symbols`. Times are medians over frames on one thread, so compare them within one run
-on one machine.
+`python -m benchmarks.codec --json codec.json` uses synthetic symbols; `--symbols FILE.npz --tables FILE` takes real
+ones, int8 [N, C, H, W] under the key `symbols`. Times are medians over frames on one thread: compare them within one
+run on one machine.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from edge_runtime.wire import Tables, cost_bits, count_tables, decode, encode
 
 
 def synthetic(frames: int, seed: int) -> NDArray[np.int8]:
-    """Symbols int8 [frames, 64, 7, 7] of the shipped shape: peaked, half of the channels nearly silent."""
+    """Symbols int8 [frames, 64, 7, 7] like the shipped head's: mostly zero, half of the channels nearly always."""
     spread = np.concatenate([np.linspace(1.2, 0.18, 30), np.full(34, 0.07)])
     values = np.random.default_rng(seed).laplace(size=(frames, 64, 7, 7))
     values[..., 1:] += values[..., :-1] / 2
@@ -30,19 +30,19 @@ def synthetic(frames: int, seed: int) -> NDArray[np.int8]:
 
 
 def zstd_bytes(symbols: NDArray[np.int8]) -> int:
-    """zstd -19 on one frame, as int8 or two symbols a byte where they fit: the better."""
+    """Bytes of one frame with zstd -19: of int8 or, if they fit, two symbols per byte, whichever is smaller."""
     packings = [symbols.tobytes()]
     if np.abs(symbols.astype(np.int16)).max() <= 7:
         nibbles = np.append(symbols.ravel() & 15, np.zeros(symbols.size % 2, np.int8)).astype(np.uint8)
         packings.append((nibbles[::2] << 4 | nibbles[1::2]).tobytes())
-    # No size, checksum or dictionary id: the fewest bytes that zstd can frame.
+    # Without size, checksum and dictionary id zstd's frame is smallest.
     coder = zstandard.ZstdCompressor(level=19, write_content_size=False, write_checksum=False, write_dict_id=False)
     return min(len(coder.compress(packing)) for packing in packings)
 
 
 def run(symbols: NDArray[np.int8], tables: Tables, level: int = 0) -> dict[str, Any]:
-    """Codes every frame of symbols int8 [N, C, H, W], checks that it comes back, and returns the figures."""
-    decode(encode(symbols[0], tables, level), tables)  # slot maps are made once
+    """Codes every frame of symbols int8 [N, C, H, W], checks the decoded symbols, and returns the figures."""
+    decode(encode(symbols[0], tables, level), tables)  # builds the slot maps, which happens once
     sizes, encode_ms, decode_ms = [], [], []
     for frame in symbols:
         begin = time.perf_counter()
@@ -51,7 +51,7 @@ def run(symbols: NDArray[np.int8], tables: Tables, level: int = 0) -> dict[str, 
         decoded = decode(data, tables)
         end = time.perf_counter()
         if not decoded.checked or not np.array_equal(decoded.symbols, frame):
-            raise SystemExit("a frame did not come back as it was: the codec is broken")
+            raise SystemExit("a decoded frame differs from its original: the codec is broken")
         sizes.append(len(data))
         encode_ms.append(1e3 * (middle - begin))
         decode_ms.append(1e3 * (end - middle))

@@ -1,10 +1,10 @@
-"""What the board's networks cost: milliseconds of the int8 head against the same head in floats, memory, draft steps.
+"""The cost of the board's networks: the int8 head against the same head in floats, draft steps, memory.
 
     python -m benchmarks.head                    networks of the real size with random weights
     python -m benchmarks.head --bundle DIRECTORY
 
-One thread. The ways take turns in one process, so that a busy machine disturbs them alike: trust the ratios. Memory is
-that of a process of its own that only imports, loads and runs.
+One thread. The ways take turns in one process, so that other work on the machine affects them alike: trust the ratios.
+Memory is measured in a separate process that only imports, loads and runs.
 """
 
 import argparse
@@ -52,9 +52,9 @@ print(*figures, rss())
 
 
 def run(directory: Path, head: Head, rounds: int = 100) -> dict[str, Any]:
-    """A bundle's directory with head, draft_look and draft_step in both formats, and its head in floats.
+    """Measures a bundle's directory with head, draft_look and draft_step in both formats, against its head in floats.
 
-    Returns {backend: figures}; `ratio` is the median of int8 over float, round by round.
+    Returns {backend: figures}; `ratio` is the median over rounds of int8 time / float time.
     """
     floats = {".onnx": float_onnx(head), ".tflite": float_litert(head)}
     pixels = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
@@ -88,7 +88,7 @@ def run(directory: Path, head: Head, rounds: int = 100) -> dict[str, Any]:
 
 
 def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each way in each round, after a warm-up of three."""
+    """Milliseconds of each way in each round, after three warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 3):
         for name, way in ways.items():
@@ -99,14 +99,14 @@ def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def memory_mb(files: Sequence[Path]) -> list[float]:
-    """Resident MB of a fresh process: with numpy, with all files loaded, after 500 runs of the first."""
+    """Resident MB of a new process: with numpy, with all files loaded, after 500 runs of the first file."""
     command = [sys.executable, "-c", MEMORY_SCRIPT, *map(str, files)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
     return [float(figure) for figure in output.split()]
 
 
 def float_onnx(head: Head) -> bytes:
-    """The head in floats as onnxruntime likes it best: no Pad nodes, ReLU6 as Clip."""
+    """The head in floats, in the form that onnxruntime runs fastest: no Pad nodes, ReLU6 as Clip."""
     graph = onnx_graph.Graph()
     low, high = graph.constant("low", np.float32(0)), graph.constant("high", np.float32(6))
 
@@ -178,7 +178,7 @@ def float_litert(head: Head) -> bytes:
 
 
 def _walk(head: Head, conv: Callable[..., Any], add: Callable[[Any, Any], Any], x: Any) -> Any:
-    """The head's layers in order; `conv` takes a layer, its input and that one's height, and returns both."""
+    """Walks the head's layers in order. `conv` takes a layer, its input and the input's height, and returns both."""
     x, size = conv(head.stem, x, SHAPE[1])
     for block in head.blocks:
         y = x
@@ -189,7 +189,7 @@ def _walk(head: Head, conv: Callable[..., Any], add: Callable[[Any, Any], Any], 
 
 
 def export_random(directory: Path) -> Head:
-    """Writes networks of the real size with random weights, as a bundle has them; returns the head."""
+    """Writes a bundle's networks in their real size with random weights, and returns the head."""
     torch.manual_seed(0)
     head, draft = Head().eval(), quantise_draft(DraftDecoder(VOCABULARY))
     int8 = quantise(head, torch.randint(0, 256, (4, *SHAPE[1:]), dtype=torch.uint8))

@@ -1,11 +1,11 @@
-"""How many captions a second a server writes with drafts to verify, against writing alone; and what a pass costs.
+"""Captions per second of a server that verifies drafts, against writing alone; and the time of one pass.
 
-    python -m benchmarks.server                      networks of the real size with random weights, made-up drafts
+    python -m benchmarks.server                      networks of the real size with random weights, invented drafts
     python -m benchmarks.server --threads 2
 
-Same process, same latents, same texts; the ways take turns, so that a busy machine disturbs them alike. With one thread
-a second is a second of the processor, which other programs cannot take away; with more it is one on the wall. `run`
-takes a real bundle with real latents and drafts.
+All ways run in one process on the same latents, with the same texts as result. They take turns, so that other work on
+the machine affects them alike. One thread is timed in CPU seconds, which other programs do not change; more threads
+are timed by the wall clock. `run` takes a real bundle with real latents and drafts.
 """
 
 import argparse
@@ -54,9 +54,9 @@ def run(
 def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[int], rounds: int) -> dict[str, Any]:
     """Medians over rounds, by batch size, of four ways to write the same captions.
 
-    verified: with the drafts. alone: the target by itself, in the same passes. self_drafted: with the server's own
-    proposals from the start, no draft. one_by_one: alone, and in passes of one token, as a server writes that never
-    verifies; its texts are not promised to be the same, so `same_texts` counts them.
+    verified: with the drafts. alone: the target by itself, with passes of the same shape. self_drafted: without a
+    draft, with the server's own proposals. one_by_one: alone, with passes of one token, like a server that never
+    verifies. Its texts may differ, so `same_texts` counts the equal ones.
     """
     undrafted, self_drafted = ([replace(job, draft=draft) for job in jobs] for draft in (None, ()))
     proven = engine.proof
@@ -109,7 +109,7 @@ def _write(engine: Engine, jobs: Sequence[Job], size: int, proof: Proof) -> list
 def pass_costs(
     decoder: TextDecoder, widths: Sequence[int] = (1, 4, 8, 16), sizes: Sequence[int] = (1, 4, 8), seconds: float = 10.0
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of one pass by batch size and width: minimum, and median on this machine as it is."""
+    """Milliseconds of one pass by batch size and width: minimum and median."""
     cases: dict[str, tuple[Callable[[], Any], list[float]]] = {}
     with torch.inference_mode():
         for size in sizes:
@@ -131,7 +131,7 @@ def pass_costs(
 
 
 def made_up_drafts(texts: Drafts, agreement: float, vocabulary: int, seed: int = 0) -> list[list[int]]:
-    """Drafts in which each token is the target's with this probability, else any word."""
+    """Drafts in which each token is the target's with this probability, and otherwise a random word."""
     chosen = random.Random(seed)
     return [[t if chosen.random() < agreement else chosen.randrange(4, vocabulary) for t in text] for text in texts]
 
@@ -143,8 +143,8 @@ def _same(texts: Sequence[Answer], others: Sequence[Answer]) -> float:
 def _random_engine(shape: DecoderShape) -> Engine:
     torch.manual_seed(0)
     decoder = TextDecoder(shape)
-    torch.nn.init.normal_(decoder.norm.weight)  # keeps tied embeddings from repeating one token for ever
-    engine = Engine(Tail().eval(), {"edge": decoder.eval().requires_grad_(False)})  # random weights: nothing to redraft
+    torch.nn.init.normal_(decoder.norm.weight)  # otherwise tied embeddings repeat one token without end
+    engine = Engine(Tail().eval(), {"edge": decoder.eval().requires_grad_(False)})
     engine.proof = prove(engine)
     return engine
 
@@ -165,7 +165,7 @@ def main() -> None:
         "pass_costs": pass_costs(engine.decoders["edge"], seconds=arguments.seconds),
     }
     symbols = np.random.default_rng(0).laplace(0, 1.5, (arguments.captions, *LATENT)).round().astype(np.int8)
-    plain = [Job(s, max_tokens=13) for s in symbols]  # as long as a caption
+    plain = [Job(s, max_tokens=13) for s in symbols]  # the length of a caption
     texts = [answer.tokens for answer in engine.answer(plain)]
     for agreement in (0.5, 0.75, 0.9):
         drafts = made_up_drafts(texts, agreement, shape.vocabulary)

@@ -8,28 +8,29 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.faults import RowError, chosen, report, tried
-from benchmarks.faults import stage as stage_module
-from benchmarks.faults.accounts import Ledger, Tally
+from benchmarks.faults import RowError, chosen, report, result_of
+from benchmarks.faults import scenario as scenario_module
+from benchmarks.faults.board_faults import damage
+from benchmarks.faults.frame_records import FrameCounts, FrameRecords
 from benchmarks.faults.load import slope_of
-from benchmarks.faults.rows import damage
-from benchmarks.faults.stage import Result, Row, Stage, Trial
+from benchmarks.faults.scenario import Fault, FaultResult, Scenario
+from benchmarks.faults.site import FaultSite
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.requests.store import Kept, Spool
 from edge_runtime.wire import Event
 from firmware_tools import cli
 
 
-def told(*events: tuple[str, Any, bool]) -> Ledger:
+def told(*events: tuple[str, Any, bool]) -> FrameRecords:
     """frame, type, final; one a second."""
-    ledger, when = Ledger(), datetime(2025, 1, 1, tzinfo=timezone.utc)
+    records, when = FrameRecords(), datetime(2025, 1, 1, tzinfo=timezone.utc)
     for number, (frame, kind, final) in enumerate(events):
-        ledger.take(Event(type=kind, frame=frame, camera="cam", captured=when, final=final), float(number))
-    return ledger
+        records.add(Event(type=kind, frame=frame, camera="cam", captured=when, final=final), float(number))
+    return records
 
 
 def test_each_accepted_frame_is_answered_lost_or_unsettled() -> None:
-    ledger = told(
+    records = told(
         *[("a", "new", False), ("a", "update", True)],  # the usual
         *[("b", "new", False), ("b", "update", False), ("b", "lost", True)],  # kept, and given up
         *[("c", "new", False), ("c", "update", False)],  # still in the outbox
@@ -37,9 +38,9 @@ def test_each_accepted_frame_is_answered_lost_or_unsettled() -> None:
         ("e", "update", True),  # the answer was faster than the first event
         ("f", "new", False),  # open
     )
-    assert ledger.tally() == Tally(accepted=5, answered=2, lost=1, duplicates=0, kept=1, unsettled=2)
-    assert ledger.first_answer(2.0) == 8.0
-    assert ledger.answers(0.0, 8.0) == 1
+    assert records.counts() == FrameCounts(accepted=5, answered=2, lost=1, duplicates=0, kept=1, unsettled=2)
+    assert records.first_answer(2.0) == 8.0
+    assert records.answers(0.0, 8.0) == 1
 
 
 @pytest.mark.parametrize(
@@ -54,24 +55,24 @@ def test_each_accepted_frame_is_answered_lost_or_unsettled() -> None:
 def test_a_second_first_event_and_anything_behind_a_final_one_are_duplicates(
     events: list[tuple[str, str, bool]],
 ) -> None:
-    assert told(*events).tally().duplicates == 1
+    assert told(*events).counts().duplicates == 1
 
 
 def test_an_id_that_two_boards_drew_is_two_frames() -> None:
-    ledger, when = Ledger(), datetime(2025, 1, 1, tzinfo=timezone.utc)
+    records, when = FrameRecords(), datetime(2025, 1, 1, tzinfo=timezone.utc)
     for board in ("b1", "b2"):
         for kind in ("new", "update"):
-            ledger.take(Event(type=kind, frame="a", camera="cam", captured=when, final=kind == "update"), 0.0, board)
-    assert ledger.tally() == Tally(accepted=2, answered=2, lost=0, duplicates=0, kept=0, unsettled=0)
+            records.add(Event(type=kind, frame="a", camera="cam", captured=when, final=kind == "update"), 0.0, board)
+    assert records.counts() == FrameCounts(accepted=2, answered=2, lost=0, duplicates=0, kept=0, unsettled=0)
 
 
 def test_losses_are_grouped_by_reason_without_their_numbers() -> None:
-    ledger, when = Ledger(), datetime(2025, 1, 1, tzinfo=timezone.utc)
+    records, when = FrameRecords(), datetime(2025, 1, 1, tzinfo=timezone.utc)
     for number in range(3):
         why = f"no reply to {number} sent"
         lost = Event(type="lost", frame=str(number), camera="cam", captured=when, final=True, why=why)
-        ledger.take(lost, 0.0)
-    assert ledger.reasons == {"no reply to N sent": 3}
+        records.add(lost, 0.0)
+    assert records.reasons == {"no reply to N sent": 3}
 
 
 def test_an_unknown_row_is_named_beside_those_that_there_are() -> None:
@@ -85,7 +86,9 @@ def test_all_rows_but_the_soak_run_by_default() -> None:
 
 
 def test_a_fault_that_was_not_brought_about_has_no_figures_and_did_not_hold() -> None:
-    text = report.markdown([Result("disk full", note="wants root"), Result("link cut", 5, 4, 1, 0, 1.25, True)])
+    text = report.markdown(
+        [FaultResult("disk full", note="wants root"), FaultResult("link cut", 5, 4, 1, 0, 1.25, True)]
+    )
     assert text.splitlines()[2:] == [
         "| disk full |  |  |  |  |  | not run | wants root |",
         "| link cut | 5 | 4 | 1 | 0 | 1.2 | yes |  |",
@@ -124,12 +127,12 @@ def test_damage_is_damage_to_a_spool(tmp_path: Path, kind: str) -> None:
 def test_whatever_a_row_raises_is_its_own_failure_and_the_next_one_is_played(
     board_bundle: Bundle, tmp_path: Path
 ) -> None:
-    def play(_: Trial) -> None:
+    def play(_: Scenario) -> None:
         raise KeyError("a bug")
 
     said: list[str] = []
-    trial = Trial(Stage(tmp_path, board_bundle, [], said.append), Row("odd", "odd", play), None)
-    result = tried(trial)
+    scenario = Scenario(FaultSite(tmp_path, board_bundle, [], said.append), Fault("odd", "odd", play), None)
+    result = result_of(scenario)
     assert (result.held, result.row, result.note) == (False, "odd", "KeyError: 'a bug'")
     assert "Traceback" in said[0]
 
@@ -156,16 +159,16 @@ def test_a_row_does_not_hold_where_an_event_is_missing_or_one_too_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing is started: the row itself says what was heard."""
-    monkeypatch.setattr(stage_module, "RECOVERY_S", 0.0)
-    monkeypatch.setattr(stage_module, "SETTLE_S", 0.0)
+    monkeypatch.setattr(scenario_module, "RECOVERY_S", 0.0)
+    monkeypatch.setattr(scenario_module, "SETTLE_S", 0.0)
 
-    def play(trial: Trial) -> None:
-        trial.asked, when = asked, datetime(2025, 1, 1, tzinfo=timezone.utc)
+    def play(scenario: Scenario) -> None:
+        scenario.asked, when = asked, datetime(2025, 1, 1, tzinfo=timezone.utc)
         for frame, told in events.items():
             for kind, final in told:
-                trial.ledger.take(Event(type=kind, frame=frame, camera="c", captured=when, final=final), 1.0)
+                scenario.records.add(Event(type=kind, frame=frame, camera="c", captured=when, final=final), 1.0)
 
-    result = Trial(Stage(tmp_path, board_bundle, [], print), Row("none", "none", play), None).run()
+    result = Scenario(FaultSite(tmp_path, board_bundle, [], print), Fault("none", "none", play), None).run()
     assert (result.held, result.note[: len(says)]) == (not says, says)
 
 
