@@ -114,5 +114,5 @@ def decode(data: bytes, tables: Tables) -> Decoded:
 
 
 def _check(tables: Tables, header: bytes, symbols: bytes) -> int:
-    """Low 16 bits of the CRC-32 of tables, header and symbols. It covers the tables, so that wrong ones are detected."""
+    """Low 16 bits of the CRC-32 of tables, header and symbols. It covers the tables to detect wrong ones."""
     return crc32(symbols, crc32(header, tables.crc)) & 0xFFFF

@@ -22,7 +22,7 @@ FLAT = TOTAL >> ESCAPE_BITS  # frequency of each of its values
 
 
 class Coding(NamedTuple):
-    """One table, ready for the decoder. Lists and bytes, since reading a numpy scalar takes longer than a whole step."""
+    """One table, ready for the decoder. Lists and bytes, since reading a numpy scalar takes longer than a step."""
 
     slot: bytes  # [4096]: low bits of the state -> symbol as a byte, or ESCAPE
     frequency: list[int]  # [256], by that byte

@@ -78,7 +78,7 @@ class Options(Struct, frozen=True, omit_defaults=True):
 
 
 class Request(Struct, array_like=True, frozen=True, kw_only=True):
-    """From a board to a server, or from a server to the tier above. At most 40 bytes plus content, draft and options."""
+    """From a board to a server, or to the tier above. At most 40 bytes besides content, draft and options."""
 
     version: int = VERSION
     id: Bytes8  # unique per board, increases with time; a resend has the same id
