@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from edge_runtime.inference.preprocess import PictureError
-from edge_runtime.wire import AnsweredBy, Event, EventHop, encode_event
+from edge_runtime.mqtt.client import MqttClient, MqttSettings
+from edge_runtime.wire import AnsweredBy, Event, EventHop, encode_event, topics
 from firmware_tools.demo_page import PhotoResult, Results, marked, page, stages, summary
 from models import SHIPPED_BUNDLE
 from testbed.sample_photos import Photo, collect, shipped
@@ -92,6 +93,21 @@ def test_each_photo_is_captioned_and_on_the_page(tmp_path: Path, bundle: Path, p
         assert line["by"] == "cloud demo-server"
         assert re.sub(r"[][]", "", line["text"]) in shown.text
     assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_forged_events_do_not_end_the_demo(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    demo = start_demo(tmp_path, "--bundle", bundle, "--images", *[photos] * 3, "--paradigm", "device")
+    assert demo.stdout is not None
+    assert demo.stdout.readline().startswith("photo: ")
+    port = int(re.findall(r"port = (\d+)", next((tmp_path / "tmp").glob("*/run.toml")).read_text())[0])
+    with MqttClient(MqttSettings("127.0.0.1", port, "somebody")) as somebody:
+        assert somebody.wait_online(PATIENCE_S)
+        for payload in (encode_event(msgspec.structs.replace(UPDATE, picture="zz.jpg")), b"no event"):
+            somebody.publish(topics.event("demo", "demo-board"), payload)
+        out, err = demo.communicate(timeout=PATIENCE_S)
+    assert demo.returncode == 0, err
+    assert out.count("photo: ") == 8
+    assert "ignored_events 2" in out
 
 
 def test_an_interrupt_ends_every_process_and_leaves_nothing(tmp_path: Path, bundle: Path, photos: Path) -> None:
