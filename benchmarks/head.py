@@ -107,7 +107,7 @@ def memory_mb(files: Sequence[Path]) -> list[float]:
 
 def float_onnx(head: Head) -> bytes:
     """The head in floats, in the form that onnxruntime runs fastest: no Pad nodes, ReLU6 as Clip."""
-    graph = onnx_graph.Graph()
+    graph = onnx_graph.OnnxGraph()
     low, high = graph.constant("low", np.float32(0)), graph.constant("high", np.float32(6))
 
     def conv(layer: Conv, x: str, size: int) -> tuple[str, int]:
@@ -134,7 +134,7 @@ def float_onnx(head: Head) -> bytes:
 
 def float_litert(head: Head) -> bytes:
     """The head in floats for LiteRT."""
-    graph = litert_graph.Graph()
+    graph = litert_graph.LitertGraph()
     shapes: dict[int, tuple[int, ...]] = {}
 
     def output(name: str, shape: tuple[int, ...]) -> int:

@@ -113,7 +113,7 @@ def pass_costs(
     cases: dict[str, tuple[Callable[[], Any], list[float]]] = {}
     with torch.inference_mode():
         for size in sizes:
-            memory = decoder.look(torch.rand(size, 49, 1280))
+            memory = decoder.encode_image(torch.rand(size, 49, 1280))
             for width in widths:
                 tokens, start = torch.randint(4, decoder.shape.vocabulary, (size, width)), torch.full((size,), 5)
                 cache = decoder.new_cache(size, BLOCK)

@@ -269,7 +269,7 @@ def cheapest(shapes: Sequence[Shape], rows: int, width: int) -> Shape:
 
 def look(decoder: TextDecoder, features: Tensor, sizes: Sequence[int]) -> Memory:
     """What the decoder sees of the image, for features [B, N, 1280], computed in batches of these sizes only."""
-    parts = [decoder.look(part) for part in padded_batches(features, sizes)]
+    parts = [decoder.encode_image(part) for part in padded_batches(features, sizes)]
     layers = zip(*parts, strict=True)
     return [
         (torch.cat([k for k, _ in layer])[: len(features)], torch.cat([v for _, v in layer])[: len(features)])

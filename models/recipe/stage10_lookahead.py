@@ -92,7 +92,7 @@ def texts_of(work: Workspace, net: targets.Target, tier: str, part: str) -> Text
         at = slice(step * READ, (step + 1) * READ)
         states.clear()
         with torch.autocast("cpu", torch.bfloat16):
-            memory = net.decoder.look(net.features(targets.maps_of(maps, at)))
+            memory = net.decoder.encode_image(net.features(targets.maps_of(maps, at)))
             net.decoder(torch.from_numpy(tokens[at, :-1].astype(np.int64)), memory)
         hidden[at, 1:] = states[0].float().numpy()
     hook.remove()

@@ -158,7 +158,7 @@ def losses_of(net: Cut, backbone: Lite0, cut: Tensor, texts: Tensor, labels: Ten
         last = net.tail.last_map(symbols)
         features = net.tail.features(last).flatten(2).transpose(1, 2)
         logits = backbone.classifier(features.mean(1))
-        memory = repeat_memory(net.decoder.look(features[:PHOTOS], drop), CAPTIONS)
+        memory = repeat_memory(net.decoder.encode_image(features[:PHOTOS], drop), CAPTIONS)
         wanted = texts[:, 1:] != PAD  # half of a padded batch
         words = net.decoder(texts[:, :-1], memory, drop, wanted)
         guesses = net.classifier(features[PHOTOS:])

@@ -126,7 +126,7 @@ def train(work: Workspace, tier: str, net: Target, captions: np.ndarray, total: 
         with torch.autocast("cpu", torch.bfloat16):
             features = net.features(torch.cat([maps_of(maps, chosen), maps_of(class_maps, also)]))
             guesses = net.classifier(drop(features[photos:])).float()
-            memory = repeat_memory(net.decoder.look(features[:photos], drop), captions.shape[1])
+            memory = repeat_memory(net.decoder.encode_image(features[:photos], drop), captions.shape[1])
             wanted = texts[:, 1:] != PAD  # half of a padded batch
             words = net.decoder(texts[:, :-1], memory, drop, wanted)
             loss = caption_loss(words, texts[:, 1:][wanted])
@@ -150,7 +150,7 @@ def write(net: Target, maps: np.ndarray) -> list[list[int]]:
     for at in range(0, len(maps), 250):
         rows = maps_of(maps, slice(at, at + 250))
         with torch.autocast("cpu", torch.bfloat16):
-            memory = net.decoder.look(net.features(rows))
+            memory = net.decoder.encode_image(net.features(rows))
             cache = net.decoder.new_cache(len(rows), 1)
             token = torch.full((len(rows), 1), BOS)
             columns = []

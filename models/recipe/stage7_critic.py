@@ -76,7 +76,7 @@ def run(work: Workspace, settings: Settings) -> None:
         advantage = (rewards - rewards.mean(1, keepdims=True)) * SAMPLES / (SAMPLES - 1)
         human = torch.from_numpy(captions[photos, rng.integers(0, captions.shape[1], PHOTOS)].astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
-            memory = net.decoder.look(features)
+            memory = net.decoder.encode_image(features)
             each = repeat_memory(memory, SAMPLES)
             logits = net.decoder(texts[:, :-1], each).float()
             plain = caption_loss(net.decoder(human[:, :-1], memory, Dropout(0.1)), human[:, 1:])
@@ -93,7 +93,7 @@ def run(work: Workspace, settings: Settings) -> None:
 def sample(net: targets.Target, features: Tensor) -> Tensor:
     """SAMPLES random texts per photo: int64 [B * SAMPLES, 1 + T], BOS first, PAD after EOS."""
     decoder = net.decoder
-    memory = repeat_memory(decoder.look(features), SAMPLES)
+    memory = repeat_memory(decoder.encode_image(features), SAMPLES)
     rows = len(features) * SAMPLES
     cache, token = decoder.new_cache(rows, 1), torch.full((rows, 1), BOS)
     columns, ended = [token], torch.zeros(rows, dtype=torch.bool)

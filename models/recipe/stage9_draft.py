@@ -55,7 +55,7 @@ def run(work: Workspace, settings: Settings) -> None:
             [targets.symbols_of(symbols[0], chosen[:split]), targets.symbols_of(symbols[1], chosen[split:] - border)]
         )
         with torch.autocast("cpu", torch.bfloat16):
-            logits = net(rows[:, :-1], net.look(inputs), settings.dropout)
+            logits = net(rows[:, :-1], net.encode_image(inputs), settings.dropout)
         loss = caption_loss(logits, rows[:, 1:], smoothing=0.02)
         training.update(loss)
     training.finish()
@@ -68,7 +68,7 @@ def evaluate(work: Workspace, weights: dict[str, Tensor], limit: int | None = No
     net.load_state_dict(weights, strict=False)
     truth = np.load(work / "texts-dev.npy")[:limit]
     count = len(truth)
-    memory = net.look(targets.symbols_of(work.array("symbols-dev"), slice(limit)))
+    memory = net.encode_image(targets.symbols_of(work.array("symbols-dev"), slice(limit)))
     state, token, columns = net.new_state(count), torch.full((count,), BOS), []
     for _ in range(truth.shape[1] - 1):
         logits, state = net.step(token, state, memory)

@@ -215,7 +215,7 @@ def test_passes_of_one_token_would_be_found_to_differ_from_blocks() -> None:
         pytest.skip("this library multiplies one row with the same bits as many")
     decoder = full_size_decoder()
     with torch.inference_mode():
-        memory, text = decoder.look(torch.rand(1, 49, 1280)), torch.randint(4, 512, (1, 24))
+        memory, text = decoder.encode_image(torch.rand(1, 49, 1280)), torch.randint(4, 512, (1, 24))
         blocks = read(decoder, memory, text, (1, BLOCK), cuts=(BLOCK,))
         assert torch.equal(blocks, read(decoder, memory, text, (1, BLOCK), cuts=(1,)))
         assert not torch.equal(blocks, read(decoder, memory, text, (1, 1), cuts=(1,)))
