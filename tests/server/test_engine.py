@@ -241,10 +241,10 @@ def test_a_device_whose_bits_depend_on_blocks_may_not_speculate(engine: Engine, 
 
 
 def test_a_batch_size_with_other_bits_is_not_used(engine: Engine, monkeypatch) -> None:
-    step, forward, look = TextDecoder.step, Tail.forward, TextDecoder.look
+    step, forward, look = TextDecoder.step, Tail.forward, TextDecoder.encode_image
     odd = 1 + 1e-6
     monkeypatch.setattr(TextDecoder, "step", lambda self, x, *rest: step(self, x, *rest) * (odd if len(x) == 4 else 1))
-    monkeypatch.setattr(TextDecoder, "look", lambda self, x: look(self, x * (odd if len(x) == 8 else 1)))
+    monkeypatch.setattr(TextDecoder, "encode_image", lambda self, x: look(self, x * (odd if len(x) == 8 else 1)))
     monkeypatch.setattr(Tail, "forward", lambda self, x: forward(self, x) * (odd if len(x) > 1 else 1))
     proof = prove(engine)
     assert (proof.tail_sizes, proof.look_sizes) == ((1,), (1, 4))
