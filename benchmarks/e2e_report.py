@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from edge_runtime.errors import AiflowError
 from testbed.terminal import markdown_table
 
 COLUMNS = {
@@ -21,6 +22,10 @@ COLUMNS = {
     "answered": "answered",
     "lost": "lost",
 }
+
+
+class PlotError(AiflowError, ValueError):
+    """A picture format that cannot be written."""
 
 
 def print_runs(runs: Sequence[dict[str, Any]]) -> None:
@@ -96,10 +101,19 @@ def markdown(runs: Sequence[dict[str, Any]]) -> str:
     return markdown_table(rows)
 
 
+def check_plot(file: Path) -> None:
+    """Raises PlotError for a suffix that matplotlib does not know."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix.removeprefix(".").lower() not in known:
+        raise PlotError(f"{file}: no picture format {file.suffix!r}, want one of {', '.join(sorted(known))}")
+
+
 def plot(runs: Sequence[dict[str, Any]], file: Path) -> None:
     """Draws times by profile on the left, bytes against quality on the right. The file's suffix decides the format.
 
-    Raises ValueError for a suffix that matplotlib does not know.
+    See `check_plot` for the formats.
     """
     from matplotlib.figure import Figure
 

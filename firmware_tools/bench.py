@@ -132,7 +132,9 @@ def end_to_end(args: argparse.Namespace) -> int:
     from testbed.shaping import named
 
     paradigms = args.paradigms.split(",") if args.paradigms else e2e.DEFAULT
-    e2e.ordered(paradigms)  # finds mistakes before anything starts
+    e2e.ordered(paradigms)  # mistakes are found before anything starts
+    if args.plot:
+        e2e_report.check_plot(args.plot)
     profiles = [named(name) for name in dict.fromkeys(args.profile)]
     trace = read_trace(args.trace) if args.trace else ()
     captions = captions_of(args.captions, args.split)

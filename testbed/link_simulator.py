@@ -51,7 +51,7 @@ class LinkSimulator:
     """A link from an address of this machine to a target, during the `with` block. Every method is thread-safe.
 
     Port 0 takes a free one. cut_in_outage: an outage resets all connections, like a modem that restarts; otherwise
-    they stay open and freeze. Raises OSError, or UnicodeError for an invalid host name, if it cannot listen.
+    they stay open and freeze. Raises LinkError if it cannot listen.
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class LinkSimulator:
         started = self._started.get()
         if isinstance(started, (OSError, UnicodeError)):
             self._thread.join()
-            raise started
+            host, port = self._listen
+            raise LinkError(f"cannot listen on {host}:{port}: {started}: choose another address") from started
         self.address = started
         return self
 
@@ -363,9 +364,12 @@ def _limit_receive_buffer(sock: socket.socket) -> None:
 
 
 def read_trace(path: Path) -> list[tuple[float, Profile]]:
-    """Reads a trace file, see `parse_trace`. Raises LinkError, OSError."""
-    with path.open("rb") as file:
-        data = file.read(MAX_TRACE_BYTES + 1)
+    """Reads a trace file, see `parse_trace`. Raises LinkError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TRACE_BYTES + 1)
+    except OSError as error:
+        raise LinkError(f"{path}: {error.strerror}: name a file with a trace") from error
     if len(data) > MAX_TRACE_BYTES:
         raise LinkError(f"{path}: more than {MAX_TRACE_BYTES} bytes: shorten the trace")
     try:

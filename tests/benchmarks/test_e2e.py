@@ -197,6 +197,7 @@ def arguments(photos: Path, bundle: Bundle, *more: str) -> list[str]:
     [
         (["--profile", "wifi", "--split", "test"], "no photo is in split test: want one of dev, train"),
         (["--profile", "wire"], "no link profile 'wire'"),
+        (["--profile", "wifi", "--plot", "e2e.xyz"], "no picture format '.xyz'"),
         (["--profile", "wifi", "--paradigms", "spilt"], "there is no paradigm spilt"),
         (["--profile", "wifi", "--board-slowdown", "0.5"], "board slowdown = 0.5, want 1 to 100"),
         (["--profile", "wifi", "--trace", "/nowhere/trace"], "No such file or directory"),
