@@ -1,32 +1,17 @@
 """The cost of a frame's symbols: bytes against the ideal code and against zstd, milliseconds to encode and to decode.
 
-`python -m benchmarks.codec --json codec.json` uses synthetic symbols; `--symbols FILE.npz --tables FILE` takes real
-ones, int8 [N, C, H, W] under the key `symbols`. Times are medians over frames on one thread: compare them within one
-run on one machine.
+Times are medians over frames on one thread: compare them within one run on one machine.
 """
 
-import argparse
-import json
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from edge_runtime.wire import Tables, cost_bits, count_tables, decode, encode
-
-
-def synthetic(frames: int, seed: int) -> NDArray[np.int8]:
-    """Symbols int8 [frames, 64, 7, 7] like the shipped head's: mostly zero, half of the channels nearly always."""
-    spread = np.concatenate([np.linspace(1.2, 0.18, 30), np.full(34, 0.07)])
-    values = np.random.default_rng(seed).laplace(size=(frames, 64, 7, 7))
-    values[..., 1:] += values[..., :-1] / 2
-    symbols: NDArray[np.int8] = np.clip(np.rint(values * spread[:, None, None]), -127, 127).astype(np.int8)
-    return symbols
+from edge_runtime.wire import Tables, cost_bits, decode, encode
 
 
 def zstd_bytes(symbols: NDArray[np.int8]) -> int:
@@ -70,27 +55,3 @@ def run(symbols: NDArray[np.int8], tables: Tables, level: int = 0) -> dict[str, 
         "encode_ms": round(statistics.median(encode_ms), 3),
         "decode_ms": round(statistics.median(decode_ms), 3),
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    parser.add_argument("--symbols", type=Path, help="npz with symbols int8 [N, C, H, W]")
-    parser.add_argument("--tables", type=Path, help="the bundle's table file")
-    parser.add_argument("--level", type=int, default=0)
-    args = parser.parse_args()
-    if bool(args.symbols) != bool(args.tables):
-        parser.error("--symbols and --tables belong together")
-    if args.symbols:
-        results = [run(np.load(args.symbols)["symbols"], Tables.from_bytes(args.tables.read_bytes()), args.level)]
-    else:
-        train, test = synthetic(800, seed=1), synthetic(200, seed=2)
-        results = [run(test, count_tables([train], contexts=contexts)) for contexts in (1, 3)]
-    text = json.dumps(results, indent=1)
-    sys.stdout.write(text + "\n")
-    if args.json:
-        args.json.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()
