@@ -73,7 +73,7 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         from benchmarks.faults.rows import ROWS
 
         parser.epilog = "Needs mosquitto, which it kills and freezes. Rows:\n" + "\n".join(
-            f"  {row.name:26}{row.fault}" for row in ROWS
+            f"  {row.name:26}{row.title}" for row in ROWS
         )
         return
     both = " (default: both)" if part == "device" else " (default: onnx)"

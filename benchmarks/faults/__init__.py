@@ -81,7 +81,7 @@ def result_of(scenario: Scenario) -> FaultResult:
         scenario.site.say(traceback.format_exc())
         lines = str(error).splitlines() or [""]
         note = f"{type(error).__name__}: {lines[-1][:200]}"
-        return FaultResult(scenario.fault.fault, row=scenario.fault.name, held=False, note=note)
+        return FaultResult(scenario.fault.title, row=scenario.fault.name, held=False, note=note)
 
 
 def _small(photo: bytes) -> bytes:

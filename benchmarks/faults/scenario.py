@@ -35,7 +35,7 @@ class Fault:
     """One row of the fault matrix. `play` causes the fault and ends it."""
 
     name: str
-    fault: str  # for the table
+    title: str  # in the table
     play: "Callable[[Scenario], None]"
     seconds: float = 4.0  # how long the fault lasts
     outbox: bool = True  # without it, a request that is not answered in time is lost
@@ -238,7 +238,7 @@ class Scenario:
 
     def run(self) -> FaultResult:
         """Causes the fault, waits until every request has ended, and counts."""
-        result = FaultResult(self.fault.fault, row=self.fault.name)
+        result = FaultResult(self.fault.title, row=self.fault.name)
         with self.closing:
             try:
                 self.fault.play(self)
