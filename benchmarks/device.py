@@ -1,8 +1,8 @@
-"""A board's speed and memory on this machine: what each stage of a frame takes, and what the whole process does.
+"""A board's speed and memory on this machine: the time of each stage of a frame, and start and memory of the process.
 
-Stages are timed in this process, through the real pipeline and MQTT client; memory and start in fresh `aiflow run`
-processes. The broker is real and nobody answers: what servers cost is benchmarks/gateway.py's. A busy machine shows in
-all of it, so compare shares and runs side by side.
+Stages are timed in this process, through the real pipeline and MQTT client; start and memory in separate `aiflow run`
+processes. The broker is real, and there is no server: benchmarks/gateway.py measures servers. Other work on the
+machine affects all figures, so compare shares, and runs side by side.
 """
 
 import queue
@@ -28,33 +28,33 @@ from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import FixedPlanner, Plan
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import RequestTracker
-from edge_runtime.wire import decode_event, topics
+from edge_runtime.wire import topics
 from testbed.broker import start_embedded
-from testbed.processes import Child
+from testbed.processes import AiflowProcess, read_event
 
 SITE, BOARD = "bench", "board"
-CAMERA = (640, 480)  # width and height of the frames, a cheap camera's
+CAMERA = (640, 480)  # width and height of the frames, as a cheap camera has
 STARTS = 3
-LONG_MS = 600_000  # no deadline and no second try disturbs
+LONG_MS = 600_000  # so that no deadline and no resend interferes
 PATIENCE_S = 120.0
 
 
 def run(
     bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backends: Sequence[str] = ("onnx", "litert"), count: int = 500
 ) -> dict[str, Any]:
-    """`count` frames out of uint8 RGB [H, W, 3] ones, over and over. Returns the figures by backend."""
+    """Runs `count` frames, repeating these uint8 RGB [H, W, 3] ones, and returns the figures by backend."""
     sized = [np.asarray(cv2.resize(frame, CAMERA, interpolation=cv2.INTER_AREA), np.uint8) for frame in frames]
     return {
         "frames": count,
         **{
-            backend: stages(bundle, sized, backend, count) | process(bundle, sized, backend, count)
+            backend: time_stages(bundle, sized, backend, count) | measure_process(bundle, sized, backend, count)
             for backend in backends
         },
     }
 
 
-def stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, count: int) -> dict[str, Any]:
-    """Median milliseconds of each stage, and the share of a frame's time that is neither head nor draft."""
+def time_stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, count: int) -> dict[str, Any]:
+    """Median milliseconds of each stage, and the share of a frame's time outside head and draft."""
     cv2.setNumThreads(1)  # as the runtime does
     head, draft = load_head(bundle, backend, 1), load_draft(bundle, backend, 1)
     plan = Plan("speculative", "benchmark", LONG_MS)
@@ -66,10 +66,10 @@ def stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, co
         with RequestTracker(client, bundle, SITE, BOARD, events, count, LONG_MS / 1e3) as tracker:
             pipeline = Pipeline(bundle, head, draft, FixedPlanner(plan), tracker, events)
             for pixels in islice(cycle(frames), count):
-                # A copy lies in the caches, as what a camera's decoder has just written does.
+                # A fresh copy is in the CPU's caches, like a frame that a camera's decoder has just written.
                 frame, started = Frame("camera", pixels.copy(), time.time(), time.monotonic()), time.perf_counter()
                 stages_ms = pipeline.answer(frame).timings_ms
-                # Request and event leave on the answers' thread: what it takes counts too.
+                # Request and event are published by another thread; its time counts too.
                 total_ms = 1e3 * (published.get(timeout=PATIENCE_S) - started)
                 timings.append({**stages_ms, "publish": total_ms - sum(stages_ms.values())})
     other = [sum(t.values()) - t["head"] - t["draft"] for t in timings]
@@ -81,8 +81,8 @@ def stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, co
     }
 
 
-def process(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, count: int) -> dict[str, Any]:
-    """Seconds from a process's start to its first event, median of some; resident megabytes on the way to `count`."""
+def measure_process(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, count: int) -> dict[str, Any]:
+    """Median seconds from a process's start to its first event; resident megabytes after some frames."""
     with tempfile.TemporaryDirectory(prefix="aiflow-bench-") as name:
         folder = Path(name)
         (folder / "photos").mkdir()
@@ -98,7 +98,7 @@ def process(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, c
 
 
 def _board(bundle: Bundle, folder: Path, backend: str, marks: Sequence[int]) -> tuple[float, dict[int, float]]:
-    """One `aiflow run` until it has told of as many frames as the last mark says; its memory at each mark."""
+    """Runs `aiflow run` until it has reported marks[-1] frames. Returns its start time and its memory at each mark."""
     arrived: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
     first_s, megabytes = 0.0, {}
     with start_embedded() as port:
@@ -112,15 +112,18 @@ def _board(bundle: Bundle, folder: Path, backend: str, marks: Sequence[int]) -> 
         with user:
             user.wait_online(PATIENCE_S)
             started, seen = time.monotonic(), 0
-            with Child("run", {"board": board, "cameras": [camera], "mqtt": {"port": port}}, folder) as child:
-                measured = psutil.Process(child.process.pid)
+            with AiflowProcess("run", {"board": board, "cameras": [camera], "mqtt": {"port": port}}, folder) as process:
+                measured = psutil.Process(process.pid)
                 while seen < marks[-1]:
-                    child.has_ended()
+                    process.has_ended()
                     try:
                         at, message = arrived.get(timeout=0.5)
                     except queue.Empty:
                         continue
-                    seen += decode_event(message.payload).type == "new"
+                    event = read_event(message.payload)
+                    if not event:
+                        continue
+                    seen += event.type == "new"
                     first_s = first_s or at - started
                     if seen in marks and seen not in megabytes:
                         megabytes[seen] = measured.memory_info().rss / 1e6

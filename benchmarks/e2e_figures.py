@@ -1,4 +1,4 @@
-"""What the events of a board say about each photo, and the figures made of that. Pure: no process, clock or file."""
+"""What a board's events say about each photo, and the figures computed from that. No process, clock or file."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,32 +11,32 @@ import numpy as np
 from edge_runtime.wire import Event
 
 BASELINE = "offload"
-NOT_FIXED = ("device", "policy", "escalate")  # no verified text, chooses, and has other servers
+NOT_FIXED = ("device", "policy", "escalate")  # one has no verified text, one chooses, one has other servers
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one photo."""
+class PhotoOutcome:
+    """The outcome of one photo."""
 
     photo: str
-    at_s: float  # when it was shown, since the first that counts
-    text: str = ""  # the last one: after a loss the draft
-    paradigm: str = ""  # of the last event; a policy chose it
+    at_s: float  # when it was shown, since the first photo that counts
+    text: str = ""  # the last text; after a loss, the draft
+    paradigm: str = ""  # of the last event
     answered_by: str = ""  # tier; empty: lost
     first_ms: float | None = None  # from capture to the first event with a text
     final_ms: float | None = None  # from capture to the final answer; None: lost
-    server_ms: float = 0.0  # computing on all servers
-    bytes_up: int = 0  # payloads of all the frame's requests
-    was_passed_up: bool = False  # a server answered, and asked the tier above
+    server_ms: float = 0.0  # computation on all servers
+    bytes_up: int = 0  # payloads of all requests of the frame
+    was_passed_up: bool = False  # a server answered and asked the tier above
 
 
-def outcome_of(photo: str, at_s: float, events: Sequence[Event]) -> Outcome:
-    """From all events of one frame, in their order; without a final one it is lost."""
+def outcome_of(photo: str, at_s: float, events: Sequence[Event]) -> PhotoOutcome:
+    """From all events of one frame, in order. Without a final event the photo is lost."""
     if not events:
-        return Outcome(photo, at_s)
+        return PhotoOutcome(photo, at_s)
     last = events[-1]
     is_answered = last.final and last.type != "lost"
-    return Outcome(
+    return PhotoOutcome(
         photo,
         at_s,
         text=last.text,
@@ -50,12 +50,12 @@ def outcome_of(photo: str, at_s: float, events: Sequence[Event]) -> Outcome:
     )
 
 
-def figures_of(name: str, outcomes: Sequence[Outcome], lost_ms: float) -> dict[str, Any]:
-    """One paradigm's. Times in ms; None where there is nothing to count.
+def figures_of(name: str, outcomes: Sequence[PhotoOutcome], lost_ms: float) -> dict[str, Any]:
+    """The figures of one paradigm. Times in ms; None if there is nothing to count.
 
-    A lost photo counts as one that took lost_ms: else whoever loses what is slow would be the quickest. A draft that a
-    policy lets stand counts as verified when it was written, since nothing better follows; `served` leaves those out.
-    Alone, as the paradigm `device`, drafts are never verified.
+    A lost photo counts with the time lost_ms; otherwise a paradigm that loses slow photos would look fast. A draft that
+    the policy accepts counts as verified when it was written, since no better text follows; `served` leaves those out.
+    With the paradigm `device`, drafts are never verified.
     """
     answered = [outcome for outcome in outcomes if outcome.final_ms is not None]
     lost = [lost_ms] * (len(outcomes) - len(answered))
@@ -78,9 +78,9 @@ def figures_of(name: str, outcomes: Sequence[Outcome], lost_ms: float) -> dict[s
 
 
 def compared(
-    ciders: Mapping[str, float | None], outcomes: Mapping[str, Sequence[Outcome]], lost_ms: float
+    ciders: Mapping[str, float | None], outcomes: Mapping[str, Sequence[PhotoOutcome]], lost_ms: float
 ) -> dict[str, dict[str, Any]]:
-    """All paradigms' figures, with their ratios to the baseline, which must be among them."""
+    """The figures of all paradigms, with their ratios to the baseline, which must be one of them."""
     paradigms = {name: {"cider": ciders[name]} | figures_of(name, seen, lost_ms) for name, seen in outcomes.items()}
     baseline = paradigms[BASELINE]
     for figures in paradigms.values():
@@ -93,7 +93,7 @@ def compared(
         medians = {name: figures["verified_ms_p50"] for name, figures in paradigms.items()}
         policy["best_fixed"], policy["verified_to_best_fixed"] = best_fixed(medians)
     if escalating := paradigms.get("escalate"):
-        cloud = paradigms["speculative"]  # its texts are the cloud's own to the token
+        cloud = paradigms["speculative"]  # its texts are exactly the cloud's
         escalating["escalated_share"] = _mean([outcome.was_passed_up for outcome in outcomes["escalate"]])
         escalating["cider_to_cloud"] = ratio(escalating["cider"], cloud["cider"])
         escalating["verified_to_cloud"] = ratio(escalating["verified_ms_p50"], cloud["verified_ms_p50"])
@@ -101,11 +101,11 @@ def compared(
 
 
 def slots_of(
-    trace: Sequence[tuple[float, str]], end_s: float, outcomes: Mapping[str, Sequence[Outcome]], lost_ms: float
+    trace: Sequence[tuple[float, str]], end_s: float, outcomes: Mapping[str, Sequence[PhotoOutcome]], lost_ms: float
 ) -> list[dict[str, Any]]:
-    """Per moment of a trace (seconds, profile): each paradigm's median, the best fixed one, the policy's ratio to that.
+    """Per entry of a trace (seconds, profile): each paradigm's median, the best fixed one, the policy's ratio to it.
 
-    A photo counts where it was shown, whenever its answer came; a lost one as lost_ms.
+    A photo counts in the slot in which it was shown, whenever its answer came. A lost one counts with lost_ms.
     """
     slots = []
     for (start_s, profile), until_s in zip(trace, [*(s for s, _ in trace[1:]), end_s], strict=True):
@@ -130,14 +130,14 @@ def slots_of(
 
 
 def best_fixed(medians: Mapping[str, float | None]) -> tuple[str | None, float | None]:
-    """The quickest fixed paradigm, and the policy's time as a ratio to its; None where there is none."""
+    """The fastest fixed paradigm, and the ratio of the policy's time to its time; None if there is none."""
     fixed = {name: ms for name, ms in medians.items() if ms is not None and name not in NOT_FIXED}
     best = min(fixed, key=lambda name: fixed[name], default=None)
     return best, ratio(medians.get("policy"), fixed[best] if best else None)
 
 
 def against_oracle(slots: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The policy against an oracle that knows each slot's best fixed paradigm: of summed medians, and slot by slot."""
+    """The policy against an oracle that knows the best fixed paradigm of each slot: in total, and slot by slot."""
     both = [(slot["verified_ms_p50"], slot["policy_to_best"], slot["best_fixed"]) for slot in slots]
     both = [each for each in both if each[1] is not None]
     return {
@@ -149,7 +149,7 @@ def against_oracle(slots: Sequence[Mapping[str, Any]]) -> dict[str, float | None
 
 
 def ratio(value: float | None, to: float | None) -> float | None:
-    """None where one of them is missing or there is nothing to divide by."""
+    """None if a value is missing or the divisor is zero."""
     return None if value is None or not to else value / to
 
 

@@ -1,4 +1,4 @@
-"""The figures of end-to-end runs for people: a table per profile, one of all for a page, and a picture."""
+"""The figures of the case study for people: a table per profile, one Markdown table of all, and a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from edge_runtime.errors import AiflowError
 from testbed.terminal import markdown_table
 
 COLUMNS = {
@@ -23,8 +24,12 @@ COLUMNS = {
 }
 
 
+class PlotError(AiflowError, ValueError):
+    """A picture format that cannot be written."""
+
+
 def print_runs(runs: Sequence[dict[str, Any]]) -> None:
-    """A table per profile; off a terminal tab-separated lines."""
+    """Prints a table per profile; tab-separated lines if the output is not a terminal."""
     console = Console()
     for run in runs:
         title = f"{run['profile']}, {run['images']} photos, board {run['board_slowdown']:g} times slower"
@@ -51,7 +56,7 @@ def _remarks(run: dict[str, Any]) -> list[str]:
         chosen = ", ".join(f"{name} {share:.0%}" for name, share in policy["chosen"].items())
         to_best = _shown(policy["verified_to_best_fixed"])
         lines.append(f"policy: {to_best} of the best fixed paradigm ({policy['best_fixed']}); chose {chosen}")
-        lines.append(f"policy: without drafts that stand, verified in {_shown(policy['served_ms_p50'])} ms, p50")
+        lines.append(f"policy: without accepted drafts, verified in {_shown(policy['served_ms_p50'])} ms, p50")
     if escalating := run["paradigms"].get("escalate"):
         share, quality = _shown(escalating["escalated_share"]), _shown(escalating["cider_to_cloud"])
         lines.append(f"escalate: passed up a share of {share}, CIDEr {quality} of the cloud's alone")
@@ -71,7 +76,7 @@ def _shown(value: Any) -> str:
 
 
 def markdown(runs: Sequence[dict[str, Any]]) -> str:
-    """One table of all profiles."""
+    """One table of all profiles, in Markdown."""
     names = (
         "link",
         "paradigm",
@@ -96,10 +101,19 @@ def markdown(runs: Sequence[dict[str, Any]]) -> str:
     return markdown_table(rows)
 
 
-def plot(runs: Sequence[dict[str, Any]], file: Path) -> None:
-    """Times by profile on the left, bytes against quality on the right; the file's ending says which format.
+def check_plot(file: Path) -> None:
+    """Raises PlotError for a suffix that matplotlib does not know."""
+    from matplotlib.backend_bases import FigureCanvasBase
 
-    Raises ValueError for an ending that matplotlib does not know.
+    known = FigureCanvasBase.get_supported_filetypes()
+    if file.suffix.removeprefix(".").lower() not in known:
+        raise PlotError(f"{file}: no picture format {file.suffix!r}, want one of {', '.join(sorted(known))}")
+
+
+def plot(runs: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draws times by profile on the left, bytes against quality on the right. The file's suffix decides the format.
+
+    See `check_plot` for the formats.
     """
     from matplotlib.figure import Figure
 
@@ -117,7 +131,7 @@ def plot(runs: Sequence[dict[str, Any]], file: Path) -> None:
         times.bar(at, verified, width, color=color, label=name)
         times.plot(at, late, "_", color="black", markersize=8)
         times.plot(at, first, "o", color=color, markeredgecolor="black", markersize=5)
-        if each[0]["cider"] is not None:  # smaller and smaller: those of equal price and quality are seen as rings
+        if each[0]["cider"] is not None:  # in decreasing sizes, so that equal points show as rings
             prices.plot(
                 max(1.0, each[0]["bytes_mean"]), each[0]["cider"], "o", color=color, markersize=14 - 1.5 * index
             )

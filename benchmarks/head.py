@@ -1,10 +1,10 @@
-"""What the board's networks cost: milliseconds of the int8 head against the same head in floats, memory, draft steps.
+"""The cost of the board's networks: the int8 head against the same head in floats in onnxruntime, draft steps, memory.
 
     python -m benchmarks.head                    networks of the real size with random weights
     python -m benchmarks.head --bundle DIRECTORY
 
-One thread. The ways take turns in one process, so that a busy machine disturbs them alike: trust the ratios. Memory is
-that of a process of its own that only imports, loads and runs.
+One thread. The ways take turns in one process, so that other work on the machine affects them alike: trust the ratios.
+Memory is measured in a separate process that only imports, loads and runs.
 """
 
 import argparse
@@ -15,19 +15,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from ai_edge_litert import schema_py_generated as schema
 from onnx import TensorProto, helper
 
 from edge_runtime.inference.backends import SUFFIXES, load_model
 from edge_runtime.inference.bundle import BOS
 from edge_runtime.inference.draft import STATE
 from models.backbone import PIXEL_MEAN, PIXEL_SCALE, Conv, same_padding
-from models.export import litert_graph, onnx_graph
+from models.export import onnx_graph
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.export.litert_graph import write_litert
 from models.export.onnx_graph import write_onnx
@@ -52,43 +52,44 @@ print(*figures, rss())
 
 
 def run(directory: Path, head: Head, rounds: int = 100) -> dict[str, Any]:
-    """A bundle's directory with head, draft_look and draft_step in both formats, and its head in floats.
+    """Measures a bundle's directory with head, draft_look and draft_step in both formats, and the head in floats.
 
-    Returns {backend: figures}; `ratio` is the median of int8 over float, round by round.
+    Returns {backend: figures}; `ratio_to_float` is the median over rounds of int8 time / float time in onnxruntime.
     """
-    floats = {".onnx": float_onnx(head), ".tflite": float_litert(head)}
     pixels = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
     token, state = np.array([BOS], np.int32), np.zeros((1, STATE), np.float32)
+    latent = np.zeros((1, *LATENT), np.float32)
     ways: dict[str, Callable[[], object]] = {}
     with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "float.onnx"
+        path.write_bytes(float_onnx(head))
+        ways["onnx float"] = partial(load_model(path).run, pixels)
         for backend, suffix in SUFFIXES.items():
-            path = Path(scratch) / f"float{suffix}"
-            path.write_bytes(floats[suffix])
-            exact, int8 = load_model(path), load_model(directory / f"head{suffix}")
             look, step = (load_model(directory / f"draft_{part}{suffix}") for part in ("look", "step"))
-            latent = np.zeros((1, *LATENT), np.float32)
             (memory,) = look.run(latent)
-            ways[f"{backend} float"] = lambda model=exact: model.run(pixels)  # type: ignore[misc]
-            ways[f"{backend} int8"] = lambda model=int8: model.run(pixels)  # type: ignore[misc]
-            ways[f"{backend} look"] = lambda model=look, latent=latent: model.run(latent)  # type: ignore[misc]
-            ways[f"{backend} step"] = lambda model=step, memory=memory: model.run(token, state, memory)  # type: ignore[misc]
+            ways[f"{backend} int8"] = partial(load_model(directory / f"head{suffix}").run, pixels)
+            ways[f"{backend} look"] = partial(look.run, latent)
+            ways[f"{backend} step"] = partial(step.run, token, state, memory)
         times = interleaved(ways, rounds)
-    figures: dict[str, Any] = {"rounds": rounds}
+    ratios = [int8 / exact for int8, exact in zip(times["onnx int8"], times["onnx float"], strict=True)]
+    figures: dict[str, Any] = {"rounds": rounds, "ratio_to_float": statistics.median(ratios)}
+    figures["float_ms"] = summary(times["onnx float"])
     for backend, suffix in SUFFIXES.items():
-        ms = {part: times[f"{backend} {part}"] for part in ("float", "int8", "look", "step")}
-        ratios = [int8 / exact for int8, exact in zip(ms["int8"], ms["float"], strict=True)]
         files = [directory / f"{name}{suffix}" for name in ("head", "draft_look", "draft_step")]
         figures[backend] = {
-            **{f"{part}_ms": {"median": statistics.median(t), "min": min(t)} for part, t in ms.items()},
-            "ratio": statistics.median(ratios),
+            **{f"{part}_ms": summary(times[f"{backend} {part}"]) for part in ("int8", "look", "step")},
             "bytes": {path.name: path.stat().st_size for path in files},
             "rss_mb": dict(zip(("numpy", "loaded", "after_500_runs"), memory_mb(files), strict=True)),
         }
     return figures
 
 
+def summary(times: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(times), "min": min(times)}
+
+
 def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each way in each round, after a warm-up of three."""
+    """Milliseconds of each way in each round, after three warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 3):
         for name, way in ways.items():
@@ -99,15 +100,15 @@ def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def memory_mb(files: Sequence[Path]) -> list[float]:
-    """Resident MB of a fresh process: with numpy, with all files loaded, after 500 runs of the first."""
+    """Resident MB of a new process: with numpy, with all files loaded, after 500 runs of the first file."""
     command = [sys.executable, "-c", MEMORY_SCRIPT, *map(str, files)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600).stdout
     return [float(figure) for figure in output.split()]
 
 
 def float_onnx(head: Head) -> bytes:
-    """The head in floats as onnxruntime likes it best: no Pad nodes, ReLU6 as Clip."""
-    graph = onnx_graph.Graph()
+    """The head in floats, in the form that onnxruntime runs fastest: no Pad nodes, ReLU6 as Clip."""
+    graph = onnx_graph.OnnxGraph()
     low, high = graph.constant("low", np.float32(0)), graph.constant("high", np.float32(6))
 
     def conv(layer: Conv, x: str, size: int) -> tuple[str, int]:
@@ -124,7 +125,13 @@ def float_onnx(head: Head) -> bytes:
     x = graph.node("Cast", [x], "real", to=TensorProto.FLOAT)
     x = graph.node("Sub", [x, graph.constant("mean", np.float32(PIXEL_MEAN))], "centred")
     x = graph.node("Div", [x, graph.constant("scale", np.float32(PIXEL_SCALE))], "normalised")
-    x = _walk(head, conv, lambda x, y: graph.node("Add", [x, y], f"sum{len(graph.nodes)}"), x)
+    x, size = conv(head.stem, x, SHAPE[1])
+    for block in head.blocks:
+        y = x
+        for layer in block.layers:  # type: ignore[union-attr]
+            y, size = conv(layer, y, size)
+        x = graph.node("Add", [x, y], f"sum{len(graph.nodes)}") if block.residual else y
+    x, _ = conv(head.bottleneck, x, size)
     graph.node("Identity", [x], "latent")
     inputs = [helper.make_tensor_value_info("pixels", TensorProto.UINT8, SHAPE)]
     return graph.to_bytes(
@@ -132,64 +139,8 @@ def float_onnx(head: Head) -> bytes:
     )
 
 
-def float_litert(head: Head) -> bytes:
-    """The head in floats for LiteRT."""
-    graph = litert_graph.Graph()
-    shapes: dict[int, tuple[int, ...]] = {}
-
-    def output(name: str, shape: tuple[int, ...]) -> int:
-        index = graph.tensor(name, shape, np.float32)
-        shapes[index] = shape
-        return index
-
-    def conv(layer: Conv, x: int, size: int) -> tuple[int, int]:
-        name, (stride, _), depthwise = f"layer{len(graph.tensors)}", layer.stride, layer.groups > 1
-        assert layer.bias is not None
-        values = layer.weight.detach().numpy().transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1))
-        weight, bias = graph.constant(f"{name}.weight", values), graph.constant("bias", layer.bias.detach().numpy())
-        y = output(name, (1, -(-size // stride), -(-size // stride), layer.out_channels))
-        relu6 = schema.ActivationFunctionType.NONE if layer.linear else schema.ActivationFunctionType.RELU6
-        fields = {
-            "padding": schema.Padding.SAME,
-            "strideH": stride,
-            "strideW": stride,
-            "fusedActivationFunction": relu6,
-        }
-        if depthwise:
-            fields["depthMultiplier"] = 1
-        kind, options = ("DEPTHWISE_CONV_2D", "DepthwiseConv2D") if depthwise else ("CONV_2D", "Conv2D")
-        graph.operator(kind, [x, weight, bias], [y], 1, options, **fields)
-        return y, -(-size // stride)
-
-    def binary(kind: str, options: str, x: int, y: int) -> int:
-        total = output(f"{kind}{len(graph.tensors)}", shapes[x])
-        graph.operator(kind, [x, y], [total], 1, options)
-        return total
-
-    pixels, real = graph.tensor("pixels", SHAPE, np.uint8), output("real", SHAPE)
-    types = {"inDataType": schema.TensorType.UINT8, "outDataType": schema.TensorType.FLOAT32}
-    graph.operator("CAST", [pixels], [real], 1, "Cast", **types)
-    x = binary("SUB", "Sub", real, graph.constant("mean", np.array([PIXEL_MEAN], np.float32)))
-    x = binary("MUL", "Mul", x, graph.constant("scale", np.array([1 / PIXEL_SCALE], np.float32)))
-    x = _walk(head, conv, lambda x, y: binary("ADD", "Add", x, y), x)
-    latent, order = output("latent", (1, *LATENT)), graph.constant("order", np.array([0, 3, 1, 2], np.int32))
-    graph.operator("TRANSPOSE", [x, order], [latent], 1, "Transpose")
-    return graph.to_bytes([pixels], [latent])
-
-
-def _walk(head: Head, conv: Callable[..., Any], add: Callable[[Any, Any], Any], x: Any) -> Any:
-    """The head's layers in order; `conv` takes a layer, its input and that one's height, and returns both."""
-    x, size = conv(head.stem, x, SHAPE[1])
-    for block in head.blocks:
-        y = x
-        for layer in block.layers:  # type: ignore[union-attr]
-            y, size = conv(layer, y, size)
-        x = add(x, y) if block.residual else y
-    return conv(head.bottleneck, x, size)[0]
-
-
 def export_random(directory: Path) -> Head:
-    """Writes networks of the real size with random weights, as a bundle has them; returns the head."""
+    """Writes a bundle's networks in their real size with random weights, and returns the head."""
     torch.manual_seed(0)
     head, draft = Head().eval(), quantise_draft(DraftDecoder(VOCABULARY))
     int8 = quantise(head, torch.randint(0, 256, (4, *SHAPE[1:]), dtype=torch.uint8))

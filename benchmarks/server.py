@@ -1,17 +1,11 @@
-"""How many captions a second a server writes with drafts to verify, against writing alone; and what a pass costs.
+"""Captions per second of a server that verifies drafts, against writing alone.
 
-    python -m benchmarks.server                      networks of the real size with random weights, made-up drafts
-    python -m benchmarks.server --threads 2
-
-Same process, same latents, same texts; the ways take turns, so that a busy machine disturbs them alike. With one thread
-a second is a second of the processor, which other programs cannot take away; with more it is one on the wall. `run`
-takes a real bundle with real latents and drafts.
+All ways run in one process on the same latents, with the same texts as result. They take turns, so that other work on
+the machine affects them alike. One thread is timed in CPU seconds, which other programs do not change; more threads
+are timed by the wall clock.
 """
 
-import argparse
-import json
 import os
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from edge_runtime.inference.bundle import Bundle
-from models.family import LATENT, DecoderShape, Tail, TextDecoder
-from server.engine import BLOCK, SIZES, Answer, Engine, Job, Proof
+from server.engine import SIZES, Answer, Engine, Job, Proof
 from server.loading import load_engine
 from server.numerics import prove
 
@@ -54,9 +47,9 @@ def run(
 def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[int], rounds: int) -> dict[str, Any]:
     """Medians over rounds, by batch size, of four ways to write the same captions.
 
-    verified: with the drafts. alone: the target by itself, in the same passes. self_drafted: with the server's own
-    proposals from the start, no draft. one_by_one: alone, and in passes of one token, as a server writes that never
-    verifies; its texts are not promised to be the same, so `same_texts` counts them.
+    verified: with the drafts. alone: the target by itself, with passes of the same shape. self_drafted: without a
+    draft, with the server's own proposals. one_by_one: alone, with passes of one token, like a server that never
+    verifies. Its texts may differ, so `same_texts` counts the equal ones.
     """
     undrafted, self_drafted = ([replace(job, draft=draft) for job in jobs] for draft in (None, ()))
     proven = engine.proof
@@ -106,73 +99,5 @@ def _write(engine: Engine, jobs: Sequence[Job], size: int, proof: Proof) -> list
     return answers
 
 
-def pass_costs(
-    decoder: TextDecoder, widths: Sequence[int] = (1, 4, 8, 16), sizes: Sequence[int] = (1, 4, 8), seconds: float = 10.0
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of one pass by batch size and width: minimum, and median on this machine as it is."""
-    cases: dict[str, tuple[Callable[[], Any], list[float]]] = {}
-    with torch.inference_mode():
-        for size in sizes:
-            memory = decoder.encode_image(torch.rand(size, 49, 1280))
-            for width in widths:
-                tokens, start = torch.randint(4, decoder.shape.vocabulary, (size, width)), torch.full((size,), 5)
-                cache = decoder.new_cache(size, BLOCK)
-                cases[f"B={size} W={width}"] = (partial(decoder.step, tokens, start, memory, cache), [])
-        until = time.perf_counter() + seconds
-        while time.perf_counter() < until:
-            for call, times in cases.values():
-                started = time.perf_counter()
-                call()
-                times.append(1e3 * (time.perf_counter() - started))
-    return {
-        name: {"min_ms": round(min(times), 2), "median_ms": round(statistics.median(times), 2)}
-        for name, (_, times) in cases.items()
-    }
-
-
-def made_up_drafts(texts: Drafts, agreement: float, vocabulary: int, seed: int = 0) -> list[list[int]]:
-    """Drafts in which each token is the target's with this probability, else any word."""
-    chosen = random.Random(seed)
-    return [[t if chosen.random() < agreement else chosen.randrange(4, vocabulary) for t in text] for text in texts]
-
-
 def _same(texts: Sequence[Answer], others: Sequence[Answer]) -> float:
     return sum(a.tokens == b.tokens for a, b in zip(texts, others, strict=True)) / len(texts)
-
-
-def _random_engine(shape: DecoderShape) -> Engine:
-    torch.manual_seed(0)
-    decoder = TextDecoder(shape)
-    torch.nn.init.normal_(decoder.norm.weight)  # keeps tied embeddings from repeating one token for ever
-    engine = Engine(Tail().eval(), {"edge": decoder.eval().requires_grad_(False)})  # random weights: no lookahead
-    engine.proof = prove(engine)
-    return engine
-
-
-def main() -> None:
-    """Prints the figures as JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--captions", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=10.0, help="for the cost of passes")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    shape = DecoderShape(vocabulary=2900)
-    engine = _random_engine(shape)
-    result: dict[str, Any] = {
-        "threads": arguments.threads,
-        "pass_costs": pass_costs(engine.decoders["edge"], seconds=arguments.seconds),
-    }
-    symbols = np.random.default_rng(0).laplace(0, 1.5, (arguments.captions, *LATENT)).round().astype(np.int8)
-    plain = [Job(s, max_tokens=13) for s in symbols]  # as long as a caption
-    texts = [answer.tokens for answer in engine.answer(plain)]
-    for agreement in (0.5, 0.75, 0.9):
-        drafts = made_up_drafts(texts, agreement, shape.vocabulary)
-        jobs = [Job(j.symbols, draft=tuple(draft), max_tokens=13) for j, draft in zip(plain, drafts, strict=True)]
-        result[f"agreement {agreement}"] = captions_per_second(engine, jobs, (1, 8), arguments.rounds)
-    print(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main()

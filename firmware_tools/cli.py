@@ -25,7 +25,6 @@ COMMANDS = {
     "link": "put a simulated thin link (NB-IoT to Wi-Fi, outages) before a broker",
     "bench": "measure parts (codec, device, server, gateway), the case study (e2e), faults",
 }
-MODULES = {"bench": "benchmarks.command", "link": "testbed.link_simulator"}  # the others are firmware_tools.<command>
 SERVICES = ("run", "serve")  # their log is their output
 EPILOG = """\
 a first look:      aiflow demo
@@ -52,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if name == chosen:
-            module = importlib.import_module(MODULES.get(name, f"firmware_tools.{name}"))
+            module = importlib.import_module(f"firmware_tools.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     args = parser.parse_args(arguments)

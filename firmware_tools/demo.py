@@ -1,15 +1,14 @@
 """`aiflow demo`: broker, server and board as processes of their own on this machine, on real photos.
 
-The demo itself is a user of the board: what it shows came over MQTT as events, which anybody may subscribe to.
+The demo is a user of the board: it shows the events that the board publishes over MQTT, as any subscriber could.
 """
 
 import argparse
 import queue
-import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -21,11 +20,11 @@ from edge_runtime.config import MqttConfig
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import open_bundle
 from edge_runtime.mqtt.client import Message, MqttClient
-from edge_runtime.wire import decode_event, topics
-from firmware_tools.demo_page import Result, answered_by, marked, page, stages, summary
-from firmware_tools.evaluate import SHIPPED_BUNDLE
+from edge_runtime.wire import topics
+from firmware_tools.demo_page import PhotoResult, Results, answered_by, marked, page, stages, summary
+from models import SHIPPED_BUNDLE
 from testbed.broker import start_embedded
-from testbed.processes import INTERRUPTS, START_S, Child, wait_serving
+from testbed.processes import START_S, AiflowProcess, interrupted_once, wait_serving
 from testbed.sample_photos import Photo, collect
 from testbed.terminal import new_file, number, print_figures, printable
 
@@ -33,6 +32,7 @@ SITE, BOARD, SERVER = "demo", "demo-board", "demo-server"
 LIMIT = 16
 INTERVAL_S = 0.5  # between photos: slow enough to watch
 DEADLINE_S = 10.0
+MAX_WAITING = 1000  # events that arrived and are not shown yet
 
 
 class DemoError(AiflowError, ValueError):
@@ -40,7 +40,7 @@ class DemoError(AiflowError, ValueError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to show, how, and where the page goes."""
+    """What to show, how, and where to write the page."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="your photos, not the shipped ones")
     what.add_argument("--video", type=Path, metavar="FILE", help="a still of every second of a video")
@@ -75,37 +75,18 @@ def run(args: argparse.Namespace) -> None:
     print(f"page: {args.html}")
 
 
-@contextmanager
-def interrupted_once() -> Iterator[None]:
-    """The first signal to end interrupts; further ones must not cut the tidying short."""
+def play(args: argparse.Namespace, photos: Sequence[Photo], show: Callable[[Results, PhotoResult], None]) -> Results:
+    """Runs everything until each photo has its final event. `show` is told all results and the one that changed.
 
-    def interrupt(*_: object) -> None:
-        for number in INTERRUPTS:
-            signal.signal(number, lambda *_: None)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in INTERRUPTS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def play(
-    args: argparse.Namespace, photos: Sequence[Photo], show: Callable[[list[Result], Result], None]
-) -> list[Result]:
-    """Runs everything until each photo has its last event; `show` is told all results and the one that changed.
-
-    Raises ChildError, BrokerError, DemoError.
+    Raises ProcessError, BrokerError, DemoError.
     """
-    results = [Result(photo) for photo in photos]
-    inbox: queue.Queue[tuple[float, Message]] = queue.Queue(1000)
+    results = Results(photos)
+    inbox: queue.Queue[tuple[float, Message]] = queue.Queue(MAX_WAITING)
     with ExitStack() as running:  # ends in the opposite order: board, server, broker
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="aiflow-demo-")))
         (folder / "photos").mkdir()
         for number, photo in enumerate(photos):
-            # The same name for all kinds: whoever decodes them looks at their bytes.
+            # The same suffix for all formats: decoders look at the bytes.
             (folder / "photos" / f"{number:04}.jpg").write_bytes(photo.data)
         port = running.enter_context(start_embedded())
         client = MqttClient(
@@ -115,44 +96,43 @@ def play(
         )
         if not running.enter_context(client).wait_online(START_S):
             raise DemoError(f"the broker on port {port} does not answer: {client.reason}")
-        children: list[Child] = []
+        processes: list[AiflowProcess] = []
         if args.paradigm != "device":
-            children = [running.enter_context(Child("serve", server_toml(args, port), folder))]
-            wait_serving(children[0], port, SITE, SERVER)
-        children.append(running.enter_context(Child("run", board_toml(args, port, folder / "photos"), folder)))
-        while not all(result.is_final for result in results):
-            # The end of the board, and its last events, come by different ways.
-            has_ended = [child.has_ended() for child in children][-1]
+            processes = [running.enter_context(AiflowProcess("serve", server_tables(args, port), folder))]
+            wait_serving(processes[0], port, SITE, SERVER)
+        board = AiflowProcess("run", board_tables(args, port, folder / "photos"), folder)
+        processes.append(running.enter_context(board))
+        while not results.all_final:
+            # Check before reading: the board's last events may arrive after its end is seen.
+            board_has_ended = [process.has_ended() for process in processes][-1]
             try:
                 arrived, message = inbox.get(timeout=0.5)
             except queue.Empty:
-                if has_ended:
+                if board_has_ended:
                     break
                 continue
-            event = decode_event(message.payload)
-            number = int(Path(event.picture).stem)
-            results[number] = results[number].followed(event, arrived)
-            show(results, results[number])
+            if changed := results.add(message.payload, arrived):
+                show(results, changed)
     return results
 
 
-def server_toml(args: argparse.Namespace, port: int) -> dict[str, dict[str, object]]:
+def server_tables(args: argparse.Namespace, port: int) -> dict[str, dict[str, object]]:
     """The server's configuration."""
     server = {"id": SERVER, "site": SITE, "bundle": str(args.bundle.resolve()), "tier": args.tier}
     return {"server": server, "mqtt": {"port": port}}
 
 
-def board_toml(args: argparse.Namespace, port: int, photos: Path) -> dict[str, object]:
+def board_tables(args: argparse.Namespace, port: int, photos: Path) -> dict[str, object]:
     """The board's configuration."""
     board = {"id": BOARD, "site": SITE, "bundle": str(args.bundle.resolve()), "paradigm": args.paradigm}
     camera = {"name": "photos", "source": str(photos), "interval_s": INTERVAL_S}
     return {"board": board | {"deadline_ms": int(1e3 * DEADLINE_S)}, "cameras": [camera], "mqtt": {"port": port}}
 
 
-def table(results: Sequence[Result]) -> Table:
-    """All photos, those without an answer yet too."""
+def table(results: Results) -> Table:
+    """All photos, also those without an answer yet."""
     shown = Table("photo", "draft, at once", "verified text", "bytes\nas JPEG", "ms", "answered by", show_lines=True)
-    for result in results:
+    for result in results.photos:
         event = result.last
         if event is None:
             shown.add_row(printable(result.photo.name), "...")
@@ -171,8 +151,8 @@ def table(results: Sequence[Result]) -> Table:
     return shown
 
 
-def print_line(result: Result) -> None:
-    """One photo's end as a line, for logs; words that the draft does not have stand in brackets."""
+def print_line(result: PhotoResult) -> None:
+    """Prints a photo's final event as a line, for logs. Words that are not in the draft are in brackets."""
     event = result.last
     if event is None or not result.is_final:
         return

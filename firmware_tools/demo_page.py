@@ -1,10 +1,11 @@
-"""What came of each photo of a demo, its summary, and the page that shows both.
+"""The result of each photo of a demo, the summary, and the page that shows both.
 
-The page is one file: pictures are data URIs, and a Content-Security-Policy forbids everything else. Whatever came from
-files or over the network is escaped.
+The page is one file: pictures are data URIs, and a Content-Security-Policy forbids everything else. All text from files
+and from the network is escaped.
 """
 
 import base64
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +17,15 @@ import cv2
 
 from edge_runtime.inference.preprocess import decode_picture
 from edge_runtime.wire import Event
+from testbed.processes import read_event
 from testbed.sample_photos import Photo
 
 PREVIEW_WIDTH = 480  # pixels; a phone's screen has as many CSS pixels or fewer
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """A photo and its events so far. Times are from capture to the event's arrival at a subscriber."""
+class PhotoResult:
+    """A photo and its events so far. Times count from capture to the event's arrival at a subscriber."""
 
     photo: Photo
     first: Event | None = None  # the first with a text
@@ -37,23 +39,45 @@ class Result:
 
     @property
     def is_verified(self) -> bool:
-        """Whether a server answered."""
+        """True if a server answered."""
         return self.last is not None and self.last.type == "update"
 
     @property
     def draft(self) -> str:
-        """What the board said by itself."""
+        """The board's own text."""
         return self.first.text if self.first and self.first.type != "update" else ""
 
-    def followed(self, event: Event, arrived_unix: float) -> "Result":
-        """With one more event."""
+    def followed(self, event: Event, arrived_unix: float) -> "PhotoResult":
+        """The result after one more event."""
         ms = 1e3 * (arrived_unix - event.captured.timestamp())
         result = replace(self, last=event, last_ms=ms)
         return replace(result, first=event, first_ms=ms) if self.first is None and event.text else result
 
 
+class Results:
+    """The results of all photos. It counts messages that are not events of these photos: anybody may publish there."""
+
+    def __init__(self, photos: Sequence[Photo]) -> None:
+        self.photos = [PhotoResult(photo) for photo in photos]
+        self.ignored = 0
+
+    @property
+    def all_final(self) -> bool:
+        return all(result.is_final for result in self.photos)
+
+    def add(self, payload: bytes, arrived_unix: float) -> PhotoResult | None:
+        """Takes an event, whose `picture` is `<number>.jpg`; returns the changed result, or None if it is ignored."""
+        event = read_event(payload)
+        number = event.picture.removesuffix(".jpg") if event else ""
+        if not event or not re.fullmatch("[0-9]{4,6}", number) or int(number) >= len(self.photos):
+            self.ignored += 1
+            return None
+        changed = self.photos[int(number)] = self.photos[int(number)].followed(event, arrived_unix)
+        return changed
+
+
 def marked(text: str, other: str) -> list[tuple[str, bool]]:
-    """The words of a text, in runs; True for those that the other text does not have at that place."""
+    """The words of a text, in runs. True: the other text does not have these words at that place."""
     words = text.split()
     matcher = SequenceMatcher(None, other.split(), words, autojunk=False)
     return [(" ".join(words[i:j]), tag != "equal") for tag, _, _, i, j in matcher.get_opcodes() if j > i]
@@ -71,19 +95,19 @@ def stages(event: Event) -> dict[str, float]:
 
 
 def answered_by(event: Event) -> str:
-    """Whose text an event has."""
+    """Who wrote an event's text."""
     if event.type == "lost":
-        return "nobody, the draft stands" if event.text else "nobody"
+        return "nobody, the draft is kept" if event.text else "nobody"
     by = event.answered_by
     return f"{by.tier} {by.server}".strip() if by else ""
 
 
-def summary(results: Sequence[Result]) -> dict[str, Any]:
-    """Figures over all photos; those of verification only over photos that a server answered."""
-    ended = [result.last for result in results if result.last and result.is_final]
+def summary(results: Results) -> dict[str, Any]:
+    """Figures over all photos. Figures of the verification cover the photos that a server answered."""
+    ended = [result.last for result in results.photos if result.last and result.is_final]
     verified = [event for event in ended if event.type == "update"]
     sent = [event for event in ended if event.bytes_up]
-    figures: dict[str, Any] = {"photos": len(results), "lost": sum(event.type == "lost" for event in ended)}
+    figures: dict[str, Any] = {"photos": len(results.photos), "lost": sum(event.type == "lost" for event in ended)}
     if sent:
         up, jpeg = (statistics.fmean(getattr(e, name) for e in sent) for name in ("bytes_up", "jpeg_bytes"))
         figures |= {"bytes_mean": up, "jpeg_bytes_mean": jpeg, "jpeg_to_bytes": jpeg / up}
@@ -95,11 +119,13 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
             "tokens": sum(len(event.tokens) for event in verified),
             "passes": sum(event.passes for event in verified),
         }
-    first_ms = [r.first_ms for r in results if r.first_ms is not None]
-    last_ms = [r.last_ms for r in results if r.is_verified and r.last_ms is not None]
+    first_ms = [r.first_ms for r in results.photos if r.first_ms is not None]
+    last_ms = [r.last_ms for r in results.photos if r.is_verified and r.last_ms is not None]
     for name, times in (("first_text_ms", first_ms), ("verified_text_ms", last_ms)):
         if times:
             figures[name] = statistics.median(times)
+    if results.ignored:
+        figures["ignored_events"] = results.ignored
     return figures
 
 
@@ -121,10 +147,10 @@ section{padding:.6rem .8rem .8rem}p{margin:.25rem 0}small{opacity:.75}
 """
 
 
-def page(results: Sequence[Result], title: str, note: str) -> str:
+def page(results: Results, title: str, note: str) -> str:
     """The whole HTML document."""
     figures = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _shown(results))
-    cards = "\n".join(_card(result) for result in results)
+    cards = "\n".join(_card(result) for result in results.photos)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -142,12 +168,12 @@ keep, <ins>words</ins> that it wrote itself.</small></p>
 """
 
 
-def _shown(results: Sequence[Result]) -> Iterable[tuple[str, str]]:
+def _shown(results: Results) -> Iterable[tuple[str, str]]:
     """The summary for people."""
     figures = summary(results)
     yield "photos", f"{figures['photos']}" + (f", {figures['lost']} lost" if figures["lost"] else "")
     if "bytes_mean" in figures:
-        yield "bytes a photo", f"{figures['bytes_mean']:.0f}"
+        yield "bytes per photo", f"{figures['bytes_mean']:.0f}"
         yield "as JPEG", f"{figures['jpeg_bytes_mean']:.0f} ({figures['jpeg_to_bytes']:.0f}x)"
     if figures.get("proposed"):
         yield "accepted of proposed", f"{figures['accepted']} of {figures['proposed']}"
@@ -158,7 +184,7 @@ def _shown(results: Sequence[Result]) -> Iterable[tuple[str, str]]:
             yield f"ms to {name}", f"{figures[key]:.0f}"
 
 
-def _card(result: Result) -> str:
+def _card(result: PhotoResult) -> str:
     name = escape(result.photo.name)
     parts = [f'<img alt="{name}" src="data:image/jpeg;base64,{_preview(result.photo)}"><section><p><small>{name}']
     if result.photo.credit:

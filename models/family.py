@@ -1,7 +1,7 @@
-"""The model family on five pages: Head, Bottleneck density, Tail, TextDecoder, DraftDecoder.
+"""The networks of the model family: Head, Density of the bottleneck, Tail, TextDecoder, DraftDecoder.
 
-One head on the board, one latent on the wire, several targets on the servers. Everything here is a plain network:
-it knows nothing of training schedules, bitstreams, batching or files.
+One head on the board, one latent on the wire, several targets on the servers. This file knows nothing about training
+schedules, bitstreams, batching and files.
 
 Shapes used throughout: B batch, C = 64 latent channels, N = 49 positions (7 x 7), D width, T tokens, V vocabulary.
 """
@@ -18,13 +18,13 @@ from models.backbone import BLOCKS, CUT, CUT_CHANNELS, FEATURES, MAP_CHANNELS, B
 
 LATENT = (64, 7, 7)  # channels, height, width
 POSITIONS = LATENT[1] * LATENT[2]
-NEVER_EMITTED = (PAD, BOS, UNKNOWN)  # a decoder may be asked about them, but no text contains them
+NEVER_EMITTED = (PAD, BOS, UNKNOWN)  # a decoder can score them, but no text contains them
 
 
 class Head(nn.Module):
     """The board's part: blocks 0..10 of the backbone and the bottleneck convolution.
 
-    The latent's unit is the symbol: rounding it half to even gives what is coded.
+    The latent is in units of symbols: rounding it half to even gives the symbols that are coded.
     """
 
     def __init__(self) -> None:
@@ -42,9 +42,9 @@ class Head(nn.Module):
 class Density(nn.Module):
     """The bottleneck's prior q(z): per channel a mixture of three logistics, integrated over unit bins.
 
-    Training pays -log2 of it on the latent plus uniform noise, an upper bound on I(X; Z) (Ballé et al., arXiv
-    1611.01704; Alemi et al., deep variational information bottleneck, arXiv 1612.00410). It is thrown away after
-    training: the shipped tables are counted on rounded symbols.
+    Training minimises -log2 q of the latent, an upper bound on I(X; Z) (Ballé et al., arXiv 1611.01704; Alemi et al.,
+    deep variational information bottleneck, arXiv 1612.00410). It is not used after training: the shipped tables are
+    counted on rounded symbols.
     """
 
     def __init__(self, channels: int = LATENT[0], components: int = 3) -> None:
@@ -54,7 +54,7 @@ class Density(nn.Module):
         self.log_scales = nn.Parameter(torch.linspace(-1.0, 1.0, components).repeat(channels, 1))
 
     def bits(self, latent: Tensor) -> Tensor:
-        """Float [B, C, H, W] to bits per element, same shape."""
+        """Float [B, C, H, W] to bits per element, in the same shape."""
         x = latent.float()[..., None]
         means, logits = self.means[:, None, None], self.logits[:, None, None]
         scales = self.log_scales[:, None, None].exp()
@@ -64,10 +64,10 @@ class Density(nn.Module):
 
 
 class MatrixConv(Conv):
-    """A 3 x 3 convolution of stride 1 as one product of matrices.
+    """A 3 x 3 convolution of stride 1 as one matrix product.
 
-    Libraries choose a 3 x 3 algorithm by batch size, and with it the order of sums, so that a row's bits would depend
-    on how many others there are; products of matrices were seen to have the same bits in every batch.
+    Libraries choose a 3 x 3 algorithm by batch size. The algorithm decides the order of sums, so a row's bits would
+    depend on the number of rows. Matrix products were measured to give the same bits in every batch.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -78,15 +78,15 @@ class MatrixConv(Conv):
         H, W = x.shape[2:]
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         windows = torch.cat([padded[:, i : i + H, j : j + W] for i in range(3) for j in range(3)], -1)
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view where they lie channels last, as on a server
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view if the memory is channels last, as on a server
         return F.relu6(F.linear(windows, weight, self.bias)).permute(0, 3, 1, 2)
 
 
 class Tail(nn.Module):
     """The server's part of the image network: symbols back to the backbone's last map and 1280 features.
 
-    The expander guesses the map at the cut from the symbols, linearly plus what a small network adds; the backbone's
-    remaining blocks, fine-tuned, go on.
+    The expander reconstructs the map at the cut from the symbols: a linear layer plus a small network. The backbone's
+    remaining blocks, fine-tuned, follow.
     """
 
     def __init__(self, width: int = 256) -> None:
@@ -104,7 +104,7 @@ class Tail(nn.Module):
         return last
 
     def cut(self, symbols: Tensor) -> Tensor:
-        """Symbols, float [B, 64, 7, 7], to the guessed map at the cut, float [B, 112, 14, 14]."""
+        """Symbols, float [B, 64, 7, 7], to the reconstructed map at the cut, float [B, 112, 14, 14]."""
         return F.pixel_shuffle(self.linear(symbols) + self.expand(symbols), 2)
 
     def forward(self, symbols: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
-    """Sizes of a TextDecoder; kept in the bundle's manifest."""
+    """Sizes of a TextDecoder; they are in the bundle's manifest."""
 
     vocabulary: int
     width: int = 256
@@ -149,9 +149,8 @@ def decoder_shapes(vocabulary: int) -> dict[str, DecoderShape]:
 class Attention(nn.Module):
     """Multi-head attention in its explicit form: matmul, softmax, matmul.
 
-    Fused kernels change the order of sums with the length of their buffers, so that a token's bits would depend on
-    what else is computed with it; the explicit form does not, which is what makes speculation exact in floating
-    point.
+    In fused kernels the order of sums depends on the length of the buffers, so a token's bits would depend on the other
+    tokens of the pass. The explicit form does not have this problem, which makes speculation exact in floating point.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -164,7 +163,7 @@ class Attention(nn.Module):
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What others attend to, [B, T, D] each to [B, heads, T, D / heads]."""
+        """Keys and values of x [B, T, D], each [B, heads, T, D / heads]."""
         return self.split(self.key(x)), self.split(self.value(x))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -178,7 +177,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """Two linear layers with a GELU, four times as wide inside."""
+    """Two linear layers with a GELU between them, four times as wide inside."""
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
@@ -210,9 +209,9 @@ class DecoderLayer(nn.Module):
 
 
 class Dropout:
-    """Dropout while training, nothing otherwise; a value handed down rather than a module in every layer.
+    """Dropout during training, the identity otherwise. It is passed as an argument, not a module in every layer.
 
-    Masks are windows at random places of one pool: on a CPU, drawing fresh numbers costs more than using them.
+    Masks are windows at random positions of one pool: on a CPU, new random numbers take longer than their use.
     """
 
     def __init__(self, rate: float = 0.0) -> None:
@@ -233,8 +232,8 @@ class Dropout:
 class Cache:
     """Static key/value buffers of a batch: one pair [B, heads, capacity, D / heads] per decoder layer.
 
-    A row is visible iff its index is at most the query's position, so that rolling back is not advancing the start:
-    stale rows are overwritten before they are seen. They must be finite, hence the zeros.
+    A row is visible if its index is at most the query's position. To roll back, the caller just does not advance the
+    start: stale rows are overwritten before they become visible. Rows must be finite, so they start as zeros.
     """
 
     keys: list[Tensor]
@@ -245,9 +244,9 @@ Memory = list[tuple[Tensor, Tensor]]  # per decoder layer, keys and values of th
 
 
 class TextDecoder(nn.Module):
-    """A transformer that writes a caption while looking at the features (Vaswani et al., arXiv 1706.03762).
+    """A transformer decoder that writes a caption from the features (Vaswani et al., arXiv 1706.03762).
 
-    Input and output embeddings are shared. `forward` trains; `step` serves: the same layers over a static cache.
+    Input and output embeddings are shared. `forward` is for training; `step` is for serving, over a static cache.
     """
 
     never_emitted: Tensor
@@ -295,7 +294,7 @@ class TextDecoder(nn.Module):
     def new_cache(self, batch: int, block: int) -> Cache:
         """Empty buffers for `batch` texts written in blocks of `block` tokens."""
         shape = self.shape
-        # Padding tokens of a block write rows too: with room for a whole block past the longest text, no pad can
+        # Padding tokens of a block write rows too. With room for a whole block after the longest text, they cannot
         # overwrite a real row.
         size = (batch, shape.heads, shape.max_tokens + block, shape.width // shape.heads)
         weight = self.tokens.weight
@@ -307,13 +306,13 @@ class TextDecoder(nn.Module):
         return self.choose(self.read(tokens, start, memory, cache))
 
     def choose(self, hidden: Tensor) -> Tensor:
-        """What `read` gives, float [..., D], to logits of the next token [..., V]."""
+        """Hidden states of `read`, float [..., D], to logits of the next token [..., V]."""
         return F.linear(hidden, self.tokens.weight) + self.never_emitted
 
     def read(self, tokens: Tensor, start: Tensor, memory: Memory, cache: Cache) -> Tensor:
         """One block: tokens int64 [B, W], row b at positions start[b]..start[b] + W - 1, to hidden states [B, W, D].
 
-        Writes the block's keys and values into `cache`; key j is visible to position i iff j <= i.
+        Writes the block's keys and values into `cache`. Key j is visible to position i if j <= i.
         """
         positions = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         capacity = cache.keys[0].shape[2]
@@ -347,9 +346,9 @@ DRAFT_EMBEDDING, DRAFT_STATE, DRAFT_MEMORY = 128, 256, 128
 
 
 class DraftDecoder(nn.Module):
-    """The board's own writer: a gated recurrent unit (Cho et al., arXiv 1406.1078) that looks at the latent.
+    """The board's text decoder: a gated recurrent unit (Cho et al., arXiv 1406.1078) with attention to the latent.
 
-    Under a million parameters; `look` once a frame, then `step` once a token.
+    It has less than a million parameters. `encode_image` runs once per frame, then `step` once per token.
     """
 
     never_emitted: Tensor
@@ -366,10 +365,10 @@ class DraftDecoder(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocabulary))
         nn.init.normal_(self.tokens.weight, std=0.1)
         banned = torch.zeros(vocabulary)
-        banned[list(NEVER_EMITTED)] = -1e4  # finite, so that it survives 8-bit export as part of the bias
+        banned[list(NEVER_EMITTED)] = -1e4  # finite, so that it can be part of the bias in the 8-bit export
         self.register_buffer("never_emitted", banned, persistent=False)
 
-    def look(self, symbols: Tensor) -> Tensor:
+    def encode_image(self, symbols: Tensor) -> Tensor:
         """Symbols, float [B, 64, 7, 7], to the memory, float [B, N, 128]."""
         memory = F.relu(self.look1(symbols) + self.look_positions)
         return memory.flatten(2).transpose(1, 2)

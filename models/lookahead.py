@@ -1,12 +1,12 @@
-"""What a target is about to write, guessed from what it was thinking when it chose its last word.
+"""Predicts a target's next words from the hidden state with which it chose its last word.
 
-The hidden state from which a target chose a word says much about the words that follow, and costs nothing: verification
-has computed it. A small recurrent network, one for each target, begins there and goes on word by word, each guess
-knowing the ones before it: Hydra (Ankner et al., arXiv 2402.05109) with one recurrent head for all distances; kin to
-Medusa (Cai et al., arXiv 2401.10774) and EAGLE (Li et al., arXiv 2401.15077).
+That hidden state predicts the following words well, and verification has computed it anyway. A small recurrent network,
+one per target, starts from it and predicts word by word, each from the words before: Hydra (Ankner et al., arXiv
+2402.05109) with one recurrent head for all distances, related to Medusa (Cai et al., arXiv 2401.10774) and EAGLE (Li et
+al., arXiv 2401.15077).
 
-Trained in PyTorch, run in numpy: a step is a hundredth of a pass of the target, and calling PyTorch for its eight small
-operations would cost more than they do.
+It is trained in PyTorch and runs in numpy: a step takes a hundredth of a pass of the target, and the overhead of eight
+PyTorch calls would be larger than the step.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 
 from edge_runtime.inference.bundle import UNKNOWN
 
-STATE = 128  # width of the recurrent state; 256 is no better
+STATE = 128  # width of the recurrent state; 256 was not better
 
 
 def lookahead_file(tier: str) -> str:
-    """Its file in a bundle, which may lack it."""
+    """The file's name in a bundle. It is optional there."""
     return f"lookahead-{tier}.safetensors"
 
 
 class LookaheadNet(nn.Module):
-    """The network as it is trained: a gated recurrent unit (Cho et al., arXiv 1406.1078) over its own guesses.
+    """The network in training: a gated recurrent unit (Cho et al., arXiv 1406.1078) over its own predictions.
 
-    It has words of its own numbering, 0..W - 1: those that the target was seen to write.
+    Its words are numbered 0..W - 1: those that the target writes in the training texts.
     """
 
     def __init__(self, width: int, words: int) -> None:
@@ -43,8 +43,9 @@ class LookaheadNet(nn.Module):
         nn.init.normal_(self.input_gates.weight, std=0.1)
 
     def forward(self, hidden: Tensor, words: Tensor, dropout: float = 0.0) -> Tensor:
-        """Teacher forcing: hidden float [..., D] and the words from there on, int64 [..., K], the first being what was
-        chosen from that hidden state, to logits [..., K, W] of what follows each.
+        """Teacher forcing: hidden float [..., D] and words int64 [..., K], to logits [..., K, W] of the next words.
+
+        The first word is the one that the target chose from this hidden state.
         """
         state, logits = torch.tanh(self.start(F.dropout(hidden, dropout))), []
         for k in range(words.shape[-1]):
@@ -58,10 +59,10 @@ class LookaheadNet(nn.Module):
 
 
 class Lookahead:
-    """The network as it is served."""
+    """The network in service, in numpy."""
 
     def __init__(self, tokens: Sequence[int], net: LookaheadNet) -> None:
-        """tokens: of the network's words, in its order."""
+        """tokens: the token of each of the network's words."""
         self.tokens = list(tokens)
         self.width = net.start.in_features
         self._words = {token: word for word, token in enumerate(self.tokens)}
@@ -73,7 +74,7 @@ class Lookahead:
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor], width: int, vocabulary: int) -> "Lookahead":
-        """What `tensors_of` gave, for a target of this width. Raises ValueError for anything else."""
+        """From the tensors of `tensors_of`, for a target of this width. Raises ValueError for anything else."""
         tokens = tensors.get("tokens")
         if tokens is None or tokens.ndim != 1 or tokens.is_floating_point():
             raise ValueError("want its words as whole numbers in a tensor `tokens`")
@@ -87,12 +88,12 @@ class Lookahead:
         return cls(tokens.tolist(), net)
 
     def propose(self, hidden: NDArray[np.float32], token: int, count: int) -> tuple[int, ...]:
-        """Up to `count` tokens that may follow one that the target chose from this hidden state [D].
+        """Up to `count` tokens that are likely to follow the token that the target chose from this hidden state [D].
 
-        Before the first word: BOS and zeros. Fewer where the text seems to end, none after a token it does not know.
+        Before the first word, pass BOS and zeros. Returns fewer if the text seems to end, none after an unknown token.
         """
         word, proposed = self._words.get(token), list[int]()
-        # Row by row: for several at once the library would wake threads, which cost more than they bring.
+        # Row by row: for several rows at once BLAS would use threads, which takes longer.
         state = np.tanh(self._start @ hidden + self._start_bias)
         while word is not None and len(proposed) < count:
             x, h = self._input_gates[word], self._state_gates @ state + self._state_bias
@@ -107,6 +108,6 @@ class Lookahead:
 
 
 def tensors_of(tokens: Sequence[int], net: LookaheadNet) -> dict[str, Tensor]:
-    """As it is kept in a bundle: tokens int32 [W], weights float16."""
+    """The tensors of its file in a bundle: tokens int32 [W], weights float16."""
     weights = {name: weight.detach().to(torch.float16).contiguous() for name, weight in net.state_dict().items()}
     return {"tokens": torch.tensor(tokens, dtype=torch.int32), **weights}

@@ -1,0 +1,10 @@
+"""What the tools, the benchmarks and the tests share to rehearse a site on one machine.
+
+- `broker`: starts an MQTT broker, Mosquitto or the one in the `iotcore` wheel
+- `processes`: starts boards and servers as child processes with generated configurations
+- `link_simulator`, `shaping`: a TCP proxy that behaves like a thin link
+- `sample_photos`: photos to run on
+- `terminal`: types of command-line arguments, tables and progress bars
+
+It imports `edge_runtime` and nothing else of this project.
+"""

@@ -1,34 +1,35 @@
-"""A broker for the demo and for quick tests: a child process on loopback, with nothing left behind when it stops.
+"""An MQTT broker on 127.0.0.1 as a child process, for the demo, the benchmarks and the tests.
 
-Mosquitto where it is installed, else rumqttd from the `iotcore` wheel. Neither has passwords or TLS here: a broker that
-other machines can reach is a service of its own, see docs.
+Mosquitto if it is installed, else rumqttd from the `iotcore` wheel. By default it has no passwords and no TLS, since
+only this machine can reach it; docs/DEPLOY.md has the configuration of a real site.
 """
 
 import os
 import shutil
+import signal
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from edge_runtime.errors import AiflowError
 from testbed.processes import Process
 
 MAX_PACKET = 1 << 20  # bytes
+START_S = 10.0
 
-MOSQUITTO = """
+# {port} and {folder} are filled in.
+PLAIN = """
 listener {port} 127.0.0.1
 allow_anonymous true
 persistence false
-max_packet_size {max_packet}
 set_tcp_nodelay true
-log_type error
-log_type warning
 """
+QUIET = f"{PLAIN}max_packet_size {MAX_PACKET}\nlog_type error\nlog_type warning\n"
 
-# A connection section for MQTT 5; what the wheel starts without a file speaks 3.1.1 only.
+# This file enables MQTT 5; without a file, the wheel's broker only speaks 3.1.1.
 IOTCORE = """
 id = 0
 [router]
@@ -47,75 +48,105 @@ max_payload_size = {max_packet}
 max_inflight_count = 100
 """
 
-
-# Started by root, mosquitto becomes another user: which could not read a temporary configuration, and a process that
-# changes its user no longer ends with its parent (prctl(2), PR_SET_PDEATHSIG).
+# When root starts Mosquitto, it changes its user. That user cannot read a temporary configuration file, and a process
+# that changes its user no longer ends together with its parent (prctl(2), PR_SET_PDEATHSIG).
 KEEP_USER = "user root\n" if os.geteuid() == 0 else ""
 
+_given_ports: set[int] = set()
 
-class BrokerError(OSError):
+
+class BrokerError(AiflowError, OSError):
     """No broker could be started."""
 
 
 def find_mosquitto() -> str | None:
-    """Debian installs it into /usr/sbin, which a user's PATH lacks."""
+    """The program's path. Debian installs it into /usr/sbin, which is not on a user's PATH."""
     return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin")
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A TCP port that is free now and was not returned before by this process."""
+    while True:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = int(sock.getsockname()[1])
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port
+
+
+class Mosquitto(Process):
+    """A Mosquitto broker without persistence. It keeps its port, and every start begins with empty state."""
+
+    def __init__(
+        self, folder: Path, config: str = PLAIN, *, port: int = 0, program: str | None = None, verbose: bool = False
+    ) -> None:
+        """folder: for its configuration and log. port: 0 takes a free one. program: default: the installed one.
+
+        Raises BrokerError if Mosquitto is not installed.
+        """
+        program = program or find_mosquitto()
+        if program is None:
+            raise BrokerError("mosquitto is not installed: apt install mosquitto")
+        self.port = port or free_port()
+        self._settings = folder / f"mosquitto-{self.port}.conf"
+        self.configure(config)
+        arguments = ["-v"] * verbose + ["-c", str(self._settings)]
+        super().__init__([program, *arguments], self._settings.with_suffix(".log"), "mosquitto")
+
+    def configure(self, config: str) -> None:
+        """Replaces the configuration, for the next start."""
+        self._settings.write_text(KEEP_USER + config.format(port=self.port, folder=self._settings.parent))
+
+    def start(self) -> None:
+        """Returns when it listens. Raises BrokerError with the end of its log if it does not."""
+        super().start()
+        deadline = time.monotonic() + START_S
+        while self.is_running() and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.02)  # there is no event for the listening socket of another process
+        self.kill()
+        raise BrokerError(f"broker does not listen on port {self.port}: {self.said()[-500:]}")
+
+    def freeze(self) -> None:
+        """Stops it without closing its connections, until `thaw`."""
+        self.signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.signal(signal.SIGCONT)
 
 
 @contextmanager
 def start_embedded(port: int = 0, *, mosquitto: str | None = find_mosquitto()) -> Iterator[int]:
-    """Yield the port of a broker on 127.0.0.1; 0 takes a free one. mosquitto: its program; None uses iotcore.
+    """Runs a broker during the `with` block and yields its port. port: 0 takes a free one.
 
-    Raises BrokerError when neither can be started.
+    mosquitto: its program; None starts iotcore. Raises BrokerError if no broker can be started.
     """
     port = port or free_port()
-    # The broker reads its file once and keeps its log open, so both may go as soon as it listens: then nothing is left
-    # behind even when this process is killed.
     with ExitStack() as running:
+        # The broker reads its file once and keeps its log open. Deleting both as soon as it listens leaves nothing
+        # behind, even if this process is killed.
         with tempfile.TemporaryDirectory(prefix="aiflow-broker-") as folder:
-            config = Path(folder) / "broker.toml"  # rumqttd reads it only under this ending; mosquitto does not mind
-            config.write_text(
-                (KEEP_USER + MOSQUITTO if mosquitto else IOTCORE).format(port=port, max_packet=MAX_PACKET)
-            )
-            running.enter_context(run_mosquitto(mosquitto, config, port) if mosquitto else run_iotcore(config))
+            if mosquitto:
+                running.enter_context(Mosquitto(Path(folder), QUIET, port=port, program=mosquitto))
+            else:
+                running.enter_context(_run_iotcore(Path(folder), port))
         yield port
 
 
 @contextmanager
-def run_mosquitto(program: str, config: Path, port: int) -> Iterator[None]:
-    with Process([program, "-c", str(config)], config.with_suffix(".log")) as broker:
-        wait_listening(broker.process, port, broker.log)
-        yield
-
-
-def wait_listening(process: subprocess.Popen[bytes], port: int, log: Path, timeout_s: float = 10.0) -> None:
-    """Raises BrokerError with the end of the log when the broker exits or does not listen in time."""
-    deadline = time.monotonic() + timeout_s
-    while process.poll() is None and time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.02)  # nothing to wait on: the listening socket of another process gives no event
-    process.kill()
-    process.wait()
-    raise BrokerError(f"broker does not listen on port {port}: {log.read_text(errors='replace')[-500:]}")
-
-
-@contextmanager
-def run_iotcore(config: Path) -> Iterator[None]:
+def _run_iotcore(folder: Path, port: int) -> Iterator[None]:
     try:
         from iotcore import Broker
     except ImportError as error:
-        raise BrokerError("no broker found: install mosquitto, or `pip install iotcore`") from error
+        raise BrokerError("no broker found: apt install mosquitto, or pip install iotcore") from error
+    config = folder / "broker.toml"  # rumqttd only reads a file with this suffix
+    config.write_text(IOTCORE.format(port=port, max_packet=MAX_PACKET))
     broker = Broker(config_path=str(config))
     try:
-        broker.start()  # its child ends by itself when this process does
+        broker.start()  # its process ends by itself when this one does
     except (OSError, RuntimeError) as error:
         raise BrokerError(f"iotcore did not start: {error}") from error
     try:

@@ -1,60 +1,57 @@
-"""`aiflow link`: a TCP proxy that behaves like a thin link, to rehearse a site or to measure on one.
+"""A TCP proxy that behaves like a thin link, to rehearse a site or to measure on one.
 
-All connections share one link, as a board's do. Each end of a connection is read no faster than the link takes its
-bytes, so that back-pressure is TCP's own; connecting, closing and resetting cross the link like data does. The rules
-are in `shaping.py`; here are the sockets, on an event loop in a thread of its own.
+All connections share one link, as a board's connections do. The proxy reads from each end only as fast as the link
+accepts bytes, so that back-pressure is TCP's own. Connecting, closing and resetting cross the link like data. The rules
+are in `shaping.py`; this file has the sockets, on an event loop in its own thread.
 """
 
-import argparse
 import asyncio
 import logging
 import queue
 import random
 import select
 import selectors
-import signal
 import socket
 import struct
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from testbed.shaping import PROFILES, Line, LinkError, Profile, Shape, parse_trace
+from testbed.shaping import Line, LinkError, Profile, Shape, parse_trace
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 256  # a file descriptor is needed twice for each, and 1024 is a common limit
+MAX_CONNECTIONS = 256  # each needs two file descriptors, and 1024 is a common limit
 MAX_TRACE_BYTES = 4 << 20
-MIN_PACKET, MAX_PACKET = 1400, 16_384  # bytes; the smaller is what fits an Ethernet frame
-TICK_S = 0.001  # a fast line's packets are as long as this: fewer, and nobody sees the difference
+MIN_PACKET, MAX_PACKET = 1400, 16_384  # bytes; the smaller one fits an Ethernet frame
+TICK_S = 0.001  # a packet on a fast line takes this long to send: smaller packets only cost CPU time
 RECEIVE_BUFFER = 65_536  # bytes; the kernel doubles it, socket(7)
-REPORT_S = 60.0
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: closing then sends a reset, socket(7)
 
 Address = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Counters:
-    """What a link has done so far."""
+class LinkCounters:
+    """A link's counters."""
 
     accepted: int  # connections since the start
     open: int  # connections now
-    up_bytes: int  # that arrived at the target
-    down_bytes: int  # that arrived back
+    up_bytes: int  # delivered to the target
+    down_bytes: int  # delivered back
     up_waiting: int  # bytes in the link's buffer now
     down_waiting: int
 
 
-class Link:
-    """A link from an address of this machine to a target while `with` lasts. All methods may be called from any thread.
+class LinkSimulator:
+    """A link from an address of this machine to a target, during the `with` block. Every method is thread-safe.
 
-    port 0 takes a free one. cut_in_outage: an outage resets every connection, as a modem that restarts does; without
-    it they stay up and freeze. Raises OSError, or UnicodeError of a name, where it cannot listen.
+    Port 0 takes a free one. cut_in_outage: an outage resets all connections, like a modem that restarts; otherwise
+    they stay open and freeze. Raises LinkError if it cannot listen.
     """
 
     def __init__(
@@ -74,16 +71,17 @@ class Link:
         self._down = _Direction(profile.down, random.Random(seed + 1))
         self._accepted = 0
         self._connections: set[asyncio.Task[None]] = set()
-        self._switches: set[asyncio.Task[None]] = set()  # at most one: the trace that plays
+        self._traces: set[asyncio.Task[None]] = set()  # at most one: the trace that is playing
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
         self._started: queue.SimpleQueue[Address | OSError | UnicodeError] = queue.SimpleQueue()
 
-    def __enter__(self) -> "Link":
+    def __enter__(self) -> "LinkSimulator":
         self._thread.start()
         started = self._started.get()
         if isinstance(started, (OSError, UnicodeError)):
             self._thread.join()
-            raise started
+            host, port = self._listen
+            raise LinkError(f"cannot listen on {host}:{port}: {started}: choose another address") from started
         self.address = started
         return self
 
@@ -95,26 +93,26 @@ class Link:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port it listens on."""
         return self.address[1]
 
     @property
     def profile(self) -> Profile:
-        """The one that holds now."""
+        """The present profile."""
         return self._profile
 
     @property
-    def counters(self) -> Counters:
-        """A reading."""
+    def counters(self) -> LinkCounters:
+        """The present values."""
         up, down = self._up, self._down
-        return Counters(self._accepted, len(self._connections), up.passed, down.passed, up.waiting, down.waiting)
+        return LinkCounters(self._accepted, len(self._connections), up.passed, down.passed, up.waiting, down.waiting)
 
     def set(self, profile: Profile) -> None:
-        """Has taken effect when it returns, on what waits in the link, too; ends a trace."""
+        """Changes the profile before it returns, also for bytes already in the link, and stops a trace."""
         self.play([(0.0, profile)])
 
     def play(self, trace: Sequence[tuple[float, Profile]]) -> None:
-        """Start a trace now: seconds from this moment, ascending from 0, and the profile that holds from each."""
+        """Starts a trace now: times in seconds from now, ascending from 0, and the profile from each time on."""
         asyncio.run_coroutine_threadsafe(self._play(trace), self._loop).result()
 
     def _run(self) -> None:
@@ -137,10 +135,10 @@ class Link:
         async with server:
             await self._stop.wait()
             server.close()
-            for task in self._switches:
+            for task in self._traces:
                 task.cancel()
             self._cut()
-            await asyncio.gather(*self._connections, *self._switches, return_exceptions=True)
+            await asyncio.gather(*self._connections, *self._traces, return_exceptions=True)
 
     def _protocol(self) -> asyncio.StreamReaderProtocol:
         reader = _Reader(limit=MAX_PACKET)
@@ -158,7 +156,7 @@ class Link:
         task.add_done_callback(self._connections.discard)
 
     async def _connect(self, reader: "_Reader", writer: asyncio.StreamWriter) -> None:
-        """A connection's life. Its handshake takes a round trip, though the client was accepted at once."""
+        """Carries one connection until it ends. Its handshake takes a round trip, although accept() was immediate."""
         writers = [writer]
         try:
             if not await self._reach_target(reader):
@@ -166,12 +164,12 @@ class Link:
             try:
                 target_reader, target_writer = await asyncio.open_connection(*self._target, limit=MAX_PACKET)
             except OSError as error:
-                logger.debug("target away error=%s", error)
+                logger.debug("target unreachable error=%s", error)
                 await self._down.cross()
                 return
             writers.append(target_writer)
             _limit_receive_buffer(target_writer.get_extra_info("socket"))
-            handshake = self._loop.create_task(self._down.cross())  # before whatever the target says first
+            handshake = self._loop.create_task(self._down.cross())  # ahead of the target's first bytes
             await asyncio.gather(
                 self._down.pump(target_reader, writer), self._up.pump(reader, target_writer, after=handshake)
             )
@@ -187,9 +185,9 @@ class Link:
                 end.transport.abort()
 
     async def _reach_target(self, reader: "_Reader") -> bool:
-        """False when the client gave up in an outage: over a real link, the target would never hear of it.
+        """False if the client gave up during an outage: over a real link, its SYN would never reach the target.
 
-        Otherwise the connections that clients tried in an outage would all come to life when it ends.
+        Otherwise every connection that a client tried during an outage would open when the outage ends.
         """
         crossing = self._loop.create_task(self._up.cross())
         ended = self._loop.create_task(reader.ended.wait())
@@ -204,14 +202,14 @@ class Link:
             ended.cancel()
 
     async def _play(self, trace: Sequence[tuple[float, Profile]]) -> None:
-        for task in self._switches:
+        for task in self._traces:
             task.cancel()
         start = self._loop.time()
         self._change(trace[0][1])
         if trace[1:]:
             task = self._loop.create_task(self._follow(start, trace[1:]))
-            self._switches.add(task)
-            task.add_done_callback(self._switches.discard)
+            self._traces.add(task)
+            task.add_done_callback(self._traces.discard)
 
     async def _follow(self, start: float, trace: Sequence[tuple[float, Profile]]) -> None:
         for seconds, profile in trace:
@@ -237,12 +235,12 @@ class Link:
 
 
 class _Direction:
-    """A `Line` in real time: bytes of all connections one way."""
+    """A `Line` in real time: the bytes of all connections in one direction."""
 
     def __init__(self, shape: Shape, rng: random.Random) -> None:
-        self.passed = 0  # bytes that arrived
+        self.passed = 0  # bytes delivered
         self._line: Line[Callable[[], None]] = Line(shape, rng)
-        self._turn = asyncio.Lock()  # first come, first served: nobody starves while the buffer is full
+        self._turn = asyncio.Lock()  # first come, first served: no connection starves while the buffer is full
         self._room = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._packet_bytes = _packet_bytes(shape)
@@ -263,20 +261,20 @@ class _Direction:
     async def pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, after: "asyncio.Task[None] | None" = None
     ) -> None:
-        """Carry one end's bytes to the other until it closes or breaks, which is carried, too."""
+        """Carries the bytes of one end to the other until it closes or fails, and then carries that too."""
         try:
             if after:
                 await after
             while data := await reader.read(self._packet_bytes):
                 await self._put(len(data), partial(self._deliver, writer, data))
-                await writer.drain()  # an end that does not read holds up its peer alone, not the link
+                await writer.drain()  # an end that does not read only blocks its own peer, not the link
         except OSError:
             await self.cross(partial(_reset, writer))
         else:
             await self.cross(partial(_end, writer))
 
     async def cross(self, signal: Callable[[], None] = lambda: None) -> None:
-        """Send a signal without bytes behind what waits; returns when it arrived."""
+        """Sends a signal of no bytes behind the waiting data, and returns when it has arrived."""
         arrived = asyncio.get_running_loop().create_future()
 
         def deliver() -> None:
@@ -298,7 +296,7 @@ class _Direction:
 
     def _deliver(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         if not writer.is_closing():
-            self.passed += len(data)  # first: who has the bytes and looks here finds them counted
+            self.passed += len(data)  # before the write: whoever has received the bytes finds them counted
             writer.write(data)
 
     def _wake(self) -> None:
@@ -319,7 +317,7 @@ class _Direction:
 
 
 class _Reader(asyncio.StreamReader):
-    """Tells of a client's end while nobody reads yet."""
+    """A stream that reports the client's end before anybody reads from it."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(limit=limit)
@@ -335,10 +333,10 @@ class _Reader(asyncio.StreamReader):
 
 
 class _FineSelector(selectors.EpollSelector):
-    """Waits to the microsecond: epoll_wait(2) counts milliseconds, a fifth of what Wi-Fi takes for a round trip."""
+    """A selector with timeouts in microseconds. epoll_wait(2) has milliseconds, a fifth of a Wi-Fi round trip."""
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout and timeout > 0 and self.fileno() < 1024:  # FD_SETSIZE of select(2); above it, milliseconds will do
+        if timeout and timeout > 0 and self.fileno() < 1024:  # FD_SETSIZE of select(2); above it, use milliseconds
             select.select([self], [], [], timeout)
             timeout = 0
         return super().select(timeout)
@@ -350,121 +348,30 @@ def _packet_bytes(shape: Shape) -> int:
 
 def _end(writer: asyncio.StreamWriter) -> None:
     if not writer.is_closing():
-        with suppress(OSError):  # reset in the meantime: its reader tells
+        with suppress(OSError):  # already reset; its reader reports that
             writer.write_eof()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    with suppress(OSError):  # closed already
+    with suppress(OSError):  # already closed
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     writer.transport.abort()
 
 
 def _limit_receive_buffer(sock: socket.socket) -> None:
-    """By default the kernel would take megabytes ahead of the link's own buffer, and no sender would be held up."""
+    """By default the kernel would buffer megabytes before the link's own buffer, and no sender would ever block."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where, to whom, and which link."""
-    parser.epilog = """\
-a broker behind LTE-M:     aiflow link --to 127.0.0.1:1883 --profile lte-m, then let the board connect to port 1884
-a trace, one moment a line: seconds from the start, a tab, a profile; the last one stays"""
-    parser.add_argument(
-        "--listen", type=_address, default=("127.0.0.1", 1884), metavar="HOST:PORT", help="default: 127.0.0.1:1884"
-    )
-    parser.add_argument("--to", type=_address, required=True, metavar="HOST:PORT", help="usually the broker")
-    link = parser.add_mutually_exclusive_group(required=True)
-    link.add_argument(
-        "--profile", choices=PROFILES, help="up and down alike: " + "; ".join(map(_describe, PROFILES.values()))
-    )
-    link.add_argument("--trace", type=Path, metavar="FILE", help="switch profiles while connections stay up")
-    link.add_argument("--up-kbit", type=float, metavar="N", help="a link of your own, with --rtt-ms; 0: nothing passes")
-    parser.add_argument("--down-kbit", type=float, metavar="N", help="default: as --up-kbit")
-    parser.add_argument("--rtt-ms", type=float, metavar="N", help="round trip of the idle link")
-    parser.add_argument("--jitter-ms", type=float, metavar="N", help="added one way, 0 to N; order is kept; default: 0")
-    parser.add_argument("--buffer-kb", type=int, metavar="N", help="what waits for the line each way; default: 64 KiB")
-    parser.add_argument("--cut", action="store_true", help="an outage resets all connections; default: they freeze")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Runs until SIGINT or SIGTERM."""
-    trace = _trace(args)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    with Link(args.to, trace[0][1], listen=args.listen, cut_in_outage=args.cut) as link:
-        host, port = link.address
-        print(f"listening on {host}:{port}, to {args.to[0]}:{args.to[1]}, {_describe(link.profile)}", flush=True)
-        link.play(trace)
-        _report(link, stop)
-
-
-def _report(link: Link, stop: threading.Event) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        while not stop.wait(REPORT_S):
-            print(_line(link), flush=True)
-        print(_line(link), flush=True)
-        return
-    with console.status(_line(link)) as status:
-        while not stop.wait(0.5):
-            status.update(_line(link))
-
-
-def _line(link: Link) -> str:
-    counters = link.counters
-    return (
-        f"{link.profile.name}: up {counters.up_bytes} B ({counters.up_waiting} waiting), "
-        f"down {counters.down_bytes} B ({counters.down_waiting} waiting), "
-        f"connections {counters.open} open, {counters.accepted} so far"
-    )
-
-
-def _describe(profile: Profile) -> str:
-    if profile.is_outage:
-        return f"{profile.name}: nothing passes"
-    rates = f"up {profile.up_kbit:g} kbit/s, down {profile.down_kbit:g} kbit/s"
-    return f"{profile.name}: {rates}, round trip {profile.rtt_ms:g} ms"
-
-
-def _address(text: str) -> Address:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}, want HOST:PORT")
-    try:
-        host.encode("idna")  # as the socket module does
-    except UnicodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: no host can be called {host!r}, want HOST:PORT") from error
-    return host.strip("[]"), int(port)
-
-
-def _trace(args: argparse.Namespace) -> list[tuple[float, Profile]]:
-    """What the arguments ask for; a profile is a trace of one moment."""
-    if args.up_kbit is None and (args.down_kbit, args.rtt_ms) != (None, None):
-        raise LinkError("--down-kbit and --rtt-ms belong to --up-kbit, not to a profile or a trace: leave them out")
-    if args.trace:
-        trace = read_trace(args.trace)
-    elif args.profile:
-        trace = [(0.0, PROFILES[args.profile])]
-    elif args.rtt_ms is None:
-        raise LinkError("--up-kbit without --rtt-ms: say the round trip, too")
-    else:
-        down_kbit = args.up_kbit if args.down_kbit is None else args.down_kbit
-        trace = [(0.0, Profile("custom", args.up_kbit, down_kbit, args.rtt_ms))]
-    changes = {"jitter_ms": args.jitter_ms, "buffer_kb": args.buffer_kb}
-    changes = {field: value for field, value in changes.items() if value is not None}
-    return [(seconds, replace(profile, **changes)) for seconds, profile in trace]
-
-
 def read_trace(path: Path) -> list[tuple[float, Profile]]:
-    """A file of moments and profiles. Raises LinkError, OSError."""
-    with path.open("rb") as file:
-        data = file.read(MAX_TRACE_BYTES + 1)
+    """Reads a trace file, see `parse_trace`. Raises LinkError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TRACE_BYTES + 1)
+    except OSError as error:
+        raise LinkError(f"{path}: {error.strerror}: name a file with a trace") from error
     if len(data) > MAX_TRACE_BYTES:
-        raise LinkError(f"{path}: more than {MAX_TRACE_BYTES} bytes, want less: cut the trace")
+        raise LinkError(f"{path}: more than {MAX_TRACE_BYTES} bytes: shorten the trace")
     try:
         return parse_trace(data.decode(), str(path))
     except UnicodeDecodeError as error:

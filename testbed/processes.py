@@ -1,10 +1,10 @@
-"""Boards and servers as child processes with generated configurations, for the demo and the benchmarks.
+"""Boards and servers as child processes with generated configurations, for the demo, the benchmarks and the tests.
 
-A child ends with `with`, or with the process that started it; what it logs is kept, so that its own words tell why it
-failed.
+A child process ends with its `with` block, or when the process that started it ends. Its output goes to a log file, so
+that an error can quote what it said last.
 """
 
-import json
+import logging
 import queue
 import shutil
 import signal
@@ -12,34 +12,40 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+import tomli_w
+
 from edge_runtime.config import MqttConfig
 from edge_runtime.errors import AiflowError
 from edge_runtime.mqtt.client import Message, MqttClient
-from edge_runtime.wire import topics
+from edge_runtime.wire import EnvelopeError, Event, decode_event, topics
 
-START_S = 300.0  # a slow or busy machine takes a while to load torch
-STOP_S = 25.0  # a server or a board that hangs says where, and ends, within 20 s
+logger = logging.getLogger(__name__)
+
+START_S = 300.0  # a slow or busy machine takes minutes to load torch
+STOP_S = 25.0  # a board or server that hangs logs where, and ends, within 20 s
+END_S = 60.0  # for the end of a process after a signal, on a busy machine
 LOG_LINES = 12
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what ends a demo or a benchmark
-
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end a demo or a benchmark
 
 P = TypeVar("P", bound="Process")
 
 
-class ChildError(AiflowError, ValueError):
-    """A child process ended when it should not have, or did not start."""
+class ProcessError(AiflowError, ValueError):
+    """A child process did not start, or ended when it should not have."""
 
 
 class Process:
-    """A child process with a log of its own, which may be started again; `with` starts and stops it."""
+    """A child process with a log file. It can be started again; `with` starts and stops it."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
-        self.command, self.log = command, log
+    def __init__(self, command: Sequence[str], log: Path, name: str) -> None:
+        """name: how errors call it."""
+        self.command, self.log, self.name = list(command), log, name
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self: P) -> P:
@@ -54,11 +60,14 @@ class Process:
         self.stop()
 
     def start(self) -> None:
-        with undisturbed(), self.log.open("ab") as output:
-            # A session of its own: Ctrl-C in a terminal must not end all children at once, but in their order.
-            # Python finds modules in the working folder first, and there are none in ours.
+        """Raises ProcessError if there is no such program."""
+        if not shutil.which(self.command[0]):
+            raise ProcessError(f"{self.command[0]} is not a program: use the Python that has aiflow-edge installed")
+        with _postponed_interrupts(), self.log.open("ab") as output:
+            # In a session of its own, so that Ctrl-C in a terminal does not end all children at once.
+            # Python looks for modules in the working directory first; the log's directory contains none.
             self._process = subprocess.Popen(
-                with_parent(*self.command),
+                _ending_with_parent(self.command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -68,13 +77,17 @@ class Process:
 
     @property
     def process(self) -> "subprocess.Popen[bytes]":
-        """Raises ChildError for one that was not started."""
+        """Raises ProcessError if it was never started."""
         if self._process is None:
-            raise ChildError(f"{self.command[0]} was not started: this is a fault of the benchmark")
+            raise ProcessError(f"{self.name} was not started: this is a bug")
         return self._process
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
     def stop(self) -> None:
-        """SIGTERM, and SIGKILL for what does not obey; also for what was frozen, or has ended."""
+        """Sends SIGTERM, and SIGKILL if that is not enough. It may be frozen, or have ended already."""
         if self._process is None:
             return
         for number in (signal.SIGCONT, signal.SIGTERM):
@@ -83,78 +96,136 @@ class Process:
         try:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_S)
-        finally:  # whatever interrupts the wait, nothing is left behind
-            self._process.kill()
-            self._process.wait()
+        finally:  # nothing is left behind, even if the wait is interrupted
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL, which also ends a frozen process."""
+        self.process.kill()
+        self.process.wait()
+
+    def signal(self, number: int) -> None:
+        """After SIGTERM and SIGKILL it waits for the end. Raises ProcessError if the process does not end."""
+        self.process.send_signal(number)
+        if number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                self.process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                raise ProcessError(f"{self.name} still runs {END_S:.0f} s after signal {number}") from None
+
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def has_ended(self) -> bool:
+        """True after exit code 0. Raises ProcessError with the end of its log after any other."""
+        if code := self.process.poll():
+            raise ProcessError(self._last_words(code))
+        return code == 0
+
+    def check_running(self) -> None:
+        """Raises ProcessError if it has ended."""
+        if self.has_ended():
+            raise ProcessError(self._last_words(0))
 
     def said(self) -> str:
         """Its log."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    def _last_words(self, code: int) -> str:
+        lines = self.said().splitlines()[-LOG_LINES:]
+        return "\n  ".join([f"`{self.name}` ended with exit code {code}; it said last:", *lines])
 
-def with_parent(*command: str) -> list[str]:
-    """A command that ends with the thread that starts it, where util-linux is there to arrange that."""
+
+class AiflowProcess(Process):
+    """One `aiflow` subcommand with a generated TOML file."""
+
+    def __init__(
+        self, command: str, tables: dict[str, Any], folder: Path, name: str = "", through: Sequence[str] = ()
+    ) -> None:
+        """name: of its files, default: the command. through: a module, with arguments, that runs the command."""
+        config = folder / f"{name or command}.toml"
+        config.write_text(tomli_w.dumps(tables))
+        module = [sys.executable, "-m", *through, "firmware_tools"]
+        super().__init__([*module, command, str(config)], config.with_suffix(".log"), f"aiflow {command}")
+
+
+def _ending_with_parent(command: list[str]) -> list[str]:
+    """The command, run so that it ends with the thread that starts it, if util-linux is installed."""
     setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "TERM", *command] if setpriv else list(command)
+    return [setpriv, "--pdeathsig", "TERM", *command] if setpriv else command
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Signals that interrupt come behind it: amid Popen they would leave a process that nobody knows of."""
+def _postponed_interrupts() -> Iterator[None]:
+    """Delivers interrupting signals after the block. During Popen they would leave a process that nobody stops."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python runs handlers in the main thread only
+        yield  # Python runs signal handlers in the main thread only
         return
-    came: list[int] = []
+    received: list[int] = []
     handlers = {number: signal.getsignal(number) for number in INTERRUPTS}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in handlers:
-        signal.signal(number, lambda received, _: came.append(received))
+        signal.signal(number, lambda number, _: received.append(number))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for received in came:
-            signal.raise_signal(received)
+        for late in received:
+            signal.raise_signal(late)
 
 
-class Child(Process):
-    """One `aiflow` subcommand with a TOML file of its own."""
+@contextmanager
+def interrupted_once() -> Iterator[None]:
+    """The first signal raises KeyboardInterrupt. Later ones are ignored, so that they do not cut the cleanup short."""
 
-    def __init__(self, name: str, tables: dict[str, Any], folder: Path) -> None:
-        self.name, config = name, folder / f"{name}.toml"
-        config.write_text(toml(tables))
-        super().__init__([sys.executable, "-m", "firmware_tools", name, str(config)], folder / f"{name}.log")
+    def interrupt(*_: object) -> None:
+        for number in INTERRUPTS:
+            signal.signal(number, lambda *_: None)
+        raise KeyboardInterrupt
 
-    def has_ended(self) -> bool:
-        """True: with success. Raises ChildError with the end of its log for anything else."""
-        code = self.process.poll()
-        if code:
-            log = self.said().splitlines()[-LOG_LINES:]
-            raise ChildError("\n  ".join([f"`aiflow {self.name}` ended with exit code {code}; it said last:", *log]))
-        return code == 0
+    before = {number: signal.signal(number, interrupt) for number in INTERRUPTS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def wait_serving(server: Child, port: int, site: str, name: str) -> None:
-    """Until a server's status says that requests reach it. Raises ChildError."""
+class StatusFields(msgspec.Struct, frozen=True):
+    """The fields of a board's or server's status that tell when it is ready."""
+
+    state: str = ""
+    server: str = ""
+    share_proven: bool = False  # requests reach this server
+
+
+def read_status(payload: bytes) -> StatusFields:
+    """The defaults if this is not a status: anybody may publish anything on its topic."""
+    try:
+        return msgspec.json.decode(payload, type=StatusFields)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return StatusFields()
+
+
+def read_event(payload: bytes) -> Event | None:
+    """None, and a line in the log, if this is not an event."""
+    try:
+        return decode_event(payload)
+    except EnvelopeError as error:
+        logger.warning("event ignored error=%s", error)
+        return None
+
+
+def wait_serving(server: Process, port: int, site: str, name: str) -> None:
+    """Waits until a server's status says that requests reach it. Raises ProcessError."""
     statuses: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    topic = topics.server_status(site, name)
     settings = MqttConfig(port=port).settings(f"waits-for-{name}")
-    until = time.monotonic() + START_S
-    with MqttClient(settings, subscriptions=[(topic, 1)], on_message=statuses.put):
-        while time.monotonic() < until:
+    deadline = time.monotonic() + START_S
+    with MqttClient(settings, subscriptions=[(topics.server_status(site, name), 1)], on_message=statuses.put):
+        while time.monotonic() < deadline:
             server.has_ended()
             with suppress(queue.Empty):
-                if json.loads(statuses.get(timeout=0.2).payload).get("share_proven"):
+                if read_status(statuses.get(timeout=0.2).payload).share_proven:
                     return
-    raise ChildError(f"the server did not start within {START_S:.0f} s: try again when the machine is less busy")
-
-
-def toml(tables: dict[str, Any]) -> str:
-    """Tables of plain values, and lists of such tables. JSON's strings, numbers and booleans are TOML's too."""
-    lines: list[str] = []
-    for name, table in tables.items():
-        for entry in table if isinstance(table, list) else [table]:
-            lines.append(f"[[{name}]]" if isinstance(table, list) else f"[{name}]")
-            lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in entry.items()]
-    return "\n".join(lines) + "\n"
+    raise ProcessError(f"the server did not start within {START_S:.0f} s: try again when the machine is less busy")

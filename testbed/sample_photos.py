@@ -1,6 +1,6 @@
-"""What the demo and the benchmarks look at: freely licensed photos that pip packages carry, or the user's own.
+"""Photos for the demo and the benchmarks: the user's own, or freely licensed ones from installed packages.
 
-Nothing is downloaded: the photos lie in the wheels of packages of the `demo` extra, which are not imported.
+Nothing is downloaded: the photos are files in packages of the `demo` extra. Those packages are not imported.
 """
 
 import logging
@@ -11,13 +11,15 @@ from itertools import islice
 from pathlib import Path
 
 import cv2
+import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.inference.preprocess import PictureError, decode_picture
 
 logger = logging.getLogger(__name__)
 
-# Package, path in it, name, credit and licence as its documentation states them.
+# Package, path in it, name, credit and licence, as stated in the package's documentation.
 SHIPPED = (
     ("skimage", "data/chelsea.png", "cat", "Stéfan van der Walt, CC0"),
     ("skimage", "data/astronaut.png", "astronaut", "NASA, public domain"),
@@ -32,7 +34,7 @@ SHIPPED = (
 
 @dataclass(frozen=True, slots=True)
 class Photo:
-    """One picture that can be decoded."""
+    """A picture that can be decoded."""
 
     name: str
     data: bytes  # JPEG, PNG or WebP
@@ -40,7 +42,7 @@ class Photo:
 
 
 def collect(images: Sequence[Path] | None = None, video: Path | None = None, limit: int | None = None) -> list[Photo]:
-    """The user's pictures, stills of a video, or the shipped photos. Raises PictureError when there is none."""
+    """The user's pictures, stills of a video, or the shipped photos. Raises PictureError if there are none."""
     found: Iterator[Photo]
     if video:
         found = stills(video)
@@ -51,13 +53,26 @@ def collect(images: Sequence[Path] | None = None, video: Path | None = None, lim
     photos = list(islice(found, limit))
     if not photos:
         raise PictureError(
-            "no picture can be read: name others, or pip install 'aiflow-edge[demo]' for the shipped ones"
+            "no picture can be read: name other pictures, or install scikit-image, scikit-learn or matplotlib, "
+            "whose photos are used by default"
         )
     return photos
 
 
+def frames(images: Sequence[Path] | None, limit: int) -> Iterator[NDArray[np.uint8]]:
+    """uint8 RGB [H, W, 3]: the user's photos; or of each shipped photo the whole, its mirror image and its quarters."""
+    photos = (decode_picture(photo.data) for photo in collect(images, limit=limit))
+    return photos if images else islice((view for photo in photos for view in _views(photo)), limit)
+
+
+def _views(photo: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    y, x = photo.shape[0] // 2, photo.shape[1] // 2
+    for view in (photo, photo[:, ::-1], photo[:y, :x], photo[:y, x:], photo[y:, :x], photo[y:, x:]):
+        yield np.ascontiguousarray(view)
+
+
 def shipped() -> Iterator[Photo]:
-    """The photos of the packages that are installed."""
+    """The photos of the installed packages."""
     for package, path, name, credit in SHIPPED:
         spec = find_spec(package)
         for folder in spec.submodule_search_locations or () if spec else ():
@@ -67,11 +82,11 @@ def shipped() -> Iterator[Photo]:
 
 
 def stills(video: Path) -> Iterator[Photo]:
-    """A JPEG of every second of a video file. Raises PictureError for a file without a frame."""
+    """A JPEG for every second of a video file. Raises PictureError if it has no frame."""
     capture = cv2.VideoCapture(str(video), cv2.CAP_FFMPEG)
     try:
         if not capture.grab():
-            raise PictureError(f"{video} cannot be read as a video: is the path right and the codec known?")
+            raise PictureError(f"{video} cannot be read as a video: check the path and the codec")
         stride = max(1, round(capture.get(cv2.CAP_PROP_FPS) or 25.0))
         number, more = 0, True
         while more:
@@ -86,7 +101,7 @@ def stills(video: Path) -> Iterator[Photo]:
 
 
 def is_readable(picture: Picture) -> bool:
-    """Whether it can be decoded; one that cannot is named in the log."""
+    """True if it can be decoded; otherwise its name is logged."""
     try:
         decode_picture(picture.data)
     except PictureError as error:

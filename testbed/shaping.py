@@ -1,8 +1,8 @@
-"""What a thin link does to a stream of bytes, as a function of times: rate, delay, jitter, a buffer, outages.
+"""What a thin link does to a stream of bytes, as a function of time: rate, delay, jitter, a buffer, outages.
 
-Knows no socket and no clock: times come in as seconds of any monotonic clock. A packet waits in the buffer until the
-line is free, leaves at the line's rate, and then travels for the delay; nothing overtakes. Loss is not modelled: TCP
-hides it from whoever reads the stream, as delay (use jitter) or as a lower rate. Nor are headers: a rate is payload.
+This file has no sockets and no clock: times are arguments, in seconds of any monotonic clock. A packet waits in the
+buffer until the line is free, leaves at the line's rate, and then travels for the delay, in order. Loss is not
+modelled: TCP turns it into delay (use jitter) or into a lower rate. Rates count payload without packet headers.
 """
 
 import json
@@ -19,47 +19,47 @@ T = TypeVar("T")
 MAX_KBIT = 1_000_000
 MAX_MS = 60_000
 MAX_BUFFER_KB = 16_384
-MAX_PACKETS = 16_384  # waiting or travelling, per direction: bounds the memory of links that are both fast and long
+MAX_PACKETS = 16_384  # waiting or travelling, per direction: bounds the memory of fast links with a long delay
 MAX_TRACE_LINES = 100_000
 
 
 class LinkError(AiflowError, ValueError):
-    """A profile or a trace that no link can have."""
+    """A profile or a trace that is out of range."""
 
 
 class Shape(NamedTuple):
     """One direction of a link."""
 
-    rate: float  # bytes/s; 0: nothing passes, neither what waits nor what travels
+    rate: float  # bytes/s; 0: nothing arrives, not even what is already travelling
     delay_s: float  # one way
     jitter_s: float  # added to the delay, uniform from 0 to this
-    buffer_bytes: int  # what may wait for the line before the sender is held up
+    buffer_bytes: int  # how much may wait for the line before the sender blocks
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A link, both directions. Raises LinkError for what is out of its range."""
+    """A link in both directions. Raises LinkError for values out of range."""
 
     name: str
     up_kbit: float  # kbit/s (1000 bits), 0 to MAX_KBIT; 0: nothing passes
     down_kbit: float
-    rtt_ms: float  # an idle link's round trip, half of it each way; 0 to MAX_MS
-    jitter_ms: float = 0.0  # one way, only ever added; 0 to MAX_MS
-    # Each way, in 1024 bytes, 1 to MAX_BUFFER_KB. The rate decides what it means: 64 KiB are 0.5 s of 1 Mbit/s and 26 s
-    # of 20 kbit/s. Mobile networks do buffer seconds: Jiang et al., "Tackling Bufferbloat in 3G/4G Networks", IMC 2012.
+    rtt_ms: float  # round trip of the idle link, half of it each way; 0 to MAX_MS
+    jitter_ms: float = 0.0  # additional delay one way; 0 to MAX_MS
+    # Each way, in KiB, 1 to MAX_BUFFER_KB. 64 KiB take 0.5 s at 1 Mbit/s and 26 s at 20 kbit/s. Mobile networks really
+    # buffer that long: Jiang et al., "Tackling Bufferbloat in 3G/4G Networks", IMC 2012.
     buffer_kb: int = 64
 
     def __post_init__(self) -> None:
         limits = {"up_kbit": MAX_KBIT, "down_kbit": MAX_KBIT, "rtt_ms": MAX_MS, "jitter_ms": MAX_MS}
         for field, most in limits.items():
-            if not 0 <= getattr(self, field) <= most:  # false for NaN, too
+            if not 0 <= getattr(self, field) <= most:  # also refuses NaN
                 raise LinkError(f"link {self.name}: {field} = {getattr(self, field)}, want 0 to {most}")
         if not 1 <= self.buffer_kb <= MAX_BUFFER_KB:
             raise LinkError(f"link {self.name}: buffer_kb = {self.buffer_kb}, want 1 to {MAX_BUFFER_KB}")
 
     @property
     def is_outage(self) -> bool:
-        """Nothing passes either way."""
+        """True if nothing passes in either direction."""
         return self.up_kbit == self.down_kbit == 0
 
     @property
@@ -69,7 +69,7 @@ class Profile:
 
     @property
     def down(self) -> Shape:
-        """Back to who connected."""
+        """Back to the client."""
         return self._shape(self.down_kbit)
 
     def _shape(self, kbit: float) -> Shape:
@@ -90,29 +90,29 @@ PROFILES = {
 
 
 def named(name: str) -> Profile:
-    """Raises LinkError with the names that there are."""
+    """The profile of this name. Raises LinkError with the known names."""
     if name not in PROFILES:
         raise LinkError(f"no link profile {name!r}, want one of {', '.join(PROFILES)}")
     return PROFILES[name]
 
 
 class Line(Generic[T]):
-    """One direction: packets go in with a time and come out with a later one, in the same order.
+    """One direction: packets go in at a time and come out at a later time, in the same order.
 
-    Times must not run backwards from call to call.
+    Times must not go backwards from call to call.
     """
 
     def __init__(self, shape: Shape, rng: random.Random) -> None:
         self._shape = shape
         self._rng = rng
         self._waiting: deque[tuple[int, T]] = deque()
-        self._travelling: deque[tuple[float, T]] = deque()  # with the earliest arrival: behind who is ahead
-        self._started = 0.0  # when the line began with the rest of the first packet that waits
-        self._rest = 0.0  # bytes of that packet that have not left
-        self._buffered = 0  # bytes of all packets that wait
+        self._travelling: deque[tuple[float, T]] = deque()  # with its earliest arrival; packets keep their order
+        self._started = 0.0  # when the line began to send the rest of the first waiting packet
+        self._rest = 0.0  # bytes of that packet that are not sent yet
+        self._buffered = 0  # bytes of all waiting packets
 
     def put(self, now: float, size: int, packet: T) -> None:
-        """size: bytes; 0 for a signal that costs no time on the line but keeps its place."""
+        """size: bytes; 0 for a signal that takes no time on the line but keeps its place in the order."""
         self._advance(now)
         if not self._waiting:
             self._started, self._rest = now, size
@@ -121,7 +121,7 @@ class Line(Generic[T]):
         self._advance(now)
 
     def change(self, now: float, shape: Shape) -> None:
-        """From now on; what half of a packet took under the old rate, it has taken."""
+        """Changes the link from now on. The bytes that were sent at the old rate stay sent."""
         self._advance(now)
         if self._waiting:
             self._rest = max(0.0, self._rest - (now - self._started) * self._shape.rate)
@@ -129,13 +129,13 @@ class Line(Generic[T]):
         self._shape = shape
 
     def clear(self) -> None:
-        """Forget what waits and what travels."""
+        """Drops all waiting and travelling packets."""
         self._waiting.clear()
         self._travelling.clear()
         self._buffered = 0
 
     def arrived(self, now: float) -> list[T]:
-        """What is at the far end by now and was not asked for yet."""
+        """Removes and returns the packets that have arrived by now."""
         self._advance(now)
         packets = []
         while self._shape.rate and self._travelling and self._travelling[0][0] <= now:
@@ -143,18 +143,18 @@ class Line(Generic[T]):
         return packets
 
     def is_full(self, now: float) -> bool:
-        """True: put nothing in now; a packet that was too large for the rest of the buffer is in it all the same."""
+        """True if nothing may be put in now. One packet may exceed the buffer's size."""
         self._advance(now)
         packets = len(self._waiting) + len(self._travelling)
         return self._buffered >= self._shape.buffer_bytes or packets >= MAX_PACKETS
 
     @property
     def buffered(self) -> int:
-        """Bytes that waited for the line when it was last asked or told something."""
+        """Waiting bytes, as of the last call."""
         return self._buffered
 
     def next_event(self) -> float | None:
-        """When a packet leaves or arrives next (past, after an outage); None: not before `put` or `change`."""
+        """When the next packet leaves or arrives (may be past after an outage). None: nothing before the next call."""
         if not self._shape.rate:
             return None
         leaves = self._started + self._rest / self._shape.rate if self._waiting else math.inf
@@ -172,32 +172,32 @@ class Line(Generic[T]):
 
 
 def parse_trace(text: str, source: str) -> list[tuple[float, Profile]]:
-    """Moments (seconds from the start, ascending from 0) and the profile that holds from each; the last one stays.
+    """Times (seconds from the start, ascending from 0), each with the profile from then on; the last one stays.
 
-    One moment a line, `20<TAB>lte-m` or `{"seconds": 20, "profile": "lte-m"}`; empty lines and lines that begin with #
-    are skipped. source: the name for errors. Raises LinkError with source, line and what is wanted.
+    A line is `20<TAB>lte-m` or `{"seconds": 20, "profile": "lte-m"}`. Empty lines and lines that begin with # are
+    skipped. source: the file's name in errors. Raises LinkError with source, line and what is wanted.
     """
     trace: list[tuple[float, Profile]] = []
     for number, line in enumerate(text.splitlines(), 1):
         if number > MAX_TRACE_LINES:
-            raise LinkError(f"{source}: more than {MAX_TRACE_LINES} lines, want fewer: cut the trace")
+            raise LinkError(f"{source}: more than {MAX_TRACE_LINES} lines: shorten the trace")
         if not line.strip() or line.startswith("#"):
             continue
         try:
-            seconds, profile = _moment(line)
+            seconds, profile = _parse_line(line)
             if trace and seconds <= trace[-1][0]:
                 raise LinkError(f"seconds = {seconds:g} after {trace[-1][0]:g}, want ascending times")
             if not trace and seconds != 0:
-                raise LinkError(f"seconds = {seconds:g} first, want 0: they count from the start of the trace")
+                raise LinkError(f"seconds = {seconds:g} first, want 0: times count from the start of the trace")
         except LinkError as error:
             raise LinkError(f"{source}, line {number}: {error}") from None
         trace.append((seconds, profile))
     if not trace:
-        raise LinkError(f"{source}: no line, want lines such as 0<TAB>wifi")
+        raise LinkError(f"{source}: no lines, want lines such as 0<TAB>wifi")
     return trace
 
 
-def _moment(line: str) -> tuple[float, Profile]:
+def _parse_line(line: str) -> tuple[float, Profile]:
     wanted = LinkError(f'{line[:60]!r}, want seconds<TAB>profile or {{"seconds": 20, "profile": "lte-m"}}')
     if not line.lstrip().startswith("{"):
         seconds, _, name = line.partition("\t")

@@ -1,4 +1,4 @@
-"""What commands take and print: tables and progress on a terminal, plain lines elsewhere."""
+"""Types of command-line arguments, and output: tables and progress bars on a terminal, plain lines elsewhere."""
 
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 def number(text: str) -> int:
-    """Of an argument: a whole number from 1."""
+    """An argument's type: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, want a whole number from 1")
     return int(text)
 
 
 def share(text: str) -> float:
-    """Of an argument: a number from 0 to 1."""
+    """An argument's type: a number from 0 to 1."""
     with suppress(ValueError):
         if 0 <= (value := float(text)) <= 1:
             return value
@@ -29,22 +29,22 @@ def share(text: str) -> float:
 
 
 def markdown_table(rows: Iterable[Sequence[str]]) -> str:
-    """GitHub's; the first row is the header."""
+    """A table in GitHub's Markdown; the first row is the header."""
     header, *others = rows
     lines = [header, ("---",) * len(header), *others]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
 
 
 def new_file(text: str) -> Path:
-    """Of an argument: a file to write to in the end, so that what is wrong with it is found before anything runs."""
+    """An argument's type: a file to write at the end. Its directory is checked now, before anything runs."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no such directory to write to: make it first")
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no such directory to write to: create it first")
     return path
 
 
 def print_figures(figures: dict[str, Any], title: str = "") -> None:
-    """Names and values, one a line; a name within a name follows it."""
+    """Prints names and values, one per line; a nested name follows its parent's."""
     console = Console()
     if not console.is_terminal:
         for name, value in _flat(figures):
@@ -57,12 +57,12 @@ def print_figures(figures: dict[str, Any], title: str = "") -> None:
 
 
 def printable(text: str) -> str:
-    """Text from files or the network without what a terminal would obey."""
+    """Text from files or the network without control characters, which a terminal would obey."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Progress while iterating; silent where nobody watches."""
+    """Shows progress while iterating; silent if the output is not a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield from items
@@ -79,4 +79,4 @@ def _flat(figures: dict[Any, Any], before: str = "") -> Iterator[tuple[str, Any]
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -27,16 +27,16 @@ from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDeco
 from models.lookahead import LookaheadNet, lookahead_file, tensors_of
 from tests import exports
 
-VOCABULARY = 40  # small, so that random texts end: each token is the end token one time in 37
+VOCABULARY = 40  # small, so that random texts end: one token in 37 is the end token
 MAX_TOKENS = 24
 SHAPES = {"edge": (32, 2, 1, 1), "cloud": (64, 2, 1, 2)}  # width, heads, encoder and decoder layers
 CLASSES = ("cat", "dog", "horse")
 
 
 def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 14, board: bool = False) -> Bundle:
-    """Writes a bundle as a server needs it; the same seed gives the same files. With 14, edge texts have all lengths.
+    """Writes a bundle for a server. The same seed gives the same files. With 14, edge texts have all lengths.
 
-    board: with the head and the draft for both backends; the head is then a pretrained one, so that photos differ.
+    board: adds head and draft for both backends. The head is then pretrained, so that photos give different symbols.
     """
     torch.manual_seed(seed)
     path.mkdir(parents=True)
@@ -89,10 +89,10 @@ def random_symbols(count: int, seed: int = 0) -> np.ndarray:
 
 
 def lively(network: nn.Module) -> nn.Module:
-    """Weights under which every layer passes its input on, so that different latents give different texts."""
+    """Random weights with which every layer depends on its input, so that different latents give different texts."""
     for name, weight in network.named_parameters():
         if "norm" in name and name.endswith("weight"):
-            # Mixed signs keep a decoder whose input embedding is its output from repeating its last token for ever.
+            # With mixed signs, a decoder with tied embeddings does not repeat its last token without end.
             nn.init.normal_(weight) if name == "norm.weight" else nn.init.ones_(weight)
         elif weight.ndim > 1:
             embeds = name.endswith(("tokens.weight", "positions"))

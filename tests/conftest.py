@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `tests.brokers`: pytest's importlib mode adds no path of its own
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `tests.brokers`: pytest's importlib mode adds no path
 
 from edge_runtime.inference.bundle import Bundle
 from tests.brokers import PLAIN, Mosquitto
 
-# A busy machine may take any time for an example, and the limit on a whole test stays.
+# On a busy machine an example may take any time; the limit on a whole test still applies.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 
 
 @pytest.fixture
 def start_broker(tmp_path: Path) -> Iterator[Callable[..., Mosquitto]]:
-    """A function that starts a Mosquitto, plain or with a given configuration; all end with the test."""
+    """A function that starts a Mosquitto, plain or with the given configuration. They end with the test."""
     with ExitStack() as stack:
         yield lambda config=PLAIN: stack.enter_context(Mosquitto(tmp_path, config))
 
@@ -32,7 +32,7 @@ def broker(start_broker: Callable[..., Mosquitto]) -> Mosquitto:
 
 @pytest.fixture(scope="session")
 def board_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A small bundle with everything that board and server need."""
+    """A small bundle with all files for board and server."""
     from tests.bundles import tiny_bundle
 
     return tiny_bundle(tmp_path_factory.mktemp("bundles") / "board", board=True)

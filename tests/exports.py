@@ -1,4 +1,4 @@
-"""Exported networks for tests: the pretrained head and a draft with random weights, quantised once a process."""
+"""Exported networks for tests: the pretrained head and a draft with random weights, quantised once per process."""
 
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,7 @@ VOCABULARY = 60
 
 @cache
 def head() -> Head:
-    """The pretrained head, its bottleneck random but scaled as a trained one: standard deviation 1 a channel."""
+    """The pretrained head with a random bottleneck, scaled to standard deviation 1 per channel like a trained one."""
     torch.manual_seed(1)
     lite0, head = pretrained_lite0(), Head().eval()
     head.stem, head.blocks = lite0.stem, lite0.blocks[:CUT]
@@ -38,7 +38,7 @@ def head() -> Head:
 
 
 def pictures(count: int, seed: int) -> Tensor:
-    """uint8 [count, 224, 224, 3]: patches of colour with noise of all sizes."""
+    """uint8 [count, 224, 224, 3]: random colours at several scales."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (3, 9, 40, 224)
     layers = [torch.randn(count, 3, size, size, generator=generator) for size in sizes]
@@ -54,11 +54,11 @@ def int8_head() -> Int8Head:
 
 @cache
 def draft(vocabulary: int = VOCABULARY) -> DraftDecoder:
-    """A draft decoder whose texts depend on the latent; some end early, most do not."""
+    """A draft decoder whose texts depend on the latent; a few of them end early."""
     torch.manual_seed(2)
     draft = DraftDecoder(vocabulary).eval()
     with torch.no_grad():
-        draft.tokens.weight.normal_()  # logits as far apart as a trained decoder's
+        draft.tokens.weight.normal_()  # logits with the spread of a trained decoder
         draft.look_positions.normal_()
         for layer in (draft.query, draft.input_gates, draft.state_gates, draft.out):
             layer.weight *= 3
@@ -67,7 +67,7 @@ def draft(vocabulary: int = VOCABULARY) -> DraftDecoder:
 
 
 def latents(count: int, seed: int) -> np.ndarray:
-    """Symbols int8 [count, 64, 7, 7], each photo with channels of its own."""
+    """Symbols int8 [count, 64, 7, 7]; the channels of each photo have different means."""
     rng = np.random.default_rng(seed)
     values = rng.laplace(0, 1, (count, *LATENT)) + rng.normal(0, 1, (count, LATENT[0], 1, 1))
     return values.round().astype(np.int8)
@@ -75,7 +75,7 @@ def latents(count: int, seed: int) -> np.ndarray:
 
 @cache
 def files() -> dict[str, bytes]:
-    """head, look and step for both runtimes."""
+    """The files head, look and step for both runtimes."""
     int8_draft = quantise_draft(draft())
     drafts = {".onnx": write_draft_onnx(int8_draft), ".tflite": write_draft_litert(int8_draft)}
     heads = {".onnx": write_onnx(int8_head()), ".tflite": write_litert(int8_head())}
@@ -85,7 +85,7 @@ def files() -> dict[str, bytes]:
 
 
 def loaded(directory: Path, name: str, data: bytes | None = None) -> Model:
-    """One of `files`, or other data, written to a directory and loaded."""
+    """One of `files`, or other data, written into a directory and loaded."""
     path = directory / name
     path.write_bytes(files()[name] if data is None else data)
     return load_model(path)

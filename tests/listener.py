@@ -1,4 +1,4 @@
-"""Somebody at the broker: hears what tests ask about, in order, and says what they want said."""
+"""An MQTT client for tests: it collects the messages of some topics and can answer them."""
 
 import itertools
 import queue
@@ -7,16 +7,16 @@ from collections.abc import Callable
 
 from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings, Timing
 
-PATIENCE_S = 20.0  # for what takes well under a second when nothing is wrong
+PATIENCE_S = 20.0  # for something that takes much less than a second if nothing is wrong
 QUICK = Timing(backoff_base=0.02, backoff_cap=0.1, refused_cap=0.2, handshake=2.0, degraded=0.3, short_session=0.0)
-_numbers = itertools.count()  # two clients with one id would throw each other out
+_numbers = itertools.count()  # a broker disconnects a client when another one with its id connects
 
 
 class Listener:
-    """`with` connects it, and waits until its subscriptions are in force."""
+    """`with` connects it and waits until its subscriptions are active."""
 
     def __init__(self, port: int, *topics: str, answer: Callable[[bytes], bytes] | None = None, to: str = "") -> None:
-        """answer: called with every payload that is heard, on the client's thread; what it returns is published."""
+        """answer: called with every payload, on the client's thread; its result is published on the topic `to`."""
         self.heard: queue.Queue[Message] = queue.Queue()
         self._answer, self._to = answer, to
         self.client = MqttClient(
@@ -45,8 +45,8 @@ class Listener:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """For what gives no event, such as another thread's counters."""
+    """Waits for something without an event, such as another thread's counters."""
     end = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
+        assert time.monotonic() < end, "the condition did not become true in time"
         time.sleep(0.01)

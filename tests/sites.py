@@ -1,4 +1,4 @@
-"""A whole site over a broker that a test has set up: a board, a server, and a person who reads along."""
+"""A whole site on a broker that a test has set up: a board, a server and a user."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ def login(folder: Path, name: str, port: int) -> MqttConfig:
 
 
 def assert_answered(board: RuntimeConfig, server: Config, person: MqttSettings) -> None:
-    """The broker delivers to the server, it answers the board's one photo, and the person hears of both."""
+    """The broker delivers to the server, the server answers the board's one photo, and the user receives the events."""
     proven, heard, stop, events = threading.Event(), threading.Event(), threading.Event(), list[Event]()
     site, status = board.board.site, topics.server_status(server.server.site, server.server.id)
 

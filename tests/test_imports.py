@@ -1,4 +1,4 @@
-"""What runs on a board loads without the rest, without telemetry, and on the oldest Python that a board may have."""
+"""Who may import whom, beyond the layers in setup.cfg; and the board's code runs without torch and on old Pythons."""
 
 import ast
 import subprocess
@@ -35,6 +35,60 @@ NEWER = {
     "BaseExceptionGroup",
 }
 BOARD_FILES = sorted(path.relative_to(ROOT) for path in (ROOT / "edge_runtime").rglob("*.py"))
+
+
+OURS = {"edge_runtime", "server", "models", "firmware_tools", "benchmarks", "testbed"}
+# Folder: everything it may import besides itself and the standard library; for the others only modules of this project.
+WIRE = {"numpy", "msgspec", "edge_runtime.errors"}
+MAY_IMPORT = {
+    "server": {
+        *(
+            "edge_runtime.wire",
+            "edge_runtime.mqtt",
+            "edge_runtime.requests",
+            "edge_runtime.config",
+            "edge_runtime.logs",
+        ),
+        *("edge_runtime.errors", "edge_runtime.shutdown", "edge_runtime.reporting.metrics"),
+        *("edge_runtime.inference.preprocess", "edge_runtime.inference.bundle", "edge_runtime.capture.picture_checks"),
+        *("models.family", "models.lookahead", "edge_runtime.__version__"),
+    },
+    "testbed": {"edge_runtime"},
+    "models": {"edge_runtime"},
+}
+
+
+def imports(folder: str) -> set[str]:
+    """Every name that a folder's files import, at the top or inside functions, as `module.name`."""
+    found: set[str] = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def outside(names: set[str], allowed: set[str]) -> set[str]:
+    """The names that are not one of the allowed modules or part of one."""
+    return {name for name in names if not any(f"{name}.".startswith(f"{module}.") for module in allowed)}
+
+
+def test_wire_imports_only_numpy_msgspec_and_the_errors() -> None:
+    assert not outside(imports("edge_runtime/wire"), WIRE | {"edge_runtime.wire"} | set(sys.stdlib_module_names))
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_a_folder_imports_only_what_it_may(folder: str) -> None:
+    ours = {name for name in imports(folder) if name.split(".")[0] in OURS - {folder}}
+    assert not outside(ours, MAY_IMPORT[folder])
+
+
+def test_a_forbidden_import_would_be_seen() -> None:
+    assert outside({"edge_runtime.wired.x", "cv2"}, {"edge_runtime.wire"}) == {"edge_runtime.wired.x", "cv2"}
+    assert not outside({"edge_runtime.wire", "edge_runtime.wire.topics.request"}, {"edge_runtime.wire"})
+    assert "edge_runtime.wire.errors.BitstreamError" in imports("edge_runtime/wire")
 
 
 def loaded_by(statements: str) -> set[str]:

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from benchmarks.faults.rows import EXPELLED_S, ROWS
+from benchmarks.faults.broker_faults import EXPELLED_S
+from benchmarks.faults.rows import ROWS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "RELIABILITY.md").read_text()
 

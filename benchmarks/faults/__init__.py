@@ -1,10 +1,12 @@
-"""The fault matrix: real processes, one fault after the other, and what became of every request.
+"""The fault matrix: real processes, one fault after the other, and the outcome of every request.
 
-A row warms up until answers flow, brings its fault about, ends it, and waits until every accepted request has ended.
-It holds when accepted = answered + reported lost, no frame has two ends, and the first answer came within 60 s of the
-end of the fault. Everything is counted from the events that a user of the board would get; the board's own counters
-are only compared with them. What the parts are: `ledger` counts, `processes` are the victims, `stage` is what all rows
-share, `rows` are the faults, `saboteur` those inside of a process, `crowd` many boards, `camera` one to be broken.
+A scenario waits for answers, causes its fault, ends it, and waits until every accepted request has ended. It holds if
+accepted = answered + lost, no frame has two ends, and the first answer comes within 60 s of the end of the fault. All
+of this is counted from the events that a user of the board receives; the board's own counters are only compared.
+
+- `rows`: the table; `broker_faults`, `board_faults`, `load`: the faults
+- `scenario`: what all faults share; `site`: brokers and servers; `frame_records`: the counting
+- `fault_injection`: faults inside a process; `camera`: a network camera that can fail; `report`: the printed table
 """
 
 import tempfile
@@ -16,69 +18,70 @@ import cv2
 
 from benchmarks.faults import report
 from benchmarks.faults.rows import ROWS
-from benchmarks.faults.stage import Result, Row, Stage, Trial
+from benchmarks.faults.scenario import Fault, FaultResult, Scenario
+from benchmarks.faults.site import FaultSite
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.preprocess import decode_picture
 
-PHOTO_PIXELS = 320  # width: what a small camera sends; decoding large ones is not what is looked at here
+PHOTO_PIXELS = 320  # width, as a small camera sends; decoding large photos is not measured here
 
 
 class RowError(AiflowError, ValueError):
     """There is no such row."""
 
 
-def chosen(names: Sequence[str]) -> list[Row]:
-    """The rows of these names, in the table's order; none: all that run by default. Raises RowError."""
-    known = {row.name: row for row in ROWS}
+def chosen(names: Sequence[str]) -> list[Fault]:
+    """The rows of these names, in the table's order; without names, the default ones. Raises RowError."""
+    known = {fault.name: fault for fault in ROWS}
     if unknown := [name for name in names if name not in known]:
         raise RowError(f"there is no row {', '.join(unknown)}: want {', '.join(known)}")
-    return [row for row in ROWS if row.name in names or (row.by_default and not names)]
+    return [fault for fault in ROWS if fault.name in names or (fault.by_default and not names)]
 
 
 def play(
-    rows: Sequence[Row],
+    faults: Sequence[Fault],
     bundle: Bundle,
     photos: Sequence[bytes],
     seconds: float | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> list[Result]:
-    """The rows' results. seconds: how long each fault lasts, else each row's own time.
+) -> list[FaultResult]:
+    """Runs the scenarios. seconds: how long each fault lasts; None: its own duration.
 
-    A row that cannot even begin, such as a server that does not start, is a row that did not hold.
+    A scenario that cannot begin, for example because a server does not start, did not hold.
     """
-    results: list[Result] = []
+    results: list[FaultResult] = []
     small = [_small(photo) for photo in photos]
     with tempfile.TemporaryDirectory(prefix="aiflow-faults-") as folder:
-        for scene in _scenes(rows):
-            (where := Path(folder) / scene[0].name).mkdir()
-            with Stage(where, bundle, small, say) as stage:
-                for row in scene:
-                    results.append(result := tried(Trial(stage, row, seconds)))
-                    say(f"{len(results)} of {len(rows)}: " + " | ".join(report.cells(result)))
+        for group in _groups(faults):
+            (where := Path(folder) / group[0].name).mkdir()
+            with FaultSite(where, bundle, small, say) as site:
+                for fault in group:
+                    results.append(result := result_of(Scenario(site, fault, seconds)))
+                    say(f"{len(results)} of {len(faults)}: " + " | ".join(report.cells(result)))
     return results
 
 
-def _scenes(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that share their brokers and servers, since loading a server takes as long as many a row."""
-    scenes: list[list[Row]] = []
-    for row in rows:
-        if scenes and row.is_gentle and scenes[-1][-1].is_gentle:
-            scenes[-1].append(row)
+def _groups(faults: Sequence[Fault]) -> list[list[Fault]]:
+    """Scenarios that share brokers and servers, since loading a server takes as long as many a scenario."""
+    groups: list[list[Fault]] = []
+    for fault in faults:
+        if groups and fault.shares_site and groups[-1][-1].shares_site:
+            groups[-1].append(fault)
         else:
-            scenes.append([row])
-    return scenes
+            groups.append([fault])
+    return groups
 
 
-def tried(trial: Trial) -> Result:
-    """What a row came to."""
+def result_of(scenario: Scenario) -> FaultResult:
+    """Runs one scenario. Whatever it raises is its own failure."""
     try:
-        return trial.run()
-    except Exception as error:  # whatever it is, the other rows are still worth their time
-        trial.stage.say(traceback.format_exc())
-        said = str(error).splitlines() or [""]
-        note = f"{type(error).__name__}: {said[-1][:200]}"
-        return Result(trial.row.fault, row=trial.row.name, held=False, note=note)
+        return scenario.run()
+    except Exception as error:  # the other scenarios still run
+        scenario.site.say(traceback.format_exc())
+        lines = str(error).splitlines() or [""]
+        note = f"{type(error).__name__}: {lines[-1][:200]}"
+        return FaultResult(scenario.fault.title, row=scenario.fault.name, held=False, note=note)
 
 
 def _small(photo: bytes) -> bytes:

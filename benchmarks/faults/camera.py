@@ -1,4 +1,4 @@
-"""A network camera: MJPEG over HTTP, which can go away, stop sending, or show one picture for ever."""
+"""A network camera (MJPEG over HTTP) that can disappear, stop sending, or repeat one picture."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,11 @@ BOUNDARY = "frame"
 
 
 class MjpegServer:
-    """Open while `with` lasts, but for `close`. Pictures: JPEGs, shown in turn."""
+    """Serves JPEGs in turn during the `with` block, except between `close` and `open`."""
 
     def __init__(self, photos: Sequence[bytes]) -> None:
         self.stalls, self.repeats = threading.Event(), threading.Event()
-        self.opened = 0  # times that somebody began to watch
+        self.opened = 0  # number of connections so far
         self.port = free_port()
         self._photos: Iterator[bytes] = cycle(photos)
         self._gone = threading.Event()
@@ -56,7 +56,7 @@ class MjpegServer:
         threading.Thread(target=self._server.serve_forever, name="camera", daemon=True).start()
 
     def close(self) -> None:
-        """Connections end, and the port is closed."""
+        """Closes all connections and the port."""
         self._gone.set()
         if self._server:
             self._server.shutdown()

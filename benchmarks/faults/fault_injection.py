@@ -1,15 +1,16 @@
-"""Faults that must happen inside a process: `python -m benchmarks.faults.fault_injection FAULT run board.toml`.
+"""Faults inside a process: `python -m benchmarks.faults.fault_injection FAULT MODULE ...` runs a module with a fault.
 
-The runtime itself is the one that ships; a signal lets the fault happen:
-- clock: SIGUSR1 sets what time.time() says a year ahead, SIGUSR2 to 1970. Clocks read in C (datetime.now, SQLite, TLS)
-  stay right, and so does the monotonic one.
-- callbacks: SIGUSR1 makes each of the MQTT client's callbacks raise at its next call, in its place.
-- thread: SIGUSR1 raises an exception in every MQTT network thread, wherever it is at that moment.
-- names: from the start no host name resolves, addresses do; after SIGUSR1 names do as well.
+The module's code is unchanged. A signal causes the fault:
+- clock: SIGUSR1 sets time.time() a year ahead, SIGUSR2 to 1970. Clocks that C code reads (datetime.now, SQLite, TLS)
+  and the monotonic clock stay right.
+- callbacks: after SIGUSR1, each callback of the MQTT client raises once instead of running.
+- thread: SIGUSR1 raises an exception in every MQTT network thread, wherever it is.
+- names: no host name resolves, only addresses do; SIGUSR1 ends this.
 """
 
 import ctypes
 import ipaddress
+import runpy
 import signal
 import socket
 import sys
@@ -19,13 +20,12 @@ from collections.abc import Callable
 from typing import Any
 
 from edge_runtime.mqtt.client import MqttClient
-from firmware_tools import cli
 
 YEAR_S = 365 * 86400.0
 CALLBACKS = ("_connected", "_subscribed", "_published", "_received", "_disconnected")
 
 
-class SabotageError(RuntimeError):
+class InjectedFaultError(RuntimeError):
     """Raised on purpose."""
 
 
@@ -44,29 +44,29 @@ def callbacks() -> None:
     armed: set[str] = set()
     guard = MqttClient._guard
 
-    def sabotaged(client: MqttClient, function: Callable[..., Any], *arguments: Any) -> Any:
+    def failing_guard(client: MqttClient, function: Callable[..., Any], *arguments: Any) -> Any:
         name = getattr(function, "__name__", "outcome")
 
         def raises(*_: object) -> None:
-            raise SabotageError(f"in {name}")
+            raise InjectedFaultError(f"in {name}")
 
         if name in armed:
             armed.discard(name)
             function = raises
         return guard(client, function, *arguments)
 
-    setattr(MqttClient, "_guard", sabotaged)  # noqa: B010 - a method is no variable for mypy
+    setattr(MqttClient, "_guard", failing_guard)  # noqa: B010 - mypy refuses an assignment to a method
     signal.signal(signal.SIGUSR1, lambda *_: armed.update((*CALLBACKS, "outcome")))
 
 
 def thread() -> None:
-    def strike(*_: object) -> None:
-        for victim in threading.enumerate():
-            if victim.name.startswith("mqtt-") and victim.ident:
-                ident, error = ctypes.c_ulong(victim.ident), ctypes.py_object(SabotageError)
+    def interrupt(*_: object) -> None:
+        for network_thread in threading.enumerate():
+            if network_thread.name.startswith("mqtt-") and network_thread.ident:
+                ident, error = ctypes.c_ulong(network_thread.ident), ctypes.py_object(InjectedFaultError)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, error)
 
-    signal.signal(signal.SIGUSR1, strike)
+    signal.signal(signal.SIGUSR1, interrupt)
 
 
 def names() -> None:
@@ -85,5 +85,7 @@ def names() -> None:
 
 
 if __name__ == "__main__":
-    {"clock": clock, "callbacks": callbacks, "thread": thread, "names": names}[sys.argv[1]]()
-    sys.exit(cli.main(sys.argv[2:]))
+    _, fault, module, *arguments = sys.argv
+    {"clock": clock, "callbacks": callbacks, "thread": thread, "names": names}[fault]()
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

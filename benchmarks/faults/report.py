@@ -1,17 +1,17 @@
-"""The fault matrix as a table for a terminal and for docs/."""
+"""The fault matrix as a table, for a terminal and for Markdown."""
 
 from collections.abc import Sequence
 
 from rich.table import Table
 
-from benchmarks.faults.stage import Result
+from benchmarks.faults.scenario import FaultResult
 from testbed.terminal import markdown_table
 
 COLUMNS = ("fault", "accepted", "answered", "lost", "duplicates", "recovery s", "held", "what else was seen")
 
 
-def cells(result: Result) -> tuple[str, ...]:
-    """A row's words; a fault that was not brought about has no figures."""
+def cells(result: FaultResult) -> tuple[str, ...]:
+    """The cells of a row. A fault that could not be caused has no figures."""
     held = {True: "yes", False: "NO", None: "not run"}[result.held]
     if result.held is None:
         return result.fault, "", "", "", "", "", held, result.note
@@ -22,13 +22,13 @@ def cells(result: Result) -> tuple[str, ...]:
     return result.fault, *counts, recovery, held, result.note + memory
 
 
-def table(results: Sequence[Result]) -> Table:
+def table(results: Sequence[FaultResult]) -> Table:
     shown = Table(*COLUMNS)
     for result in results:
         shown.add_row(*cells(result))
     return shown
 
 
-def markdown(results: Sequence[Result]) -> str:
-    """The table for a page."""
+def markdown(results: Sequence[FaultResult]) -> str:
+    """The table in Markdown."""
     return markdown_table([COLUMNS, *(cells(result) for result in results)])

@@ -1,9 +1,11 @@
-"""What crosses the network, as values and functions of values: no I/O, no clock, no model. See docs/protocol.md.
+"""The messages between boards, servers and users, as values and functions of values. See docs/protocol.md.
 
 - `tables`, `entropy`, `bitstream`: a latent's symbols as a few hundred bytes
 - `envelope`: request and reply, msgpack
-- `event`: what users of a board see, JSON
-- `topics`: where each of them goes; used as `topics.request(site, board)`
+- `event`: what users of a board receive, JSON
+- `topics`: the MQTT topic of each; used as `topics.request(site, board)`
+
+No I/O, no clock and no model: it imports numpy, msgspec and `edge_runtime.errors`.
 """
 
 from edge_runtime.wire import topics

@@ -1,8 +1,8 @@
 """Symbols to bytes and back: a 2-byte header, then the channel groups, entropy-coded; docs/protocol.md, section 5.
 
-Geometry comes from the tables, never from the message, so nothing in a message sizes an allocation. The same bytes on
-every CPU: after the symbols there is no floating point. A message that was cut decodes to its complete groups, and says
-that nothing vouches for them.
+The shape comes from the tables and never from the message, so a message cannot decide how much is allocated. The bytes
+are the same on every CPU, since no floating point is used. A truncated message decodes to its complete groups, without
+a check.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.wire.entropy import FLAT, pull, push
+from edge_runtime.wire.entropy import FLAT, rans_decode, rans_encode
 from edge_runtime.wire.errors import BitstreamError
 from edge_runtime.wire.tables import Tables
 
@@ -20,7 +20,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """First two bytes of a bitstream."""
+    """The first two bytes of a bitstream."""
 
     level: int  # coarseness, 0..7, 0 = coarsest
     groups: int  # channel groups that follow, 1..4
@@ -31,9 +31,9 @@ class Header:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Header":
-        """Looks at the first two bytes only. Raises BitstreamError."""
+        """Reads the first two bytes only. Raises BitstreamError."""
         if len(data) < 2:
-            raise BitstreamError(f"bitstream of {len(data)} bytes, its header alone is 2: was the message cut?")
+            raise BitstreamError(f"bitstream of {len(data)} bytes, but the header has 2: was the message truncated?")
         if data[0] >> 4 != FORMAT or data[0] & 1:
             raise BitstreamError(
                 f"header {data[:2].hex()} is not of format {FORMAT} with a zero bit 0: update the older side"
@@ -43,19 +43,19 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What a bitstream held."""
+    """The content of a bitstream."""
 
     symbols: NDArray[np.int8]  # [C, H, W]; channels outside the complete groups are zero
     header: Header
-    complete_groups: int  # how many of header.groups arrived whole, 0..4
-    checked: bool  # False: the message was cut, and this prefix has no check
+    complete_groups: int  # how many of header.groups arrived completely, 0..4
+    checked: bool  # False: the message was truncated, and a prefix has no check
 
 
 def encode(symbols: NDArray[np.int8], tables: Tables, level: int = 0, groups: int | None = None) -> bytes:
-    """Codes symbols int8 [C, H, W], -127..127, with the tables of this level; the first groups only, or all.
+    """Codes symbols int8 [C, H, W], -127..127, with the tables of this level: the first `groups`, or all.
 
-    At most 4 bytes longer than header and `cost_bits` rounded up to bytes. Raises BitstreamError for symbols, level or
-    groups outside what the tables code.
+    At most 4 bytes longer than the header and `cost_bits` rounded up to bytes. Raises BitstreamError for symbols, level
+    or groups that the tables cannot code.
     """
     groups = tables.groups if groups is None else groups
     if symbols.dtype != np.int8 or symbols.shape != tables.shape:
@@ -76,14 +76,14 @@ def encode(symbols: NDArray[np.int8], tables: Tables, level: int = 0, groups: in
         frequencies = np.insert(frequencies, escaped + 1, FLAT)
         starts = np.insert(starts, escaped + 1, (sent.ravel()[escaped].astype(np.int16) + 128) * FLAT)
     header = Header(level, groups, tables.set_id & 63).to_bytes()
-    return header + push(frequencies.tolist(), starts.tolist(), _check(tables, header, sent.tobytes()))
+    return header + rans_encode(frequencies.tolist(), starts.tolist(), _check(tables, header, sent.tobytes()))
 
 
 def decode(data: bytes, tables: Tables) -> Decoded:
-    """Decodes any bytes to symbols, or raises BitstreamError; time and memory are bounded by the tables' geometry.
+    """Decodes any bytes to symbols, or raises BitstreamError. The tables' shape bounds time and memory.
 
-    A message that has all its bytes is verified by its check. One that ends early is a prefix: complete groups,
-    `checked=False`. A damaged message may also look cut, so whoever expects whole messages refuses what is not checked.
+    The check verifies a complete message. A message that ends early gives its complete groups and `checked=False`.
+    Damage can look like truncation, so a receiver that expects complete messages must refuse unchecked ones.
     """
     header = Header.from_bytes(data)
     if header.table_set != tables.set_id & 63:
@@ -96,14 +96,14 @@ def decode(data: bytes, tables: Tables) -> Decoded:
         )
     group = tables.channels // tables.groups
     channel = tables.height * tables.width
-    # A symbol takes two steps at most, of 12 and 8 bits and a rounding below 1/8 bit each: less than 3 bytes.
+    # A symbol takes at most two steps of 12 and 8 bits, each rounded up by less than 1/8 bit: less than 3 bytes.
     longest = 6 + 3 * header.groups * group * channel
     if len(data) > longest:
         raise BitstreamError(
             f"bitstream of {len(data)} bytes, no message with these tables exceeds {longest}: is it a bitstream?"
         )
     by_channel = tables.codings(header.level)[: header.groups * group]
-    found, check = pull(data[2:], by_channel, tables.height, tables.width, tables.largest)
+    found, check = rans_decode(data[2:], by_channel, tables.height, tables.width, tables.largest)
     complete = len(found) // (group * channel)
     if check is not None and check != _check(tables, data[:2], bytes(found)):
         raise BitstreamError("the check does not match: the message was damaged, or other tables wrote it")
@@ -114,5 +114,5 @@ def decode(data: bytes, tables: Tables) -> Decoded:
 
 
 def _check(tables: Tables, header: bytes, symbols: bytes) -> int:
-    """Low 16 bits of the CRC-32 of tables, header and symbols: tables too, so that wrong ones are always found."""
+    """Low 16 bits of the CRC-32 of tables, header and symbols. It covers the tables to detect wrong ones."""
     return crc32(symbols, crc32(header, tables.crc)) & 0xFFFF

@@ -1,7 +1,7 @@
-"""The two envelopes: what a board asks and what a server answers, as msgpack arrays, so that field names cost nothing.
+"""The two envelopes, request and reply, as msgpack arrays: field names are not transmitted.
 
-The order of the fields is the protocol (docs/protocol.md, sections 3 and 4): new fields go at the end, with a default,
-and a reader ignores those it does not know. Knows nothing of MQTT, of clocks and of what the content means.
+The order of the fields is part of the protocol (docs/protocol.md, sections 3 and 4). New fields go at the end, with a
+default, and a reader ignores fields it does not know. This file knows nothing about MQTT, clocks and the content.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from msgspec import Meta, Struct
 from edge_runtime.wire.errors import EnvelopeError
 
 VERSION = 1
-MAX_ENVELOPE = 256 * 1024  # bytes; room for a full-size JPEG, and checked before anything is parsed
+MAX_ENVELOPE = 256 * 1024  # bytes; enough for a full-size JPEG; checked before anything is parsed
 MAX_TOKENS = 1024  # ids in one draft or reply; captions have tens
 MAX_VIA = 4  # servers that a request may pass on its way up
 MAX_TOKEN = (1 << 20) - 1  # largest id: three varint bytes, twice the largest vocabularies in use
 
 
 class Paradigm(IntEnum):
-    """Who does what for a frame."""
+    """Which part of the work for a frame is done where."""
 
     DEVICE = 0
     SPLIT = 1
@@ -30,7 +30,7 @@ class Paradigm(IntEnum):
 
 
 class ContentKind(IntEnum):
-    """What the content bytes are."""
+    """The format of the content bytes."""
 
     LATENT = 0  # a bitstream
     JPEG = 1
@@ -41,7 +41,7 @@ class Status(IntEnum):
     """How a request ended."""
 
     OK = 0
-    STALE = 1  # its budget was spent before it could be served
+    STALE = 1  # its time budget was used up before it could be served
     BUSY = 2  # ask again after retry_after_ms
     UNKNOWN_BUNDLE = 3
     BAD_REQUEST = 4
@@ -49,7 +49,7 @@ class Status(IntEnum):
 
 
 class Tier(IntEnum):
-    """A station on the way of a request."""
+    """A station on a request's path."""
 
     DEVICE = 0
     EDGE = 1
@@ -67,30 +67,25 @@ Text = Annotated[str, Meta(max_length=8192)]  # characters; twice what 1024 toke
 
 
 class Options(Struct, frozen=True, omit_defaults=True):
-    """What a request may wish for; a map, since it is usually absent and mostly empty."""
+    """A request's optional wishes. A map, since it is usually absent and otherwise has few entries."""
 
-    tier: Tier | None = None  # answer on this tier, or higher
-    min_confidence: Share | None = None  # below it the answer is passed up a tier
+    tier: Tier | None = None  # this tier or a higher one shall answer
+    min_confidence: Share | None = None  # an answer with less confidence is passed up a tier
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None  # longest text
-    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = (
-        None  # of the sampling noise; the same seed, the same tokens
-    )
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None  # 0 or none: greedy
-    top_k: Annotated[int, Meta(ge=1, le=MAX_TOKEN)] | None = None
-    top_p: Share | None = None
-    via: Annotated[tuple[Name, ...], Meta(max_length=MAX_VIA)] = ()  # servers that passed the request up, first first
-    propose: bool = False  # the server may propose words to itself where it has no draft: the same text, sooner
+    via: Annotated[tuple[Name, ...], Meta(max_length=MAX_VIA)] = ()  # servers that passed the request up, in order
+    propose: bool = False  # the server may draft by itself if there is no draft: the same text, sooner
 
 
 class Request(Struct, array_like=True, frozen=True, kw_only=True):
-    """Board to server, or a server to the tier above. Costs at most 40 bytes beside content, draft and options."""
+    """From a board to a server, or to the tier above. At most 40 bytes besides content, draft and options."""
 
     version: int = VERSION
-    id: Bytes8  # unique per board, sorts by time; a resend has the same id
+    id: Bytes8  # unique per board, increases with time; a resend has the same id
     bundle: Bytes8  # first 8 bytes of the SHA-256 of the bundle's manifest
     paradigm: Paradigm
     age_ms: UInt32  # since the frame was captured
-    budget_ms: UInt32  # left for the answer, when this was sent
+    budget_ms: UInt32  # left for the answer when this was sent
     content_kind: ContentKind
     content: bytes
     draft: Varints = b""  # token ids, see draft_ids
@@ -98,13 +93,13 @@ class Request(Struct, array_like=True, frozen=True, kw_only=True):
 
     @property
     def draft_ids(self) -> list[int]:
-        """Token ids that the board, or a lower tier, proposes."""
+        """Token ids proposed by the board or a lower tier."""
         return decode_tokens(self.draft)
 
 
 def aged(request: Request, waited_s: float, left_s: float) -> Request:
-    """The request as it is sent waited_s seconds later than its age says, with left_s seconds for its reply."""
-    age_ms = min(request.age_ms + int(1e3 * waited_s), MAX_UINT32)  # what a board says of itself may be anything
+    """The request as it is sent waited_s seconds later, with left_s seconds left for its reply."""
+    age_ms = min(request.age_ms + int(1e3 * waited_s), MAX_UINT32)  # a board may claim any age
     return msgspec.structs.replace(request, age_ms=age_ms, budget_ms=max(0, int(1e3 * left_s)))
 
 
@@ -119,16 +114,16 @@ class Hop(Struct, array_like=True, frozen=True):
 
 
 class Reply(Struct, array_like=True, frozen=True, kw_only=True):
-    """Server to board, one per request."""
+    """From a server to a board, one per request."""
 
     version: int = VERSION
     id: Bytes8  # the request's
     status: Status
-    tokens: Varints = b""  # token ids of the text, see token_ids
+    tokens: Varints = b""  # of the text, see token_ids
     text: Text = ""
-    tier: Tier = Tier.EDGE  # with `server`: who answered
+    tier: Tier = Tier.EDGE  # who answered, together with `server`
     server: Name = ""
-    accepted: UInt32 = 0  # how many of the proposed tokens the answering tier kept
+    accepted: UInt32 = 0  # number of proposed tokens that the answering tier kept
     proposed: UInt32 = 0
     passes: UInt32 = 0  # forward passes of the target
     confidence: Share | None = None
@@ -137,7 +132,7 @@ class Reply(Struct, array_like=True, frozen=True, kw_only=True):
     retry_after_ms: UInt32 | None = None  # with busy
     label: Name | None = None  # of a bundle that classifies
     scores: Annotated[dict[Name, Share], Meta(max_length=64)] | None = None  # of the likeliest labels
-    final: bool = True  # false: a higher tier has been asked, one more reply with this id follows
+    final: bool = True  # false: a higher tier was asked, and one more reply with this id follows
 
     @property
     def token_ids(self) -> list[int]:
@@ -156,7 +151,7 @@ _reply = msgspec.msgpack.Decoder(Reply)
 
 
 def encode_request(request: Request) -> bytes:
-    """Raises EnvelopeError for what `decode_request` would refuse: a mistake is found where it is made."""
+    """Raises EnvelopeError for everything that `decode_request` refuses, so that the sender finds its own mistakes."""
     data = _encode(request)
     decode_request(data)
     return data
@@ -170,7 +165,7 @@ def decode_request(data: bytes) -> Request:
 
 
 def encode_reply(reply: Reply) -> bytes:
-    """Raises EnvelopeError for what `decode_reply` would refuse."""
+    """Raises EnvelopeError for everything that `decode_reply` refuses."""
     data = _encode(reply)
     decode_reply(data)
     return data
@@ -219,7 +214,7 @@ def encode_tokens(ids: Sequence[int]) -> bytes:
 
 
 def decode_tokens(data: bytes) -> list[int]:
-    """The ids of `encode_tokens`. Raises EnvelopeError for too many, too large, cut, or longer than needed."""
+    """The inverse of `encode_tokens`. Raises EnvelopeError for too many, too large, truncated or overlong ids."""
     ids: list[int] = []
     value = shift = 0
     for byte in data:
@@ -229,16 +224,16 @@ def decode_tokens(data: bytes) -> list[int]:
             raise EnvelopeError(f"token ids must be at most {MAX_TOKENS} from 0 to {MAX_TOKEN}: not a list of varints?")
         if byte < 128:
             if byte == 0 and shift > 7:
-                raise EnvelopeError("token id with a needless zero byte: write varints the shortest way")
+                raise EnvelopeError("token id with an unnecessary zero byte: write varints in their shortest form")
             ids.append(value)
             value = shift = 0
     if shift:
-        raise EnvelopeError("token ids end inside a varint: the list was cut")
+        raise EnvelopeError("token ids end inside a varint: the list was truncated")
     return ids
 
 
 class RequestIds:
-    """Ids of one board: strictly rising, whatever its clock does, and sorting by time. For one thread."""
+    """Makes a board's request ids: strictly increasing, whatever the clock does. For one thread."""
 
     def __init__(self) -> None:
         self._last = 0
@@ -246,8 +241,8 @@ class RequestIds:
     def next(self, now_ms: int, salt: int) -> bytes:
         """8 bytes big-endian: now_ms, Unix time in ms (48 bits), then salt, 16 random bits.
 
-        The salt keeps two ids apart when a board without a battery-backed clock starts twice at the same time. A clock
-        that stands still or steps back gives the last id plus one.
+        The salt separates two ids if a board without a battery-backed clock starts twice at the same time. If the
+        clock stands still or goes back, the next id is the last one plus one.
         """
         self._last = max(self._last + 1, now_ms << 16 | salt)
         return self._last.to_bytes(8, "big")

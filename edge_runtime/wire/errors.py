@@ -1,14 +1,14 @@
-"""What wire raises: one base, and a class for each thing that a peer or a file can get wrong."""
+"""The errors of `wire`: one base, and a class for each kind of invalid input."""
 
 from edge_runtime.errors import AiflowError
 
 
 class WireError(AiflowError, ValueError):
-    """Something from outside breaks the protocol; the message says what was found, what was wanted, what to do."""
+    """Input breaks the protocol. The message says what was found, what was wanted, what to do."""
 
 
 class BitstreamError(WireError):
-    """Symbols that cannot be coded, or bytes that no encoder with these tables has written."""
+    """Symbols that cannot be coded, or bytes that no encoder with these tables writes."""
 
 
 class EnvelopeError(WireError):
@@ -16,8 +16,8 @@ class EnvelopeError(WireError):
 
 
 class TablesError(WireError):
-    """A table file or counts that cannot be static frequency tables."""
+    """A file or counts that are not valid frequency tables."""
 
 
 class TopicError(WireError):
-    """A topic outside the scheme, or an id that cannot be part of a topic."""
+    """A topic that is not part of the scheme, or an id that cannot be part of a topic."""

@@ -1,6 +1,6 @@
-"""Events: what the users of a board subscribe to, as JSON for people and Home Assistant. Empty fields are left out.
+"""Events, which users of a board subscribe to: JSON for people and Home Assistant. Empty fields are left out.
 
-Enumerations are words here, since people read them: the lower-case names of the envelope's members.
+Enumerations are the lower-case names of the envelope's members, since people read them.
 """
 
 from datetime import datetime, timedelta
@@ -21,14 +21,14 @@ Stages = Annotated[dict[Name, Millis], Meta(max_length=32)]
 
 
 class AnsweredBy(Struct, frozen=True, omit_defaults=True):
-    """Whose text this is."""
+    """Who wrote the text."""
 
     tier: TierName
     server: Name = ""
 
 
 class EventHop(Struct, frozen=True, omit_defaults=True):
-    """A reply's hop, readable."""
+    """A reply's hop in readable form."""
 
     tier: TierName
     server: Name
@@ -43,7 +43,7 @@ class EventHop(Struct, frozen=True, omit_defaults=True):
 
 
 class Explain(Struct, frozen=True, omit_defaults=True):
-    """Why this paradigm: configured, or what the policy expected when it chose, so that a person can follow it."""
+    """Why this paradigm was chosen: by configuration, or what the policy expected when it decided."""
 
     chosen: ParadigmName
     reason: Annotated[str, Meta(max_length=256)]
@@ -52,12 +52,11 @@ class Explain(Struct, frozen=True, omit_defaults=True):
 
 
 class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """One thing that became known about one frame."""
+    """One piece of news about one frame."""
 
     type: Literal["new", "update", "lost"]  # the draft; a server's answer; no answer came
-    frame: Annotated[
-        str, Meta(max_length=64)
-    ]  # the same in all events of a frame; the request's id in hex where there is one
+    # The same in all events of a frame: the request's id in hex, if there is one.
+    frame: Annotated[str, Meta(max_length=64)]
     camera: Name
     captured: Annotated[datetime, Meta(tz=True)]  # UTC
     final: bool = False  # no further event of this frame follows
@@ -71,20 +70,20 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     explain: Explain | None = None
     after_ms: Millis = 0.0  # from capture to this event, on the board's own clock
     bytes_up: UInt32 = 0  # whole PUBLISH payloads of this frame, resends included
-    jpeg_bytes: UInt32 = 0  # what the frame would have cost as a picture
+    jpeg_bytes: UInt32 = 0  # size of the frame as a JPEG, for comparison
     timings_ms: Stages = {}
     hops: Annotated[tuple[EventHop, ...], Meta(max_length=16)] = ()
     accepted: UInt32 = 0
     proposed: UInt32 = 0
     passes: UInt32 = 0  # of the target's decoder
-    picture: Annotated[str, Meta(max_length=256)] = ""  # the frame's file, where it comes from one
+    picture: Annotated[str, Meta(max_length=256)] = ""  # the name of the frame's file, if it comes from a file
 
 
 _event = msgspec.json.Decoder(Event)
 
 
 def encode_event(event: Event) -> bytes:
-    """UTF-8 JSON. Raises EnvelopeError for what `decode_event` would refuse, and for a capture time that is not UTC."""
+    """UTF-8 JSON. Raises EnvelopeError for everything that `decode_event` refuses, and if `captured` is not UTC."""
     if event.captured.utcoffset() != timedelta(0):
         raise EnvelopeError(f"captured = {event.captured.isoformat()}, want UTC: use datetime.now(timezone.utc)")
     try:

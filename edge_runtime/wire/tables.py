@@ -1,7 +1,7 @@
-"""Static integer frequency tables: what both ends must share before a bitstream means anything.
+"""Static integer frequency tables, which both ends must share to code and decode bitstreams.
 
 Probabilities that a device computes in floating point differ between CPUs, and then a learned codec decodes to garbage
-(Ballé, Johnston & Minnen, "Integer networks for data compression with latent-variable models", ICLR 2019). Ours are
+(Ballé, Johnston & Minnen, "Integer networks for data compression with latent-variable models", ICLR 2019). These are
 counted once, as integers, and shipped. An alphabet of M entries is the symbols -A..A, then the escape: M = 2 A + 2.
 After an escape the symbol follows as one flat byte. The file is docs/protocol.md, section 6.
 """
@@ -29,10 +29,10 @@ MAX_SIDE = 64
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Frequencies for every (level, channel, context), and the geometry of the symbols that they code.
+    """Frequencies for every (level, channel, context), and the shape of the symbols that they code.
 
-    One context is none; three are the sign of the summed signs of the left and the upper neighbour, see
-    `neighbour_signs`. Raises TablesError where a property does not hold.
+    With one context there is no context. With three, the context is the sign of the sum of the left and the upper
+    neighbour's signs, see `neighbour_signs`. Raises TablesError if a value is out of range.
     """
 
     # [levels 1..8, channels, contexts 1 or 3, alphabet], each >= 1, and over the alphabet they sum to 4096
@@ -40,7 +40,7 @@ class Tables:
     height: int  # rows of a channel, 1..64
     width: int  # columns, 1..64
     groups: int  # nested channel groups of equal size, 1..4
-    set_id: int  # which tables these are, 0..65535; a bitstream carries the low 6 bits
+    set_id: int  # identifies the tables, 0..65535; a bitstream contains the low 6 bits
     _codings: dict[int, list[list[Coding]]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class Tables:
             raise TablesError(
                 f"table [level, channel, context] = {where} must have entries >= 1 that sum to {TOTAL}: count again"
             )
-        f.flags.writeable = False  # slot maps and the CRC below are made from it once
+        f.flags.writeable = False  # slot maps and the CRC below are computed from it once
 
     @property
     def levels(self) -> int:
@@ -82,7 +82,7 @@ class Tables:
 
     @property
     def largest(self) -> int:
-        """A: the largest magnitude that needs no escape."""
+        """A: the largest magnitude that is coded without an escape."""
         return int(self.frequencies.shape[3]) // 2 - 1
 
     @property
@@ -92,26 +92,26 @@ class Tables:
 
     @cached_property
     def starts(self) -> NDArray[np.uint16]:
-        """Exclusive prefix sums over the alphabet, shaped as the frequencies."""
+        """Exclusive prefix sums over the alphabet, in the shape of the frequencies."""
         return (np.cumsum(self.frequencies, axis=-1) - self.frequencies).astype(np.uint16)
 
     @cached_property
     def bits(self) -> NDArray[np.float64]:
-        """Ideal code length of every entry, the byte after an escape included; shaped as the frequencies."""
+        """Ideal code length of every entry, with the byte after an escape, in the shape of the frequencies."""
         bits = PRECISION - np.log2(self.frequencies.astype(np.float64))
         bits[..., -1] += ESCAPE_BITS
         return bits
 
     @cached_property
     def crc(self) -> int:
-        """CRC-32 of the file without its last four bytes, which hold it. Every bitstream's check starts from it."""
+        """CRC-32 of the file without its last four bytes, which contain it. Every bitstream's check starts from it."""
         return crc32(self._body())
 
     def codings(self, level: int) -> list[list[Coding]]:
-        """For the decoder, per channel: its table by (sign on the left + sign above).
+        """For the decoder, per channel: its table by (sign of the left neighbour + sign of the upper neighbour).
 
-        That index is -2..2, and the last two of five are Python's -2 and -1. Made at the first use of a level, in some
-        milliseconds; with 64 channels and 3 contexts it takes 2 MB, which a board that only encodes never pays.
+        The index is -2..2, so of the five entries the last two are for -2 and -1. They are built when a level is first
+        used, in a few milliseconds. 64 channels with 3 contexts take 2 MB, which a board that only encodes never needs.
         """
         if level not in self._codings:
             as_byte = np.array([s & 0xFF for s in range(-self.largest, self.largest + 1)] + [ESCAPE], np.uint8)
@@ -139,7 +139,7 @@ class Tables:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Tables":
-        """Reads a table file. Raises TablesError; allocates no more than the file's own size a few times."""
+        """Reads a table file. Raises TablesError. Allocates a small multiple of the file's size at most."""
         if len(data) < _PREFIX.size or data[:4] != MAGIC:
             raise TablesError(f"{len(data)} bytes that begin with {data[:4].hex()}, want a table file ({MAGIC.hex()})")
         _, version, levels, contexts, alphabet, groups, zero, *geometry = _PREFIX.unpack_from(data)
@@ -156,9 +156,9 @@ class Tables:
         return cls(frequencies.astype(np.uint16).reshape(shape), height, width, groups, set_id)
 
     def entries(self, symbols: NDArray[np.int8], level: int) -> NDArray[np.intp]:
-        """Which entry codes each symbol: indices into the flattened frequencies, shaped as symbols int8 [..., c, H, W].
+        """The entry of each symbol: an index into the flattened frequencies, for symbols int8 [..., c, H, W].
 
-        The first c <= C channels may be given alone. Symbols beyond A point at the escape of their table.
+        The first c <= C channels may be given alone. Symbols beyond A have the escape of their table as entry.
         """
         _, channels, contexts, alphabet = self.frequencies.shape
         table = (level * channels + np.arange(symbols.shape[-3]))[:, None, None] * contexts
@@ -175,8 +175,8 @@ class Tables:
 def neighbour_signs(symbols: NDArray[np.int8]) -> NDArray[np.int8]:
     """Sign of (left neighbour's sign + upper neighbour's sign), outside 0: int8 [..., H, W] to -1, 0, 1 likewise.
 
-    Neighbours are of the same channel, and come before their symbol in raster order, so a decoder knows them. A linear
-    latent is correlated with its sign, so signs tell more than magnitudes.
+    Both neighbours are in the same channel and come first in raster order, so a decoder knows them. In a linear latent,
+    neighbours correlate with their signs, so signs predict better than magnitudes.
     """
     signs = np.sign(symbols)
     near = np.zeros_like(signs)
@@ -186,7 +186,7 @@ def neighbour_signs(symbols: NDArray[np.int8]) -> NDArray[np.int8]:
 
 
 def cost_bits(symbols: NDArray[np.int8], tables: Tables, level: int = 0) -> NDArray[np.float64]:
-    """Sum of -log2 q over every frame, escapes included: symbols int8 [..., c, H, W] to bits float64 [...].
+    """Sum of -log2 q per frame, with escapes: symbols int8 [..., c, H, W] to bits float64 [...].
 
     c may be the channels of the first groups only. A bitstream is at most 4 bytes longer than header and this in whole
     bytes.
@@ -202,10 +202,10 @@ def entropy_bytes(symbols: NDArray[np.int8], tables: Tables, level: int = 0) -> 
 def count_tables(
     symbols: Sequence[NDArray[np.int8]], *, groups: int = 4, contexts: int = 1, largest: int = 7, set_id: int = 0
 ) -> Tables:
-    """Counts tables on symbols int8 [N, C, H, W], one array for each level, coarsest first. N >= 500 photos is enough.
+    """Counts tables on symbols int8 [N, C, H, W], one array per level, coarsest first. 500 photos are enough.
 
     Each context is smoothed towards its channel (weight 30 symbols), each channel towards all channels (weight 20).
-    Only integer sums and single float64 operations decide, so that every machine counts the same bytes. Raises
+    Only integer sums and single float64 operations are used, so every machine gets the same bytes. Raises
     TablesError.
     """
     if not symbols or {a.shape[1:] for a in symbols} != {symbols[0].shape[1:]} or symbols[0].ndim != 4:

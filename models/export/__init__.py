@@ -1,1 +1,1 @@
-"""From trained networks to the int8 files that a board runs, once as ONNX and once as LiteRT."""
+"""Writes trained networks as the int8 files that a board runs, in ONNX and in LiteRT format."""

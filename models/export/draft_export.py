@@ -1,8 +1,8 @@
-"""Exports the draft decoder for both runtimes: int8 weights, activations quantised as they come.
+"""Exports the draft decoder for both runtimes: int8 weights, activations quantised at run time.
 
-The decoder is written once, over the few operations that it needs, and each file format brings those operations.
-Weights are symmetric per output channel. There is nothing to calibrate: the runtime measures an activation's range when
-it meets it, which costs next to nothing for rows this short.
+The decoder is written once in terms of a few operations, and each file format implements those operations. Weights are
+symmetric per output channel. No calibration is needed: the runtime measures the range of each activation when it
+occurs, which is fast for such short rows.
 """
 
 import math
@@ -22,7 +22,7 @@ SAME, RELU = schema.Padding.SAME, schema.ActivationFunctionType.RELU
 INT8, FLOAT32 = schema.TensorType.INT8, schema.TensorType.FLOAT32
 MEMORY = (1, POSITIONS, DRAFT_MEMORY)
 Floats = npt.NDArray[np.float32]
-Name = TypeVar("Name")  # what a format calls a tensor: str in ONNX, int in LiteRT
+Name = TypeVar("Name")  # a tensor's identifier: str in ONNX, int in LiteRT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,7 @@ class Int8Linear:
 class Int8Draft:
     """The draft decoder's weights in 8 bits.
 
-    A layer that reads two inputs is cut in two: their ranges differ tenfold, and each is quantised as a whole.
+    A layer with two inputs is split in two, since the ranges of its inputs differ by a factor of ten.
     """
 
     look: Int8Linear  # 3x3 convolution, inputs in the order channel, row, column
@@ -77,7 +77,7 @@ def _int8(weight: Tensor, bias: Tensor | None = None) -> Int8Linear:
 
 
 class _Operations(Protocol[Name]):
-    """What a format brings. Rows are [1, width], the memory is [1, 49, 128]."""
+    """The operations that a format implements. Rows are [1, width], the memory is [1, 49, 128]."""
 
     def embed(self, token: Name, table: Int8Linear) -> Name: ...
     def linear(self, x: Name, layer: Int8Linear, output: str) -> Name: ...
@@ -128,7 +128,7 @@ class _Onnx:
     """Operations on 8-bit integers where there are weights (DynamicQuantizeLinear, MatMulInteger), else on floats."""
 
     def __init__(self) -> None:
-        self.graph = onnx_graph.Graph()
+        self.graph = onnx_graph.OnnxGraph()
         self.zero = self.graph.constant("zero", np.int8(0))
         self._codes: dict[str, list[str]] = {}  # of an activation: its codes, scale and zero point
 
@@ -221,7 +221,7 @@ class _LiteRt:
     """Layers with int8 weights and float activations, which LiteRT quantises inside: its "hybrid" operators."""
 
     def __init__(self) -> None:
-        self.graph = litert_graph.Graph()
+        self.graph = litert_graph.LitertGraph()
         self._tables: dict[str, tuple[int, int]] = {}  # weights and scales by name
 
     def look(self, draft: Int8Draft, symbols: int) -> int:

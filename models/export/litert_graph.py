@@ -1,6 +1,6 @@
 """Writes an int8 head as a LiteRT (TensorFlow Lite) file, operator by operator.
 
-The flatbuffer is built with the schema's own object classes, which ai-edge-litert ships: no converter is needed, and
+The flatbuffer is built with the schema's object classes, which are part of ai-edge-litert. No converter is needed, and
 the same head gives the same bytes. Quantisation as in TensorFlow Lite's "8-bit quantization specification": int8
 activations, hence zero points 128 lower than in the ONNX file, and the same scales.
 """
@@ -24,7 +24,7 @@ _TYPES = {
 }
 
 
-class Graph:
+class LitertGraph:
     """A graph under construction. Tensors are known by their index."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ def write_litert(head: Int8Head) -> bytes:
 
     The codes' scale and zero point are the output tensor's own.
     """
-    graph, pixels = Graph(), head.activations[0]
+    graph, pixels = LitertGraph(), head.activations[0]
     entry = graph.tensor(
         "pixels", (1, *pixels.shape), np.uint8, np.array([pixels.scale], np.float32), pixels.zero_point
     )
@@ -129,11 +129,11 @@ def _quantisation(activation: Activation) -> tuple[npt.NDArray[np.float32], int]
     return np.array([activation.scale], np.float32), activation.zero_point - ZERO_SHIFT
 
 
-def _activation(graph: Graph, activation: Activation, name: str) -> int:
+def _activation(graph: LitertGraph, activation: Activation, name: str) -> int:
     return graph.tensor(name, (1, *activation.shape), np.int8, *_quantisation(activation))
 
 
-def _conv(graph: Graph, layer: Int8Conv, x: int, source_scale: float, y: int, name: str) -> None:
+def _conv(graph: LitertGraph, layer: Int8Conv, x: int, source_scale: float, y: int, name: str) -> None:
     depthwise = layer.groups > 1
     # LiteRT's layouts: convolution [outputs, k, k, inputs], depthwise [1, k, k, channels].
     weight = layer.weight.transpose((1, 2, 3, 0) if depthwise else (0, 2, 3, 1))

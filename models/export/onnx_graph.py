@@ -18,7 +18,7 @@ OPSET, IR_VERSION = 17, 8  # old enough for every onnxruntime that the board's e
 PRODUCER = "aiflow-edge"
 
 
-class Graph:
+class OnnxGraph:
     """A graph under construction: nodes and constants by name, in order."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ def write_onnx(head: Int8Head) -> bytes:
 
     The codes' scale and zero point are in the file's metadata, as the board's backend wants them.
     """
-    graph, pixels, latent = Graph(), head.activations[0], head.activations[-1]
+    graph, pixels, latent = OnnxGraph(), head.activations[0], head.activations[-1]
     names = ["pixels"] + [f"layer{i}" for i in range(len(head.layers) - 1)] + ["latent"]
     real = [_dequantise(graph, graph.node("Transpose", ["pixels"], "planes", perm=[0, 3, 1, 2]), pixels, "pixels")]
     for layer, activation, name in zip(head.layers, head.activations[1:], names[1:], strict=True):
@@ -74,7 +74,7 @@ def write_onnx(head: Int8Head) -> bytes:
     )
 
 
-def _conv(graph: Graph, layer: Int8Conv, x: str, source: Activation, name: str) -> str:
+def _conv(graph: OnnxGraph, layer: Int8Conv, x: str, source: Activation, name: str) -> str:
     unit = np.float32(source.scale) * layer.weight_scales
     scales, units = graph.constant(f"{name}.weight_scales", layer.weight_scales), graph.constant(f"{name}.units", unit)
     weight_codes = graph.constant(f"{name}.weight_codes", layer.weight)
@@ -96,13 +96,13 @@ def _conv(graph: Graph, layer: Int8Conv, x: str, source: Activation, name: str) 
     )
 
 
-def _constants(graph: Graph, activation: Activation, name: str) -> list[str]:
+def _constants(graph: OnnxGraph, activation: Activation, name: str) -> list[str]:
     return [
         graph.constant(f"{name}.scale", np.float32(activation.scale)),
         graph.constant(f"{name}.zero", np.uint8(activation.zero_point)),
     ]
 
 
-def _dequantise(graph: Graph, codes: str, activation: Activation, name: str) -> str:
+def _dequantise(graph: OnnxGraph, codes: str, activation: Activation, name: str) -> str:
     constants = _constants(graph, activation, name) if name == "pixels" else [f"{name}.scale", f"{name}.zero"]
     return graph.node("DequantizeLinear", [codes, *constants], f"{name}.real")

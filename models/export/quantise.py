@@ -1,7 +1,7 @@
-"""Post-training quantisation of the head into one list of int8 layers that both file formats are written from.
+"""Post-training quantisation of the head into one list of int8 layers, from which both file formats are written.
 
-Knows nothing of ONNX or LiteRT. One walk over the head carries every layer's output for a batch of calibration photos
-twice, as floats and as what int8 arithmetic makes of them: the first gives the ranges, the difference of the two
+This file knows nothing about ONNX and LiteRT. One pass over the head computes every layer's output for a batch of
+calibration photos twice, in floats and in int8 arithmetic. The floats give the ranges; the difference of the two
 corrects the biases. Scheme: weights symmetric per channel, activations asymmetric per tensor (Jacob et al., arXiv
 1712.05877); bias correction (Nagel et al., arXiv 1906.04721, section 4.2).
 """
@@ -18,7 +18,7 @@ from models.backbone import PIXEL_MEAN, PIXEL_SCALE, PIXELS, Conv, normalise, sa
 from models.family import Head
 
 WEIGHT_MAX = 127  # symmetric: -128 is left out
-BIAS_MAX = 2**30  # half of int32, so that the sum it is added to has room
+BIAS_MAX = 2**30  # half of int32: the sum it is added to needs the rest
 # Share of an activation's calibrated values that are clipped, half at each end. Against min-max it takes 6 % off the
 # symbols that differ from the float head's; ten times as much clipping adds 20 %.
 TAIL = 1e-4

@@ -1,4 +1,4 @@
-"""From photos and captions to a bundle: numbered stages, each readable alone, each resumed where it stopped.
+"""From photos and captions to a bundle, in numbered stages. Each can be read alone and continues after an interruption.
 
 python -m models.recipe --images DIR_OR_TAR ... --captions TSV --classes DIR_OR_TAR ... --out models/zoo/NAME
 """

@@ -1,4 +1,4 @@
-"""Runs the recipe's stages in order; what is done already is left alone, so that the same command resumes."""
+"""Runs the recipe's stages in order. Finished stages are skipped, so the same command continues."""
 
 import argparse
 import logging

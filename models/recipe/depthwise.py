@@ -1,8 +1,8 @@
 """Depthwise convolutions of small maps as batched matrix products, for training on CPUs.
 
-The backward pass of a depthwise convolution is the slowest part of the tail by far (70 % of a training step in
-PyTorch's CPU build); a 7 x 7 map is small enough to write each channel's convolution as one matrix, and matrix
-products are what CPUs are good at. Same function, same weights, same gradients.
+The backward pass of depthwise convolutions takes 70 % of a training step of the tail in PyTorch's CPU build. A 7 x 7
+map is small enough to write each channel's convolution as one matrix, and matrix products are fast on CPUs. Function,
+weights and gradients are the same.
 """
 
 import torch
@@ -13,7 +13,7 @@ from models.backbone import Conv, same_padding
 
 
 class MatrixDepthwise(nn.Module):
-    """Takes the place of a depthwise `Conv`, whose parameters it shares, on maps of one size."""
+    """Replaces a depthwise `Conv` on maps of one size. It shares the convolution's parameters."""
 
     index: Tensor
 
@@ -34,7 +34,7 @@ class MatrixDepthwise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Float [B, C, H, H] to float [B, C, H', H'], ReLU6 applied."""
         B, C = x.shape[:2]
-        taps = F.pad(self.weight.reshape(C, -1), (0, 1))  # the last tap is the zero that everything else sees
+        taps = F.pad(self.weight.reshape(C, -1), (0, 1))  # the last tap is zero, for inputs outside the kernel
         out = self.out_size * self.out_size
         matrices = taps.index_select(1, self.index).view(C, -1, out).to(torch.bfloat16)
         columns = x.flatten(2).transpose(0, 1).to(torch.bfloat16)  # [C, B, H * H]

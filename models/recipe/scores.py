@@ -1,7 +1,7 @@
-"""CIDEr on token ids, for choosing while training; reported figures come from pycocoevalcap through `aiflow evaluate`.
+"""CIDEr on token ids, for decisions during training. `aiflow evaluate` reports pycocoevalcap's figures.
 
-Vedantam et al., arXiv 1411.5726, in its D variant without the length penalty's clipping differences: tf-idf vectors of
-1- to 4-grams, cosine similarity with a Gaussian length penalty, document frequencies over the references given.
+Vedantam et al., arXiv 1411.5726, variant CIDEr-D: tf-idf vectors of 1- to 4-grams, cosine similarity with a Gaussian
+length penalty, document frequencies over the given references.
 """
 
 import math
@@ -28,7 +28,7 @@ class Cider:
     """Scores texts against the references of a set of photos."""
 
     def __init__(self, references: Sequence[Sequence[Sequence[int]]], end: bool = False) -> None:
-        """`end` appends the end token to every text, so that where a text stops counts (Rennie et al., section 5)."""
+        """end: append the end token to every text, so that its position counts (Rennie et al., section 5)."""
         self.end = [EOS] if end else []
         counted = [[grams([*text, *self.end]) for text in texts] for texts in references]
         self.frequency: Counter[tuple[int, ...]] = Counter(g for texts in counted for g in set().union(*texts))
@@ -45,7 +45,7 @@ class Cider:
         return vectors, [math.sqrt(sum(v * v for v in vector.values())) for vector in vectors]
 
     def score(self, photo: int, text: Sequence[int]) -> float:
-        """CIDEr-D of one text for one photo, 0 to 10, as published figures are."""
+        """CIDEr-D of one text for one photo, 0 to 10, the scale of published figures."""
         vectors, norms = self._vector(grams([*text, *self.end]))
         total = 0.0
         for others, other_norms, length in self.references[photo]:
@@ -65,12 +65,12 @@ def _scorer(work: Workspace, split: str, photos: int) -> Cider:
 
 
 def strip(row: list[int]) -> list[int]:
-    """A padded row, from its start token on, to the words in between."""
+    """The words of a padded row, without start, end and padding."""
     return [t for t in row[1:] if t not in (PAD, EOS)]
 
 
 def cider(work: Workspace, split: str, texts: list[list[int]]) -> float:
-    """Mean CIDEr-D of one text a photo, for the first len(texts) photos of a split."""
+    """Mean CIDEr-D of one text per photo, for the first len(texts) photos of a split."""
     return float(np.mean(ciders(work, split, texts)))
 
 

@@ -1,36 +1,35 @@
-"""Each target's lookahead: its own words from its own hidden states, over all training views.
+"""Each target's lookahead: it learns the target's own words from the target's hidden states, over all training views.
 
-What counts is what the target writes by itself, hence its own texts, and how it thinks while it does, hence the states
-of reading them again.
+The examples are the texts that the target writes by itself, and its hidden states while it reads them again.
 """
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from edge_runtime.inference.bundle import PAD
 from models.lookahead import LookaheadNet, lookahead_file, tensors_of
 from models.recipe import stage6_targets as targets
 from models.recipe import stage7_critic as critic
 from models.recipe.stage8_texts import written
-from models.recipe.workspace import Average, Workspace, steps
+from models.recipe.training import Training
+from models.recipe.workspace import Workspace, steps
 
 NAME = "10-lookahead"
 BATCH = 64  # texts
-READ = 250  # texts read at once
-DISTANCE = 7  # words ahead: more than a pass of the server verifies
-FADES = 0.9  # a word farther ahead counts so much less: it is only reached if all before it are right
+READ = 250  # texts per pass of the target
+DISTANCE = 7  # words ahead; a pass of the server verifies fewer
+FADES = 0.9  # weight per word of distance: a word only matters if all words before it are right
 CHECKPOINT_EVERY = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Length of training and its strength."""
+    """Length of training, learning rate and dropout."""
 
     steps: int = 3400
     learning_rate: float = 3e-3
@@ -39,7 +38,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What a target wrote about some views: rows of words, and the hidden state from which each was chosen."""
+    """A target's texts about some views: rows of words, and the hidden state that each word was chosen from."""
 
     tokens: np.ndarray  # int16 [N, T + 1], BOS first, PAD after EOS
     hidden: np.ndarray  # float16 [N, T + 1, D]; zeros for BOS
@@ -60,13 +59,13 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
     numbers[tokens] = np.arange(len(tokens))
     ahead = LookaheadNet(net.decoder.shape.width, len(tokens))
     optimiser = torch.optim.AdamW(ahead.parameters(), lr=settings.learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
-    average = Average(ahead, 0.998)
-    name = f"{NAME}-{tier}"
-    first = work.load(name, net=ahead, optimiser=optimiser, average=average)
+
+    def quality(weights: dict[str, Tensor], _: int | None) -> dict[str, float]:
+        return evaluate(weights, dev, numbers)
+
+    training = Training(work, f"{NAME}-{tier}", ahead, optimiser, settings.steps, CHECKPOINT_EVERY, evaluate=quality)
     border, total = len(parts[0].tokens), sum(len(part.tokens) for part in parts)
-    losses, started = [], time.monotonic()
-    for step in steps(f"lookahead of {tier}", first, settings.steps):
-        optimiser.param_groups[0]["lr"] = settings.learning_rate * targets.rate_at(step, settings.steps)
+    for _ in training.steps():
         chosen = np.sort(rng.integers(0, total, BATCH))
         split = np.searchsorted(chosen, border)
         rows = [cut(parts[0], chosen[:split]), cut(parts[1], chosen[split:] - border)]
@@ -75,27 +74,15 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
         for part in rows:
             if len(part.tokens):
                 loss = loss + loss_of(ahead, part, numbers, settings.dropout) / (BATCH * longest)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(ahead.parameters(), 1.0)
-        optimiser.step()
-        average.update(ahead, step)
-        losses.append(loss.item())
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
-            work.save(name, step + 1, net=ahead, optimiser=optimiser, average=average)
-            quality = evaluate(average.weights, dev, numbers)
-            minutes = round((time.monotonic() - started) / 60, 1)
-            print(
-                name, step + 1, {"loss": np.mean(losses[-CHECKPOINT_EVERY:]).round(4), **quality}, minutes, flush=True
-            )
-    ahead.load_state_dict(average.weights)
-    save_file(tensors_of(tokens.tolist(), ahead), work / lookahead_file(tier))
-    work.finish(name, quality | {"words": len(tokens)})
+        training.update(loss)
+    save_file(tensors_of(tokens.tolist(), training.average), work / lookahead_file(tier))
+    training.values["words"] = len(tokens)
+    training.finish()
 
 
 @torch.inference_mode()
 def texts_of(work: Workspace, net: targets.Target, tier: str, part: str) -> Texts:
-    """A target's greedy texts about the views of a part, and its states as it reads them again."""
+    """A target's greedy texts about the views of a part, and its hidden states while it reads them again."""
     maps = work.array(f"maps-{part}")
     tokens = np.load(work / f"texts-{part}.npy") if tier == "cloud" else written(work, net, part)
     hidden = np.zeros((*tokens.shape, net.decoder.shape.width), np.float16)
@@ -113,15 +100,15 @@ def texts_of(work: Workspace, net: targets.Target, tier: str, part: str) -> Text
 
 
 def cut(texts: Texts, chosen: np.ndarray) -> Texts:
-    """Some of the texts, no wider than the longest of them."""
+    """Some of the texts, as wide as the longest of them."""
     tokens = texts.tokens[chosen]
     width = int((tokens != PAD).sum(1).max(initial=1))
     return Texts(tokens[:, :width], texts.hidden[chosen, :width])
 
 
 def unrolled(texts: Texts, numbers: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Every place of every text as an example: hidden [M, D], the words from there on [M, DISTANCE], and what follows
-    each of them, -1 behind the text's end.
+    """Every position of every text as an example: hidden [M, D], the words from there on [M, DISTANCE], and the word
+    after each of them, -1 after the end of the text.
     """
     tokens = texts.tokens.astype(np.int64)
     padded = np.pad(tokens, ((0, 0), (0, DISTANCE)), constant_values=PAD)
@@ -133,7 +120,7 @@ def unrolled(texts: Texts, numbers: np.ndarray) -> tuple[Tensor, Tensor, Tensor]
 
 
 def loss_of(ahead: LookaheadNet, texts: Texts, numbers: np.ndarray, dropout: float) -> Tensor:
-    """Cross-entropy summed over places and distances."""
+    """Cross-entropy, summed over positions and distances."""
     hidden, words, wanted = unrolled(texts, numbers)
     logits = ahead(hidden, words, dropout)
     losses = F.cross_entropy(
@@ -145,13 +132,13 @@ def loss_of(ahead: LookaheadNet, texts: Texts, numbers: np.ndarray, dropout: flo
 
 @torch.inference_mode()
 def evaluate(weights: dict[str, Tensor], dev: Texts, numbers: np.ndarray) -> dict[str, float]:
-    """Mean number of words ahead, of DISTANCE, that are right before the first wrong one."""
+    """Mean number of words ahead, at most DISTANCE, that are right before the first wrong one."""
     words, width = weights["out.weight"].shape[0], weights["start.weight"].shape[1]
     ahead = LookaheadNet(width, words)
     ahead.load_state_dict(weights)
     runs = []
     for at in range(0, len(dev.tokens), READ):
         hidden, given, wanted = unrolled(cut(dev, np.arange(at, min(at + READ, len(dev.tokens)))), numbers)
-        # Teacher forcing says the same as guessing on, up to the first mistake.
+        # Up to the first mistake, teacher forcing gives the same words as free running.
         runs.append((ahead(hidden, given).argmax(-1) == wanted).cumprod(1).sum(1))
     return {"words_ahead": round(float(torch.cat(runs).float().mean()), 3)}

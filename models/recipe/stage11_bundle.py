@@ -1,4 +1,4 @@
-"""Everything that ships, in one directory, with a manifest that pins it and a card that says what it is for."""
+"""Writes the bundle: all files that ship, the manifest with their hashes, and the model card."""
 
 import shutil
 import subprocess
@@ -35,7 +35,7 @@ from models.recipe.stage4_head import float_symbols, trained_head
 from models.recipe.workspace import Workspace
 
 NAME = "11-bundle"
-KNOWN = 0.95  # of a class's photos that the backbone must tell right for its own rows to be taken
+KNOWN = 0.95  # share of the class photos that the backbone must recognise for its own rows to be used
 FLOAT_CHECK = 256  # dev photos on which the float head's symbols are compared
 
 
@@ -59,9 +59,7 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
             out / f"{tier}.safetensors",
         )
     draft = DraftDecoder(work.vocabulary)
-    draft.load_state_dict(
-        torch.load(work / f"{stage9_draft.NAME}.pt", map_location="cpu", weights_only=True)["average"]
-    )
+    draft.load_state_dict(work.averaged(stage9_draft.NAME))
     int8 = quantise_draft(draft)
     for suffix, files in (("onnx", write_draft_onnx(int8)), ("tflite", write_draft_litert(int8))):
         for part, data in zip(("look", "step"), files, strict=True):
@@ -76,15 +74,15 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
 
 
 def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """float16: half the size, and far finer than what training leaves undecided."""
+    """Saves as float16: half the size, and still much finer than the noise of training."""
     save_file({k: v.to(torch.float16).contiguous() for k, v in weights.items()}, path)
 
 
 def backbone_rows(work: Workspace) -> dict[str, torch.Tensor] | None:
-    """The backbone's own logits as the classifier, where it knows every class from uncompressed photos; else None.
+    """Rows of the backbone's own classifier, if it recognises every class in uncompressed photos; else None.
 
-    A classifier of a few photos a class learns features that the tail has learned by heart; the backbone's rows were
-    learned elsewhere. Which logit is which class is counted: the likeliest one on the class's photos.
+    With few photos per class, a new classifier overfits to the tail's training photos; the backbone's rows were learned
+    on others. A class gets the row with the highest mean probability on its photos.
     """
     labels = torch.from_numpy(np.load(work / "labels-classes.npy")).long()
     if not len(labels):
@@ -106,7 +104,7 @@ def backbone_rows(work: Workspace) -> dict[str, torch.Tensor] | None:
 
 
 def measure(work: Workspace, out: Path) -> tuple[dict[str, float], confidence.Table]:
-    """What the recipe itself can measure on the dev split, and what a draft's confidence says of its worth.
+    """The figures that the recipe can measure on the dev split, and the calibration of the draft's confidence.
 
     `aiflow evaluate` measures the whole chain.
     """
@@ -135,7 +133,7 @@ def measure(work: Workspace, out: Path) -> tuple[dict[str, float], confidence.Ta
 def manifest_of(
     work: Workspace, out: Path, licences: dict[str, str], quality: dict[str, float], calibration: confidence.Table
 ) -> Manifest:
-    """The manifest of the files that are in `out`; nothing in it depends on when or where it was made."""
+    """The manifest of the files in `out`. Nothing in it depends on when or where it is written."""
     shapes = decoder_shapes(work.vocabulary)
     return Manifest(
         schema=SCHEMA,
@@ -169,7 +167,7 @@ def _commit() -> str:
 
 
 def card(manifest: Manifest) -> str:
-    """The model card: what it was trained on, under which terms, what it is for and what it is not for."""
+    """The model card: training data and its terms, what the bundle is for and what it is not for."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in manifest.quality.items())
     terms = "\n".join(f"- {name}: {text}" for name, text in manifest.licences.items())
     return f"""# {manifest.name}

@@ -1,8 +1,8 @@
 """Photos and captions to arrays: pixels [N, 224, 224, 3], caption tokens, the vocabulary, splits.
 
-The TSV has a header line with the columns split, image, caption; photos lie in directories or tars. Classes come as
-`class/name.jpg`. At least one photo must be in the split `dev`: what is
-chosen on training photos is chosen badly.
+The TSV has a header line with the columns split, image, caption; photos are in directories or tar files. Class photos
+are named `class/name.jpg`. At least one photo must be in the split `dev`, since decisions must not be made on training
+photos.
 """
 
 import collections
@@ -19,8 +19,8 @@ from models.recipe.workspace import Workspace
 
 NAME = "1-photos"
 SPECIAL = ("<pad>", "<start>", "<end>", "<unknown>")
-MIN_COUNT = 4  # a word that fewer captions have is not learnt
-MAX_TOKENS = 24  # of a caption, its end token included: 99 % are shorter
+MIN_COUNT = 4  # words in fewer captions are not learnt
+MAX_TOKENS = 24  # per caption, with its end token: 99 % are shorter
 CAPTIONS = 5  # kept per photo
 CLASS_STAND_INS = 64
 
@@ -75,7 +75,7 @@ def run(work: Workspace, images: list[Path], tsv: Path, classes: list[Path]) -> 
     if pictures:
         photos = np.stack([to_input(decode_picture(picture.data)) for picture in pictures])
         numbers = [labels.index(picture.name.split("/")[0]) for picture in pictures]
-    else:  # nothing to classify: later stages train on a handful of photos of one class, and the bundle leaves it out
+    else:  # no classes: later stages train on a few photos of one class, which the bundle leaves out
         photos, numbers = arrays["train"][:CLASS_STAND_INS], [0] * min(CLASS_STAND_INS, len(arrays["train"]))
     np.save(work / "photos-classes.npy", photos)
     np.save(work / "labels-classes.npy", np.array(numbers, np.int64))

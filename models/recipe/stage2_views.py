@@ -1,6 +1,6 @@
-"""Several views a photo through the frozen backbone, once: crops and flips, and their maps at the cut as float16.
+"""Several views per photo (crops and flips), and their maps at the cut of the frozen backbone, as float16.
 
-A cached map cannot be augmented any more, hence several views; 44 KB each.
+A cached map cannot be augmented later, so there are several views; 44 KB each.
 """
 
 import cv2
@@ -29,12 +29,12 @@ def view_of(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def photo_views(photos: np.ndarray, views: int) -> list[tuple[int, int]]:
-    """(photo, view) pairs in the order of a cache; view 0 is the photo as it is."""
+    """(photo, view) pairs in the order of the cache; view 0 is the unchanged photo."""
     return [(photo, view) for view in range(views) for photo in range(len(photos))]
 
 
 def make_view(photos: np.ndarray, photo: int, view: int, seed: int) -> np.ndarray:
-    """View 0 is the photo itself; others are random, but the same each time."""
+    """View 0 is the photo itself. Other views are random, but the same every time."""
     return photos[photo] if view == 0 else view_of(photos[photo], np.random.default_rng((seed, view, photo)))
 
 

@@ -1,16 +1,15 @@
-"""The information bottleneck: which few hundred bytes of a photo the answers need.
+"""The information bottleneck: finds the few hundred bytes of a photo that the answers need.
 
-Trains the bottleneck convolution, its density and the tail on cached maps at the cut, against tasks that share the
-bits: the backbone's last map (mean squared error), its ImageNet logits (distillation), the captions (cross-entropy
-through the cloud's decoder, which stage 6 goes on with) and the labels. Rate in training: -log2 of the density on the
-rounded symbols, straight-through as in the tail (Minnen & Singh, arXiv 2007.08739); the usual uniform noise overprices
-the many symbols that are zero and kills their channels. The rate's weight is steered, slowly and within bounds, so
-that a photo's symbols, with the averaged weights that ship, cost the wanted bytes under counted tables: a price that
-overshoots kills channels for good.
+Trains the bottleneck convolution, its density and the tail on cached maps at the cut. Several tasks share the bits: the
+backbone's last map (mean squared error), its ImageNet logits (distillation), the captions (cross-entropy through the
+cloud's decoder, which stage 6 trains further) and the labels. The rate in training is -log2 of the density on the
+rounded symbols, with straight-through gradients (Minnen & Singh, arXiv 2007.08739). The usual uniform noise would
+overprice the many symbols that are zero and make their channels useless. A slow controller sets the rate's weight, the
+price, so that the symbols of a photo take the wanted number of bytes under counted tables, with the averaged weights
+that ship. The price is bounded, since channels do not recover from a price that is too high.
 """
 
 import math
-import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,34 +22,35 @@ from edge_runtime.inference.bundle import PAD, UNKNOWN
 from models.backbone import CUT, CUT_CHANNELS, Conv, Lite0, pretrained_lite0
 from models.family import LATENT, Classifier, Density, Dropout, Tail, TextDecoder, decoder_shapes
 from models.recipe.depthwise import use_matrices
-from models.recipe.workspace import Average, Workspace, channels_last, steps
+from models.recipe.training import Training
+from models.recipe.workspace import Workspace, channels_last
 
 NAME = "3-bottleneck"
-PHOTOS, CLASS_PHOTOS = 48, 16  # of a step
-CAPTIONS = 3  # of a photo and step
+PHOTOS, CLASS_PHOTOS = 48, 16  # per step
+CAPTIONS = 3  # per photo and step
 CHECKPOINT_EVERY = 100
 FIRST_PRICE = 1e-3  # loss per byte
 PRICES = 3e-5, 4e-3  # bounds
-PRICE_FIXED_STEPS = 100  # before it is steered: the density has to find the symbols first
+PRICE_FIXED_STEPS = 100  # before the controller starts: the density must fit the symbols first
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How long and for how many bytes."""
+    """Length of training, target size and weights of the losses."""
 
     steps: int = 1700
     bytes: float = 400.0  # per photo, under one table a channel
     learning_rate: float = 1e-3
-    known_rate: float = 3e-4  # of what comes from the pretrained backbone, and of the expander's linear part
+    known_rate: float = 3e-4  # learning rate of pretrained layers, and of the expander's linear part
     bottleneck_rate: float = 0.04  # of the bottleneck, as a share of its weights' root mean square
-    first_step: float = 32.0  # of a symbol, see `principal`; some 550 bytes
+    first_step: float = 32.0  # units per symbol, see `principal`; about 550 bytes
     kl_weight: float = 0.7
     caption_weight: float = 0.5
     label_weight: float = 0.3
 
 
 class Cut(nn.Module):
-    """Everything that stage 3 trains."""
+    """The networks that stage 3 trains."""
 
     def __init__(self, backbone: Lite0, vocabulary: int, classes: int) -> None:
         super().__init__()
@@ -70,12 +70,12 @@ class Cut(nn.Module):
 
 
 def principal(net: Cut, backbone: Lite0, cut: Tensor, step: float) -> None:
-    """Starts bottleneck and expander as the best linear code of 2 x 2 blocks of the map at the cut.
+    """Initialises bottleneck and expander with the best linear code of 2 x 2 blocks of the map at the cut.
 
-    Principal components of cut float [B, 112, 14, 14] in the metric of what the last map feels: errors weigh as the
-    mean of J^T J, with J the last map's Jacobian by a block (Hutchinson's estimate). One symbol is `step` units, the
-    same for all components, as high-rate theory wants it (Gersho & Gray, Vector Quantization, 1992, chapter 8).
-    Without a step of training this is nearer to the backbone than what thousands of steps make of a random start.
+    These are the principal components of cut float [B, 112, 14, 14] under the metric E[J^T J], with J the Jacobian of
+    the last map with respect to a block (Hutchinson's estimate). One symbol is `step` units for all components, which
+    is optimal at high rates (Gersho & Gray, Vector Quantization, 1992, chapter 8). Without any training this is closer
+    to the backbone than a random start after thousands of steps.
     """
     metric = torch.zeros(4 * CUT_CHANNELS, 4 * CUT_CHANNELS)
     for at in range(0, min(512, len(cut)), 64):
@@ -94,7 +94,7 @@ def principal(net: Cut, backbone: Lite0, cut: Tensor, step: float) -> None:
     assert net.tail.linear.bias is not None
     with torch.no_grad():
         net.bottleneck.weight.zero_()
-        # SAME padding puts the first taps of a stride on the block itself.
+        # With SAME padding, the first taps of a stride are on the block itself.
         net.bottleneck.weight[:, :, :2, :2] = down.view(LATENT[0], CUT_CHANNELS, 2, 2)
         net.bottleneck.bias.copy_(-down @ mean)
         net.tail.linear.weight.copy_(up[..., None, None])
@@ -109,9 +109,9 @@ def blocks_of(cut: Tensor) -> Tensor:
 
 
 class Losses(NamedTuple):
-    """Of one batch."""
+    """The losses of one batch."""
 
-    error: Tensor  # squared error of the last map, as a share of its variance
+    error: Tensor  # squared error of the last map, divided by its variance
     kl: Tensor  # nats per photo to the backbone's own ImageNet logits
     caption: Tensor  # nats per token
     label: Tensor  # nats per class photo
@@ -128,7 +128,7 @@ def caption_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1) -> Ten
 
 
 def repeat_memory(memory: list[tuple[Tensor, Tensor]], times: int) -> list[tuple[Tensor, Tensor]]:
-    """What a decoder sees of B photos, for `times` texts of each."""
+    """The decoder's memory of B photos, repeated for `times` texts per photo."""
     return [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in memory]
 
 
@@ -141,11 +141,10 @@ def counted_bytes(symbols: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def shipped_bytes(net: Cut, average: Average, cut: Tensor) -> float:
-    """`counted_bytes` of the averaged bottleneck; less than with the weights in training, whose steps add noise."""
-    weights = {name: average.weights[f"bottleneck.{name}"] for name, _ in net.bottleneck.named_parameters()}
+def shipped_bytes(average: Cut, cut: Tensor) -> float:
+    """`counted_bytes` of the averaged bottleneck. It is less than of the weights in training, which are noisy."""
     with torch.autocast("cpu", torch.bfloat16):
-        latent: Tensor = torch.func.functional_call(net.bottleneck, weights, (cut,))
+        latent: Tensor = average.bottleneck(cut)
     return counted_bytes(latent.float().round().clamp(-127, 127)).item()
 
 
@@ -186,16 +185,19 @@ def run(work: Workspace, settings: Settings) -> None:
     photos, class_photos = work.array("cut-train"), work.array("cut-classes")
     sample = torch.from_numpy(np.array(photos[:: max(1, len(photos) // 2048)])).permute(0, 3, 1, 2).float()
     principal(net, pretrained_lite0(), sample, settings.first_step)
-    optimiser, rates = optimiser_of(net, settings)
-    average = Average(net, 0.998)
-    first = work.load(NAME, net=net, optimiser=optimiser, average=average)
-    price = float((work / "price.txt").read_text()) if first else FIRST_PRICE
-    seen: list[list[float]] = []
-    figures: dict[str, float] = {}
-    started = time.monotonic()
-    for step in steps("bottleneck", first, settings.steps):
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * min(1.0, (step + 1) / 100) * (1.0 - step / settings.steps) ** 0.7
+    optimiser = optimiser_of(net, settings)
+    training = Training(
+        work,
+        NAME,
+        net,
+        optimiser,
+        settings.steps,
+        CHECKPOINT_EVERY,
+        rate=lambda peak, step: peak * min(1.0, (step + 1) / 100) * (1.0 - step / settings.steps) ** 0.7,
+        clipped=(p for group in optimiser.param_groups[:3] for p in group["params"]),
+    )
+    price = training.values.get("price", FIRST_PRICE)
+    for step in training.steps():
         chosen = np.sort(rng.integers(0, len(photos), PHOTOS))
         also = np.sort(rng.integers(0, len(class_photos), CLASS_PHOTOS))
         maps = np.concatenate([photos[chosen], class_photos[also]])
@@ -206,39 +208,29 @@ def run(work: Workspace, settings: Settings) -> None:
         loss = losses_of(net, backbone, cut, texts, torch.from_numpy(labels[also % len(labels)]))
         total = loss.error + settings.kl_weight * loss.kl + settings.caption_weight * loss.caption
         total = total + settings.label_weight * loss.label + price * loss.priced_bytes
-        optimiser.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups[:3] for p in group["params"]], 1.0)
-        optimiser.step()
-        average.update(net, step)
+        training.update(total, **{name: value.item() for name, value in loss._asdict().items()})
+        size = shipped_bytes(training.average, cut)
         if step >= PRICE_FIXED_STEPS:
-            excess = np.clip(shipped_bytes(net, average, cut) / settings.bytes - 1.0, -1, 1)
+            excess = np.clip(size / settings.bytes - 1.0, -1, 1)
             price = float(np.clip(price * np.exp(0.01 * excess), *PRICES))
-        seen.append([value.item() for value in loss])
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
-            work.save(NAME, step + 1, net=net, optimiser=optimiser, average=average)
-            (work / "price.txt").write_text(repr(price))
-            figures = dict(zip(Losses._fields, np.mean(seen[-CHECKPOINT_EVERY:], 0).round(4).tolist(), strict=True))
-            figures |= {
-                "shipped_bytes": round(shipped_bytes(net, average, cut), 1),
-                "price": price,
-                "minutes": (time.monotonic() - started) / 60,
-                "steps": step + 1,
-            }
-            print(figures, flush=True)
-    work.finish(NAME, figures)
+        training.values |= {"shipped_bytes": round(size, 1), "price": price}
+    training.finish()
 
 
-def optimiser_of(net: Cut, settings: Settings) -> tuple[torch.optim.Optimizer, tuple[float, ...]]:
-    """AdamW over new layers, known layers, the bottleneck and the density, and the peak rate of each.
+def optimiser_of(net: Cut, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW over new layers, known layers, the bottleneck and the density, each with its own peak rate.
 
-    Folded weights are small: steps that suit new layers would wipe out what the backbone knows.
+    The folded weights of the backbone are small: steps for new layers would destroy them.
     """
     bottleneck, density = list(net.bottleneck.parameters()), list(net.density.parameters())
     known = [p for part in (net.tail.linear, net.tail.blocks, net.tail.features) for p in part.parameters()]
     others = {id(p) for p in bottleneck + density + known}
     new = [p for p in net.parameters() if id(p) not in others]
-    groups = [{"params": new}, {"params": known}, {"params": bottleneck}, {"params": density}]
     size = net.bottleneck.weight.square().mean().sqrt().item()
-    rates = (settings.learning_rate, settings.known_rate, settings.bottleneck_rate * size, 6e-3)
-    return torch.optim.AdamW(groups, lr=rates[0], weight_decay=0.01, betas=(0.9, 0.98)), rates
+    groups = [
+        {"params": new, "lr": settings.learning_rate},
+        {"params": known, "lr": settings.known_rate},
+        {"params": bottleneck, "lr": settings.bottleneck_rate * size},
+        {"params": density, "lr": 6e-3},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))

@@ -1,6 +1,6 @@
 """The board's head: backbone and bottleneck joined, quantised to 8 bits, written for both runtimes.
 
-From here on the int8 head is the definition of what is sent.
+From here on, the int8 head defines the symbols that are sent.
 """
 
 import numpy as np
@@ -22,9 +22,7 @@ def trained_head(work: Workspace) -> Head:
     backbone, head = pretrained_lite0(), Head()
     head.stem.load_state_dict(backbone.stem.state_dict())
     head.blocks.load_state_dict(backbone.blocks[:CUT].state_dict())
-    cut = torch.load(work / "3-bottleneck.pt", map_location="cpu", weights_only=True)["average"]
-    prefix = "bottleneck."
-    head.bottleneck.load_state_dict({k.removeprefix(prefix): v for k, v in cut.items() if k.startswith(prefix)})
+    head.bottleneck.load_state_dict(work.averaged("3-bottleneck", "bottleneck."))
     return head.eval()
 
 
@@ -42,7 +40,7 @@ def run(work: Workspace) -> None:
 
 
 def float_symbols(head: Head, photos: np.ndarray) -> np.ndarray:
-    """Symbols of the unquantised head, int8 [B, 64, 7, 7], to measure what 8 bits cost."""
+    """Symbols of the unquantised head, int8 [B, 64, 7, 7], to measure the effect of 8 bits."""
     with torch.inference_mode():
         latent = head(torch.from_numpy(np.array(photos)))
     symbols: np.ndarray = latent.round().clamp(-127, 127).to(torch.int8).numpy()

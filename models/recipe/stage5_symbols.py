@@ -1,6 +1,6 @@
-"""What the deployed int8 head really sends: symbols of many views, the tables counted on them, and their bytes.
+"""The symbols that the deployed int8 head sends for many views, and the tables counted on them.
 
-Everything after this stage trains on these symbols, so that nothing has to be adapted to quantisation later.
+All later stages train on these symbols, so nothing has to be adapted to quantisation afterwards.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ def run(work: Workspace) -> None:
         def symbols_of(pair: tuple[int, int], photos: np.ndarray = photos, seed: int = seed) -> np.ndarray:
             return head.symbols(make_view(photos, *pair, seed))
 
-        with ThreadPoolExecutor(2) as pool:  # the runtime lets go of the interpreter while it computes
+        with ThreadPoolExecutor(2) as pool:  # the runtime releases the GIL while it computes
             for step in steps(f"symbols of {part}", 0, -(-len(pairs) // BATCH)):
                 chosen = slice(step * BATCH, (step + 1) * BATCH)
                 symbols[chosen] = list(pool.map(symbols_of, pairs[chosen]))
@@ -40,7 +40,7 @@ def run(work: Workspace) -> None:
 
 
 def count(work: Workspace) -> dict[str, float]:
-    """Writes tables.bin: counted on the training views, contexts and alphabet as they cost least on the dev photos."""
+    """Writes tables.bin, counted on training views. Contexts and alphabet: the cheapest on dev photos."""
     train, dev = work.array("symbols-train"), work.array("symbols-dev")
     figures: dict[str, float] = {}
     best = None

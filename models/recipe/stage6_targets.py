@@ -1,14 +1,13 @@
-"""The targets: classifier and one text decoder a tier, trained on the symbols of the deployed head.
+"""The targets: classifier and one text decoder per tier, trained on the symbols of the deployed head.
 
-The tail was trained with the bottleneck on rounded symbols and is kept as it is, so that its maps of all views are
-computed once; what follows it trains on those. First the last convolution and the classifier together with the cloud's
-decoder, on people's captions; later the edge's smaller decoder on the same features, on the cloud's own texts
-(sequence-level distillation: Kim & Rush, arXiv 1606.07947). One pass of the tail thus serves every tier.
+The tail was trained with the bottleneck on rounded symbols and stays fixed, so its maps of all views are computed once,
+and the layers behind it are trained on those maps. First the last convolution and the classifier, together with the
+cloud's decoder, on people's captions; later the edge's smaller decoder on the same features and the cloud's own texts
+(sequence-level distillation: Kim & Rush, arXiv 1606.07947). So one pass of the tail serves every tier.
 """
 
-import math
-import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,21 +19,22 @@ from models.backbone import MAP_CHANNELS
 from models.family import LATENT, Classifier, DecoderShape, Dropout, Tail, TextDecoder, decoder_shapes
 from models.recipe.scores import cider
 from models.recipe.stage3_bottleneck import caption_loss, repeat_memory
-from models.recipe.workspace import Average, Workspace, channels_last, steps
+from models.recipe.training import Training
+from models.recipe.workspace import Workspace, channels_last, steps
 
-NAME = "6-targets"
-TEXTS, CLASS_PHOTOS = 320, 16  # of a step
+NAME, MAPS = "6-targets", "6-maps"
+TEXTS, CLASS_PHOTOS = 320, 16  # per step
 CHECKPOINT_EVERY = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Lengths of training and its strength."""
+    """Lengths of training, rates and dropout."""
 
     cloud_steps: int = 1000
     edge_steps: int = 900
     learning_rate: float = 6e-4
-    features_rate: float = 0.3  # of the learning rate, for the tail's last convolution, which is not new
+    features_rate: float = 0.3  # for the tail's last convolution, which is not new: a share of the learning rate
     dropout: float = 0.2
 
 
@@ -61,29 +61,24 @@ def maps_of(maps: np.ndarray, chosen: np.ndarray | slice) -> Tensor:
     return torch.from_numpy(np.array(maps[chosen])).permute(0, 3, 1, 2).to(torch.bfloat16)
 
 
-def rate_at(step: int, total: int, warm_up: int = 100) -> float:
-    """Linear warm-up, then a cosine to nothing."""
-    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
-
-
 def run(work: Workspace, settings: Settings, tier: str) -> None:
     """Writes 6-targets-<tier>.pt; the edge's needs the cloud's texts of stage 8."""
     torch.manual_seed(6)
     net = new_target(work, tier)
     if tier == "cloud":
-        if not (work / "maps-dev.npy").is_file():
+        if not work.is_done(MAPS):
             cache_maps(work)
         train(work, tier, net, np.load(work / "captions-train.npy"), settings.cloud_steps, settings)
     else:
-        cloud = torch.load(work / f"{NAME}-cloud.pt", map_location="cpu", weights_only=True)["average"]
+        cloud = work.averaged(f"{NAME}-cloud")
         net.load_state_dict({k: v for k, v in cloud.items() if not k.startswith("decoder.")}, strict=False)
         train(work, tier, net, np.load(work / "texts-train.npy")[:, None], settings.edge_steps, settings)
 
 
 def new_target(work: Workspace, tier: str) -> Target:
-    """A target that begins where the bottleneck's training ended; the edge's decoder alone is new."""
+    """A target with the weights of the bottleneck's training. Only the edge's decoder is new."""
     net = Target(decoder_shapes(work.vocabulary)[tier], work.classes)
-    cut = torch.load(work / "3-bottleneck.pt", map_location="cpu", weights_only=True)["average"]
+    cut = work.averaged("3-bottleneck")
     known = ("tail.", "classifier.", "decoder.") if tier == "cloud" else ("tail.", "classifier.")
     missing = net.load_state_dict({k: v for k, v in cut.items() if k.startswith(known)}, strict=False).missing_keys
     assert tier == "edge" or not missing, missing
@@ -101,10 +96,11 @@ def cache_maps(work: Workspace, batch: int = 200) -> None:
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
                 last = tail.last_map(symbols_of(symbols, rows))
             maps[rows] = last.permute(0, 2, 3, 1).to(torch.float16).numpy()
+    work.finish(MAPS, {part: len(work.array(f"maps-{part}")) for part in ("train", "classes", "dev")})
 
 
 def train(work: Workspace, tier: str, net: Target, captions: np.ndarray, total: int, settings: Settings) -> None:
-    """Cross-entropy training of one tier; with the cloud, of the shared features and the classifier too.
+    """Cross-entropy training of one tier. The cloud's also trains the shared features and the classifier.
 
     captions int16 [photos or views of them, texts, T].
     """
@@ -113,17 +109,16 @@ def train(work: Workspace, tier: str, net: Target, captions: np.ndarray, total: 
     class_maps, labels = work.array("maps-classes"), np.load(work / "labels-classes.npy")
     trains_features = tier == "cloud"
     shared = [*net.tail.features.parameters(), *net.classifier.parameters()] if trains_features else []
-    groups = [{"params": list(net.decoder.parameters())}] + [{"params": shared}] * trains_features
-    rates = [settings.learning_rate, settings.learning_rate * settings.features_rate][: len(groups)]
-    optimiser = torch.optim.AdamW(groups, lr=rates[0], weight_decay=0.02, betas=(0.9, 0.98))
-    average = Average(net, 0.998)
-    name = f"{NAME}-{tier}"
-    first = work.load(name, net=net, optimiser=optimiser, average=average)
-    drop, losses, started = Dropout(settings.dropout), [], time.monotonic()
-    quality: dict[str, float] = {}
-    for step in steps(tier, first, total):
-        for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * rate_at(step, total)
+    groups: list[dict[str, Any]] = [{"params": list(net.decoder.parameters()), "lr": settings.learning_rate}]
+    groups += [{"params": shared, "lr": settings.learning_rate * settings.features_rate}] * trains_features
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.02, betas=(0.9, 0.98))
+
+    def quality(weights: dict[str, Tensor], photos: int | None) -> dict[str, float]:
+        return evaluate(work, weights, tier, photos)
+
+    training = Training(work, f"{NAME}-{tier}", net, optimiser, total, CHECKPOINT_EVERY, evaluate=quality)
+    drop = Dropout(settings.dropout)
+    for _ in training.steps():
         chosen = np.sort(rng.integers(0, len(maps), photos))
         also = np.sort(rng.integers(0, len(class_maps), CLASS_PHOTOS))
         texts = torch.from_numpy(captions[chosen % len(captions)].astype(np.int64)).flatten(0, 1)  # [B * 5, T]
@@ -136,18 +131,9 @@ def train(work: Workspace, tier: str, net: Target, captions: np.ndarray, total: 
             words = net.decoder(texts[:, :-1], memory, drop, wanted)
             loss = caption_loss(words, texts[:, 1:][wanted])
         label_loss = F.cross_entropy(guesses, torch.from_numpy(labels[also % len(labels)]))
-        optimiser.zero_grad(set_to_none=True)
-        (loss + 0.3 * label_loss if trains_features else loss).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_([p for p in net.parameters() if p.grad is not None], 1.0)
-        optimiser.step()
-        average.update(net, step)
-        losses.append((loss.item(), label_loss.item()))
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == total:
-            work.save(name, step + 1, net=net, optimiser=optimiser, average=average)
-            quality = evaluate(work, average.weights, tier, 300 if step + 1 < total else None)
-            recent = np.mean(losses[-CHECKPOINT_EVERY:], 0).round(4).tolist()
-            print(tier, step + 1, recent, quality, round((time.monotonic() - started) / 60, 1), "min", flush=True)
-    work.finish(name, quality)
+        total_loss = loss + 0.3 * label_loss if trains_features else loss
+        training.update(total_loss, caption=loss.item(), label=label_loss.item())
+    training.finish()
 
 
 def evaluate(work: Workspace, weights: dict[str, Tensor], tier: str, limit: int | None = None) -> dict[str, float]:
@@ -159,7 +145,7 @@ def evaluate(work: Workspace, weights: dict[str, Tensor], tier: str, limit: int 
 
 @torch.inference_mode()
 def write(net: Target, maps: np.ndarray) -> list[list[int]]:
-    """Greedy texts of many photos, quickly: bfloat16, one column at a time; for choosing, not for shipping."""
+    """Greedy texts of many photos in bfloat16, one token at a time: fast, for evaluation only."""
     out: list[list[int]] = []
     for at in range(0, len(maps), 250):
         rows = maps_of(maps, slice(at, at + 250))

@@ -1,24 +1,24 @@
-"""Self-critical sequence training of the cloud's decoder: reward what the score rewards.
+"""Self-critical sequence training of the cloud's decoder: the reward is the score itself.
 
-Rennie et al., arXiv 1612.00563. Cross-entropy teaches the next word of a person's text; this teaches whole texts.
-Several texts are sampled a photo, each is rewarded by its CIDEr-D against that photo's captions, and the mean of the
-others is its baseline (Luo, arXiv 2003.09971). The end token is part of every text and of its reward:
-without it, texts are cut off.
+Rennie et al., arXiv 1612.00563. Cross-entropy trains the next word of a person's text; this trains whole texts. Several
+texts are sampled per photo. Each one's reward is its CIDEr-D against the photo's captions, and its baseline is the mean
+of the others (Luo, arXiv 2003.09971). The end token is part of every text and its reward; otherwise the decoder learns
+to end too early.
 """
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edge_runtime.inference.bundle import BOS, EOS, PAD
 from models.family import NEVER_EMITTED, Dropout
 from models.recipe import stage6_targets as targets
 from models.recipe.scores import Cider, strip
 from models.recipe.stage3_bottleneck import caption_loss, repeat_memory
-from models.recipe.workspace import Average, Workspace, steps
+from models.recipe.training import Training, cosine
+from models.recipe.workspace import Workspace
 
 NAME = "7-critic"
 PHOTOS, SAMPLES = 32, 5
@@ -27,11 +27,11 @@ CHECKPOINT_EVERY = 200
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Length and strength."""
+    """Length of training, learning rate and weights."""
 
     steps: int = 500
     learning_rate: float = 1e-4
-    caption_weight: float = 0.1  # of the cross-entropy that keeps texts plain
+    caption_weight: float = 0.1  # weight of the cross-entropy, which keeps the texts fluent
 
 
 def run(work: Workspace, settings: Settings) -> None:
@@ -39,18 +39,31 @@ def run(work: Workspace, settings: Settings) -> None:
     rng = np.random.default_rng(7)
     torch.manual_seed(7)
     net = targets.new_target(work, "cloud")
-    net.load_state_dict(torch.load(work / f"{targets.NAME}-cloud.pt", map_location="cpu", weights_only=True)["average"])
+    net.load_state_dict(work.averaged(f"{targets.NAME}-cloud"))
     for p in (*net.tail.parameters(), *net.classifier.parameters()):
         p.requires_grad_(False)
     weights = list(net.decoder.parameters())
     optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
-    average = Average(net, 0.99)
-    first = work.load(NAME, net=net, optimiser=optimiser, average=average)
+
+    def quality(weights: dict[str, Tensor], photos: int | None) -> dict[str, float]:
+        return targets.evaluate(work, weights, "cloud", photos)
+
+    training = Training(
+        work,
+        NAME,
+        net,
+        optimiser,
+        settings.steps,
+        CHECKPOINT_EVERY,
+        decay=0.99,
+        rate=lambda peak, step: peak * cosine(step, settings.steps, warm_up=50),
+        clip=0.5,
+        clipped=weights,
+        evaluate=quality,
+    )
     maps, captions = work.array("maps-train"), np.load(work / "captions-train.npy")
     scorer = Cider([[strip(row) for row in texts] for texts in captions.tolist()], end=True)
-    rewards_seen, started = [], time.monotonic()
-    for step in steps("critic", first, settings.steps):
-        optimiser.param_groups[0]["lr"] = settings.learning_rate * targets.rate_at(step, settings.steps, 50)
+    for _ in training.steps():
         chosen = np.sort(rng.integers(0, len(maps), PHOTOS))
         photos = chosen % len(captions)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -71,29 +84,14 @@ def run(work: Workspace, settings: Settings) -> None:
         chances = logits.log_softmax(-1).gather(-1, texts[:, 1:, None])[..., 0]
         written = texts[:, 1:] != PAD
         chances = chances.masked_fill(~written, 0.0)
-        # Per token rather than per text: long texts do not weigh more.
+        # Per token and not per text, so that long texts do not weigh more.
         policy = -(chances.sum(1) * torch.from_numpy(advantage.reshape(-1)).float()).sum() / written.sum()
-        optimiser.zero_grad(set_to_none=True)
-        (policy + settings.caption_weight * plain).backward()
-        nn.utils.clip_grad_norm_(weights, 0.5)
-        optimiser.step()
-        average.update(net, step)
-        rewards_seen.append(rewards.mean())
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
-            work.save(NAME, step + 1, net=net, optimiser=optimiser, average=average)
-            quality = targets.evaluate(work, average.weights, "cloud", 300 if step + 1 < settings.steps else None)
-            minutes = (time.monotonic() - started) / 60
-            print(
-                NAME,
-                step + 1,
-                {"reward": np.mean(rewards_seen[-CHECKPOINT_EVERY:]).round(4), **quality, "minutes": round(minutes, 1)},
-                flush=True,
-            )
-    work.finish(NAME, quality)
+        training.update(policy + settings.caption_weight * plain, reward=float(rewards.mean()))
+    training.finish()
 
 
 def sample(net: targets.Target, features: Tensor) -> Tensor:
-    """SAMPLES texts a photo, by chance: int64 [B * SAMPLES, 1 + T], BOS first, PAD after EOS."""
+    """SAMPLES random texts per photo: int64 [B * SAMPLES, 1 + T], BOS first, PAD after EOS."""
     decoder = net.decoder
     memory = repeat_memory(decoder.encode_image(features), SAMPLES)
     rows = len(features) * SAMPLES
@@ -110,12 +108,11 @@ def sample(net: targets.Target, features: Tensor) -> Tensor:
 
 
 def cut(row: list[int]) -> list[int]:
-    """A sampled row to its words. One that never ended keeps a mark that no reference has, so that it scores less."""
+    """The words of a sampled row. A text without an end gets a token that no reference has, so that it scores less."""
     return row[: row.index(EOS)] if EOS in row else [*row, PAD]
 
 
 def final_weights(work: Workspace, tier: str) -> dict[str, Tensor]:
-    """A tier's target as it ships: the edge imitates the cloud, a reward of its own would lead it away from it."""
+    """The weights of a tier's target that ship. The edge imitates the cloud and has no reward training of its own."""
     name = NAME if tier == "cloud" else f"{targets.NAME}-{tier}"
-    weights: dict[str, Tensor] = torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)["average"]
-    return weights
+    return work.averaged(name)

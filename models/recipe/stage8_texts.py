@@ -1,7 +1,7 @@
-"""What the cloud writes about every view: the texts that the edge and the draft learn to write.
+"""The cloud's texts about every view, from which the edge and the draft learn.
 
-Sequence-level distillation (Kim & Rush, arXiv 1606.07947): a small decoder that imitates one good writer ends nearer to
-it than one that imitates five people.
+Sequence-level distillation (Kim & Rush, arXiv 1606.07947): a small decoder learns the texts of one good decoder better
+than those of five people.
 """
 
 import numpy as np

@@ -1,21 +1,21 @@
-"""The board's draft decoder, distilled from the cloud's own texts, so that what it proposes gets accepted.
+"""The board's draft decoder, distilled from the cloud's own texts, so that its proposals are accepted.
 
 Its inputs are the int8 head's symbols, as on the board.
 """
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
 from edge_runtime.inference.bundle import BOS, EOS, PAD
 from models.family import DraftDecoder
 from models.recipe import stage6_targets as targets
 from models.recipe.scores import cider
 from models.recipe.stage3_bottleneck import caption_loss
-from models.recipe.workspace import Average, Workspace, steps
+from models.recipe.training import Training
+from models.recipe.workspace import Workspace
 
 NAME = "9-draft"
 BATCH = 256
@@ -41,11 +41,12 @@ def run(work: Workspace, settings: Settings) -> None:
     border = len(symbols[0])
     net = DraftDecoder(work.vocabulary)
     optimiser = torch.optim.AdamW(net.parameters(), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-    average = Average(net, 0.998)
-    first = work.load(NAME, net=net, optimiser=optimiser, average=average)
-    losses, started = [], time.monotonic()
-    for step in steps("draft", first, settings.steps):
-        optimiser.param_groups[0]["lr"] = settings.learning_rate * targets.rate_at(step, settings.steps)
+
+    def quality(weights: dict[str, Tensor], photos: int | None) -> dict[str, float]:
+        return evaluate(work, weights, photos)
+
+    training = Training(work, NAME, net, optimiser, settings.steps, CHECKPOINT_EVERY, evaluate=quality)
+    for _ in training.steps():
         chosen = np.sort(rng.integers(0, len(texts), BATCH))
         rows = torch.from_numpy(texts[chosen].astype(np.int64))
         rows = rows[:, : int((rows != PAD).sum(1).max())]
@@ -54,35 +55,20 @@ def run(work: Workspace, settings: Settings) -> None:
             [targets.symbols_of(symbols[0], chosen[:split]), targets.symbols_of(symbols[1], chosen[split:] - border)]
         )
         with torch.autocast("cpu", torch.bfloat16):
-            logits = net(rows[:, :-1], net.look(inputs), settings.dropout)
+            logits = net(rows[:, :-1], net.encode_image(inputs), settings.dropout)
         loss = caption_loss(logits, rows[:, 1:], smoothing=0.02)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimiser.step()
-        average.update(net, step)
-        losses.append(loss.item())
-        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == settings.steps:
-            work.save(NAME, step + 1, net=net, optimiser=optimiser, average=average)
-            quality = evaluate(work, average.weights, 300 if step + 1 < settings.steps else None)
-            minutes = round((time.monotonic() - started) / 60, 1)
-            print(
-                "draft",
-                step + 1,
-                {"loss": round(float(np.mean(losses[-CHECKPOINT_EVERY:])), 4), **quality, "minutes": minutes},
-                flush=True,
-            )
-    work.finish(NAME, quality)
+        training.update(loss)
+    training.finish()
 
 
 @torch.inference_mode()
-def evaluate(work: Workspace, weights: dict[str, torch.Tensor], limit: int | None = None) -> dict[str, float]:
-    """CIDEr of the draft alone, and how much of the cloud's text it gets right before its first mistake."""
+def evaluate(work: Workspace, weights: dict[str, Tensor], limit: int | None = None) -> dict[str, float]:
+    """CIDEr of the draft alone, and how much of the cloud's text it predicts before its first mistake."""
     net = DraftDecoder(weights["tokens.weight"].shape[0])
     net.load_state_dict(weights, strict=False)
     truth = np.load(work / "texts-dev.npy")[:limit]
     count = len(truth)
-    memory = net.look(targets.symbols_of(work.array("symbols-dev"), slice(limit)))
+    memory = net.encode_image(targets.symbols_of(work.array("symbols-dev"), slice(limit)))
     state, token, columns = net.new_state(count), torch.full((count,), BOS), []
     for _ in range(truth.shape[1] - 1):
         logits, state = net.step(token, state, memory)

@@ -14,11 +14,11 @@ import psutil
 import pytest
 
 from benchmarks import e2e
-from benchmarks.e2e_figures import Outcome, against_oracle, compared, figures_of, outcome_of, slots_of
+from benchmarks.e2e_figures import PhotoOutcome, against_oracle, compared, figures_of, outcome_of, slots_of
+from benchmarks.quality import EvaluationError, Photos
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.wire import AnsweredBy, Event, EventHop
 from firmware_tools import cli
-from firmware_tools.evaluate import EvaluationError, Photos
 from testbed.sample_photos import shipped
 from testbed.shaping import PROFILES
 
@@ -32,8 +32,8 @@ def event(kind: str, after_ms: float, **fields: Any) -> Event:
     return Event(type=kind, frame="01", camera="c", captured=captured, after_ms=after_ms, **fields)  # type: ignore[arg-type]
 
 
-def answered(ms: float, paradigm: str = "split", at_s: float = 0.0, photo: str = "a") -> Outcome:
-    return Outcome(photo, at_s, "text", paradigm, "cloud", ms / 10, ms, server_ms=7.0, bytes_up=100)
+def answered(ms: float, paradigm: str = "split", at_s: float = 0.0, photo: str = "a") -> PhotoOutcome:
+    return PhotoOutcome(photo, at_s, "text", paradigm, "cloud", ms / 10, ms, server_ms=7.0, bytes_up=100)
 
 
 # ---- what events say ----
@@ -52,7 +52,7 @@ def test_the_first_text_and_the_final_one_are_timed_apart() -> None:
         hops=HOPS,
         bytes_up=300,
     )
-    assert outcome_of("a", 3.0, [new, edge, cloud]) == Outcome(
+    assert outcome_of("a", 3.0, [new, edge, cloud]) == PhotoOutcome(
         "a", 3.0, "a dog runs", "speculative", "cloud", 20.0, 200.0, 50.0, 300, was_passed_up=True
     )
 
@@ -87,8 +87,8 @@ def test_what_servers_answered_is_timed_apart_from_drafts_that_stand() -> None:
 
 
 def test_a_lost_photo_counts_as_one_that_took_until_its_deadline() -> None:
-    lost = Outcome("a", 0.0, "draft", first_ms=20.0, bytes_up=300)  # speculative: its draft was there
-    figures = figures_of("split", [answered(400), lost, Outcome("b", 0.0)], 30_000)
+    lost = PhotoOutcome("a", 0.0, "draft", first_ms=20.0, bytes_up=300)  # speculative: its draft was there
+    figures = figures_of("split", [answered(400), lost, PhotoOutcome("b", 0.0)], 30_000)
     assert (figures["verified_ms_p50"], figures["verified_ms_p95"]) == (30_000, 30_000)
     assert figures["first_text_ms_p50"] == 40.0  # of 20, 40 and 30,000
     assert figures["bytes_mean"] == pytest.approx(400 / 3)
@@ -112,7 +112,7 @@ def test_paradigms_are_told_as_ratios_to_sending_pictures() -> None:
 
 
 def test_an_escalating_edge_is_told_against_the_cloud_alone() -> None:
-    passed_up = Outcome("a", 0, "t", "speculative", "cloud", 1, 300, was_passed_up=True)
+    passed_up = PhotoOutcome("a", 0, "t", "speculative", "cloud", 1, 300, was_passed_up=True)
     outcomes = {"offload": [answered(1)], "speculative": [answered(200)], "escalate": [answered(100), passed_up]}
     figures = compared({"offload": 1.0, "speculative": 2.0, "escalate": 1.9}, outcomes, 30_000)["escalate"]
     assert (figures["escalated_share"], figures["cider_to_cloud"], figures["verified_to_cloud"]) == (0.5, 0.95, 1.0)
@@ -122,7 +122,7 @@ def test_an_oracle_takes_the_best_of_each_slot() -> None:
     outcomes = {
         "device": [answered(1, at_s=0), answered(1, at_s=25)],  # never verified: no oracle may choose it
         "offload": [answered(500, at_s=0), answered(100, at_s=25)],
-        "split": [answered(200, at_s=19.9), Outcome("b", 20.0)],  # lost
+        "split": [answered(200, at_s=19.9), PhotoOutcome("b", 20.0)],  # lost
         "policy": [answered(220, at_s=0), answered(100, at_s=39)],
     }
     slots = slots_of([(0, "lte-m"), (20, "wifi")], 40, outcomes, lost_ms=30_000)
@@ -154,12 +154,15 @@ def test_the_smallest_picture_that_keeps_the_quality_is_searched_from_below() ->
 def test_texts_are_scored_on_photos_that_every_paradigm_has_seen() -> None:
     case = e2e.Case([], {"a": ["a dog runs fast"], "b": ["two cats sleep here"], "c": ["nothing of that at all"]})
     words = {name: texts[0] for name, texts in case.captions.items()}
-    seen = {"offload": [Outcome(n, 0, words[n]) for n in "abc"], "policy": [Outcome(n, 0, words[n]) for n in "ab"]}
+    seen = {
+        "offload": [PhotoOutcome(n, 0, words[n]) for n in "abc"],
+        "policy": [PhotoOutcome(n, 0, words[n]) for n in "ab"],
+    }
     scores = e2e.ciders(case, seen)
     assert scores["offload"] == scores["policy"]
     assert scores["policy"] is not None
     assert scores["policy"] > 5
-    assert e2e.ciders(case, {"offload": [Outcome("a", 0)], "policy": []}) == {"offload": None, "policy": None}
+    assert e2e.ciders(case, {"offload": [PhotoOutcome("a", 0)], "policy": []}) == {"offload": None, "policy": None}
 
 
 # ---- what is asked for ----
@@ -194,6 +197,7 @@ def arguments(photos: Path, bundle: Bundle, *more: str) -> list[str]:
     [
         (["--profile", "wifi", "--split", "test"], "no photo is in split test: want one of dev, train"),
         (["--profile", "wire"], "no link profile 'wire'"),
+        (["--profile", "wifi", "--plot", "e2e.xyz"], "no picture format '.xyz'"),
         (["--profile", "wifi", "--paradigms", "spilt"], "there is no paradigm spilt"),
         (["--profile", "wifi", "--board-slowdown", "0.5"], "board slowdown = 0.5, want 1 to 100"),
         (["--profile", "wifi", "--trace", "/nowhere/trace"], "No such file or directory"),

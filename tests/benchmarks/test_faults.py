@@ -1,6 +1,5 @@
 """The fault matrix counts from events alone, and its rows bring their faults about; all of them are a bench's job."""
 
-import json
 import queue
 from datetime import datetime, timezone
 from pathlib import Path
@@ -9,29 +8,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.faults import RowError, chosen, report, tried
-from benchmarks.faults import stage as stage_module
-from benchmarks.faults.accounts import Ledger, Tally
+from benchmarks.faults import RowError, chosen, report
+from benchmarks.faults.board_faults import damage
+from benchmarks.faults.frame_records import FrameCounts, FrameRecords
 from benchmarks.faults.load import slope_of
-from benchmarks.faults.rows import damage
-from benchmarks.faults.stage import Result, Row, Stage, Trial
+from benchmarks.faults.scenario import FaultResult
 from edge_runtime.config import OutboxConfig
-from edge_runtime.inference.bundle import Bundle
-from edge_runtime.requests import outbox as outbox_module
+from edge_runtime.requests.outbox import Outbox, Row
 from edge_runtime.wire import Event
-from firmware_tools import cli
 
 
-def told(*events: tuple[str, Any, bool]) -> Ledger:
+def told(*events: tuple[str, Any, bool]) -> FrameRecords:
     """frame, type, final; one a second."""
-    ledger, when = Ledger(), datetime(2025, 1, 1, tzinfo=timezone.utc)
+    records, when = FrameRecords(), datetime(2025, 1, 1, tzinfo=timezone.utc)
     for number, (frame, kind, final) in enumerate(events):
-        ledger.take(Event(type=kind, frame=frame, camera="cam", captured=when, final=final), float(number))
-    return ledger
+        records.add(Event(type=kind, frame=frame, camera="cam", captured=when, final=final), float(number))
+    return records
 
 
 def test_each_accepted_frame_is_answered_lost_or_unsettled() -> None:
-    ledger = told(
+    records = told(
         *[("a", "new", False), ("a", "update", True)],  # the usual
         *[("b", "new", False), ("b", "update", False), ("b", "lost", True)],  # kept, and given up
         *[("c", "new", False), ("c", "update", False)],  # still in the outbox
@@ -39,9 +35,9 @@ def test_each_accepted_frame_is_answered_lost_or_unsettled() -> None:
         ("e", "update", True),  # the answer was faster than the first event
         ("f", "new", False),  # open
     )
-    assert ledger.tally() == Tally(accepted=5, answered=2, lost=1, duplicates=0, kept=1, unsettled=2)
-    assert ledger.first_answer(2.0) == 8.0
-    assert ledger.answers(0.0, 8.0) == 1
+    assert records.counts() == FrameCounts(accepted=5, answered=2, lost=1, duplicates=0, kept=1, unsettled=2)
+    assert records.first_answer(2.0) == 8.0
+    assert records.answers(0.0, 8.0) == 1
 
 
 @pytest.mark.parametrize(
@@ -56,24 +52,24 @@ def test_each_accepted_frame_is_answered_lost_or_unsettled() -> None:
 def test_a_second_first_event_and_anything_behind_a_final_one_are_duplicates(
     events: list[tuple[str, str, bool]],
 ) -> None:
-    assert told(*events).tally().duplicates == 1
+    assert told(*events).counts().duplicates == 1
 
 
 def test_an_id_that_two_boards_drew_is_two_frames() -> None:
-    ledger, when = Ledger(), datetime(2025, 1, 1, tzinfo=timezone.utc)
+    records, when = FrameRecords(), datetime(2025, 1, 1, tzinfo=timezone.utc)
     for board in ("b1", "b2"):
         for kind in ("new", "update"):
-            ledger.take(Event(type=kind, frame="a", camera="cam", captured=when, final=kind == "update"), 0.0, board)
-    assert ledger.tally() == Tally(accepted=2, answered=2, lost=0, duplicates=0, kept=0, unsettled=0)
+            records.add(Event(type=kind, frame="a", camera="cam", captured=when, final=kind == "update"), 0.0, board)
+    assert records.counts() == FrameCounts(accepted=2, answered=2, lost=0, duplicates=0, kept=0, unsettled=0)
 
 
 def test_losses_are_grouped_by_reason_without_their_numbers() -> None:
-    ledger, when = Ledger(), datetime(2025, 1, 1, tzinfo=timezone.utc)
+    records, when = FrameRecords(), datetime(2025, 1, 1, tzinfo=timezone.utc)
     for number in range(3):
         why = f"no reply to {number} sent"
         lost = Event(type="lost", frame=str(number), camera="cam", captured=when, final=True, why=why)
-        ledger.take(lost, 0.0)
-    assert ledger.reasons == {"no reply to N sent": 3}
+        records.add(lost, 0.0)
+    assert records.reasons == {"no reply to N sent": 3}
 
 
 def test_an_unknown_row_is_named_beside_those_that_there_are() -> None:
@@ -87,7 +83,9 @@ def test_all_rows_but_the_soak_run_by_default() -> None:
 
 
 def test_a_fault_that_was_not_brought_about_has_no_figures_and_did_not_hold() -> None:
-    text = report.markdown([Result("disk full", note="wants root"), Result("link cut", 5, 4, 1, 0, 1.25, True)])
+    text = report.markdown(
+        [FaultResult("disk full", note="wants root"), FaultResult("link cut", 5, 4, 1, 0, 1.25, True)]
+    )
     assert text.splitlines()[2:] == [
         "| disk full |  |  |  |  |  | not run | wants root |",
         "| link cut | 5 | 4 | 1 | 0 | 1.2 | yes |  |",
@@ -106,12 +104,11 @@ def test_a_leak_is_a_slope_and_one_large_sample_is_none() -> None:
 @pytest.mark.parametrize("kind", ["header", "page", "truncated", "wal"])
 def test_damage_is_damage_to_an_outbox(tmp_path: Path, kind: str) -> None:
     path, stored = tmp_path / "outbox.sqlite", queue.Queue[list[bytes]]()
-    outbox = outbox_module.Outbox(
-        OutboxConfig(str(path), every_request=True), on_found=print, on_stored=stored.put, on_read=print
-    )
+    config = OutboxConfig(str(path), every_request=True)
+    outbox = Outbox(config, on_found=print, on_stored=stored.put, on_read=print)
     outbox.start()
     for number in range(40):
-        outbox.put(outbox_module.Row(number.to_bytes(8, "big"), 1e9, 1e9, bytes(600), bytes(600)))
+        outbox.put(Row(number.to_bytes(8, "big"), 1e9, 1e9, bytes(600), bytes(600)))
         stored.get(timeout=20)
     copy = tmp_path / "killed" / path.name  # as a killed process leaves it, with its log
     copy.parent.mkdir()
@@ -120,75 +117,8 @@ def test_damage_is_damage_to_an_outbox(tmp_path: Path, kind: str) -> None:
     outbox.close()
     damage(kind, copy)
     missing = queue.Queue[int]()
-    damaged = outbox_module.Outbox(
-        OutboxConfig(str(copy)), on_found=lambda _, count: missing.put(count), on_stored=print, on_read=print
-    )
+    config = OutboxConfig(str(copy))
+    damaged = Outbox(config, on_found=lambda _, count: missing.put(count), on_stored=print, on_read=print)
     damaged.start()
     assert missing.get(timeout=20) > 0
     damaged.close()
-
-
-def test_whatever_a_row_raises_is_its_own_failure_and_the_next_one_is_played(
-    board_bundle: Bundle, tmp_path: Path
-) -> None:
-    def play(_: Trial) -> None:
-        raise KeyError("a bug")
-
-    said: list[str] = []
-    trial = Trial(Stage(tmp_path, board_bundle, [], said.append), Row("odd", "odd", play), None)
-    result = tried(trial)
-    assert (result.held, result.row, result.note) == (False, "odd", "KeyError: 'a bug'")
-    assert "Traceback" in said[0]
-
-
-NEW, OK, LOST = ("new", False), ("update", True), ("lost", True)
-
-
-@pytest.mark.parametrize(
-    ("events", "asked", "says"),
-    [
-        ({"a": [NEW, OK], "b": [NEW, LOST]}, 2, ""),
-        ({"a": [NEW, OK], "b": [NEW]}, 2, "not seen: an end of every accepted request"),
-        ({"a": [NEW, OK], "b": [NEW, OK, OK]}, 2, "not seen: one end per frame"),
-        ({"a": [NEW, OK]}, 2, "not seen: events of all requests that were counted, 2"),  # `b` vanished without a word
-        ({"a": [NEW, LOST]}, 1, "not seen: an answer within"),
-    ],
-)
-def test_a_row_does_not_hold_where_an_event_is_missing_or_one_too_many(
-    events: dict[str, list[tuple[Any, bool]]],
-    asked: int,
-    says: str,
-    board_bundle: Bundle,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Nothing is started: the row itself says what was heard."""
-    monkeypatch.setattr(stage_module, "RECOVERY_S", 0.0)
-    monkeypatch.setattr(stage_module, "SETTLE_S", 0.0)
-
-    def play(trial: Trial) -> None:
-        trial.asked, when = asked, datetime(2025, 1, 1, tzinfo=timezone.utc)
-        for frame, told in events.items():
-            for kind, final in told:
-                trial.ledger.take(Event(type=kind, frame=frame, camera="c", captured=when, final=final), 1.0)
-
-    result = Trial(Stage(tmp_path, board_bundle, [], print), Row("none", "none", play), None).run()
-    assert (result.held, result.note[: len(says)]) == (not says, says)
-
-
-@pytest.mark.timeout(400)  # processes that load torch, on a machine that may be busy
-def test_a_forgetful_broker_and_a_dead_network_thread_cost_nothing(
-    board_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "faults.json"
-    rows = ["broker-empty", "loop-thread"]
-    arguments = ["--row", *rows, "--seconds", "1", "--bundle", str(board_bundle.path), "--json", str(path)]
-    code = cli.main(["bench", "faults", *arguments, "--markdown", str(tmp_path / "faults.md")])
-    results: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
-    assert [result["row"] for result in results] == rows
-    for result in results:
-        assert result["held"], result
-        assert result["accepted"] == result["answered"] + result["lost"] > 0
-    assert code == 0
-    assert len((tmp_path / "faults.md").read_text().splitlines()) == 4
-    assert capsys.readouterr().out == (tmp_path / "faults.md").read_text()

@@ -6,8 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from html.parser import HTMLParser
@@ -20,10 +18,10 @@ import psutil
 import pytest
 
 from edge_runtime.inference.preprocess import PictureError
-from edge_runtime.wire import AnsweredBy, Event, EventHop
-from firmware_tools.demo_page import Result, marked, page, stages, summary
-from firmware_tools.evaluate import SHIPPED_BUNDLE
-from testbed.processes import Child, ChildError, Process, toml
+from edge_runtime.mqtt.client import MqttClient, MqttSettings
+from edge_runtime.wire import AnsweredBy, Event, EventHop, encode_event, topics
+from firmware_tools.demo_page import PhotoResult, Results, marked, page, stages, summary
+from models import SHIPPED_BUNDLE
 from testbed.sample_photos import Photo, collect, shipped
 from tests.bundles import tiny_bundle
 from tests.exports import pictures
@@ -97,6 +95,21 @@ def test_each_photo_is_captioned_and_on_the_page(tmp_path: Path, bundle: Path, p
     assert not list((tmp_path / "tmp").iterdir())
 
 
+def test_forged_events_do_not_end_the_demo(tmp_path: Path, bundle: Path, photos: Path) -> None:
+    demo = start_demo(tmp_path, "--bundle", bundle, "--images", *[photos] * 3, "--paradigm", "device")
+    assert demo.stdout is not None
+    assert demo.stdout.readline().startswith("photo: ")
+    port = int(re.findall(r"port = (\d+)", next((tmp_path / "tmp").glob("*/run.toml")).read_text())[0])
+    with MqttClient(MqttSettings("127.0.0.1", port, "somebody")) as somebody:
+        assert somebody.wait_online(PATIENCE_S)
+        for payload in (encode_event(msgspec.structs.replace(UPDATE, picture="zz.jpg")), b"no event"):
+            somebody.publish(topics.event("demo", "demo-board"), payload)
+        out, err = demo.communicate(timeout=PATIENCE_S)
+    assert demo.returncode == 0, err
+    assert out.count("photo: ") == 8
+    assert "ignored_events 2" in out
+
+
 def test_an_interrupt_ends_every_process_and_leaves_nothing(tmp_path: Path, bundle: Path, photos: Path) -> None:
     demo = start_demo(tmp_path, "--bundle", bundle, "--images", *[photos] * 5)
     assert demo.stdout is not None
@@ -132,50 +145,6 @@ def test_a_child_that_fails_speaks_for_itself(tmp_path: Path, bundle: Path, phot
     assert not list((tmp_path / "tmp").iterdir())
 
 
-def test_a_child_that_failed_is_quoted(tmp_path: Path) -> None:
-    with Child("validate", {"board": {"id": "b"}}, tmp_path) as child:
-        child.process.wait(PATIENCE_S)
-        with pytest.raises(ChildError, match=r"(?s)exit code 78.*missing required field `bundle`"):
-            child.has_ended()
-
-
-def test_an_interrupt_while_a_child_starts_leaves_none(tmp_path: Path) -> None:
-    heard: list[int] = []
-
-    def interrupt(number: int, _: object) -> None:
-        heard.append(number)
-        raise KeyboardInterrupt
-
-    def start_interrupted(after_s: float) -> None:
-        threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with Process(["sleep", "600"], tmp_path / "log"):
-            while not heard:  # Python drops what is raised in a destructor, and the interrupt may come in one
-                time.sleep(0.01)
-
-    others, passed_on = psutil.Process().children(), 0
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        for moment in range(30):  # before Popen, within and behind it
-            heard.clear()
-            try:
-                start_interrupted(moment * 2e-4)
-            except KeyboardInterrupt:
-                passed_on += 1
-            assert heard == [signal.SIGINT]
-            assert psutil.Process().children() == others
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert passed_on >= 29
-
-
-def test_generated_tables_are_toml() -> None:
-    tables = {
-        "board": {"id": 'a "quoted" \\ ü', "threads": 2, "repeat": True},
-        "cameras": [{"name": "a"}, {"name": "b"}],
-    }
-    assert msgspec.toml.decode(toml(tables)) == tables
-
-
 def test_words_that_the_other_text_lacks_are_marked() -> None:
     assert marked("a black dog runs fast", "a dog runs") == [
         ("a", False),
@@ -208,14 +177,35 @@ UPDATE = Event(
 )
 
 
+PHOTO = Photo("<i>", cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes(), "by <me>")
+
+
 @pytest.fixture
-def result() -> Result:
-    data = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+def result() -> PhotoResult:
     at = CAPTURED.timestamp()
-    return Result(Photo("<i>", data, "by <me>")).followed(NEW, at + 0.02).followed(UPDATE, at + 0.09)
+    return PhotoResult(PHOTO).followed(NEW, at + 0.02).followed(UPDATE, at + 0.09)
 
 
-def test_a_result_keeps_the_draft_and_takes_the_last_text(result: Result) -> None:
+def results_of(*photos: PhotoResult) -> Results:
+    results = Results([])
+    results.photos = list(photos)
+    return results
+
+
+def test_events_that_belong_to_no_photo_are_counted_and_do_not_end_the_demo() -> None:
+    results, at = Results([PHOTO]), CAPTURED.timestamp()
+    forged = [
+        msgspec.structs.replace(UPDATE, picture=name) for name in ("", "zz.jpg", "0001.jpg", "-001.jpg", "0" * 200)
+    ]
+    for payload in (b"", b"no event", b"[" * 10_000, *map(encode_event, forged)):
+        assert results.add(payload, at) is None
+    assert results.ignored == summary(results)["ignored_events"] == 8
+    assert not results.all_final
+    assert results.add(encode_event(msgspec.structs.replace(UPDATE, picture="0000.jpg")), at) == results.photos[0]
+    assert results.all_final
+
+
+def test_a_result_keeps_the_draft_and_takes_the_last_text(result: PhotoResult) -> None:
     assert (result.draft, result.is_final, result.is_verified) == ("a dog", True, True)
     assert (round(result.first_ms or 0), round(result.last_ms or 0)) == (20, 90)
 
@@ -225,16 +215,18 @@ def test_stages_split_the_wait_into_link_queue_and_server() -> None:
     assert sum(stages(UPDATE).values()) == 17 + 60
 
 
-def test_the_summary_counts_what_was_lost(result: Result) -> None:
-    lost = Result(result.photo).followed(Event(type="lost", frame="2", camera="c", captured=CAPTURED, final=True), 0.0)
-    figures = summary([result, lost])
+def test_the_summary_counts_what_was_lost(result: PhotoResult) -> None:
+    lost = PhotoResult(result.photo).followed(
+        Event(type="lost", frame="2", camera="c", captured=CAPTURED, final=True), 0.0
+    )
+    figures = summary(results_of(result, lost))
     assert (figures["photos"], figures["lost"], figures["verified"]) == (2, 1, 1)
     assert (figures["accepted"], figures["proposed"], figures["passes"], figures["jpeg_to_bytes"]) == (1, 3, 2, 30)
     assert (round(figures["first_text_ms"]), round(figures["verified_text_ms"])) == (20, 90)
 
 
-def test_what_came_over_the_network_is_text_on_the_page(result: Result) -> None:
-    html = page([result], "<title>", "<note>")
+def test_what_came_over_the_network_is_text_on_the_page(result: PhotoResult) -> None:
+    html = page(results_of(result), "<title>", "<note>")
     shown = Pictures(html)
     assert UPDATE.text.split()[0] in shown.text
     assert "<script" not in html

@@ -1,7 +1,11 @@
 """The recipe from photos to a bundle, with hardly any training: what it writes is what boards and servers take."""
 
+import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import cv2
 import pytest
@@ -13,7 +17,7 @@ from edge_runtime.inference.bundle import open_bundle
 from edge_runtime.inference.preprocess import decode_picture, to_input
 from models.recipe import __main__ as recipe
 from models.recipe import stage3_bottleneck, stage6_targets, stage7_critic, stage9_draft, stage10_lookahead
-from models.recipe.workspace import shortened
+from models.recipe.workspace import Workspace, shortened
 from server.engine import Job
 from server.loading import load_engine
 from server.numerics import prove
@@ -29,33 +33,76 @@ SMALL = (  # what is trained on in a step
 TEXTS = ("a red dog runs on green grass", "a dog runs on grass", "the red dog is on the grass")
 
 
-@pytest.fixture
-def inputs(tmp_path: Path) -> list[str]:
+TRAINED = ("3-bottleneck", "6-targets-cloud", "7-critic", "6-targets-edge", "9-draft", "10-lookahead-edge")
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten photos with captions, two of them for development, and no class photos."""
+    folder = tmp_path_factory.mktemp("recipe")
     rows = ["split\timage\tcaption"]
-    (tmp_path / "photos").mkdir()
+    (folder / "photos").mkdir()
     for number, pixels in enumerate(exports.pictures(10, seed=3).numpy()):
         name = f"{number}.jpg"
-        cv2.imwrite(str(tmp_path / "photos" / name), pixels)
+        cv2.imwrite(str(folder / "photos" / name), pixels)
         rows += [f"{'dev' if number < 2 else 'train'}\t{name}\t{text}" for text in TEXTS]
-    (tmp_path / "captions.tsv").write_text("\n".join(rows) + "\n")
+    (folder / "captions.tsv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_bundle(folder: Path) -> Iterator[Callable[[], None]]:
+    """Runs the recipe's command with hardly any training."""
+    torch.set_num_threads(1)  # two threads wait for each other when other programs use the cores
     paths = {"images": "photos", "captions": "captions.tsv", "work": "work", "out": "bundle"}
-    return [part for name, path in paths.items() for part in (f"--{name}", str(tmp_path / path))]
+    arguments = [part for name, path in paths.items() for part in (f"--{name}", str(folder / path))]
+    with pytest.MonkeyPatch.context() as patch:
+        for module, sizes in SMALL:
+            for name, size in sizes.items():
+                patch.setattr(module, name, size)
+        patch.setattr(recipe, "shortened", lambda settings, _: shortened(settings, 1e-4))
+        patch.setattr(sys, "argv", ["recipe", *arguments])
+        yield recipe.main
 
 
-@pytest.mark.timeout(600)
-def test_photos_and_captions_alone_become_a_bundle_that_answers(inputs: list[str], tmp_path: Path, monkeypatch) -> None:
-    torch.set_num_threads(1)  # two wait for each other where other programs use the cores
-    for module, sizes in SMALL:
-        for name, size in sizes.items():
-            monkeypatch.setattr(module, name, size)
-    monkeypatch.setattr(recipe, "shortened", lambda settings, _: shortened(settings, 1e-4))
-    monkeypatch.setattr(sys, "argv", ["recipe", *inputs])
-    recipe.main()
+@pytest.fixture(scope="module")
+def interruptions(make_bundle: Callable[[], None]) -> list[str]:
+    """The stages that were interrupted, each after its last evaluation; the same command was repeated until the end."""
+    interrupted: list[str] = []
+    finish = Workspace.finish
 
-    bundle = open_bundle(tmp_path / "bundle")
+    def interrupt_once(work: Workspace, stage: str, figures: dict[str, Any]) -> None:
+        if stage not in interrupted:
+            interrupted.append(stage)
+            raise KeyboardInterrupt
+        finish(work, stage, figures)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workspace, "finish", interrupt_once)
+        for _ in range(20):
+            with suppress(KeyboardInterrupt):
+                make_bundle()
+                return interrupted
+    raise AssertionError("the recipe did not come to its end")
+
+
+def test_an_interruption_before_its_figures_are_written_costs_a_stage_no_training(
+    interruptions: list[str], folder: Path
+) -> None:
+    assert set(TRAINED) < set(interruptions)
+    for stage in TRAINED:
+        figures = json.loads((folder / "work" / f"{stage}.json").read_text())
+        assert figures["steps"] == 1
+        assert figures["loss"] > 0  # of the training before the interruption
+    assert not list((folder / "work").glob("*.partial"))
+
+
+def test_photos_and_captions_alone_become_a_bundle_that_answers(interruptions: list[str], folder: Path) -> None:
+    bundle = open_bundle(folder / "bundle")
     assert bundle.manifest.classes == ()
-    picture = next(iter(read_pictures(tmp_path / "photos")))
+    picture = next(iter(read_pictures(folder / "photos")))
     symbols = load_head(bundle, "auto", 1).symbols(to_input(decode_picture(picture.data)))
     draft = load_draft(bundle, "auto", 1).write(symbols).tokens
     engine = load_engine(bundle, ("edge", "cloud"))
@@ -66,8 +113,12 @@ def test_photos_and_captions_alone_become_a_bundle_that_answers(inputs: list[str
         assert not alone.error
     assert engine.lookaheads.keys() == {"edge", "cloud"}
 
-    # The same command again trains nothing: every stage's figures are there.
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")}
-    recipe.main()
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.pt")} == written
-    assert open_bundle(tmp_path / "bundle").id == bundle.id
+
+def test_the_same_command_again_trains_nothing(
+    interruptions: list[str], make_bundle: Callable[[], None], folder: Path
+) -> None:
+    bundle_id = open_bundle(folder / "bundle").id
+    written = {path: path.stat().st_mtime_ns for path in (folder / "work").glob("*.pt")}
+    make_bundle()
+    assert {path: path.stat().st_mtime_ns for path in (folder / "work").glob("*.pt")} == written
+    assert open_bundle(folder / "bundle").id == bundle_id

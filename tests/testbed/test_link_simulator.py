@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed import link_simulator
-from testbed.link_simulator import Link
+from testbed.link_simulator import LinkSimulator
 from testbed.shaping import MAX_PACKETS, PROFILES, Line, LinkError, Profile, Shape, named, parse_trace
 
 PATIENCE_S = 30
@@ -176,7 +176,7 @@ def test_a_trace_is_the_same_in_both_notations() -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("", "t.tsv: no line, want"),
+        ("", "t.tsv: no lines, want"),
         ("5\twifi", "t.tsv, line 1: seconds = 5 first, want 0"),
         ("0\twifi\n# x\n0\t3g", "t.tsv, line 3: seconds = 0 after 0, want ascending"),
         ("0\t5g", "t.tsv, line 1: no link profile '5g', want one of nb-iot, lte-m"),
@@ -212,11 +212,11 @@ def target() -> Iterator[socket.socket]:
 
 
 @pytest.fixture
-def connect(target: socket.socket) -> Iterator[Callable[[Link], tuple[socket.socket, socket.socket]]]:
+def connect(target: socket.socket) -> Iterator[Callable[[LinkSimulator], tuple[socket.socket, socket.socket]]]:
     """A function that gives both ends of a new connection through a link."""
     with ExitStack() as stack:
 
-        def both(link: Link) -> tuple[socket.socket, socket.socket]:
+        def both(link: LinkSimulator) -> tuple[socket.socket, socket.socket]:
             client = stack.enter_context(socket.create_connection(link.address, timeout=PATIENCE_S))
             end, _ = target.accept()
             stack.enter_context(end).settimeout(PATIENCE_S)
@@ -225,7 +225,7 @@ def connect(target: socket.socket) -> Iterator[Callable[[Link], tuple[socket.soc
         yield both
 
 
-Connect = Callable[[Link], tuple[socket.socket, socket.socket]]
+Connect = Callable[[LinkSimulator], tuple[socket.socket, socket.socket]]
 
 
 def read(sock: socket.socket, size: int) -> bytes:
@@ -270,7 +270,7 @@ def reset(sock: socket.socket) -> None:
 
 
 def test_both_ends_hear_each_other_and_bytes_are_counted(target: socket.socket, connect: Connect) -> None:
-    with Link(target.getsockname(), FAST) as link:
+    with LinkSimulator(target.getsockname(), FAST) as link:
         client, end = connect(link)
         client.sendall(b"question")
         assert read(end, 8) == b"question"
@@ -285,7 +285,7 @@ def test_both_ends_hear_each_other_and_bytes_are_counted(target: socket.socket, 
 
 
 def test_a_round_trip_is_never_shorter_than_the_links(target: socket.socket, connect: Connect) -> None:
-    with Link(target.getsockname(), Profile("slow", 1000, 1000, 60, jitter_ms=5)) as link:
+    with LinkSimulator(target.getsockname(), Profile("slow", 1000, 1000, 60, jitter_ms=5)) as link:
         client, end = connect(link)
         for _ in range(3):
             start = time.monotonic()
@@ -296,7 +296,7 @@ def test_a_round_trip_is_never_shorter_than_the_links(target: socket.socket, con
 
 
 def test_a_target_that_speaks_first_is_heard(target: socket.socket, connect: Connect) -> None:
-    with Link(target.getsockname(), FAST) as link:
+    with LinkSimulator(target.getsockname(), FAST) as link:
         client, end = connect(link)
         end.sendall(b"hello")
         assert read(client, 5) == b"hello"
@@ -320,7 +320,7 @@ def test_megabytes_survive_both_ways_at_once_over_a_link_that_changes(target: so
             digest.update(more)
         digests.append(digest.hexdigest())
 
-    with Link(target.getsockname(), FAST) as link:
+    with LinkSimulator(target.getsockname(), FAST) as link:
         ends = connect(link)
         threads = [threading.Thread(target=work, args=(end,)) for end in ends for work in (send, receive)]
         for thread in threads:
@@ -336,7 +336,7 @@ def test_megabytes_survive_both_ways_at_once_over_a_link_that_changes(target: so
 
 
 def test_a_half_closed_connection_still_carries_the_answer(target: socket.socket, connect: Connect) -> None:
-    with Link(target.getsockname(), FAST) as link:
+    with LinkSimulator(target.getsockname(), FAST) as link:
         client, end = connect(link)
         client.sendall(b"all")
         client.shutdown(socket.SHUT_WR)
@@ -349,7 +349,7 @@ def test_a_half_closed_connection_still_carries_the_answer(target: socket.socket
 
 @pytest.mark.parametrize("breaks", [0, 1])
 def test_a_reset_of_either_end_reaches_the_other(target: socket.socket, connect: Connect, breaks: int) -> None:
-    with Link(target.getsockname(), FAST) as link:
+    with LinkSimulator(target.getsockname(), FAST) as link:
         ends = connect(link)
         ends[0].sendall(b"x")
         read(ends[1], 1)
@@ -362,7 +362,7 @@ def test_a_reset_of_either_end_reaches_the_other(target: socket.socket, connect:
 def test_a_target_that_is_away_closes_what_was_accepted_and_may_come_back() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = server.getsockname()
-    with Link(address, FAST) as link:
+    with LinkSimulator(address, FAST) as link:
         with socket.create_connection(link.address, timeout=PATIENCE_S) as client:
             assert read(client, 1) == b""
         with (
@@ -376,7 +376,7 @@ def test_a_target_that_is_away_closes_what_was_accepted_and_may_come_back() -> N
 
 
 def test_an_outage_freezes_bytes_and_connects_and_loses_none(target: socket.socket, connect: Connect) -> None:
-    with Link(target.getsockname(), FAST) as link:
+    with LinkSimulator(target.getsockname(), FAST) as link:
         client, end = connect(link)
         link.set(OUTAGE)
         client.sendall(b"kept")
@@ -395,7 +395,7 @@ def test_an_outage_freezes_bytes_and_connects_and_loses_none(target: socket.sock
 
 
 def test_a_client_that_gave_up_in_an_outage_never_reaches_the_target(target: socket.socket) -> None:
-    with Link(target.getsockname(), OUTAGE) as link:
+    with LinkSimulator(target.getsockname(), OUTAGE) as link:
         with socket.create_connection(link.address, timeout=PATIENCE_S) as gone:
             gone.sendall(b"gone")
         wait_until(lambda: link.counters.accepted == 1 and link.counters.open == 0)
@@ -409,7 +409,7 @@ def test_a_client_that_gave_up_in_an_outage_never_reaches_the_target(target: soc
 
 
 def test_where_it_is_asked_for_an_outage_resets_connections(target: socket.socket, connect: Connect) -> None:
-    with Link(target.getsockname(), FAST, cut_in_outage=True) as link:
+    with LinkSimulator(target.getsockname(), FAST, cut_in_outage=True) as link:
         ends = connect(link)
         ends[0].sendall(b"x")
         read(ends[1], 1)
@@ -426,7 +426,7 @@ def test_where_it_is_asked_for_an_outage_resets_connections(target: socket.socke
 
 
 def test_a_full_buffer_holds_the_sender_up_and_loses_nothing(target: socket.socket, connect: Connect) -> None:
-    with Link(target.getsockname(), Profile("thin", 100_000, 100_000, 2, buffer_kb=8)) as link:
+    with LinkSimulator(target.getsockname(), Profile("thin", 100_000, 100_000, 2, buffer_kb=8)) as link:
         client, end = connect(link)
         client.sendall(b"x")
         read(end, 1)
@@ -439,7 +439,7 @@ def test_a_full_buffer_holds_the_sender_up_and_loses_nothing(target: socket.sock
 
 
 def test_an_end_that_does_not_read_holds_up_its_peer_alone(target: socket.socket, connect: Connect) -> None:
-    with Link(target.getsockname(), FAST) as link:
+    with LinkSimulator(target.getsockname(), FAST) as link:
         (deaf_client, _), (client, end) = connect(link), connect(link)
         assert send_until_held_up(deaf_client) < 32_000_000  # three kernels' buffers; the link's own are under 1 MB
         client.sendall(b"x")
@@ -447,7 +447,7 @@ def test_an_end_that_does_not_read_holds_up_its_peer_alone(target: socket.socket
 
 
 def test_all_connections_wait_in_one_queue(target: socket.socket, connect: Connect) -> None:
-    with Link(target.getsockname(), FAST) as link:
+    with LinkSimulator(target.getsockname(), FAST) as link:
         (first, first_end), (second, second_end) = connect(link), connect(link)
         for client, end in ((first, first_end), (second, second_end)):
             client.sendall(b"x")
@@ -465,7 +465,7 @@ def test_all_connections_wait_in_one_queue(target: socket.socket, connect: Conne
 def test_a_trace_switches_while_connections_stay_up_and_its_last_profile_stays(
     target: socket.socket, connect: Connect
 ) -> None:
-    with Link(target.getsockname(), FAST) as link:
+    with LinkSimulator(target.getsockname(), FAST) as link:
         client, end = connect(link)
         link.play([(0.0, OUTAGE), (3600.0, FAST)])
         assert link.profile == OUTAGE
@@ -483,7 +483,7 @@ def test_connections_beyond_the_bound_are_refused(
     target: socket.socket, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_simulator, "MAX_CONNECTIONS", 1)
-    with Link(target.getsockname(), FAST) as link:
+    with LinkSimulator(target.getsockname(), FAST) as link:
         client, end = connect(link)
         with pytest.raises(ConnectionError), socket.create_connection(link.address, timeout=PATIENCE_S) as refused:
             assert refused.recv(1)
@@ -492,7 +492,7 @@ def test_connections_beyond_the_bound_are_refused(
 
 
 def test_a_link_that_ends_resets_its_connections_and_leaves_no_thread(target: socket.socket, connect: Connect) -> None:
-    with Link(target.getsockname(), PROFILES["nb-iot"]) as link:
+    with LinkSimulator(target.getsockname(), PROFILES["nb-iot"]) as link:
         link.set(FAST)
         client, _ = connect(link)
         link.set(OUTAGE)
@@ -503,12 +503,15 @@ def test_a_link_that_ends_resets_its_connections_and_leaves_no_thread(target: so
 
 
 def test_a_port_that_is_taken_is_an_error_of_the_caller(target: socket.socket) -> None:
-    with pytest.raises(OSError, match="in use"), Link(("127.0.0.1", 1), FAST, listen=target.getsockname()):
+    with pytest.raises(LinkError, match="in use"), LinkSimulator(("127.0.0.1", 1), FAST, listen=target.getsockname()):
         pass
 
 
 def test_an_address_that_is_none_is_an_error_of_the_caller(target: socket.socket) -> None:
-    with pytest.raises(UnicodeError), Link(target.getsockname(), FAST, listen=("..", 0)):
+    with (
+        pytest.raises(LinkError, match="cannot listen on"),
+        LinkSimulator(target.getsockname(), FAST, listen=("..", 0)),
+    ):
         pass
 
 

@@ -26,7 +26,7 @@ def greedy(latent: np.ndarray) -> tuple[list[int], float]:
     draft = exports.draft()
     tokens, logs = [BOS], []
     with torch.inference_mode():
-        memory, state = draft.look(torch.from_numpy(latent[None].astype(np.float32))), draft.new_state(1)
+        memory, state = draft.encode_image(torch.from_numpy(latent[None].astype(np.float32))), draft.new_state(1)
         while len(tokens) <= MAX_TOKENS and tokens[-1] != EOS:
             logits, state = draft.step(torch.tensor(tokens[-1:]), state, memory)
             best = logits.log_softmax(-1).max(-1)

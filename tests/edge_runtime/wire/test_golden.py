@@ -129,7 +129,10 @@ def test_envelopes_are_what_they_always_were(vector: dict[str, Any]):
     data = bytes.fromhex(vector["bytes"])
     raw = [{"hex": i.hex()} if isinstance(i, bytes) else i for i in msgspec.msgpack.decode(data)]
     assert raw == vector["array"]
-    if vector["name"].startswith("request"):
+    if "read_as" in vector:  # fields that this version no longer has are ignored
+        present = next(other for other in ENVELOPES if other["name"] == vector["read_as"])
+        assert encode_request(decode_request(data)) == bytes.fromhex(present["bytes"])
+    elif vector["name"].startswith("request"):
         assert encode_request(decode_request(data)) == data
     else:
         assert encode_reply(decode_reply(data)) == data

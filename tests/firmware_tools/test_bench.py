@@ -7,9 +7,9 @@ from typing import Any
 import cv2
 import pytest
 
-from benchmarks.command import frames_of
 from firmware_tools import cli
-from firmware_tools.evaluate import SHIPPED_BUNDLE
+from models import SHIPPED_BUNDLE
+from testbed.sample_photos import frames
 from tests.bundles import tiny_bundle
 from tests.exports import pictures
 
@@ -63,8 +63,8 @@ def test_gateway_answers_every_board(bundle: Path, photos: Path) -> None:
 
 
 def test_without_photos_there_are_those_of_the_demo_in_many_views() -> None:
-    frames = list(frames_of(None, limit=10))
-    whole, mirrored = frames[:2]
-    assert len(frames) == 10
+    views = list(frames(None, limit=10))
+    whole, mirrored = views[:2]
+    assert len(views) == 10
     assert (whole[:, ::-1] == mirrored).all()
-    assert frames[2].shape[0] == whole.shape[0] // 2
+    assert views[2].shape[0] == whole.shape[0] // 2

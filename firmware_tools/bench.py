@@ -1,36 +1,35 @@
-"""`aiflow bench`: speed of one part, on the demo's photos or the user's own; benchmarks/ says what a figure means."""
+"""`aiflow bench`: measures one part, on the demo's photos or the user's own; benchmarks/ says what a figure means."""
 
 import argparse
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_runtime.inference.bundle import Bundle, open_bundle
-from edge_runtime.inference.preprocess import decode_picture, to_input
-from firmware_tools.evaluate import CAPTIONS_HELP, SHIPPED_BUNDLE, Photos
-from testbed.sample_photos import collect
+from edge_runtime.inference.preprocess import to_input
+from firmware_tools.evaluate import CAPTIONS_HELP
+from models import SHIPPED_BUNDLE
+from testbed.processes import interrupted_once
+from testbed.sample_photos import collect, frames
 from testbed.terminal import new_file, number, print_figures
 
 BACKENDS = ("onnx", "litert")
 PARTS = {
     "codec": "the entropy coder, on the photos' symbols",
     "device": "a board alone: stages, memory",
-    "server": "a server's engine: texts a second, with drafts and without",
-    "gateway": "a server behind a broker: requests a second",
-    "faults": "the fault matrix: what becomes of every request",
-    "e2e": "board, brokers and servers over simulated links, each paradigm against sending pictures",
+    "server": "a server's engine: texts per second, with drafts and without",
+    "gateway": "a server behind a broker: requests per second",
+    "faults": "the fault matrix: the outcome of every request",
+    "e2e": "board, brokers and servers over simulated links: each paradigm against sending pictures",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which part, and on what."""
+    """Which part, and its options."""
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
     for name, summary in PARTS.items():
         part = parts.add_parser(
@@ -39,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "e2e":
             _add_e2e_arguments(part)
         else:
-            _add_photos(part)
+            part.add_argument(
+                "--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="photos (default: the demo's)"
+            )
+            part.add_argument("--limit", type=number, default=64, metavar="N", help="at most N of them (default: 64)")
             _add_arguments(part, name)
         part.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, metavar="DIR", help="default: the shipped one")
         part.add_argument("--json", type=new_file, metavar="FILE", help="write the figures to FILE")
@@ -58,12 +60,7 @@ def _add_e2e_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--board-slowdown", type=float, default=1.0, metavar="X", help="a board X times slower")
     parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write a table of all links to FILE")
     parser.add_argument("--plot", type=new_file, metavar="FILE", help="draw the figures into FILE, such as e2e.png")
-    parser.epilog = "--json: of several profiles a list"
-
-
-def _add_photos(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="photos (default: the demo's)")
-    parser.add_argument("--limit", type=number, default=64, metavar="N", help="at most N of them (default: 64)")
+    parser.epilog = "--json: a list if there are several profiles"
 
 
 def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
@@ -75,8 +72,8 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write the table to FILE")
         from benchmarks.faults.rows import ROWS
 
-        parser.epilog = "Needs mosquitto, which is killed and frozen. Rows:\n" + "\n".join(
-            f"  {row.name:26}{row.fault}" for row in ROWS
+        parser.epilog = "Needs mosquitto, which it kills and freezes. Rows:\n" + "\n".join(
+            f"  {row.name:26}{row.title}" for row in ROWS
         )
         return
     both = " (default: both)" if part == "device" else " (default: onnx)"
@@ -91,7 +88,7 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the figures and writes the JSON; 1 where a fault was not survived."""
+    """Prints the figures and writes the JSON. Returns 1 if a row of the fault matrix did not hold."""
     if args.part == "faults":
         return faults(args)
     if args.part == "e2e":
@@ -104,16 +101,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def faults(args: argparse.Namespace) -> int:
-    """Plays the fault matrix, shows it as a table and writes it."""
+    """Runs the fault matrix, shows it as a table and writes it."""
     from rich.console import Console
 
     from benchmarks.faults import chosen, play, report
-    from firmware_tools.demo import interrupted_once
 
     rows = chosen(args.row)
     photos = [photo.data for photo in collect(args.images, limit=args.limit)]
     console = Console(stderr=True, log_path=False)
-    logging.getLogger("edge_runtime").setLevel(logging.ERROR)  # lost connections are what this is about
+    logging.getLogger("edge_runtime").setLevel(logging.ERROR)  # lost connections are expected here
     with interrupted_once():
         results = play(rows, open_bundle(args.bundle), photos, args.seconds, console.log)
     if (terminal := Console()).is_terminal:
@@ -128,15 +124,17 @@ def faults(args: argparse.Namespace) -> int:
 
 
 def end_to_end(args: argparse.Namespace) -> int:
-    """Plays the paradigms over the links, shows tables and writes what is asked for."""
+    """Runs the paradigms over the links, shows tables and writes what is asked for."""
     from benchmarks import e2e, e2e_report
-    from firmware_tools.demo import interrupted_once
+    from benchmarks.quality import Photos
     from models.captions import captions_of
     from testbed.link_simulator import read_trace
     from testbed.shaping import named
 
     paradigms = args.paradigms.split(",") if args.paradigms else e2e.DEFAULT
-    e2e.ordered(paradigms)  # what is wrong is found before anything starts
+    e2e.ordered(paradigms)  # mistakes are found before anything starts
+    if args.plot:
+        e2e_report.check_plot(args.plot)
     profiles = [named(name) for name in dict.fromkeys(args.profile)]
     trace = read_trace(args.trace) if args.trace else ()
     captions = captions_of(args.captions, args.split)
@@ -157,13 +155,13 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     """The figures of one part."""
     from edge_runtime.app import load_draft, load_head
 
-    frames = list(frames_of(args.images, args.limit))
+    pictures = list(frames(args.images, args.limit))
     if args.part == "device":
         from benchmarks import device
 
-        return device.run(bundle, frames, [args.backend] if args.backend else BACKENDS, args.frames)
+        return device.run(bundle, pictures, [args.backend] if args.backend else BACKENDS, args.frames)
     head = load_head(bundle, args.backend or "onnx", 1)
-    symbols = np.stack([head.symbols(to_input(frame)) for frame in frames])
+    symbols = np.stack([head.symbols(to_input(picture)) for picture in pictures])
     if args.part == "codec":
         from benchmarks import codec
 
@@ -177,15 +175,3 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     from benchmarks import gateway
 
     return gateway.run(bundle, symbols, drafts, args.tier, seconds=args.seconds, threads=args.threads)
-
-
-def frames_of(images: list[Path] | None, limit: int) -> Iterator[NDArray[np.uint8]]:
-    """uint8 RGB [H, W, 3]: the user's photos; or of each shipped one the whole, its mirror image and its quarters."""
-    photos = (decode_picture(photo.data) for photo in collect(images, limit=limit))
-    return photos if images else islice((view for photo in photos for view in _views(photo)), limit)
-
-
-def _views(photo: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    y, x = photo.shape[0] // 2, photo.shape[1] // 2
-    for view in (photo, photo[:, ::-1], photo[:y, :x], photo[:y, x:], photo[y:, :x], photo[y:, x:]):
-        yield np.ascontiguousarray(view)

@@ -1,7 +1,7 @@
-"""What became of each frame, read from events alone: no counter of the runtime is believed here.
+"""What became of each frame, counted from events alone. The runtime's own counters are not trusted here.
 
-Pure: an event goes in with the time of its arrival. A frame is accepted when any of its events says that a request is,
-or was, on its way; a `new` that is final needed none.
+No clock and no I/O: an event goes in with the time of its arrival. A frame counts as accepted if any of its events says
+that there is, or was, a request for it. A `new` event that is final needed no request.
 """
 
 from collections import Counter
@@ -11,42 +11,42 @@ from edge_runtime.wire import Event
 
 
 @dataclass(slots=True)
-class History:
+class FrameRecord:
     """The events of one frame."""
 
-    asked: bool = False
-    kept: bool = False  # the last word was that it is asked again later
+    asked: bool = False  # there is or was a request
+    kept: bool = False  # its last event says that the request is sent again later
     final: str = ""  # type of the final event
-    is_double: bool = False  # a second `new`, a second final event, or anything behind a final one
-    news: int = 0
+    is_duplicate: bool = False  # a second `new`, a second final event, or any event after a final one
+    first_events: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
-    """Frames. accepted = answered + lost + unsettled."""
+class FrameCounts:
+    """Numbers of frames. accepted = answered + lost + unsettled."""
 
     accepted: int
     answered: int
     lost: int
     duplicates: int
-    kept: int  # among the unsettled: in the outbox
-    unsettled: int  # no final event yet
+    kept: int  # of the unsettled: in the outbox
+    unsettled: int  # without a final event
 
 
-class Ledger:
-    """The histories of the frames of one row."""
+class FrameRecords:
+    """The records of all frames of one scenario."""
 
     def __init__(self) -> None:
-        self._frames: dict[tuple[str, str], History] = {}  # by board: an id is unique for one board alone
+        self._frames: dict[tuple[str, str], FrameRecord] = {}  # by board, since a frame's id is unique per board only
         self._answered_at: list[float] = []
         self._new_at: list[tuple[float, str]] = []
-        self.reasons: Counter[str] = Counter()  # of losses, without what differs from frame to frame
+        self.reasons: Counter[str] = Counter()  # of losses, with numbers replaced by N
 
-    def take(self, event: Event, now: float, board: str = "") -> None:
-        """now: seconds, time.monotonic(); board: whose, any name for it."""
-        frame = self._frames.setdefault((board, event.frame), History())
-        frame.news += event.type == "new"
-        frame.is_double |= bool(frame.final) or frame.news > 1
+    def add(self, event: Event, now: float, board: str = "") -> None:
+        """now: seconds, time.monotonic(). board: any name for it."""
+        frame = self._frames.setdefault((board, event.frame), FrameRecord())
+        frame.first_events += event.type == "new"
+        frame.is_duplicate |= bool(frame.final) or frame.first_events > 1
         frame.asked |= event.type != "new" or not event.final
         frame.kept = event.type == "update" and not event.final
         if event.type == "new":
@@ -59,23 +59,24 @@ class Ledger:
                 self.reasons[" ".join("N" if word.isdecimal() else word for word in event.why.split())] += 1
 
     def answers(self, since: float, until: float = float("inf")) -> int:
-        """Answered frames whose answer arrived in this time."""
+        """Frames whose answer arrived in this time."""
         return sum(since <= at < until for at in self._answered_at)
 
     def first_answer(self, since: float) -> float | None:
+        """When the first answer after this time arrived."""
         return next((at for at in self._answered_at if at >= since), None)
 
-    def news(self, since: float, until: float = float("inf"), board: str = "") -> int:
+    def first_events(self, since: float, until: float = float("inf"), board: str = "") -> int:
         """First events that arrived in this time, of one board or of all."""
         return sum(since <= at < until and board in ("", whose) for at, whose in self._new_at)
 
-    def tally(self) -> Tally:
+    def counts(self) -> FrameCounts:
         asked = [frame for frame in self._frames.values() if frame.asked]
-        return Tally(
+        return FrameCounts(
             accepted=len(asked),
             answered=sum(frame.final == "update" for frame in asked),
             lost=sum(frame.final == "lost" for frame in asked),
-            duplicates=sum(frame.is_double for frame in self._frames.values()),
+            duplicates=sum(frame.is_duplicate for frame in self._frames.values()),
             kept=sum(frame.kept for frame in asked),
             unsettled=sum(not frame.final for frame in asked),
         )
