@@ -40,7 +40,7 @@ class UpstreamConfig(Struct, frozen=True, forbid_unknown_fields=True):
     resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply for at least so long: asked again
 
     def settings(self, server: str) -> MqttSettings:
-        """Raises MqttConfigError where no connection could ever work."""
+        """Raises ConfigError if no connection can ever work."""
         return self.mqtt.settings(
             f"{server}-up",  # not the server's own: both connections may be to one broker
             window=32,
@@ -58,7 +58,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     metrics: MetricsConfig | None = None
 
     def mqtt_settings(self) -> MqttSettings:
-        """Raises MqttConfigError where no connection could ever work."""
+        """Raises ConfigError if no connection can ever work."""
         queue = self.server.queue
         return self.mqtt.settings(
             self.server.id,

@@ -417,7 +417,7 @@ def load(config: ServerConfig) -> tuple[Bundle, Engine]:
 def run_server(config: Config, stop: threading.Event) -> None:
     """Serves until `stop` is set, then finishes what was accepted and says offline.
 
-    Raises BundleError, MqttConfigError and ConfigError for what cannot start, and RuntimeError for whatever ends it
+    Raises ConfigError for what cannot start, and RuntimeError for whatever ends it
     later: that is no mistake of the configuration, and the server is worth starting again.
     """
     settings, server = config.mqtt_settings(), config.server

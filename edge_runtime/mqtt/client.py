@@ -44,10 +44,11 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.send_queue import Outcome, Outgoing, OutgoingQueue
-from edge_runtime.mqtt.settings import MqttConfigError, MqttSettings, Timing
+from edge_runtime.mqtt.settings import MqttSettings, Timing
 
-__all__ = ["Message", "MqttClient", "MqttConfigError", "MqttSettings", "Outcome", "Publish", "State", "Stats", "Timing"]
+__all__ = ["Message", "MqttClient", "MqttSettings", "Outcome", "Publish", "State", "Stats", "Timing"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -124,6 +125,7 @@ class _Session:
     client: paho.Client
     started_at: float
     loss: _Loss | None = None
+    is_accepted: bool = False  # the CONNACK has come
     max_packet: int = 268_435_460  # the protocol's own limit, until CONNACK says less
     window: int = 1
     online_at: float | None = None
@@ -310,8 +312,11 @@ class MqttClient:
             while session.loss is None:
                 self._step(session)
             return session.loss
-        except OSError as error:  # no route, refused, timed out, no such name, TLS, credentials
-            return _Loss(f"{type(error).__name__}: {error}")
+        except (OSError, ConfigError) as error:  # no route, refused, timed out, no such name, TLS, credentials
+            hint = ""
+            if isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING"):
+                hint = ": this port seems not to speak TLS (usual: 8883 for TLS, 1883 without)"
+            return _Loss(f"{type(error).__name__}: {error}{hint}")
         except Exception as error:  # whatever it is, the client must outlive it; the log has it for the maintainer
             logger.exception("mqtt client broke client=%s", settings.client_id)
             return _Loss(f"{type(error).__name__}: {error}")
@@ -430,6 +435,7 @@ class MqttClient:
             refused = code.value not in TEMPORARY
             session.loss = _Loss(f"the broker refused the login: {code}", refused=refused)
             return
+        session.is_accepted = True
         session.max_packet = getattr(got, "MaximumPacketSize", session.max_packet)
         session.window = min(self.settings.window, getattr(got, "ReceiveMaximum", 65535))
         if self._subscriptions:
@@ -497,7 +503,14 @@ class MqttClient:
     def _disconnected(self, session: _Session, _: Any, __: Any, ___: Any, code: ReasonCode, ____: Any) -> None:
         if session.loss is None:  # else we know better already: paho reports its own follow-up too
             by_broker = session.online_at is not None and code.value != 0x8D  # keepalive timeout: the link's doing
-            session.loss = _Loss(f"connection lost: {code}", by_broker, taken_over=code.value == 0x8E)
+            reason = f"connection lost: {code}"
+            if not session.is_accepted:
+                reason = "the broker closed the connection before it accepted the login: " + (
+                    "does it speak MQTT 5?"
+                    if self.settings.uses_tls
+                    else "is this its TLS port (then set ca_file, or tls = true), or does it not speak MQTT 5?"
+                )
+            session.loss = _Loss(reason, by_broker, taken_over=code.value == 0x8E)
 
     # ---- the owner thread: after a connection ----
 
