@@ -26,12 +26,12 @@ from msgspec.inspect import (
     VarTupleType,
 )
 
-from edge_runtime.errors import ConfigError as ConfigError  # also for those who load a configuration
+from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.settings import MqttSettings, is_loopback
 
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_SHOWN = 64  # characters of a refused value in a message
-WORDS = {
+WORDS: dict[Any, str] = {
     IntType: "a whole number",
     FloatType: "a number",
     BoolType: "true or false",
@@ -41,20 +41,18 @@ WORDS = {
 }
 
 # The description is what a person reads when a value does not match the pattern.
-Id = Annotated[
-    str, Meta(pattern="^[a-z0-9-]{1,32}$", description="an id: 1 to 32 of the characters a-z, 0-9 and -")
-]
+Id = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,32}\Z", description="an id: 1 to 32 of the characters a-z, 0-9 and -")]
 StationId = Annotated[  # a level of a topic at which "server" has a meaning
     str,
     Meta(
-        pattern="^(?!server$)[a-z0-9-]{1,32}$",
+        pattern=r"^(?!server\Z)[a-z0-9-]{1,32}\Z",
         description='an id: 1 to 32 of the characters a-z, 0-9 and -, but not "server"',
     ),
 ]
 # With the longest suffix of its run-time settings, "_enabled", a name fits the 32 characters of a level of a topic.
 CameraName = Annotated[
     str,
-    Meta(pattern="^[A-Za-z0-9_-]{1,24}$", description="a name: 1 to 24 of the characters A-Z, a-z, 0-9, _ and -"),
+    Meta(pattern=r"^[A-Za-z0-9_-]{1,24}\Z", description="a name: 1 to 24 of the characters A-Z, a-z, 0-9, _ and -"),
 ]
 Config = TypeVar("Config")
 
@@ -90,8 +88,8 @@ class MotionConfig(Struct, frozen=True, forbid_unknown_fields=True):
     frame_height: Annotated[int, Meta(ge=16, le=480)] = 100  # pixels; frames are compared at this size
     frame_alpha: Annotated[float, Meta(gt=0, le=1)] = 0.01  # weight of a new frame in the background
     improve_contrast: bool = True  # stretches pictures of low contrast, for example at night
-    lightning_threshold: Annotated[float, Meta(ge=0.3, le=1)] = 0.8  # fraction of the picture; if more changes at once, it was a light
-    # Areas to ignore, such as a clock or a tree: polygons "x1,y1,x2,y2,...", 0..1 of width and height from the top left.
+    lightning_threshold: Annotated[float, Meta(ge=0.3, le=1)] = 0.8  # fraction that changes at once: a light
+    # Areas to ignore, such as a clock: polygons "x1,y1,x2,y2,...", 0..1 of width and height from the top left.
     mask: Annotated[tuple[Annotated[str, Meta(max_length=2048)], ...], Meta(max_length=16)] = ()
 
     def __post_init__(self) -> None:
@@ -109,8 +107,8 @@ def _corners(polygon: str) -> tuple[tuple[float, float], ...]:
         numbers = []
     if len(numbers) < 6 or len(numbers) % 2 or not all(0 <= number <= 1 for number in numbers):
         raise ConfigError(
-            f'mask "{polygon[:MAX_SHOWN]}" is not a polygon: want "x1,y1,x2,y2,x3,y3,...", three corners or more, each number '
-            "from 0 to 1 of the picture's width or height"
+            f'mask "{polygon[:MAX_SHOWN]}" is not a polygon: want "x1,y1,x2,y2,x3,y3,...", three corners or more, '
+            "each number from 0 to 1 of the picture's width or height"
         )
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
@@ -125,8 +123,8 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     stall_s: Annotated[float, Meta(ge=1, le=600)] = 5.0  # a camera is opened again after this time without a new frame
     repeat: bool = False  # files start again when they end
     motion: MotionConfig = MotionConfig()  # which frames are processed; off: all
-    max_interval_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0  # process a frame this often even without motion; 0: never
-    frozen_s: Annotated[float, Meta(ge=0, le=86400)] = 30.0  # report a camera whose picture has not changed for this time; 0: never
+    max_interval_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0  # process a frame at least so often; 0: not
+    frozen_s: Annotated[float, Meta(ge=0, le=86400)] = 30.0  # an unchanged picture is reported; 0: never
     # These replace the board's settings.
     deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] | None = None
     paradigm: Literal["auto", "device", "split", "speculative", "offload"] | None = None
@@ -156,12 +154,12 @@ class PolicyConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class OutboxConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where requests without an answer at their deadline are kept, to be sent again. Without this table they are lost."""
+    """Where requests without an answer at their deadline are kept, to be sent again."""
 
     file: str
-    max_bytes: Annotated[int, Meta(ge=65536, le=1 << 34)] = 16 << 20  # when it is full the oldest request is dropped and reported lost
+    max_bytes: Annotated[int, Meta(ge=65536, le=1 << 34)] = 16 << 20  # then the oldest is dropped, reported lost
     max_age_s: Annotated[float, Meta(ge=1, le=31 * 86400)] = 86400.0  # since capture; older requests are reported lost
-    replay_per_s: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # requests sent again per second, besides those of live frames
+    replay_per_s: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # besides the requests of live frames
     every_request: bool = False  # write each request before sending it: a killed board loses none, but flash wears
 
 
@@ -183,10 +181,10 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     paradigm: Literal["auto", "device", "split", "speculative", "offload"] = "auto"  # auto: chosen per frame
     tier: Literal["edge", "cloud"] | None = None  # the lowest tier that may answer; none: any server
     deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] = 5000  # from capture; after it the draft is the final answer
-    resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # at least this long without a reply, then the request is sent again with the same id
-    open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # requests that wait for a reply; when full, the device answers alone
+    resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply; then sent again with its id
+    open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # when full, the device answers alone
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # of offload, and of the JPEG size that events compare with
-    slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # simulates a slower board, which sleeps in proportion to its computing time
+    slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # simulates a slower board, by sleeping
 
 
 class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -238,7 +236,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load_toml(path: Path, kind: type[Config]) -> Config:
-    """Reads a TOML file and checks all of it. `~/` at the start of a value is the home directory. Raises ConfigError."""
+    """Reads a TOML file and checks all of it. A value `~/...` starts at the home directory. Raises ConfigError."""
     data = read_toml(path)
     try:
         return msgspec.convert(data, kind, str_keys=True)

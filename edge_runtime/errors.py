@@ -1,7 +1,7 @@
 """The errors that this project raises on purpose.
 
-A class of its own exists only where a caller acts differently on it. The command line prints an AiflowError as one line;
-any other exception is a bug and shows its traceback.
+A class of its own exists only where a caller acts differently on it. The command line prints an AiflowError as one
+line; any other exception is a bug and shows its traceback.
 """
 
 

@@ -41,8 +41,8 @@ what they say:     aiflow watch --site home
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code of the process.
 
-    A named error becomes one line on standard error. Any other exception is a bug: its traceback is shown, the exit code
-    is 1, and systemd starts the service again.
+    A named error becomes one line on standard error. Any other exception is a bug: its traceback is shown, the exit
+    code is 1, and systemd starts the service again.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     command = next((argument for argument in arguments if argument in COMMANDS), "")

@@ -1,6 +1,6 @@
-"""The server's configuration: one TOML file, read and checked whole at start, then handed down as values."""
+"""The server's configuration: one TOML file, read and checked as a whole at start, then passed on as frozen values."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -9,7 +9,7 @@ from edge_runtime.mqtt.client import MqttSettings
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
 
-MAX_REPLY = 64 * 1024  # bytes from the tier above: the longest text, scores and hops, which then fit an envelope again
+MAX_REPLY = 64 * 1024  # bytes from the tier above: the longest text, scores and hops; they fit an envelope again
 
 
 class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -18,31 +18,33 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     id: StationId
     bundle: str  # directory of the bundle
     site: Id = "home"
-    pool: Id = "servers"  # servers of one pool share the site's requests between them
-    tier: Annotated[str, Meta(pattern="^(edge|cloud)$")] = "edge"  # which of the bundle's targets it answers with
-    device: Annotated[str, Meta(pattern="^(cpu|cuda(:[0-9]+)?)$")] = "cpu"
-    threads: Annotated[int, Meta(ge=1, le=256)] = 1  # of the networks on a CPU; answers' bits depend on it
-    max_batch: Annotated[int, Meta(ge=1, le=8)] = 8  # rows of a pass; used as far as the start test proves it
-    batch_wait_ms: Annotated[float, Meta(ge=0, le=1000)] = 2.0  # for more rows, where the last ones came together
-    queue: Annotated[int, Meta(ge=1, le=4096)] = 64  # requests waiting; then boards are told to come back
-    stop_s: Annotated[float, Meta(ge=0, le=600)] = 10.0  # to finish what was accepted, when told to stop
+    pool: Id = "servers"  # the servers of a pool share the requests of the site
+    tier: Literal["edge", "cloud"] = "edge"  # which target of the bundle it answers with
+    device: Annotated[
+        str, Meta(pattern=r"^(cpu|cuda(:[0-9]{1,2})?)\Z", description='"cpu", "cuda" or, of several, "cuda:1"')
+    ] = "cpu"
+    threads: Annotated[int, Meta(ge=1, le=256)] = 1  # of the networks on a CPU; the bits of the answers depend on it
+    max_batch: Annotated[int, Meta(ge=1, le=8)] = 8  # requests per pass, as far as the start test allows
+    batch_wait_ms: Annotated[float, Meta(ge=0, le=1000)] = 2.0  # for others, if the last ones came together
+    queue: Annotated[int, Meta(ge=1, le=4096)] = 64  # requests that wait; when full, boards are told to come back later
+    stop_s: Annotated[float, Meta(ge=0, le=600)] = 10.0  # to finish accepted requests when told to stop
 
 
 class UpstreamConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """The tier above: an edge server asks it as a board would, under its own id as the board's."""
+    """The tier above. An edge server asks it as a board would, with its own id as the id of the board."""
 
     mqtt: MqttConfig
     site: Id = "home"
-    min_confidence: Share = 0.9  # a text below it is passed up; a request may ask for more, not for less
-    max_share: Share = 0.45  # of the answers, the least sure, are passed up in the long run; on request more
-    explore: Share = 0.02  # of the others are passed up too, out of that share, to see what it changes
-    open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # waiting for the tier above; then the edge answers alone
-    resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply for at least so long: asked again
+    min_confidence: Share = 0.9  # pass texts below it up; a request may ask for more, not for less
+    max_share: Share = 0.45  # pass up at most this fraction, the least sure; requests that ask for it come on top
+    explore: Share = 0.02  # of this fraction, pass up others too, to measure what it changes
+    open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # when full, the edge answers alone
+    resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply; then asked again
 
     def settings(self, server: str) -> MqttSettings:
         """Raises ConfigError if no connection can ever work."""
         return self.mqtt.settings(
-            f"{server}-up",  # not the server's own: both connections may be to one broker
+            f"{server}-up",  # a second client id: both connections may be to one broker
             window=32,
             queue_messages=2 * self.open_requests,
             max_inbound_bytes=MAX_REPLY,
@@ -63,7 +65,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         return self.mqtt.settings(
             self.server.id,
             window=32,
-            queue_messages=4 * queue,  # a reply for each request that waits, and for as many that are refused at once
+            queue_messages=4 * queue,  # a reply for each request that waits, and as many refusals
             max_inbound_bytes=MAX_ENVELOPE + 1024,  # and its topic and properties
-            receive_maximum=queue,  # what arrives is acknowledged as it is accepted, so the broker keeps the rest
+            receive_maximum=queue,  # requests are acknowledged when accepted, so the broker keeps the rest
         )

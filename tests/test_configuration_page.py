@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge_runtime.config import BoardConfig, CameraConfig, ConfigError, RuntimeConfig, load_toml
+from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, load_toml
+from edge_runtime.errors import ConfigError
 from server.config import Config, ServerConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "CONFIGURATION.md").read_text()

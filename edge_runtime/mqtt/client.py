@@ -56,6 +56,7 @@ T = TypeVar("T")
 # What a PUBLISH adds to topic and payload: fixed header 5, topic length 2, packet id 2, properties 6 (MQTT 5, 3.3).
 PUBLISH_OVERHEAD = 16
 LAST_WORDS_S = 0.1  # of a connection that is given up
+NO_TLS = ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING")  # OpenSSL, if the other side does not speak TLS
 TEMPORARY = {0x88, 0x89, 0x97, 0x9F}  # CONNACK: unavailable, busy, quota, rate: retry as after any lost connection
 
 
@@ -313,9 +314,8 @@ class MqttClient:
                 self._step(session)
             return session.loss
         except (OSError, ConfigError) as error:  # no route, refused, timed out, no such name, TLS, credentials
-            hint = ""
-            if isinstance(error, ssl.SSLError) and error.reason in ("WRONG_VERSION_NUMBER", "UNEXPECTED_EOF_WHILE_READING"):
-                hint = ": this port seems not to speak TLS (usual: 8883 for TLS, 1883 without)"
+            no_tls = isinstance(error, ssl.SSLError) and error.reason in NO_TLS
+            hint = ": this port seems not to speak TLS (usual: 8883 for TLS, 1883 without)" if no_tls else ""
             return _Loss(f"{type(error).__name__}: {error}{hint}")
         except Exception as error:  # whatever it is, the client must outlive it; the log has it for the maintainer
             logger.exception("mqtt client broke client=%s", settings.client_id)

@@ -108,9 +108,9 @@ def _checked_host(host: str) -> str:
     except ValueError:
         pass
     if port := re.fullmatch(r"(.+):([0-9]+)", host):
-        raise ConfigError(f'mqtt host = "{host[:128]}" holds a port, want host = "{port[1][:128]}" and port = {port[2]}')
+        raise ConfigError(f'mqtt host = "{host[:128]}" holds a port, want host = "{port[1][:128]}", port = {port[2]}')
     if not 1 <= len(host) <= 253 or re.search(r"[\s/:@\[\]]", host):
-        raise ConfigError(f'mqtt host = "{host[:128]}", want the name or the address of the broker, such as "192.0.2.7"')
+        raise ConfigError(f'mqtt host = "{host[:128]}", want the name or address of the broker, such as "192.0.2.7"')
     return host
 
 

@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from edge_runtime.config import ConfigError, MetricsConfig
+from edge_runtime.config import MetricsConfig
+from edge_runtime.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 

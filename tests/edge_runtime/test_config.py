@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.config import MAX_CONFIG_BYTES, CameraConfig, ConfigError, RuntimeConfig, load_toml
-from edge_runtime.mqtt.client import MqttConfigError
+from edge_runtime.config import MAX_CONFIG_BYTES, CameraConfig, RuntimeConfig, load_toml
+from edge_runtime.errors import ConfigError
 from firmware_tools.cli import EXIT_CONFIG
 
 BOARD = '[board]\nid = "b1"\nbundle = "models/zoo/small"\n'
@@ -106,7 +106,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 
 def test_plain_text_to_another_machine_must_be_asked_for(tmp_path):
     remote = BOARD + CAMERA + '[mqtt]\nhost = "broker.example"\n'
-    with pytest.raises(MqttConfigError, match="insecure = true"):
+    with pytest.raises(ConfigError, match="insecure = true"):
         load(tmp_path, remote).mqtt.settings("b1")
     assert load(tmp_path, remote + "insecure = true\n").mqtt.settings("b1").host == "broker.example"
 
