@@ -230,14 +230,18 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 )
         if self.outbox:
             raise ConfigError(
-                '[board] has paradigm = "offload", so it loads no head, and [outbox] keeps features, never pictures: '
+                '[board] has paradigm = "offload", so it loads no head, and [outbox] keeps features: '
                 'remove [outbox], or give the board paradigm = "auto" and its cameras "offload"'
             )
 
 
 def load_toml(path: Path, kind: type[Config]) -> Config:
     """Reads a TOML file and checks all of it. A value `~/...` starts at the home directory. Raises ConfigError."""
-    data = read_toml(path)
+    return convert(path, read_toml(path), kind)
+
+
+def convert(path: Path, data: Any, kind: type[Config]) -> Config:
+    """The tables of a file as values; the path is for messages. Raises ConfigError."""
     try:
         return msgspec.convert(data, kind, str_keys=True)
     except msgspec.ValidationError as error:

@@ -121,5 +121,5 @@ def test_what_it_shows_as_required_is(tmp_path, name, kind):
     assert len(required) == {"board": 6, "server": 3}[name]
     for line in required:
         (tmp_path / "cut.toml").write_text(text.replace(f"\n{line}\n", "\n"))
-        with pytest.raises(ConfigError, match=f"required field `{line.split()[0]}`"):
+        with pytest.raises(ConfigError, match=f"required key `{line.split()[0]}`"):
             load_toml(tmp_path / "cut.toml", kind)

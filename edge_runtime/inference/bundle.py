@@ -171,11 +171,10 @@ class Bundle:
             words = tuple(self.read("vocabulary.txt", MAX_VOCABULARY_BYTES).decode().splitlines())
         except UnicodeDecodeError as error:
             raise BundleError(f"{self.path / 'vocabulary.txt'} is not UTF-8: build the bundle again") from error
-        if len(words) != self.manifest.vocabulary or max(map(len, words)) > MAX_WORD:
-            raise BundleError(
-                f"vocabulary.txt has {len(words)} words, the longest of {max(map(len, words), default=0)} characters; "
-                f"the manifest says {self.manifest.vocabulary}, and at most {MAX_WORD} characters are allowed"
-            )
+        if len(words) != self.manifest.vocabulary:
+            raise BundleError(f"vocabulary.txt has {len(words)} words, the manifest says {self.manifest.vocabulary}")
+        if (longest := max(map(len, words))) > MAX_WORD:
+            raise BundleError(f"vocabulary.txt has a word of {longest} characters, want at most {MAX_WORD}")
         return words
 
     def text(self, tokens: list[int]) -> str:
