@@ -43,5 +43,5 @@ def run(args: argparse.Namespace) -> int:
 
 def closing_line(summary: dict[str, int]) -> str:
     """What happened, in one line."""
-    counts = ", ".join(f"{name} {count}" for name, count in summary.items() if count)
-    return f"stopped: {counts or 'nothing happened'}"
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in summary.items() if count)
+    return f"the board has stopped: {counts or 'nothing happened'}"

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from edge_runtime.errors import AiflowError
 from testbed.processes import Process
 
 MAX_PACKET = 1 << 20  # bytes
@@ -53,7 +54,7 @@ max_inflight_count = 100
 KEEP_USER = "user root\n" if os.geteuid() == 0 else ""
 
 
-class BrokerError(OSError):
+class BrokerError(AiflowError, OSError):
     """No broker could be started."""
 
 

@@ -54,7 +54,7 @@ class Link:
     """A link from an address of this machine to a target while `with` lasts. All methods may be called from any thread.
 
     port 0 takes a free one. cut_in_outage: an outage resets every connection, as a modem that restarts does; without
-    it they stay up and freeze. Raises OSError, or UnicodeError of a name, where it cannot listen.
+    it they stay up and freeze. Raises LinkError where it cannot listen.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class Link:
         started = self._started.get()
         if isinstance(started, (OSError, UnicodeError)):
             self._thread.join()
-            raise started
+            host, port = self._listen
+            raise LinkError(f"cannot listen on {host}:{port}: {started}: choose another address") from started
         self.address = started
         return self
 
@@ -460,9 +461,12 @@ def _trace(args: argparse.Namespace) -> list[tuple[float, Profile]]:
 
 
 def read_trace(path: Path) -> list[tuple[float, Profile]]:
-    """A file of moments and profiles. Raises LinkError, OSError."""
-    with path.open("rb") as file:
-        data = file.read(MAX_TRACE_BYTES + 1)
+    """A file of moments and profiles. Raises LinkError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_TRACE_BYTES + 1)
+    except OSError as error:
+        raise LinkError(f"{path}: {error.strerror}: name a file with a trace") from error
     if len(data) > MAX_TRACE_BYTES:
         raise LinkError(f"{path}: more than {MAX_TRACE_BYTES} bytes, want less: cut the trace")
     try:

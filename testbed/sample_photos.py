@@ -14,6 +14,7 @@ import cv2
 
 from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.inference.preprocess import PictureError, decode_picture
+from edge_runtime.packages import how_to_install
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def collect(images: Sequence[Path] | None = None, video: Path | None = None, lim
     photos = list(islice(found, limit))
     if not photos:
         raise PictureError(
-            "no picture can be read: name others, or pip install 'aiflow-edge[demo]' for the shipped ones"
+            f"no picture can be read: name others, or, for the shipped ones, {how_to_install('skimage')}"
         )
     return photos
 

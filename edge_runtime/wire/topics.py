@@ -11,7 +11,7 @@ from edge_runtime.wire.errors import TopicError
 ROOT = "aiflow"
 SERVERS = "server"  # stands where a board's id would, so no board may have this name
 _ID = re.compile(r"[a-z0-9-]{1,32}")
-_NAME = re.compile(r"[a-z0-9_-]{1,32}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _SERVER_STATUS = re.compile(rf"{ROOT}/{_ID.pattern}/{SERVERS}/({_ID.pattern})/status")
 _REQUEST = re.compile(rf"({ROOT}/{_ID.pattern}/({_ID.pattern}))/up/request")
 

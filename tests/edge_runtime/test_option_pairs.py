@@ -78,7 +78,7 @@ def board_toml(row: Row, bundle: Bundle, picture: Path, port: int, folder: Path)
         (
             f'[board]\nid = "b1"\nbundle = "{bundle.path}"\nbackend = "onnx"\ndeadline_ms = 50',
             *(row.get(f"board {name}", "") for name in ("paradigm", "tier")),
-            f'[[cameras]]\nname = "door"\nsource = "{picture}"',
+            f'[[cameras]]\nname = "Front_Door"\nsource = "{picture}"',
             *(row.get(f"camera {name}", "") for name in ("paradigm", "tier", "motion")),
             f"[mqtt]\nport = {port}\n[policy]",
             *(row.get(name, "") for name in ("budget", "may_offload", "floor", "local", "outbox", "metrics")),

@@ -503,12 +503,12 @@ def test_a_link_that_ends_resets_its_connections_and_leaves_no_thread(target: so
 
 
 def test_a_port_that_is_taken_is_an_error_of_the_caller(target: socket.socket) -> None:
-    with pytest.raises(OSError, match="in use"), Link(("127.0.0.1", 1), FAST, listen=target.getsockname()):
+    with pytest.raises(LinkError, match="in use"), Link(("127.0.0.1", 1), FAST, listen=target.getsockname()):
         pass
 
 
 def test_an_address_that_is_none_is_an_error_of_the_caller(target: socket.socket) -> None:
-    with pytest.raises(UnicodeError), Link(target.getsockname(), FAST, listen=("..", 0)):
+    with pytest.raises(LinkError), Link(target.getsockname(), FAST, listen=("..", 0)):
         pass
 
 

@@ -492,7 +492,7 @@ def test_tls_needs_the_right_authority(
         ({"host": ""}, 'host = "", want'),
         ({"client_id": "b 1"}, "client id"),
         ({"window": 0}, "window = 0"),
-        ({"password_file": "/nowhere"}, "cannot be read"),
+        ({"password_file": "/nowhere", "username": "b1"}, "cannot be read"),
         ({"ca_file": "/nowhere"}, "cannot be read"),
         ({"cert_file": "/nowhere"}, "needs both"),
     ],

@@ -31,10 +31,14 @@ def test_an_id_that_is_no_level_is_refused(bad: str):
         lambda: topics.reply("home", bad),
         lambda: topics.request_share(bad, "home"),
         lambda: topics.server_status("home", bad),
-        lambda: topics.setting("home", "b1", bad),
+        *([] if bad == "B1" else [lambda: topics.setting("home", "b1", bad)]),
     ):
         with pytest.raises(TopicError, match="must match"):
             build()
+
+
+def test_a_setting_may_have_the_name_of_a_camera_of_frigate():
+    assert topics.setting("home", "b1", "Front_Door_enabled") == "aiflow/home/b1/down/set/Front_Door_enabled"
 
 
 def test_no_board_may_stand_where_the_servers_are():
