@@ -135,7 +135,7 @@ def test_a_child_that_fails_speaks_for_itself(tmp_path: Path, bundle: Path, phot
 def test_a_child_that_failed_is_quoted(tmp_path: Path) -> None:
     with Child("validate", {"board": {"id": "b"}}, tmp_path) as child:
         child.process.wait(PATIENCE_S)
-        with pytest.raises(ChildError, match=r"(?s)exit code 78.*missing required field `bundle`"):
+        with pytest.raises(ChildError, match=r"(?s)exit code 78.*required key `bundle` is missing"):
             child.has_ended()
 
 
