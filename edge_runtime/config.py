@@ -31,6 +31,7 @@ from edge_runtime.mqtt.settings import MqttSettings, is_loopback
 
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_SHOWN = 64  # characters of a refused value in a message
+# What a value of a type is, for a person.
 WORDS: dict[Any, str] = {
     IntType: "a whole number",
     FloatType: "a number",
@@ -274,19 +275,19 @@ def _expanded(value: Any) -> Any:
 
 def _explain(error: msgspec.ValidationError, data: Any, info: Any) -> str:
     """Names the key, its value and its rule, as a reader of the TOML file knows them."""
-    message, _, place = str(error).partition(" - at `$.")
-    name = place.rstrip("`")
+    parts = re.fullmatch(r"(?s)(.*?)(?: - at `\$\.([^`]*)`)?", str(error))
+    message, name = parts.groups("") if parts else (str(error), "")
     found, info = _at(name, data, info)
     where = f" (in {name})" if name else ""
     if isinstance(error.__cause__, ConfigError):  # from a __post_init__ of ours
         return f"{error.__cause__}{where}"
     if missing := re.search("missing required field `(.*)`", message):
         return f"required key `{missing[1]}` is missing{where}"
-    if unknown := re.search("unknown field `(.*)`", message):
-        known = [field.encode_name for field in info.fields]
+    if unknown := re.search("(?s)unknown field `(.*)`", message):
+        known = [field.encode_name for field in getattr(info, "fields", ())]
         nearest = difflib.get_close_matches(unknown[1], known, 1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
-        return f"unknown key `{unknown[1][:MAX_SHOWN]}`{where}: {hint}"
+        return f"unknown key `{json.dumps(unknown[1][:MAX_SHOWN])[1:-1]}`{where}: {hint}"
     if isinstance(found, dict) and isinstance(info, VarTupleType):
         return f"[{name}] is a single table: write [[{name}]] with double brackets, once for each of the {name}"
     if isinstance(found, list) and isinstance(info, StructType):
@@ -295,12 +296,14 @@ def _explain(error: msgspec.ValidationError, data: Any, info: Any) -> str:
 
 
 def _at(path: str, data: Any, info: Any) -> tuple[Any, Any]:
-    """The value and the type at a path such as `cameras[0].motion`."""
+    """The value and the type at a path such as `cameras[0].motion`, as far as it leads: a key may contain anything."""
     for step in re.findall(r"\w+", path):
-        if isinstance(info, VarTupleType):
+        if isinstance(info, VarTupleType) and step.isdecimal() and int(step) < len(data):
             data, info = data[int(step)], info.item_type
-        elif step in data:
+        elif isinstance(info, StructType) and step in data and step in info.cls.__struct_fields__:
             data, info = data[step], next(field.type for field in info.fields if field.encode_name == step)
+        else:
+            break
         if isinstance(info, UnionType):  # an optional key
             info = next(option for option in info.types if not isinstance(option, NoneType))
     return data, info
@@ -317,4 +320,4 @@ def _rule(info: Any) -> str:
     for limit, words in (("min_length", "at least"), ("max_length", "at most")):
         if (length := getattr(info, limit, None)) is not None:
             bounds += f", {words} {length} long"
-    return WORDS[type(info)] + bounds
+    return WORDS.get(type(info), "another value") + bounds

@@ -174,6 +174,17 @@ def test_a_board_without_a_head_has_nothing_to_keep_in_an_outbox(tmp_path):
         load(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    "key", ["a - at `$.cameras.foo", "bundle - at `$.cameras[9]", "a\n\x1b[2J", "$.board", "`", "cameras[0]"]
+)
+def test_a_key_may_be_called_anything_and_is_refused_by_name(key):
+    least = {"board": {"id": "b1", "bundle": "b"}, "cameras": [{"name": "door", "source": "photos"}]}
+    for tables in (least | {key: 1}, least | {"mqtt": {key: 1}}, least | {"board": least["board"] | {"id": key}}):
+        with pytest.raises(ConfigError) as refused:
+            convert(Path("board.toml"), tables, RuntimeConfig)
+        assert str(refused.value).isprintable()
+
+
 @settings(max_examples=300)
 @given(
     st.recursive(

@@ -23,7 +23,8 @@ def config(tmp_path: Path, board_bundle: Bundle) -> Path:
     path = tmp_path / "board.toml"
     path.write_text(
         f'[board]\nid = "b1"\nbundle = "{board_bundle.path}"\nbackend = "onnx"\nparadigm = "device"\n'
-        f'[[cameras]]\nname = "door"\nsource = "{tmp_path / "pictures"}"\ninterval_s = 0\n[mqtt]\nport = {free_port()}\n'
+        f'[[cameras]]\nname = "door"\nsource = "{tmp_path / "pictures"}"\ninterval_s = 0\n'
+        f"[mqtt]\nport = {free_port()}\n"
     )
     return path
 

@@ -483,6 +483,16 @@ def test_tls_needs_the_right_authority(
     assert stranger.client.stats().connects == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_port_of_the_other_kind_is_named_as_the_likely_cause(
+    start_broker: Callable[..., Mosquitto], start: Start, certificates: Path
+) -> None:
+    tls = start_broker(PLAIN + f"certfile {certificates}/server.crt\nkeyfile {certificates}/server.key\n")
+    start(tls.port, "b1", online=False).wait_state(State.BACKOFF, "is this its TLS port")
+    plain = start_broker()
+    start(plain.port, "b2", online=False, settings={"tls": True}).wait_state(State.BACKOFF, "seems not to speak TLS")
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
