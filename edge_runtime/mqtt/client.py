@@ -314,9 +314,9 @@ class MqttClient:
                 self._step(session)
             return session.loss
         except (OSError, ConfigError) as error:  # no route, refused, timed out, no such name, TLS, credentials
-            no_tls = isinstance(error, ssl.SSLError) and error.reason in NO_TLS
-            hint = ": this port seems not to speak TLS (usual: 8883 for TLS, 1883 without)" if no_tls else ""
-            return _Loss(f"{type(error).__name__}: {error}{hint}")
+            hung_up = isinstance(error, ConnectionResetError) or getattr(error, "reason", "") in NO_TLS
+            cause = f": {self._likely_cause()}" if hung_up and not session.is_accepted else ""
+            return _Loss(f"{type(error).__name__}: {error}{cause}")
         except Exception as error:  # whatever it is, the client must outlive it; the log has it for the maintainer
             logger.exception("mqtt client broke client=%s", settings.client_id)
             return _Loss(f"{type(error).__name__}: {error}")
@@ -505,12 +505,14 @@ class MqttClient:
             by_broker = session.online_at is not None and code.value != 0x8D  # keepalive timeout: the link's doing
             reason = f"connection lost: {code}"
             if not session.is_accepted:
-                reason = "the broker closed the connection before it accepted the login: " + (
-                    "does it speak MQTT 5?"
-                    if self.settings.uses_tls
-                    else "is this its TLS port (then set ca_file, or tls = true), or does it not speak MQTT 5?"
-                )
+                reason = f"the broker closed the connection before it accepted the login: {self._likely_cause()}"
             session.loss = _Loss(reason, by_broker, taken_over=code.value == 0x8E)
+
+    def _likely_cause(self) -> str:
+        """Why a broker may hang up before it has accepted the login."""
+        if self.settings.uses_tls:
+            return "does this port speak TLS (usual: 8883), and the broker MQTT 5?"
+        return "is this its TLS port (then set ca_file, or tls = true), or does it not speak MQTT 5?"
 
     # ---- the owner thread: after a connection ----
 

@@ -490,7 +490,7 @@ def test_a_port_of_the_other_kind_is_named_as_the_likely_cause(
     tls = start_broker(PLAIN + f"certfile {certificates}/server.crt\nkeyfile {certificates}/server.key\n")
     start(tls.port, "b1", online=False).wait_state(State.BACKOFF, "is this its TLS port")
     plain = start_broker()
-    start(plain.port, "b2", online=False, settings={"tls": True}).wait_state(State.BACKOFF, "seems not to speak TLS")
+    start(plain.port, "b2", online=False, settings={"tls": True}).wait_state(State.BACKOFF, "does this port speak TLS")
 
 
 @pytest.mark.parametrize(
