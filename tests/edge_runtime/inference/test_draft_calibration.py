@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.inference.draft_calibration import BIN, MAX_POINTS, MOST, Calibration, CalibrationError, fit
+from edge_runtime.errors import ConfigError
+from edge_runtime.inference.draft_calibration import BIN, MAX_POINTS, MOST, Calibration, fit
 
 shares, scores = st.floats(0, 1), st.floats(0, 10)
 
@@ -46,7 +47,7 @@ def test_what_is_no_number_is_worth_nothing(confidence):
     ],
 )
 def test_a_table_that_is_none_is_refused_by_name(table):
-    with pytest.raises(CalibrationError, match="calibration"):
+    with pytest.raises(ConfigError, match="calibration"):
         Calibration(table)
 
 
@@ -88,5 +89,5 @@ def test_every_fit_is_a_table_that_never_falls(samples, per_bin):
     "samples", [([], [], []), ([1.5], [0], [0]), ([float("nan")], [0], [0]), ([0.5], [-1], [0]), ([0.5], [0], [1e999])]
 )
 def test_samples_that_are_none_are_refused_by_name(samples):
-    with pytest.raises(CalibrationError, match="samples"):
+    with pytest.raises(ConfigError, match="samples"):
         fit(*samples)
