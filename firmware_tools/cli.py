@@ -6,6 +6,7 @@ Only the module of the given subcommand is imported, so that `--help` and the bo
 import argparse
 import importlib
 import logging
+import os
 import sys
 
 from edge_runtime import __version__
@@ -50,9 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
         args = _parse(arguments, command)
         level = logging.DEBUG if args.verbose else logging.INFO if command in SERVICES else logging.WARNING
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-        return args.run(args) or 0
+        code: int = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in Python's buffer
+        return EXIT_FAILED
     except AiflowError as error:
         return _report(error, command)
     except ModuleNotFoundError as error:

@@ -115,8 +115,9 @@ def _checked_host(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether the host is this machine; also for an IPv6 address in brackets."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 

@@ -89,7 +89,7 @@ def test_a_near_broker_is_another_one_than_the_servers(tmp_path, local, is_near)
     assert (load(tmp_path, BOARD + CAMERA + local).near_broker is not None) == is_near
 
 
-@pytest.mark.parametrize(("mqtt", "local"), [("localhost", "127.0.0.1"), ("::1", "localhost"), ("a.lan", "a.lan")])
+@pytest.mark.parametrize(("mqtt", "local"), [("localhost", "127.0.0.1"), ("[::1]", "localhost"), ("a.lan", "a.lan")])
 def test_two_names_of_this_machine_are_one_broker(tmp_path, mqtt, local):
     text = f'[mqtt]\nhost = "{mqtt}"\n[local]\nhost = "{local}"\n'
     assert load(tmp_path, BOARD + CAMERA + text).near_broker is None

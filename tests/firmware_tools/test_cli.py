@@ -1,6 +1,7 @@
 """The command line: it teaches, it starts light, and a mistake is one line that says what to do."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -278,6 +279,16 @@ def test_only_named_errors_are_one_line_and_a_bug_shows_its_traceback(raised: st
     assert done.returncode == code
     assert all(part in done.stderr for part in shown)
     assert ("Traceback" in done.stderr) == ("Traceback" in shown)
+
+
+def test_a_reader_that_has_gone_is_no_bug(bundle: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "firmware_tools", "validate", str(bundle)]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=100, check=False, env=buffered)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (EXIT_FAILED, b"")
 
 
 def test_a_command_whose_package_is_missing_says_how_to_install_it(config: Callable[..., Path]) -> None:

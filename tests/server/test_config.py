@@ -33,6 +33,12 @@ def test_an_id_and_a_bundle_are_enough(tmp_path: Path) -> None:
         ("queue = 0", "queue"),
         ("max_batch = 64", "max_batch"),
         ('[mqtt]\nhots = "broker"', "did you mean host"),
+        ("[upstream]\n[upstream.mqtt]\nprot = 1", r"unknown key `prot` \(in upstream.mqtt\): did you mean port"),
+        (
+            "[upstream]\nmax_shares = 0.1\n[upstream.mqtt]",
+            r"unknown key `max_shares` \(in upstream\): did you mean max_s",
+        ),
+        ('device = "cuda:x"', 'server.device = "cuda:x", want "cpu", "cuda" or, of several, "cuda:1"'),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, line: str, message: str) -> None:
