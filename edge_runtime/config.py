@@ -1,35 +1,65 @@
-"""The board's configuration: one TOML file, read and checked whole at start, then handed down as values.
+"""The board's configuration: one TOML file, read and checked as a whole at start, then passed on as frozen values.
 
-docs/CONFIGURATION.md tells users the same: every key, its default and its range, held to this file by a test.
-An unknown key is an error that suggests the nearest one; nothing inside the runtime reads the environment.
+docs/CONFIGURATION.md lists every key with its default and its range; a test compares it with this file. An unknown key
+is an error that suggests the nearest known one. Nothing inside the runtime reads the environment.
 """
 
 import difflib
+import json
+import os.path
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.inspect import (
+    BoolType,
+    FloatType,
+    IntType,
+    LiteralType,
+    Metadata,
+    NoneType,
+    StrType,
+    StructType,
+    UnionType,
+    VarTupleType,
+)
 
-from edge_runtime.errors import AiflowError
+from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.settings import MqttSettings, is_loopback
 
 MAX_CONFIG_BYTES = 256 * 1024
+MAX_SHOWN = 64  # characters of a refused value in a message
+# What a value of a type is, for a person.
+WORDS: dict[Any, str] = {
+    IntType: "a whole number",
+    FloatType: "a number",
+    BoolType: "true or false",
+    StrType: "text in quotes",
+    VarTupleType: "a list",
+    StructType: "a table",
+}
 
-Id = Annotated[str, Meta(pattern="^[a-z0-9-]{1,32}$")]
-StationId = Annotated[str, Meta(pattern="^(?!server$)[a-z0-9-]{1,32}$")]  # a topic's level where "server" has a meaning
-# Leaves room for the longest suffix of its run-time switches, "_enabled", in a topic's 32 characters.
-CameraName = Annotated[str, Meta(pattern="^[a-z0-9-]{1,24}$")]
+# The description is what a person reads when a value does not match the pattern.
+Id = Annotated[str, Meta(pattern=r"^[a-z0-9-]{1,32}\Z", description="an id: 1 to 32 of the characters a-z, 0-9 and -")]
+StationId = Annotated[  # a level of a topic at which "server" has a meaning
+    str,
+    Meta(
+        pattern=r"^(?!server\Z)[a-z0-9-]{1,32}\Z",
+        description='an id: 1 to 32 of the characters a-z, 0-9 and -, but not "server"',
+    ),
+]
+# With the longest suffix of its run-time settings, "_enabled", a name fits the 32 characters of a level of a topic.
+CameraName = Annotated[
+    str,
+    Meta(pattern=r"^[A-Za-z0-9_-]{1,24}\Z", description="a name: 1 to 24 of the characters A-Z, a-z, 0-9, _ and -"),
+]
 Config = TypeVar("Config")
 
 
-class ConfigError(AiflowError, ValueError):
-    """A configuration that cannot work; the message names file, key and fix. Commands exit with 78 on it."""
-
-
 class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """How to reach the broker; the fields of MqttSettings that an operator sets."""
+    """How to reach a broker: those fields of MqttSettings that an operator sets."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65535)] = 1883
@@ -43,14 +73,14 @@ class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True):
     keepalive_s: Annotated[int, Meta(ge=2, le=600)] = 10  # a dead link is seen after about 1.7 of these
 
     def settings(self, client_id: str, **others: Any) -> MqttSettings:
-        """Raises MqttConfigError (a ValueError) where no connection could ever work."""
+        """Raises ConfigError if no connection can ever work."""
         return MqttSettings(client_id=client_id, **msgspec.structs.asdict(self), **others)
 
 
 class MotionConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """When a frame counts as motion; gate.py. Names, meaning and defaults are those of Frigate's motion detection.
+    """When a frame counts as motion. Names, meaning and defaults are those of Frigate's motion detection.
 
-    Only `enabled` differs: it is off until asked for. Pixels are those of the picture shrunk to `frame_height`.
+    Only `enabled` differs: it is off by default. Pixels are those of the picture shrunk to `frame_height`.
     """
 
     enabled: bool = False
@@ -58,16 +88,16 @@ class MotionConfig(Struct, frozen=True, forbid_unknown_fields=True):
     contour_area: Annotated[int, Meta(ge=0, le=100_000)] = 10  # pixels; smaller changed areas are noise
     frame_height: Annotated[int, Meta(ge=16, le=480)] = 100  # pixels; frames are compared at this size
     frame_alpha: Annotated[float, Meta(gt=0, le=1)] = 0.01  # weight of a new frame in the background
-    improve_contrast: bool = True  # stretches flat pictures, as at night
-    lightning_threshold: Annotated[float, Meta(ge=0.3, le=1)] = 0.8  # share of the picture that changes at once: light
-    # Polygons "x1,y1,x2,y2,...", 0..1 of width and height from the top left, where nothing counts: clocks, trees.
+    improve_contrast: bool = True  # stretches pictures of low contrast, for example at night
+    lightning_threshold: Annotated[float, Meta(ge=0.3, le=1)] = 0.8  # fraction that changes at once: a light
+    # Areas to ignore, such as a clock: polygons "x1,y1,x2,y2,...", 0..1 of width and height from the top left.
     mask: Annotated[tuple[Annotated[str, Meta(max_length=2048)], ...], Meta(max_length=16)] = ()
 
     def __post_init__(self) -> None:
         self.polygons()
 
     def polygons(self) -> tuple[tuple[tuple[float, float], ...], ...]:
-        """The mask's corners as (x, y). Raises ValueError, naming the polygon, for what is none."""
+        """The corners of each polygon as (x, y). Raises ConfigError, which shows the polygon that cannot be read."""
         return tuple(_corners(polygon) for polygon in self.mask)
 
 
@@ -77,9 +107,9 @@ def _corners(polygon: str) -> tuple[tuple[float, float], ...]:
     except ValueError:
         numbers = []
     if len(numbers) < 6 or len(numbers) % 2 or not all(0 <= number <= 1 for number in numbers):
-        raise ValueError(
-            f'mask "{polygon[:64]}" is no polygon: want "x1,y1,x2,y2,x3,y3,...", three corners or more, each number '
-            "from 0 to 1 of the picture's width or height"
+        raise ConfigError(
+            f'mask "{polygon[:MAX_SHOWN]}" is not a polygon: want "x1,y1,x2,y2,x3,y3,...", three corners or more, '
+            "each number from 0 to 1 of the picture's width or height"
         )
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
@@ -88,22 +118,26 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """One source of frames."""
 
     name: CameraName
-    # A directory, tar, picture or video file, /dev/video0, rtsp://..., or "mqtt": pictures on down/frame.
+    # A directory, tar, picture or video file, /dev/video0 or "0", rtsp://..., or "mqtt": pictures on down/frame.
     source: Annotated[str, Meta(min_length=1)]
-    interval_s: Annotated[float, Meta(ge=0, le=86400)] | None = None  # between frames; 0: every one the board manages
-    stall_s: Annotated[float, Meta(ge=1, le=600)] = 5.0  # a camera without a new frame for so long is opened again
-    repeat: bool = False  # start over when files end
-    motion: MotionConfig = MotionConfig()  # which of these frames go on; off: all
-    max_interval_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0  # one goes on so often without motion too; 0: none
-    frozen_s: Annotated[float, Meta(ge=0, le=86400)] = 30.0  # of one and the same picture: reported; 0: never
-    # The board's own, unless set here.
+    interval_s: Annotated[float, Meta(ge=0, le=86400)] | None = None  # between frames; 0: as fast as the board can
+    stall_s: Annotated[float, Meta(ge=1, le=600)] = 5.0  # a camera is opened again after this time without a new frame
+    repeat: bool = False  # files start again when they end
+    motion: MotionConfig = MotionConfig()  # which frames are processed; off: all
+    max_interval_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0  # process a frame at least so often; 0: not
+    frozen_s: Annotated[float, Meta(ge=0, le=86400)] = 30.0  # an unchanged picture is reported; 0: never
+    # These replace the board's settings.
     deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] | None = None
     paradigm: Literal["auto", "device", "split", "speculative", "offload"] | None = None
     tier: Literal["edge", "cloud"] | None = None
 
+    def __post_init__(self) -> None:
+        if re.fullmatch("[0-9]{1,3}", self.source):  # the number of a device, as OpenCV and FFmpeg users write it
+            msgspec.structs.force_setattr(self, "source", f"/dev/video{int(self.source)}")
+
     @property
     def min_interval_s(self) -> float:
-        """Seconds between frames; unless set 1, and 0 over MQTT, where the camera's software has chosen already."""
+        """Seconds between frames. The default is 1, and 0 over MQTT: there the sender chooses the rate."""
         if self.interval_s is not None:
             return self.interval_s
         return 0.0 if self.source == "mqtt" else 1.0
@@ -112,28 +146,28 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class PolicyConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """What a board may spend, and what `paradigm = "auto"` must reach."""
 
-    # What a draft must be worth, as a share of the verified text, to stand without it; 1: each draft is verified.
+    # Accept a draft without verification if its predicted quality is at least this fraction of the server's; 1: never.
     quality_floor: Annotated[float, Meta(ge=0, le=1)] = 0.95
-    # Of all requests, resends and replays included; 0: no limit.
+    # For all requests, including resends and replays; 0: no limit.
     bytes_per_minute: Annotated[int, Meta(ge=0, le=1_000_000_000)] = 0
-    cpu_share: Annotated[float, Meta(gt=0, le=1)] = 1.0  # of one core, over the frames that come
+    cpu_share: Annotated[float, Meta(gt=0, le=1)] = 1.0  # of one core, averaged over the frames
     may_offload: bool = True  # pictures may leave the board
 
 
 class OutboxConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """Requests without an answer at their deadline, kept on disk and asked again; without a file they are lost."""
+    """Where requests without an answer at their deadline are kept, to be sent again."""
 
     file: str
-    max_bytes: Annotated[int, Meta(ge=65536, le=1 << 34)] = 16 << 20  # then the oldest is dropped, and reported
-    max_age_s: Annotated[float, Meta(ge=1, le=31 * 86400)] = 86400.0  # since capture; then reported lost
-    replay_per_s: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # after an outage, beside live frames
-    every_request: bool = False  # written before they leave: a killed board then loses none; wears flash
+    max_bytes: Annotated[int, Meta(ge=65536, le=1 << 34)] = 16 << 20  # then the oldest is dropped, reported lost
+    max_age_s: Annotated[float, Meta(ge=1, le=31 * 86400)] = 86400.0  # since capture; older requests are reported lost
+    replay_per_s: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # besides the requests of live frames
+    every_request: bool = False  # write each request before sending it: a killed board loses none, but flash wears
 
 
 class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where Prometheus may read the counters."""
+    """Where Prometheus reads the counters."""
 
-    port: Annotated[int, Meta(ge=0, le=65535)]  # 0: any free one, see the log
+    port: Annotated[int, Meta(ge=0, le=65535)]  # 0: any free port, which the log shows
     host: str = "127.0.0.1"
 
 
@@ -144,14 +178,14 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     bundle: str  # directory of the bundle
     site: Id = "home"
     backend: Literal["auto", "onnx", "litert"] = "auto"
-    threads: Annotated[int, Meta(ge=1, le=16)] = 1  # of head and draft
+    threads: Annotated[int, Meta(ge=1, le=16)] = 1  # of head and draft decoder
     paradigm: Literal["auto", "device", "split", "speculative", "offload"] = "auto"  # auto: chosen per frame
-    tier: Literal["edge", "cloud"] | None = None  # wanted for the answer; none: whichever server answers
-    deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] = 5000  # from capture; after it the draft stands
-    resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply for at least so long: the same id again
-    open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # waiting for replies; beyond them the device answers
-    jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # offload, and the JPEG equivalent in events
-    slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # rehearses a slower board: it sleeps in proportion
+    tier: Literal["edge", "cloud"] | None = None  # the lowest tier that may answer; none: any server
+    deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] = 5000  # from capture; after it the draft is the final answer
+    resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply; then sent again with its id
+    open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # when full, the device answers alone
+    jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # of offload, and of the JPEG size that events compare with
+    slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # simulates a slower board, by sleeping
 
 
 class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -159,8 +193,8 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     board: BoardConfig
     cameras: Annotated[tuple[CameraConfig, ...], Meta(min_length=1, max_length=16)]
-    mqtt: MqttConfig = MqttConfig()  # the broker of the servers
-    local: MqttConfig | None = None  # a near broker for events, frames and switches; none: all goes over [mqtt]
+    mqtt: MqttConfig = MqttConfig()  # the servers' broker
+    local: MqttConfig | None = None  # a broker nearby for events, frames and run-time settings; none: all use [mqtt]
     policy: PolicyConfig = PolicyConfig()
     outbox: OutboxConfig | None = None
     metrics: MetricsConfig | None = None
@@ -178,20 +212,48 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         return None if is_same else local
 
     def __post_init__(self) -> None:
+        """Checks what no single key can say. Raises ConfigError."""
         names = [camera.name for camera in self.cameras]
         if len(set(names)) < len(names):
-            raise ValueError(f"two cameras have one name among {', '.join(names)}: give each its own")
-        if self.board.paradigm == "offload":
-            for camera in self.cameras:
-                if camera.paradigm not in (None, "offload"):
-                    raise ValueError(
-                        f"camera {camera.name} wants {camera.paradigm}, but a board that offloads loads no head: "
-                        'give the board paradigm = "auto" and its other cameras "offload"'
-                    )
+            raise ConfigError(f"two cameras have the same name among {', '.join(names)}: give each its own")
+        where = [("[board]", self.board.paradigm)]
+        where += [(f"camera {camera.name}", camera.paradigm or "auto") for camera in self.cameras]
+        for place, paradigm in where:
+            if paradigm == "offload" and not self.policy.may_offload:
+                raise ConfigError(
+                    f'{place} has paradigm = "offload", but [policy] has may_offload = false: pictures may not leave '
+                    "this board; choose another paradigm, or set may_offload = true"
+                )
+        if self.board.paradigm != "offload":
+            return
+        for camera in self.cameras:
+            if camera.paradigm not in (None, "offload"):
+                raise ConfigError(
+                    f"camera {camera.name} wants {camera.paradigm}, but a board that offloads loads no head: "
+                    'give the board paradigm = "auto" and its other cameras "offload"'
+                )
+        if self.outbox:
+            raise ConfigError(
+                '[board] has paradigm = "offload", so it loads no head, and [outbox] keeps features: '
+                'remove [outbox], or give the board paradigm = "auto" and its cameras "offload"'
+            )
 
 
 def load_toml(path: Path, kind: type[Config]) -> Config:
-    """Reads and checks a TOML file whole. Raises ConfigError."""
+    """Reads a TOML file and checks all of it. A value `~/...` starts at the home directory. Raises ConfigError."""
+    return convert(path, read_toml(path), kind)
+
+
+def convert(path: Path, data: Any, kind: type[Config]) -> Config:
+    """The tables of a file as values; the path is for messages. Raises ConfigError."""
+    try:
+        return msgspec.convert(data, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error, data, msgspec.inspect.type_info(kind))}") from error
+
+
+def read_toml(path: Path) -> Any:
+    """The tables of a file as dictionaries, `~/` already replaced. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
@@ -200,31 +262,65 @@ def load_toml(path: Path, kind: type[Config]) -> Config:
     if len(data) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes: this is not a configuration")
     try:
-        return msgspec.toml.decode(data, type=kind)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(str(error), kind)}") from error
+        text = data.decode("utf-8-sig")  # Windows editors write a byte order mark
+        return _expanded(msgspec.toml.decode(text))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
 
 
-def _explain(message: str, kind: type) -> str:
-    """msgspec's message, its path written as in TOML, with the nearest known key for an unknown one."""
-    found = re.search(r" - at `\$\.?([^`]*)`", message)
-    path = found[1] if found else ""
-    if found:
-        message = message.replace(found[0], f" (in {path})" if path else "")
-    if unknown := re.search(r"unknown field `([^`]*)`", message):
-        known = _keys(kind, path)
+def _expanded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _expanded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_expanded(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+def _explain(error: msgspec.ValidationError, data: Any, info: Any) -> str:
+    """Names the key, its value and its rule, as a reader of the TOML file knows them."""
+    parts = re.fullmatch(r"(?s)(.*?)(?: - at `\$\.([^`]*)`)?", str(error))
+    message, name = parts.groups("") if parts else (str(error), "")
+    found, info = _at(name, data, info)
+    where = f" (in {name})" if name else ""
+    if isinstance(error.__cause__, ConfigError):  # from a __post_init__ of ours
+        return f"{error.__cause__}{where}"
+    if missing := re.search("missing required field `(.*)`", message):
+        return f"required key `{missing[1]}` is missing{where}"
+    if unknown := re.search("(?s)unknown field `(.*)`", message):
+        known = [field.encode_name for field in getattr(info, "fields", ())]
         nearest = difflib.get_close_matches(unknown[1], known, 1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
-        return message.replace(unknown[0], f"unknown key `{unknown[1]}`") + f": {hint}"
-    return message
+        return f"unknown key `{json.dumps(unknown[1][:MAX_SHOWN])[1:-1]}`{where}: {hint}"
+    if isinstance(found, dict) and isinstance(info, VarTupleType):
+        return f"[{name}] is a single table: write [[{name}]] with double brackets, once for each of the {name}"
+    if isinstance(found, list) and isinstance(info, StructType):
+        return f"[[{name}]] is a list of tables: write [{name}] with single brackets, once"
+    return f"{name} = {json.dumps(found, default=str)[:MAX_SHOWN]}, want {_rule(info)}"
 
 
-def _keys(kind: type, path: str) -> list[str]:
-    """The keys of one table of a tree of Structs; path as in `mqtt` or `cameras[0]`."""
-    table: Any = msgspec.inspect.type_info(kind)
-    for name in re.findall(r"[a-z_]+", path):
-        inner = next(field.type for field in table.fields if field.encode_name == name)
-        table = getattr(inner, "item_type", inner)
-    return [field.encode_name for field in table.fields]
+def _at(path: str, data: Any, info: Any) -> tuple[Any, Any]:
+    """The value and the type at a path such as `cameras[0].motion`, as far as it leads: a key may contain anything."""
+    for step in re.findall(r"\w+", path):
+        if isinstance(info, VarTupleType) and step.isdecimal() and int(step) < len(data):
+            data, info = data[int(step)], info.item_type
+        elif isinstance(info, StructType) and step in data and step in info.cls.__struct_fields__:
+            data, info = data[step], next(field.type for field in info.fields if field.encode_name == step)
+        else:
+            break
+        if isinstance(info, UnionType):  # an optional key
+            info = next(option for option in info.types if not isinstance(option, NoneType))
+    return data, info
+
+
+def _rule(info: Any) -> str:
+    """Which values a key takes, in words."""
+    if isinstance(info, Metadata) and info.extra_json_schema:
+        return str(info.extra_json_schema["description"])
+    if isinstance(info, LiteralType):
+        return " or ".join(f'"{word}"' for word in info.values)
+    low, high = getattr(info, "ge", None), getattr(info, "le", None)
+    bounds = f" from {low} to {high}" if low is not None else f" above {info.gt}, to {high}" if high is not None else ""
+    for limit, words in (("min_length", "at least"), ("max_length", "at most")):
+        if (length := getattr(info, limit, None)) is not None:
+            bounds += f", {words} {length} long"
+    return WORDS.get(type(info), "another value") + bounds

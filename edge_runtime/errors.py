@@ -1,7 +1,16 @@
-"""The base of every error that this project raises on purpose."""
+"""The errors that this project raises on purpose.
+
+A class of its own exists only where a caller acts differently on it. The command line prints an AiflowError as one
+line; any other exception is a bug and shows its traceback.
+"""
 
 
 class AiflowError(Exception):
-    """Something outside is wrong: a file, a setting, a peer. The message says what was found, what was wanted, what to
-    do. The command line prints it as one line; any other exception is a bug and shows its traceback.
+    """Something outside is wrong. The message says what was found, what was wanted, what to do."""
+
+
+class ConfigError(AiflowError, ValueError):
+    """The operator must change something before this can work: a setting, a secret, a bundle, the installation.
+
+    `aiflow run`, `serve` and `validate` exit with 78, and systemd does not start them again.
     """

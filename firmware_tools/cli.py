@@ -1,18 +1,22 @@
-"""The command `aiflow`: parses arguments and hands over to one module per subcommand.
+"""The command `aiflow`: parses the arguments and calls the module of the subcommand.
 
-A subcommand's module is imported only when it is asked for, so that `--help` and the board's commands work where
-torch is not installed.
+Only the module of the given subcommand is imported, so that `--help` and the board's commands work without torch.
 """
 
 import argparse
 import importlib
 import logging
+import os
 import sys
 
 from edge_runtime import __version__
+from edge_runtime.errors import AiflowError, ConfigError
+from edge_runtime.packages import missing_package
+
+logger = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
-EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: systemd is told not to restart on it
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h; the systemd units do not restart a service on it
 
 COMMANDS = {
     "demo": "see the whole chain on this machine: broker, server and board, on real photos",
@@ -25,7 +29,8 @@ COMMANDS = {
     "link": "put a simulated thin link (NB-IoT to Wi-Fi, outages) before a broker",
     "bench": "measure parts (codec, device, server, gateway), the case study (e2e), faults",
 }
-SERVICES = ("run", "serve")  # their log is their output
+SERVICES = ("run", "serve")  # these log at INFO
+CONFIGURED = (*SERVICES, "validate")  # these exit with 78 for a configuration that cannot work
 EPILOG = """\
 a first look:      aiflow demo
 a real board:      aiflow validate board.toml && aiflow run board.toml
@@ -35,7 +40,34 @@ what they say:     aiflow watch --site home
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the console script; the process's exit code."""
+    """Entry point of the console script. Returns the exit code of the process.
+
+    A named error becomes one line on standard error. Any other exception is a bug: its traceback is shown, the exit
+    code is 1, and systemd starts the service again.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = next((argument for argument in arguments if argument in COMMANDS), "")
+    try:
+        args = _parse(arguments, command)
+        level = logging.DEBUG if args.verbose else logging.INFO if command in SERVICES else logging.WARNING
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        code: int = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in Python's buffer
+        return EXIT_FAILED
+    except AiflowError as error:
+        return _report(error, command)
+    except ModuleNotFoundError as error:
+        if (missing := missing_package(error)) is None:
+            raise
+        return _report(missing, command)
+
+
+def _parse(arguments: list[str], command: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "aiflow",
         description="Big-model answers from a camera on a small board, over a thin MQTT link.",
@@ -45,40 +77,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"aiflow {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    chosen = next((a for a in (sys.argv[1:] if arguments is None else arguments) if a in COMMANDS), None)
     for name, summary in COMMANDS.items():
         subparser = subparsers.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if name == chosen:
+        if name == command:
             module = importlib.import_module(f"firmware_tools.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
-    level = logging.DEBUG if args.verbose else logging.INFO if args.command in SERVICES else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    return _run(args)
+    return parser.parse_args(arguments)
 
 
-def _run(args: argparse.Namespace) -> int:
-    """Every named error of the project is a ValueError with a sentence that says what to do; the rest is a bug.
-
-    What a board or a server meets after its start comes as a RuntimeError, whatever it was: its traceback goes to the
-    log, and exit code 1 lets systemd start it again.
-    """
-    try:
-        code: int = args.run(args) or 0
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if args.verbose:
-            raise
-        print(f"aiflow {args.command}: {_sentence(error)}", file=sys.stderr)
-        return EXIT_CONFIG if args.command in ("run", "serve", "validate") else EXIT_FAILED
-    return code
-
-
-def _sentence(error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"the package {error.name} is not installed: pip install 'aiflow-edge[test]' brings all"
-    return f"{error} ({type(error).__name__})"
+def _report(error: AiflowError, command: str) -> int:
+    logger.debug("traceback of the error", exc_info=error)
+    print(f"aiflow {command}: {error}", file=sys.stderr)
+    return EXIT_CONFIG if isinstance(error, ConfigError) and command in CONFIGURED else EXIT_FAILED

@@ -1,21 +1,55 @@
 """`aiflow run board.toml`: a board."""
 
 import argparse
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edge_runtime.reporting import Values
+    from edge_runtime.wire import Event
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The configuration's path."""
+    """The path of the configuration."""
     parser.add_argument("config", type=Path, help="board.toml; `aiflow validate` checks it, README.md has an example")
+    parser.add_argument(
+        "--show",
+        action=argparse.BooleanOptionalAction,
+        help="print each event to standard output, as `aiflow watch` does (default: if that is a terminal)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs until the sources end, SIGINT or SIGTERM."""
+    """Runs until the sources end, SIGINT or SIGTERM. Then prints every counter that is not zero."""
     from edge_runtime.app import STOP_S, run_board
     from edge_runtime.config import RuntimeConfig, load_toml
     from edge_runtime.shutdown import stop_when_told
+    from firmware_tools.watch import Lines, line
 
     config = load_toml(args.config, RuntimeConfig)
     stop = stop_when_told(STOP_S)
-    run_board(config, stop)
+    if not (sys.stdout.isatty() if args.show is None else args.show):
+        run_board(config, stop)
+        return stop.exit_code
+
+    def show(event: "Event") -> None:
+        lines.put(line(config.board.id, event))
+
+    with Lines() as lines:  # prints on a thread of its own: a terminal that stops must not stop the board
+        summary = run_board(config, stop, show)
+        lines.put(closing_line(summary))
     return stop.exit_code
+
+
+def closing_line(summary: "Values") -> str:
+    """What happened, in one line."""
+    flat: list[tuple[str, float]] = []
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            flat += [(f"{name} {label}", number) for label, number in value.items()]
+        else:
+            flat.append((name, value))
+    counts = ", ".join(f"{count:g} {name.replace('_', ' ')}" for name, count in flat if count)
+    return f"the board has stopped: {counts or 'nothing happened'}"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The configuration's path."""
+    """The path of the configuration."""
     parser.add_argument("config", type=Path, help="server.toml; `aiflow validate` checks it, README.md has an example")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until SIGINT or SIGTERM, then finishes what was accepted."""
+    """Serves until SIGINT or SIGTERM, then finishes the accepted requests."""
     from edge_runtime.config import load_toml
     from edge_runtime.shutdown import stop_when_told
     from server.app import run_server

@@ -1,16 +1,25 @@
 """`aiflow watch`: live events of a site, one line each."""
 
 import argparse
+import os
 import queue
+import re
+import sys
+import threading
+from contextlib import suppress
+from datetime import datetime
 
 from edge_runtime.wire import Event
 from testbed.terminal import number, printable
 
+MAX_WAITING = 1000  # lines that wait for a slow reader; further ones are counted and not shown
+CLOSE_S = 2.0  # for the last lines to be printed
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where to listen."""
-    parser.add_argument("--site", default="home", metavar="ID", help="default: home")
-    parser.add_argument("--board", default="+", metavar="ID", help="one board only (default: all)")
+    parser.add_argument("--site", type=_id, default="home", metavar="ID", help="default: home")
+    parser.add_argument("--board", type=_id, default="+", metavar="ID", help="one board only (default: all)")
     parser.add_argument("--host", default="127.0.0.1", help="of the broker with the events (default: 127.0.0.1)")
     parser.add_argument("--port", type=number, default=1883, help="default: 1883")
     parser.add_argument("--username", metavar="NAME", help="to log in with")
@@ -23,18 +32,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=number, metavar="N", help="stop after N events")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Prints events until interrupted."""
-    import secrets
+def _id(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9-]{1,32}|\+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, want 1 to 32 of the characters a-z, 0-9 and -, or + for all")
+    return text
 
-    from rich.console import Console
+
+def run(args: argparse.Namespace) -> None:
+    """Prints events until interrupted, until N were printed, or until nobody reads them any more."""
+    import secrets
 
     from edge_runtime.config import MqttConfig
     from edge_runtime.mqtt.client import Message, MqttClient
     from edge_runtime.wire import WireError, decode_event
 
-    console = Console()
-    messages: queue.Queue[Message] = queue.Queue(1000)
     config = MqttConfig(
         host=args.host,
         port=args.port,
@@ -47,21 +58,71 @@ def run(args: argparse.Namespace) -> None:
         insecure=args.insecure,
     )
     settings = config.settings(f"watch-{secrets.token_hex(4)}")
-    topic = f"aiflow/{args.site}/{args.board}/up/event"
-    with MqttClient(settings, subscriptions=[(topic, 1)], on_message=messages.put_nowait) as client:
+    shown = 0
+
+    def arrived(message: Message) -> None:
+        nonlocal shown
+        if lines.done.is_set():
+            return
+        try:
+            event = decode_event(message.payload)
+        except WireError as error:
+            lines.put(f"{message.topic}: {error}")
+            return
+        lines.put(line(message.topic.split("/")[2], event))
+        shown += 1
+        if shown == args.count:
+            lines.done.set()
+
+    subscriptions = [(f"aiflow/{args.site}/{args.board}/up/event", 1)]
+    with Lines() as lines, MqttClient(settings, subscriptions=subscriptions, on_message=arrived) as client:
         if not client.wait_online(5.0):
-            console.print(f"no broker at {args.host}:{args.port} yet, still trying", style="yellow")
-        shown = 0
-        while args.count is None or shown < args.count:
-            message = messages.get()
-            try:
-                event = decode_event(message.payload)
-            except WireError as error:
-                refused = printable(f"{message.topic}: {error}")
-                console.print(refused, style="red", markup=False, highlight=False, soft_wrap=True)
-                continue
-            console.print(line(message.topic.split("/")[2], event), markup=False, highlight=False, soft_wrap=True)
-            shown += 1
+            print(f"no broker at {args.host}:{args.port} yet, still trying: {client.reason}", file=sys.stderr)
+        lines.done.wait()
+
+
+class Lines:
+    """Prints lines on a thread of its own, so that a reader that is slow or gone delays nobody."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()  # nobody reads the lines any more; others may set it for their own reasons
+        self._waiting: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
+        self._missed = 0
+        self._thread = threading.Thread(target=self._run, name="lines", daemon=True)
+
+    def __enter__(self) -> "Lines":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(queue.Full):  # only if nobody reads: the thread ends with the process
+            self._waiting.put_nowait(None)
+        self._thread.join(CLOSE_S)
+
+    def put(self, text: str) -> None:
+        """Never blocks. Control characters are replaced: the text may come from a stranger."""
+        try:
+            self._waiting.put_nowait(printable(text))
+        except queue.Full:
+            self._missed += 1
+
+    def _run(self) -> None:
+        told = 0
+        try:
+            while (text := self._waiting.get()) is not None:
+                if self._missed > told:
+                    _write(f"({self._missed - told} lines were not shown: they came faster than they were read)")
+                    told = self._missed
+                _write(text)
+        except OSError:  # as of `aiflow watch | head -1`; a full disk is no reason to go on either
+            self.done.set()
+
+
+def _write(text: str) -> None:
+    """Past Python's buffer: a thread that waits in it would abort the interpreter at its end."""
+    data = f"{text}\n".encode(sys.stdout.encoding, "replace")
+    while data:
+        data = data[os.write(sys.stdout.fileno(), data) :]
 
 
 def line(board: str, event: Event) -> str:
@@ -70,7 +131,7 @@ def line(board: str, event: Event) -> str:
     price = f"{event.bytes_up} B" if event.bytes_up else "nothing sent"
     state = "" if event.final or event.type == "new" else "for now, "
     parts = [
-        f"{event.captured:%H:%M:%S}",
+        f"{_local(event.captured):%H:%M:%S}",
         f"{board}/{event.camera}",
         f"{event.type:6}",
         event.text or f"({event.why})",
@@ -79,3 +140,11 @@ def line(board: str, event: Event) -> str:
     if event.type == "new" and event.explain:  # the later events of a frame would only repeat it
         parts.append(event.explain.reason)
     return printable("  ".join(parts))
+
+
+def _local(captured: datetime) -> datetime:
+    """In the time zone of this machine; unchanged for the years 1 and 9999, which some zones cannot show."""
+    try:
+        return captured.astimezone()
+    except (OverflowError, ValueError):
+        return captured

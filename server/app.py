@@ -33,7 +33,7 @@ def load(config: ServerConfig) -> tuple[Bundle, Engine]:
 def run_server(config: Config, stop: threading.Event) -> None:
     """Serves until `stop` is set, then finishes what was accepted and says offline.
 
-    Raises BundleError, MqttConfigError and ConfigError if it cannot start, and RuntimeError for whatever ends it later:
+    Raises ConfigError if it cannot start, and RuntimeError for whatever ends it later:
     that is no mistake in the configuration, and the server is worth starting again.
     """
     settings, server = config.mqtt_settings(), config.server

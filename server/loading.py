@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edge_runtime.config import ConfigError
+from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle, BundleError
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
 from models.lookahead import Lookahead, lookahead_file
@@ -65,7 +65,8 @@ def _decoder(bundle: Bundle, tier: str) -> TextDecoder:
         target.decoder_layers,
         bundle.manifest.max_tokens,
     )
-    return filled(TextDecoder(shape), load_weights(bundle, target.file), target.file)
+    weights = load_weights(bundle, target.file)  # first, since it checks the size that bounds the shape
+    return filled(TextDecoder(shape), weights, target.file)
 
 
 def _lookahead(bundle: Bundle, tier: str) -> Lookahead | None:

@@ -74,7 +74,7 @@ class Upstream:
     """The requests that wait for the tier above; `with` starts and ends connection and thread."""
 
     def __init__(self, config: UpstreamConfig, server: str) -> None:
-        """Raises MqttConfigError if no connection could ever work."""
+        """Raises ConfigError if no connection can ever work."""
         self.bounds = Bounds(config.min_confidence, config.max_share, config.explore)
         self._capacity = config.open_requests
         self._topic, self._ids = topics.request(config.site, server), RequestIds()

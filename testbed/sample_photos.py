@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.inference.preprocess import PictureError, decode_picture
+from edge_runtime.packages import how_to_install
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,7 @@ def collect(images: Sequence[Path] | None = None, video: Path | None = None, lim
     photos = list(islice(found, limit))
     if not photos:
         raise PictureError(
-            "no picture can be read: name other pictures, or install scikit-image, scikit-learn or matplotlib, "
-            "whose photos are used by default"
+            f"no picture can be read: name others, or, for the shipped ones, {how_to_install('skimage')}"
         )
     return photos
 

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from edge_runtime.config import BoardConfig, CameraConfig, ConfigError, RuntimeConfig, load_toml
+from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, load_toml
+from edge_runtime.errors import ConfigError
 from server.config import Config, ServerConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "CONFIGURATION.md").read_text()
@@ -120,5 +121,5 @@ def test_what_it_shows_as_required_is(tmp_path, name, kind):
     assert len(required) == {"board": 6, "server": 3}[name]
     for line in required:
         (tmp_path / "cut.toml").write_text(text.replace(f"\n{line}\n", "\n"))
-        with pytest.raises(ConfigError, match=f"required field `{line.split()[0]}`"):
+        with pytest.raises(ConfigError, match=f"required key `{line.split()[0]}`"):
             load_toml(tmp_path / "cut.toml", kind)

@@ -12,7 +12,8 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from edge_runtime.config import ConfigError, MotionConfig
+from edge_runtime.config import MotionConfig
+from edge_runtime.errors import ConfigError
 
 Grey = np.ndarray  # uint8 [h, w]
 Why = Literal["off", "motion", "interval", "still", "warm-up", "lightning"]

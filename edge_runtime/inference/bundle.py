@@ -1,7 +1,8 @@
-"""A bundle: one directory with every artefact of one model family, and a manifest that pins each by its hash.
+"""A bundle: a directory with every file of one model family, and a manifest with the hash of each file.
 
-Its id is the hash of the manifest, so that two sides that name the same id hold the same files. Loading checks what
-is there; it knows nothing of networks or runtimes.
+The id of a bundle is the hash of its manifest, so two sides that name the same id hold the same files. This module
+checks files before they are used; it knows nothing of networks or runtimes. A bundle may come from a stranger: every
+number of the manifest has a bound, and no file is read beyond the size that the manifest states.
 """
 
 import hashlib
@@ -14,82 +15,115 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edge_runtime.errors import AiflowError
-from edge_runtime.wire import MAX_TOKENS, Tables
+from edge_runtime.errors import ConfigError
+from edge_runtime.inference.draft_calibration import MAX_POINTS, Calibration
+from edge_runtime.wire import MAX_TOKEN, MAX_TOKENS, Tables, TablesError
+from edge_runtime.wire.envelope import Share
+from edge_runtime.wire.tables import MAX_CHANNELS, MAX_SIDE
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 256 * 1024  # the shipped one is 4 KB
+MAX_MANIFEST_BYTES = 256 * 1024  # the shipped one has 4 KB
+MAX_TABLES_BYTES = 8 << 20  # the shipped ones have 6 KB
+MAX_VOCABULARY_BYTES = 16 << 20  # for the largest vocabulary, 16 bytes per word
+MAX_WORD = 128  # characters
+CHUNK = 1 << 20  # bytes of a file in memory at once
+
+TierName = Annotated[str, Meta(pattern=r"^(edge|cloud)\Z")]
+FileName = Annotated[str, Meta(min_length=1, max_length=128)]
+Label = Annotated[str, Meta(min_length=1, max_length=64)]  # as in a reply's scores
+Term = Annotated[str, Meta(max_length=1024)]
 
 
-class BundleError(AiflowError, ValueError):
-    """A bundle is missing, incomplete, altered or of another schema."""
+class BundleError(ConfigError):
+    """A bundle is missing, incomplete, altered, or its manifest is outside its bounds."""
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file of the bundle."""
 
-    sha256: str
-    bytes: int
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    bytes: Annotated[int, Meta(ge=0, le=1 << 36)]
 
 
 class LatentRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is coded: symbols int8 [channels, height, width] in nested groups of channels, at one of several levels."""
 
-    channels: int
-    height: int
-    width: int
-    groups: int
+    channels: Annotated[int, Meta(ge=1, le=MAX_CHANNELS)]
+    height: Annotated[int, Meta(ge=1, le=MAX_SIDE)]
+    width: Annotated[int, Meta(ge=1, le=MAX_SIDE)]
+    groups: Annotated[int, Meta(ge=1, le=4)]
     # Symbols per unit of the head's output, one per level, coarsest first.
-    gains: Annotated[tuple[float, ...], Meta(min_length=1, max_length=16)]
+    gains: Annotated[tuple[Annotated[float, Meta(ge=1e-3, le=1e3)], ...], Meta(min_length=1, max_length=8)]
 
 
 class TargetRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One tier's text decoder; the fields of models.family.DecoderShape and the file of its weights."""
+    """The text decoder of one tier: the fields of models.family.DecoderShape, and the file of its weights."""
 
-    file: str
-    width: int
-    heads: int
-    encoder_layers: int
-    decoder_layers: int
+    file: FileName
+    width: Annotated[int, Meta(ge=1, le=16384)]
+    heads: Annotated[int, Meta(ge=1, le=256)]
+    encoder_layers: Annotated[int, Meta(ge=0, le=256)]
+    decoder_layers: Annotated[int, Meta(ge=1, le=256)]
+
+    @property
+    def min_parameters(self) -> int:
+        """What its layers have at least: the four projections of an attention, width x width each."""
+        return 4 * self.width**2 * (self.encoder_layers + self.decoder_layers)
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a bundle holds and how good it was measured to be."""
+    """What a bundle holds, and its measured quality."""
 
-    schema: int
-    name: str
-    files: dict[str, FileRecord]
-    pixels: int  # input height and width of the head, the whole frame squashed
+    schema: Annotated[int, Meta(ge=SCHEMA, le=SCHEMA)]
+    name: Annotated[str, Meta(pattern=r"^[\w.-]{1,64}\Z")]
+    files: Annotated[dict[FileName, FileRecord], Meta(max_length=256)]
+    pixels: Annotated[int, Meta(ge=32, le=1024)]  # height and width of the head's input: the whole frame, squashed
     latent: LatentRecord
-    vocabulary: int  # tokens
+    vocabulary: Annotated[int, Meta(ge=4, le=MAX_TOKEN + 1)]  # tokens
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]  # of a text, its end token included
-    targets: dict[str, TargetRecord]  # by tier, "edge" and "cloud"
-    tail: str  # file with the tail that all targets share
-    classes: tuple[str, ...]  # labels of the classifier; none: the bundle does not classify
-    licences: dict[str, str]  # of weights and of what they were trained on
-    training_commit: str  # of the recipe that made it
-    quality: dict[str, float]  # as measured on the development split by that recipe
-    # A draft's confidence to its worth beside the cloud's text (confidence.py); none: no draft stands alone.
-    draft_calibration: Annotated[tuple[tuple[float, float], ...], Meta(max_length=64)] = ()
+    targets: Annotated[dict[TierName, TargetRecord], Meta(max_length=2)]
+    tail: FileName  # the tail that all targets share
+    classes: Annotated[tuple[Label, ...], Meta(max_length=65536)]  # of the classifier; none: no labels
+    licences: Annotated[dict[Term, Term], Meta(max_length=64)]  # of weights and of what they were trained on
+    training_commit: Annotated[str, Meta(max_length=64)]  # of the recipe that made it
+    quality: Annotated[dict[Label, Annotated[float, Meta(ge=-1e9, le=1e9)]], Meta(max_length=256)]  # on the dev split
+    # From a draft's confidence to its quality relative to the cloud's text; none: each draft is verified.
+    draft_calibration: Annotated[tuple[tuple[Share, Share], ...], Meta(max_length=MAX_POINTS)] = ()
+
+    def __post_init__(self) -> None:
+        """Checks what no single field can say; msgspec reports a ValueError with the field's path."""
+        Calibration(self.draft_calibration)
+        for name in self.files:
+            if not re.fullmatch(r"[\w-][\w.-]*", name):
+                raise BundleError(f"files has the name {name!r}: files lie in the bundle's own directory")
+        for tier, target in self.targets.items():
+            if target.width % target.heads:
+                raise BundleError(f"targets.{tier}: width {target.width} does not divide into {target.heads} heads")
+            file = self.files.get(target.file)
+            if file and target.min_parameters > file.bytes:  # a parameter has a byte at least
+                raise BundleError(
+                    f"targets.{tier}: these layers have {target.min_parameters} parameters or more, too many for the "
+                    f"{file.bytes} bytes of {target.file}"
+                )
 
 
 class _Versioned(msgspec.Struct):
-    """What every manifest has, of whatever schema."""
+    """What the manifest of every schema has."""
 
     schema: int
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. Paths are resolved once, so that a switch of versions beneath cannot mix two."""
+    """An opened bundle. Its path is resolved once, so that a link that moves to another version cannot mix two."""
 
     path: Path
     manifest: Manifest
     id: bytes  # first 8 bytes of the manifest's SHA-256
 
     def file(self, name: str) -> Path:
-        """Path of a file, its size and hash checked. Raises BundleError."""
+        """The path of a file after a check of its size and hash. Raises BundleError."""
         record = self.manifest.files.get(name)
         if record is None:
             raise BundleError(
@@ -98,32 +132,53 @@ class Bundle:
         path = self.path / name
         if not path.is_file():
             raise BundleError(f"{path} is missing: copy the whole bundle again")
-        size = path.stat().st_size
-        if size != record.bytes or file_hash(path) != record.sha256:
+        try:
+            is_same = path.stat().st_size == record.bytes and file_hash(path, record.bytes) == record.sha256
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}: copy the bundle again") from error
+        if not is_same:
             raise BundleError(f"{path} is not the file that the manifest names (size or SHA-256): copy it again")
         return path
 
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """The content of a small file. Raises BundleError."""
+        path = self.file(name)
+        if self.manifest.files[name].bytes > max_bytes:
+            raise BundleError(f"{path} is larger than {max_bytes} bytes: it cannot be the file that its name says")
+        return path.read_bytes()
+
     @cached_property
     def tables(self) -> Tables:
-        """The entropy coder's tables. Raises BundleError, TablesError."""
-        tables = Tables.from_bytes(self.file("tables.bin").read_bytes())
-        gains = len(self.manifest.latent.gains)
-        if tables.levels != gains:
+        """The entropy coder's tables. Raises BundleError."""
+        try:
+            tables = Tables.from_bytes(self.read("tables.bin", MAX_TABLES_BYTES))
+        except TablesError as error:
+            raise BundleError(f"{self.path / 'tables.bin'}: {error}") from error
+        latent = self.manifest.latent
+        found = (tables.levels, *tables.shape, tables.groups)
+        wanted = (len(latent.gains), latent.channels, latent.height, latent.width, latent.groups)
+        if found != wanted:
+            names = "levels, channels, height, width and groups"
             raise BundleError(
-                f"bundle {self.manifest.name} has {tables.levels} levels of tables and {gains} gains: build it again"
+                f"bundle {self.manifest.name}: tables.bin has {found} {names}, the manifest {wanted}: build it again"
             )
         return tables
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """The vocabulary: the word of each token id."""
-        words = tuple(self.file("vocabulary.txt").read_text("utf-8").splitlines())
+        """The vocabulary: the word of each token id. Raises BundleError."""
+        try:
+            words = tuple(self.read("vocabulary.txt", MAX_VOCABULARY_BYTES).decode().splitlines())
+        except UnicodeDecodeError as error:
+            raise BundleError(f"{self.path / 'vocabulary.txt'} is not UTF-8: build the bundle again") from error
         if len(words) != self.manifest.vocabulary:
             raise BundleError(f"vocabulary.txt has {len(words)} words, the manifest says {self.manifest.vocabulary}")
+        if (longest := max(map(len, words))) > MAX_WORD:
+            raise BundleError(f"vocabulary.txt has a word of {longest} characters, want at most {MAX_WORD}")
         return words
 
     def text(self, tokens: list[int]) -> str:
-        """Token ids, as emitted, to a text; stops at the end token and leaves special tokens out."""
+        """Token ids to a text; see detokenise."""
         return detokenise(tokens, self.words)
 
 
@@ -131,33 +186,39 @@ PAD, BOS, EOS, UNKNOWN = range(4)  # the first words of every vocabulary
 
 
 def detokenise(tokens: list[int], words: tuple[str, ...]) -> str:
-    """Joins words with spaces up to the end token; ids without a word, special ones included, are left out."""
+    """The words up to the end token, joined by spaces. Special tokens and ids without a word are left out."""
     kept = tokens[: tokens.index(EOS)] if EOS in tokens else tokens
     return " ".join(words[token] for token in kept if UNKNOWN < token < len(words))
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def file_hash(path: Path, max_bytes: int = 1 << 62) -> str:
+    """SHA-256 of a file, of at most its first max_bytes + 1 bytes, in hex; in memory is one chunk at a time."""
+    digest, left = hashlib.sha256(), max_bytes + 1
+    with path.open("rb") as file:
+        while left > 0 and (chunk := file.read(min(CHUNK, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Reads and checks the manifest; files are checked as they are asked for. Raises BundleError."""
+    """Reads and checks the manifest; each file is checked when it is asked for. Raises BundleError."""
     path = path.resolve()
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
-        raise BundleError(f"{path} holds no {MANIFEST}: name a bundle's directory, such as models/zoo/<bundle>")
-    if manifest_path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path} holds no {MANIFEST}: name the directory of a bundle, such as models/zoo/<bundle>")
+    try:
+        with manifest_path.open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise BundleError(f"{manifest_path} cannot be read: {error.strerror}") from error
+    if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(f"{manifest_path} is larger than {MAX_MANIFEST_BYTES} bytes: this is not a manifest")
-    data = manifest_path.read_bytes()
     try:
         schema = msgspec.json.decode(data, type=_Versioned).schema
         if schema != SCHEMA:
             raise BundleError(f"{manifest_path} has schema {schema}, this version reads {SCHEMA}: update the older")
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{manifest_path}: {error}: copy the bundle again") from error
-    for name in manifest.files:
-        if not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise BundleError(f"{manifest_path} names {name!r}: files lie in the bundle's own directory")
+        raise BundleError(f"{manifest_path}: {error}: copy the bundle again, or build it again") from error
     return Bundle(path, manifest, hashlib.sha256(data).digest()[:8])

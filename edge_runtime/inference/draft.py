@@ -1,4 +1,4 @@
-"""The board's own writer: symbols to a draft, one token after the other, always the likeliest."""
+"""The draft decoder of the board: symbols to a draft text, one token after the other, always the most probable one."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.inference.backends import Model
+from edge_runtime.inference.backends import BackendError, Model
 from edge_runtime.inference.bundle import BOS, EOS
 
 STATE = 256  # width of the recurrent state
@@ -15,29 +15,37 @@ STATE = 256  # width of the recurrent state
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """What the board would say."""
+    """A draft."""
 
-    tokens: tuple[int, ...]  # the end token included if the text ended
-    confidence: float  # geometric mean of the tokens' probabilities, 0..1; 0 for no tokens
+    tokens: tuple[int, ...]  # with the end token, if the text ended
+    confidence: float  # geometric mean of the tokens' probabilities, 0..1; 0 without tokens
 
 
 class Draft:
-    """A loaded draft decoder: `look` once a frame, `step` once a token."""
+    """A loaded draft decoder. Its encoder runs once per frame, its recurrent step once per token."""
 
-    def __init__(self, look: Model, step: Model, max_tokens: int) -> None:
-        self._look, self._step, self._max_tokens = look, step, max_tokens
+    def __init__(self, encoder: Model, step: Model, max_tokens: int) -> None:
+        self._encoder, self._step, self._max_tokens = encoder, step, max_tokens
 
     def write(self, symbols: npt.NDArray[Any]) -> Drafted:
         """Symbols [64, 7, 7] to a draft that ends with EOS or after max_tokens. Raises BackendError."""
-        (memory,) = self._look.run(symbols[None].astype(np.float32))
+        [memory] = _outputs(self._encoder, 1, symbols[None].astype(np.float32))
         state = np.zeros((1, STATE), np.float32)
         tokens: list[int] = []
         log_probability = 0.0
         while len(tokens) < self._max_tokens:
-            logits, state = self._step.run(np.array([tokens[-1] if tokens else BOS], np.int32), state, memory)
+            last = np.array([tokens[-1] if tokens else BOS], np.int32)
+            logits, state = _outputs(self._step, 2, last, state, memory)
             token = int(logits[0].argmax())
             log_probability -= math.log(float(np.exp(logits[0] - logits[0, token]).sum()))
             tokens.append(token)
             if token == EOS:
                 break
         return Drafted(tuple(tokens), math.exp(log_probability / len(tokens)))
+
+
+def _outputs(model: Model, count: int, *inputs: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    outputs = model.run(*inputs)
+    if len(outputs) != count:
+        raise BackendError(f"a network of the draft has {len(outputs)} outputs, want {count}: install the bundle again")
+    return outputs

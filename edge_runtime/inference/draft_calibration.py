@@ -16,7 +16,7 @@ from itertools import pairwise
 from math import inf, isfinite
 from typing import NamedTuple
 
-from edge_runtime.errors import AiflowError
+from edge_runtime.errors import ConfigError
 
 MAX_POINTS = 64
 SAMPLES_PER_BIN = 32  # fewer say little about a ratio
@@ -25,21 +25,17 @@ MAX_QUALITY = 0.99  # of any draft, so that a quality floor of 1 verifies each o
 Table = tuple[tuple[float, float], ...]  # (confidence, quality), both 0..1
 
 
-class CalibrationError(AiflowError, ValueError):
-    """A table that is not a calibration, or samples that give none."""
-
-
 class Calibration:
     """A piecewise linear function that never falls. Without a table, the predicted quality is 0 everywhere."""
 
     def __init__(self, table: Sequence[tuple[float, float]] = ()) -> None:
-        """Points (confidence, quality) by rising confidence. Raises CalibrationError."""
+        """Points (confidence, quality) by rising confidence. Raises ConfigError."""
         points = tuple((float(x), float(y)) for x, y in table)
         if len(points) > MAX_POINTS or not all(0 <= value <= 1 for point in points for value in point):
-            raise CalibrationError(f"calibration of {len(points)} points, want at most {MAX_POINTS} of numbers 0..1")
+            raise ConfigError(f"calibration of {len(points)} points, want at most {MAX_POINTS} of numbers 0..1")
         for (x, y), (next_x, next_y) in pairwise(points):
             if next_x <= x or next_y < y:
-                raise CalibrationError(
+                raise ConfigError(
                     f"calibration has ({next_x}, {next_y}) after ({x}, {y}): both must rise, quality may stay"
                 )
         self._points = points
@@ -91,12 +87,12 @@ def fit(
 
     The ratio of a bin is the ratio of its sums. Two samples with the mean verified score are added to each bin, one of
     them with a draft of score 0 (Laplace's rule), so that a few good drafts do not look like a certainty. Empty if no
-    verified text has a score above 0. Raises CalibrationError.
+    verified text has a score above 0. Raises ConfigError.
     """
     samples = sorted(zip(confidences, drafts, verified, strict=True))
     are_scores = all(isfinite(score) and score >= 0 for sample in samples for score in sample[1:])
     if not samples or not all(0 <= sample[0] <= 1 for sample in samples) or not are_scores:
-        raise CalibrationError(f"{len(samples)} samples, want some, each a confidence from 0 to 1 and scores >= 0")
+        raise ConfigError(f"{len(samples)} samples, want some, each a confidence from 0 to 1 and scores >= 0")
     if not (mean := sum(score for _, _, score in samples) / len(samples)):
         return ()
     count = max(1, min(MAX_POINTS, len(samples) // samples_per_bin))

@@ -1,7 +1,7 @@
-"""The board's part of the network: a frame's pixels to the symbols that are coded.
+"""The part of the network that runs on the board: the pixels of a frame to the symbols that are coded.
 
-The int8 head ends in integer codes and the step to symbols is integer arithmetic, so that a code means the same symbol
-on every CPU and in every backend.
+The int8 head ends in integer codes. The step from codes to symbols is integer arithmetic, so that a code means the same
+symbol on every CPU and in every backend.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from edge_runtime.inference.backends import BackendError, Model
 
-SHIFT = 20  # bits behind the point of a factor
+SHIFT = 20  # fractional bits of a factor
 
 
 class Head:
@@ -23,25 +23,27 @@ class Head:
         self._factors = [symbol_factor(model.scale, gain) for gain in gains]
 
     def symbols(self, pixels: npt.NDArray[np.uint8], level: int = -1) -> npt.NDArray[np.int8]:
-        """uint8 RGB [224, 224, 3] to symbols int8 [64, 7, 7] at a level, else the finest. Raises BackendError."""
+        """uint8 RGB [224, 224, 3] to symbols int8 [64, 7, 7] at a level, by default the finest. Raises BackendError."""
         codes = self._model.run(pixels[None])[0][0]
+        if codes.dtype not in (np.uint8, np.int8):
+            raise BackendError(f"the head's output is {codes.dtype}, want 8-bit codes: install the bundle again")
         return codes_to_symbols(codes, self._model.zero_point, self._factors[level])
 
 
 def symbol_factor(scale: float, gain: float) -> int:
-    """Symbols per code, in units of 2**-SHIFT. Raises BackendError where codes are coarser than half a symbol."""
-    factor = round(scale * gain * (1 << SHIFT))
-    if not 0 < factor <= 1 << (SHIFT - 1):
-        found = f"a code of the head is {scale * gain:g} symbols"
+    """Symbols per code, in units of 2**-SHIFT. Raises BackendError if a code is more than half a symbol."""
+    symbols_per_code = scale * gain
+    if not 2**-SHIFT <= symbols_per_code <= 0.5:  # false for NaN too
+        found = f"a code of the head is {symbols_per_code:g} symbols"
         raise BackendError(f"{found}, want above 0 and at most 0.5: install the bundle again")
-    return factor
+    return round(symbols_per_code * (1 << SHIFT))
 
 
 def codes_to_symbols(codes: npt.NDArray[np.integer], zero_point: int, factor: int) -> npt.NDArray[np.int8]:
     """Codes uint8 or int8, any shape, to symbols int8, -127..127.
 
-    symbol = (a * factor + 2**(SHIFT - 1)) >> SHIFT with a = code - zero_point. This is the definition and no
-    approximation of rounding floats: a tie goes up, never to the even neighbour.
+    symbol = (a * factor + 2**(SHIFT - 1)) >> SHIFT with a = code - zero_point. This is the definition, not an
+    approximation of float rounding: a tie goes up, never to the even neighbour.
     """
     offset = codes.astype(np.int32) - zero_point
     return ((offset * factor + (1 << (SHIFT - 1))) >> SHIFT).clip(-127, 127).astype(np.int8)

@@ -7,6 +7,6 @@ client.py. It knows nothing of topics and payloads.
 from edge_runtime.mqtt.client import MqttClient, State, Stats
 from edge_runtime.mqtt.connection import Message, Publish
 from edge_runtime.mqtt.send_queue import Outcome
-from edge_runtime.mqtt.settings import MqttConfigError, MqttSettings, Timing
+from edge_runtime.mqtt.settings import MqttSettings, Timing
 
-__all__ = ["Message", "MqttClient", "MqttConfigError", "MqttSettings", "Outcome", "Publish", "State", "Stats", "Timing"]
+__all__ = ["Message", "MqttClient", "MqttSettings", "Outcome", "Publish", "State", "Stats", "Timing"]

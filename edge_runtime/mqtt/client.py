@@ -37,12 +37,13 @@ from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any, TypeVar
 
+from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.connection import Connection, Message, Publish
 from edge_runtime.mqtt.reconnect import Backoff, Loss
 from edge_runtime.mqtt.send_queue import Outcome, OutgoingMessage, SendQueue
-from edge_runtime.mqtt.settings import MqttConfigError, MqttSettings, Timing
+from edge_runtime.mqtt.settings import MqttSettings, Timing
 
-__all__ = ["Message", "MqttClient", "MqttConfigError", "MqttSettings", "Outcome", "Publish", "State", "Stats", "Timing"]
+__all__ = ["Message", "MqttClient", "MqttSettings", "Outcome", "Publish", "State", "Stats", "Timing"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -247,7 +248,7 @@ class MqttClient:
             while connection.loss is None:
                 self._step(connection)
         except Exception as error:  # the client must survive any of them
-            if not isinstance(error, OSError):  # a bug: the log has it for the maintainer
+            if not isinstance(error, OSError | ConfigError):  # a bug: the log has it for the maintainer
                 logger.exception("mqtt client broke client=%s", self.settings.client_id)
             is_no_tls = isinstance(error, (ssl.SSLError, ConnectionResetError)) and self.settings.uses_tls
             is_no_tls &= not isinstance(error, ssl.SSLCertVerificationError)

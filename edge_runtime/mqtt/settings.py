@@ -1,4 +1,4 @@
-"""How to reach the broker, checked whole before anything starts. Raises MqttConfigError; opens no connection."""
+"""How to reach the broker. Everything is checked before the program starts; nothing here opens a connection."""
 
 import ipaddress
 import re
@@ -6,73 +6,85 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_runtime.errors import AiflowError
+from edge_runtime.errors import ConfigError
 
 MAX_PASSWORD_BYTES = 4096
 
 
-class MqttConfigError(AiflowError, ValueError):
-    """Settings that can never work; found when the client is built."""
-
-
 @dataclass(frozen=True, slots=True)
 class MqttSettings:
-    """Raises MqttConfigError for what can never work. Files are read again at each connection: they may be rotated."""
+    """Raises ConfigError for what can never work. Its files are read again at each connection: they may be rotated.
 
-    host: str
+    MqttConfig describes the fields that an operator sets.
+    """
+
+    host: str  # a name or an address; an IPv6 address may stand in brackets
     port: int  # 1..65535
-    client_id: str  # fixed per board or server: a random one would leave a session behind at every start
+    client_id: str  # the same at every start: a random one would leave a session behind each time
     username: str | None = None
-    password_file: str | None = None  # first line, at most 4 KiB
-    ca_file: str | None = None  # None with tls: the system's authorities
+    password_file: str | None = None
+    ca_file: str | None = None
     cert_file: str | None = None
     key_file: str | None = None
-    tls: bool = False  # implied by ca_file or cert_file
-    insecure: bool = False  # True allows plain text to a broker that is not on this machine
-    keepalive_s: int = 10  # a dead link is seen after about 1.7 of these; one message must pass the link within one
+    tls: bool = False
+    insecure: bool = False
+    keepalive_s: int = 10  # one message must pass the link within this time
     window: int = 8  # publishes in flight at once
-    queue_messages: int = 1024  # waiting, on top of the window: a broker that stalls for seconds costs no event
-    queue_bytes: int = 8 << 20  # payload bytes waiting
+    queue_messages: int = 1024  # that wait besides the window: a broker that stalls for seconds costs no event
+    queue_bytes: int = 8 << 20  # of payloads that wait
     max_publish_bytes: int = 512 << 10  # one payload
     max_inbound_bytes: int = 512 << 10  # one packet; the broker drops larger ones silently (MQTT 5, 3.1.2.11.4)
     receive_maximum: int | None = None  # inbound QoS 1 messages not acknowledged yet; None: the protocol's 65535
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "host", _checked_host(self.host))
         if not 1 <= self.port <= 65535:
-            raise MqttConfigError(f"mqtt port = {self.port}, want 1 to 65535 (usual: 1883 plain, 8883 TLS)")
+            raise ConfigError(f"mqtt port = {self.port}, want 1 to 65535 (usual: 1883 plain, 8883 TLS)")
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.client_id):
-            raise MqttConfigError(f"mqtt client id {self.client_id!r}: want 1 to 64 of A-Z a-z 0-9 _ . -")
-        if not self.host:
-            raise MqttConfigError("mqtt host is empty, want the broker's name or address")
+            raise ConfigError(
+                f"mqtt client id {self.client_id[:80]!r}, want 1 to 64 of the characters A-Z, a-z, 0-9, _, . and -"
+            )
         for name in ("keepalive_s", "window", "queue_messages", "queue_bytes", "max_publish_bytes"):
             if getattr(self, name) < 1:
-                raise MqttConfigError(f"mqtt {name} = {getattr(self, name)}, want at least 1")
+                raise ConfigError(f"mqtt {name} = {getattr(self, name)}, want at least 1")
         if not self.uses_tls and not self.insecure and not is_loopback(self.host):
-            raise MqttConfigError(
+            raise ConfigError(
                 f"mqtt broker {self.host} is not on this machine and TLS is off: everybody on the way could read and "
                 "forge messages; set ca_file (or tls = true), or insecure = true on a network that you trust"
             )
-        if self.cert_file and not self.key_file:
-            raise MqttConfigError(f"mqtt cert_file {self.cert_file} has no key_file beside it: name both or neither")
+        if self.password_file and self.username is None:
+            raise ConfigError(
+                f"mqtt password_file = {self.password_file} without a username: nobody would be logged in; set username"
+            )
+        if bool(self.cert_file) != bool(self.key_file):
+            raise ConfigError(
+                f"mqtt cert_file = {self.cert_file}, key_file = {self.key_file}: a certificate needs both, or leave "
+                "out both"
+            )
         try:
             self.password(), self.tls_context()
-        except (OSError, UnicodeDecodeError) as error:  # ssl.SSLError is an OSError
-            raise MqttConfigError(f"mqtt credentials cannot be read: {error}") from error
+        except OSError as error:  # ssl.SSLError is an OSError
+            raise ConfigError(f"mqtt credentials cannot be read: {error}") from error
 
     @property
     def uses_tls(self) -> bool:
         return bool(self.tls or self.ca_file or self.cert_file)
 
     def password(self) -> str | None:
-        """Raises OSError where the file cannot be read."""
+        """The first line of the file, without a byte order mark. Raises OSError and ConfigError."""
         if self.password_file is None:
             return None
         with Path(self.password_file).open("rb") as file:
-            lines = file.read(MAX_PASSWORD_BYTES).splitlines()
-        return lines[0].decode() if lines else ""
+            lines = file.read(MAX_PASSWORD_BYTES).removeprefix(b"\xef\xbb\xbf").splitlines()
+        if not lines or not lines[0]:
+            raise ConfigError(f"mqtt password_file = {self.password_file}: its first line is empty, want the password")
+        try:
+            return lines[0].decode()
+        except UnicodeDecodeError:  # its text would show a part of the password
+            raise ConfigError(f"mqtt password_file = {self.password_file}: not UTF-8, save it as plain text") from None
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """TLS 1.2 or newer, certificate and host name always checked. Raises OSError for files that do not fit."""
+        """TLS 1.2 or newer; certificate and host name are always checked. Raises OSError for files that do not fit."""
         if not self.uses_tls:
             return None
         context = ssl.create_default_context(cafile=self.ca_file)
@@ -82,9 +94,30 @@ class MqttSettings:
         return context
 
 
-def is_loopback(host: str) -> bool:
+def _checked_host(host: str) -> str:
+    """The host without the brackets of an IPv6 address. Raises ConfigError."""
+    if url := re.fullmatch(r"([a-z]+)://([^:/]*):?([0-9]*).*", host[:512]):
+        scheme, name, port = url.groups()
+        uses_tls = scheme in ("mqtts", "ssl", "tls", "wss")
+        wanted = f'host = "{name}", port = {port or (8883 if uses_tls else 1883)}{", tls = true" * uses_tls}'
+        raise ConfigError(f'mqtt host = "{host[:128]}" is a URL, want {wanted}')
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    if port := re.fullmatch(r"(.+):([0-9]+)", host):
+        raise ConfigError(f'mqtt host = "{host[:128]}" holds a port, want host = "{port[1][:128]}", port = {port[2]}')
+    if not 1 <= len(host) <= 253 or re.search(r"[\s/:@\[\]]", host):
+        raise ConfigError(f'mqtt host = "{host[:128]}", want the name or address of the broker, such as "192.0.2.7"')
+    return host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether the host is this machine; also for an IPv6 address in brackets."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 
@@ -95,10 +128,10 @@ class Timing:
 
     backoff_base: float = 1.0
     backoff_cap: float = 60.0
-    refused_cap: float = 300.0  # wrong login: the credentials may be rotated in place, so keep asking, slowly
-    stable: float = 30.0  # so long ONLINE and the next backoff starts from the base again
-    handshake: float = 5.0  # each: TCP and TLS; CONNACK and SUBACK
+    refused_cap: float = 300.0  # after a refused login: the credentials may be replaced, so keep trying, but slowly
+    stable: float = 30.0  # after this time ONLINE the next backoff starts from the base again
+    handshake: float = 5.0  # for TCP and TLS, and again for CONNACK and SUBACK
     degraded: float = 3.0  # in flight without any PUBACK
     short_session: float = 10.0
-    # Wait when another client uses our id: two evictions a minute at most, and back within one when it has gone.
+    # Pause when another client uses our id: at most two evictions per minute, and back within one when it has gone.
     duplicate_id: tuple[float, float] = (30.0, 55.0)

@@ -1,6 +1,7 @@
 """The command line: it teaches, it starts light, and a mistake is one line that says what to do."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.faults.rows import ROWS
-from firmware_tools.cli import COMMANDS, EXIT_CONFIG, EXIT_FAILED, main
+from firmware_tools.cli import COMMANDS, EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, main
 from firmware_tools.evaluate import SHIPPED_BUNDLE
 from tests.bundles import tiny_bundle
 
@@ -173,7 +174,7 @@ def test_a_configuration_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_missing_bundle_is_named(config: Callable[..., Path], bundle: Path, command: str, text: str) -> None:
     path = config(text)
     bundle.rename(bundle.with_name("elsewhere"))
-    assert_one_line(aiflow(command, path), str(bundle), "holds no manifest.json", "name a bundle's directory")
+    assert_one_line(aiflow(command, path), str(bundle), "holds no manifest.json", "name the directory of a bundle")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_a_source_without_a_picture_is_named(config: Callable[..., Path], bundle
 def test_a_server_s_configuration_is_known_however_it_is_written(config: Callable[..., Path], text: str) -> None:
     path = config("")
     path.write_text(text)
-    assert_one_line(aiflow("validate", path), "missing required field `bundle` (in server)")
+    assert_one_line(aiflow("validate", path), "required key `bundle` is missing (in server)")
 
 
 def test_a_tier_that_the_bundle_lacks_is_named(config: Callable[..., Path], bundle: Path) -> None:
@@ -235,6 +236,70 @@ def test_a_tier_that_the_bundle_lacks_is_named(config: Callable[..., Path], bund
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     done = aiflow("validate", config(SERVER, 'tier = "cloud"'))
     assert_one_line(done, "config.toml", 'tier = "cloud", but the bundle has edge')
+
+
+MISTAKES = {
+    "a password without a user": '[mqtt]\npassword_file = "/etc/hostname"',
+    "a key without a certificate": '[mqtt]\ntls = true\nkey_file = "/nowhere"',
+    "a URL as host": '[mqtt]\nhost = "mqtts://broker.lan"',
+    "a port in the host": '[mqtt]\nhost = "broker.lan:8883"',
+    "a typo in an optional table": "[local]\nprot = 1884",
+    "pictures that may not leave": "[policy]\nmay_offload = false",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES.values(), ids=MISTAKES)
+def test_what_cannot_work_is_found_by_validate_and_by_run(config: Callable[..., Path], text: str) -> None:
+    path = config(BOARD.replace("{more}", 'paradigm = "offload"') + text)
+    found = [aiflow(command, path) for command in ("validate", "run")]
+    assert [done.returncode for done in found] == [EXIT_CONFIG, EXIT_CONFIG]
+    assert found[0].stderr.removeprefix("aiflow validate") == found[1].stderr.removeprefix("aiflow run")
+    assert len(found[0].stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "shown"),
+    [
+        ("ConfigError('in one line')", EXIT_CONFIG, ["aiflow run: in one line"]),
+        ("AiflowError('in one line')", EXIT_FAILED, ["aiflow run: in one line"]),
+        ("ModuleNotFoundError(name='torch')", EXIT_CONFIG, ["aiflow run: the Python package torch is not installed"]),
+        ("ModuleNotFoundError(name='edge_runtime.tyop')", EXIT_FAILED, ["Traceback"]),
+        ("ValueError('a bug')", EXIT_FAILED, ["Traceback", "ValueError: a bug"]),
+        ("OSError('a bug')", EXIT_FAILED, ["Traceback", "OSError: a bug"]),
+        ("KeyboardInterrupt()", EXIT_INTERRUPTED, []),
+    ],
+)
+def test_only_named_errors_are_one_line_and_a_bug_shows_its_traceback(raised: str, code: int, shown: list[str]) -> None:
+    script = (
+        "import sys\nfrom edge_runtime.errors import AiflowError, ConfigError\nimport firmware_tools.run\n"
+        f"def broken(args):\n    raise {raised}\n"
+        "firmware_tools.run.run = broken\nfrom firmware_tools.cli import main\nsys.exit(main(['run', 'x']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == code
+    assert all(part in done.stderr for part in shown)
+    assert ("Traceback" in done.stderr) == ("Traceback" in shown)
+
+
+def test_a_reader_that_has_gone_is_no_bug(bundle: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "firmware_tools", "validate", str(bundle)]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=100, check=False, env=buffered)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (EXIT_FAILED, b"")
+
+
+def test_a_command_whose_package_is_missing_says_how_to_install_it(config: Callable[..., Path]) -> None:
+    script = (
+        "import sys\nsys.modules['torch'] = None\n"
+        f"from firmware_tools.cli import main\nsys.exit(main(['serve', {str(config(SERVER))!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (EXIT_CONFIG, 1)
+    assert "torch is not installed: pip install '" in done.stderr
+    assert "aiflow-edge" not in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

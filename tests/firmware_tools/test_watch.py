@@ -1,7 +1,11 @@
 """What people read while a board runs."""
 
+import os
+import re
 import subprocess
 import sys
+import threading
+import time
 from datetime import datetime, timezone
 
 import msgspec
@@ -10,7 +14,7 @@ import pytest
 from edge_runtime.config import MqttConfig
 from edge_runtime.mqtt.client import MqttClient
 from edge_runtime.wire import AnsweredBy, Event, Explain, encode_event
-from firmware_tools.watch import line
+from firmware_tools.watch import MAX_WAITING, Lines, line
 
 NEW = Event(
     type="new",
@@ -25,9 +29,19 @@ NEW = Event(
 )
 
 
-def test_a_new_event_says_what_was_chosen_and_why():
+@pytest.fixture(autouse=True)
+def _somewhere(monkeypatch):
+    """In a time zone two hours east of Greenwich, in summer."""
+    monkeypatch.setenv("TZ", "CET-1CEST")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_a_new_event_says_what_was_chosen_and_why_in_local_time():
     assert line("b1", NEW) == (
-        "12:30:05  b1/door  new     a dog runs  [device, 412 B, 11 ms]  speculative: draft 3 ms saves 5 passes of 2 ms"
+        "14:30:05  b1/door  new     a dog runs  [device, 412 B, 11 ms]  speculative: draft 3 ms saves 5 passes of 2 ms"
     )
 
 
@@ -58,3 +72,83 @@ def test_an_event_is_one_line_where_the_output_is_no_terminal(broker):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     (shown,) = done.stdout.splitlines()
     assert text in shown
+
+
+@pytest.mark.parametrize("year", [1, 9999])
+@pytest.mark.parametrize("zone", ["AAA12", "AAA-12"])
+def test_a_forged_time_that_no_zone_can_show_is_shown_as_it_is(year, zone, monkeypatch):
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    for moment in (datetime(year, 1, 1, tzinfo=timezone.utc), datetime(year, 12, 31, 23, tzinfo=timezone.utc)):
+        assert "b1/door" in line("b1", msgspec.structs.replace(NEW, captured=moment))
+
+
+FORGED = [b"", b"\xff", b"[]", b'{"type":"new"}', b"[" * 50_000, encode_event(NEW).replace(b"2024", b"0001")]
+
+
+def test_forged_events_do_not_end_it(broker):
+    command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port), "--count", "2"]
+    topics = [f"aiflow/home/b{number}/up/event" for number in range(len(FORGED) + 1)]
+    with MqttClient(MqttConfig(port=broker.port).settings("board")) as board:
+        assert board.wait_online(20.0)
+        for topic, event in zip(topics, [*FORGED, encode_event(NEW)], strict=True):
+            board.publish(topic, event, retain=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "Traceback" not in done.stderr
+    assert sum("a dog runs" in shown for shown in done.stdout.splitlines()) == 2
+
+
+def test_it_ends_quietly_when_its_reader_does(broker):
+    command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port)]
+    with (
+        MqttClient(MqttConfig(port=broker.port).settings("board")) as board,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watch,
+    ):
+        board.publish("aiflow/home/b1/up/event", encode_event(NEW), retain=True)
+        assert watch.stdout is not None
+        assert b"a dog runs" in watch.stdout.readline()
+        watch.stdout.close()
+        while watch.poll() is None:
+            board.publish("aiflow/home/b1/up/event", encode_event(NEW))
+            time.sleep(0.01)
+        assert watch.stderr is not None
+        assert (watch.returncode, watch.stderr.read()) == (0, b"")
+
+
+def test_a_reader_that_stops_holds_up_nobody_and_is_told_what_it_missed(monkeypatch):
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stdout, os.fdopen(read) as reader:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with Lines() as lines:
+            text = "x" * 4096  # so that the pipe is full long before the queue
+            for _ in range(2 * MAX_WAITING):
+                lines.put(text)  # and returns
+            shown: list[str] = []
+            reading = threading.Thread(target=lambda: shown.extend(reader), daemon=True)
+            reading.start()
+            while len(shown) < MAX_WAITING:
+                time.sleep(0.01)
+            lines.put("the last line")
+        stdout.close()
+        reading.join(20.0)
+    missed = [int(found[1]) for text in shown if (found := re.match(r"\((\d+) lines were not shown", text))]
+    assert sum(missed) + sum(text.startswith("x") for text in shown) == 2 * MAX_WAITING
+    assert shown[-1] == "the last line\n"
+
+
+def test_what_a_terminal_cannot_spell_is_replaced(broker):
+    event = encode_event(msgspec.structs.replace(NEW, text="Straße \N{DOG}"))
+    command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port), "--count", "1"]
+    with MqttClient(MqttConfig(port=broker.port).settings("board")) as board:
+        board.publish("aiflow/home/b1/up/event", event, retain=True)
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, capture_output=True, timeout=60, check=True, env=environment)
+    assert b"Stra?e ?" in done.stdout
+
+
+@pytest.mark.parametrize("board", ["a/b", "#", ""])
+def test_a_board_that_cannot_be_one_is_refused(board):
+    command = [sys.executable, "-m", "firmware_tools", "watch", "--board", board]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "want 1 to 32 of the characters a-z, 0-9 and -" in done.stderr

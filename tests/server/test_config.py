@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.config import ConfigError, load_toml
-from edge_runtime.mqtt.client import MqttConfigError
+from edge_runtime.config import load_toml
+from edge_runtime.errors import ConfigError
 from server.config import Config
 
 GOOD = '[server]\nid = "s1"\nbundle = "models/zoo/one"\n'
@@ -33,6 +33,12 @@ def test_an_id_and_a_bundle_are_enough(tmp_path: Path) -> None:
         ("queue = 0", "queue"),
         ("max_batch = 64", "max_batch"),
         ('[mqtt]\nhots = "broker"', "did you mean host"),
+        ("[upstream]\n[upstream.mqtt]\nprot = 1", r"unknown key `prot` \(in upstream.mqtt\): did you mean port"),
+        (
+            "[upstream]\nmax_shares = 0.1\n[upstream.mqtt]",
+            r"unknown key `max_shares` \(in upstream\): did you mean max_s",
+        ),
+        ('device = "cuda:x"', 'server.device = "cuda:x", want "cpu", "cuda" or, of several, "cuda:1"'),
     ],
 )
 def test_a_mistake_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -42,6 +48,6 @@ def test_a_mistake_is_named(tmp_path: Path, line: str, message: str) -> None:
 
 def test_a_plain_connection_to_another_machine_is_refused_unless_allowed(tmp_path: Path) -> None:
     remote = '[mqtt]\nhost = "broker.example"\n'
-    with pytest.raises(MqttConfigError, match="TLS is off"):
+    with pytest.raises(ConfigError, match="TLS is off"):
         load_toml(written(tmp_path, GOOD + remote), Config).mqtt_settings()
     assert load_toml(written(tmp_path, GOOD + remote + "insecure = true\n"), Config).mqtt_settings()

@@ -318,7 +318,7 @@ def with_file(bundle: Bundle, name: str, data: bytes) -> Bundle:
 def test_a_file_that_is_no_safetensors_is_refused_by_name(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "bundle")
     with pytest.raises(BundleError, match="no readable safetensors"):
-        load_engine(with_file(bundle, "edge.safetensors", b"\x00" * 100), ("edge",))
+        load_engine(with_file(bundle, "edge.safetensors", b"\x00" * 10_000), ("edge",))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

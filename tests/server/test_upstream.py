@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt.client import MqttClient, MqttConfigError, MqttSettings
+from edge_runtime.errors import ConfigError
+from edge_runtime.mqtt.client import MqttClient, MqttSettings
 from edge_runtime.wire import (
     ContentKind,
     EnvelopeError,
@@ -291,5 +292,5 @@ def test_a_broker_that_is_away_is_offline(broker: Mosquitto) -> None:
 
 
 def test_a_connection_that_could_never_be_made_is_named() -> None:
-    with pytest.raises(MqttConfigError, match="TLS is off"):
+    with pytest.raises(ConfigError, match="TLS is off"):
         Upstream(UpstreamConfig(MqttConfig(host="broker.example")), "e1")

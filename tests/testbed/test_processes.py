@@ -17,7 +17,7 @@ PATIENCE_S = 240  # on a machine that may be busy
 def test_the_error_of_a_failed_process_quotes_its_log(tmp_path: Path) -> None:
     with AiflowProcess("validate", {"board": {"id": "b"}}, tmp_path) as process:
         process.process.wait(PATIENCE_S)
-        with pytest.raises(ProcessError, match=r"(?s)exit code 78.*missing required field `bundle`"):
+        with pytest.raises(ProcessError, match=r"(?s)exit code 78.*required key `bundle` is missing"):
             process.has_ended()
 
 

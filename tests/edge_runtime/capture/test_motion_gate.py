@@ -273,7 +273,7 @@ def test_the_same_picture_is_never_motion_whatever_it_is(picture, count, polygon
     "polygon", ["", "0,0", "0,0,1,1", "0,0,1,0,1", "0,0,1,0,1,1.1", "0,0,1,0,1,-0.1", "0,0,1,0,1,nan", "a,b,c,d,e,f"]
 )
 def test_a_mask_that_is_no_polygon_is_refused_and_named(polygon):
-    with pytest.raises(msgspec.ValidationError, match=rf'mask "{polygon}" is no polygon: want "x1,y1,'):
+    with pytest.raises(msgspec.ValidationError, match=rf'mask "{polygon}" is not a polygon: want "x1,y1,'):
         msgspec.convert({"mask": [polygon]}, MotionConfig)
 
 

@@ -12,6 +12,7 @@ from edge_runtime.inference.bundle import (
     MAX_MANIFEST_BYTES,
     Bundle,
     BundleError,
+    Manifest,
     detokenise,
     file_hash,
     open_bundle,
@@ -65,7 +66,7 @@ def test_the_manifest_that_a_bundle_was_opened_with_stays_when_its_link_moves_on
 
 def test_a_directory_without_a_manifest_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(BundleError, match=r"holds no manifest\.json: name a bundle's directory"):
+        with pytest.raises(BundleError, match=r"holds no manifest\.json: name the directory of a bundle"):
             open_bundle(path)
 
 
@@ -104,12 +105,117 @@ def test_another_schema_is_refused_by_its_number_whatever_else_it_holds(tmp_path
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1025}, "max_tokens"),
         ({"vocabulary": "7"}, "vocabulary"),
-        ({"files": {"a": {"sha256": "0", "bytes": 1, "url": "http://x"}}}, "unknown field `url`"),
+        ({"files": {"a": {"sha256": 64 * "0", "bytes": 1, "url": "http://x"}}}, "unknown field `url`"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused_and_the_field_named(tmp_path, changes, found):
     with pytest.raises(BundleError, match=rf"manifest\.json: .*{found}"):
         open_bundle(write_bundle(tmp_path, **changes))
+
+
+LATENT = {"channels": 64, "height": 7, "width": 7, "groups": 4, "gains": [1.0]}
+TARGET = {"file": "edge.safetensors", "width": 160, "heads": 4, "encoder_layers": 0, "decoder_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        *(({"latent": LATENT | {"gains": [gain]}}, r"latent\.gains") for gain in (0, -1, 1e308, 1e-300)),
+        *(({"latent": LATENT | {name: 10**9}}, rf"latent\.{name}") for name in LATENT if name != "gains"),
+        *(({"targets": {"edge": TARGET | {name: 10**9}}}, rf"targets.*{name}") for name in TARGET if name != "file"),
+        ({"targets": {"edge": TARGET | {"heads": 0}}}, r"targets.*heads"),
+        ({"targets": {"edge": TARGET | {"heads": 7}}}, r"targets\.edge: width 160 does not divide into 7 heads"),
+        ({"targets": {"moon": TARGET}}, r"targets"),
+        ({"pixels": 10**9}, "pixels"),
+        ({"vocabulary": 10**9}, "vocabulary"),
+        ({"vocabulary": 3}, "vocabulary"),
+        ({"name": "x" * 5000}, "name"),
+        ({"name": "a\x1b[2J"}, "name"),
+        ({"classes": ["x" * 65]}, "classes"),
+        ({"classes": [""]}, "classes"),
+        ({"training_commit": "x" * 65}, "training_commit"),
+        ({"quality": {"dev": 1e300}}, "quality"),
+        ({"licences": {"weights": "x" * 1025}}, "licences"),
+        ({"draft_calibration": [[0.5, 0.9], [0.6, 0.1]]}, "both must rise"),
+        ({"draft_calibration": [[0.5, 2.0]]}, "draft_calibration"),
+        ({"files": {"a": {"sha256": "0", "bytes": 1}}}, r"files.*sha256"),
+        ({"files": {"a": {"sha256": 64 * "0", "bytes": -1}}}, r"files.*bytes"),
+        ({"files": {f"file{i}": {"sha256": 64 * "0", "bytes": 1} for i in range(257)}}, "files"),
+    ],
+)
+def test_a_number_or_a_text_out_of_bounds_is_refused_and_its_field_named(tmp_path, changes, field):
+    with pytest.raises(BundleError, match=rf"manifest\.json: .*{field}"):
+        open_bundle(write_bundle(tmp_path, **changes))
+
+
+def test_layers_that_cannot_be_in_their_file_are_refused_before_anything_is_allocated(tmp_path):
+    files = {"edge.safetensors": {"sha256": 64 * "0", "bytes": 4 * 160**2}}
+    open_bundle(write_bundle(tmp_path, files=files, targets={"edge": TARGET}))
+    with pytest.raises(
+        BundleError, match=r"targets\.edge: these layers have 204800 parameters or more, too many for the"
+    ):
+        open_bundle(write_bundle(tmp_path, files=files, targets={"edge": TARGET | {"encoder_layers": 1}}))
+
+
+def bounds(info: Any) -> list[Any]:
+    """The names of fields that have no bound, of a manifest's type."""
+    inspect = msgspec.inspect
+    if isinstance(info, inspect.StructType):
+        return [f"{field.name}.{name}" for field in info.fields for name in bounds(field.type)]
+    if isinstance(info, inspect.DictType):
+        own = [] if info.max_length else ["length"]
+        return own + bounds(info.key_type) + bounds(info.value_type)
+    if isinstance(info, inspect.VarTupleType):
+        return ([] if info.max_length else ["length"]) + bounds(info.item_type)
+    if isinstance(info, inspect.TupleType):
+        return [name for item in info.item_types for name in bounds(item)]
+    if isinstance(info, inspect.StrType):
+        return [] if info.max_length or info.pattern else ["length"]
+    return [] if info.ge is not None and info.le is not None else ["range"]
+
+
+def test_every_field_of_a_manifest_has_bounds():
+    assert bounds(msgspec.inspect.type_info(Manifest)) == []
+
+
+def test_the_shipped_bundle_is_within_all_bounds():
+    zoo = Path(__file__).parents[3] / "models" / "zoo"
+    for manifest in zoo.glob("*/manifest.json"):
+        assert open_bundle(manifest.parent).tables.levels == 1
+
+
+def test_a_file_is_read_up_to_its_size_and_never_whole(tmp_path):
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    assert file_hash(tmp_path / "huge", max_bytes=10) == hashlib.sha256(bytes(11)).hexdigest()
+    records = {"vocabulary.txt": {"sha256": 64 * "0", "bytes": 1 << 36}}
+    bundle = open_bundle(write_bundle(tmp_path, files=records))
+    with pytest.raises(BundleError, match="is not the file that the manifest names"):  # and its size is asked first
+        _ = bundle.words
+
+
+def test_a_vocabulary_or_tables_too_large_to_be_some_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_runtime.inference.bundle.MAX_VOCABULARY_BYTES", 10)
+    with pytest.raises(BundleError, match=r"vocabulary\.txt is larger than 10 bytes"):
+        _ = open_bundle(write_bundle(tmp_path)).words
+
+
+@pytest.mark.parametrize("data", [b"\xff\n" * 7, b"w" * 200 + b"\nb\nc\nd\ne\nf\ng\n", b""])
+def test_a_vocabulary_that_is_no_text_is_refused(tmp_path, data):
+    folder = write_bundle(tmp_path)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["vocabulary.txt"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / "vocabulary.txt").write_bytes(data)
+    with pytest.raises(BundleError, match=r"vocabulary\.txt"):
+        _ = open_bundle(folder).words
+
+
+def test_tables_that_are_none_are_named_with_their_bundle(tmp_path):
+    (tmp_path / "tables.bin").write_bytes(b"x")
+    record = {"tables.bin": {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1}}
+    with pytest.raises(BundleError, match=r"tables\.bin: 1 bytes that begin with 78"):
+        _ = open_bundle(write_bundle(tmp_path, files=record)).tables
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"\xff\xfe{}", b'{"schema":' + b"[" * 100_000, b'{"schema": 1'])
@@ -128,8 +234,8 @@ def test_a_huge_manifest_is_refused_unread(tmp_path):
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "a\\b", ".hidden", "a\n"])
 def test_a_file_name_that_leaves_the_bundle_is_refused(tmp_path, name):
-    with pytest.raises(BundleError, match="files lie in the bundle's own directory"):
-        open_bundle(write_bundle(tmp_path, files={name: {"sha256": "0", "bytes": 1}}))
+    with pytest.raises(BundleError, match=r"files lie in the bundle's own directory|length >= 1"):
+        open_bundle(write_bundle(tmp_path, files={name: {"sha256": 64 * "0", "bytes": 1}}))
 
 
 def test_a_vocabulary_of_another_length_is_refused(tmp_path):
@@ -153,5 +259,7 @@ def test_a_real_bundle_is_whole(board_bundle):
 def test_tables_of_another_number_of_levels_than_the_head_has_are_refused(board_bundle):
     latent = msgspec.structs.replace(board_bundle.manifest.latent, gains=(1.0, 2.0))
     other = Bundle(board_bundle.path, msgspec.structs.replace(board_bundle.manifest, latent=latent), board_bundle.id)
-    with pytest.raises(BundleError, match="has 1 levels of tables and 2 gains: build it again"):
+    with pytest.raises(
+        BundleError, match=r"has \(1, 64, 7, 7, 4\) levels, .* the manifest \(2, 64, 7, 7, 4\): build it again"
+    ):
         _ = other.tables

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.errors import ConfigError
 from edge_runtime.inference.draft_calibration import (
     MAX_POINTS,
     MAX_QUALITY,
     SAMPLES_PER_BIN,
     Calibration,
-    CalibrationError,
     fit,
 )
 
@@ -54,7 +54,7 @@ def test_the_predicted_quality_of_a_confidence_that_is_not_a_number_is_0(confide
     ],
 )
 def test_a_table_that_is_not_a_calibration_is_refused(table):
-    with pytest.raises(CalibrationError, match="calibration"):
+    with pytest.raises(ConfigError, match="calibration"):
         Calibration(table)
 
 
@@ -101,7 +101,7 @@ def test_every_fit_is_a_table_that_never_falls(samples, per_bin):
     "samples", [([], [], []), ([1.5], [0], [0]), ([float("nan")], [0], [0]), ([0.5], [-1], [0]), ([0.5], [0], [1e999])]
 )
 def test_bad_samples_are_refused(samples):
-    with pytest.raises(CalibrationError, match="samples"):
+    with pytest.raises(ConfigError, match="samples"):
         fit(*samples)
 
 

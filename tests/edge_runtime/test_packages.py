@@ -1,0 +1,38 @@
+"""A missing package is named with a command that works here."""
+
+import configparser
+import re
+from pathlib import Path
+
+import pytest
+
+from edge_runtime import packages
+from edge_runtime.packages import OPTIONAL, MissingPackageError, how_to_install, missing_package
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_each_package_is_in_the_extra_that_is_said_to_bring_it():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = {name: re.findall(r"(?m)^[\w.-]+", text) for name, text in setup["options.extras_require"].items()}
+    for distribution, extra in OPTIONAL.values():
+        assert distribution in extras[extra], distribution
+
+
+def test_in_a_checkout_the_command_installs_its_extra(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert how_to_install("torch") == "pip install '.[server]'"
+    monkeypatch.chdir("/")
+    assert how_to_install("torch") == f"pip install '{ROOT}[server]'"
+
+
+def test_from_a_wheel_the_command_names_the_package_itself(monkeypatch, tmp_path):
+    monkeypatch.setattr(packages, "__file__", str(tmp_path / "edge_runtime" / "packages.py"))
+    assert how_to_install("cv2") == "pip install opencv-python-headless"
+
+
+@pytest.mark.parametrize(("module", "is_known"), [("torch.nn", True), ("edge_runtime.tyop", False), (None, False)])
+def test_only_an_optional_package_is_missing_and_the_rest_is_a_bug(module, is_known):
+    found = missing_package(ModuleNotFoundError(name=module))
+    assert isinstance(found, MissingPackageError) == is_known

@@ -1,0 +1,125 @@
+"""`aiflow validate --connect`: a line per broker and camera, and what is wrong with each."""
+
+import argparse
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from edge_runtime.errors import AiflowError
+from edge_runtime.inference.bundle import Bundle
+from firmware_tools import validate
+from tests.brokers import PLAIN, Mosquitto
+
+
+@pytest.fixture
+def board(tmp_path: Path, board_bundle: Bundle) -> Callable[..., Path]:
+    """A function that writes board.toml."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    (tmp_path / "0.jpg").write_bytes(cv2.imencode(".jpg", pixels)[1].tobytes())
+
+    def write(port: int, *, source: str = str(tmp_path / "0.jpg"), more: str = "") -> Path:
+        path = tmp_path / "board.toml"
+        path.write_text(
+            f'[board]\nid = "b1"\nbundle = "{board_bundle.path}"\nbackend = "onnx"\n'
+            f'[[cameras]]\nname = "door"\nsource = "{source}"\n[mqtt]\nport = {port}\n{more}'
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def deaf() -> Iterator[int]:
+    """The port of somebody who closes every connection, as a TLS port or an old broker does."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def accept() -> None:
+            with suppress(OSError):  # closed
+                while True:
+                    connection, _ = listening.accept()
+                    connection.recv(1000)
+                    connection.close()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield listening.getsockname()[1]
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+def connect(path: Path) -> None:
+    validate.run(argparse.Namespace(path=path, connect=True))
+
+
+def test_brokers_and_cameras_in_order_have_a_line_each(
+    board: Callable[..., Path],
+    broker: Mosquitto,
+    start_broker: Callable[..., Mosquitto],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    local = start_broker()
+    connect(board(broker.port, more=f"[local]\nport = {local.port}\n"))
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"OK      [mqtt] 127.0.0.1:{broker.port}: connected in plain text, without a login; 2 subscription(s) granted",
+        f"OK      [local] 127.0.0.1:{local.port}: connected in plain text, without a login; 1 subscription(s) granted",
+        "OK      camera door: a frame of 64 x 48 pixels",
+    ]
+
+
+def test_it_does_not_disconnect_the_board_that_runs(board: Callable[..., Path], broker: Mosquitto) -> None:
+    connect(board(broker.port))
+    assert "as b1-validate " in broker.said()
+    assert "as b1 " not in broker.said()
+
+
+@pytest.mark.parametrize(
+    ("more", "cause"),
+    [("", "is this a TLS port .* does it speak MQTT 5"), ("tls = true\n", "does this port speak TLS")],
+)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # paho leaves its socket open
+def test_a_broker_that_hangs_up_gets_a_likely_cause(
+    board: Callable[..., Path], deaf: int, capsys: pytest.CaptureFixture[str], more: str, cause: str
+) -> None:
+    with pytest.raises(AiflowError, match=r"1 of 2 connections failed: \[mqtt\]"):
+        connect(board(deaf, more=more))
+    broker, camera = capsys.readouterr().out.splitlines()[-2:]
+    assert broker.startswith(f"FAILED  [mqtt] 127.0.0.1:{deaf}: ")
+    assert re.search(cause, broker)
+    assert camera.startswith("OK      camera door")
+
+
+def test_a_refused_login_is_named(
+    board: Callable[..., Path], start_broker: Callable[..., Mosquitto], capsys: pytest.CaptureFixture[str]
+) -> None:
+    broker = start_broker(PLAIN.replace("allow_anonymous true", "allow_anonymous false"))
+    with pytest.raises(AiflowError, match="1 of 2 connections failed"):
+        connect(board(broker.port))
+    assert "the broker refused the login: Not authorized" in capsys.readouterr().out
+
+
+def test_a_camera_without_a_frame_is_named(
+    board: Callable[..., Path], broker: Mosquitto, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validate, "FRAME_S", 1.0)
+    with pytest.raises(AiflowError, match="1 of 2 connections failed: camera door"):
+        connect(board(broker.port, source="0"))
+    assert "FAILED  camera door: no frame within 1 s" in capsys.readouterr().out
+
+
+def test_a_server_connects_without_joining_the_share(
+    board_bundle: Bundle, broker: Mosquitto, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text(
+        f'[server]\nid = "s1"\nbundle = "{board_bundle.path}"\n[mqtt]\nport = {broker.port}\n'
+        f'[upstream]\nsite = "city"\n[upstream.mqtt]\nport = {broker.port}\n'
+    )
+    connect(path)
+    ways = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert ways == ["OK      [mqtt] 127.0.0.1", "OK      [upstream.mqtt] 127.0.0.1"]
+    assert "$share" not in broker.said()
