@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""What the README and docs/FIGURES.md show works as it stands there."""
 
 import re
 from pathlib import Path
@@ -6,10 +6,12 @@ from pathlib import Path
 from edge_runtime.config import PolicyConfig, RuntimeConfig, load_toml
 from edge_runtime.inference.bundle import open_bundle
 from edge_runtime.inference.draft_calibration import Calibration
-from firmware_tools.evaluate import SHIPPED_BUNDLE
+from firmware_tools import cli
+from models import SHIPPED_BUNDLE
 from server.config import Config
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_its_configurations_are_read(tmp_path):
@@ -17,16 +19,21 @@ def test_its_configurations_are_read(tmp_path):
     (tmp_path / "board.toml").write_text(board)
     (tmp_path / "server.toml").write_text(server)
     assert load_toml(tmp_path / "board.toml", RuntimeConfig).cameras[0].motion.enabled
-    upstream = load_toml(tmp_path / "server.toml", Config).upstream
-    assert upstream is not None
-    assert upstream.mqtt.host == "broker.example"
+    assert load_toml(tmp_path / "server.toml", Config).server.tier == "cloud"
 
 
-def test_what_it_says_of_the_shipped_bundles_drafts_holds():
-    assert (
-        "whose confidence is 0.87 or more (`draft_calibration` in its manifest), and above 0.80 for a floor of"
-        in README
-    )
+def test_its_commands_and_pages_exist():
+    commands = re.findall(r"^(?:.*&& )?aiflow ([a-z]+)", README, re.MULTILINE)
+    assert len(commands) >= 5
+    assert set(commands) <= cli.COMMANDS.keys()
+    pages = re.findall(r"\]\(([A-Za-z][^)#:]*)", README)
+    assert pages
+    assert not [page for page in pages if not (ROOT / page).exists()]
+
+
+def test_what_the_figures_say_of_the_shipped_bundles_drafts_holds():
+    page = (ROOT / "docs" / "FIGURES.md").read_text()
+    assert "a confidence of 0.87 or more reach the default `quality_floor` of 0.95, and those\nabove 0.80" in page
     calibration = Calibration(open_bundle(SHIPPED_BUNDLE).manifest.draft_calibration)
     lower, by_default, highest = (calibration.min_confidence(floor) for floor in (0.9, 0.95, 1))
     assert PolicyConfig().quality_floor == 0.95
