@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from edge_runtime import __version__
-from edge_runtime.capture.cameras import Cameras
+from edge_runtime.capture import Cameras
 from edge_runtime.config import MqttConfig, RuntimeConfig
 from edge_runtime.inference.backends import load_fastest, load_model
 from edge_runtime.inference.bundle import Bundle, open_bundle
@@ -150,7 +150,8 @@ class Board:
         """To the servers' broker, and to the near one of the users: the same where only one is configured."""
         board, site = self.config.board, self.config.board.site
         for_servers = [(topics.reply(site, board.id), 1), (topics.server_statuses(site), 0)]
-        for_users = [self.switches.subscription] + [(topics.frame(site, board.id), 0)] * self.cameras.wants_pictures
+        frames = [(topics.frame(site, board.id), 0)] if self.cameras.mqtt_cameras() else []
+        for_users = [self.switches.subscription, *frames]
         if (near := self.config.near_broker) is None:
             one = self._client(self.config.mqtt, for_servers + for_users, self._told)
             return one, one
@@ -163,7 +164,7 @@ class Board:
         subscriptions: list[tuple[str, int]],
         on_state: Callable[[State, str], None] | None = None,
     ) -> MqttClient:
-        limits = {"max_inbound_bytes": MAX_FRAME} if self.cameras.wants_pictures else {}
+        limits = {"max_inbound_bytes": MAX_FRAME} if self.cameras.mqtt_cameras() else {}
         births = self.switches.births if self.switches.subscription in subscriptions else list
         return MqttClient(
             mqtt.settings(self.config.board.id, **limits),
@@ -185,7 +186,7 @@ class Board:
         if message.topic == topics.reply(site, board.id):
             self.answers.reply_arrived(message.payload)
         elif message.topic == topics.frame(site, board.id):
-            self.cameras.arrived(message.payload)
+            self.cameras.arrived(None, message.payload)
         elif not self.switches.heard(message, self.local):
             self.estimates.status_arrived(message.topic, message.payload, time.monotonic())
 

@@ -7,7 +7,12 @@ import faulthandler
 import logging
 import os
 import signal
+import sys
 import threading
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -51,3 +56,42 @@ def stop_when_told(orderly_s: float) -> Stop:
         signal.signal(number, lambda *_: end())
     threading.excepthook = died
     return stop
+
+
+class DriverThread(threading.Thread):
+    """A thread that runs a camera driver or a codec, written in C++, which may block for long: a daemon thread.
+
+    The interpreter must not end while it runs: when the C++ code returns to Python, Python ends the thread by unwinding
+    its stack, and the process aborts with exit code 134. See `leave`.
+    """
+
+    def __init__(self, target: Callable[..., object], args: Iterable[Any] = (), name: str | None = None) -> None:
+        super().__init__(target=target, args=args, name=name, daemon=True)
+
+
+def threads_in_driver() -> list[DriverThread]:
+    """The driver threads that have not ended."""
+    return [thread for thread in threading.enumerate() if isinstance(thread, DriverThread)]
+
+
+def leave(main: Callable[[], int]) -> int:
+    """Calls main, which closes everything, and returns its exit code for `sys.exit`.
+
+    If a driver thread is still running after main, the process ends here with that code (1 after an exception),
+    without the interpreter's own ending.
+    """
+    try:
+        code = main()
+    except Exception:
+        if not threads_in_driver():
+            raise
+        traceback.print_exc()
+        code = 1
+    if hanging := threads_in_driver():
+        logger.warning("threads left in a driver names=%s", ",".join(thread.name for thread in hanging))
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code

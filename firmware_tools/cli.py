@@ -10,6 +10,7 @@ import logging
 import sys
 
 from edge_runtime import __version__
+from edge_runtime.shutdown import leave
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: systemd is told not to restart on it
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     level = logging.DEBUG if args.verbose else logging.INFO if args.command in SERVICES else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    return _run(args)
+    return leave(lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -30,14 +30,15 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f'{args.path}: tier = "{server.server.tier}", but the bundle has {", ".join(targets)}')
         print(f"{args.path}: server {server.server.id} of site {server.server.site} is in order")
     else:
-        from edge_runtime.capture.cameras import Cameras
+        from edge_runtime.capture import Cameras
         from edge_runtime.config import RuntimeConfig, load_toml
 
         board = load_toml(args.path, RuntimeConfig)
         for mqtt in filter(None, (board.mqtt, board.local)):
             mqtt.settings(board.board.id)
         _bundle(Path(board.board.bundle))
-        Cameras(board.cameras).check()
+        for warning in Cameras(board.cameras).check():
+            print(f"warning: {warning}")
         print(f"{args.path}: board {board.board.id} with {len(board.cameras)} camera(s) is in order")
 
 

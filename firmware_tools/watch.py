@@ -3,8 +3,9 @@
 import argparse
 import queue
 
+from edge_runtime.logs import printable
 from edge_runtime.wire import Event
-from testbed.terminal import number, printable
+from testbed.terminal import number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

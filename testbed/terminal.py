@@ -56,11 +56,6 @@ def print_figures(figures: dict[str, Any], title: str = "") -> None:
     console.print(table)
 
 
-def printable(text: str) -> str:
-    """Text from files or the network without what a terminal would obey."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Progress while iterating; silent where nobody watches."""
     console = Console(stderr=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from edge_runtime.app import Board
-from edge_runtime.capture.cameras import Cameras
+from edge_runtime.capture import Cameras
 from edge_runtime.config import BoardConfig, CameraConfig, PolicyConfig, RuntimeConfig
 from edge_runtime.mqtt.client import MqttSettings
 from edge_runtime.planning.measurements import CLAIM_AGE_S, MAX_STATUS, SERVERS, decode_status

@@ -11,7 +11,7 @@ from typing import cast
 
 import msgspec
 
-from edge_runtime.capture.cameras import Cameras
+from edge_runtime.capture import Cameras
 from edge_runtime.config import RuntimeConfig
 from edge_runtime.pipeline import Plan
 from edge_runtime.planning.measurements import Estimates

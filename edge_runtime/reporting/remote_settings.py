@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from edge_runtime.capture.cameras import Camera, Cameras
+from edge_runtime.capture import Camera, Cameras
 from edge_runtime.config import RuntimeConfig
 from edge_runtime.errors import AiflowError
 from edge_runtime.logs import is_told

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.app import load_draft, load_head
-from edge_runtime.capture.cameras import Frame
+from edge_runtime.capture import Frame
 from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime.capture.cameras import Cameras
+from edge_runtime.capture import Cameras
 from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, PolicyConfig, RuntimeConfig
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.mqtt.client import Message

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.capture.cameras import Cameras
+from edge_runtime.capture import Cameras
 from edge_runtime.config import BoardConfig, CameraConfig, MotionConfig, PolicyConfig, RuntimeConfig
 from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings, Outcome
 from edge_runtime.reporting.remote_settings import (
