@@ -84,9 +84,7 @@ def assert_ended_in_order(running: Board, number: signal.Signals = signal.SIGTER
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_board_with_a_live_camera_in_order(
-    board: Callable[..., Board], number: signal.Signals
-) -> None:
+def test_a_signal_ends_a_board_with_a_live_camera_in_order(board: Callable[..., Board], number: signal.Signals) -> None:
     """At this rate a read returns while the interpreter ends, unless the thread has been waited for."""
     with RtspCamera(fps=30) as camera:
         running = board(camera.url)
