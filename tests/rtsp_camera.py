@@ -4,6 +4,7 @@ import re
 import socketserver
 import struct
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class RtspCamera:
     def __init__(self, answer: str = "200 OK", hangs: bool = False, fps: float = 10) -> None:
         """answer: to DESCRIBE; hangs: takes connections and says nothing."""
         self.stalls = threading.Event()  # sends nothing while set, and keeps its connections open
-        self.sent = 0  # frames
+        self.sent_at: list[float] = []  # of each frame, time.monotonic(); sent in the order of decoding
         self.asked: list[str] = []  # requests, without their headers
         self.connected, self.playing = threading.Semaphore(0), threading.Event()
         self._silent = threading.Event()
@@ -48,6 +49,7 @@ class RtspCamera:
                         self.wfile.write(f"RTSP/1.0 {status}\r\nCSeq: {number}\r\n{headers}\r\n{body}".encode())
                         if method == "PLAY":
                             self._play()
+                            return
 
             def _request(self) -> str:
                 lines = iter(lambda: self.rfile.readline().decode(), "")
@@ -66,13 +68,14 @@ class RtspCamera:
                     if camera.stalls.is_set():
                         camera._silent.set()
                         continue
-                    units = FRAMES[camera.sent % len(FRAMES)]
+                    count = len(camera.sent_at)
+                    camera.sent_at.append(time.monotonic())
+                    units = FRAMES[count % len(FRAMES)]
                     for unit in units:
                         marker = 0x80 if unit is units[-1] else 0
-                        header = struct.pack(">BBHII", 0x80, marker | 96, number & 0xFFFF, camera.sent * 9000, 1)
+                        header = struct.pack(">BBHII", 0x80, marker | 96, number & 0xFFFF, count * 9000, 1)
                         self.wfile.write(struct.pack(">cBH", b"$", 0, 12 + len(unit)) + header + unit)
                         number += 1
-                    camera.sent += 1
 
         socketserver.ThreadingTCPServer.daemon_threads = True
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Connection)
@@ -82,6 +85,13 @@ class RtspCamera:
     def wait_silent(self) -> None:
         """Until the last frame has been sent after `stalls` was set."""
         self._silent.wait()
+
+    def latest_sending(self, mean: float) -> float:
+        """When the frame whose pixels have this mean has been sent at the latest, if each has been sent once.
+
+        A frame is sent before its successor, or, if it is a B-frame, before its predecessor's successor.
+        """
+        return self.sent_at[min(len(self.sent_at) - 1, max(0, round(mean * 219 / 255 / 6)) + 1)]
 
     def __enter__(self) -> "RtspCamera":
         self._thread.start()

@@ -38,7 +38,8 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
 OPEN_TIMEOUT_S = 5.0  # OpenCV's default is 30 s. The timeout of a read is the camera's stall_s.
 POLL_S = 0.5  # a thread that waits for a frame checks its stop event this often
 GAP_FACTOR, GAP_S = 3.0, 0.5  # a read is long if it takes GAP_FACTOR usual intervals and GAP_S more
-MAX_AGE_S = 3600.0  # an older frame does not carry the time of its arrival, but the camera's own time
+OPENING_FRAMES = 3  # that FFmpeg may read while it opens a stream whose frames carry no time of arrival
+MAX_AGE_S = 3600.0  # a time before this is no time of arrival
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 SCHEMES = ("http", "https", "mms", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp")
 
@@ -186,9 +187,9 @@ def live_frames(camera: CameraConfig, stop: threading.Event, counters: Counters)
 def _capture(
     camera: CameraConfig, slot: NewestFrame, abandoned: threading.Event, errors: list[str], counters: Counters
 ) -> None:
-    """Puts fresh frames into the slot until the camera ends, stalls or is abandoned; adds what failed to errors."""
+    """Puts frames into the slot until the camera ends, stalls or is abandoned. Adds what failed to errors."""
     capture = None
-    usual_s, fresh_from = 0.0, -inf
+    opened, number, usual_s, fresh_from = time.monotonic(), 0, 0.0, -inf
     try:
         capture = _open(camera)
         while not abandoned.is_set():
@@ -199,16 +200,18 @@ def _capture(
             # returns the frames that the decoder has kept since before the stream went silent.
             if not ok or pixels is None or pixels.ndim != 3 or now - started >= camera.stall_s:
                 break
-            # Frames that the decoder kept during a gap may carry the time of the gap's end: drop them.
-            if now - started > GAP_FACTOR * usual_s + GAP_S:
+            age_s, number = _age_s(capture), number + 1
+            if age_s is None:  # the first frames came while the stream was opened; later ones came just now
+                age_s = now - opened if number <= OPENING_FRAMES else 0.0
+            # The frame that ends a gap may be from before it: some formats show that a frame is complete by the next.
+            if now - started > GAP_FACTOR * usual_s + GAP_S and number > OPENING_FRAMES:
                 fresh_from = now
             usual_s = max(0.9 * usual_s, now - started)
-            captured = now - _age_s(capture)
-            if captured <= fresh_from:
+            if now - age_s <= fresh_from:
                 counters.skipped += 1
                 continue
             rgb = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-            slot.put(Frame(camera.name, rgb, time.time() - (now - captured), captured))
+            slot.put(Frame(camera.name, rgb, time.time() - age_s, now - age_s))
     except CameraError as error:
         errors.append(str(error))
     except Exception as error:  # whatever a driver or codec raises ends this try, and not the board
@@ -219,17 +222,17 @@ def _capture(
             capture.release()
 
 
-def _age_s(capture: Any) -> float:
-    """Seconds since the data of the last frame arrived, to about a frame's interval; 0 if OpenCV cannot tell.
+def _age_s(capture: Any) -> float | None:
+    """Seconds since the data of the last frame arrived, to about a frame's interval. None if OpenCV cannot tell.
 
     Decoders return a frame later than its data came: by a few frames, or by the whole gap after a stream went silent.
-    CAP_PROP_PTS is the packet's time of arrival (see OPENCV_FFMPEG_CAPTURE_OPTIONS above) in units of 1 / fps. Only
-    OpenCV from 4.11 on has it, and only for FFmpeg.
+    CAP_PROP_PTS is the packet's time of arrival (see OPENCV_FFMPEG_CAPTURE_OPTIONS above) in units of 1 / fps. It needs
+    OpenCV 4.11 and FFmpeg; MJPEG has none, but its decoder keeps no frames.
     """
     frames_per_s = capture.get(cv2.CAP_PROP_FPS)
     pts = capture.get(getattr(cv2, "CAP_PROP_PTS", -1))
-    age_s = time.time() - pts / frames_per_s if frames_per_s > 0 else 0.0
-    return age_s if 0 < age_s < MAX_AGE_S else 0.0
+    age_s = time.time() - pts / frames_per_s if frames_per_s > 0 else inf
+    return max(0.0, age_s) if -1 < age_s < MAX_AGE_S else None
 
 
 def _open(camera: CameraConfig) -> Any:

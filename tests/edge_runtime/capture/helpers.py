@@ -21,6 +21,14 @@ def jpeg(shade: int) -> bytes:
     return cv2.imencode(".jpg", grey(shade))[1].tobytes()
 
 
+def large_jpeg(shade: int) -> bytes:
+    """16 KB: FFmpeg looks for a picture's end 2 KB at a time."""
+    noise = np.random.default_rng(shade).integers(-10, 10, (160, 160, 3))
+    return cv2.imencode(
+        ".jpg", (grey(shade, 160) + noise).clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95]
+    )[1].tobytes()
+
+
 def shade_of(frame: Frame) -> int:
     """The nearest multiple of ten: JPEG and video are not exact."""
     return round(float(frame.pixels.mean()) / 10) * 10
@@ -36,7 +44,7 @@ def write_photos(folder: Path, *shades: int) -> str:
 class MjpegCamera:
     """A network camera: each connection gets the pictures that the test shows it, and hangs in between."""
 
-    def __init__(self) -> None:
+    def __init__(self, says_length: bool = True) -> None:
         self.connections: queue.Queue[MjpegCamera.Connection] = queue.Queue()
         camera = self
 
@@ -48,7 +56,8 @@ class MjpegCamera:
                 connection = MjpegCamera.Connection()
                 camera.connections.put(connection)
                 while (picture := connection.pictures.get()) is not None:
-                    head = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(picture)
+                    length = b"Content-Length: %d\r\n" % len(picture) if says_length else b""
+                    head = b"--frame\r\nContent-Type: image/jpeg\r\n" + length + b"\r\n"
                     try:
                         self.wfile.write(head + picture + b"\r\n")
                     except OSError:  # the board went away

@@ -9,6 +9,7 @@ import pytest
 
 from edge_runtime.capture import Counters, Frame, readers
 from edge_runtime.capture.readers import (
+    CameraError,
     MqttPictures,
     NewestFrame,
     file_frames,
@@ -20,13 +21,19 @@ from edge_runtime.config import CameraConfig
 from edge_runtime.inference.preprocess import PictureError
 from edge_runtime.shutdown import DriverThread
 from tests.edge_runtime.capture.helpers import (
+    MjpegCamera,
     grey,
     in_background,
     jpeg,
+    large_jpeg,
     shade_of,
     write_photos,
 )
 from tests.listener import PATIENCE_S, until
+from tests.rtsp_camera import RtspCamera
+
+TOLERANCE_S = 0.1  # a time of arrival is known to about the interval of two frames
+
 
 # ---- files ----
 
@@ -118,6 +125,49 @@ def test_a_live_camera_gives_its_newest_frame_and_counts_the_skipped(network_cam
     network_camera.all[0].show(*range(20, 110, 10))
     until(lambda: counters.skipped >= skipped + 8)
     assert shade_of(next(frames)) >= 90
+
+
+def test_a_stream_that_goes_silent_has_stalled_and_gives_no_frame_from_before_as_a_new_one(stop):
+    """The decoder keeps some frames. After a read timeout FFmpeg returns them, one for each further timeout."""
+    with RtspCamera() as camera:
+        frames = live_frames(CameraConfig("door", camera.url, interval_s=0.5, stall_s=1), stop, Counters())
+        seen = [next(frames)]
+        camera.stalls.set()
+        with pytest.raises(CameraError, match="shows no new frame for 1 s"):
+            seen += frames
+        assert seen[-1].captured <= camera.sent_at[-1] + TOLERANCE_S
+
+
+def test_a_frame_is_never_said_to_be_newer_than_it_is(stop):
+    """Its data arrived before the frames that a decoder keeps were returned: at the start, and after a gap."""
+    with RtspCamera() as camera:
+        frames = live_frames(CameraConfig("door", camera.url, interval_s=0, stall_s=5), stop, Counters())
+        seen = [next(frames)]
+        camera.stalls.set()
+        camera.wait_silent()
+        last = len(camera.sent_at)
+        threading.Timer(1.5, camera.stalls.clear).start()
+        while len(camera.sent_at) < last + 4:
+            seen.append(next(frames))
+    for frame in seen:
+        assert frame.captured <= camera.latest_sending(frame.pixels.mean()) + TOLERANCE_S
+
+
+def test_a_picture_that_is_complete_only_when_the_next_one_starts_is_not_taken_for_a_new_one_after_a_gap(stop):
+    with MjpegCamera(says_length=False) as camera:
+        taken = in_background(live_frames(CameraConfig("door", camera.url, interval_s=0, stall_s=5), stop, Counters()))
+        connection = camera.connection()
+        for _ in range(8):
+            connection.pictures.put(large_jpeg(10))
+        while shade_of(taken.get(timeout=PATIENCE_S)) != 10:
+            pass
+        stop.wait(1.0)  # the gap; one picture is still on its way
+        resumed = time.monotonic()
+        for _ in range(4):
+            connection.pictures.put(large_jpeg(200))
+        while (frame := taken.get(timeout=PATIENCE_S)) and shade_of(frame) != 200:
+            assert frame.captured < resumed
+        stop.set()
 
 
 def test_a_capture_that_is_just_ending_is_waited_for_and_not_taken_for_one_that_hangs(network_camera, stop):
