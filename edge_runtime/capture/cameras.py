@@ -96,7 +96,7 @@ class Cameras:
         """
         handover: queue.SimpleQueue[tuple[Camera, Frame | None]] = queue.SimpleQueue()
         threads = [
-            DriverThread(target=camera.hand_over, args=(handover,), name=f"camera-{name}")
+            DriverThread(target=camera.hand_over, args=(handover,), name=f"source-{name}")
             for name, camera in self._cameras.items()
         ]
         for thread in threads:

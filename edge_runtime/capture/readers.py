@@ -188,8 +188,7 @@ def _capture(
     camera: CameraConfig, slot: NewestFrame, abandoned: threading.Event, errors: list[str], counters: Counters
 ) -> None:
     """Puts frames into the slot until the camera ends, stalls or is abandoned. Adds what failed to errors."""
-    capture = None
-    opened, number, usual_s, fresh_from = time.monotonic(), 0, 0.0, -inf
+    capture, arrivals = None, ArrivalTimes(time.monotonic())
     try:
         capture = _open(camera)
         while not abandoned.is_set():
@@ -200,18 +199,12 @@ def _capture(
             # returns the frames that the decoder has kept since before the stream went silent.
             if not ok or pixels is None or pixels.ndim != 3 or now - started >= camera.stall_s:
                 break
-            age_s, number = _age_s(capture), number + 1
-            if age_s is None:  # the first frames came while the stream was opened; later ones came just now
-                age_s = now - opened if number <= OPENING_FRAMES else 0.0
-            # The frame that ends a gap may be from before it: some formats show that a frame is complete by the next.
-            if now - started > GAP_FACTOR * usual_s + GAP_S and number > OPENING_FRAMES:
-                fresh_from = now
-            usual_s = max(0.9 * usual_s, now - started)
-            if now - age_s <= fresh_from:
+            captured = arrivals.next(started, now, _age_s(capture))
+            if captured is None:
                 counters.skipped += 1
                 continue
             rgb = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-            slot.put(Frame(camera.name, rgb, time.time() - age_s, now - age_s))
+            slot.put(Frame(camera.name, rgb, time.time() - (now - captured), captured))
     except CameraError as error:
         errors.append(str(error))
     except Exception as error:  # whatever a driver or codec raises ends this try, and not the board
@@ -222,10 +215,34 @@ def _capture(
             capture.release()
 
 
+class ArrivalTimes:
+    """When the data of a stream's frames arrived. Decoders return frames later: by a few frames, or after a gap."""
+
+    def __init__(self, opened: float) -> None:
+        """opened: when the opening of the stream began; all times in seconds."""
+        self._opened, self._number = opened, 0
+        self._usual_s = 0.0  # of a read, lately
+        self._fresh_from = -inf
+
+    def next(self, started: float, now: float, age_s: float | None) -> float | None:
+        """For the next frame, whose read took from `started` to `now`. age_s: of its data, None if unknown.
+
+        Never later than the arrival. None if the frame may be from before a gap, but with the time of its end: in some
+        formats a frame is complete only when the next one starts.
+        """
+        self._number += 1
+        if age_s is None:  # read while the stream was opened, or just now
+            age_s = now - self._opened if self._number <= OPENING_FRAMES else 0.0
+        read_s = now - started
+        if self._number > OPENING_FRAMES and read_s > GAP_FACTOR * self._usual_s + GAP_S:
+            self._fresh_from = now
+        self._usual_s = max(0.9 * self._usual_s, read_s)
+        return now - age_s if now - age_s > self._fresh_from else None
+
+
 def _age_s(capture: Any) -> float | None:
     """Seconds since the data of the last frame arrived, to about a frame's interval. None if OpenCV cannot tell.
 
-    Decoders return a frame later than its data came: by a few frames, or by the whole gap after a stream went silent.
     CAP_PROP_PTS is the packet's time of arrival (see OPENCV_FFMPEG_CAPTURE_OPTIONS above) in units of 1 / fps. It needs
     OpenCV 4.11 and FFmpeg; MJPEG has none, but its decoder keeps no frames.
     """

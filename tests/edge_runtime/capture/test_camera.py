@@ -42,7 +42,7 @@ def test_a_camera_that_cannot_be_opened_is_tried_again_until_stopped(stop, no_pa
     assert cameras.states()["door"].why.startswith("cannot be opened: connection refused")
 
 
-def test_what_a_driver_raises_is_said_and_the_camera_opened_again(stop, no_pause, monkeypatch):
+def test_an_error_of_a_driver_is_the_reason_and_the_camera_is_opened_again(stop, no_pause, monkeypatch):
     def broken(_: CameraConfig) -> None:
         raise ValueError("no such register")
 
@@ -53,7 +53,7 @@ def test_what_a_driver_raises_is_said_and_the_camera_opened_again(stop, no_pause
     assert cameras.states()["door"].why == "ValueError: no such register"
 
 
-def test_a_driver_that_hangs_has_one_thread_however_often_it_is_tried(stop, no_pause, monkeypatch):
+def test_a_driver_that_hangs_has_one_thread_after_any_number_of_tries(stop, no_pause, monkeypatch):
     let_go = threading.Event()
     monkeypatch.setattr(readers, "OPEN_TIMEOUT_S", -3.9)  # with DIAGNOSIS_S and stall_s: a tenth of a second
     monkeypatch.setattr(readers, "_open", lambda _: let_go.wait() and None)
@@ -96,7 +96,7 @@ class Arriving:
         return self.cameras.states()["door"].state
 
 
-def test_only_motion_passes_the_gate_of_a_camera_that_asks_for_it(stop):
+def test_only_motion_passes_the_gate_of_a_camera_with_motion_detection(stop):
     door = Arriving(stop, motion=MotionConfig(enabled=True))
     for picture in (scene(None), scene(None), scene(250), scene(None)):
         door.show(picture)
@@ -107,7 +107,7 @@ def test_only_motion_passes_the_gate_of_a_camera_that_asks_for_it(stop):
     assert door.taken.get(timeout=PATIENCE_S).encoded == scene(None)
 
 
-def test_a_picture_that_stands_still_is_reported_and_not_opened_again(stop, caplog):
+def test_a_camera_with_always_the_same_picture_is_reported_and_not_opened_again(stop, caplog):
     door = Arriving(stop, frozen_s=0.001)
     door.show(scene(None))
     assert door.state == "live"
@@ -118,7 +118,7 @@ def test_a_picture_that_stands_still_is_reported_and_not_opened_again(stop, capl
     assert (door.state, door.camera.counters.reopened, door.camera.counters.still) == ("live", 0, 0)
 
 
-def test_a_camera_that_is_off_says_so_and_goes_on_when_it_is_on_again(stop):
+def test_a_camera_that_is_off_has_that_state_and_goes_on_when_it_is_on_again(stop):
     door = Arriving(stop)
     door.show(scene(1))
     door.taken.get(timeout=PATIENCE_S)
@@ -131,7 +131,7 @@ def test_a_camera_that_is_off_says_so_and_goes_on_when_it_is_on_again(stop):
     assert door.state == "live"
 
 
-def test_what_a_camera_saw_just_before_and_while_it_was_off_is_not_kept_for_later():
+def test_pictures_from_just_before_and_while_a_camera_was_off_are_skipped():
     cameras = Cameras([CameraConfig("door", "mqtt")])
     cameras.arrived(None, scene(1))
     cameras["door"].switch(enabled=False)
@@ -140,7 +140,9 @@ def test_what_a_camera_saw_just_before_and_while_it_was_off_is_not_kept_for_late
     assert cameras.totals().skipped == 2
 
 
-def test_a_network_camera_that_is_switched_off_is_hung_up_on_and_called_again_when_it_is_on(network_camera, stop):
+def test_a_network_camera_is_disconnected_when_it_is_switched_off_and_connected_again_when_it_is_on(
+    network_camera, stop
+):
     cameras = Cameras([CameraConfig("door", network_camera.url, 0)])
     taken = in_background(cameras.frames(stop))
     first = network_camera.connection()
@@ -156,7 +158,7 @@ def test_a_network_camera_that_is_switched_off_is_hung_up_on_and_called_again_wh
     assert (cameras.states()["door"].state, cameras["door"].counters.reopened) == ("live", 0)
 
 
-def test_a_camera_switched_off_stays_off_when_the_board_goes_on_from_a_pause(stop):
+def test_a_camera_that_is_switched_off_stays_off_after_a_pause_of_the_board(stop):
     door = Arriving(stop)
     door.camera.switch(enabled=False)
     door.cameras.pause(True)
@@ -164,7 +166,7 @@ def test_a_camera_switched_off_stays_off_when_the_board_goes_on_from_a_pause(sto
     assert door.state == "off"
 
 
-def test_files_end_and_stay_ended_whatever_is_switched(tmp_path, stop):
+def test_files_that_have_ended_stay_ended_when_the_camera_is_switched(tmp_path, stop):
     cameras = Cameras([CameraConfig("door", write_photos(tmp_path / "p", 10, 20), interval_s=0)])
     assert len(list(cameras.frames(stop))) == 2
     cameras["door"].switch(enabled=False)
@@ -172,6 +174,6 @@ def test_files_end_and_stay_ended_whatever_is_switched(tmp_path, stop):
     assert (cameras.states()["door"].state, cameras.totals().frames) == ("ended", 2)
 
 
-def test_a_mask_that_hides_everything_is_refused_with_the_cameras_name():
+def test_a_mask_over_the_whole_picture_is_an_error_with_the_cameras_name():
     with pytest.raises(ConfigError, match=r"camera door: motion\.mask covers the whole picture"):
         Cameras([CameraConfig("door", "mqtt", motion=MotionConfig(mask=("0,0,1,0,1,1,0,1",)))])

@@ -15,7 +15,7 @@ from tests.listener import PATIENCE_S, until
 from tests.rtsp_camera import RtspCamera
 
 
-def test_all_frames_of_several_cameras_come_and_the_end_is_their_last(tmp_path, stop):
+def test_frames_of_several_cameras_come_until_all_have_ended(tmp_path, stop):
     shades = {"a": (10, 20, 30), "b": (100,), "c": (200, 210)}
     cameras = [CameraConfig(name, write_photos(tmp_path / name, *s), interval_s=0) for name, s in shades.items()]
     frames = list(Cameras(cameras).frames(stop))
@@ -24,7 +24,7 @@ def test_all_frames_of_several_cameras_come_and_the_end_is_their_last(tmp_path, 
     assert len(frames) == 6
 
 
-def test_a_slow_board_gets_the_newest_frame_and_no_queue_of_old_ones(stop, monkeypatch):
+def test_a_slow_board_gets_the_newest_frame_and_none_is_queued(stop, monkeypatch):
     asked_again = threading.Event()
 
     class Asked(MqttPictures):
@@ -69,7 +69,7 @@ def test_every_source_that_can_never_work_is_named_before_any_is_opened(tmp_path
     }.items():
         assert re.search(f"camera {name}: [^;]*{fault}", str(raised.value))
     assert str(raised.value).count("camera ") == 4
-    assert not [t for t in threading.enumerate() if t.name.startswith("camera-")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("source-")]
 
 
 def test_a_source_that_may_appear_later_is_a_warning(tmp_path):
@@ -91,15 +91,13 @@ def test_a_source_that_may_appear_later_is_a_warning(tmp_path):
     ]
 
 
-def test_one_file_of_many_photos_that_is_damaged_is_no_reason_to_refuse_a_source(tmp_path):
+def test_a_directory_with_one_damaged_photo_is_accepted(tmp_path):
     camera = CameraConfig("door", write_photos(tmp_path / "p", 10, 20))
     (tmp_path / "p/0.jpg").write_bytes(b"")
     Cameras([camera]).check()
 
 
-def test_a_directory_that_is_not_there_yet_or_empty_is_waited_for_while_the_other_cameras_go_on(
-    tmp_path, stop, no_pause
-):
+def test_a_missing_or_empty_directory_is_tried_again_while_the_other_cameras_go_on(tmp_path, stop, no_pause):
     (tmp_path / "empty").mkdir()
     paths = {name: tmp_path / name for name in ("unmounted", "empty")}
     cameras = Cameras(
@@ -161,7 +159,7 @@ def test_a_picture_for_no_camera_is_counted_and_logged_without_control_character
     assert "wanted=back\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}yard " in caplog.text
 
 
-def test_files_that_vanish_are_waited_for_while_the_other_cameras_go_on(tmp_path, stop, no_pause):
+def test_files_that_vanish_are_tried_again_while_the_other_cameras_go_on(tmp_path, stop, no_pause):
     write_photos(tmp_path / "p", 10)
     cameras = Cameras(
         [
@@ -194,7 +192,7 @@ def test_a_stop_ends_the_frames_of_several_cameras_and_their_threads(tmp_path, s
     next(frames)
     stop.set()
     assert list(frames) == []
-    until(lambda: not [t for t in threading.enumerate() if t.name in ("camera-photos", "camera-arriving")])
+    until(lambda: not [t for t in threading.enumerate() if t.name in ("source-photos", "source-arriving")])
 
 
 def test_a_frame_that_waits_for_its_turn_is_dropped_when_its_camera_is_switched_off(stop):

@@ -153,11 +153,11 @@ def test_an_answer_that_is_not_http(answer):
 
 
 @pytest.mark.parametrize("source", ["rtsp://", "rtsp://[::1", "http://host:99999/", "http://h:x/", "srt://1.2.3.4:5"])
-def test_an_address_that_makes_no_sense_has_some_reason(source):
+def test_a_malformed_address_gives_a_reason(source):
     assert why_not_opened(source)
 
 
-def test_a_camera_that_cannot_be_opened_says_why_and_the_libraries_say_nothing(tmp_path):
+def test_a_camera_that_cannot_be_opened_logs_one_line_with_the_reason_and_the_libraries_log_nothing(tmp_path):
     """In a process of its own, whose standard error has nothing but our lines."""
     (tmp_path / "clip.mp4").write_bytes(b"no video")
     script = """
@@ -182,7 +182,7 @@ list(cameras.frames(stop))
     assert len(lines) == len(sources)
 
 
-def test_a_name_from_outside_obeys_nothing_in_the_log(tmp_path, stop, no_pause, caplog):
+def test_control_characters_in_file_names_do_not_reach_the_log(tmp_path, stop, no_pause, caplog):
     name = "evil\x1b[2J\n.mp4"
     (tmp_path / name).write_bytes(b"no video")
     (tmp_path / "photos").mkdir()

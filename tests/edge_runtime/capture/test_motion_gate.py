@@ -40,7 +40,7 @@ def test_without_motion_gating_every_frame_passes():
     assert [gate.inspect(wall(), t).passes for t in range(3)] == [True] * 3
 
 
-def test_a_thing_that_appears_moves_and_leaves_is_motion_and_the_empty_scene_is_not():
+def test_an_object_that_appears_and_moves_is_motion_and_the_empty_scene_is_not():
     gate = MotionGate(ON)
     seen = reasons(gate, wall(), wall(), with_box(wall(), 10, 30), with_box(wall(), 90, 60), wall())
     assert seen == ["warm-up", "still", "motion", "motion", "still"]
@@ -78,12 +78,12 @@ def test_a_lamp_that_goes_on_and_off_is_lightning_and_the_gate_learns_the_new_li
     assert reasons(gate, wall(), wall(), wall()) == ["lightning", "warm-up", "still"]
 
 
-def test_lightning_is_measured_on_what_the_mask_leaves():
+def test_lightning_is_measured_outside_the_mask():
     gate = MotionGate(MotionConfig(enabled=True, improve_contrast=False, mask=("0,0,1,0,1,0.5,0,0.5",)))
     assert reasons(gate, wall(), wall(), cv2.add(wall(), 70))[-1] == "lightning"
 
 
-def test_a_street_that_is_never_calm_is_watched_all_the_same():
+def test_a_street_that_is_never_calm_has_motion_after_the_warm_up():
     """Boxes that change a tenth of the picture, each time elsewhere."""
     gate = MotionGate(ON)
     boxes = [with_box(wall(), 40 * (n % 4), 30, 40, shade=255 * (n % 2)) for n in range(WARM_UP_FRAMES + 5)]
@@ -92,7 +92,7 @@ def test_a_street_that_is_never_calm_is_watched_all_the_same():
     assert set(seen[WARM_UP_FRAMES:]) == {"motion"}
 
 
-def test_what_stays_becomes_background():
+def test_an_object_that_stays_becomes_background():
     gate = MotionGate(MotionConfig(enabled=True, frame_alpha=0.1))
     parked = with_box(wall(), 50, 50)
     assert reasons(gate, wall(), wall())[-1] == "still"
@@ -102,28 +102,28 @@ def test_what_stays_becomes_background():
     assert seen == sorted(seen)  # once background, it stays so
 
 
-def test_daylight_that_fades_slowly_is_no_motion():
+def test_slowly_fading_daylight_is_no_motion():
     gate = MotionGate(MotionConfig(enabled=True, frame_alpha=0.1))
     evening = [cv2.subtract(wall(), step) for step in range(0, 100)]
     assert set(reasons(gate, *evening)[1:]) == {"still"}
 
 
 @pytest.mark.parametrize("improve_contrast", [True, False])
-def test_noise_of_a_dark_night_is_no_motion(improve_contrast):
+def test_the_noise_of_a_dark_night_is_no_motion(improve_contrast):
     gate = MotionGate(MotionConfig(enabled=True, improve_contrast=improve_contrast))
     rng = np.random.default_rng(1)
     night = [np.clip(rng.normal(12, 3, (HEIGHT, WIDTH)), 0, 255).astype(np.uint8) for _ in range(30)]
     assert set(reasons(gate, *night)[1:]) == {"still"}
 
 
-def test_improved_contrast_finds_what_moves_in_the_fog():
+def test_improved_contrast_finds_motion_in_fog():
     fog = 100 + wall() // 10
     for improve_contrast, why in ((True, "motion"), (False, "still")):
         gate = MotionGate(MotionConfig(enabled=True, improve_contrast=improve_contrast))
         assert reasons(gate, fog, fog, with_box(fog, 50, 50, shade=130))[-1] == why
 
 
-def test_a_frame_passes_at_the_longest_interval_without_motion_and_motion_starts_it_anew():
+def test_a_frame_passes_after_max_interval_s_without_motion_and_motion_restarts_the_interval():
     gate = MotionGate(ON, max_interval_s=10)
     still = [gate.inspect(wall(), t).why for t in (0, 1, 9.9, 10, 15)]
     assert still == ["interval", "still", "still", "interval", "still"]
@@ -131,12 +131,12 @@ def test_a_frame_passes_at_the_longest_interval_without_motion_and_motion_starts
     assert [gate.inspect(wall(), t).why for t in (20, 25.9, 26)] == ["still", "still", "interval"]
 
 
-def test_without_a_longest_interval_a_still_scene_never_passes():
+def test_without_max_interval_s_a_still_scene_never_passes():
     gate = MotionGate(ON)
     assert not any(gate.inspect(wall(), 86400.0 * day).passes for day in range(10))
 
 
-def test_a_gate_that_is_switched_on_again_learns_the_scene_anew():
+def test_a_gate_that_is_switched_on_again_learns_the_background_again():
     gate = MotionGate(ON)
     reasons(gate, wall(), wall())
     gate.enabled = False
@@ -145,7 +145,7 @@ def test_a_gate_that_is_switched_on_again_learns_the_scene_anew():
     assert reasons(gate, wall(1), wall(1)) == ["warm-up", "still"]
 
 
-def test_a_camera_that_changes_its_resolution_is_learned_anew():
+def test_after_a_change_of_resolution_the_background_is_learned_again():
     gate = MotionGate(MotionConfig(enabled=True, mask=(CLOCK,)))
     assert reasons(gate, wall(), wall()[:60], wall()[:60], wall()) == ["warm-up", "warm-up", "still", "warm-up"]
 
@@ -153,21 +153,21 @@ def test_a_camera_that_changes_its_resolution_is_learned_anew():
 # ---- the frozen picture ----
 
 
-def test_a_frozen_picture_is_the_same_for_as_long_as_nothing_but_the_masked_clock_changes():
+def test_a_picture_is_the_same_while_only_a_masked_clock_changes():
     gate = MotionGate(MotionConfig(mask=(CLOCK,)))
     same = [gate.inspect(with_box(wall(), 20 * (t % 5), 0, 10), t).same_s for t in range(10)]
     assert same == list(range(10))
     assert gate.inspect(with_box(wall(), 50, 50, 2), 10).same_s == 0
 
 
-def test_the_noise_of_a_living_sensor_is_never_the_same_picture():
+def test_two_pictures_with_the_noise_of_a_sensor_are_never_the_same():
     gate = MotionGate(MotionConfig())
     rng = np.random.default_rng(1)
     noisy = [np.clip(wall() + rng.normal(0, 1, wall().shape), 0, 255).astype(np.uint8) for _ in range(20)]
     assert {gate.inspect(picture, t).same_s for t, picture in enumerate(noisy)} == {0.0}
 
 
-def test_a_picture_of_one_colour_is_told_from_one_with_something_on_it():
+def test_a_picture_of_one_colour_is_flat():
     gate = MotionGate(MotionConfig(mask=(CLOCK,)))
     black = np.zeros((HEIGHT, WIDTH), np.uint8)
     assert gate.inspect(with_box(black, 50, 5, 10), 0).flat
@@ -178,7 +178,7 @@ def test_a_picture_of_one_colour_is_told_from_one_with_something_on_it():
 
 
 @pytest.mark.parametrize("name", [name for _, _, name, _ in SHIPPED])
-def test_of_a_real_scene_a_passer_by_is_motion_and_jpeg_noise_is_not(name):
+def test_in_a_real_scene_an_object_is_motion_and_jpeg_noise_is_not(name):
     photo = next((p for p in shipped() if p.name == name), None)
     if photo is None:
         pytest.skip(f"the package with the photo {name} is not installed")
@@ -257,7 +257,7 @@ def test_inspections_are_repeatable_and_only_motion_and_the_interval_let_frames_
 
 
 @given(arrays(np.uint8, (20, 30)), st.integers(1, 10), POLYGONS)
-def test_the_same_picture_is_never_motion_whatever_it_is(picture, count, polygon):
+def test_the_same_picture_again_is_never_motion(picture, count, polygon):
     mask = (",".join(map(str, polygon)),)
     try:
         gate = MotionGate(MotionConfig(enabled=True, mask=mask))

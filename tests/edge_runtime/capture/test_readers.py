@@ -9,6 +9,7 @@ import pytest
 
 from edge_runtime.capture import Counters, Frame, readers
 from edge_runtime.capture.readers import (
+    ArrivalTimes,
     CameraError,
     MqttPictures,
     NewestFrame,
@@ -38,7 +39,7 @@ TOLERANCE_S = 0.1  # a time of arrival is known to about the interval of two fra
 # ---- files ----
 
 
-def test_photos_come_in_order_as_they_are_and_end(tmp_path, stop):
+def test_photos_are_read_once_in_order(tmp_path, stop):
     camera = CameraConfig("door", write_photos(tmp_path / "p", 10, 200, 100), interval_s=0)
     before = time.monotonic()
     frames = list(file_frames(camera, stop, Counters()))
@@ -127,7 +128,7 @@ def test_a_live_camera_gives_its_newest_frame_and_counts_the_skipped(network_cam
     assert shade_of(next(frames)) >= 90
 
 
-def test_a_stream_that_goes_silent_has_stalled_and_gives_no_frame_from_before_as_a_new_one(stop):
+def test_a_silent_stream_has_stalled_and_gives_no_older_frame_as_a_new_one(stop):
     """The decoder keeps some frames. After a read timeout FFmpeg returns them, one for each further timeout."""
     with RtspCamera() as camera:
         frames = live_frames(CameraConfig("door", camera.url, interval_s=0.5, stall_s=1), stop, Counters())
@@ -138,7 +139,7 @@ def test_a_stream_that_goes_silent_has_stalled_and_gives_no_frame_from_before_as
         assert seen[-1].captured <= camera.sent_at[-1] + TOLERANCE_S
 
 
-def test_a_frame_is_never_said_to_be_newer_than_it_is(stop):
+def test_the_time_of_a_frame_is_never_later_than_its_arrival(stop):
     """Its data arrived before the frames that a decoder keeps were returned: at the start, and after a gap."""
     with RtspCamera() as camera:
         frames = live_frames(CameraConfig("door", camera.url, interval_s=0, stall_s=5), stop, Counters())
@@ -153,7 +154,7 @@ def test_a_frame_is_never_said_to_be_newer_than_it_is(stop):
         assert frame.captured <= camera.latest_sending(frame.pixels.mean()) + TOLERANCE_S
 
 
-def test_a_picture_that_is_complete_only_when_the_next_one_starts_is_not_taken_for_a_new_one_after_a_gap(stop):
+def test_the_last_picture_from_before_a_gap_is_not_given_as_a_new_one_after_it(stop):
     with MjpegCamera(says_length=False) as camera:
         taken = in_background(live_frames(CameraConfig("door", camera.url, interval_s=0, stall_s=5), stop, Counters()))
         connection = camera.connection()
@@ -170,7 +171,21 @@ def test_a_picture_that_is_complete_only_when_the_next_one_starts_is_not_taken_f
         stop.set()
 
 
-def test_a_capture_that_is_just_ending_is_waited_for_and_not_taken_for_one_that_hangs(network_camera, stop):
+def test_times_of_arrival_are_known_or_on_the_early_side_and_a_frame_that_ends_a_gap_has_none():
+    arrivals = ArrivalTimes(10.0)
+    # Unknown: the first three may have arrived as early as the opening began, later ones arrive as they are read.
+    assert [arrivals.next(t - 0.1, t, None) for t in (12.0, 12.1, 12.2)] == [10.0, 10.0, 10.0]
+    assert arrivals.next(12.2, 12.3, None) == 12.3
+    assert arrivals.next(12.3, 12.4, 0.25) == 12.15
+    # A gap: its last frame is dropped, and each one from before it.
+    assert arrivals.next(12.4, 14.4, 0.0) is None
+    assert arrivals.next(14.4, 14.5, 0.2) is None
+    assert arrivals.next(14.5, 14.6, 0.1) == 14.5
+    # Reads that usually take long are no gap.
+    assert arrivals.next(14.6, 17.6, None) == 17.6
+
+
+def test_a_capture_thread_that_is_about_to_end_does_not_count_as_hanging(network_camera, stop):
     class Leaving(DriverThread):
         """Goes when it is waited for."""
 
@@ -217,19 +232,19 @@ def test_a_slot_keeps_the_newest_frame_and_counts_what_it_replaces(stop):
 
 
 @pytest.mark.parametrize("wake", [lambda slot: slot.put(Frame("door", grey(1), 0, 0)), NewestFrame.close])
-def test_whoever_waits_at_a_slot_is_woken_by_a_frame_or_a_close(stop, monkeypatch, wake):
+def test_a_frame_or_a_close_ends_the_waiting_at_a_slot(stop, monkeypatch, wake):
     monkeypatch.setattr(readers, "POLL_S", 1e6)
     slot = NewestFrame(Counters())
     threading.Timer(0.05, wake, [slot]).start()
     slot.take(1e6, stop)
 
 
-def test_whoever_waits_at_a_slot_sees_a_stop(stop):
+def test_a_stop_ends_the_waiting_at_a_slot(stop):
     threading.Timer(0.05, stop.set).start()
     assert NewestFrame(Counters()).take(1e6, stop) is None
 
 
-def test_of_arriving_pictures_the_newest_is_decoded_when_it_is_taken(stop):
+def test_the_newest_picture_over_mqtt_is_decoded_when_it_is_taken(stop):
     counters = Counters()
     source = MqttPictures(CameraConfig("door", "mqtt"), counters)
     for data in (jpeg(10), jpeg(20)):
@@ -239,7 +254,7 @@ def test_of_arriving_pictures_the_newest_is_decoded_when_it_is_taken(stop):
     assert counters.skipped == 1
 
 
-def test_an_arriving_picture_that_is_none_is_counted_and_the_next_one_comes(stop):
+def test_an_unreadable_picture_over_mqtt_is_counted_and_the_next_one_is_given(stop):
     counters = Counters()
     source = MqttPictures(CameraConfig("door", "mqtt"), counters)
     taken = in_background(source.frames(stop))
@@ -249,7 +264,7 @@ def test_an_arriving_picture_that_is_none_is_counted_and_the_next_one_comes(stop
     assert shade_of(taken.get(timeout=PATIENCE_S)) == 30
 
 
-def test_pictures_that_arrive_faster_than_the_interval_are_skipped_and_uneven_ones_are_not(stop, monkeypatch):
+def test_pictures_faster_than_the_interval_are_skipped_and_uneven_ones_are_not(stop, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(readers.time, "monotonic", lambda: now[0])
     counters = Counters()
