@@ -1,6 +1,5 @@
 """All cameras of a board: their frames in one stream, their states, and where a picture over MQTT goes."""
 
-import logging
 import queue
 import threading
 import time
@@ -12,10 +11,8 @@ from edge_runtime.capture.camera import Camera, CameraState
 from edge_runtime.capture.readers import POLL_S, Counters, Frame, check_source
 from edge_runtime.config import CameraConfig
 from edge_runtime.inference.preprocess import PictureError
-from edge_runtime.logs import is_told, printable
+from edge_runtime.logs import printable
 from edge_runtime.shutdown import DriverThread, threads_in_driver
-
-logger = logging.getLogger(__name__)
 
 CLOSE_S = 2.0  # for the cameras' threads to end; a thread that hangs in a driver is left to shutdown.leave
 
@@ -29,7 +26,6 @@ class Cameras:
         Raises ConfigError for a motion mask that can never work.
         """
         self._cameras = {config.name: Camera(config, on_change) for config in configs}
-        self._unknown = 0  # pictures over MQTT that no camera waits for
 
     def __getitem__(self, name: str) -> Camera:
         return self._cameras[name]
@@ -41,23 +37,18 @@ class Cameras:
         """Names of the cameras whose pictures come over MQTT."""
         return [camera.config.name for camera in self if camera.mqtt_pictures]
 
-    def arrived(self, name: str | None, data: bytes) -> None:
-        """A picture over MQTT for the camera of this name. Never blocks.
+    def arrived(self, name: str | None, data: bytes) -> bool:
+        """A picture over MQTT for the camera of this name. Never blocks. False if no such camera waits for pictures.
 
-        None is the topic without a camera's name: it is for the only camera with pictures over MQTT. A picture for
-        nobody counts as skipped.
+        None is the topic without a camera's name: it is for the only camera with pictures over MQTT.
         """
         waiting = self.mqtt_cameras()
         if name is None and len(waiting) == 1:
             name = waiting[0]
-        if name in waiting:
-            self._cameras[name].picture_arrived(data)
-            return
-        self._unknown += 1
-        if is_told(self._unknown):
-            wanted = printable(name, 64) if name is not None else "any"
-            known = ", ".join(waiting) or "none"
-            logger.warning("picture for no camera wanted=%s known=%s count=%d", wanted, known, self._unknown)
+        if name is None or name not in waiting:
+            return False
+        self._cameras[name].picture_arrived(data)
+        return True
 
     def pause(self, paused: bool) -> None:
         """Closes all cameras until it is called with False."""
@@ -70,7 +61,7 @@ class Cameras:
 
     def totals(self) -> Counters:
         """The counters of all cameras together."""
-        total: Counter[str] = Counter(skipped=self._unknown)
+        total: Counter[str] = Counter()
         for camera in self:
             total.update(asdict(camera.counters))
         return Counters(**total)
