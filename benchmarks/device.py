@@ -20,7 +20,7 @@ import psutil
 from numpy.typing import NDArray
 
 from edge_runtime.app import load_draft, load_head
-from edge_runtime.capture.cameras import Frame
+from edge_runtime.capture import Frame
 from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt.client import Message, MqttClient

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.capture.cameras import Frame
+from edge_runtime.capture import Frame
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Draft, Drafted

@@ -12,6 +12,7 @@ import sys
 from edge_runtime import __version__
 from edge_runtime.errors import AiflowError, ConfigError
 from edge_runtime.packages import missing_package
+from edge_runtime.shutdown import leave
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     A named error becomes one line on standard error. Any other exception is a bug: its traceback is shown, the exit
     code is 1, and systemd starts the service again.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    return leave(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
     command = next((argument for argument in arguments if argument in COMMANDS), "")
     try:
         args = _parse(arguments, command)

@@ -67,7 +67,7 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
 
 def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     """Returns the checks that need a connection."""
-    from edge_runtime.capture.cameras import Cameras
+    from edge_runtime.capture import Cameras
     from edge_runtime.inference.backends import installed
     from edge_runtime.inference.preprocess import PictureError
     from edge_runtime.wire import topics
@@ -80,7 +80,8 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     if board.paradigm != "offload":
         installed(board.backend)
     try:
-        Cameras(config.cameras).check()
+        for warning in Cameras(config.cameras).check():
+            print(f"warning: {warning}")
     except PictureError as error:
         raise ConfigError(str(error)) from error
     print(f"{path}: board {board.id} with {len(config.cameras)} camera(s) is in order")
@@ -155,7 +156,7 @@ def _subscribed(settings: "MqttSettings", subscriptions: list[str]) -> str:
 def _first_frame(camera: "CameraConfig") -> str:
     import msgspec
 
-    from edge_runtime.capture.cameras import Cameras
+    from edge_runtime.capture import Cameras
     from edge_runtime.config import MotionConfig
 
     if camera.source == "mqtt":

@@ -1,8 +1,9 @@
-"""Which frames of a camera are worth answering: those with motion, and one now and then without.
+"""Decides which frames of a camera go on: frames with motion, and one frame per interval without.
 
-A running average is the background, and a large enough area that differs from it is motion: the method of Frigate's
-motion detection (docs.frigate.video/configuration/motion_detection) in its words, so that settings found there serve
-here. Works on pictures of some 100 lines and knows nothing of cameras, clocks or threads: time comes as an argument.
+The method is that of Frigate's motion detection (docs.frigate.video/configuration/motion_detection), with the same
+names, so that settings found there can be used here: the background is a running average, and a large enough area that
+differs from it is motion. Works on small pictures of about 100 lines. Knows no cameras, clocks or threads: the time is
+an argument.
 """
 
 from dataclasses import dataclass
@@ -18,30 +19,30 @@ from edge_runtime.errors import ConfigError
 Grey = np.ndarray  # uint8 [h, w]
 Why = Literal["off", "motion", "interval", "still", "warm-up", "lightning"]
 
-SAMPLES = 4  # pixels a side of a frame that are averaged into one, against noise; all of 1080p would cost 3 to 18 ms
-MAX_WIDTH = 8  # times the height: the width of a frame is a stranger's choice
-THUMBNAIL = 32  # pixels a side: what is compared to find a frozen picture
-CALM = 0.05, 4  # share of the picture and areas that change at most, for the background to be taken as learned
-WARM_UP_FRAMES = 10  # at most: a busy street is never calm, and must not be ignored for ever
-WARM_UP_ALPHA = 0.2  # weight of a new frame meanwhile
-STAYS_FRAMES = 10  # in a row with motion, before what moves begins to become background
-CONTRAST_ALPHA = 1 / 50  # weight of a new frame in the range of greys: a sudden lamp must not rescale all at once
-MIN_RANGE = 64.0  # greys that are stretched to 256: more than fourfold would make motion of a night's noise
+SAMPLES = 4  # 4 x 4 pixels of a frame are averaged into one, against noise; all of 1080p would take 3 to 18 ms
+MAX_WIDTH = 8  # times the height; a camera may send any width
+THUMBNAIL = 32  # pixels per side of the picture that is compared to find a frozen camera
+CALM = 0.05, 4  # at most this fraction of the picture and this many areas change: the background has been learned
+WARM_UP_FRAMES = 10  # at most, since a busy street is never calm
+WARM_UP_ALPHA = 0.2  # weight of a new frame in the background during warm-up
+STAYS_FRAMES = 10  # frames with motion in a row, before the moving object is blended into the background
+CONTRAST_ALPHA = 1 / 50  # weight of a new frame in the range of greys, so that a lamp does not rescale all at once
+MIN_RANGE = 64.0  # greys that are stretched to 256; stretching further would turn the noise of a night into motion
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What one frame is."""
+class Inspection:
+    """What the gate found in one frame."""
 
-    passes: bool  # it goes on
+    passes: bool  # the frame goes on
     why: Why
-    changed: float = 0.0  # share of the picture outside the mask that differs from the background, 0..1
-    same_s: float = 0.0  # so long the picture has been exactly the same
-    flat: bool = False  # of one colour: a cap, a cut cable, a black night
+    changed: float = 0.0  # fraction of the picture outside the mask that differs from the background, 0..1
+    same_s: float = 0.0  # seconds for which the picture has been exactly the same
+    flat: bool = False  # of one colour: a covered lens, a cut cable, a black night
 
 
 def shrink(pixels: np.ndarray, frame_height: int) -> Grey:
-    """uint8 RGB [H, W, 3] to grey [h, w], h at most frame_height and w at most eight times as much, never enlarged."""
+    """uint8 RGB [H, W, 3] to grey [h, w]. h is at most frame_height, w at most 8 * frame_height; never enlarged."""
     full_height, full_width = pixels.shape[:2]
     height = min(frame_height, full_height)
     width = min(max(1, round(full_width * height / full_height)), full_width, MAX_WIDTH * frame_height)
@@ -51,28 +52,28 @@ def shrink(pixels: np.ndarray, frame_height: int) -> Grey:
     return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
 
 
-class Gate:
-    """The gate of one camera. Same frames at same times, same looks."""
+class MotionGate:
+    """The gate of one camera. The same frames at the same times give the same results."""
 
     def __init__(self, settings: MotionConfig, max_interval_s: float = 0.0) -> None:
-        """max_interval_s: one frame passes at least so often; 0: only motion does. Raises ConfigError for the mask."""
+        """max_interval_s: a frame passes after so long without motion; 0: never. Raises ConfigError for the mask."""
         self.settings, self.max_interval_s = settings, max_interval_s
-        self.enabled = settings.enabled  # may be switched by another thread; the background is then learned anew
-        if not _seen(settings, (100, 100)).any():
-            raise ConfigError("motion.mask covers the whole picture, and nothing could move: make it smaller")
+        self.enabled = settings.enabled  # may be switched by another thread; the background is learned again then
+        if not _unmasked(settings, (100, 100)).any():
+            raise ConfigError("motion.mask covers the whole picture, so nothing could move: make it smaller")
         self._last_passed = -inf
         self._thumbnail: Grey | None = None
         self._same_since = -inf
-        self._outside: np.ndarray = np.empty((0, 0), np.bool_)  # bool [h, w]: not masked, at the last size
+        self._outside: np.ndarray = np.empty((0, 0), np.bool_)  # bool [h, w]: outside the mask, at the last size
         self._background: np.ndarray | None = None  # float32 [h, w]
-        self._low, self._high = 0.0, 255.0  # greys in use
-        self._warming = 0  # frames left until the background is taken as learned
+        self._low, self._high = 0.0, 255.0  # the range of greys in use
+        self._warming = 0  # frames left of the warm-up
         self._moving = 0  # frames in a row with motion
 
-    def look(self, grey: Grey, now: float) -> Look:
-        """One frame, shrunk by `shrink`; now in seconds, never less than before."""
-        if grey.shape != self._outside.shape:  # the first one, or a camera that changed its resolution
-            self._outside, self._background = _seen(self.settings, grey.shape), None
+    def inspect(self, grey: Grey, now: float) -> Inspection:
+        """grey: one frame, shrunk by `shrink`; now: seconds, when the frame was captured."""
+        if grey.shape != self._outside.shape:  # the first frame, or the camera changed its resolution
+            self._outside, self._background = _unmasked(self.settings, grey.shape), None
         same_s, flat = self._compare(grey, now)
         why: Why = "off"
         changed = 0.0
@@ -85,16 +86,19 @@ class Gate:
         passes = why in ("off", "motion", "interval")
         if passes:
             self._last_passed = now
-        return Look(passes, why, changed, same_s, flat)
+        return Inspection(passes, why, changed, same_s, flat)
 
     def _compare(self, grey: Grey, now: float) -> tuple[float, bool]:
-        """Seconds that the picture has been the same, without the mask: its clock may run on in a frozen one."""
+        """Seconds for which the picture has been the same, and whether it has one colour.
+
+        Only outside the mask: a clock may go on in a frozen picture.
+        """
         masked = np.where(self._outside, grey, np.uint8(0))
         thumbnail = cv2.resize(masked, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
         if self._thumbnail is None or not np.array_equal(thumbnail, self._thumbnail):
             self._thumbnail, self._same_since = thumbnail, now
-        seen = grey[self._outside]
-        return now - self._same_since, not seen.size or bool(seen.min() == seen.max())
+        unmasked = grey[self._outside]
+        return now - self._same_since, not unmasked.size or bool(unmasked.min() == unmasked.max())
 
     def _motion(self, grey: Grey) -> tuple[Why, float]:
         settings = self.settings
@@ -104,11 +108,11 @@ class Gate:
             return "warm-up", 0.0
         different = cv2.absdiff(picture, cv2.convertScaleAbs(self._background))
         areas = _areas(cv2.threshold(different, settings.threshold, 255, cv2.THRESH_BINARY)[1])
-        # Of what can change: a mask over a third of the picture must not switch the lightning rule off.
+        # The fraction is of the unmasked area: otherwise a large mask would switch the lightning rule off.
         changed = min(1.0, sum(areas) / max(1, int(self._outside.sum())))
         large = sum(area > settings.contour_area for area in areas)
-        if changed > settings.lightning_threshold:  # a lamp, the change to infrared, a camera that turned
-            self._background = None  # what was learned is of no use; the next frame may be the old picture or the new
+        if changed > settings.lightning_threshold:  # a lamp, the change to infrared, a moved camera
+            self._background = None  # learn it again, from the next frame
             return "lightning", changed
         calm = changed < CALM[0] and large <= CALM[1]
         self._warming = 0 if calm else max(0, self._warming - 1)
@@ -121,7 +125,7 @@ class Gate:
         return ("motion" if large else "still"), changed
 
     def _prepared(self, grey: Grey) -> Grey:
-        """Stretched, masked, smoothed; the mask comes after the stretching, or its black would count as a grey."""
+        """Stretched, masked, smoothed. Masked after stretching, since the mask's black would count as a grey in use."""
         if self.settings.improve_contrast:
             low, high = np.percentile(grey, (4, 96))
             weight = 1.0 if self._background is None else CONTRAST_ALPHA
@@ -131,8 +135,8 @@ class Gate:
         return cv2.GaussianBlur(np.where(self._outside, grey, np.uint8(0)), (3, 3), 0)
 
 
-def _seen(settings: MotionConfig, shape: tuple[int, ...]) -> np.ndarray:
-    """What the mask leaves of a picture, bool [h, w]."""
+def _unmasked(settings: MotionConfig, shape: tuple[int, ...]) -> np.ndarray:
+    """The pixels outside the mask, bool [h, w]."""
     height, width = shape
     mask = np.zeros((height, width), np.uint8)
     for polygon in settings.polygons():
@@ -141,6 +145,6 @@ def _seen(settings: MotionConfig, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _areas(different: Grey) -> list[float]:
-    """Areas of what differs, in pixels; grown by one pixel, so that parts of one thing count together."""
+    """The areas that differ, in pixels. Each grows by one pixel, so that parts of one object count together."""
     grown = cv2.dilate(different, np.ones((3, 3), np.uint8))
     return [cv2.contourArea(c) for c in cv2.findContours(grown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]]

@@ -1,9 +1,10 @@
-"""Pictures in files: a directory, a tar or a single file, read one at a time in a fixed order."""
+"""Reads the pictures of a directory, a tar or a single file, one at a time, in the order of their names."""
 
 import bz2
 import gzip
 import logging
 import lzma
+import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from edge_runtime.inference.preprocess import MAX_PICTURE_BYTES, PictureError
+from edge_runtime.logs import printable
 
 logger = logging.getLogger(__name__)
 
-MAX_TAR_BYTES = 8 << 30  # of a compressed one, once decompressed: 50,000 photos
-# By how a file starts.
+MAX_TAR_BYTES = 8 << 30  # of a compressed tar, after decompression: about 50,000 photos
+# By the first bytes of a file.
 OPENERS: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -31,8 +33,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 class Picture:
     """One encoded picture; `name` is its path inside the directory or tar, with forward slashes.
 
-    `data` of a file that cannot be read is empty, of one that is too large cut after MAX_PICTURE_BYTES + 1 bytes:
-    `decode_picture` refuses both, so one bad file need not end the reading of all.
+    `data` is empty if the file cannot be read, and cut after MAX_PICTURE_BYTES + 1 bytes if the file is too large.
+    `decode_picture` refuses both, so that one bad file does not end the reading of the others.
     """
 
     name: str
@@ -40,12 +42,13 @@ class Picture:
 
 
 def read_pictures(source: Path) -> Iterator[Picture]:
-    """Every picture below a directory, inside a tar, or the file itself, sorted by name.
+    """Every picture below a directory or in a tar, sorted by name, or the single picture.
 
-    Raises PictureError for a source that is none of these, is damaged or holds no picture.
+    Raises PictureError if the source is none of these, is damaged or holds no picture; OSError if it cannot be read.
     """
     pictures: Iterator[Picture]
     if source.is_dir():
+        os.scandir(source).close()  # rglob hides that the directory cannot be read
         paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         pictures = (Picture(path.relative_to(source).as_posix(), _read(path)) for path in paths)
     elif source.suffix.lower() in SUFFIXES and source.is_file():
@@ -66,30 +69,31 @@ def _read(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(MAX_PICTURE_BYTES + 1)
     except OSError as error:
-        logger.warning("picture cannot be read error=%s", error)
+        logger.warning("picture cannot be read error=%s", printable(str(error)))
         return b""
 
 
 def _members(source: Path) -> Iterator[Picture]:
-    """Regular files only, whatever they are called: nothing is unpacked, and links are not followed."""
+    """The regular files of a tar. Nothing is unpacked, and links are not followed."""
     try:
         with _plain(source) as plain, tarfile.open(fileobj=plain, mode="r:") as tar:
             members = [m for m in tar.getmembers() if m.isfile() and m.name.lower().endswith(SUFFIXES)]
             for member in sorted(members, key=lambda m: m.name):
                 file = tar.extractfile(member)
-                assert file is not None  # it is a file, as asked above
+                assert file is not None  # isfile() above
                 yield Picture(member.name.removeprefix("./"), file.read(MAX_PICTURE_BYTES + 1))
     except PictureError:
         raise
-    except Exception as error:  # tarfile lets through whatever a damaged one, or its decompressor, runs into
+    except Exception as error:  # tarfile and the decompressors raise many kinds for damaged files
         raise PictureError(f"{source} is no tar, or a damaged one ({error}): copy it again, or name another") from error
 
 
 @contextmanager
 def _plain(source: Path) -> Iterator[IO[bytes]]:
-    """The tar without its compression: decompressed once into a temporary file, where it has any.
+    """The tar without compression. A compressed tar is decompressed once into a temporary file.
 
-    Its members are read in the order of names, and each step back would decompress all again from the start.
+    Its members are read in the order of their names; without the temporary file each step back would decompress
+    everything again.
     """
     with source.open("rb") as file:
         magic = file.read(6)

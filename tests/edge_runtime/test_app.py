@@ -313,9 +313,9 @@ def test_a_missing_or_altered_file_is_found_at_start(board_bundle, tmp_path, pho
         run_board(config, before_any_frame)
 
 
-def test_a_source_that_is_not_there_ends_the_board_with_its_error(board_bundle, broker):
-    with pytest.raises(PictureError, match="/nowhere does not exist"):
-        run_board(configuration(board_bundle, broker.port, "/nowhere"), threading.Event())
+def test_a_source_that_can_never_work_ends_the_board_with_its_error(board_bundle, broker):
+    with pytest.raises(PictureError, match="is no tar"):
+        run_board(configuration(board_bundle, broker.port, __file__), threading.Event())
     assert status(broker.port)["state"] == "offline"
 
 

@@ -63,6 +63,16 @@ def main():
     return 3
 sys.exit(leave(main))
 """
+LEAVES = """
+import sys
+import threading
+from edge_runtime.shutdown import DriverThread, leave
+def main():
+    DriverThread(threading.Event().wait, name="driver").start()
+    {ending}
+print("unflushed")
+sys.exit(leave(main))
+"""
 EVERY_SIGNAL = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 
 
@@ -153,3 +163,15 @@ def test_a_thread_that_ends_on_purpose_ends_nothing_else() -> None:
     with python(DIES.format(ending="sys.exit(3)")) as process:
         out, said = process.communicate(timeout=60)
     assert (process.returncode, out, said) == (0, b"False\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "said"), [("return 3", 3, b"names=driver"), ("raise KeyError('bug')", 1, b"KeyError: 'bug'")]
+)
+def test_a_process_with_a_thread_in_a_driver_leaves_with_its_exit_code_and_its_output(
+    ending: str, code: int, said: bytes
+) -> None:
+    with python(LEAVES.format(ending=ending)) as process:
+        out, log = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, b"unflushed\n")
+    assert said in log

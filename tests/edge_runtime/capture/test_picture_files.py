@@ -38,7 +38,7 @@ def write_files(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def test_a_directory_is_read_to_its_depths_in_the_order_of_names(tmp_path):
+def test_a_directory_is_read_with_its_subdirectories_in_the_order_of_names(tmp_path):
     folder = write_files(tmp_path, [*reversed(NAMES), "notes.txt"])
     (folder / "folder.jpg").mkdir()
     pictures = list(read_pictures(folder))
@@ -83,7 +83,7 @@ def test_a_picture_is_read_alone(tmp_path):
 @pytest.mark.parametrize(
     ("name", "found"), [("absent.jpg", "does not exist: name a directory, a tar or a picture"), ("notes.txt", "no tar")]
 )
-def test_what_is_no_directory_tar_or_picture_is_refused(tmp_path, name, found):
+def test_a_source_that_is_no_directory_tar_or_picture_is_an_error(tmp_path, name, found):
     write_files(tmp_path, ["notes.txt"])
     with pytest.raises(PictureError, match=f"{name} .*{found}"):
         list(read_pictures(tmp_path / name))
@@ -96,7 +96,7 @@ def test_a_source_without_pictures_is_refused(tmp_path):
             list(read_pictures(source))
 
 
-def test_members_of_a_tar_reach_nothing_outside_it(tmp_path):
+def test_links_in_a_tar_are_not_followed(tmp_path):
     secret = write_files(tmp_path, ["secret.jpg"]) / "secret.jpg"
     hostile = [
         member("link.jpg", tarfile.SYMTYPE, str(secret), 0),
@@ -117,7 +117,7 @@ def test_members_of_a_tar_reach_nothing_outside_it(tmp_path):
 
 @pytest.mark.parametrize("size", [1 << 20, 1 << 40, 1 << 80])
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_a_member_that_claims_more_than_there_is_damages_the_tar(tmp_path, size, kind):
+def test_a_member_that_is_longer_than_the_tar_is_an_error(tmp_path, size, kind):
     path = tmp_path / "x.tar"
     header = member("a.jpg", kind, size=size).tobuf(tarfile.GNU_FORMAT)
     path.write_bytes(member("0.jpg").tobuf() + JPEG.ljust(1024, b"\0") + header + bytes(2048))
@@ -134,7 +134,7 @@ def test_a_file_that_is_too_large_is_cut_so_that_it_is_refused(tmp_path):
         decode_picture(picture.data)
 
 
-def test_a_file_that_is_gone_when_its_turn_comes_does_not_end_the_reading(tmp_path):
+def test_a_file_that_has_vanished_does_not_end_the_reading(tmp_path):
     pictures = read_pictures(write_files(tmp_path, NAMES))
     first = next(pictures)
     (tmp_path / NAMES[1]).unlink()

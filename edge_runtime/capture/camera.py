@@ -1,0 +1,179 @@
+"""The life cycle of one camera: opened, opened again after a failure, gated by motion, switched on and off.
+
+Whatever goes wrong with a camera is tried again for ever, with a growing pause, and does not touch other cameras.
+"""
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from edge_runtime.capture.motion_gate import MotionGate, shrink
+from edge_runtime.capture.readers import Counters, Frame, MqttPictures, live_frames, reader_of
+from edge_runtime.config import CameraConfig
+from edge_runtime.errors import ConfigError
+from edge_runtime.logs import printable
+
+logger = logging.getLogger(__name__)
+
+MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0  # before a camera is opened again
+MAX_REASON = 256  # characters
+
+StateName = Literal["starting", "live", "stalled", "frozen", "lost", "ended", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class CameraState:
+    """What a camera is doing."""
+
+    state: StateName
+    why: str  # of stalled, frozen, lost and off; printable
+    since_unix: float  # seconds, wall clock
+    enabled: bool
+    motion: bool  # the motion gate is on
+    counters: Counters
+
+
+class Camera:
+    """One camera at run time.
+
+    States: starting: no frame yet. live. stalled: worked until now, and is opened again. lost: the last try brought no
+    frame, and more tries follow. frozen: live, but always the same picture; opening it again would not change that.
+    ended: the files have been read. off: switched off or paused.
+    A camera whose pictures come over MQTT never stalls, since nobody knows when its next picture is due. Switching a
+    camera off closes it; files start from the beginning when they are switched on again.
+    """
+
+    def __init__(self, config: CameraConfig, on_change: Callable[[], None] = lambda: None) -> None:
+        """on_change: called on any thread after each change of state. Raises ConfigError for the motion mask."""
+        self.config, self.counters, self._on_change = config, Counters(), on_change
+        try:
+            self.gate = MotionGate(config.motion, config.max_interval_s)
+        except ConfigError as error:
+            raise ConfigError(f"camera {config.name}: {error}") from error
+        self.mqtt_pictures = MqttPictures(config, self.counters) if config.source == "mqtt" else None
+        is_live = self.mqtt_pictures is not None or reader_of(config) is live_frames  # files may repeat a picture
+        self._can_freeze = config.frozen_s > 0 and is_live
+        self._state: tuple[StateName, str, float] = ("starting", "", time.time())
+        self._enabled, self._paused, self._closed = True, False, False
+        self._switched = threading.Condition()
+        self._closing = threading.Event()  # ends the present reader
+        self._handled = threading.Event()
+
+    # ---- any thread ----
+
+    @property
+    def is_on(self) -> bool:
+        """Neither switched off nor paused."""
+        return self._enabled and not self._paused
+
+    def state(self) -> CameraState:
+        """A copy."""
+        state, why, since_unix = self._state
+        if state != "ended" and not self.is_on:
+            state, why = "off", "switched off" if not self._enabled else "paused"
+        return CameraState(state, why, since_unix, self._enabled, self.gate.enabled, replace(self.counters))
+
+    def switch(self, *, enabled: bool | None = None, paused: bool | None = None, closed: bool = False) -> None:
+        """Changes what is given. A camera that is off is closed, and its waiting pictures are dropped."""
+        with self._switched:
+            was_on = self.is_on
+            self._enabled = self._enabled if enabled is None else enabled
+            self._paused = self._paused if paused is None else paused
+            self._closed |= closed
+            if self.is_on != was_on and self._state[0] != "ended":
+                self._become("starting" if self.is_on else "off")
+            if self._closed or not self.is_on:
+                self._closing.set()
+            self._switched.notify_all()
+        if self.mqtt_pictures and not self.is_on:
+            self.mqtt_pictures.forget()
+        if closed:
+            self._handled.set()
+
+    def picture_arrived(self, data: bytes) -> None:
+        """A picture over MQTT for this camera. Never blocks. While the camera is off, it is skipped."""
+        if self.mqtt_pictures and self.is_on:
+            self.mqtt_pictures.put(data)
+        else:
+            self.counters.skipped += 1
+
+    def handled(self) -> None:
+        """The last frame that was handed over has been handled: the next one may come."""
+        self._handled.set()
+
+    # ---- the camera's own thread ----
+
+    def hand_over(self, handover: "queue.SimpleQueue[tuple[Camera, Frame | None]]") -> None:
+        """Puts frames into the queue, each after the last one has been handled, and None at the end."""
+        try:
+            for frame in self._frames():
+                self._handled.clear()
+                handover.put((self, frame))
+                if not self._closed:
+                    self._handled.wait()
+        finally:
+            handover.put((self, None))
+
+    def _frames(self) -> Iterator[Frame]:
+        """Frames that pass the motion gate, until the files have been read or the camera is closed for good."""
+        pause = MIN_PAUSE_S
+        while (closing := self._next_try()) is not None:
+            failed_state: StateName = "lost"
+            try:
+                for frame in self._read(closing):
+                    failed_state, pause = "stalled", MIN_PAUSE_S
+                    if self._passes(frame):
+                        yield frame
+                if not closing.is_set():
+                    self._become("ended")
+                    return
+            except Exception as error:  # whatever a driver, a codec or a damaged file raises: the other cameras go on
+                if not closing.is_set():
+                    self._become(failed_state, printable(str(error), MAX_REASON))
+                    self.counters.reopened += 1
+                    # At random, so that cameras behind one switch are not all opened in one moment; at least half,
+                    # since a driver needs time.
+                    closing.wait(random.uniform(pause / 2, pause))
+                    pause = min(MAX_PAUSE_S, pause * 2)
+
+    def _next_try(self) -> threading.Event | None:
+        """Waits until the camera is on. Returns the event that ends the try; None if the camera is closed for good."""
+        with self._switched:
+            self._switched.wait_for(lambda: self.is_on or self._closed)
+            self._closing = threading.Event()
+            return None if self._closed else self._closing
+
+    def _read(self, closing: threading.Event) -> Iterator[Frame]:
+        if self.mqtt_pictures:
+            return self.mqtt_pictures.frames(closing)
+        return reader_of(self.config)(self.config, closing, self.counters)
+
+    def _passes(self, frame: Frame) -> bool:
+        passes = True
+        if not (self._can_freeze or self.gate.enabled):
+            self._become("live")
+        else:
+            seen = self.gate.inspect(shrink(frame.pixels, self.config.motion.frame_height), frame.captured)
+            if self._can_freeze and seen.same_s >= self.config.frozen_s:
+                kind = "of one colour " if seen.flat else ""
+                self._become("frozen", f"exactly the same picture {kind}for {self.config.frozen_s:g} s and more")
+            else:
+                self._become("live")
+            passes = seen.passes
+            self.counters.still += not passes
+            self.counters.lightning += seen.why == "lightning"
+        self.counters.frames += 1
+        return passes
+
+    def _become(self, state: StateName, why: str = "") -> None:
+        """Logs and reports a change. The same failure again is no change: it must not fill the log every night."""
+        if self._state[:2] != (state, why):
+            level = logging.WARNING if why else logging.INFO  # only failures have a reason
+            logger.log(level, "camera %s camera=%s%s", state, self.config.name, f" reason={why}" if why else "")
+            self._state = state, why, time.time()
+            self._on_change()

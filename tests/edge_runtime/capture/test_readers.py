@@ -1,0 +1,277 @@
+"""One source, read once: real files, a real video, real network cameras that speak MJPEG and H.264."""
+
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import pytest
+
+from edge_runtime.capture import Counters, Frame, readers
+from edge_runtime.capture.readers import (
+    ArrivalTimes,
+    CameraError,
+    MqttPictures,
+    NewestFrame,
+    file_frames,
+    live_frames,
+    reader_of,
+    video_frames,
+)
+from edge_runtime.config import CameraConfig
+from edge_runtime.inference.preprocess import PictureError
+from edge_runtime.shutdown import DriverThread
+from tests.edge_runtime.capture.helpers import (
+    MjpegCamera,
+    grey,
+    in_background,
+    jpeg,
+    large_jpeg,
+    shade_of,
+    write_photos,
+)
+from tests.listener import PATIENCE_S, until
+from tests.rtsp_camera import RtspCamera
+
+TOLERANCE_S = 0.1  # a time of arrival is known to about the interval of two frames
+
+
+# ---- files ----
+
+
+def test_photos_are_read_once_in_order(tmp_path, stop):
+    camera = CameraConfig("door", write_photos(tmp_path / "p", 10, 200, 100), interval_s=0)
+    before = time.monotonic()
+    frames = list(file_frames(camera, stop, Counters()))
+    assert [(f.camera, f.name, shade_of(f)) for f in frames] == [
+        ("door", f"{i}.jpg", s) for i, s in enumerate([10, 200, 100])
+    ]
+    assert frames[1].encoded == jpeg(200)
+    assert before <= frames[0].captured <= frames[2].captured <= time.monotonic()
+
+
+def test_an_unreadable_photo_is_counted_and_the_rest_goes_on(tmp_path, stop, caplog):
+    camera = CameraConfig("door", write_photos(tmp_path / "p", 10, 20, 30), interval_s=0)
+    (tmp_path / "p/1.jpg").write_bytes(jpeg(20)[:-50])
+    counters = Counters()
+    assert [f.name for f in file_frames(camera, stop, counters)] == ["0.jpg", "2.jpg"]
+    assert counters.unreadable == 1
+    assert "camera=door name=1.jpg" in caplog.text
+
+
+def test_photos_repeat_until_stopped(tmp_path, stop):
+    camera = CameraConfig("door", write_photos(tmp_path / "p", 10, 20), interval_s=0, repeat=True)
+    frames = file_frames(camera, stop, Counters())
+    assert [next(frames).name for _ in range(5)] == ["0.jpg", "1.jpg", "0.jpg", "1.jpg", "0.jpg"]
+    stop.set()
+    assert list(frames) == []
+
+
+def test_a_stop_does_not_wait_for_the_interval(tmp_path, stop):
+    frames = file_frames(CameraConfig("door", write_photos(tmp_path / "p", 1, 2), interval_s=86400), stop, Counters())
+    next(frames)
+    threading.Timer(0.05, stop.set).start()
+    assert list(frames) == []
+
+
+# ---- a video ----
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> str:
+    """Two seconds at ten frames a second, each a shade lighter."""
+    path = str(tmp_path / "v.avi")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 64))
+    for number in range(20):
+        writer.write(grey(10 * number, 64))
+    writer.release()
+    return path
+
+
+def test_a_video_gives_frames_at_the_interval_in_its_own_time_and_ends(video, stop, monkeypatch):
+    monkeypatch.setattr(stop, "wait", lambda _: False)  # its own time is what counts here, not ours
+    frames = list(video_frames(CameraConfig("door", video, interval_s=0.5), stop, Counters()))
+    assert [(f.name, shade_of(f)) for f in frames] == [(f"v.avi#{n}", 10 * n) for n in (0, 5, 10, 15)]
+
+
+def test_a_video_gives_every_frame_without_an_interval_and_repeats(video, stop):
+    frames = video_frames(CameraConfig("door", video, interval_s=0, repeat=True), stop, Counters())
+    assert [shade_of(next(frames)) for _ in range(22)] == [10 * (n % 20) for n in range(22)]
+    stop.set()
+    assert list(frames) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "it does not exist"), (b"", "is no video"), (b"RIFF....AVI LIST", "is no video")],
+)
+def test_a_file_that_is_no_video_raises_an_error_with_the_reason(tmp_path, stop, content, reason):
+    path = tmp_path / "x.avi"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PictureError, match=rf"x\.avi cannot be opened: .*{reason}"):
+        list(video_frames(CameraConfig("door", str(path), repeat=True), stop, Counters()))
+
+
+# ---- a live camera ----
+
+
+def test_a_live_camera_gives_its_newest_frame_and_counts_the_skipped(network_camera, stop):
+    counters = Counters()
+    frames = live_frames(CameraConfig("door", network_camera.url, interval_s=0), stop, counters)
+    threading.Thread(target=lambda: network_camera.connection().show(10, 10, 10), daemon=True).start()
+    assert shade_of(next(frames)) == 10
+    until(lambda: counters.skipped >= 1)  # the rest of the greeting, unseen
+    skipped = counters.skipped
+    network_camera.all[0].show(*range(20, 110, 10))
+    until(lambda: counters.skipped >= skipped + 8)
+    assert shade_of(next(frames)) >= 90
+
+
+def test_a_silent_stream_has_stalled_and_gives_no_older_frame_as_a_new_one(stop):
+    """The decoder keeps some frames. After a read timeout FFmpeg returns them, one for each further timeout."""
+    with RtspCamera() as camera:
+        frames = live_frames(CameraConfig("door", camera.url, interval_s=0.5, stall_s=1), stop, Counters())
+        seen = [next(frames)]
+        camera.stalls.set()
+        with pytest.raises(CameraError, match="shows no new frame for 1 s"):
+            seen += frames
+        assert seen[-1].captured <= camera.sent_at[-1] + TOLERANCE_S
+
+
+def test_the_time_of_a_frame_is_never_later_than_its_arrival(stop):
+    """Its data arrived before the frames that a decoder keeps were returned: at the start, and after a gap."""
+    with RtspCamera() as camera:
+        frames = live_frames(CameraConfig("door", camera.url, interval_s=0, stall_s=5), stop, Counters())
+        seen = [next(frames)]
+        camera.stalls.set()
+        camera.wait_silent()
+        last = len(camera.sent_at)
+        threading.Timer(1.5, camera.stalls.clear).start()
+        while len(camera.sent_at) < last + 4:
+            seen.append(next(frames))
+    for frame in seen:
+        assert frame.captured <= camera.latest_sending(frame.pixels.mean()) + TOLERANCE_S
+
+
+def test_the_last_picture_from_before_a_gap_is_not_given_as_a_new_one_after_it(stop):
+    with MjpegCamera(says_length=False) as camera:
+        taken = in_background(live_frames(CameraConfig("door", camera.url, interval_s=0, stall_s=5), stop, Counters()))
+        connection = camera.connection()
+        for _ in range(8):
+            connection.pictures.put(large_jpeg(10))
+        while shade_of(taken.get(timeout=PATIENCE_S)) != 10:
+            pass
+        stop.wait(1.0)  # the gap; one picture is still on its way
+        resumed = time.monotonic()
+        for _ in range(4):
+            connection.pictures.put(large_jpeg(200))
+        while (frame := taken.get(timeout=PATIENCE_S)) and shade_of(frame) != 200:
+            assert frame.captured < resumed
+        stop.set()
+
+
+def test_times_of_arrival_are_known_or_on_the_early_side_and_a_frame_that_ends_a_gap_has_none():
+    arrivals = ArrivalTimes(10.0)
+    # Unknown: the first three may have arrived as early as the opening began, later ones arrive as they are read.
+    assert [arrivals.next(t - 0.1, t, None) for t in (12.0, 12.1, 12.2)] == [10.0, 10.0, 10.0]
+    assert arrivals.next(12.2, 12.3, None) == 12.3
+    assert arrivals.next(12.3, 12.4, 0.25) == 12.15
+    # A gap: its last frame is dropped, and each one from before it.
+    assert arrivals.next(12.4, 14.4, 0.0) is None
+    assert arrivals.next(14.4, 14.5, 0.2) is None
+    assert arrivals.next(14.5, 14.6, 0.1) == 14.5
+    # Reads that usually take long are no gap.
+    assert arrivals.next(14.6, 17.6, None) == 17.6
+
+
+def test_a_capture_thread_that_is_about_to_end_does_not_count_as_hanging(network_camera, stop):
+    class Leaving(DriverThread):
+        """Goes when it is waited for."""
+
+        def join(self, timeout: float | None = None) -> None:
+            may_end.set()
+            super().join(timeout)
+
+    may_end = threading.Event()
+    Leaving(target=may_end.wait, name="capture-door").start()
+    frames = live_frames(CameraConfig("door", network_camera.url, interval_s=0), stop, Counters())
+    threading.Thread(target=lambda: network_camera.connection().show(10, 10, 10), daemon=True).start()
+    assert shade_of(next(frames)) == 10
+
+
+@pytest.mark.parametrize(
+    ("source", "reader"),
+    [
+        ("rtsp://camera/1", live_frames),
+        ("http://camera/clip.mp4", live_frames),
+        ("/dev/video0", live_frames),
+        ("clip.MP4", video_frames),
+        ("photos", file_frames),
+        ("photos.tar", file_frames),
+        ("photo.jpg", file_frames),
+    ],
+)
+def test_the_form_of_a_source_decides_how_it_is_read(source, reader):
+    assert reader_of(CameraConfig("door", source)) is reader
+
+
+# ---- the slot, pictures over MQTT ----
+
+
+def test_a_slot_keeps_the_newest_frame_and_counts_what_it_replaces(stop):
+    counters = Counters()
+    slot = NewestFrame(counters)
+    for shade in (10, 20, 30):
+        slot.put(Frame("door", grey(shade), 0, 0))
+    frame = slot.take(PATIENCE_S, stop)
+    assert frame is not None
+    assert shade_of(frame) == 30
+    assert counters.skipped == 2
+    assert slot.take(0, stop) is None
+
+
+@pytest.mark.parametrize("wake", [lambda slot: slot.put(Frame("door", grey(1), 0, 0)), NewestFrame.close])
+def test_a_frame_or_a_close_ends_the_waiting_at_a_slot(stop, monkeypatch, wake):
+    monkeypatch.setattr(readers, "POLL_S", 1e6)
+    slot = NewestFrame(Counters())
+    threading.Timer(0.05, wake, [slot]).start()
+    slot.take(1e6, stop)
+
+
+def test_a_stop_ends_the_waiting_at_a_slot(stop):
+    threading.Timer(0.05, stop.set).start()
+    assert NewestFrame(Counters()).take(1e6, stop) is None
+
+
+def test_the_newest_picture_over_mqtt_is_decoded_when_it_is_taken(stop):
+    counters = Counters()
+    source = MqttPictures(CameraConfig("door", "mqtt"), counters)
+    for data in (jpeg(10), jpeg(20)):
+        source.put(data)
+    frame = next(source.frames(stop))
+    assert (shade_of(frame), frame.camera, frame.encoded) == (20, "door", jpeg(20))
+    assert counters.skipped == 1
+
+
+def test_an_unreadable_picture_over_mqtt_is_counted_and_the_next_one_is_given(stop):
+    counters = Counters()
+    source = MqttPictures(CameraConfig("door", "mqtt"), counters)
+    taken = in_background(source.frames(stop))
+    source.put(b"garbage")
+    until(lambda: counters.unreadable == 1)
+    source.put(jpeg(30))
+    assert shade_of(taken.get(timeout=PATIENCE_S)) == 30
+
+
+def test_pictures_faster_than_the_interval_are_skipped_and_uneven_ones_are_not(stop, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(readers.time, "monotonic", lambda: now[0])
+    counters = Counters()
+    source = MqttPictures(CameraConfig("door", "mqtt", interval_s=1), counters)
+    taken = in_background(source.frames(stop))
+    for number, at in enumerate([0, 0.9, 2.1, 2.9, 3.0, 3.1, 3.5, 4.2, 9, 9.4]):
+        now[0] = at
+        source.put(jpeg(10 * number))
+        until(lambda n=number: taken.qsize() + counters.skipped == n + 1)
+    assert [shade_of(taken.get_nowait()) // 10 for _ in range(taken.qsize())] == [0, 1, 2, 3, 7, 8]
