@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.inference.bundle import Bundle, open_bundle
-from edge_runtime.inference.preprocess import decode_picture, to_input
+from edge_runtime.inference.preprocess import to_input
 from firmware_tools.evaluate import CAPTIONS_HELP, SHIPPED_BUNDLE, Photos
 from testbed.sample_photos import collect
 from testbed.terminal import new_file, number, print_figures

@@ -25,10 +25,10 @@ import cv2
 
 from benchmarks.e2e_figures import BASELINE, Outcome, against_oracle, compared, outcome_of, slots_of
 from benchmarks.e2e_site import DEADLINE_S, Board, Site, machine, site
+from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.inference.preprocess import decode_picture
 from firmware_tools.evaluate import Chain, Photos, score
 from testbed.link_simulator import Link
 from testbed.shaping import Profile

@@ -145,7 +145,8 @@ class Chain:
     def send(self, picture: Picture) -> Sent:
         """Picture -> head -> draft -> envelope -> bytes -> envelope -> symbols."""
         from edge_runtime import wire
-        from edge_runtime.inference.preprocess import decode_picture, to_input
+        from edge_runtime.capture.picture_checks import decode_picture
+        from edge_runtime.inference.preprocess import to_input
         from edge_runtime.pipeline import NOTHING_DRAFTED, build_request
 
         pixels = to_input(decode_picture(picture.data))

@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime import __version__
+from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.inference.bundle import Bundle, BundleError, open_bundle
-from edge_runtime.inference.preprocess import PictureError, decode_picture, to_input
+from edge_runtime.inference.preprocess import to_input
 from edge_runtime.reporting.metrics import exported
 from edge_runtime.wire import (
     BitstreamError,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import cv2
 
+from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.capture.picture_files import Picture, read_pictures
-from edge_runtime.inference.preprocess import PictureError, decode_picture
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import cv2
 from benchmarks.faults import report
 from benchmarks.faults.rows import ROWS
 from benchmarks.faults.stage import Result, Row, Stage, Trial
+from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.inference.preprocess import decode_picture
 
 PHOTO_PIXELS = 320  # width: what a small camera sends; decoding large ones is not what is looked at here
 

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from benchmarks.faults.stage import SERVER, SITE, Trial
 from edge_runtime.app import load_draft, load_head
+from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.inference.preprocess import decode_picture, to_input
+from edge_runtime.inference.preprocess import to_input
 from edge_runtime.mqtt.client import Message, MqttClient, State
 from edge_runtime.pipeline import NO_PIXELS, Plan, build_request
 from edge_runtime.reporting.events import Events

@@ -21,10 +21,10 @@ import cv2
 import numpy as np
 
 from edge_runtime.capture.motion_gate import Gate, shrink
+from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.capture.picture_files import read_pictures
 from edge_runtime.config import CameraConfig, ConfigError
 from edge_runtime.errors import AiflowError
-from edge_runtime.inference.preprocess import PictureError, decode_picture
 from edge_runtime.logs import is_told
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
-from edge_runtime.inference.preprocess import PictureError
+from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.wire import AnsweredBy, Event, EventHop
 from firmware_tools.demo_page import Result, marked, page, stages, summary
 from firmware_tools.evaluate import SHIPPED_BUNDLE

@@ -25,8 +25,8 @@ from edge_runtime.capture.cameras import (
     frames_of,
     video_frames,
 )
+from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.config import CameraConfig, ConfigError, MotionConfig
-from edge_runtime.inference.preprocess import PictureError
 from tests.listener import PATIENCE_S, until
 
 
