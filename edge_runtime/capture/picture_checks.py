@@ -207,6 +207,8 @@ def _check_webp(data: bytes, max_pixels: int) -> tuple[int, int, bytes]:
             frame = chunk + bytes(length % 2)
         elif kind == b"EXIF":
             exif = chunk + bytes(length % 2)
+    else:
+        raise PictureError(f"WebP with more than {MAX_PARTS} chunks: convert the picture")
     width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", frame, 14))
     _check_size(width, height, max_pixels)
     size = b"".join((side - 1).to_bytes(3, "little") for side in (width, height))
