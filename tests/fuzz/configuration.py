@@ -1,13 +1,22 @@
 """board.toml, server.toml, motion masks and link traces."""
 
 import json
+import ssl
 import tempfile
+from functools import cache
 from pathlib import Path
+
+import msgspec
 
 from edge_runtime.config import ConfigError, RuntimeConfig, load_toml
 from server.config import Config
 from testbed.shaping import LinkError, parse_trace
+from tests.fuzz.mutations import TOML
 from tests.fuzz.target import Target
+
+# Each takes about 5 ms, and always gives the same.
+msgspec.inspect.type_info = cache(msgspec.inspect.type_info)
+ssl.create_default_context = cache(ssl.create_default_context)
 
 GOOD_BOARD = """[board]
 id = "b1"
@@ -50,8 +59,8 @@ def trace(data: bytes) -> None:
 
 
 TARGETS = {
-    "board": Target(board, ConfigError, 4096),
-    "server": Target(server, ConfigError, 4096),
+    "board": Target(board, ConfigError, 4096, format=TOML),
+    "server": Target(server, ConfigError, 4096, format=TOML),
     "mask": Target(mask, ConfigError, 1024),
     "trace": Target(trace, LinkError, 4096),
 }

@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 from edge_runtime.inference.bundle import MANIFEST, BundleError, open_bundle
+from tests.fuzz.mutations import JSON
 from tests.fuzz.target import Target
 
 FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-manifest-")
@@ -17,4 +18,4 @@ def manifest(data: bytes) -> None:
         bundle.file(name)
 
 
-TARGETS = {"manifest": Target(manifest, BundleError, 8192, weight=2)}
+TARGETS = {"manifest": Target(manifest, BundleError, 8192, weight=2, format=JSON)}

@@ -11,7 +11,6 @@ so (<target>.fault). It also holds each target's slowest input and the inputs th
 import argparse
 import os
 import random
-import re
 import subprocess
 import sys
 import time
@@ -19,47 +18,18 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from tests.fuzz.mutations import words
 from tests.fuzz.target import CORPUS, Target, seeds
 
 MAX_SECONDS = 10  # of CPU time
 MAX_MEBIBYTES = 1024
 SUBJECTS = ("wire", "manifest", "pictures", "configuration")
-WORD = re.compile(rb"[A-Za-z_]{3,24}")
-INTERESTING = (b"\0", b"\xff", b"\x7f", b"\x80", b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"-1", b"1e999")
 
 
 def targets(subject: str) -> dict[str, Target]:
     """The targets of a subject, by name."""
     found: dict[str, Target] = import_module(f"tests.fuzz.{subject}").TARGETS
     return found
-
-
-def words(corpus: list[bytes]) -> list[bytes]:
-    """Keys and names in the corpus. The fuzzer is told them: it cannot learn what C code compares."""
-    return sorted({word for data in corpus for word in WORD.findall(data)})
-
-
-def mutated(corpus: list[bytes], inserts: list[bytes], rng: random.Random) -> bytes:
-    """An input of the corpus with one to four random changes."""
-    data = bytearray(rng.choice(corpus))
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randint(0, len(data))
-        end = min(len(data), at + rng.choice((1, 2, 4, 8, 64)))
-        match rng.randrange(6):
-            case 0:
-                data[at:end] = rng.randbytes(end - at)
-            case 1:
-                del data[at:end]
-            case 2:
-                data[at:at] = data[at:end] * rng.randint(1, 16)
-            case 3:
-                data[at:end] = rng.choice(INTERESTING)
-            case 4:
-                data[at:at] = rng.choice(inserts)
-            case 5:
-                other = rng.choice(corpus)
-                data[at:] = other[rng.randint(0, len(other)) :]
-    return bytes(data)
 
 
 class Watch:
@@ -88,23 +58,26 @@ class Watch:
 def fuzz(subject: str, name: str, inputs: int, seed: int, output: Path) -> None:
     """One target, in this process. Raises the first fault."""
     corpus = seeds(name)
-    inserts = words(corpus) or list(INTERESTING)
+    inserts = words(corpus)
     if not find_spec("atheris"):
         target, rng = targets(subject)[name], random.Random(seed)
         watch = Watch(target, output / name)
         for data in corpus:
             watch(data)
         for _ in range(inputs):
-            watch(mutated(corpus, inserts, rng)[: target.max_bytes])
+            watch(target.mutate(corpus, inserts, rng))
         return
     import atheris
 
     with atheris.instrument_imports(include=["edge_runtime", "server", "testbed"]):
         target = targets(subject)[name]
+
+    def mutate(data: bytes, max_bytes: int, seed: int) -> bytes:
+        return target.change_values(data, random.Random(seed)) or bytes(atheris.Mutate(data, max_bytes))
+
     (output / name).mkdir(exist_ok=True)
-    (output / f"{name}.words").write_text(
-        "".join(f'"{re.escape(word.decode())}"\n' for word in words(corpus) or [b"0"])
-    )
+    dictionary = "".join(f'"{word.decode()}"\n' for word in (*inserts, b"1e999"))
+    (output / f"{name}.words").write_text(dictionary)
     options = {
         "runs": inputs,
         "seed": seed,
@@ -113,11 +86,12 @@ def fuzz(subject: str, name: str, inputs: int, seed: int, output: Path) -> None:
         "rss_limit_mb": MAX_MEBIBYTES,
         "dict": output / f"{name}.words",
         "artifact_prefix": f"{output / name}-",
-        "verbosity": 0,
+        "reduce_inputs": 0,  # a shorter input that reaches the same lines holds fewer values to change
+        "print_final_stats": 1,
     }
-    arguments = [f"-{key}={value}" for key, value in options.items()]
+    arguments = [sys.argv[0], *(f"-{key}={value}" for key, value in options.items())]
     watch = Watch(target, output / name)
-    atheris.Setup([sys.argv[0], *arguments, str(output / name), str(CORPUS / name)], watch)
+    atheris.Setup([*arguments, str(output / name), str(CORPUS / name)], watch, custom_mutator=mutate)
     atheris.Fuzz()  # ends the process
 
 

@@ -19,6 +19,7 @@ from edge_runtime.wire import (
     encode_request,
     topics,
 )
+from tests.fuzz.mutations import JSON, MSGPACK
 from tests.fuzz.target import Target
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "bitstream.json").read_text())
@@ -67,9 +68,9 @@ def topic(data: bytes) -> None:
 
 
 TARGETS = {
-    "request": Target(request, EnvelopeError, 4096, weight=3),
-    "reply": Target(reply, EnvelopeError, 4096, weight=3),
-    "event": Target(event, EnvelopeError, 4096, weight=3),
+    "request": Target(request, EnvelopeError, 4096, weight=3, format=MSGPACK),
+    "reply": Target(reply, EnvelopeError, 4096, weight=3, format=MSGPACK),
+    "event": Target(event, EnvelopeError, 4096, weight=3, format=JSON),
     "bitstream": Target(bitstream, WireError, 512, weight=2),
     "tables": Target(tables, WireError, 4096, weight=2),
     "topic": Target(topic, TopicError, 256, weight=3),
