@@ -9,6 +9,7 @@ import math
 import random
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,7 @@ def change_values(data: bytes, format: Format, max_bytes: int, rng: random.Rando
             (inside, key), (other, other_key) = rng.choice(places), rng.choice(places)
             match rng.randrange(5):
                 case 0 | 1:
-                    inside[key] = rng.choice(VALUES)
+                    inside[key] = deepcopy(rng.choice(VALUES))
                 case 2:
                     del inside[key]
                 case 3:

@@ -4,13 +4,17 @@
 
 atheris (libFuzzer for Python) chooses the inputs by the code that they reach. If it is not installed, the inputs are
 random changes of the corpus. The exit status is 1 if any target raised another exception than its named error, took
-more than MAX_SECONDS for an input or more than MAX_MEBIBYTES of memory. The output folder then holds the input that did
-so (<target>.fault). It also holds each target's slowest input and the inputs that reached new code (<target>/).
+more than MAX_SECONDS for an input or more than MAX_MEBIBYTES of memory. In the output folder are, for each target:
+
+- <target>.fault, the input that raised another exception, and <target>.log, its traceback
+- <target>.slowest, the slowest input, and <target>.large, one that took more than LARGE_MEBIBYTES
+- <target>/, the inputs that reached new code
 """
 
 import argparse
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -23,6 +27,7 @@ from tests.fuzz.target import CORPUS, Target, seeds
 
 MAX_SECONDS = 10  # of CPU time
 MAX_MEBIBYTES = 1024
+LARGE_MEBIBYTES = 32  # for one input
 SUBJECTS = ("wire", "manifest", "pictures", "configuration")
 
 
@@ -33,7 +38,7 @@ def targets(subject: str) -> dict[str, Target]:
 
 
 class Watch:
-    """Calls a target. Writes its slowest input, and one that is a fault, beside the path `output`."""
+    """Calls a target. Writes its slowest input, one that took much memory and one that is a fault beside `output`."""
 
     def __init__(self, target: Target, output: Path) -> None:
         self._target, self._output, self._slowest = target, output, 0.0
@@ -46,13 +51,21 @@ class Watch:
             self._output.with_suffix(".milliseconds").write_text(f"{1e3 * self._slowest:.2f}")
 
     def _seconds(self, data: bytes) -> float:
-        start = time.thread_time()
+        before, start = peak_mebibytes(), time.thread_time()
         try:
             self._target.call(data)
         except BaseException:
             self._output.with_suffix(".fault").write_bytes(data)
             raise
-        return time.thread_time() - start
+        seconds = time.thread_time() - start
+        if peak_mebibytes() > before + LARGE_MEBIBYTES:
+            self._output.with_suffix(".large").write_bytes(data)
+        return seconds
+
+
+def peak_mebibytes() -> float:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def fuzz(subject: str, name: str, inputs: int, seed: int, output: Path) -> None:
