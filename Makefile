@@ -39,7 +39,7 @@ test-all:  ## every test with each Python from 3.10 to 3.13 that is found, in en
 
 test-lowest:  ## every test with the lowest versions that setup.cfg allows, in an environment of its own
 	$(PYTHON) -m venv --clear .venv-lowest
-	grep -oE '^ +[a-z0-9-]+>=[0-9.]+' setup.cfg | sed 's/ *//; s/>=/==/' >.venv-lowest/lowest.txt
+	grep -oE '^ +[a-z0-9-]+>=[0-9.]+' setup.cfg | sed 's/ *//; s/>=/==/; s/$$/.*/' >.venv-lowest/lowest.txt
 	.venv-lowest/bin/pip install --quiet '$(TORCH)'
 	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[test]'
 	.venv-lowest/bin/python -m pytest -q

@@ -127,8 +127,8 @@ def _check_jpeg(data: bytes, max_pixels: int) -> tuple[int, int, bytes]:
                     f"JPEG with over {max_scans} scans per component costs too much: save it as baseline"
                 )
             end = end_of_scan.search(data, at)
-            if end is None:  # no end marker: the decoder knows whether all pixels are there
-                return width, height, data
+            if end is None:  # OpenCV 4.10 would fill the missing rows with grey
+                raise PictureError("JPEG without an end marker: was it cut?")
             at = end.start()
     raise PictureError(f"JPEG with more than {MAX_PARTS} segments: convert the picture")
 
