@@ -4,17 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 # For the CPU build, several gigabytes smaller than the one with CUDA, point pip at PyTorch's CPU index before `make`.
 TORCH ?= torch==2.13.0
+INPUTS ?= 100000
 
-.PHONY: help venv demo test lint bench faults soak clean
+.PHONY: help venv demo test test-all test-lowest lint fuzz bench faults soak constraints release clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
 
 venv: $(VENV)/.ready  ## the virtual environment with everything in it
 
-# torch first and pinned, so that nothing else pulls another build in.
-$(VENV)/.ready: setup.cfg pyproject.toml
+# With Python 3.11 the versions and hashes of constraints.txt, with another one the newest that setup.cfg allows.
+# torch's builds differ by machine, so it is pinned by version only.
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; \
+	then $(BIN)/pip install --quiet --no-deps --require-hashes --requirement constraints.txt; \
+	else echo 'constraints.txt is for Python 3.11: installing the newest versions'; fi
 	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
@@ -25,11 +30,28 @@ demo: venv  ## broker, server and board on this machine, on real photos; writes 
 test: venv  ## every test; those that need a broker are skipped where mosquitto is not installed
 	$(BIN)/python -m pytest -q
 
+test-all:  ## every test with each Python from 3.10 to 3.13 that is found, in environments of their own
+	for v in 3.10 3.11 3.12 3.13; do \
+	  python=$$(ls -d $$HOME/.pyenv/versions/$$v.*/bin/python /usr/bin/python$$v 2>/dev/null | tail -1); \
+	  if [ -z "$$python" ]; then echo "Python $$v is not found: skipped"; continue; fi; \
+	  $(MAKE) test PYTHON=$$python VENV=.venv-$$v || exit 1; \
+	done
+
+test-lowest:  ## every test with the lowest versions that setup.cfg allows, in an environment of its own
+	$(PYTHON) -m venv --clear .venv-lowest
+	grep -oE '^ +[a-z0-9-]+>=[0-9.]+' setup.cfg | sed 's/ *//; s/>=/==/; s/$$/.*/' >.venv-lowest/lowest.txt
+	.venv-lowest/bin/pip install --quiet '$(TORCH)'
+	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[test]'
+	.venv-lowest/bin/python -m pytest -q
+
 lint: venv  ## ruff, mypy strict, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+fuzz: venv  ## everything that reads foreign bytes; INPUTS=10000000 for a long run
+	$(BIN)/python -m tests.fuzz.run --inputs $(INPUTS)
 
 bench: venv  ## codec, device, server and gateway, as ratios
 	for what in codec device server gateway; do $(BIN)/aiflow bench $$what; done
@@ -40,5 +62,22 @@ faults: venv  ## the fault matrix: what becomes of every request (docs/RELIABILI
 soak: venv  ## ten minutes at three times the load a server can take: queues and memory
 	$(BIN)/aiflow bench faults --row soak --seconds 600
 
-clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+constraints:  ## constraints.txt with the newest versions; needs Python 3.11
+	$(PYTHON) -m venv --clear build/pip-tools
+	build/pip-tools/bin/pip install --quiet pip-tools
+	echo '$(TORCH)' >build/torch.txt
+	build/pip-tools/bin/pip-compile --quiet --upgrade --extra test --generate-hashes --strip-extras --no-annotate \
+	  --no-header --no-emit-options --unsafe-package torch --unsafe-package aiflow-edge \
+	  --constraint build/torch.txt --output-file build/constraints.txt setup.cfg
+	sed -e '/^#/d; /^$$/d; s/^atheris==[0-9.]*/& ; platform_machine == "x86_64"/' build/constraints.txt >constraints.txt
+
+release: lint test  ## dist/ with sdist and wheel, tried in a fresh environment; then the tag of the version
+	test -z "$$(git status --porcelain)" || { echo 'commit or remove what git status shows'; exit 1; }
+	rm -rf dist build && $(BIN)/pip install --quiet build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv build/fresh && build/fresh/bin/pip install --quiet dist/*.whl && build/fresh/bin/aiflow --help
+	git tag "v$$($(BIN)/python -c 'import edge_runtime; print(edge_runtime.__version__)')"
+
+clean:  ## remove the virtual environments and caches
+	rm -rf .venv* .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist fuzz-out *.egg-info

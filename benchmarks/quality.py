@@ -12,12 +12,13 @@ import numpy as np
 
 from edge_runtime import wire
 from edge_runtime.app import load_draft, load_head
+from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.config import PolicyConfig
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft_calibration import Calibration
-from edge_runtime.inference.preprocess import decode_picture, to_input
+from edge_runtime.inference.preprocess import to_input
 from edge_runtime.pipeline import build_request
 from edge_runtime.planning import Plan
 from models.captions import captioned_as, words_of

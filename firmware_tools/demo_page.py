@@ -15,7 +15,7 @@ from typing import Any
 
 import cv2
 
-from edge_runtime.inference.preprocess import decode_picture
+from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.wire import Event
 from testbed.processes import read_event
 from testbed.sample_photos import Photo

@@ -68,8 +68,8 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
 def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     """Returns the checks that need a connection."""
     from edge_runtime.capture import Cameras
+    from edge_runtime.capture.picture_checks import PictureError
     from edge_runtime.inference.backends import installed
-    from edge_runtime.inference.preprocess import PictureError
     from edge_runtime.wire import topics
 
     board = config.board

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime import __version__
+from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.inference.preprocess import PictureError
 from edge_runtime.wire import (
     BitstreamError,
     ContentKind,

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 from edge_runtime.capture.camera import Camera, CameraState
+from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.capture.readers import POLL_S, Counters, Frame, check_source
 from edge_runtime.config import CameraConfig
-from edge_runtime.inference.preprocess import PictureError
 from edge_runtime.logs import printable
 from edge_runtime.shutdown import DriverThread, threads_in_driver
 

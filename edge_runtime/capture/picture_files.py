@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from edge_runtime.inference.preprocess import MAX_PICTURE_BYTES, PictureError
+from edge_runtime.capture.picture_checks import MAX_PICTURE_BYTES, PictureError
 from edge_runtime.logs import printable
 
 logger = logging.getLogger(__name__)

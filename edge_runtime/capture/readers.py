@@ -18,10 +18,10 @@ import cv2
 import numpy as np
 
 from edge_runtime.capture.diagnosis import DIAGNOSIS_S, why_not_opened
+from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.capture.picture_files import SUFFIXES, read_pictures
 from edge_runtime.config import CameraConfig
 from edge_runtime.errors import AiflowError
-from edge_runtime.inference.preprocess import PictureError, decode_picture
 from edge_runtime.logs import is_told, printable
 from edge_runtime.shutdown import DriverThread, threads_in_driver
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import read_pictures
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import BOS, EOS, PAD, UNKNOWN
-from edge_runtime.inference.preprocess import PIXELS, decode_picture, to_input
+from edge_runtime.inference.preprocess import PIXELS, to_input
 from models.captions import read_captions, words_of
 from models.recipe.workspace import Workspace
 

@@ -11,11 +11,12 @@ import pytest
 
 from edge_runtime.app import load_draft, load_head
 from edge_runtime.capture.cameras import Cameras, Frame
+from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, RuntimeConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted
 from edge_runtime.inference.draft_calibration import Calibration
-from edge_runtime.inference.preprocess import decode_picture, to_input
+from edge_runtime.inference.preprocess import to_input
 from edge_runtime.mqtt.client import MqttClient, MqttSettings
 from edge_runtime.pipeline import Pipeline, build_request, encode_finest, to_jpeg
 from edge_runtime.planning import BoardPlanner, FixedPlanner, Measurements, Plan

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from edge_runtime.inference.preprocess import PictureError
+from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.mqtt.client import MqttClient, MqttSettings
 from edge_runtime.wire import AnsweredBy, Event, EventHop, encode_event, topics
 from firmware_tools.demo_page import PhotoResult, Results, marked, page, stages, summary

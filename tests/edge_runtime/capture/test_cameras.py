@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from edge_runtime.capture import Cameras, Frame, camera
+from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.capture.readers import MqttPictures
 from edge_runtime.config import CameraConfig
-from edge_runtime.inference.preprocess import PictureError
 from tests.edge_runtime.capture.helpers import in_background, jpeg, shade_of, write_photos
 from tests.listener import PATIENCE_S, until
 from tests.rtsp_camera import RtspCamera

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from edge_runtime.capture.motion_gate import MAX_WIDTH, WARM_UP_FRAMES, Inspection, MotionGate, shrink
+from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.config import ConfigError, MotionConfig
-from edge_runtime.inference.preprocess import decode_picture
 from testbed.sample_photos import SHIPPED, shipped
 
 ON = MotionConfig(enabled=True)

@@ -8,6 +8,7 @@ import cv2
 import pytest
 
 from edge_runtime.capture import Counters, Frame, readers
+from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.capture.readers import (
     ArrivalTimes,
     CameraError,
@@ -19,7 +20,6 @@ from edge_runtime.capture.readers import (
     video_frames,
 )
 from edge_runtime.config import CameraConfig
-from edge_runtime.inference.preprocess import PictureError
 from edge_runtime.shutdown import DriverThread
 from tests.edge_runtime.capture.helpers import (
     MjpegCamera,

@@ -1,0 +1,77 @@
+"""Requests, replies, events, bitstreams, tables and topics."""
+
+import json
+from pathlib import Path
+from zlib import crc32
+
+from edge_runtime.wire import (
+    EnvelopeError,
+    Tables,
+    TopicError,
+    WireError,
+    decode,
+    decode_event,
+    decode_reply,
+    decode_request,
+    encode,
+    encode_event,
+    encode_reply,
+    encode_request,
+    topics,
+)
+from tests.fuzz.mutations import JSON, MSGPACK
+from tests.fuzz.target import Target
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "bitstream.json").read_text())
+TABLES = [Tables.from_bytes(bytes.fromhex(text)) for text in GOLDEN["tables"].values()]
+
+
+def request(data: bytes) -> None:
+    """What was read can be sent again, and is the same then."""
+    read = decode_request(data)
+    assert len(read.draft_ids) <= len(read.draft)
+    assert decode_request(encode_request(read)) == read
+
+
+def reply(data: bytes) -> None:
+    read = decode_reply(data)
+    assert len(read.token_ids) <= len(read.tokens)
+    assert decode_reply(encode_reply(read)) == read
+
+
+def event(data: bytes) -> None:
+    encode_event(decode_event(data))
+
+
+def bitstream(data: bytes) -> None:
+    """The first byte chooses the tables. Symbols that the check vouches for give the same bytes again."""
+    tables = TABLES[data[0] % len(TABLES)] if data else TABLES[0]
+    decoded = decode(data[1:], tables)
+    if decoded.checked:
+        again = encode(decoded.symbols, tables, decoded.header.level, decoded.header.groups)
+        assert (decode(again, tables).symbols == decoded.symbols).all()
+
+
+def tables(data: bytes) -> None:
+    """With a right checksum, which no fuzzer would find; then a bitstream of zeros is read with them."""
+    read = Tables.from_bytes(data + crc32(data).to_bytes(4, "little"))
+    decode(bytes(64), read)
+
+
+def topic(data: bytes) -> None:
+    """A topic that has a board has a reply's topic, and one only."""
+    text = data.decode("utf-8", "replace")
+    try:
+        topics.server_of(text)
+    except TopicError:
+        assert topics.reply_topic_for(text).endswith(f"/{topics.board_of(text)}/down/reply")
+
+
+TARGETS = {
+    "request": Target(request, EnvelopeError, 4096, weight=3, format=MSGPACK),
+    "reply": Target(reply, EnvelopeError, 4096, weight=3, format=MSGPACK),
+    "event": Target(event, EnvelopeError, 4096, weight=3, format=JSON),
+    "bitstream": Target(bitstream, WireError, 512, weight=2),
+    "tables": Target(tables, WireError, 4096, weight=2),
+    "topic": Target(topic, TopicError, 256, weight=3),
+}
