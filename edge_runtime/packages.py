@@ -12,6 +12,7 @@ OPTIONAL = {
     "torch": ("torch", "server"),
     "safetensors": ("safetensors", "server"),
     "iotcore": ("iotcore", "demo"),
+    "tomli_w": ("tomli-w", "demo"),
     "skimage": ("scikit-image", "demo"),
     "sklearn": ("scikit-learn", "demo"),
     "matplotlib": ("matplotlib", "demo"),

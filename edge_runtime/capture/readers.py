@@ -27,6 +27,7 @@ from edge_runtime.shutdown import DriverThread, threads_in_driver
 
 logger = logging.getLogger(__name__)
 
+MAX_MQTT_PIXELS = 16_000_000  # of a picture over MQTT: anybody who may publish there sends it
 # OpenCV reads these when it opens its first stream; what the user has set stays. FFmpeg is silent, since why_not_opened
 # finds the reason. Without IS_THREAD_SAFE, a camera that hangs while it is opened blocks the opening of all others.
 # The options are OpenCV's default, and that packets carry the time of their arrival, which `_age_s` reads.
@@ -303,7 +304,7 @@ class MqttPictures:
                 self._counters.skipped += 1
                 continue
             try:
-                pixels = decode_picture(frame.encoded)
+                pixels = decode_picture(frame.encoded, MAX_MQTT_PIXELS)
             except PictureError as error:
                 self._counters.unreadable += 1
                 if is_told(self._counters.unreadable):
