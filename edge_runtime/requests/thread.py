@@ -40,14 +40,20 @@ class LifecycleThread(Generic[T, M]):
         self._lifecycle, self._receive, self._perform, self._before_step = lifecycle, receive, perform, before_step
         self._inbox: queue.Queue[M | None] = queue.Queue(2 * QUEUE)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._is_closed = False
 
     def start(self) -> None:
         """Once."""
         self._thread.start()
 
     def put(self, message: M) -> None:
-        """Hand over a message; waits while the queue is full."""
-        self._inbox.put(message)
+        """Hand over a message; waits while the queue is full. After `close` it is dropped: nobody would take it."""
+        while not self._is_closed:
+            try:
+                self._inbox.put(message, timeout=IDLE_S)
+                return
+            except queue.Full:
+                continue
 
     def offer(self, message: M) -> bool:
         """Hand over a message without waiting; False: there is no room."""
@@ -64,6 +70,7 @@ class LifecycleThread(Generic[T, M]):
         if self._thread.is_alive():
             self._inbox.put(None)
             self._thread.join()
+        self._is_closed = True
         self._before_step(time.monotonic())
         self.follow(self._lifecycle.close(why, time.monotonic()))
 

@@ -626,6 +626,15 @@ def test_a_draft_that_follows_while_its_request_is_written_is_announced_once(
     assert news == [draft]
 
 
+def test_a_board_whose_outbox_reads_more_than_its_queue_holds_stops_in_order(broker, board_bundle, tmp_path):
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path)) as board:
+        board.ask()
+        board.stop()
+        assert board.next_event().why == "the board stops: kept, asked again later"
+        for _ in range(3 * QUEUE):  # as if the disk had been slow with what was asked for
+            board.tracker._outbox._on_read(bytes(8), None)
+
+
 def test_what_neither_outbox_nor_budget_take_is_lost_and_says_so(broker, board_bundle, tmp_path, monkeypatch):
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path), bytes_per_minute=1) as board:
         monkeypatch.setattr(Outbox, "has_room", lambda _: False)
