@@ -48,12 +48,8 @@ class LifecycleThread(Generic[T, M]):
 
     def put(self, message: M) -> None:
         """Hand over a message; waits while the queue is full. After `close` it is dropped: nobody would take it."""
-        while not self._is_closed:
-            try:
-                self._inbox.put(message, timeout=IDLE_S)
-                return
-            except queue.Full:
-                continue
+        while not (self._is_closed or self._put(message)):
+            pass
 
     def offer(self, message: M) -> bool:
         """Hand over a message without waiting; False: there is no room."""
@@ -61,6 +57,13 @@ class LifecycleThread(Generic[T, M]):
             return False
         try:
             self._inbox.put_nowait(message)
+        except queue.Full:
+            return False
+        return True
+
+    def _put(self, message: M) -> bool:
+        try:
+            self._inbox.put(message, timeout=IDLE_S)
         except queue.Full:
             return False
         return True
