@@ -2,8 +2,8 @@
 
 Photos go to the board one at a time over its local broker, as camera software sends them. The next photo follows the
 final event of the last one. The link simulator is between the board and the servers' broker. The figures come from the
-board's events, as its users see them. Each paradigm has its own board. The boards take turns photo by photo; a trace is played to
-one board after the other.
+board's events, as its users see them. Each paradigm has its own board. The boards take turns photo by photo; a trace is
+played to one board after the other.
 
 All processes share this machine's cores, so the times are this machine's. What counts is their ratio to `offload`,
 which every run includes: a JPEG of quality 75 at the model's input size, and a text from the server alone.
