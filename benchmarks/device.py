@@ -2,7 +2,7 @@
 
 Stages are timed in this process, through the real pipeline and MQTT client; start and memory in separate `aiflow run`
 processes. The broker is real, and there is no server: benchmarks/gateway.py measures servers. Other work on the
-machine affects all figures, so compare shares, and runs side by side.
+machine affects all figures, so compare shares of the time, and runs made at the same time.
 """
 
 import queue

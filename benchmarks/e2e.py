@@ -1,9 +1,9 @@
 """The case study: a board, brokers, an edge and a cloud server as processes, over thin links, on photos with captions.
 
-Photos go to the board one at a time over its local broker, as camera software sends them: the next photo follows the
-final event of the last one. The link simulator is between the board and the servers' broker. Measured is what a user
-of the board sees: its events. Each paradigm has its own board. The boards take turns photo by photo; a trace is played
-to one board after the other.
+Photos go to the board one at a time over its local broker, as camera software sends them. The next photo follows the
+final event of the last one. The link simulator is between the board and the servers' broker. The figures come from the
+board's events, as its users see them. Each paradigm has its own board. The boards take turns photo by photo; a trace is
+played to one board after the other.
 
 All processes share this machine's cores, so the times are this machine's. What counts is their ratio to `offload`,
 which every run includes: a JPEG of quality 75 at the model's input size, and a text from the server alone.

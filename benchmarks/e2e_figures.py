@@ -1,4 +1,4 @@
-"""What a board's events say about each photo, and the figures computed from that. No process, clock or file."""
+"""Computes the figures of the case study from a board's events. No process, clock or file."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

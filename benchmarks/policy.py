@@ -1,4 +1,4 @@
-"""How much time the policy's choices cost: the real policy in closed loop with a simulated board, link and server.
+"""Measures the time that the policy's choices cost: the real policy with a simulated board, link and server.
 
 For every link profile, speed of the board and speed of the server, it compares the policy with each fixed paradigm. On
 traces whose link changes every 20 s it compares the policy with an oracle that knows the link and all prices. All see

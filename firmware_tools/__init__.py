@@ -1,1 +1,1 @@
-"""What an operator holds in the hand: one module per subcommand of `aiflow`."""
+"""The command line: one module per subcommand of `aiflow`."""

@@ -1,4 +1,4 @@
-"""`python -m firmware_tools`: the command `aiflow`, where its script is not on the path."""
+"""`python -m firmware_tools`: the command `aiflow`, for when its script is not on the path."""
 
 import sys
 

@@ -124,7 +124,7 @@ def faults(args: argparse.Namespace) -> int:
 
 
 def end_to_end(args: argparse.Namespace) -> int:
-    """Runs the paradigms over the links, shows tables and writes what is asked for."""
+    """Runs the paradigms over the links, shows tables and writes the files that the arguments name."""
     from benchmarks import e2e, e2e_report
     from benchmarks.quality import Photos
     from models.captions import captions_of

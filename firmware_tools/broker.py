@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is to be done for a broker."""
+    """The action `config` and its options."""
     config = parser.add_subparsers(dest="action", metavar="ACTION", required=True).add_parser(
         "config",
         help="write the files that a site's Mosquitto and its clients need",
@@ -46,7 +46,7 @@ def _names(text: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the files, and says what goes where."""
+    """Writes the files and prints where each of them goes."""
     from firmware_tools import site_broker
 
     site = site_broker.Site(

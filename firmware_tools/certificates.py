@@ -1,6 +1,6 @@
-"""The broker's certificate: checked when it comes from files, or made by an authority of the site's own.
+"""The broker's certificate: checks one from files, or makes one, signed by an authority for this site.
 
-The openssl command does the work. Clients trust `ca.pem`; whoever has `ca.key` can pose as the broker.
+The openssl command does the work. Clients trust `ca.pem`. Anybody who has `ca.key` can pose as the broker.
 """
 
 import ipaddress

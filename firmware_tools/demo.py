@@ -1,4 +1,4 @@
-"""`aiflow demo`: broker, server and board as processes of their own on this machine, on real photos.
+"""`aiflow demo`: broker, server and board as separate processes on this machine, on real photos.
 
 The demo is a user of the board: it shows the events that the board publishes over MQTT, as any subscriber could.
 """
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def play(args: argparse.Namespace, photos: Sequence[Photo], show: Callable[[Results, PhotoResult], None]) -> Results:
-    """Runs everything until each photo has its final event. `show` is told all results and the one that changed.
+    """Runs everything until each photo has its final event. `show` gets all results and the one that changed.
 
     Raises ProcessError, BrokerError, DemoError.
     """

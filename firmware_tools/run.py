@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     def show(event: "Event") -> None:
         lines.put(line(config.board.id, event))
 
-    with Lines() as lines:  # prints on a thread of its own: a terminal that stops must not stop the board
+    with Lines() as lines:  # prints on a separate thread: a terminal that stops must not stop the board
         summary = run_board(config, stop, show)
         lines.put(closing_line(summary))
     return stop.exit_code

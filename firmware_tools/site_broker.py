@@ -1,17 +1,17 @@
-"""The configuration of a site's Mosquitto: accounts, rights, bounds and certificates, as files.
+"""Writes the configuration of a site's Mosquitto: accounts, rights, limits and certificates.
 
-Who may do what comes from docs/protocol.md, section 2, with this site's names in it. Three rules keep one bad client
-from harming the others, on Mosquitto 2.0.11 and newer:
+The rights are those of docs/protocol.md, section 2, with this site's names. Three rules keep one bad client from
+harming the others, on Mosquitto 2.0.11 and newer (docs/adr/0016-dynamic-security.md):
 
 - The dynamic security plugin checks subscriptions too. An acl_file grants every subscription and drops messages only
   at delivery, so that any board could join the servers' `$share` and swallow their requests.
-- `use_username_as_clientid`: a client cannot evict another one by connecting with its client id. So each account is for
-  one connection.
-- Nobody may write to a topic filter with a wildcard. The number of retained messages is therefore bounded, and all
-  memory with it: `memory_limit` is only the last barrier.
+- `use_username_as_clientid`: a client cannot disconnect another one by using its client id. So each account is for one
+  connection.
+- No right to write has a wildcard. So the number of retained messages is bounded, and all memory with it:
+  `memory_limit` is only the last barrier.
 
-Everything is a function of the site's names, of random passwords, and of what an earlier run has written: passwords and
-certificates that are there are kept.
+The result depends on the site's names, on random passwords, and on the files of an earlier run: existing passwords and
+certificates are kept.
 """
 
 import base64
@@ -37,7 +37,7 @@ CAMERA_SWITCHES = ("{}_enabled", "{}_motion")
 BROKER_FOLDER = "/etc/mosquitto/aiflow"  # on the broker's machine
 PLUGIN = "mosquitto_dynamic_security.so"  # the loader finds it in the system's library folders
 MAX_ACCOUNTS = 1000
-MAX_RIGHTS_BYTES = 32 << 20  # of a file that an earlier run has written
+MAX_RIGHTS_BYTES = 32 << 20  # of an earlier run's rights file
 MAX_PICTURE = 8 << 20  # bytes on down/frame
 PACKET_OVERHEAD = 1024  # bytes: topic and properties
 QUEUE_BYTES = 4 << 20  # waiting for one client; the broker drops what comes later
@@ -60,12 +60,12 @@ class Board(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Who is at a site. Each name is an account, and an account is for one connection."""
+    """The accounts of a site. Each name is an account, and an account is for one connection."""
 
     name: str
     boards: Sequence[Board]
     servers: Sequence[str]
-    people: Sequence[str] = ()  # people and programs that watch events and use the boards' switches
+    people: Sequence[str] = ()  # people and programs that watch events and change boards' settings
     pool: str = "servers"
     takes_pictures: bool = False  # people may publish pictures for boards to answer, of up to 8 MB
 
@@ -139,14 +139,14 @@ def _switches(board: Board) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Rights:
-    """What one account may do; everything else is refused."""
+    """The rights of one account. Everything else is refused."""
 
-    writes: tuple[str, ...]  # topics, never with a wildcard: so the number of retained messages is bounded
+    writes: tuple[str, ...]  # topics, never with a wildcard, so that the number of retained messages is bounded
     subscribes: tuple[str, ...]  # filters; the account gets what they match
-    may_narrow: bool = False  # it may subscribe to a part of a filter too, such as one board instead of +
+    may_narrow: bool = False  # may also subscribe to a part of a filter, such as one board instead of +
 
     def acls(self) -> list[dict[str, Any]]:
-        """As the dynamic security plugin reads them."""
+        """In the format of the dynamic security plugin."""
         subscribe = "subscribePattern" if self.may_narrow else "subscribeLiteral"
         received = [re.sub(r"^\$share/[^/]+/", "", name) for name in self.subscribes]
         kinds = {"publishClientSend": self.writes, "publishClientReceive": received, subscribe: self.subscribes}
@@ -158,7 +158,7 @@ class Rights:
 
 
 class Login(msgspec.Struct, frozen=True):
-    """A hashed password as the plugin keeps it."""
+    """A hashed password, in the format of the plugin."""
 
     username: str
     password: str  # base64 of 64 bytes, PBKDF2 with SHA-512
@@ -177,14 +177,14 @@ class Login(msgspec.Struct, frozen=True):
 
 
 class _Written(msgspec.Struct, frozen=True):
-    """What is read again of the rights file of an earlier run."""
+    """The part of an earlier run's rights file that is read again."""
 
     clients: tuple[Login, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run has done."""
+    """The accounts that a run has written or removed."""
 
     new: tuple[str, ...]  # accounts with a new password
     kept: tuple[str, ...]
@@ -202,11 +202,11 @@ def write_site(
     broker_folder: str = BROKER_FOLDER,
     plugin: str = PLUGIN,
 ) -> Result:
-    """Write everything into `out`; what an earlier run has written there is kept where it still fits.
+    """Write everything into `out`. Passwords and certificates of an earlier run are kept if they still fit.
 
-    make_tls: the broker's names and addresses, for a certificate by an authority that is made here. tls_files: or its
-    certificate and key. Neither: plain text, on loopback alone. remove: accounts that lose their access.
-    Raises BrokerConfigError, and OSError where the folder cannot be written.
+    make_tls: the broker's names and addresses, to make an authority and a certificate for them. tls_files: instead, an
+    existing certificate and its key. Neither: plain text, on loopback only. remove: accounts that lose their access.
+    Raises BrokerConfigError, and OSError if the folder cannot be written.
     """
     broker, passwords = out / "broker", out / "passwords"
     known = _known_logins(broker / "rights.json")
@@ -240,13 +240,13 @@ def write_site(
 
 
 def mosquitto_conf(site: Site, has_tls: bool, port: int | None, folder: str, plugin: str) -> str:
-    """The text of aiflow.conf: one listener, and a bound for everything that a client can make the broker keep."""
+    """The text of aiflow.conf: one listener, and a bound for everything that the broker stores for a client."""
     rights = site.rights()
     max_packet = (MAX_PICTURE if site.takes_pictures else MAX_ENVELOPE) + PACKET_OVERHEAD
     topic_count = len({topic for right in rights.values() for topic in right.writes})  # each may be retained
-    queue = max(MIN_QUEUE, topic_count)  # so that a new subscription gets all that is retained
-    # All that may be retained fits. A flood of large packets to a client that does not read can still reach the limit:
-    # then large packets fail first, and that ends the connection that sends them.
+    queue = max(MIN_QUEUE, topic_count)  # so that a new subscription gets all retained messages
+    # All retained messages fit. Many large packets to a client that does not read can still reach the limit. Then large
+    # packets fail first, and the broker closes the connection that sends them.
     memory = BASE_MEMORY + topic_count * max_packet + len(rights) * 2 * QUEUE_BYTES
     listener = f"listener {port or 8883}" if has_tls else f"listener {port or 1883} 127.0.0.1"
     certificate = [f"certfile {folder}/broker.pem", f"keyfile {folder}/broker.key"]
@@ -274,7 +274,7 @@ def mosquitto_conf(site: Site, has_tls: bool, port: int | None, folder: str, plu
 
 
 def instructions(out: Path, site: Site, result: Result, folder: str, *, has_authority: bool) -> str:
-    """What to copy where, for whoever has run the command."""
+    """Says which file to copy where, for the user of the command."""
     counts = [f"{len(result.new)} new passwords", f"{len(result.kept)} kept"]
     counts += [f"access taken from {', '.join(result.removed)}"] if result.removed else []
     lines = [
@@ -302,7 +302,7 @@ def instructions(out: Path, site: Site, result: Result, folder: str, *, has_auth
 
 
 def _rights_json(site: Site, logins: Sequence[Login]) -> dict[str, Any]:
-    """The plugin's own file format, which mosquitto_ctrl writes too."""
+    """In the file format of the plugin, which mosquitto_ctrl also writes."""
     closed = ("publishClientSend", "publishClientReceive", "subscribe")
     return {
         "defaultACLAccess": dict.fromkeys(closed, False) | {"unsubscribe": True},
@@ -314,7 +314,7 @@ def _rights_json(site: Site, logins: Sequence[Login]) -> dict[str, Any]:
 
 
 def _known_logins(path: Path) -> dict[str, Login]:
-    """The accounts that an earlier run has made."""
+    """The accounts of an earlier run."""
     if not path.exists():
         return {}
     try:
@@ -325,7 +325,7 @@ def _known_logins(path: Path) -> dict[str, Login]:
 
 
 def _login(name: str, secret_file: Path, known: Login | None) -> tuple[Login, bool]:
-    """The account's login, and whether its password is new. A password whose file was moved away stays valid."""
+    """The account's login, and whether its password is new. If the password's file was moved away, it stays valid."""
     if secret_file.exists():
         lines = _read(secret_file, MAX_PASSWORD_BYTES).splitlines()  # clients take the first line too
         try:
@@ -351,7 +351,7 @@ def _read(path: Path, max_bytes: int) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all, and readable by its owner alone from the first byte on."""
+    """Atomically, and from the first byte on readable by its owner only."""
     half = path.with_name(f".{path.name}.new")
     with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(data)

@@ -1,4 +1,4 @@
-"""`aiflow validate`: find a mistake before anything runs."""
+"""`aiflow validate`: finds mistakes before anything runs."""
 
 import argparse
 import queue
@@ -58,7 +58,7 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
     if server.tier not in targets:
         raise ConfigError(f'{path}: tier = "{server.tier}", but the bundle has {", ".join(targets)}')
     print(f"{path}: server {server.id} of site {server.site} is in order")
-    # Whoever joined the share of requests would take some away from the servers that run.
+    # Not the share of requests: a member that does not answer would take some of them from the running servers.
     checks = [_broker("mqtt", settings, [topics.server_statuses(server.site)])]
     if config.upstream and above:
         checks.append(_broker("upstream.mqtt", above, [topics.reply(config.upstream.site, server.id)]))
@@ -127,7 +127,10 @@ def _broker(table: str, settings: "MqttSettings", subscriptions: list[str]) -> C
 
 
 def _subscribed(settings: "MqttSettings", subscriptions: list[str]) -> str:
-    """Connects as the program does, but with a client id of its own, which does not disconnect one that runs."""
+    """Connects as the program does, but with another client id, so that a running program keeps its connection.
+
+    A broker that uses the account's name as the client id disconnects the running program all the same.
+    """
     from dataclasses import replace
 
     from edge_runtime.mqtt.client import MqttClient, State

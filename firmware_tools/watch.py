@@ -40,7 +40,7 @@ def _id(text: str) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints events until interrupted, until N were printed, or until nobody reads them any more."""
+    """Prints events until interrupted, until N were printed, or until the reader of the output has ended."""
     import secrets
 
     from edge_runtime.config import MqttConfig
@@ -83,10 +83,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 class Lines:
-    """Prints lines on a thread of its own, so that a reader that is slow or gone delays nobody."""
+    """Prints lines on a separate thread, so that a slow reader, or one that has ended, delays nothing else."""
 
     def __init__(self) -> None:
-        self.done = threading.Event()  # nobody reads the lines any more; others may set it for their own reasons
+        self.done = threading.Event()  # lines are no longer read; callers may set it for other reasons
         self._waiting: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
         self._missed = 0
         self._thread = threading.Thread(target=self._run, name="lines", daemon=True)
@@ -120,14 +120,14 @@ class Lines:
 
 
 def _write(text: str) -> None:
-    """Past Python's buffer: a thread that waits in it would abort the interpreter at its end."""
+    """Writes without Python's buffer: a thread that waits in it would abort the interpreter when that ends."""
     data = f"{text}\n".encode(sys.stdout.encoding, "replace")
     while data:
         data = data[os.write(sys.stdout.fileno(), data) :]
 
 
 def line(board: str, event: Event) -> str:
-    """An event for people: when, who, what, by whom, at which price."""
+    """An event as a line: time, board and camera, text, who answered, bytes and milliseconds."""
     by = event.answered_by.tier if event.answered_by else "nobody"
     price = f"{event.bytes_up} B" if event.bytes_up else "nothing sent"
     state = "" if event.final or event.type == "new" else "for now, "

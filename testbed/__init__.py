@@ -1,4 +1,4 @@
-"""What the tools, the benchmarks and the tests share to rehearse a site on one machine.
+"""Parts that tools, benchmarks and tests share to run a site on one machine.
 
 - `broker`: starts an MQTT broker, Mosquitto or the one in the `iotcore` wheel
 - `processes`: starts boards and servers as child processes with generated configurations

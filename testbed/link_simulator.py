@@ -1,8 +1,8 @@
-"""A TCP proxy that behaves like a thin link, to rehearse a site or to measure on one.
+"""A TCP proxy that behaves like a thin link, to try out a site or to measure on one.
 
 All connections share one link, as a board's connections do. The proxy reads from each end only as fast as the link
-accepts bytes, so that back-pressure is TCP's own. Connecting, closing and resetting cross the link like data. The rules
-are in `shaping.py`; this file has the sockets, on an event loop in its own thread.
+accepts bytes, so that TCP itself makes the sender wait. Connecting, closing and resetting cross the link like data. The
+rules are in `shaping.py`; this file has the sockets, on an event loop in its own thread.
 """
 
 import asyncio
@@ -296,7 +296,7 @@ class _Direction:
 
     def _deliver(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         if not writer.is_closing():
-            self.passed += len(data)  # before the write: whoever has received the bytes finds them counted
+            self.passed += len(data)  # before the write, so that received bytes are always counted
             writer.write(data)
 
     def _wake(self) -> None:

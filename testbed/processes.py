@@ -1,7 +1,7 @@
 """Boards and servers as child processes with generated configurations, for the demo, the benchmarks and the tests.
 
 A child process ends with its `with` block, or when the process that started it ends. Its output goes to a log file, so
-that an error can quote what it said last.
+that an error can quote its last lines.
 """
 
 import logging
@@ -64,7 +64,7 @@ class Process:
         if not shutil.which(self.command[0]):
             raise ProcessError(f"{self.command[0]} is not a program: use the Python that has aiflow-edge installed")
         with _postponed_interrupts(), self.log.open("ab") as output:
-            # In a session of its own, so that Ctrl-C in a terminal does not end all children at once.
+            # In a new session, so that Ctrl-C in a terminal does not end all children at once.
             # Python looks for modules in the working directory first; the log's directory contains none.
             self._process = subprocess.Popen(
                 _ending_with_parent(self.command),
@@ -157,7 +157,7 @@ def _ending_with_parent(command: list[str]) -> list[str]:
 
 @contextmanager
 def _postponed_interrupts() -> Iterator[None]:
-    """Delivers interrupting signals after the block. During Popen they would leave a process that nobody stops."""
+    """Delivers interrupting signals after the block. During Popen they would leave a process that is never stopped."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python runs signal handlers in the main thread only
         return

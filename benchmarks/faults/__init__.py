@@ -1,8 +1,9 @@
 """The fault matrix: real processes, one fault after the other, and the outcome of every request.
 
 A scenario waits for answers, causes its fault, ends it, and waits until every accepted request has ended. It holds if
-accepted = answered + lost, no frame has two ends, and the first answer comes within 60 s of the end of the fault. All
-of this is counted from the events that a user of the board receives; the board's own counters are only compared.
+accepted = answered + lost, no frame has two final events, and the first answer comes within 60 s of the end of the
+fault. All of this is counted from the events that a user of the board receives; the board's own counters are only
+compared.
 
 - `rows`: the table; `broker_faults`, `board_faults`, `load`: the faults
 - `scenario`: what all faults share; `site`: brokers and servers; `frame_records`: the counting
@@ -74,7 +75,7 @@ def _groups(faults: Sequence[Fault]) -> list[list[Fault]]:
 
 
 def result_of(scenario: Scenario) -> FaultResult:
-    """Runs one scenario. Whatever it raises is its own failure."""
+    """Runs one scenario. If it raises, only this scenario has failed."""
     try:
         return scenario.run()
     except Exception as error:  # the other scenarios still run

@@ -1,4 +1,4 @@
-"""What became of each frame, counted from events alone. The runtime's own counters are not trusted here.
+"""Counts the outcome of each frame, from events alone. The board's own counters are not trusted here.
 
 No clock and no I/O: an event goes in with the time of its arrival. A frame counts as accepted if any of its events says
 that there is, or was, a request for it. A `new` event that is final needed no request.

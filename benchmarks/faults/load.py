@@ -108,7 +108,7 @@ class LoadGenerator:
 
     def __init__(self, scenario: Scenario, count: int, capacity: int) -> None:
         self._scenario, self._photos = scenario, encoded_photos(scenario.site.bundle, scenario.site.photos)
-        # One connection for the events of all boards: it belongs to the benchmark, not to what is measured.
+        # One connection for the events of all boards: it belongs to the benchmark and is not measured.
         settings = MqttConfig(port=scenario.site.local.port).settings("load-events", queue_messages=8192)
         self._local = MqttClient(settings)
         names = [f"load-{number}" for number in range(count)]

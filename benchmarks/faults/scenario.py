@@ -46,7 +46,7 @@ class Fault:
 
 @dataclass
 class FaultResult:
-    """What a scenario showed. held: None if the fault could not be caused."""
+    """The result of a scenario. held: None if the fault could not be caused."""
 
     fault: str
     accepted: int = 0
@@ -267,7 +267,7 @@ class Scenario:
         return quiet and not self.wait(1.0, lambda: not self.site.messages.empty())
 
     def _gaps(self) -> int:
-        """Requests lost with a damaged outbox. The board reports their number; nobody knows which frames they were."""
+        """Requests lost with a damaged outbox. The board reports their number; which frames they were is not known."""
         return sum(map(int, re.findall(r"outbox rows lost count=(\d+)", self.board_log())))
 
     def _end_board(self) -> None:

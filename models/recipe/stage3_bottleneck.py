@@ -3,10 +3,11 @@
 Trains the bottleneck convolution, its density and the tail on cached maps at the cut. Several tasks share the bits: the
 backbone's last map (mean squared error), its ImageNet logits (distillation), the captions (cross-entropy through the
 cloud's decoder, which stage 6 trains further) and the labels. The rate in training is -log2 of the density on the
-rounded symbols, with straight-through gradients (Minnen & Singh, arXiv 2007.08739). The usual uniform noise would
-overprice the many symbols that are zero and make their channels useless. A slow controller sets the rate's weight, the
-price, so that the symbols of a photo take the wanted number of bytes under counted tables, with the averaged weights
-that ship. The price is bounded, since channels do not recover from a price that is too high.
+rounded symbols, with straight-through gradients (Minnen & Singh, arXiv 2007.08739). With the usual uniform noise, the
+many symbols that are zero would cost too much and their channels would become useless. A slow controller sets the
+price, which is the weight of the rate, so that the symbols of a photo take the wanted number of bytes under counted
+tables, with the averaged weights that ship. The price is bounded, since channels do not recover from a price that is
+too high.
 """
 
 import math
@@ -39,7 +40,7 @@ class Settings:
     """Length of training, target size and weights of the losses."""
 
     steps: int = 1700
-    bytes: float = 400.0  # per photo, under one table a channel
+    bytes: float = 400.0  # per photo, under one table per channel
     learning_rate: float = 1e-3
     known_rate: float = 3e-4  # learning rate of pretrained layers, and of the expander's linear part
     bottleneck_rate: float = 0.04  # of the bottleneck, as a share of its weights' root mean square
@@ -116,7 +117,7 @@ class Losses(NamedTuple):
     caption: Tensor  # nats per token
     label: Tensor  # nats per class photo
     priced_bytes: Tensor  # per photo, under the density
-    counted_bytes: Tensor  # per photo, under one table a channel, counted on this batch
+    counted_bytes: Tensor  # per photo, under one table per channel, counted on this batch
 
 
 def caption_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1) -> Tensor:
@@ -133,7 +134,7 @@ def repeat_memory(memory: list[tuple[Tensor, Tensor]], times: int) -> list[tuple
 
 
 def counted_bytes(symbols: Tensor) -> Tensor:
-    """Bytes per photo of whole-numbered symbols [B, 64, 7, 7] under one table a channel, counted on themselves."""
+    """Bytes per photo of whole-numbered symbols [B, 64, 7, 7] under one table per channel, counted on themselves."""
     photos, channels = symbols.shape[:2]
     values = symbols.detach().transpose(0, 1).flatten(1).long() + 128 + 256 * torch.arange(channels)[:, None]
     shares = torch.bincount(values.flatten(), minlength=256 * channels).float() / values.shape[1]
@@ -142,7 +143,7 @@ def counted_bytes(symbols: Tensor) -> Tensor:
 
 @torch.no_grad()
 def shipped_bytes(average: Cut, cut: Tensor) -> float:
-    """`counted_bytes` of the averaged bottleneck. It is less than of the weights in training, which are noisy."""
+    """`counted_bytes` of the averaged bottleneck. The weights in training are noisy and need more bytes."""
     with torch.autocast("cpu", torch.bfloat16):
         latent: Tensor = average.bottleneck(cut)
     return counted_bytes(latent.float().round().clamp(-127, 127)).item()

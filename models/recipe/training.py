@@ -27,7 +27,7 @@ def cosine(step: int, total: int, warm_up: int = 100) -> float:
 
 
 class Training:
-    """A network, its optimiser and the moving average of its weights, which is what is evaluated and shipped."""
+    """A network, its optimiser and the moving average of its weights, which is evaluated and shipped."""
 
     def __init__(
         self,
