@@ -289,7 +289,8 @@ class Outbox:
     def _start_anew(self, why: str) -> tuple[list[Found], int]:
         """The file is damaged: set it aside, one of them, and begin with an empty one."""
         note = self._read_note()
-        if not self._beside(".rows").exists():  # a wrong path in the config must not move another program's file away
+        # A wrong path in the config must not move another program's file away. Version 0.1 wrote a file named .mark.
+        if not (self._beside(".rows").exists() or self._beside(".mark").exists()):
             raise _ForeignError(f"{why}, and nothing says that the file is ours: remove {self._path}")
         self._disconnect()
         for suffix in ("-wal", ""):  # a log that stayed would be played into the new file

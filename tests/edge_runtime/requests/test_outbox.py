@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from edge_runtime.config import OutboxConfig
 from edge_runtime.requests import outbox as module
 from edge_runtime.requests.actions import Found
-from edge_runtime.requests.outbox import BACKLOG, MEMORY_BYTES, Outbox, Row
+from edge_runtime.requests.outbox import APPLICATION, BACKLOG, MEMORY_BYTES, Outbox, Row
 
 LONG_S = 20.0  # for what takes milliseconds when nothing is wrong
 YEAR = 366 * 86400.0
@@ -184,6 +184,20 @@ def test_a_damaged_file_is_set_aside_and_its_rows_are_reported(tmp_path, damage)
     assert (tmp_path / "o.db.damaged").exists()
     with opened(path) as owner:
         assert owner.first_look() == ([row(99).id], 0)
+
+
+def test_a_file_of_an_earlier_version_is_set_aside(tmp_path):
+    path = tmp_path / "o.db"
+    with sqlite3.connect(path) as db:
+        db.execute(f"PRAGMA application_id = {APPLICATION}")
+        db.execute("PRAGMA user_version = 1")
+        db.execute("CREATE TABLE kept (seq INTEGER PRIMARY KEY, id BLOB)")
+    db.close()
+    (tmp_path / "o.db.mark").write_bytes(b"AFm1")
+    with opened(path) as owner:
+        assert owner.first_look() == ([], 0)
+        owner.put(row(1))
+    assert (tmp_path / "o.db.damaged").exists()
 
 
 def test_a_row_whose_bytes_changed_type_is_lost_alone(tmp_path):
