@@ -60,14 +60,17 @@ def run(args: argparse.Namespace) -> None:
     if bool(args.tls_cert) != bool(args.tls_key):
         raise site_broker.BrokerConfigError("--tls-cert and --tls-key: want both or neither")
     folder = args.broker_dir or site_broker.BROKER_FOLDER
-    result = site_broker.write_site(
-        args.out,
-        site,
-        make_tls=args.make_tls,
-        tls_files=(args.tls_cert, args.tls_key) if args.tls_cert else None,
-        remove=args.remove,
-        port=args.port,
-        broker_folder=folder,
-        plugin=args.plugin or site_broker.PLUGIN,
-    )
+    try:
+        result = site_broker.write_site(
+            args.out,
+            site,
+            make_tls=args.make_tls,
+            tls_files=(args.tls_cert, args.tls_key) if args.tls_cert else None,
+            remove=args.remove,
+            port=args.port,
+            broker_folder=folder,
+            plugin=args.plugin or site_broker.PLUGIN,
+        )
+    except OSError as error:
+        raise site_broker.BrokerConfigError(f"{args.out} cannot be written: {error}: name another folder") from error
     print(site_broker.instructions(args.out, site, result, folder, has_authority=bool(args.make_tls)))

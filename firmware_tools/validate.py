@@ -59,7 +59,7 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
         raise ConfigError(f'{path}: tier = "{server.tier}", but the bundle has {", ".join(targets)}')
     print(f"{path}: server {server.id} of site {server.site} is in order")
     # Not the share of requests: a member that does not answer would take some of them from the running servers.
-    checks = [_broker("mqtt", settings, [topics.server_statuses(server.site)])]
+    checks = [_broker("mqtt", settings, [topics.reply(server.site, server.id)])]
     if config.upstream and above:
         checks.append(_broker("upstream.mqtt", above, [topics.reply(config.upstream.site, server.id)]))
     return checks
@@ -86,9 +86,9 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
         raise ConfigError(str(error)) from error
     print(f"{path}: board {board.id} with {len(config.cameras)} camera(s) is in order")
     for_servers = [topics.reply(board.site, board.id), topics.server_statuses(board.site)]
-    for_users = [topics.setting(board.site, board.id, "paused")]
+    for_users = [topics.settings(board.site, board.id)]
     if any(camera.source == "mqtt" for camera in config.cameras):
-        for_users.append(topics.frame(board.site, board.id))
+        for_users.append(topics.frames(board.site, board.id))
     checks = [_broker("mqtt", settings, for_servers if near else for_servers + for_users)]
     if near_settings:
         checks.append(_broker("local", near_settings, for_users))

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     subscriptions = [(f"aiflow/{args.site}/{args.board}/up/event", 1)]
     with Lines() as lines, MqttClient(settings, subscriptions=subscriptions, on_message=arrived) as client:
         if not client.wait_online(5.0):
-            print(f"no broker at {args.host}:{args.port} yet, still trying: {client.reason}", file=sys.stderr)
+            print(f"not connected to {args.host}:{args.port} yet, still trying: {client.reason}", file=sys.stderr)
         lines.done.wait()
 
 

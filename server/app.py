@@ -42,7 +42,7 @@ def run_server(config: Config, stop: threading.Event) -> None:
     if config.upstream:
         upstream, bounds = Upstream(config.upstream, server.id), config.upstream.bounds()
     service = Service(server, bundle, engine, ReplyCache(), upstream, bounds)
-    logger.info("server ready id=%s bundle=%s proof=%s", server.id, bundle.id.hex(), engine.proof)
+    logger.info("server ready id=%s bundle=%s numerics=%s", server.id, bundle.id.hex(), engine.proof.numerics)
     with ExitStack() as stack:
         gateway = Gateway(settings, server.site, server.id, server.pool, service.receive, service.status)
         stack.enter_context(gateway)

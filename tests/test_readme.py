@@ -18,7 +18,7 @@ def test_its_configurations_are_read(tmp_path):
     board, server = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "board.toml").write_text(board)
     (tmp_path / "server.toml").write_text(server)
-    assert load_toml(tmp_path / "board.toml", RuntimeConfig).cameras[0].motion.enabled
+    assert load_toml(tmp_path / "board.toml", RuntimeConfig).cameras[0].name == "front"
     assert load_toml(tmp_path / "server.toml", Config).server.tier == "cloud"
 
 

@@ -39,7 +39,7 @@ from typing import Any, TypeVar
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.connection import Connection, Message, Publish
-from edge_runtime.mqtt.reconnect import Backoff, Loss
+from edge_runtime.mqtt.reconnect import CLOSED, Backoff, Loss
 from edge_runtime.mqtt.send_queue import Outcome, OutgoingMessage, SendQueue
 from edge_runtime.mqtt.settings import MqttSettings, Timing
 
@@ -73,7 +73,7 @@ class Stats:
     inbound_oversized: int
     callback_errors: int
     connects: int  # connections that came ONLINE
-    losses: int  # connection attempts and connections that ended
+    losses: int  # connection attempts that failed, and connections that ended without `close`
     evictions: int  # losses that look like another client with our id
 
 
@@ -250,10 +250,7 @@ class MqttClient:
         except Exception as error:  # the client must survive any of them
             if not isinstance(error, OSError | ConfigError):  # a bug: the log has it for the maintainer
                 logger.exception("mqtt client broke client=%s", self.settings.client_id)
-            is_no_tls = isinstance(error, (ssl.SSLError, ConnectionResetError)) and self.settings.uses_tls
-            is_no_tls &= not isinstance(error, ssl.SSLCertVerificationError)
-            cause = ": does this port speak TLS?" if is_no_tls else ""
-            connection.loss = Loss(f"{type(error).__name__}: {error}{cause}")
+            connection.loss = Loss(f"{type(error).__name__}: {error}{_likely_cause(error, self.settings)}")
 
     def _step(self, connection: Connection) -> None:
         """Everything that is due; then wait for the socket, another thread, or the next deadline."""
@@ -296,8 +293,8 @@ class MqttClient:
     def _after(self, connection: Connection) -> tuple[float, str]:
         """Close the socket, keep what was in flight for the next connection; the delay before it, and the reason."""
         self._online.clear()
-        self._counts["losses"] += 1
-        loss = connection.loss or Loss("closed")
+        loss = connection.loss or CLOSED
+        self._counts["losses"] += loss is not CLOSED
         connection.close()
         in_flight = list(connection.in_flight.values())
         for message in self._queue.give_back(in_flight, loss.by_broker):
@@ -360,3 +357,17 @@ class MqttClient:
         self._call_outcomes()
         self._wake_read.close()
         self._wake_write.close()
+
+
+def _likely_cause(error: Exception, settings: MqttSettings) -> str:
+    """What an operator should look at first."""
+    address = f"{settings.host}:{settings.port}"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f": is {settings.host} a name in the broker's certificate, and ca_file the authority that signed it?"
+    if settings.uses_tls and isinstance(error, ssl.SSLError | ConnectionResetError):
+        return ": does this port speak TLS?"
+    if isinstance(error, ConnectionRefusedError):
+        return f": does a broker listen at {address}?"
+    if isinstance(error, socket.gaierror):
+        return f": is {settings.host} the right name, and is there a network?"
+    return ""

@@ -26,7 +26,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_runtime.logs import is_told
-from edge_runtime.mqtt.reconnect import Loss
+from edge_runtime.mqtt.reconnect import CLOSED, Loss
 from edge_runtime.mqtt.send_queue import Outcome, OutgoingMessage, SendQueue
 from edge_runtime.mqtt.settings import MqttSettings
 
@@ -208,7 +208,7 @@ class Connection:
 
     def say_goodbye(self) -> None:
         """Write what is left and DISCONNECT."""
-        self.loss = Loss("closed")
+        self.loss = CLOSED
         # 0x04 makes the broker send the will (MQTT 5, 3.14.2.1).
         name = "Disconnect with will message" if self._will else "Normal disconnection"
         self._client.disconnect(ReasonCode(PacketTypes.DISCONNECT, name))

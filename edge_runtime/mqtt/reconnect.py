@@ -21,6 +21,9 @@ class Loss:
     taken_over: bool = False  # MQTT 5 reason code 0x8E
 
 
+CLOSED = Loss("closed")  # on purpose
+
+
 class Backoff:
     """The delays between the connections of one client."""
 

@@ -62,9 +62,15 @@ class MqttSettings:
                 "out both"
             )
         try:
-            self.password(), self.tls_context()
+            self.password()
+        except OSError as error:
+            raise ConfigError(f"mqtt password_file = {self.password_file}: cannot be read: {error.strerror}") from error
+        try:
+            self.tls_context()
         except OSError as error:  # ssl.SSLError is an OSError
-            raise ConfigError(f"mqtt credentials cannot be read: {error}") from error
+            files = {key: value for key in ("ca_file", "cert_file", "key_file") if (value := getattr(self, key))}
+            names = ", ".join(f"{key} = {value}" for key, value in files.items())
+            raise ConfigError(f"mqtt {names}: cannot be read as PEM: {error.strerror or error}") from error
 
     @property
     def uses_tls(self) -> bool:

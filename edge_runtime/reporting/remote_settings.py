@@ -122,7 +122,7 @@ class RemoteSettings:
         self._counts = Counter({"set": 0, "refused": 0, "unknown": 0})
         self._publishing: dict[str, str] = {}  # values on their way to the broker, by name
         # Every name: a message to a name with a mistake in it is counted.
-        self.filter = topics.setting(site, board, "x")[:-1] + "+"
+        self.filter = topics.settings(site, board)
 
     def __getitem__(self, name: str) -> str:
         """The value in force."""

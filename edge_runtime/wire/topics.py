@@ -91,6 +91,11 @@ def camera_of(frame_topic: str) -> str | None:
     return camera or None
 
 
+def settings(site: str, board: str) -> str:
+    """A filter over all run-time settings of a board."""
+    return f"{_board(site, board)}/down/set/+"
+
+
 def setting(site: str, board: str, name: str) -> str:
     """Users to a board: a new value for a run-time setting."""
     return f"{_board(site, board)}/down/set/{_id('name', name, _NAME)}"

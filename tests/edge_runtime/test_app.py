@@ -269,7 +269,8 @@ def test_a_changed_setting_is_applied_to_its_camera(board_bundle):
     board.servers.close()
 
 
-def test_a_metrics_port_that_is_taken_is_in_the_status_and_stops_no_camera(board_bundle, broker, photos):
+def test_a_metrics_port_that_is_taken_is_in_the_status_and_stops_no_camera(board_bundle, broker, photos, monkeypatch):
+    monkeypatch.setattr("edge_runtime.reporting.metrics.MAX_PAUSE_S", 1.0)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

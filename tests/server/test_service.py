@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.config import MetricsConfig
 from edge_runtime.inference.bundle import MANIFEST, Bundle, BundleError, FileRecord, file_hash
 from edge_runtime.wire import (
@@ -85,8 +86,8 @@ def test_who_lets_the_server_propose_gets_the_same_texts_in_fewer_passes(server,
 
 def test_a_picture_is_answered_as_its_latent_would_be(server, board, bundle, engine) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
-    webp = cv2.imencode(".webp", pixels[:, :, ::-1], [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()  # 101: lossless
-    own = engine.answer([Job(engine.symbols(pixels))])[0]
+    webp = cv2.imencode(".webp", pixels, [cv2.IMWRITE_WEBP_QUALITY, 95])[1].tobytes()
+    own = engine.answer([Job(engine.symbols(decode_picture(webp)))])[0]
     offload = msgspec.structs.replace(request(bundle), bundle=bytes(8), paradigm=Paradigm.OFFLOAD)  # no head, no bundle
     board.ask(msgspec.structs.replace(offload, content_kind=ContentKind.WEBP, content=webp))
     assert tuple(board.reply().token_ids) == own.tokens
@@ -334,7 +335,7 @@ def test_a_request_for_another_bundle_is_answered_by_the_server_of_the_pool_that
     try:
         board.wait_for_status(state="online", share_proven=True)
         elsewhere = []
-        for i, asked in enumerate([request(bundle, 1), request(other, 2)] * 4):
+        for i, asked in enumerate([*(request(bundle, n) for n in (1, 2)), *(request(other, n) for n in (3, 4))] * 2):
             asked = msgspec.structs.replace(asked, id=i.to_bytes(8, "big"))  # noqa: PLW2901
             board.ask(asked)
             while (reply := board.reply()).status is Status.UNKNOWN_BUNDLE:
