@@ -11,15 +11,20 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
+import tomli_w
 
 from edge_runtime.config import MqttConfig
+from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings, Outcome, Publish, State
 from edge_runtime.wire import topics
+from firmware_tools.cli import main
 from firmware_tools.site_broker import MAX_PICTURE, Board, Site
 from server.gateway import Arrival, Gateway
 from tests.brokers import Mosquitto
+from tests.edge_runtime.test_app import photo
 from tests.listener import PATIENCE_S, QUICK, until
 from tests.sites import login, site_broker
 
@@ -390,3 +395,17 @@ def _length(value: int) -> bytes:
     """MQTT 5, section 1.5.5."""
     low, value = value & 127, value >> 7
     return bytes([low | 128]) + _length(value) if value else bytes([low])
+
+
+def test_validate_connects_with_the_rights_of_the_accounts(site: Running, board_bundle: Bundle, capsys: Any) -> None:
+    (site.folder / "photo.jpg").write_bytes(photo(1))
+    for name, table in (("porch", "board"), ("attic", "server")):
+        account = msgspec.structs.asdict(login(site.folder, name, site.broker.port))
+        tables: dict[str, Any] = {
+            table: {"id": name, "bundle": str(board_bundle.path)},
+            "mqtt": {key: value for key, value in account.items() if value is not None},
+        }
+        if table == "board":
+            tables["cameras"] = [{"name": "front", "source": str(site.folder / "photo.jpg")}]
+        (site.folder / f"{table}.toml").write_text(tomli_w.dumps(tables))
+        assert main(["validate", "--connect", str(site.folder / f"{table}.toml")]) == 0, capsys.readouterr().out
