@@ -35,6 +35,16 @@ class ByteBudget:
             self._sum += size
             return True
 
+    def refund(self, size: int, now: float) -> None:
+        """Bytes that were taken a moment ago have not been sent after all."""
+        with self._lock:
+            self._forget(now)
+            if self._entries:
+                at, before = self._entries.pop()
+                back = min(size, before)
+                self._entries.append((at, before - back))
+                self._sum -= back
+
     def spent(self, now: float, within_s: float = MINUTE_S) -> int:
         """Bytes sent in the last `within_s` seconds, at most a minute."""
         with self._lock:

@@ -52,7 +52,9 @@ AWAY_S = 5.0  # after a frame found the link away, nothing is retried for this t
 POLL_S = 0.5  # between two looks whether a kept request may be retried
 DEFAULT_BUSY_S = 1.0  # for a server that says "busy" without a time
 MAX_STORED = 65_536  # requests in the outbox; the index takes some 300 bytes of memory for each
-EXPIRE = 256  # kept requests that are dropped for their age in one step, so that a step stays short
+# Kept requests are given up (too many, too old) at this rate: each has an event, and live requests come first.
+DROPS, DROP_EVERY_S = 16, 0.1
+MAX_UNKNOWN_BUNDLE = 6  # such replies in one try; with two servers, the right one is missed so often once in 64
 
 
 class State(enum.Enum):
@@ -82,6 +84,7 @@ class _Entry(Generic[T]):
     refusals: int = 0  # replies in this try that asked to come back later
     was_told_when: bool = False  # the latest of these said when
     refusal: Why | None = None  # and why
+    unknown_bundle: int = 0  # of these, from servers without the bundle
     latest: tuple[str, bytes] = ("", b"")  # server and tokens of the latest reply that is not final
     not_final: int = 0  # replies that are not final
     # Of those that were KEPT:
@@ -124,6 +127,7 @@ class RequestLifecycle(Generic[T]):
         self._in_state: Counter[State] = Counter()
         self._away_at = -inf  # when a frame last found the link away
         self._poll_at = -inf
+        self._drop_at = -inf
         self._ended: OrderedDict[bytes, str] = OrderedDict()  # id -> what a further reply is counted as
         self._counts: Counter[str] = Counter()
 
@@ -163,7 +167,8 @@ class RequestLifecycle(Generic[T]):
         """When `on_time` will next have something to do; inf: never."""
         times = [min(entry.deadline, entry.resend_at) for entry in self._live.values()]
         if self._in_state[State.KEPT]:
-            times += [max(self._retry.free_at(), self._poll_at), self._expires_at()]
+            drops_at = -inf if self._is_too_full() else self._expires_at()
+            times += [max(self._retry.free_at(), self._poll_at), max(drops_at, self._drop_at)]
         return min(times, default=inf)
 
     # ---- what happens ----
@@ -229,6 +234,8 @@ class RequestLifecycle(Generic[T]):
         entry = self._live.get(request_id)
         if entry is None:
             return []
+        if entry.state is State.READING:  # asked about an earlier try: it is still on disk
+            return []
         return self._settle(entry, why) if entry.state is State.IMPROVABLE else self._lose(entry, why)
 
     def on_found(self, found: Iterable[Found], missing: int, now: float) -> list[Action[T]]:
@@ -244,7 +251,7 @@ class RequestLifecycle(Generic[T]):
         self._stored = dict(sorted(self._stored.items(), key=lambda pair: pair[1].kept_at))
         self._counts["found"] += missing
         self._counts["lost"] += missing
-        return self._make_room()
+        return []
 
     def on_read(
         self, request_id: bytes, content: T | None, now: float, why: str = "lost by the disk"
@@ -288,8 +295,7 @@ class RequestLifecycle(Generic[T]):
                 actions += (
                     self._send_first(entry, now) if entry.state is State.STORING else [self._send_again(entry, now)]
                 )
-        actions += self._expire(now)
-        return actions + self._retry_one(now, link_is_free)
+        return [*actions, *self._give_up_old(now), *self._retry_one(now, link_is_free)]
 
     def close(self, why: Why, now: float) -> list[Action[T]]:
         """The process ends: what is open is kept or lost."""
@@ -336,12 +342,12 @@ class RequestLifecycle(Generic[T]):
         actions: list[Action[T]] = [Answer(entry.id, entry.content, reply, is_first, round_trip_s)]
         if is_first:
             self._counts["answered"] += 1
+            self._retry.end(entry.id)
             if entry.sends:
                 self._resend.replied(round_trip_s, entry.doublings)
-            actions += self._leave_outbox(entry)
         if reply.final:
             self._end(entry, "duplicate")
-            return actions
+            return actions + self._leave_outbox(entry)
         entry.latest, entry.not_final, entry.resend_at = seen, entry.not_final + 1, inf
         self._move(entry, State.IMPROVABLE)
         return actions + self._bound_improvable()
@@ -355,7 +361,7 @@ class RequestLifecycle(Generic[T]):
     def _settle(self, entry: _Entry[T], why: Why) -> list[Action[T]]:
         assert entry.content is not None
         self._end(entry, "duplicate")
-        return [Settle(entry.id, entry.content, why)]
+        return [Settle(entry.id, entry.content, why), *self._leave_outbox(entry)]
 
     def _come_back_later(self, entry: _Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         if entry.state is not State.OPEN:
@@ -366,9 +372,11 @@ class RequestLifecycle(Generic[T]):
         entry.resend_at = now + busy_wait_s(told_s, entry.refusals, self._rng)
         entry.refusals, entry.was_told_when = entry.refusals + 1, True
         entry.refusal = _refusal(reply)
+        entry.unknown_bundle += reply.status is Status.UNKNOWN_BUNDLE
         # The next copy says nothing about the reply time of the first one, so it is never a measurement.
         entry.sends = max(entry.sends, 2)
-        return self._no_reply(entry, entry.refusal, now) if entry.resend_at >= entry.deadline else []
+        is_in_vain = entry.resend_at >= entry.deadline or entry.unknown_bundle >= MAX_UNKNOWN_BUNDLE
+        return self._no_reply(entry, entry.refusal, now) if is_in_vain else []
 
     def _refused(self, entry: _Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         if entry.state is State.IMPROVABLE:
@@ -426,7 +434,7 @@ class RequestLifecycle(Generic[T]):
         entry.is_stored, entry.size = True, self._size_of(entry.content)
         self._stored[entry.id] = entry
         self._stored_bytes += entry.size
-        return [Store(entry.id, entry.content), *self._make_room()]
+        return [Store(entry.id, entry.content)]
 
     def _keep(self, entry: _Entry[T], now: float) -> list[Action[T]]:
         """The outbox alone has it from now on, until its next try."""
@@ -438,27 +446,30 @@ class RequestLifecycle(Generic[T]):
         else:
             entry.was_kept, entry.kept_at = True, now
         entry.content, entry.sends, entry.deadline, entry.resend_at = None, 0, inf, inf
-        entry.refusals, entry.refusal = 0, None
+        entry.refusals, entry.refusal, entry.unknown_bundle = 0, None, 0
         self._move(entry, State.KEPT)
-        return actions + self._make_room()
-
-    def _make_room(self) -> list[Action[T]]:
-        """Give up the oldest kept requests while there are too many. Open ones stay: there are few of them."""
-        actions: list[Action[T]] = []
-        while self._outbox and (self._stored_bytes > self._outbox.max_bytes or len(self._stored) > MAX_STORED):
-            oldest = next((entry for entry in self._stored.values() if entry.state is State.KEPT), None)
-            if oldest is None:
-                break
-            actions += self._drop(oldest, "full")
         return actions
 
-    def _expire(self, now: float) -> list[Action[T]]:
-        if self._expires_at() > now:
+    def _give_up_old(self, now: float) -> list[Action[T]]:
+        """Give up the oldest kept requests while there are too many, and those that are too old, some at a time."""
+        if self._outbox is None or now < self._drop_at:
             return []
-        assert self._outbox is not None
+        actions: list[Action[T]] = []
         too_old = now - self._outbox.max_age_s
-        kept = (entry for entry in self._stored.values() if entry.state is State.KEPT and entry.kept_at <= too_old)
-        return [action for entry in list(islice(kept, EXPIRE)) for action in self._drop(entry, "too old")]
+        for entry in list(islice((e for e in self._stored.values() if e.state is State.KEPT), DROPS)):
+            if self._is_too_full():
+                actions += self._drop(entry, "full")
+            elif entry.kept_at <= too_old:
+                actions += self._drop(entry, "too old")
+        if actions:
+            self._drop_at = now + DROP_EVERY_S
+        return actions
+
+    def _is_too_full(self) -> bool:
+        """Open requests in the outbox are few, and stay."""
+        return self._outbox is not None and (
+            self._stored_bytes > self._outbox.max_bytes or len(self._stored) > MAX_STORED
+        )
 
     def _expires_at(self) -> float:
         oldest = next((entry for entry in self._stored.values() if entry.state is State.KEPT), None)

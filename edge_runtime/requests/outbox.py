@@ -39,9 +39,14 @@ RETRY_S = 5.0  # between two tries of a disk that refuses
 BACKLOG = 256  # commands that wait for the disk, then new rows are refused
 MEMORY_BYTES = 4 << 20  # of rows that are not on disk yet, then new rows are refused
 GRACE_S = 600.0  # that a row still has after a start, whatever the clock says; half the longest age if that is less
+ID_BYTES = 8
 ROW_BYTES = 64  # of a row beside payload and event
 PAGE = 4096  # bytes
 WAL_PAGES = 256  # the log grows to about 1 MiB before it is copied into the database
+COLUMNS = (
+    "id, captured, kept, payload, event, "
+    "typeof(id) || typeof(captured) || typeof(kept) || typeof(payload) || typeof(event)"
+)
 APPLICATION = 0x41466F62  # "AFob": any other database belongs to another program
 SCHEMA = 2
 
@@ -100,6 +105,7 @@ class Outbox:
         self._commits = 0
         self._commit_at: float | None = None  # None: nothing to write
         self._unread: list[bytes] = []  # asked for while the disk does not work
+        self._damage = ""  # what was wrong with the open database; it is set aside when it is opened again
         self._has_listed = False
 
     # ---- any thread ----
@@ -168,9 +174,9 @@ class Outbox:
         row = self._fresh.get(request_id)
         if row is None and self._db is not None:
             try:
-                row = _row(self._db.execute("SELECT * FROM kept WHERE id = ?", (request_id,)).fetchone())
+                row = _row(self._db.execute(f"SELECT {COLUMNS} FROM kept WHERE id = ?", (request_id,)).fetchone())
             except sqlite3.DatabaseError as error:
-                self._refuse(str(error), reopen=True)  # opening it again looks at all of it
+                self._failed(error)
         if row is None and self._db is None and request_id in self._on_disk:
             self._unread.append(request_id)  # until the disk works again
         else:
@@ -197,12 +203,8 @@ class Outbox:
                     [(row.id, row.captured, row.kept, row.payload, row.event) for row in fresh],
                 )
                 self._db.execute("UPDATE state SET commits = ?", (self._commits + 1,))
-        except sqlite3.OperationalError as error:  # not the content's fault: full, read-only, I/O error, locked
-            # A full or read-only disk can still be read. After any other fault the connection is not to be trusted.
-            self._refuse(str(error), reopen=not ("full" in str(error) or "readonly" in str(error)))
-            return
         except sqlite3.DatabaseError as error:
-            self._refuse(str(error), reopen=True)
+            self._failed(error)
             return
         self._commits += 1
         self._on_disk = (self._on_disk | self._fresh.keys()) - self._gone
@@ -220,6 +222,8 @@ class Outbox:
         missing = 0
         try:
             try:
+                if self._damage:
+                    raise _DamagedError(self._damage)
                 rows, missing = self._connect()
             except (sqlite3.DatabaseError, _DamagedError) as error:
                 if isinstance(error, sqlite3.OperationalError):
@@ -251,6 +255,7 @@ class Outbox:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # captions are private
         self._db = db = sqlite3.connect(self._path, timeout=1.0, isolation_level=None, check_same_thread=False)
+        db.text_factory = bytes  # a damaged value may be text that is not UTF-8
         db.execute("PRAGMA locking_mode = EXCLUSIVE")  # one board per file; the log then needs no shared memory
         is_empty = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
         if not is_empty and db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
@@ -273,15 +278,17 @@ class Outbox:
             db.execute("COMMIT")
         if (schema := db.execute("PRAGMA user_version").fetchone()[0]) != SCHEMA:
             raise _DamagedError(f"written by version {schema}, this is {SCHEMA}")
-        if (verdict := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        if (verdict := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != b"ok":
             raise _DamagedError(str(verdict))
-        rows = [
-            Found(bytes(request_id), int(size) + ROW_BYTES, self._age_s(kept))
-            for request_id, kept, size in db.execute(
-                "SELECT id, kept, length(payload) + length(event) FROM kept ORDER BY rowid"
-            )
-        ]
-        commits = int(db.execute("SELECT commits FROM state").fetchone()[0])
+        columns = "id, kept, length(payload) + length(event), typeof(id), typeof(kept)"
+        rows = []
+        for request_id, kept, size, *types in db.execute(f"SELECT {columns} FROM kept ORDER BY rowid"):
+            if types != [b"blob", b"real"] or len(request_id) != ID_BYTES:
+                raise _DamagedError("a row is not what was written")
+            rows.append(Found(request_id, size + ROW_BYTES, self._age_s(kept)))
+        commits = db.execute("SELECT commits FROM state").fetchone()[0]
+        if not isinstance(commits, int):
+            raise _DamagedError("its state is not what was written")
         missing = max(0, note[1] - len(rows)) if note[0] > commits else 0
         self._commits = max(note[0], commits)
         return rows, missing
@@ -293,6 +300,7 @@ class Outbox:
         if not (self._beside(".rows").exists() or self._beside(".mark").exists()):
             raise _ForeignError(f"{why}, and nothing says that the file is ours: remove {self._path}")
         self._disconnect()
+        self._damage = ""
         for suffix in ("-wal", ""):  # a log that stayed would be played into the new file
             with suppress(FileNotFoundError):
                 self._beside(suffix).replace(self._beside(".damaged" + suffix))
@@ -314,6 +322,15 @@ class Outbox:
         if self.fault:
             logger.warning("outbox on disk again file=%s", self._path)
         self.fault = ""
+
+    def _failed(self, error: sqlite3.DatabaseError) -> None:
+        """The open database cannot be read or written."""
+        if isinstance(error, sqlite3.OperationalError):  # not the content's fault: full, read-only, I/O error, locked
+            # A full or read-only disk can still be read. After any other fault the connection is not to be trusted.
+            self._refuse(str(error), reopen=not ("full" in str(error) or "readonly" in str(error)))
+        else:
+            self._damage = str(error)
+            self._refuse(str(error), reopen=True)
 
     def _refuse(self, why: str, *, reopen: bool) -> None:
         if self.fault != why:
@@ -350,19 +367,9 @@ class Outbox:
 
 
 def _row(fields: tuple[Any, ...] | None) -> Row | None:
-    """A row of the table; None: it is not there, or not what was written."""
-    try:
-        return Row(*fields) if fields and _is_sound(*fields) else None
-    except TypeError:
+    """A row of the table, as COLUMNS names them; None: it is not there, or not what was written."""
+    if fields is None or fields[-1] != b"blobrealrealblobblob":
         return None
-
-
-def _is_sound(request_id: Any, captured: Any, kept: Any, payload: Any, event: Any) -> bool:
-    are_bytes = all(isinstance(value, bytes) for value in (request_id, payload, event))
-    return (
-        are_bytes
-        and all(isinstance(value, float) for value in (captured, kept))
-        and len(request_id) == 8
-        and len(payload) <= MAX_ENVELOPE
-        and len(event) <= MAX_EVENT
-    )
+    row = Row(*fields[:-1])
+    is_sound = len(row.id) == ID_BYTES and len(row.payload) <= MAX_ENVELOPE and len(row.event) <= MAX_EVENT
+    return row if is_sound else None

@@ -85,7 +85,8 @@ class _Tracked:
     captured: float  # seconds, time.monotonic()
     is_paid: bool = False  # its bytes are taken from the budget
     compact: bytes = b""  # the same request in fewer bytes, for the outbox
-    sent_at: float = 0.0  # seconds, time.monotonic(): first, in this try
+    sent_at: float | None = None  # seconds, time.monotonic(): first, in this try
+    has_answer: bool = False  # of a server, which a higher tier may improve
     bytes_up: int = 0  # whole payloads, resends included
     is_retry: bool = False  # out of the outbox
 
@@ -273,11 +274,13 @@ class RequestTracker:
     def _announce(self, event: Event, compact: bytes) -> None:
         """An event that comes after the frame's answer would take the answer back; one without a draft says nothing."""
         request_id = bytes.fromhex(event.frame)
-        if tracked := self._lifecycle.find(request_id):
-            tracked.event, tracked.compact = event, compact
-        if self._lifecycle.has_ended(request_id):
+        tracked = self._lifecycle.find(request_id)
+        if self._lifecycle.has_ended(request_id) or (tracked and tracked.has_answer):
             self._replies["overtaken"] += 1
-        elif event.tokens or tracked is None:
+            return
+        if tracked:
+            tracked.event, tracked.compact = event, compact
+        if event.tokens or tracked is None:
             self._events.publish(event)
 
     def _reply(self, payload: bytes, now: float) -> Sequence[Action[_Tracked]]:
@@ -317,10 +320,12 @@ class RequestTracker:
             case Settle():
                 self._publish(action.content, now, final=True, why=action.why.text)
             case Postpone():
+                self._refund(action.content, now)
                 self._observe_loss(action.id, now)
                 why = f"{action.why.text}: kept, asked again later"
                 self._publish(action.content, now, type="update", final=False, why=why[:1024])
             case Lose():
+                self._refund(action.content, now)
                 self._lose(action, now)
             case Store() if self._outbox:
                 self._outbox.put(_row(action.content))
@@ -357,13 +362,21 @@ class RequestTracker:
         tracked = answer.content
         if self._observer and answer.is_first:
             self._observer.answered(answer.reply, now, tracked.event.tokens)
-        tracked.event = self._update(tracked, answer.reply, now)
-        self._events.publish(tracked.event)
+        update = self._update(tracked, answer.reply, now)
+        try:
+            self._events.publish(update)
+        except WireError as error:  # a late reply to a kept request; others are checked before they are counted
+            why = f"server {answer.reply.server}: {error}"
+            self._publish(tracked, now, type="lost", final=True, why=why[:1024])
+        else:
+            tracked.event, tracked.has_answer = update, True
         return ()
 
     def _update(self, tracked: _Tracked, reply: Reply, now: float) -> Event:
         """The event that a reply is to the board's users."""
         event = tracked.event
+        # Unknown for a late reply to a request that an earlier run has sent.
+        answer_ms = {} if tracked.sent_at is None else {"answer": round(1e3 * (now - tracked.sent_at), 1)}
         changes: dict[str, Any] = {
             "type": "update",
             "final": reply.final,
@@ -377,20 +390,27 @@ class RequestTracker:
             "label": reply.label,
             "scores": reply.scores or {},
             "bytes_up": tracked.bytes_up,
-            "timings_ms": event.timings_ms | {"answer": round(1e3 * (now - tracked.sent_at), 1)},
+            "timings_ms": event.timings_ms | answer_ms,
             "after_ms": _after_ms(now - tracked.captured),
         }
         return msgspec.structs.replace(event, **changes)
 
     def _lose(self, lose: Lose[_Tracked], now: float) -> None:
         logger.info("request lost id=%s reason=%s", lose.id.hex(), lose.why.text)
-        self._observe_loss(lose.id, now)
+        if lose.content and not lose.content.is_retry:
+            self._observe_loss(lose.id, now)
         if lose.content:
             self._publish(lose.content, now, type="lost", final=True, why=lose.why.text[:1024])
         else:
             captured = datetime.now(timezone.utc)  # nobody knows any more
             lost = Event(type="lost", frame=lose.id.hex(), camera="unknown", captured=captured, final=True)
             self._events.publish(msgspec.structs.replace(lost, why=lose.why.text[:1024]))
+
+    def _refund(self, tracked: _Tracked | None, now: float) -> None:
+        """Give back the bytes of a request that was paid for and never sent."""
+        if tracked and tracked.is_paid:
+            tracked.is_paid = False
+            self._budget.refund(len(tracked.payload), now)
 
     def _observe_loss(self, request_id: bytes, now: float) -> None:
         if self._observer:
@@ -415,7 +435,8 @@ def _row(tracked: _Tracked) -> Row:
     captured = tracked.event.captured.timestamp()
     kept = captured + time.monotonic() - tracked.captured  # a wall clock that jumped would make it years old
     payload = tracked.compact or tracked.payload
-    return Row(tracked.request.id, captured, kept, payload, encode_event(tracked.event))
+    event = msgspec.structs.replace(tracked.event, bytes_up=tracked.bytes_up)
+    return Row(tracked.request.id, captured, kept, payload, encode_event(event))
 
 
 def answered_by(reply: Reply) -> AnsweredBy:

@@ -25,7 +25,10 @@ from edge_runtime.requests.actions import (
 )
 from edge_runtime.requests.lifecycle import (
     AWAY_S,
+    DROP_EVERY_S,
+    DROPS,
     MAX_STORED,
+    MAX_UNKNOWN_BUNDLE,
     POLL_S,
     RETRY_DEADLINE_S,
     STORE_S,
@@ -259,6 +262,21 @@ def test_a_bundle_that_no_server_has_is_named_at_the_deadline() -> None:
     assert lost.why == Why("unknown_bundle", "server s1: unknown_bundle: install it")
 
 
+def test_a_bundle_that_no_server_has_is_not_asked_for_without_end() -> None:
+    requests = with_outbox()
+    keep_one(requests)
+    assert requests.on_time(10.0) == [Read(ONE)]
+    requests.on_read(ONE, "x", 10.0)
+    now, sends = 10.0, 1
+    while requests.counts.open:
+        requests.on_reply(reply(ONE, Status.UNKNOWN_BUNDLE, retry_after_ms=100), now)
+        if requests.counts.open:
+            now = requests.next_at()
+            sends += resend(requests, now)
+    assert (sends, requests.counts.kept) == (MAX_UNKNOWN_BUNDLE, 1)
+    assert requests.on_time(now + 1) == []  # later each time, as after a try without a reply
+
+
 @pytest.mark.parametrize("status", [Status.STALE, Status.BAD_REQUEST, Status.FAILED])
 def test_a_refusal_ends_a_request_at_once(status: Status) -> None:
     requests = with_outbox()
@@ -291,6 +309,38 @@ def test_a_text_that_is_not_final_is_told_once_and_so_often_as_there_can_be_tier
     told = [bool(requests.on_reply(not_final(ONE, token), 0.1)) for token in (1, 1, *range(2, 20))]
     assert told == [True, False] + [True] * MAX_VIA + [False] * (18 - MAX_VIA)
     assert requests.counts.repeated == 19 - MAX_VIA
+
+
+def test_a_stored_request_leaves_the_outbox_with_its_final_reply_only() -> None:
+    """A board that is killed meanwhile asks again: else its event would never become final."""
+    requests = with_outbox(every_request=True)
+    requests.on_request(ONE, "x", 9.0, 0.0)
+    requests.on_stored([ONE], 0.0)
+    assert kinds(requests.on_reply(not_final(ONE, 1), 0.1)) == [Answer]
+    assert kinds(requests.on_time(9.0)) == [Settle, Delete]
+
+
+def test_replies_that_are_not_final_do_not_fill_the_window_of_retries() -> None:
+    requests = with_outbox(capacity=64)
+    for number in range(2 * WINDOW):
+        keep_one(requests, name(number))
+    now, read = 2.0, 0
+    while now < 3.0:
+        for action in requests.on_time(now):
+            if isinstance(action, Read):
+                read += 1
+                requests.on_read(action.id, "x", now)
+                requests.on_reply(not_final(action.id, 1), now)
+        now += 0.01
+    assert read == 2 * WINDOW
+
+
+def test_a_refusal_of_an_earlier_try_loses_no_request_that_is_on_disk() -> None:
+    requests = with_outbox()
+    keep_one(requests)
+    requests.on_time(10.0)
+    assert requests.on_refused(ONE, BROKER) == []
+    assert requests.counts.kept == 1
 
 
 def test_without_a_better_reply_the_latest_one_is_final_at_the_deadline() -> None:
@@ -419,25 +469,26 @@ def test_a_disk_that_hangs_holds_up_a_request_for_a_moment_only() -> None:
 def test_when_the_outbox_is_full_the_oldest_is_given_up_and_says_what_was_lost() -> None:
     requests = with_outbox(max_bytes=65536)
     requests.on_request(ONE, "a" * 40_000, 9.0, 0.0, link_is_away=True)
-    actions = requests.on_request(TWO, "b" * 40_000, 9.0, 0.0, link_is_away=True)
-    assert actions == [Store(TWO, "b" * 40_000), Read(ONE)]
+    assert requests.on_request(TWO, "b" * 40_000, 9.0, 0.0, link_is_away=True) == [Store(TWO, "b" * 40_000)]
+    assert requests.next_at() <= 0.1
+    assert requests.on_time(0.1, link_is_free=False) == [Read(ONE)]
     assert requests.on_read(ONE, "a", 0.1) == [Delete(ONE), Lose(ONE, "a", Why("outbox", "outbox: full"))]
     assert (requests.counts.kept, requests.counts.lost) == (1, 1)
 
 
-def test_what_is_too_old_is_given_up_in_steps() -> None:
+def test_what_is_too_old_is_given_up_some_at_a_time_so_that_events_of_live_frames_find_room() -> None:
     requests = with_outbox(max_age_s=100.0)
-    requests.on_found([Found(name(n), 10, 50.0) for n in range(300)], 0, 0.0)
+    requests.on_found([Found(name(n), 10, 50.0) for n in range(2 * DROPS + 3)], 0, 0.0)
     assert requests.on_time(49.9, link_is_free=False) == []
     assert requests.next_at() <= 50.4
-    steps = [len(requests.on_time(50.1, link_is_free=False)) for _ in range(3)]
-    assert steps == [256, 44, 0]
+    steps = [len(requests.on_time(51.0 + n * DROP_EVERY_S / 2, link_is_free=False)) for n in range(7)]
+    assert steps == [DROPS, 0, DROPS, 0, 3, 0, 0]
 
 
 def test_an_outbox_of_tiny_requests_is_bounded_by_their_number() -> None:
     requests = with_outbox(max_bytes=1 << 30)
-    actions = requests.on_found([Found(name(n), 1, 1.0) for n in range(MAX_STORED + 3)], 0, 0.0)
-    assert actions == [Read(name(0)), Read(name(1)), Read(name(2))]
+    requests.on_found([Found(name(n), 1, 1.0) for n in range(MAX_STORED + 3)], 0, 0.0)
+    assert requests.on_time(0.1, link_is_free=False) == [Read(name(0)), Read(name(1)), Read(name(2))]
 
 
 def test_what_an_earlier_run_left_is_asked_again_oldest_first_and_what_the_disk_lost_is_counted() -> None:

@@ -200,6 +200,30 @@ def test_a_file_of_an_earlier_version_is_set_aside(tmp_path):
     assert (tmp_path / "o.db.damaged").exists()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    ["id = CAST(id AS TEXT)", "id = 5", "kept = 'soon'", "payload = CAST(x'ff' AS TEXT)", "captured = NULL"],
+)
+def test_values_of_another_type_end_neither_the_thread_nor_the_outbox(tmp_path, damage):
+    rows = filled(tmp_path / "o.db", 3)
+    with sqlite3.connect(tmp_path / "o.db") as db:
+        db.execute("PRAGMA writable_schema = ON")
+        schema = "UPDATE sqlite_master SET sql = replace(sql, 'NOT NULL', '') WHERE name = 'kept'"
+        db.execute(schema)
+    db.close()
+    with sqlite3.connect(tmp_path / "o.db") as db:
+        db.execute(f"UPDATE kept SET {damage} WHERE id = ?", (rows[1].id,))
+    db.close()
+    with opened(tmp_path / "o.db") as owner:
+        found, missing = owner.first_look()
+        assert len(found) + missing == 3
+        read = [owner.read(one.id) for one in rows]
+        assert all(one in (None, wanted) for one, wanted in zip(read, rows, strict=True))
+        owner.put(row(99))
+    with opened(tmp_path / "o.db") as owner:
+        assert row(99).id in owner.first_look()[0]
+
+
 def test_a_row_whose_bytes_changed_type_is_lost_alone(tmp_path):
     rows = filled(tmp_path / "o.db", 3)
     with sqlite3.connect(tmp_path / "o.db") as db:

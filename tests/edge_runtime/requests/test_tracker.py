@@ -76,6 +76,7 @@ class Board:
             self.client, bundle, SITE, BOARD, events, capacity, resend_s, outbox, byte_budget=self.budget
         )
         self.asked = 0
+        self.before = 0  # ids that an earlier run has used
 
     def heard(self, event: Event) -> None:
         if event.type != "new":  # one for each question: test_pipeline.py
@@ -85,7 +86,7 @@ class Board:
         """One more question, and its draft behind it; its id is its number."""
         self.asked += 1
         request = Request(
-            id=self.asked.to_bytes(8, "big"),
+            id=(self.before + self.asked).to_bytes(8, "big"),
             bundle=self.bundle.id,
             paradigm=Paradigm.SPECULATIVE,
             age_ms=10,
@@ -209,6 +210,18 @@ def test_an_answer_that_is_not_final_is_followed_by_the_higher_tiers(board, serv
     server.reply(request, text="a cat")  # a third one changes nothing
     answer_one_more(board, server)
     assert board.tracker.summary()["duplicate"] == 1
+
+
+def test_a_draft_that_comes_behind_an_answer_that_is_not_final_does_not_replace_it(board, server):
+    request = board.ask(deadline_s=SOON_S, announces=False)
+    server.say(not_final(request, "a dog", 7))
+    first = board.next_event()
+    draft = msgspec.structs.replace(first, type="new", final=False, text="late draft", tokens=DRAFT)
+    board.tracker.announce(draft)
+    last = board.next_event()
+    assert [(event.type, event.text) for event in (first, last)] == [("update", "a dog")] * 2
+    assert last.final
+    assert board.tracker.summary()["reply"]["overtaken"] == 1
 
 
 def test_an_answer_that_nobody_improves_is_the_last_word_at_the_deadline(board, server):
@@ -520,6 +533,44 @@ def test_what_was_kept_outlives_the_board(broker, board_bundle, server, tmp_path
         assert (update.type, update.final, update.text) == ("update", True, "a dog")
         assert update.after_ms > 0
         assert board.tracker.summary()["found"] == 1
+
+
+def test_a_reply_to_a_request_of_an_earlier_run_answers_it_however_long_the_board_is_up(
+    broker, board_bundle, server, tmp_path, monkeypatch
+):
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path)) as board:
+        first = board.ask()
+        board.stop()
+        board.next_event()
+    monkeypatch.setattr("edge_runtime.requests.lifecycle.RETRY_DEADLINE_S", FOREVER_S)
+    clock = time.monotonic
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path), capacity=1) as board:
+        board.before = 1
+        live = board.ask()  # fills the table, so that nothing is retried
+        until(lambda: board.tracker.summary()["found"] == 1)
+        with monkeypatch.context() as patched:
+            patched.setattr("edge_runtime.requests.thread.time.monotonic", lambda: clock() + 20 * 86400.0)
+            server.reply(first, text="a dog")
+            event = board.next_event()
+            while event.frame != first.id.hex():
+                event = board.next_event()
+        assert (event.type, event.final, event.text) == ("update", True, "a dog")
+        assert "answer" not in event.timings_ms
+        board.stop()
+        while not board.events.empty():
+            assert board.next_event().frame == live.id.hex()
+
+
+def test_a_request_that_was_paid_for_and_never_sent_gives_its_bytes_back(broker, board_bundle, server):
+    with Board(broker.port, board_bundle, capacity=1, bytes_per_minute=1000) as board:
+        first = board.ask()
+        assert server.request() == first
+        for _ in range(3):
+            board.ask()
+            assert board.next_event().why == "1 requests wait already"
+        assert board.budget.spent(time.monotonic()) == len(encode_request(first))
+        server.reply(first)
+        board.next_event()
 
 
 def test_what_need_not_be_sent_now_waits_for_the_link(broker, board_bundle, server, tmp_path):
