@@ -224,7 +224,7 @@ def wait_serving(server: Process, port: int, site: str, name: str) -> None:
     deadline = time.monotonic() + START_S
     with MqttClient(settings, subscriptions=[(topics.server_status(site, name), 1)], on_message=statuses.put):
         while time.monotonic() < deadline:
-            server.has_ended()
+            server.check_running()
             with suppress(queue.Empty):
                 if read_status(statuses.get(timeout=0.2).payload).share_proven:
                     return

@@ -1,8 +1,6 @@
-"""The fault matrix as a table, for a terminal and for Markdown."""
+"""The fault matrix as a table."""
 
 from collections.abc import Sequence
-
-from rich.table import Table
 
 from benchmarks.faults.scenario import FaultResult
 from testbed.terminal import markdown_table
@@ -20,13 +18,6 @@ def cells(result: FaultResult) -> tuple[str, ...]:
     slopes = ", ".join(f"{name} {slope:+.2f}" for name, slope in result.rss_slope.items())
     memory = f"; memory, MiB per 10 min: {slopes}" if slopes else ""
     return result.fault, *counts, recovery, held, result.note + memory
-
-
-def table(results: Sequence[FaultResult]) -> Table:
-    shown = Table(*COLUMNS)
-    for result in results:
-        shown.add_row(*cells(result))
-    return shown
 
 
 def markdown(results: Sequence[FaultResult]) -> str:
