@@ -128,7 +128,6 @@ class Process:
             raise ProcessError(self._last_words(0))
 
     def said(self) -> str:
-        """Its log."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def _last_words(self, code: int) -> str:

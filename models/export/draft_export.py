@@ -96,8 +96,8 @@ def _step(ops: _Operations[Name], draft: Int8Draft, token: Name, state: Name, me
     new = ops.apply("Tanh", ops.apply("Add", x[2], ops.apply("Mul", reset, h[2])))
     step = ops.apply("Mul", update, ops.apply("Sub", state, new))
     state = ops.apply("Add", new, step, output="next_state")
-    seen_out = ops.linear(state, draft.state_out, "state_out"), ops.linear(seen, draft.seen_out, "seen_out")
-    return ops.linear(ops.apply("Add", *seen_out), draft.tokens, "logits"), state
+    parts = ops.linear(state, draft.state_out, "state_out"), ops.linear(seen, draft.seen_out, "seen_out")
+    return ops.linear(ops.apply("Add", *parts), draft.tokens, "logits"), state
 
 
 def write_draft_onnx(draft: Int8Draft) -> tuple[bytes, bytes]:
