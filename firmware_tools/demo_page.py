@@ -7,7 +7,7 @@ and from the network is escaped.
 import base64
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from html import escape
@@ -19,6 +19,7 @@ from edge_runtime.inference.preprocess import decode_picture
 from edge_runtime.wire import Event
 from testbed.processes import read_event
 from testbed.sample_photos import Photo
+from testbed.terminal import short
 
 PREVIEW_WIDTH = 480  # pixels; a phone's screen has as many CSS pixels or fewer
 
@@ -149,7 +150,10 @@ section{padding:.6rem .8rem .8rem}p{margin:.25rem 0}small{opacity:.75}
 
 def page(results: Results, title: str, note: str) -> str:
     """The whole HTML document."""
-    figures = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _shown(results))
+    figures = "".join(
+        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(short(value))}</dd></div>"
+        for name, value in summary(results).items()
+    )
     cards = "\n".join(_card(result) for result in results.photos)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -166,22 +170,6 @@ text run from capture to the event's arrival at a subscriber. <del>Words</del> o
 keep, <ins>words</ins> that it wrote itself.</small></p>
 </body></html>
 """
-
-
-def _shown(results: Results) -> Iterable[tuple[str, str]]:
-    """The summary for people."""
-    figures = summary(results)
-    yield "photos", f"{figures['photos']}" + (f", {figures['lost']} lost" if figures["lost"] else "")
-    if "bytes_mean" in figures:
-        yield "bytes per photo", f"{figures['bytes_mean']:.0f}"
-        yield "as JPEG", f"{figures['jpeg_bytes_mean']:.0f} ({figures['jpeg_to_bytes']:.0f}x)"
-    if figures.get("proposed"):
-        yield "accepted of proposed", f"{figures['accepted']} of {figures['proposed']}"
-    if "passes" in figures:
-        yield "passes for tokens", f"{figures['passes']} for {figures['tokens']}"
-    for name in ("first text", "verified text"):
-        if (key := f"{name.replace(' ', '_')}_ms") in figures:
-            yield f"ms to {name}", f"{figures[key]:.0f}"
 
 
 def _card(result: PhotoResult) -> str:
