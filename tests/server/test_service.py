@@ -334,7 +334,7 @@ def test_a_request_for_another_bundle_is_answered_by_the_server_of_the_pool_that
     try:
         board.wait_for_status(state="online", share_proven=True)
         elsewhere = []
-        for i, asked in enumerate([request(bundle, 1), request(other, 2)] * 4):
+        for i, asked in enumerate(([request(bundle, 1)] * 2 + [request(other, 2)] * 2) * 2):
             asked = msgspec.structs.replace(asked, id=i.to_bytes(8, "big"))  # noqa: PLW2901
             board.ask(asked)
             while (reply := board.reply()).status is Status.UNKNOWN_BUNDLE:
