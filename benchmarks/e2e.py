@@ -205,7 +205,7 @@ def warm_board(site: Site, case: Case, name: str, profile: Profile) -> Iterator[
     broker = ("127.0.0.1", site.edge if name == "escalate" else site.cloud)
     with (
         LinkSimulator(broker, profile) as link,
-        MeasuredBoard(site, f"{name}-{profile.name}"[:32], link, settings) as board,
+        MeasuredBoard(site, f"{name}-{profile.name}"[:32], link, settings).run() as board,
     ):
         for photo in islice(cycle(case.photos), WARM_UP):
             board.show(photo.data)

@@ -16,8 +16,6 @@ NOT_FIXED = ("device", "policy", "escalate")  # one has no verified text, one ch
 
 @dataclass(frozen=True, slots=True)
 class PhotoOutcome:
-    """The outcome of one photo."""
-
     photo: str
     at_s: float  # when it was shown, since the first photo that counts
     text: str = ""  # the last text; after a loss, the draft

@@ -124,7 +124,6 @@ class Chain:
         return Sent(picture.name, len(payload), tuple(request.draft_ids), received)
 
     def job(self, sent: Sent, draft: tuple[int, ...] | None = None) -> "Job":
-        """What the engine has to do for this photo."""
         from server.engine import Job
 
         return Job(sent.symbols, self.bundle.manifest.latent.gains[-1], draft, self.tier)

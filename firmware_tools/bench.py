@@ -29,7 +29,6 @@ PARTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which part, and its options."""
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
     for name, summary in PARTS.items():
         part = parts.add_parser(
@@ -149,7 +148,6 @@ def end_to_end(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
-    """The figures of one part."""
     from edge_runtime.app import load_draft, load_head
 
     pictures = list(frames(args.images, args.limit))

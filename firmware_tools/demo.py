@@ -36,10 +36,9 @@ class DemoError(AiflowError, ValueError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to show, how, and where to write the page."""
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="your photos, not the shipped ones")
-    what.add_argument("--video", type=Path, metavar="FILE", help="a still of every second of a video")
+    parser.add_argument(
+        "--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="your photos, not the shipped ones"
+    )
     parser.add_argument("--limit", type=number, default=LIMIT, metavar="N", help=f"at most N photos (default: {LIMIT})")
     parser.add_argument(
         "--paradigm",
@@ -55,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints results as they arrive and then the summary, and writes the page."""
     bundle = open_bundle(args.bundle)
-    photos = collect(args.images, args.video, args.limit)
+    photos = collect(args.images, args.limit)
     print("broker, server and board are starting ...", file=sys.stderr)
     with interrupted_once():
         results = play(args, photos)

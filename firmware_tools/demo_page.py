@@ -40,7 +40,6 @@ class PhotoResult:
 
     @property
     def is_verified(self) -> bool:
-        """True if a server answered."""
         return self.last is not None and self.last.type == "update"
 
     @property
@@ -49,7 +48,6 @@ class PhotoResult:
         return self.first.text if self.first and self.first.type != "update" else ""
 
     def followed(self, event: Event, arrived_unix: float) -> "PhotoResult":
-        """The result after one more event."""
         ms = 1e3 * (arrived_unix - event.captured.timestamp())
         result = replace(self, last=event, last_ms=ms)
         return replace(result, first=event, first_ms=ms) if self.first is None and event.text else result
@@ -96,7 +94,6 @@ def stages(event: Event) -> dict[str, float]:
 
 
 def answered_by(event: Event) -> str:
-    """Who wrote an event's text."""
     if event.type == "lost":
         return "nobody, the draft is kept" if event.text else "nobody"
     by = event.answered_by
@@ -149,7 +146,6 @@ section{padding:.6rem .8rem .8rem}p{margin:.25rem 0}small{opacity:.75}
 
 
 def page(results: Results, title: str, note: str) -> str:
-    """The whole HTML document."""
     figures = "".join(
         f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(short(value))}</dd></div>"
         for name, value in summary(results).items()
@@ -207,7 +203,6 @@ def _marked_html(text: str, other: str, tag: str) -> str:
 
 
 def _preview(photo: Photo) -> str:
-    """A small JPEG, in base64."""
     pixels = decode_picture(photo.data)
     height, width = pixels.shape[:2]
     if width > PREVIEW_WIDTH:

@@ -55,7 +55,7 @@ def play(
     with tempfile.TemporaryDirectory(prefix="aiflow-faults-") as folder:
         for group in _groups(faults):
             (where := Path(folder) / group[0].name).mkdir()
-            with FaultSite(where, bundle, small, say) as site:
+            with FaultSite(where, bundle, small, say).run() as site:
                 for fault in group:
                     results.append(result := result_of(Scenario(site, fault, seconds)))
                     say(f"{len(results)} of {len(faults)}: " + " | ".join(report.cells(result)))

@@ -21,5 +21,4 @@ def cells(result: FaultResult) -> tuple[str, ...]:
 
 
 def markdown(results: Sequence[FaultResult]) -> str:
-    """The table in Markdown."""
     return markdown_table([COLUMNS, *(cells(result) for result in results)])

@@ -5,8 +5,8 @@ Events and frames of the boards use the local broker, so that they arrive whatev
 
 import queue
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from edge_runtime.config import MqttConfig
@@ -33,9 +33,10 @@ class FaultSite:
             SPARE: self._server(SPARE),
         }
         self.messages: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
-        self._running = ExitStack()
 
-    def __enter__(self) -> "FaultSite":
+    @contextmanager
+    def run(self) -> Iterator["FaultSite"]:
+        """Runs the brokers during the `with` block, and stops every process after it."""
         with ExitStack() as stack:
             for process in (self.local, *self.processes.values()):
                 stack.callback(process.stop)
@@ -46,14 +47,9 @@ class FaultSite:
                 subscriptions=[(f"{topics.ROOT}/{SITE}/+/up/event", 1)],
                 on_message=lambda message: self.messages.put((time.monotonic(), message)),
             )
-            stack.enter_context(self.client)
-            if not self.client.wait_online(START_S):
+            if not stack.enter_context(self.client).wait_online(START_S):
                 raise ProcessError(f"the local broker does not answer: {self.client.reason}")
-            self._running = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._running.close()
+            yield self
 
     def _server(self, name: str) -> AiflowProcess:
         server = {"id": name, "site": SITE, "bundle": str(self.bundle.path), "tier": "edge"}

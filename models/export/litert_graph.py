@@ -83,7 +83,6 @@ class LitertGraph:
         self.operators.append(operator)
 
     def to_bytes(self, inputs: list[int], outputs: list[int]) -> bytes:
-        """The whole file."""
         subgraph = schema.SubGraphT()
         subgraph.tensors, subgraph.operators = self.tensors, self.operators
         subgraph.inputs, subgraph.outputs, subgraph.name = inputs, outputs, "main"
