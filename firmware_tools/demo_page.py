@@ -13,15 +13,13 @@ from difflib import SequenceMatcher
 from html import escape
 from typing import Any
 
-import cv2
-
 from edge_runtime.inference.preprocess import decode_picture
 from edge_runtime.wire import Event
 from testbed.processes import read_event
-from testbed.sample_photos import Photo
+from testbed.sample_photos import Photo, to_jpeg
 from testbed.terminal import short
 
-PREVIEW_WIDTH = 480  # pixels; a phone's screen has as many CSS pixels or fewer
+PREVIEW_PIXELS = 480  # a phone's screen has as many CSS pixels or fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +167,9 @@ keep, <ins>words</ins> that it wrote itself.</small></p>
 
 
 def _card(result: PhotoResult) -> str:
-    name = escape(result.photo.name)
-    parts = [f'<img alt="{name}" src="data:image/jpeg;base64,{_preview(result.photo)}"><section><p><small>{name}']
+    name, preview = escape(result.photo.name), to_jpeg(decode_picture(result.photo.data), PREVIEW_PIXELS, 80)
+    data = base64.b64encode(preview).decode()
+    parts = [f'<img alt="{name}" src="data:image/jpeg;base64,{data}"><section><p><small>{name}']
     if result.photo.credit:
         parts.append(f" · {escape(result.photo.credit)}")
     parts.append("</small></p>")
@@ -200,13 +199,3 @@ def _card(result: PhotoResult) -> str:
 def _marked_html(text: str, other: str, tag: str) -> str:
     runs = marked(text, other)
     return " ".join(f"<{tag}>{escape(run)}</{tag}>" if differs else escape(run) for run, differs in runs)
-
-
-def _preview(photo: Photo) -> str:
-    pixels = decode_picture(photo.data)
-    height, width = pixels.shape[:2]
-    if width > PREVIEW_WIDTH:
-        size = (PREVIEW_WIDTH, max(1, round(height * PREVIEW_WIDTH / width)))
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
-    return base64.b64encode(jpeg.tobytes()).decode()

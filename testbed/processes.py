@@ -77,9 +77,7 @@ class Process:
 
     @property
     def process(self) -> "subprocess.Popen[bytes]":
-        """Raises ProcessError if it was never started."""
-        if self._process is None:
-            raise ProcessError(f"{self.name} was not started: this is a bug")
+        assert self._process, f"{self.name} was not started"
         return self._process
 
     @property

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -73,6 +74,15 @@ def shipped() -> Iterator[Photo]:
             file = Path(folder) / path
             if file.is_file():
                 yield Photo(name, file.read_bytes(), credit)
+
+
+def to_jpeg(pixels: NDArray[np.uint8], longest: int, quality: int) -> bytes:
+    """uint8 RGB [H, W, 3] as a JPEG, shrunk if its longer side has more than `longest` pixels."""
+    scale = min(1.0, longest / max(pixels.shape[:2]))
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    bgr = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
 def is_readable(picture: Picture) -> bool:
