@@ -15,6 +15,7 @@ from pathlib import Path
 from edge_runtime.config import MqttConfig
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import open_bundle
+from edge_runtime.logs import printable
 from edge_runtime.mqtt.client import Message, MqttClient
 from edge_runtime.wire import topics
 from firmware_tools.demo_page import PhotoResult, Results, answered_by, marked, page, stages, summary
@@ -22,7 +23,7 @@ from models import SHIPPED_BUNDLE
 from testbed.broker import start_embedded
 from testbed.processes import START_S, AiflowProcess, interrupted_once, wait_serving
 from testbed.sample_photos import Photo, collect
-from testbed.terminal import new_file, number, print_figures, printable
+from testbed.terminal import new_file, number, print_figures
 
 SITE, BOARD, SERVER = "demo", "demo-board", "demo-server"
 LIMIT = 16

@@ -9,8 +9,9 @@ import threading
 from contextlib import suppress
 from datetime import datetime
 
+from edge_runtime.logs import printable
 from edge_runtime.wire import Event
-from testbed.terminal import number, printable
+from testbed.terminal import number
 
 MAX_WAITING = 1000  # lines that wait for a slow reader; further ones are counted and not shown
 CLOSE_S = 2.0  # for the last lines to be printed

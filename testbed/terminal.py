@@ -60,11 +60,6 @@ def print_figures(figures: dict[str, Any], before: str = "") -> None:
             print(f"{before}{name} {short(value)}")
 
 
-def printable(text: str) -> str:
-    """Text from files or the network without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Shows progress while iterating; silent if the output is not a terminal."""
     console = Console(stderr=True)
