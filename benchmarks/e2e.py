@@ -21,8 +21,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import cv2
-
 from benchmarks.e2e_figures import BASELINE, PhotoOutcome, against_oracle, compared, outcome_of, slots_of
 from benchmarks.e2e_site import DEADLINE_S, MeasuredBoard, Site, machine, run_site
 from benchmarks.quality import Chain, Photos, score
@@ -31,6 +29,7 @@ from edge_runtime.capture.picture_files import Picture
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
 from testbed.link_simulator import LinkSimulator
+from testbed.sample_photos import to_jpeg
 from testbed.shaping import Profile
 from testbed.terminal import track
 
@@ -116,11 +115,7 @@ def _fitting(photo: Picture) -> Picture:
     """The photo; shrunk, but not below the model's input size, if camera software would not send so large a file."""
     if len(photo.data) <= MAX_FRAME_BYTES:
         return photo
-    pixels = decode_picture(photo.data)
-    scale = min(1.0, LARGE_FRAME / max(pixels.shape[:2]))
-    small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    jpeg = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
-    return Picture(photo.name, jpeg.tobytes())
+    return Picture(photo.name, to_jpeg(decode_picture(photo.data), LARGE_FRAME, 90))
 
 
 def smallest_jpeg(bundle: Bundle, case: Case) -> int:
@@ -205,7 +200,7 @@ def warm_board(site: Site, case: Case, name: str, profile: Profile) -> Iterator[
     broker = ("127.0.0.1", site.edge if name == "escalate" else site.cloud)
     with (
         LinkSimulator(broker, profile) as link,
-        MeasuredBoard(site, f"{name}-{profile.name}"[:32], link, settings) as board,
+        MeasuredBoard(site, f"{name}-{profile.name}"[:32], link, settings).run() as board,
     ):
         for photo in islice(cycle(case.photos), WARM_UP):
             board.show(photo.data)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quality import mean
 from edge_runtime.wire import Event
 
 BASELINE = "offload"
@@ -16,8 +17,6 @@ NOT_FIXED = ("device", "policy", "escalate")  # one has no verified text, one ch
 
 @dataclass(frozen=True, slots=True)
 class PhotoOutcome:
-    """The outcome of one photo."""
-
     photo: str
     at_s: float  # when it was shown, since the first photo that counts
     text: str = ""  # the last text; after a loss, the draft
@@ -64,12 +63,12 @@ def figures_of(name: str, outcomes: Sequence[PhotoOutcome], lost_ms: float) -> d
     first = [o.first_ms for o in outcomes if o.first_ms is not None]
     textless = [lost_ms for o in outcomes if o.first_ms is None and o.final_ms is None]
     return {
-        "bytes_mean": _mean([outcome.bytes_up for outcome in outcomes]),
+        "bytes_mean": mean([outcome.bytes_up for outcome in outcomes]),
         "first_text_ms_p50": _percentile(first, textless, 50),
         "verified_ms_p50": _percentile(verified, lost, 50),
         "verified_ms_p95": _percentile(verified, lost, 95),
         "served_ms_p50": _percentile(served, lost, 50),
-        "server_ms_mean": _mean([outcome.server_ms for outcome in answered]),
+        "server_ms_mean": mean([outcome.server_ms for outcome in answered]),
         "answered": len(answered),
         "lost": len(lost),
         "chosen": _shares([outcome.paradigm for outcome in answered]),
@@ -94,7 +93,7 @@ def compared(
         policy["best_fixed"], policy["verified_to_best_fixed"] = best_fixed(medians)
     if escalating := paradigms.get("escalate"):
         cloud = paradigms["speculative"]  # its texts are exactly the cloud's
-        escalating["escalated_share"] = _mean([outcome.was_passed_up for outcome in outcomes["escalate"]])
+        escalating["escalated_share"] = mean([outcome.was_passed_up for outcome in outcomes["escalate"]])
         escalating["cider_to_cloud"] = ratio(escalating["cider"], cloud["cider"])
         escalating["verified_to_cloud"] = ratio(escalating["verified_ms_p50"], cloud["verified_ms_p50"])
     return paradigms
@@ -151,10 +150,6 @@ def against_oracle(slots: Sequence[Mapping[str, Any]]) -> dict[str, float | None
 def ratio(value: float | None, to: float | None) -> float | None:
     """None if a value is missing or the divisor is zero."""
     return None if value is None or not to else value / to
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
 
 
 def _percentile(values: Sequence[float], lost: Sequence[float], percent: float) -> float | None:

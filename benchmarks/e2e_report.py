@@ -1,27 +1,13 @@
-"""The figures of the case study for people: a table per profile, one Markdown table of all, and a picture."""
+"""The figures of the case study for people: one Markdown table, remarks on each profile, and a picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from edge_runtime.errors import AiflowError
-from testbed.terminal import markdown_table
+from testbed.terminal import markdown_table, print_table, short
 
-COLUMNS = {
-    "paradigm": "name",
-    "CIDEr": "cider",
-    "bytes": "bytes_mean",
-    "first text\nms p50": "first_text_ms_p50",
-    "verified\nms p50": "verified_ms_p50",
-    "verified\nms p95": "verified_ms_p95",
-    "to offload": "verified_ratio",
-    "server\nms": "server_ms_mean",
-    "answered": "answered",
-    "lost": "lost",
-}
+COLUMNS = ("link", "paradigm", "CIDEr", "bytes", "first text, ms", "verified, ms: p50, p95", "to offload", "server, ms")
 
 
 class PlotError(AiflowError, ValueError):
@@ -29,65 +15,38 @@ class PlotError(AiflowError, ValueError):
 
 
 def print_runs(runs: Sequence[dict[str, Any]]) -> None:
-    """Prints a table per profile; tab-separated lines if the output is not a terminal."""
-    console = Console()
+    """Prints the table, and for each profile what it does not show."""
+    print_table(markdown(runs))
     for run in runs:
-        title = f"{run['profile']}, {run['images']} photos, board {run['board_slowdown']:g} times slower"
-        rows = [[_shown(cells[key]) for key in COLUMNS.values()] for cells in _cells(run)]
-        if console.is_terminal:
-            table = Table(*COLUMNS, title=title)
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
-        else:
-            lines = [[name.replace("\n", " ") for name in COLUMNS], *rows]
-            print("\n".join([title, *("\t".join(line) for line in lines)]))
-        for line in _remarks(run):
-            print(line)
-
-
-def _cells(run: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"name": name} | figures for name, figures in run["paradigms"].items()]
+        print(f"\n{run['profile']}, {run['images']} photos, board {run['board_slowdown']:g} times slower")
+        print("\n".join(_remarks(run)))
 
 
 def _remarks(run: dict[str, Any]) -> list[str]:
-    lines = []
+    lost = [f"{name} {figures['lost']}" for name, figures in run["paradigms"].items() if figures["lost"]]
+    lines = [f"lost: {', '.join(lost)}"] if lost else []
     if policy := run["paradigms"].get("policy"):
         chosen = ", ".join(f"{name} {share:.0%}" for name, share in policy["chosen"].items())
-        to_best = _shown(policy["verified_to_best_fixed"])
+        to_best = short(policy["verified_to_best_fixed"])
         lines.append(f"policy: {to_best} of the best fixed paradigm ({policy['best_fixed']}); chose {chosen}")
-        lines.append(f"policy: without accepted drafts, verified in {_shown(policy['served_ms_p50'])} ms, p50")
+        lines.append(f"policy: without accepted drafts, verified in {short(policy['served_ms_p50'])} ms, p50")
     if escalating := run["paradigms"].get("escalate"):
-        share, quality = _shown(escalating["escalated_share"]), _shown(escalating["cider_to_cloud"])
+        share, quality = short(escalating["escalated_share"]), short(escalating["cider_to_cloud"])
         lines.append(f"escalate: passed up a share of {share}, CIDEr {quality} of the cloud's alone")
     if quality := run["small_jpeg_quality"]:
         lines.append(f"offload-small: JPEG quality {quality}")
     if trace := run.get("trace"):
         for slot in trace["slots"]:
             where = f"{slot['from_s']:g} to {slot['to_s']:g} s, {slot['profile']}"
-            lines.append(f"{where}: best {slot['best_fixed']}, policy {_shown(slot['policy_to_best'])} of it")
-        lines.append(f"policy: {_shown(trace['policy_to_oracle'])} of the oracle's time to a verified text")
+            lines.append(f"{where}: best {slot['best_fixed']}, policy {short(slot['policy_to_best'])} of it")
+        lines.append(f"policy: {short(trace['policy_to_oracle'])} of the oracle's time to a verified text")
     lines.append(f"on {run['machine']['cores']} cores, shared by {run['machine']['shared_by']}")
     return lines
 
 
-def _shown(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def markdown(runs: Sequence[dict[str, Any]]) -> str:
     """One table of all profiles, in Markdown."""
-    names = (
-        "link",
-        "paradigm",
-        "CIDEr",
-        "bytes",
-        "first text, ms",
-        "verified, ms: p50, p95",
-        "to offload",
-        "server, ms",
-    )
-    rows: list[tuple[str, ...]] = [names]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for run in runs:
         for name, figures in run["paradigms"].items():
             p50, p95, ratio = (figures[key] for key in ("verified_ms_p50", "verified_ms_p95", "verified_ratio"))

@@ -59,7 +59,7 @@ def run_site(bundle: Bundle, folder: Path, escalates: bool) -> Iterator[Site]:
 
 
 class MeasuredBoard:
-    """A board of one paradigm behind a link, and a user on its local broker. Start it with `with`."""
+    """A board of one paradigm behind a link, and a user on its local broker."""
 
     def __init__(self, site: Site, name: str, link: LinkSimulator, settings: dict[str, Any]) -> None:
         self._site, self._name = site, name
@@ -74,19 +74,14 @@ class MeasuredBoard:
             subscriptions=[(topics.event(SITE, name), 1), (topics.status(SITE, name), 1)],
             on_message=self._inbox.put,
         )
-        self._running = ExitStack()
         self._earlier: set[str] = set()  # frames of earlier calls of `show`
 
-    def __enter__(self) -> "MeasuredBoard":
-        with ExitStack() as running:
-            running.enter_context(self._client)
-            running.enter_context(self._process)
+    @contextmanager
+    def run(self) -> Iterator["MeasuredBoard"]:
+        """Runs the board during the `with` block, from when frames reach it."""
+        with self._client, self._process:
             self._wait_online()
-            self._running = running.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._running.close()
+            yield self
 
     def show(self, picture: bytes) -> list[Event]:
         """Sends a picture as camera software does, and returns its events up to the final one, or to the deadline.

@@ -125,7 +125,6 @@ class Chain:
         return Sent(picture.name, len(payload), tuple(request.draft_ids), received)
 
     def job(self, sent: Sent, draft: tuple[int, ...] | None = None) -> "Job":
-        """What the engine has to do for this photo."""
         from server.engine import Job
 
         return Job(sent.symbols, self.bundle.manifest.latent.gains[-1], draft, self.tier)
@@ -182,13 +181,13 @@ def measure_captions(
         "bytes_mean": float(np.mean(sizes)),
         "bytes_p95": float(np.percentile(sizes, 95)),
         "drafts_accepted_by_board": float(np.mean([s.draft_accepted for s in sent])),
-        "tokens_mean": _mean([len(a.tokens) for a in answers] or [len(s.draft) for s in sent]),
-        "proposed_mean": _mean([a.proposed for a in answers]),
-        "accepted_mean": _mean([a.accepted for a in answers]),
-        "accepted_again_mean": _mean([a.accepted_again for a in answers]),
-        "passes_mean": _mean([a.passes for a in answers]),
-        "passes_alone_mean": _mean([a.passes for a in alone]),
-        "identical_to_tier": _mean([a.tokens == b.tokens for a, b in zip(answers, alone, strict=True)]),
+        "tokens_mean": mean([len(a.tokens) for a in answers] or [len(s.draft) for s in sent]),
+        "proposed_mean": mean([a.proposed for a in answers]),
+        "accepted_mean": mean([a.accepted for a in answers]),
+        "accepted_again_mean": mean([a.accepted_again for a in answers]),
+        "passes_mean": mean([a.passes for a in answers]),
+        "passes_alone_mean": mean([a.passes for a in alone]),
+        "identical_to_tier": mean([a.tokens == b.tokens for a, b in zip(answers, alone, strict=True)]),
         "images_per_second": len(texts) / seconds,
     }
 
@@ -210,8 +209,8 @@ def measure_labels(chain: Chain, photos: Photos, progress: Progress = lambda pho
     return {
         "images": len(right),
         "unreadable": photos.unreadable,
-        "accuracy": _mean(right),
-        "bytes_mean": _mean(sizes),
+        "accuracy": mean(right),
+        "bytes_mean": mean(sizes),
     }
 
 
@@ -240,5 +239,5 @@ def _batches(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
         yield batch
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None

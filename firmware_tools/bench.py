@@ -15,7 +15,7 @@ from firmware_tools.evaluate import CAPTIONS_HELP
 from models import SHIPPED_BUNDLE
 from testbed.processes import interrupted_once
 from testbed.sample_photos import collect, frames
-from testbed.terminal import new_file, number, print_figures
+from testbed.terminal import new_file, number, print_figures, print_table
 
 BACKENDS = ("onnx", "litert")
 PARTS = {
@@ -29,7 +29,6 @@ PARTS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which part, and its options."""
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
     for name, summary in PARTS.items():
         part = parts.add_parser(
@@ -112,12 +111,9 @@ def faults(args: argparse.Namespace) -> int:
     logging.getLogger("edge_runtime").setLevel(logging.ERROR)  # lost connections are expected here
     with interrupted_once():
         results = play(rows, open_bundle(args.bundle), photos, args.seconds, console.log)
-    if (terminal := Console()).is_terminal:
-        terminal.print(report.table(results))
-    else:
-        print(report.markdown(results), end="")
+    print_table(table := report.markdown(results))
     if args.markdown:
-        args.markdown.write_text(report.markdown(results), encoding="utf-8")
+        args.markdown.write_text(table, encoding="utf-8")
     if args.json:
         args.json.write_text(json.dumps({"rows": [asdict(result) for result in results]}, indent=2) + "\n")
     return int(any(result.held is False for result in results))
@@ -152,7 +148,6 @@ def end_to_end(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
-    """The figures of one part."""
     from edge_runtime.app import load_draft, load_head
 
     pictures = list(frames(args.images, args.limit))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The action `config` and its options."""
     config = parser.add_subparsers(dest="action", metavar="ACTION", required=True).add_parser(
         "config",
         help="write the files that a site's Mosquitto and its clients need",

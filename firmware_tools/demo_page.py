@@ -7,20 +7,19 @@ and from the network is escaped.
 import base64
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from html import escape
 from typing import Any
 
-import cv2
-
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.wire import Event
 from testbed.processes import read_event
-from testbed.sample_photos import Photo
+from testbed.sample_photos import Photo, to_jpeg
+from testbed.terminal import short
 
-PREVIEW_WIDTH = 480  # pixels; a phone's screen has as many CSS pixels or fewer
+PREVIEW_PIXELS = 480  # a phone's screen has as many CSS pixels or fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,6 @@ class PhotoResult:
 
     @property
     def is_verified(self) -> bool:
-        """True if a server answered."""
         return self.last is not None and self.last.type == "update"
 
     @property
@@ -48,7 +46,6 @@ class PhotoResult:
         return self.first.text if self.first and self.first.type != "update" else ""
 
     def followed(self, event: Event, arrived_unix: float) -> "PhotoResult":
-        """The result after one more event."""
         ms = 1e3 * (arrived_unix - event.captured.timestamp())
         result = replace(self, last=event, last_ms=ms)
         return replace(result, first=event, first_ms=ms) if self.first is None and event.text else result
@@ -95,7 +92,6 @@ def stages(event: Event) -> dict[str, float]:
 
 
 def answered_by(event: Event) -> str:
-    """Who wrote an event's text."""
     if event.type == "lost":
         return "nobody, the draft is kept" if event.text else "nobody"
     by = event.answered_by
@@ -148,8 +144,10 @@ section{padding:.6rem .8rem .8rem}p{margin:.25rem 0}small{opacity:.75}
 
 
 def page(results: Results, title: str, note: str) -> str:
-    """The whole HTML document."""
-    figures = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _shown(results))
+    figures = "".join(
+        f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(short(value))}</dd></div>"
+        for name, value in summary(results).items()
+    )
     cards = "\n".join(_card(result) for result in results.photos)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -168,25 +166,10 @@ keep, <ins>words</ins> that it wrote itself.</small></p>
 """
 
 
-def _shown(results: Results) -> Iterable[tuple[str, str]]:
-    """The summary for people."""
-    figures = summary(results)
-    yield "photos", f"{figures['photos']}" + (f", {figures['lost']} lost" if figures["lost"] else "")
-    if "bytes_mean" in figures:
-        yield "bytes per photo", f"{figures['bytes_mean']:.0f}"
-        yield "as JPEG", f"{figures['jpeg_bytes_mean']:.0f} ({figures['jpeg_to_bytes']:.0f}x)"
-    if figures.get("proposed"):
-        yield "accepted of proposed", f"{figures['accepted']} of {figures['proposed']}"
-    if "passes" in figures:
-        yield "passes for tokens", f"{figures['passes']} for {figures['tokens']}"
-    for name in ("first text", "verified text"):
-        if (key := f"{name.replace(' ', '_')}_ms") in figures:
-            yield f"ms to {name}", f"{figures[key]:.0f}"
-
-
 def _card(result: PhotoResult) -> str:
-    name = escape(result.photo.name)
-    parts = [f'<img alt="{name}" src="data:image/jpeg;base64,{_preview(result.photo)}"><section><p><small>{name}']
+    name, preview = escape(result.photo.name), to_jpeg(decode_picture(result.photo.data), PREVIEW_PIXELS, 80)
+    data = base64.b64encode(preview).decode()
+    parts = [f'<img alt="{name}" src="data:image/jpeg;base64,{data}"><section><p><small>{name}']
     if result.photo.credit:
         parts.append(f" · {escape(result.photo.credit)}")
     parts.append("</small></p>")
@@ -216,14 +199,3 @@ def _card(result: PhotoResult) -> str:
 def _marked_html(text: str, other: str, tag: str) -> str:
     runs = marked(text, other)
     return " ".join(f"<{tag}>{escape(run)}</{tag}>" if differs else escape(run) for run, differs in runs)
-
-
-def _preview(photo: Photo) -> str:
-    """A small JPEG, in base64."""
-    pixels = decode_picture(photo.data)
-    height, width = pixels.shape[:2]
-    if width > PREVIEW_WIDTH:
-        size = (PREVIEW_WIDTH, max(1, round(height * PREVIEW_WIDTH / width)))
-        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
-    return base64.b64encode(jpeg.tobytes()).decode()

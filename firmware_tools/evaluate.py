@@ -2,11 +2,9 @@
 
 import argparse
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.capture.picture_files import Picture
 from edge_runtime.config import PolicyConfig
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from models import SHIPPED_BUNDLE
@@ -16,7 +14,6 @@ CAPTIONS_HELP = "columns image, caption, and split if there are several; images 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`caption` and `classify`."""
     kinds = parser.add_subparsers(dest="kind", metavar="caption|classify", required=True)
     caption = kinds.add_parser("caption", help="CIDEr and BLEU against captions that people wrote")
     caption.add_argument("--captions", type=Path, required=True, metavar="TSV", help=CAPTIONS_HELP)
@@ -57,11 +54,8 @@ def _caption(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     captions = captions_of(args.captions, args.split)
     photos = Photos(args.images, captions, args.limit)
     chain = proven_chain(bundle, args.paradigm, args.tier, args.backend, args.quality_floor)
-
-    def progress(pictures: Iterable[Picture]) -> Iterable[Picture]:
-        return track(pictures, f"{args.paradigm} {args.tier}", args.limit or len(captions))
-
-    return measure_captions(chain, photos, captions, progress)
+    title, count = f"{args.paradigm} {args.tier}", args.limit or len(captions)
+    return measure_captions(chain, photos, captions, lambda pictures: track(pictures, title, count))
 
 
 def _classify(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:

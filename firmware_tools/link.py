@@ -13,7 +13,6 @@ REPORT_S = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to listen, where to connect, and which link to simulate."""
     parser.epilog = """\
 a broker behind LTE-M:     aiflow link --to 127.0.0.1:1883 --profile lte-m, then let the board connect to port 1884
 a trace file, line by line: seconds from the start, a tab, a profile; the last profile stays"""
@@ -46,21 +45,9 @@ def run(args: argparse.Namespace) -> None:
         host, port = link.address
         print(f"listening on {host}:{port}, to {args.to[0]}:{args.to[1]}, {_describe(link.profile)}", flush=True)
         link.play(trace)
-        _report(link, stop)
-
-
-def _report(link: LinkSimulator, stop: threading.Event) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if console.is_terminal:
-        with console.status(_line(link)) as status:
-            while not stop.wait(0.5):
-                status.update(_line(link))
-        return
-    while not stop.wait(REPORT_S):
+        while not stop.wait(REPORT_S):
+            print(_line(link), flush=True)
         print(_line(link), flush=True)
-    print(_line(link), flush=True)
 
 
 def _line(link: LinkSimulator) -> str:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The path of the configuration."""
     parser.add_argument("config", type=Path, help="board.toml; `aiflow validate` checks it, README.md has an example")
     parser.add_argument(
         "--show",
@@ -44,7 +43,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def closing_line(summary: "Values") -> str:
-    """What happened, in one line."""
     flat: list[tuple[str, float]] = []
     for name, value in summary.items():
         if isinstance(value, Mapping):

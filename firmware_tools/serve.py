@@ -5,7 +5,6 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The path of the configuration."""
     parser.add_argument("config", type=Path, help="server.toml; `aiflow validate` checks it, README.md has an example")
 
 

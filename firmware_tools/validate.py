@@ -23,7 +23,6 @@ Check = tuple[str, Callable[[], str]]  # what is checked; a function that return
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to check, and how far."""
     parser.add_argument("path", type=Path, help="board.toml, server.toml or the directory of a bundle")
     parser.add_argument(
         "--connect", action="store_true", help="also connect to the brokers and read a frame from each camera"

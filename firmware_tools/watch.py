@@ -18,7 +18,6 @@ CLOSE_S = 2.0  # for the last lines to be printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to listen."""
     parser.add_argument("--site", type=_id, default="home", metavar="ID", help="default: home")
     parser.add_argument("--board", type=_id, default="+", metavar="ID", help="one board only (default: all)")
     parser.add_argument("--host", default="127.0.0.1", help="of the broker with the events (default: 127.0.0.1)")

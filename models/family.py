@@ -345,6 +345,18 @@ class TextDecoder(nn.Module):
 DRAFT_EMBEDDING, DRAFT_STATE, DRAFT_MEMORY = 128, 256, 128
 
 
+def gru_step(x: Tensor, h: Tensor, state: Tensor) -> Tensor:
+    """The next state [..., D] of a gated recurrent unit (Cho et al., arXiv 1406.1078).
+
+    x and h [..., 3 D] are the gates' inputs from the token and from the state: reset, update, new.
+    """
+    x_reset, x_update, x_new = x.chunk(3, -1)
+    h_reset, h_update, h_new = h.chunk(3, -1)
+    update = torch.sigmoid(x_update + h_update)
+    new = torch.tanh(x_new + torch.sigmoid(x_reset + h_reset) * h_new)
+    return new + update * (state - new)
+
+
 class DraftDecoder(nn.Module):
     """The board's text decoder: a gated recurrent unit (Cho et al., arXiv 1406.1078) with attention to the latent.
 
@@ -383,11 +395,7 @@ class DraftDecoder(nn.Module):
         seen = (scores.softmax(1) * memory).sum(1)
         x = self.input_gates(torch.cat([self.tokens(token), seen], -1))
         h = self.state_gates(state)
-        x_reset, x_update, x_new = x.chunk(3, -1)
-        h_reset, h_update, h_new = h.chunk(3, -1)
-        update = torch.sigmoid(x_update + h_update)
-        new = torch.tanh(x_new + torch.sigmoid(x_reset + h_reset) * h_new)
-        state = new + update * (state - new)
+        state = gru_step(x, h, state)
         hidden = self.out(torch.cat([state, seen], -1))
         return F.linear(hidden, self.tokens.weight, self.bias + self.never_emitted), state
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edge_runtime.inference.bundle import UNKNOWN
+from models.family import gru_step
 
 STATE = 128  # width of the recurrent state; 256 was not better
 
@@ -49,11 +50,7 @@ class LookaheadNet(nn.Module):
         """
         state, logits = torch.tanh(self.start(F.dropout(hidden, dropout))), []
         for k in range(words.shape[-1]):
-            x_reset, x_update, x_new = self.input_gates(words[..., k]).chunk(3, -1)
-            h_reset, h_update, h_new = self.state_gates(state).chunk(3, -1)
-            update = torch.sigmoid(x_update + h_update)
-            new = torch.tanh(x_new + torch.sigmoid(x_reset + h_reset) * h_new)
-            state = new + update * (state - new)
+            state = gru_step(self.input_gates(words[..., k]), self.state_gates(state), state)
             logits.append(self.out(F.dropout(state, dropout)))
         return torch.stack(logits, -2)
 

@@ -21,7 +21,6 @@ class BatchTimes:
         self._lock = threading.Lock()
 
     def begin(self, now: float) -> None:
-        """A batch begins."""
         self._began = now
 
     def end(self) -> None:

@@ -22,14 +22,6 @@ TYPICAL_SHARE = 0.1  # of the latest request in the moving average of costs
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting(Generic[Item]):
-    """One request in the queue."""
-
-    item: Item
-    deadline: float  # on the batcher's clock; nobody waits for the answer after it
-
-
-@dataclass(frozen=True, slots=True)
 class Batch(Generic[Item]):
     """What to do next: requests to serve, and requests whose deadline has passed, to be told so."""
 
@@ -46,7 +38,7 @@ class Batcher(Generic[Item]):
 
     def __init__(self, capacity: int, max_batch: int, wait_s: float, clock: Callable[[], float]) -> None:
         self.capacity, self.max_batch, self.wait_s, self._clock = capacity, max_batch, wait_s, clock
-        self._queues: dict[str, deque[Waiting[Item]]] = {}  # by board; none is empty
+        self._queues: dict[str, deque[tuple[Item, float]]] = {}  # by board, with deadlines; none is empty
         self._count = 0
         # What the boards of requests that were taken and are not done have been charged for them.
         self._in_service: dict[str, list[float]] = {}
@@ -77,13 +69,13 @@ class Batcher(Generic[Item]):
         with self._changed:
             if board not in self._queues and board not in self._in_service:
                 self._served_ms[board] = max(self._served_ms.get(board, 0.0), self._now_ms)
-            self._queues.setdefault(board, deque()).append(Waiting(item, deadline))
+            self._queues.setdefault(board, deque()).append((item, deadline))
             self._count += 1
             refused = None
             if self._count > self.capacity:
                 # Its newest: the older ones are nearer to their turn. If two are as long, the board that asks loses.
                 longest = max(self._queues, key=lambda name: (len(self._queues[name]), name == board))
-                refused = self._pop(longest, newest=True).item
+                refused, _ = self._pop(longest, newest=True)
             self._changed.notify()
             return refused
 
@@ -105,13 +97,13 @@ class Batcher(Generic[Item]):
             while boards and len(batch.items) < self.max_batch:
                 board = min(boards, key=self._served_ms.__getitem__)
                 self._now_ms = max(self._now_ms, self._served_ms[board])
-                waiting = self._pop(board)
-                if waiting.deadline > now:
-                    batch.items.append(waiting.item)
+                item, deadline = self._pop(board)
+                if deadline > now:
+                    batch.items.append(item)
                     self._in_service.setdefault(board, []).append(self._typical_ms)
                     self._served_ms[board] += self._typical_ms
                 else:
-                    batch.stale.append(waiting.item)
+                    batch.stale.append(item)
                 if board not in self._queues:
                     boards.remove(board)
             return batch
@@ -132,7 +124,7 @@ class Batcher(Generic[Item]):
     def clear(self) -> list[Item]:
         """Takes everything that waits, not to be served."""
         with self._changed:
-            items = [waiting.item for queue in self._queues.values() for waiting in queue]
+            items = [item for queue in self._queues.values() for item, _ in queue]
             self._queues.clear()
             self._count = 0
             return items
@@ -141,7 +133,7 @@ class Batcher(Generic[Item]):
         """Boards of which a request may be taken. Under the lock."""
         return [board for board in self._queues if board not in self._in_service]
 
-    def _pop(self, board: str, newest: bool = False) -> Waiting[Item]:
+    def _pop(self, board: str, newest: bool = False) -> tuple[Item, float]:
         """Under the lock."""
         queue = self._queues[board]
         waiting = queue.pop() if newest else queue.popleft()

@@ -11,7 +11,7 @@ Knows nothing of messages, queues and deadlines.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -125,7 +125,8 @@ class Engine:
     def features(self, latents: Tensor, sizes: Sequence[int]) -> Tensor:
         """The tail in batches of these sizes: latents, float [B, 64, 7, 7], to features, float [B, N, 1280]."""
         # Channels last: a sixth faster on a CPU, and convolutions are meant to run so on a GPU.
-        return in_batches(lambda x: self.tail(x.contiguous(memory_format=torch.channels_last)), latents, sizes)
+        parts = [part.contiguous(memory_format=torch.channels_last) for part in padded_batches(latents, sizes)]
+        return torch.cat([self.tail(part) for part in parts])[: len(latents)]
 
     def _decode(self, tier: str, jobs: Sequence[Job], features: Tensor, tail_ms: float) -> list[Answer]:
         decoder = self.decoders[tier]
@@ -275,19 +276,9 @@ def encode_image(decoder: TextDecoder, features: Tensor, sizes: Sequence[int]) -
     ]
 
 
-def in_batches(network: Callable[[Tensor], Tensor], x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """A network over [B, ...], run in batches of these sizes only."""
-    return torch.cat([network(part) for part in padded_batches(x, sizes)])[: len(x)]
-
-
 def padded_batches(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """[B, ...] cut into batches of these sizes; the last one is filled up with rows of zeros."""
     parts = list(torch.split(x, max(sizes)))
-    missing = fitting(len(parts[-1]), sizes) - len(parts[-1])
+    missing = min(size for size in sizes if size >= len(parts[-1])) - len(parts[-1])
     parts[-1] = torch.cat([parts[-1], x.new_zeros(missing, *x.shape[1:])])
     return parts
-
-
-def fitting(rows: int, sizes: Sequence[int]) -> int:
-    """The smallest of the sizes that holds so many rows."""
-    return min(size for size in sizes if size >= rows)

@@ -36,14 +36,14 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
     manifest = bundle.manifest
     if (manifest.latent.channels, manifest.latent.height, manifest.latent.width) != LATENT:
         raise BundleError(f"bundle {manifest.name} codes {manifest.latent}, this version's networks read {LATENT}")
-    weights = load_weights(bundle, manifest.tail)
+    weights = load_tensors(bundle, manifest.tail)
     decoders = {tier: _decoder(bundle, tier) for tier in tiers}
     tail = filled(Tail(), _below(weights, "tail."), manifest.tail)
     classifier, head = None, None
     if manifest.classes:
         classifier = filled(Classifier(len(manifest.classes)), _below(weights, "classifier."), manifest.tail)
     if HEAD in manifest.files:
-        head = filled(Head(), load_weights(bundle, HEAD), HEAD)
+        head = filled(Head(), load_tensors(bundle, HEAD), HEAD)
     # Then the weights of its 3 x 3 convolutions are matrices already.
     tail = tail.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for network in (tail, classifier, head, *decoders.values()):
@@ -65,7 +65,7 @@ def _decoder(bundle: Bundle, tier: str) -> TextDecoder:
         target.decoder_layers,
         bundle.manifest.max_tokens,
     )
-    weights = load_weights(bundle, target.file)  # first, since it checks the size that bounds the shape
+    weights = load_tensors(bundle, target.file)  # first, since it checks the size that bounds the shape
     return filled(TextDecoder(shape), weights, target.file)
 
 
@@ -78,11 +78,6 @@ def _lookahead(bundle: Bundle, tier: str) -> Lookahead | None:
         return Lookahead.of_tensors(tensors, bundle.manifest.targets[tier].width, bundle.manifest.vocabulary)
     except ValueError as error:
         raise BundleError(f"{bundle.path / name} is no lookahead of the target {tier}: {error}") from error
-
-
-def load_weights(bundle: Bundle, name: str) -> dict[str, Tensor]:
-    """A safetensors file of the bundle, checked against its hash; as float32. Raises BundleError."""
-    return {key: value.float() for key, value in load_tensors(bundle, name).items()}
 
 
 def load_tensors(bundle: Bundle, name: str) -> dict[str, Tensor]:
@@ -98,7 +93,7 @@ def load_tensors(bundle: Bundle, name: str) -> dict[str, Tensor]:
 
 
 def filled(network: Network, weights: dict[str, Tensor], name: str) -> Network:
-    """The network with these weights, each of them used, and ready to serve. Raises BundleError."""
+    """The network with these weights as float32, each of them used, and ready to serve. Raises BundleError."""
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

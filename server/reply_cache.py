@@ -6,26 +6,17 @@ was lost. `begin` says which. Knows nothing of MQTT and of what the bytes mean. 
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from enum import Enum
 
 Key = tuple[str, bytes]  # board, request id
 
 
-@dataclass(frozen=True, slots=True)
-class New:
-    """Never seen, or forgotten: compute it, then `put` the reply or `forget` the request."""
+class Seen(Enum):
+    """What is known of a request without a reply."""
 
-
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """It is being answered since an earlier copy came: the reply will do for both."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cached:
-    reply: bytes
+    NEW = 1  # never seen, or forgotten: compute it, then `put` the reply or `forget` the request
+    IN_FLIGHT = 2  # it is being answered since an earlier copy came: the reply will do for both
 
 
 class ReplyCache:
@@ -47,32 +38,23 @@ class ReplyCache:
         self._max_replies, self._max_bytes = max_replies, max_bytes
         self._max_age_s, self._max_flight_s, self._clock = max_age_s, max_flight_s, clock
         self._lock = threading.Lock()
-        self._replies: OrderedDict[Key, tuple[bytes, float]] = OrderedDict()  # reply, when; the oldest first
+        self._replies: dict[Key, tuple[bytes, float]] = {}  # reply, when; the oldest first
         self._bytes = 0
-        self._in_flight: OrderedDict[Key, float] = OrderedDict()  # since when; the oldest first
+        self._in_flight: dict[Key, float] = {}  # since when; the oldest first
 
-    def begin(self, board: str, request_id: bytes) -> New | InFlight | Cached:
-        """Ask before computing. New: the request is in flight from now on."""
-        key = (board, request_id)
+    def begin(self, key: Key) -> bytes | Seen:
+        """Ask before computing. bytes: the reply. NEW: the request is in flight from now on."""
         with self._lock:
             self._drop_old()
             if key in self._replies:
-                return Cached(self._replies[key][0])
+                return self._replies[key][0]
             if key in self._in_flight:
-                return InFlight()
+                return Seen.IN_FLIGHT
             self._in_flight[key] = self._clock()
-            return New()
+            return Seen.NEW
 
-    def get(self, board: str, request_id: bytes) -> bytes | None:
-        """The reply, if there is one; starts nothing."""
-        with self._lock:
-            self._drop_old()
-            reply, _ = self._replies.get((board, request_id), (None, 0.0))
-            return reply
-
-    def put(self, board: str, request_id: bytes, reply: bytes) -> None:
+    def put(self, key: Key, reply: bytes) -> None:
         """Keeps a reply, and the request is no longer in flight. A second reply replaces the first."""
-        key = (board, request_id)
         with self._lock:
             self._in_flight.pop(key, None)
             self._remove(key)
@@ -80,14 +62,10 @@ class ReplyCache:
             self._bytes += len(reply)
             self._drop_old()
 
-    def forget(self, board: str, request_id: bytes) -> None:
+    def forget(self, key: Key) -> None:
         """It ended in something that must not be repeated, such as "busy". The next copy is new."""
         with self._lock:
-            self._in_flight.pop((board, request_id), None)
-
-    def __len__(self) -> int:
-        """Replies kept."""
-        return len(self._replies)
+            self._in_flight.pop(key, None)
 
     def _remove(self, key: Key) -> None:
         reply, _ = self._replies.pop(key, (b"", 0.0))

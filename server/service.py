@@ -51,7 +51,7 @@ from server.escalation import Bounds, is_loop
 from server.escalator import Escalator
 from server.gateway import Arrival
 from server.pictures import PictureCostError, PictureDecoder, PictureWorkerError
-from server.reply_cache import Cached, InFlight, ReplyCache
+from server.reply_cache import ReplyCache, Seen
 from server.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -115,11 +115,11 @@ class Service:
         """Finds out whether the request is new and can be answered here."""
         request, reply = accepted.request, accepted.arrival.reply
         first = self.escalator.first_reply(accepted.key)  # before `begin`: the last reply is cached before this is gone
-        seen = self.replies.begin(*accepted.key)
-        if isinstance(seen, Cached):
+        seen = self.replies.begin(accepted.key)
+        if isinstance(seen, bytes):
             self._count("repeated")
-            reply(seen.reply, request.budget_ms / 1e3)
-        elif first or isinstance(seen, InFlight):
+            reply(seen, request.budget_ms / 1e3)
+        elif first or seen is Seen.IN_FLIGHT:
             self._count("joined")  # its reply is on the way
             if first:
                 reply(first, request.budget_ms / 1e3)
@@ -372,9 +372,9 @@ class Service:
         """The end of every request that had an id."""
         data = encode_reply(reply)
         if reply.status is Status.OK:
-            self.replies.put(*accepted.key, data)
+            self.replies.put(accepted.key, data)
         else:  # asking again may end otherwise
-            self.replies.forget(*accepted.key)
+            self.replies.forget(accepted.key)
         self.escalator.forget(accepted.key)
         self._count("replies", reply.status.name.lower())
         # Last: a repeat that crosses it must not be told that a reply is still to come.

@@ -39,7 +39,7 @@ from edge_runtime.wire import (
 )
 from edge_runtime.wire.envelope import MAX_UINT32
 from server.config import UpstreamConfig
-from server.escalation import Above, Bounds
+from server.escalation import Above
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,6 @@ class Upstream:
 
     def __init__(self, config: UpstreamConfig, server: str) -> None:
         """Raises ConfigError if no connection can ever work."""
-        self.bounds = Bounds(config.min_confidence, config.max_share, config.explore)
         self._capacity = config.open_requests
         self._topic, self._ids = topics.request(config.site, server), RequestIds()
         self._lifecycle: RequestLifecycle[UpstreamRequest] = RequestLifecycle(

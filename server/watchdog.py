@@ -7,8 +7,8 @@ leaves the share, since the broker would go on giving it requests; it comes back
 import logging
 import threading
 import time
-from typing import Protocol
 
+from server.gateway import Gateway
 from server.service import Service
 
 logger = logging.getLogger(__name__)
@@ -17,24 +17,11 @@ STATUS_PERIOD_S = 10.0
 PROBE_PERIOD_S = 1.0  # until the broker is proven to deliver; also how often the engine is looked at
 
 
-class Share(Protocol):
-    """This server's part in its pool, as the gateway keeps it. Each method may be called on any thread."""
-
-    def heartbeat(self) -> bool:
-        """Tells the status and whether the broker is proven to deliver."""
-
-    def suspend(self, reason: str) -> None:
-        """No more requests are wanted. Calling it again changes nothing."""
-
-    def resume(self) -> None:
-        """Requests are wanted again. Calling it again changes nothing."""
-
-
 class Watchdog:
     """Use it with `with`."""
 
-    def __init__(self, service: Service, share: Share) -> None:
-        self._service, self._share = service, share
+    def __init__(self, service: Service, gateway: Gateway) -> None:
+        self._service, self._gateway = service, gateway
         self._is_late = False
         self._next_beat = 0.0
         self._stop = threading.Event()
@@ -62,10 +49,10 @@ class Watchdog:
             busy_s = self._service.batch_times.busy_s(now)
             if is_late:
                 logger.error("engine hangs server=%s busy_s=%.1f", self._service.config.id, busy_s)
-                self._share.suspend(f"the engine has been busy with one batch for {busy_s:.0f} s")
+                self._gateway.suspend(f"the engine has been busy with one batch for {busy_s:.0f} s")
                 self._service.engine_hangs()
             else:
                 logger.warning("engine works again server=%s", self._service.config.id)
-                self._share.resume()
+                self._gateway.resume()
         if now >= self._next_beat:
-            self._next_beat = now + (STATUS_PERIOD_S if self._share.heartbeat() else PROBE_PERIOD_S)
+            self._next_beat = now + (STATUS_PERIOD_S if self._gateway.heartbeat() else PROBE_PERIOD_S)

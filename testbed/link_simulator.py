@@ -19,14 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 from testbed.shaping import Line, LinkError, Profile, Shape, parse_trace
 
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256  # each needs two file descriptors, and 1024 is a common limit
-MAX_TRACE_BYTES = 4 << 20
+MAX_TRACE_BYTES = 1 << 20
 MIN_PACKET, MAX_PACKET = 1400, 16_384  # bytes; the smaller one fits an Ethernet frame
 TICK_S = 0.001  # a packet on a fast line takes this long to send: smaller packets only cost CPU time
 RECEIVE_BUFFER = 65_536  # bytes; the kernel doubles it, socket(7)
@@ -85,25 +84,20 @@ class LinkSimulator:
         self.address = started
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
         return self.address[1]
 
     @property
     def profile(self) -> Profile:
-        """The present profile."""
         return self._profile
 
     @property
     def counters(self) -> LinkCounters:
-        """The present values."""
         up, down = self._up, self._down
         return LinkCounters(self._accepted, len(self._connections), up.passed, down.passed, up.waiting, down.waiting)
 

@@ -77,9 +77,7 @@ class Process:
 
     @property
     def process(self) -> "subprocess.Popen[bytes]":
-        """Raises ProcessError if it was never started."""
-        if self._process is None:
-            raise ProcessError(f"{self.name} was not started: this is a bug")
+        assert self._process, f"{self.name} was not started"
         return self._process
 
     @property
@@ -128,7 +126,6 @@ class Process:
             raise ProcessError(self._last_words(0))
 
     def said(self) -> str:
-        """Its log."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def _last_words(self, code: int) -> str:
@@ -224,7 +221,7 @@ def wait_serving(server: Process, port: int, site: str, name: str) -> None:
     deadline = time.monotonic() + START_S
     with MqttClient(settings, subscriptions=[(topics.server_status(site, name), 1)], on_message=statuses.put):
         while time.monotonic() < deadline:
-            server.has_ended()
+            server.check_running()
             with suppress(queue.Empty):
                 if read_status(statuses.get(timeout=0.2).payload).share_proven:
                     return

@@ -42,16 +42,11 @@ class Photo:
     credit: str = ""
 
 
-def collect(images: Sequence[Path] | None = None, video: Path | None = None, limit: int | None = None) -> list[Photo]:
-    """The user's pictures, stills of a video, or the shipped photos. Raises PictureError if there are none."""
-    found: Iterator[Photo]
-    if video:
-        found = stills(video)
-    elif images:
-        found = (Photo(p.name, p.data) for source in images for p in read_pictures(source) if is_readable(p))
-    else:
-        found = shipped()
-    photos = list(islice(found, limit))
+def collect(images: Sequence[Path] | None = None, limit: int | None = None) -> list[Photo]:
+    """The user's pictures, or the shipped photos. Raises PictureError if there are none."""
+    pictures = (picture for source in images or () for picture in read_pictures(source))
+    users = (Photo(picture.name, picture.data) for picture in pictures if is_readable(picture))
+    photos = list(islice(users if images else shipped(), limit))
     if not photos:
         raise PictureError(
             f"no picture can be read: name others, or, for the shipped ones, {how_to_install('skimage')}"
@@ -81,23 +76,13 @@ def shipped() -> Iterator[Photo]:
                 yield Photo(name, file.read_bytes(), credit)
 
 
-def stills(video: Path) -> Iterator[Photo]:
-    """A JPEG for every second of a video file. Raises PictureError if it has no frame."""
-    capture = cv2.VideoCapture(str(video), cv2.CAP_FFMPEG)
-    try:
-        if not capture.grab():
-            raise PictureError(f"{video} cannot be read as a video: check the path and the codec")
-        stride = max(1, round(capture.get(cv2.CAP_PROP_FPS) or 25.0))
-        number, more = 0, True
-        while more:
-            if number % stride == 0:
-                ok, pixels = capture.retrieve()
-                if ok:
-                    jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
-                    yield Photo(f"{video.stem} {number // stride} s", jpeg)
-            number, more = number + 1, capture.grab()
-    finally:
-        capture.release()
+def to_jpeg(pixels: NDArray[np.uint8], longest: int, quality: int) -> bytes:
+    """uint8 RGB [H, W, 3] as a JPEG, shrunk if its longer side has more than `longest` pixels."""
+    scale = min(1.0, longest / max(pixels.shape[:2]))
+    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
+    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    bgr = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 
 def is_readable(picture: Picture) -> bool:

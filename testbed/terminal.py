@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import track as rich_track
-from rich.table import Table
 
 T = TypeVar("T")
 
@@ -43,17 +43,29 @@ def new_file(text: str) -> Path:
     return path
 
 
-def print_figures(figures: dict[str, Any], title: str = "") -> None:
-    """Prints names and values, one per line; a nested name follows its parent's."""
-    console = Console()
-    if not console.is_terminal:
-        for name, value in _flat(figures):
-            print(f"{name} {_short(value)}")
-        return
-    table = Table("figure", "value", title=title or None)
-    for name, value in _flat(figures):
-        table.add_row(name, _short(value))
-    console.print(table)
+def print_table(markdown: str) -> None:
+    """Prints a table in Markdown, drawn if the output is a terminal."""
+    if (console := Console()).is_terminal:
+        console.print(Markdown(markdown))
+    else:
+        print(markdown, end="")
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    """Prints names and values: a table on a terminal, else one per line. A nested name follows its parent's."""
+    rows = [(name, short(value)) for name, value in _flat(figures)]
+    if Console().is_terminal:
+        print_table(markdown_table([("figure", "value"), *rows]))
+    else:
+        print("\n".join(f"{name} {value}" for name, value in rows))
+
+
+def _flat(figures: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", value
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -65,13 +77,6 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
     yield from rich_track(items, description, total=total, console=console)
 
 
-def _flat(figures: dict[Any, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{name} ")
-        else:
-            yield f"{before}{name}", value
-
-
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value for people: "-" if there is none, four digits of a fraction."""
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -13,9 +13,8 @@ compared.
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
-
-import cv2
 
 from benchmarks.faults import report
 from benchmarks.faults.rows import ROWS
@@ -24,8 +23,9 @@ from benchmarks.faults.site import FaultSite
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
+from testbed.sample_photos import to_jpeg
 
-PHOTO_PIXELS = 320  # width, as a small camera sends; decoding large photos is not measured here
+PHOTO_PIXELS = 320  # as a small camera sends; decoding large photos is not measured here
 
 
 class RowError(AiflowError, ValueError):
@@ -52,26 +52,16 @@ def play(
     A scenario that cannot begin, for example because a server does not start, did not hold.
     """
     results: list[FaultResult] = []
-    small = [_small(photo) for photo in photos]
+    small = [to_jpeg(decode_picture(photo), PHOTO_PIXELS, 85) for photo in photos]
     with tempfile.TemporaryDirectory(prefix="aiflow-faults-") as folder:
-        for group in _groups(faults):
-            (where := Path(folder) / group[0].name).mkdir()
-            with FaultSite(where, bundle, small, say) as site:
+        # Scenarios that leave brokers and servers unharmed share them: loading a server takes as long as a scenario.
+        for name, group in groupby(faults, lambda fault: "shared" if fault.shares_site else fault.name):
+            (where := Path(folder) / name).mkdir(exist_ok=True)
+            with FaultSite(where, bundle, small, say).run() as site:
                 for fault in group:
                     results.append(result := result_of(Scenario(site, fault, seconds)))
                     say(f"{len(results)} of {len(faults)}: " + " | ".join(report.cells(result)))
     return results
-
-
-def _groups(faults: Sequence[Fault]) -> list[list[Fault]]:
-    """Scenarios that share brokers and servers, since loading a server takes as long as many a scenario."""
-    groups: list[list[Fault]] = []
-    for fault in faults:
-        if groups and fault.shares_site and groups[-1][-1].shares_site:
-            groups[-1].append(fault)
-        else:
-            groups.append([fault])
-    return groups
 
 
 def result_of(scenario: Scenario) -> FaultResult:
@@ -83,9 +73,3 @@ def result_of(scenario: Scenario) -> FaultResult:
         lines = str(error).splitlines() or [""]
         note = f"{type(error).__name__}: {lines[-1][:200]}"
         return FaultResult(scenario.fault.title, row=scenario.fault.name, held=False, note=note)
-
-
-def _small(photo: bytes) -> bytes:
-    pixels = cv2.cvtColor(decode_picture(photo), cv2.COLOR_RGB2BGR)
-    height = max(1, round(pixels.shape[0] * PHOTO_PIXELS / pixels.shape[1]))
-    return cv2.imencode(".jpg", cv2.resize(pixels, (PHOTO_PIXELS, height)), [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()

@@ -21,9 +21,7 @@ def boot_alone(scenario: Scenario) -> None:
     scenario.fault_started()
     scenario.start_board()
     scenario.send_frames()
-    scenario.expect(
-        scenario.wait(30.0, lambda: scenario.records.counts().accepted > 0), "first answers without a broker"
-    )
+    scenario.expect(scenario.wait(30.0, lambda: scenario.counts.accepted > 0), "first answers without a broker")
     scenario.hold()
 
 
@@ -35,7 +33,7 @@ def offline_boot(scenario: Scenario) -> None:
     scenario.site.broker.signal(signal.SIGTERM)
     scenario.interval_s = 0.05
     boot_alone(scenario)
-    scenario.expect(scenario.records.counts().lost > 0, "the oldest dropped, and reported")
+    scenario.expect(scenario.counts.lost > 0, "the oldest dropped, and reported")
     scenario.interval_s = 0.25
     scenario.fault_ended()
     scenario.site.broker.start()
@@ -74,9 +72,7 @@ def disk_fills(scenario: Scenario) -> None:
     scenario.begin()
     link.set(PROFILES["outage"])
     scenario.fault_started()
-    scenario.expect(
-        scenario.wait(30.0, lambda: scenario.records.counts().kept > 0), "requests kept before the disk filled"
-    )
+    scenario.expect(scenario.wait(30.0, lambda: scenario.counts.kept > 0), "requests kept before the disk filled")
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file:
         try:
@@ -84,9 +80,9 @@ def disk_fills(scenario: Scenario) -> None:
                 file.write(bytes(4096))
         except OSError:
             scenario.note("tmpfs of 4 MiB filled to the last page")
-    before = scenario.records.counts().kept
+    before = scenario.counts.kept
     scenario.hold()
-    scenario.expect(scenario.records.counts().kept > before, "requests kept while the disk was full")
+    scenario.expect(scenario.counts.kept > before, "requests kept while the disk was full")
     filler.unlink()
     scenario.fault_ended()
     link.set(PROFILES["wifi"])
@@ -101,7 +97,7 @@ def disk_read_only(scenario: Scenario) -> None:
     link.set(PROFILES["outage"])
     scenario.fault_started()
     scenario.hold(max(scenario.seconds, 4.0))
-    scenario.expect(scenario.records.counts().kept > 0, "requests kept in memory")
+    scenario.expect(scenario.counts.kept > 0, "requests kept in memory")
     subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
     scenario.fault_ended()
     link.set(PROFILES["wifi"])
@@ -113,11 +109,11 @@ def outbox_damaged(kind: str, scenario: Scenario) -> None:
     scenario.site.broker.signal(signal.SIGKILL)
     scenario.fault_started()
     scenario.interval_s = 0.1
-    scenario.expect(scenario.wait(30.0, lambda: scenario.records.counts().kept >= 20), "20 requests kept")
+    scenario.expect(scenario.wait(30.0, lambda: scenario.counts.kept >= 20), "20 requests kept")
     scenario.send_frames(False)
-    scenario.wait(10.0, lambda: scenario.records.counts().kept == scenario.records.counts().unsettled)
+    scenario.wait(10.0, lambda: scenario.counts.kept == scenario.counts.unsettled)
     scenario.wait(0.5)  # until the last group is committed
-    scenario.note(f"{scenario.records.counts().kept} in the outbox")
+    scenario.note(f"{scenario.counts.kept} in the outbox")
     scenario.signal_board(signal.SIGKILL)
     damage(kind, scenario.outbox)
     scenario.start_board()
@@ -160,66 +156,32 @@ def clock_jumps(number: int, scenario: Scenario) -> None:
     link = scenario.add_link()
     scenario.begin()
     link.set(PROFILES["outage"])
-    scenario.wait(30.0, lambda: scenario.records.counts().kept >= 4)
+    scenario.wait(30.0, lambda: scenario.counts.kept >= 4)
     scenario.signal_board(number)
-    scenario.fault_started()
-    scenario.hold()
-    scenario.expect(scenario.records.counts().lost == 0, "no mass expiry")
-    scenario.fault_ended()
+    scenario.hold_fault()
+    scenario.expect(scenario.counts.lost == 0, "no mass expiry")
     link.set(PROFILES["wifi"])
     scenario.note("time.time() of the board; clocks read in C were not changed")
 
 
-def camera_gone(scenario: Scenario) -> None:
+def camera_fails(fault: str, scenario: Scenario) -> None:
+    """A camera is gone, sends nothing ("stalled"), or sends one picture again and again ("frozen")."""
     with MjpegServer(scenario.site.photos) as camera:
-        begin_with_camera(scenario, camera)
-        camera.close()
-        scenario.fault_started()
-        scenario.hold()
-        scenario.expect("camera lost" in scenario.board_log() or "camera stalled" in scenario.board_log(), "its report")
-        camera.open()
-        scenario.fault_ended()
-        see_again(scenario)
-
-
-def camera_stalls(scenario: Scenario) -> None:
-    with MjpegServer(scenario.site.photos) as camera:
-        begin_with_camera(scenario, camera)
-        camera.stalls.set()
-        scenario.fault_started()
-        scenario.hold()
-        scenario.expect("camera stalled" in scenario.board_log(), "its report")
-        camera.stalls.clear()
-        scenario.fault_ended()
-        see_again(scenario)
-
-
-def camera_freezes(scenario: Scenario) -> None:
-    with MjpegServer(scenario.site.photos) as camera:
-        begin_with_camera(scenario, camera)
+        times = {"interval_s": scenario.interval_s, "stall_s": 2.0, "frozen_s": 2.0}
+        scenario.tables["cameras"] = [{"name": "cam", "source": camera.url, **times}]
+        scenario.start_servers(SERVER)
+        scenario.start_board()
+        scenario.wait_for_answers()
         opened = camera.opened
-        camera.repeats.set()
-        scenario.fault_started()
-        scenario.hold()
-        scenario.expect("camera frozen" in scenario.board_log(), "its report")
-        scenario.expect(camera.opened - opened <= 1, "no restart loop")
-        camera.repeats.clear()
-        scenario.fault_ended()
-        see_again(scenario)
-
-
-def begin_with_camera(scenario: Scenario, camera: MjpegServer) -> None:
-    scenario.tables["cameras"] = [
-        {"name": "cam", "source": camera.url, "interval_s": scenario.interval_s, "stall_s": 2.0, "frozen_s": 2.0}
-    ]
-    scenario.start_servers(SERVER)
-    scenario.start_board()
-    scenario.wait_for_answers()
-
-
-def see_again(scenario: Scenario) -> None:
-    """Waits for answers: a camera cannot be told to stop, so its server must not end before the board has recovered."""
-    scenario.wait(60.0, lambda: scenario.records.answers(scenario.ended_at) >= 4)
+        camera.fail(fault)
+        scenario.hold_fault()
+        log = scenario.board_log()
+        scenario.expect(f"camera {fault}" in log or (fault == "lost" and "camera stalled" in log), "its report")
+        if fault == "frozen":
+            scenario.expect(camera.opened - opened <= 1, "no restart loop")
+        camera.heal()
+        # A camera cannot be told to stop, so its server must not end before the board has recovered.
+        scenario.wait(60.0, lambda: scenario.records.answers(scenario.ended_at) >= 4)
 
 
 def board_dies(scenario: Scenario) -> None:
@@ -229,8 +191,8 @@ def board_dies(scenario: Scenario) -> None:
     scenario.begin()
     link.set(PROFILES["outage"])  # so that some are certainly open
     scenario.fault_started()
-    scenario.wait(30.0, lambda: scenario.records.counts().unsettled >= 4)
-    scenario.note(f"{scenario.records.counts().unsettled} open when it was killed")
+    scenario.wait(30.0, lambda: scenario.counts.unsettled >= 4)
+    scenario.note(f"{scenario.counts.unsettled} open when it was killed")
     scenario.signal_board(signal.SIGKILL)
     link.set(PROFILES["wifi"])
     scenario.fault_ended()
@@ -244,7 +206,6 @@ def board_dies_amid_answers(scenario: Scenario) -> None:
     scenario.interval_s = 0.1
     scenario.hold()
     scenario.signal_board(signal.SIGKILL)
-    scenario.fault_started()
-    scenario.note(f"{scenario.records.counts().unsettled} open when it was killed")
-    scenario.fault_ended()
+    scenario.note(f"{scenario.counts.unsettled} open when it was killed")
+    scenario.hold_fault(0.0)
     scenario.start_board()

@@ -12,21 +12,35 @@ BOUNDARY = "frame"
 
 
 class MjpegServer:
-    """Serves JPEGs in turn during the `with` block, except between `close` and `open`."""
+    """Serves JPEGs in turn during the `with` block, except while it has a fault: "lost", "stalled" or "frozen"."""
 
     def __init__(self, photos: Sequence[bytes]) -> None:
-        self.stalls, self.repeats = threading.Event(), threading.Event()
         self.opened = 0  # number of connections so far
+        self.fault = ""
         self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}/camera.mjpg"
         self._photos: Iterator[bytes] = cycle(photos)
         self._gone = threading.Event()
-        self._server: ThreadingHTTPServer | None = None
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/camera.mjpg"
+    def fail(self, fault: str) -> None:
+        """Has this fault until `heal`. "lost" closes all connections and the port."""
+        self.fault = fault
+        if fault == "lost":
+            self._close()
 
-    def open(self) -> None:
+    def heal(self) -> None:
+        if self.fault == "lost":
+            self._open()
+        self.fault = ""
+
+    def __enter__(self) -> "MjpegServer":
+        self._open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _open(self) -> None:
         camera, gone = self, threading.Event()
 
         class Stream(BaseHTTPRequestHandler):
@@ -37,9 +51,9 @@ class MjpegServer:
                 self.end_headers()
                 picture = next(camera._photos)
                 while not gone.wait(1 / FPS):
-                    if camera.stalls.is_set():
+                    if camera.fault == "stalled":
                         continue
-                    if not camera.repeats.is_set():
+                    if camera.fault != "frozen":
                         picture = next(camera._photos)
                     head = f"--{BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
                     try:
@@ -55,17 +69,8 @@ class MjpegServer:
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, name="camera", daemon=True).start()
 
-    def close(self) -> None:
-        """Closes all connections and the port."""
-        self._gone.set()
-        if self._server:
+    def _close(self) -> None:
+        if not self._gone.is_set():
+            self._gone.set()
             self._server.shutdown()
             self._server.server_close()
-            self._server = None
-
-    def __enter__(self) -> "MjpegServer":
-        self.open()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

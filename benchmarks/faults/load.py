@@ -8,7 +8,7 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from itertools import cycle
 from typing import Any
@@ -25,7 +25,7 @@ from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.preprocess import to_input
-from edge_runtime.mqtt.client import Message, MqttClient, State
+from edge_runtime.mqtt.client import MqttClient, State
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
 from edge_runtime.reporting.events import Events
@@ -55,29 +55,19 @@ def encoded_photos(bundle: Bundle, photos: Sequence[bytes]) -> Iterator[EncodedP
 
 
 class SimulatedBoard:
-    """A board without a camera. `with` connects it."""
+    """A board without a camera. `with` its client and then its tracker."""
 
     def __init__(self, scenario: Scenario, name: str, local: MqttClient, capacity: int) -> None:
         self.online_at: list[float] = []
-        self._name, self._bundle, self._ids = name, scenario.site.bundle, RequestIds()
+        self._bundle, self._ids = scenario.site.bundle, RequestIds()
         self.client = MqttClient(
             MqttConfig(port=scenario.site.broker.port, keepalive_s=10).settings(name),
             subscriptions=[(topics.reply(SITE, name), 1)],
-            on_message=self._heard,
+            on_message=lambda message: self.tracker.reply_arrived(message.payload),
             on_state=self._changed,
         )
-        self._events = Events(local, SITE, name)
-        self.tracker = RequestTracker(self.client, self._bundle, SITE, name, self._events, capacity, 1.5)
-
-    def __enter__(self) -> "SimulatedBoard":
-        with ExitStack() as stack:
-            stack.enter_context(self.client)
-            stack.enter_context(self.tracker)
-            self._running = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._running.close()
+        events = Events(local, SITE, name)
+        self.tracker = RequestTracker(self.client, self._bundle, SITE, name, events, capacity, 1.5)
 
     def send(self, photo: EncodedPhoto) -> None:
         now, symbols, draft = time.time(), *photo
@@ -95,37 +85,33 @@ class SimulatedBoard:
         payload = encode_request(request)
         self.tracker.submit(NewRequest(request, payload, seen, captured, captured + PLAN.budget_ms / 1e3))
 
-    def _heard(self, message: Message) -> None:
-        self.tracker.reply_arrived(message.payload)
-
     def _changed(self, state: State, _: str) -> None:
         if state is State.ONLINE:
             self.online_at.append(time.monotonic())
 
 
+@contextmanager
+def load_of(scenario: Scenario, count: int, capacity: int) -> Iterator["LoadGenerator"]:
+    """Runs so many simulated boards during the `with` block. capacity: open requests of each."""
+    # One connection for the events of all boards: it belongs to the benchmark, not to what is measured.
+    settings = MqttConfig(port=scenario.site.local.port).settings("load-events", queue_messages=8192)
+    names = [f"load-{number}" for number in range(count)]
+    scenario.count_also(*names)
+    with ExitStack() as running:
+        local = running.enter_context(MqttClient(settings))
+        boards = [SimulatedBoard(scenario, name, local, capacity) for name in names]
+        for board in boards:
+            running.enter_context(board.client)
+            running.enter_context(board.tracker)
+        yield LoadGenerator(scenario, boards)
+
+
 class LoadGenerator:
-    """Simulated boards that together send requests at a given rate. `with` starts them."""
+    """Simulated boards that together send requests at a given rate."""
 
-    def __init__(self, scenario: Scenario, count: int, capacity: int) -> None:
-        self._scenario, self._photos = scenario, encoded_photos(scenario.site.bundle, scenario.site.photos)
-        # One connection for the events of all boards: it belongs to the benchmark and is not measured.
-        settings = MqttConfig(port=scenario.site.local.port).settings("load-events", queue_messages=8192)
-        self._local = MqttClient(settings)
-        names = [f"load-{number}" for number in range(count)]
-        self.boards = [SimulatedBoard(scenario, name, self._local, capacity) for name in names]
-        self._next = cycle(self.boards)
-        scenario.count_also(*names)
-
-    def __enter__(self) -> "LoadGenerator":
-        with ExitStack() as stack:
-            stack.enter_context(self._local)
-            for board in self.boards:
-                stack.enter_context(board)
-            self._running = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._running.close()
+    def __init__(self, scenario: Scenario, boards: Sequence[SimulatedBoard]) -> None:
+        self._scenario, self.boards, self._next = scenario, boards, cycle(boards)
+        self._photos = encoded_photos(scenario.site.bundle, scenario.site.photos)
 
     def send_once(self) -> None:
         """Sends the next board's next request."""
@@ -145,7 +131,7 @@ class LoadGenerator:
 def fifty_boards(scenario: Scenario) -> None:
     """The broker restarts, and all boards reconnect at once."""
     scenario.start_servers(SERVER)
-    with LoadGenerator(scenario, BOARDS, 64) as load:
+    with load_of(scenario, BOARDS, 64) as load:
         per_s, records = BOARDS / REQUEST_INTERVAL_S, scenario.records
         began = time.monotonic()
         load.send_for(120.0, per_s, lambda: records.answers(began) >= BOARDS)
@@ -169,7 +155,7 @@ def fifty_boards(scenario: Scenario) -> None:
         scenario.note(f"at most {bins.max()} connects in {BIN_S * 1e3:.0f} ms")
         scenario.expect(all(back), "every board back within 60 s")
         scenario.expect(bins.max() <= MAX_CONNECTS, f"at most {MAX_CONNECTS} connects in {BIN_S * 1e3:.0f} ms")
-        scenario.wait(30.0, lambda: records.counts().unsettled == 0)
+        scenario.wait(30.0, lambda: scenario.counts.unsettled == 0)
 
 
 def soak(scenario: Scenario) -> None:
@@ -182,7 +168,7 @@ def soak(scenario: Scenario) -> None:
         subscriptions=[(topics.server_status(SITE, SERVER), 1)],
         on_message=lambda message: statuses.append(msgspec.json.decode(message.payload)),
     )
-    with watcher, LoadGenerator(scenario, 8, OPEN) as load:
+    with watcher, load_of(scenario, 8, OPEN) as load:
         scenario.send_frames(False)
         server_per_s = _capacity(scenario, load)
         scenario.send_frames()
@@ -192,7 +178,7 @@ def soak(scenario: Scenario) -> None:
         assert scenario.board
         watched = {
             "board": psutil.Process(scenario.board.pid),
-            "server": psutil.Process(scenario.site.servers[SERVER].pid),
+            "server": psutil.Process(scenario.site.processes[SERVER].pid),
             "broker": psutil.Process(scenario.site.broker.pid),
         }
         resident: dict[str, list[float]] = {name: [] for name in watched}
@@ -208,7 +194,7 @@ def soak(scenario: Scenario) -> None:
         scenario.fault_ended()
         scenario.wait_for_answers()
         scenario.send_frames(False)
-        scenario.wait(30.0, lambda: scenario.records.counts().unsettled == 0)
+        scenario.wait(30.0, lambda: scenario.counts.unsettled == 0)
     waiting = max((status["queue"]["waiting"] for status in statuses if "queue" in status), default=0)
     bound = next((status["queue"]["capacity"] for status in statuses if "queue" in status), 0)
     scenario.note(f"at most {most_open} of {OPEN} open at a board, {waiting} of {bound} waiting at the server")
@@ -221,10 +207,10 @@ def soak(scenario: Scenario) -> None:
 
 def _capacity(scenario: Scenario, load: LoadGenerator) -> float:
     """Answers per second while one full batch is open and another waits. More would only become stale."""
-    scenario.wait(10.0, lambda: scenario.records.counts().unsettled == 0)
+    scenario.wait(10.0, lambda: scenario.counts.unsettled == 0)
     began = time.monotonic()
     while (now := time.monotonic()) < began + 6.0:
-        if scenario.records.counts().unsettled < 2 * BATCH:
+        if scenario.counts.unsettled < 2 * BATCH:
             load.send_once()
         scenario.wait(0.01)
     return max(1.0, scenario.records.answers(began) / (now - began))

@@ -1,8 +1,6 @@
-"""The fault matrix as a table, for a terminal and for Markdown."""
+"""The fault matrix as a table."""
 
 from collections.abc import Sequence
-
-from rich.table import Table
 
 from benchmarks.faults.scenario import FaultResult
 from testbed.terminal import markdown_table
@@ -22,13 +20,5 @@ def cells(result: FaultResult) -> tuple[str, ...]:
     return result.fault, *counts, recovery, held, result.note + memory
 
 
-def table(results: Sequence[FaultResult]) -> Table:
-    shown = Table(*COLUMNS)
-    for result in results:
-        shown.add_row(*cells(result))
-    return shown
-
-
 def markdown(results: Sequence[FaultResult]) -> str:
-    """The table in Markdown."""
     return markdown_table([COLUMNS, *(cells(result) for result in results)])

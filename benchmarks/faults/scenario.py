@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
 
-from benchmarks.faults.frame_records import FrameRecords
+from benchmarks.faults.frame_records import FrameCounts, FrameRecords
 from benchmarks.faults.site import KEEPALIVE_S, SERVER, SITE, FaultSite
-from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt.client import Message, MqttClient
 from edge_runtime.wire import topics
 from testbed.link_simulator import LinkSimulator
-from testbed.processes import START_S, AiflowProcess, ProcessError, read_event, read_status
+from testbed.processes import START_S, AiflowProcess, Process, ProcessError, read_event, wait_serving
 from testbed.shaping import PROFILES
 
 RECOVERY_S = 60.0  # allowed between the end of a fault and the first answer
@@ -101,7 +99,7 @@ class Scenario:
         self._sends_frames = False
         self._photos: Iterator[bytes] = cycle(site.photos)
         self._topics = {topics.event(SITE, self.name)}
-        self._servers: list[AiflowProcess] = []
+        self._servers: list[Process] = []
         self.closing = ExitStack()
 
     # ---- the steps of which scenarios are made ----
@@ -114,31 +112,13 @@ class Scenario:
 
     def start_servers(self, *servers: str, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Waits until requests reach them. Raises ProcessError if one ends instead."""
-        self._servers = [self.site.servers[name] for name in servers]
+        self._servers = [self.site.processes[name] for name in servers]
         for server in self._servers:
             if not server.is_running():
                 server.start()
         meanwhile()
-        serving: set[str] = set()
-
-        def heard(message: Message) -> None:
-            if (status := read_status(message.payload)).share_proven:
-                serving.add(status.server)
-
-        def all_serve() -> bool:
-            self._check_running()
-            return serving == set(servers)
-
-        client = MqttClient(
-            MqttConfig(port=self.site.broker.port).settings("harness"),
-            subscriptions=[(topics.server_status(SITE, name), 1) for name in servers],
-            on_message=heard,
-        )
-        with client:
-            if not self.wait(START_S, all_serve):
-                raise ProcessError(
-                    f"servers did not start within {START_S:.0f} s: try again when the machine is less busy"
-                )
+        for name, server in zip(servers, self._servers, strict=True):
+            wait_serving(server, self.site.broker.port, SITE, name)
 
     def start_board(self) -> AiflowProcess:
         self.outbox.parent.mkdir(exist_ok=True)
@@ -184,6 +164,12 @@ class Scenario:
         self.ended_at = time.monotonic()
         self.site.say(f"{self.fault.name}: fault ended")
 
+    def hold_fault(self, seconds: float | None = None) -> None:
+        """Call it between the action that causes the fault and the one that ends it: keeps the fault for this time."""
+        self.fault_started()
+        self.hold(seconds)
+        self.fault_ended()
+
     def expect(self, seen: bool, what: str) -> None:
         """Adds a condition without which the row does not hold, such as that the fault happened at all."""
         if not seen:
@@ -191,6 +177,11 @@ class Scenario:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    @property
+    def counts(self) -> FrameCounts:
+        """What became of the frames so far."""
+        return self.records.counts()
 
     def board_log(self) -> str:
         return self.board.said() if self.board else ""
@@ -263,7 +254,7 @@ class Scenario:
 
     def _is_settled(self) -> bool:
         # The last frames count too, although the board may not have read them yet.
-        quiet = self.site.messages.empty() and self.records.counts().unsettled == self._gaps()
+        quiet = self.site.messages.empty() and self.counts.unsettled == self._gaps()
         return quiet and not self.wait(1.0, lambda: not self.site.messages.empty())
 
     def _gaps(self) -> int:
@@ -281,7 +272,7 @@ class Scenario:
             self._read(0.0)
 
     def _count(self, result: FaultResult) -> None:
-        counts = self.records.counts()
+        counts = self.counts
         for name in ("accepted", "answered", "lost", "duplicates", "kept", "unsettled"):
             setattr(result, name, getattr(counts, name))
         result.fault_s = round(self.ended_at - self.started_at, 2)

@@ -5,8 +5,8 @@ Events and frames of the boards use the local broker, so that they arrive whatev
 
 import queue
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from edge_runtime.config import MqttConfig
@@ -14,9 +14,9 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt.client import Message, MqttClient
 from edge_runtime.wire import topics
 from testbed.broker import PLAIN, Mosquitto
-from testbed.processes import START_S, AiflowProcess, ProcessError
+from testbed.processes import START_S, AiflowProcess, Process, ProcessError
 
-SITE, SERVER, SPARE = "faults", "server-a", "server-b"
+SITE, BROKER, SERVER, SPARE = "faults", "broker", "server-a", "server-b"
 KEEPALIVE_S = 4  # shorter than in the field, so that a scenario does not take minutes
 UNLIMITED = f"{PLAIN}max_queued_messages 0\nmax_inflight_messages 0\n"  # the local broker must not drop events
 
@@ -27,13 +27,18 @@ class FaultSite:
     def __init__(self, folder: Path, bundle: Bundle, photos: list[bytes], say: Callable[[str], None]) -> None:
         self.folder, self.bundle, self.photos, self.say = folder, bundle, photos, say
         self.broker, self.local = Mosquitto(folder), Mosquitto(folder, UNLIMITED)
-        self.servers = {name: self._server(name) for name in (SERVER, SPARE)}
+        self.processes: dict[str, Process] = {
+            BROKER: self.broker,
+            SERVER: self._server(SERVER),
+            SPARE: self._server(SPARE),
+        }
         self.messages: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
-        self._running = ExitStack()
 
-    def __enter__(self) -> "FaultSite":
+    @contextmanager
+    def run(self) -> Iterator["FaultSite"]:
+        """Runs the brokers during the `with` block, and stops every process after it."""
         with ExitStack() as stack:
-            for process in (self.broker, self.local, *self.servers.values()):
+            for process in (self.local, *self.processes.values()):
                 stack.callback(process.stop)
             self.broker.start()
             self.local.start()
@@ -42,14 +47,9 @@ class FaultSite:
                 subscriptions=[(f"{topics.ROOT}/{SITE}/+/up/event", 1)],
                 on_message=lambda message: self.messages.put((time.monotonic(), message)),
             )
-            stack.enter_context(self.client)
-            if not self.client.wait_online(START_S):
+            if not stack.enter_context(self.client).wait_online(START_S):
                 raise ProcessError(f"the local broker does not answer: {self.client.reason}")
-            self._running = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._running.close()
+            yield self
 
     def _server(self, name: str) -> AiflowProcess:
         server = {"id": name, "site": SITE, "bundle": str(self.bundle.path), "tier": "edge"}

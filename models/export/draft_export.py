@@ -83,24 +83,21 @@ class _Operations(Protocol[Name]):
     def linear(self, x: Name, layer: Int8Linear, output: str) -> Name: ...
     def attend(self, query: Name, memory: Name) -> Name: ...
     def thirds(self, x: Name) -> tuple[Name, Name, Name]: ...
-    def add(self, x: Name, y: Name, output: str = "") -> Name: ...
-    def subtract(self, x: Name, y: Name) -> Name: ...
-    def multiply(self, x: Name, y: Name) -> Name: ...
-    def sigmoid(self, x: Name) -> Name: ...
-    def tanh(self, x: Name) -> Name: ...
+    def apply(self, operation: str, *inputs: Name, output: str = "") -> Name: ...  # of every element; the ONNX name
 
 
 def _step(ops: _Operations[Name], draft: Int8Draft, token: Name, state: Name, memory: Name) -> tuple[Name, Name]:
     """models.family.DraftDecoder.step, to (logits, next state)."""
     seen = ops.attend(ops.linear(state, draft.query, "query"), memory)
     embedded = ops.linear(ops.embed(token, draft.tokens), draft.embedding_gates, "embedding_gates")
-    x = ops.thirds(ops.add(embedded, ops.linear(seen, draft.seen_gates, "seen_gates")))
+    x = ops.thirds(ops.apply("Add", embedded, ops.linear(seen, draft.seen_gates, "seen_gates")))
     h = ops.thirds(ops.linear(state, draft.state_gates, "state_gates"))
-    reset, update = (ops.sigmoid(ops.add(x[i], h[i])) for i in range(2))
-    new = ops.tanh(ops.add(x[2], ops.multiply(reset, h[2])))
-    state = ops.add(new, ops.multiply(update, ops.subtract(state, new)), "next_state")
-    hidden = ops.add(ops.linear(state, draft.state_out, "state_out"), ops.linear(seen, draft.seen_out, "seen_out"))
-    return ops.linear(hidden, draft.tokens, "logits"), state
+    reset, update = (ops.apply("Sigmoid", ops.apply("Add", x[i], h[i])) for i in range(2))
+    new = ops.apply("Tanh", ops.apply("Add", x[2], ops.apply("Mul", reset, h[2])))
+    step = ops.apply("Mul", update, ops.apply("Sub", state, new))
+    state = ops.apply("Add", new, step, output="next_state")
+    parts = ops.linear(state, draft.state_out, "state_out"), ops.linear(seen, draft.seen_out, "seen_out")
+    return ops.linear(ops.apply("Add", *parts), draft.tokens, "logits"), state
 
 
 def write_draft_onnx(draft: Int8Draft) -> tuple[bytes, bytes]:
@@ -142,13 +139,13 @@ class _Onnx:
         rows = graph.node("Transpose", [graph.node("Reshape", [planes, shape], "columns")], "rows", perm=[0, 2, 1])
         codes = graph.constant("place_codes", draft.places.codes.reshape(MEMORY))
         places = graph.node("DequantizeLinear", [codes, graph.constant("scale", draft.places.scales[0])], "places")
-        graph.node("Relu", [self.add(rows, places)], "memory")
+        graph.node("Relu", [self.apply("Add", rows, places)], "memory")
 
     def embed(self, token: str, table: Int8Linear) -> str:
         graph = self.graph  # the table lies as the last layer wants it: one column a token
         column = graph.node("Gather", [self._weights(table, "logits"), token], "token_codes", axis=1)
         row = graph.node("Transpose", [graph.node("Cast", [column], "token_column", to=TensorProto.FLOAT)], "token_row")
-        return self.multiply(row, graph.node("Gather", ["logits.scales", token], "token_scale"))
+        return self.apply("Mul", row, graph.node("Gather", ["logits.scales", token], "token_scale"))
 
     def linear(self, x: str, layer: Int8Linear, output: str) -> str:
         graph = self.graph
@@ -185,23 +182,8 @@ class _Onnx:
         self.graph.nodes.append(helper.make_node("Split", [x, sizes], names, f"{x}.split", axis=1))
         return names
 
-    def add(self, x: str, y: str, output: str = "") -> str:
-        return self._node("Add", x, y, output=output)
-
-    def subtract(self, x: str, y: str) -> str:
-        return self._node("Sub", x, y)
-
-    def multiply(self, x: str, y: str) -> str:
-        return self._node("Mul", x, y)
-
-    def sigmoid(self, x: str) -> str:
-        return self._node("Sigmoid", x)
-
-    def tanh(self, x: str) -> str:
-        return self._node("Tanh", x)
-
-    def _node(self, operator: str, *inputs: str, output: str = "") -> str:
-        return self.graph.node(operator, list(inputs), output or f"node{len(self.graph.nodes)}")
+    def apply(self, operation: str, *inputs: str, output: str = "") -> str:
+        return self.graph.node(operation, list(inputs), output or f"node{len(self.graph.nodes)}")
 
 
 def write_draft_litert(draft: Int8Draft) -> tuple[bytes, bytes]:
@@ -249,7 +231,7 @@ class _LiteRt:
         found = self._operation("GATHER", [weights, token], row, dtype=np.int8, version=2, options="Gather")
         found = self._operation("CAST", [found], row, options="Cast", inDataType=INT8, outDataType=FLOAT32)
         scale = self._operation("GATHER", [scales, token], (1,), options="Gather")
-        return self.multiply(found, scale)
+        return self.apply("Mul", found, scale)
 
     def linear(self, x: int, layer: Int8Linear, output: str) -> int:
         weights, scales = self._table(layer, output)
@@ -261,8 +243,10 @@ class _LiteRt:
             options="FullyConnected",
             asymmetricQuantizeInputs=True,
         )
-        y = self.multiply(y, scales)
-        return y if layer.bias is None else self.add(y, self.graph.constant(f"{output}.bias", layer.bias), output)
+        y = self.apply("Mul", y, scales)
+        if layer.bias is None:
+            return y
+        return self.apply("Add", y, self.graph.constant(f"{output}.bias", layer.bias), output=output)
 
     def _table(self, layer: Int8Linear, name: str) -> tuple[int, int]:
         """Weights of unit scale and their scales apart: tflite-runtime 2.14 silently reads the first of many scales."""
@@ -285,27 +269,15 @@ class _LiteRt:
         graph.operator("SPLIT", [axis, x], list(parts), options="Split", numSplits=3)
         return parts[0], parts[1], parts[2]
 
-    def add(self, x: int, y: int, output: str = "") -> int:
-        return self._operation("ADD", [x, y], self._shape(x), output, options="Add")
-
-    def subtract(self, x: int, y: int) -> int:
-        return self._operation("SUB", [x, y], self._shape(x), options="Sub")
-
-    def multiply(self, x: int, y: int) -> int:
-        return self._operation("MUL", [x, y], self._shape(x), options="Mul")
-
-    def sigmoid(self, x: int) -> int:
-        return self._operation("LOGISTIC", [x], self._shape(x))
-
-    def tanh(self, x: int) -> int:
-        return self._operation("TANH", [x], self._shape(x))
+    def apply(self, operation: str, *inputs: int, output: str = "") -> int:
+        name = {"Sigmoid": "LOGISTIC"}.get(operation, operation.upper())
+        shape = tuple(int(size) for size in self.graph.tensors[inputs[0]].shape)
+        options = operation if operation in ("Add", "Sub", "Mul") else ""
+        return self._operation(name, list(inputs), shape, output, options=options)
 
     def _reshape(self, x: int, shape: tuple[int, ...]) -> int:
         to = self.graph.constant("shape", np.array(shape, np.int32))
         return self._operation("RESHAPE", [x, to], shape)
-
-    def _shape(self, x: int) -> tuple[int, ...]:
-        return tuple(int(size) for size in self.graph.tensors[x].shape)
 
     def _operation(
         self,

@@ -83,7 +83,6 @@ class LitertGraph:
         self.operators.append(operator)
 
     def to_bytes(self, inputs: list[int], outputs: list[int]) -> bytes:
-        """The whole file."""
         subgraph = schema.SubGraphT()
         subgraph.tensors, subgraph.operators = self.tensors, self.operators
         subgraph.inputs, subgraph.outputs, subgraph.name = inputs, outputs, "main"
@@ -119,18 +118,15 @@ def write_litert(head: Int8Head) -> bytes:
             _conv(graph, layer, tensors[layer.source], source_scale, tensors[i + 1], f"layer{i + 1}")
     latent = head.activations[-1]
     height, width, channels = latent.shape
-    planes = graph.tensor("latent", (1, channels, height, width), np.int8, *_quantisation(latent))
+    planes = _activation(graph, latent, "latent", (1, channels, height, width))
     order = graph.constant("order", np.array([0, 3, 1, 2], np.int32))
     graph.operator("TRANSPOSE", [tensors[-1], order], [planes], 2, "Transpose")
     return graph.to_bytes([entry], [planes])
 
 
-def _quantisation(activation: Activation) -> tuple[npt.NDArray[np.float32], int]:
-    return np.array([activation.scale], np.float32), activation.zero_point - ZERO_SHIFT
-
-
-def _activation(graph: LitertGraph, activation: Activation, name: str) -> int:
-    return graph.tensor(name, (1, *activation.shape), np.int8, *_quantisation(activation))
+def _activation(graph: LitertGraph, activation: Activation, name: str, shape: tuple[int, ...] | None = None) -> int:
+    scale = np.array([activation.scale], np.float32)
+    return graph.tensor(name, shape or (1, *activation.shape), np.int8, scale, activation.zero_point - ZERO_SHIFT)
 
 
 def _conv(graph: LitertGraph, layer: Int8Conv, x: int, source_scale: float, y: int, name: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from models.recipe import (
     stage1_photos,
@@ -49,24 +48,22 @@ def main() -> None:
     if args.classes:
         licences["class photos"] = args.class_terms
 
-    def lengths(stage: ModuleType) -> Any:
-        return shortened(stage.Settings(), share)
+    def trained(stage: ModuleType, *tier: str) -> tuple[str, Callable[[], None]]:
+        return "-".join([stage.NAME, *tier]), partial(stage.run, work, shortened(stage.Settings(), share), *tier)
 
     stages: list[tuple[str, Callable[[], None]]] = [
         (stage1_photos.NAME, partial(stage1_photos.run, work, args.images, args.captions, args.classes)),
         (stage2_views.NAME, partial(stage2_views.run, work)),
-        (stage3_bottleneck.NAME, partial(stage3_bottleneck.run, work, lengths(stage3_bottleneck))),
+        trained(stage3_bottleneck),
         (stage4_head.NAME, partial(stage4_head.run, work)),
         (stage5_symbols.NAME, partial(stage5_symbols.run, work)),
-        (f"{stage6_targets.NAME}-cloud", partial(stage6_targets.run, work, lengths(stage6_targets), "cloud")),
-        (stage7_critic.NAME, partial(stage7_critic.run, work, lengths(stage7_critic))),
+        trained(stage6_targets, "cloud"),
+        trained(stage7_critic),
         (stage8_texts.NAME, partial(stage8_texts.run, work)),
-        (f"{stage6_targets.NAME}-edge", partial(stage6_targets.run, work, lengths(stage6_targets), "edge")),
-        (stage9_draft.NAME, partial(stage9_draft.run, work, lengths(stage9_draft))),
-        *(
-            (f"{stage10_lookahead.NAME}-{tier}", partial(stage10_lookahead.run, work, lengths(stage10_lookahead), tier))
-            for tier in ("edge", "cloud")
-        ),
+        trained(stage6_targets, "edge"),
+        trained(stage9_draft),
+        trained(stage10_lookahead, "edge"),
+        trained(stage10_lookahead, "cloud"),
     ]
     for name, run in stages:
         if not work.is_done(name):

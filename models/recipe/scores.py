@@ -75,6 +75,5 @@ def cider(work: Workspace, split: str, texts: list[list[int]]) -> float:
 
 
 def ciders(work: Workspace, split: str, texts: list[list[int]]) -> list[float]:
-    """CIDEr-D of each of these texts."""
     scorer = _scorer(work, split, len(texts))
     return [scorer.score(i, text) for i, text in enumerate(texts)]

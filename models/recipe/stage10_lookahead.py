@@ -17,7 +17,7 @@ from models.recipe import stage6_targets as targets
 from models.recipe import stage7_critic as critic
 from models.recipe.stage8_texts import written
 from models.recipe.training import Training
-from models.recipe.workspace import Workspace, steps
+from models.recipe.workspace import Workspace, blocks
 
 NAME = "10-lookahead"
 BATCH = 64  # texts
@@ -88,8 +88,7 @@ def texts_of(work: Workspace, net: targets.Target, tier: str, part: str) -> Text
     hidden = np.zeros((*tokens.shape, net.decoder.shape.width), np.float16)
     states: list[Tensor] = []
     hook = net.decoder.norm.register_forward_hook(lambda _, __, state: states.append(state))
-    for step in steps(f"states of {part}", 0, -(-len(maps) // READ)):
-        at = slice(step * READ, (step + 1) * READ)
+    for at in blocks(f"states of {part}", len(maps), READ):
         states.clear()
         with torch.autocast("cpu", torch.bfloat16):
             memory = net.decoder.encode_image(net.features(targets.maps_of(maps, at)))

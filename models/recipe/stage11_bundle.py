@@ -111,9 +111,8 @@ def measure(work: Workspace, out: Path) -> tuple[dict[str, float], confidence.Ta
     symbols = work.array("symbols-dev")
     quality = {"dev_latent_bytes": work.figures(stage5_symbols.NAME)["dev_bytes"]}
     for tier in ("edge", "cloud"):
-        quality[f"dev_cider_{tier}"] = stage6_targets.evaluate(work, stage7_critic.final_weights(work, tier), tier)[
-            "cider"
-        ]
+        figures = stage6_targets.evaluate(work, tier, stage7_critic.final_weights(work, tier))
+        quality[f"dev_cider_{tier}"] = figures["cider"]
     for suffix in ("onnx", "tflite"):
         look, step = (load_model(out / f"draft_{part}.{suffix}") for part in ("look", "step"))
         draft = Draft(look, step, max_tokens=24)

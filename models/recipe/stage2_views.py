@@ -9,7 +9,7 @@ import torch
 
 from edge_runtime.inference.preprocess import PIXELS
 from models.backbone import CUT_CHANNELS, pretrained_lite0
-from models.recipe.workspace import Workspace, channels_last, steps
+from models.recipe.workspace import Workspace, blocks, channels_last
 
 NAME = "2-views"
 VIEWS = 4
@@ -46,11 +46,10 @@ def run(work: Workspace) -> None:
         photos = work.array(f"photos-{part}")
         pairs = photo_views(photos, VIEWS)
         cut = work.new_array(f"cut-{part}", (len(pairs), 14, 14, CUT_CHANNELS), np.float16)
-        for step in steps(f"views of {part}", 0, -(-len(pairs) // BATCH)):
-            chosen = pairs[step * BATCH : (step + 1) * BATCH]
-            pixels = np.stack([make_view(photos, photo, view, seed) for photo, view in chosen])
+        for rows in blocks(f"views of {part}", len(pairs), BATCH):
+            pixels = np.stack([make_view(photos, photo, view, seed) for photo, view in pairs[rows]])
             with torch.inference_mode():
                 features = net.cut_features(torch.from_numpy(pixels))
-            cut[step * BATCH : step * BATCH + len(chosen)] = features.permute(0, 2, 3, 1).to(torch.float16).numpy()
+            cut[rows] = features.permute(0, 2, 3, 1).to(torch.float16).numpy()
         sizes[part] = len(pairs)
     work.finish(NAME, sizes)

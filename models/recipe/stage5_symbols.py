@@ -13,7 +13,7 @@ from edge_runtime.wire import bitstream
 from edge_runtime.wire.tables import count_tables, entropy_bytes
 from models.family import LATENT
 from models.recipe.stage2_views import make_view, photo_views
-from models.recipe.workspace import Workspace, steps
+from models.recipe.workspace import Workspace, blocks
 
 NAME = "5-symbols"
 VIEWS = {"train": 8, "classes": 6, "dev": 1}
@@ -33,9 +33,8 @@ def run(work: Workspace) -> None:
             return head.symbols(make_view(photos, *pair, seed))
 
         with ThreadPoolExecutor(2) as pool:  # the runtime releases the GIL while it computes
-            for step in steps(f"symbols of {part}", 0, -(-len(pairs) // BATCH)):
-                chosen = slice(step * BATCH, (step + 1) * BATCH)
-                symbols[chosen] = list(pool.map(symbols_of, pairs[chosen]))
+            for rows in blocks(f"symbols of {part}", len(pairs), BATCH):
+                symbols[rows] = list(pool.map(symbols_of, pairs[rows]))
     work.finish(NAME, count(work))
 
 

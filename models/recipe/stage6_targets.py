@@ -7,6 +7,7 @@ cloud's decoder, on people's captions; later the edge's smaller decoder on the s
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from models.family import LATENT, Classifier, DecoderShape, Dropout, Tail, TextD
 from models.recipe.scores import cider
 from models.recipe.stage3_bottleneck import caption_loss, repeat_memory
 from models.recipe.training import Training
-from models.recipe.workspace import Workspace, channels_last, steps
+from models.recipe.workspace import Workspace, blocks, channels_last
 
 NAME, MAPS = "6-targets", "6-maps"
 TEXTS, CLASS_PHOTOS = 320, 16  # per step
@@ -91,8 +92,7 @@ def cache_maps(work: Workspace, batch: int = 200) -> None:
     for part in ("train", "classes", "dev"):
         symbols = work.array(f"symbols-{part}")
         maps = work.new_array(f"maps-{part}", (len(symbols), *LATENT[1:], MAP_CHANNELS), np.float16)
-        for step in steps(f"maps of {part}", 0, -(-len(symbols) // batch)):
-            rows = slice(step * batch, (step + 1) * batch)
+        for rows in blocks(f"maps of {part}", len(symbols), batch):
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
                 last = tail.last_map(symbols_of(symbols, rows))
             maps[rows] = last.permute(0, 2, 3, 1).to(torch.float16).numpy()
@@ -112,10 +112,7 @@ def train(work: Workspace, tier: str, net: Target, captions: np.ndarray, total: 
     groups: list[dict[str, Any]] = [{"params": list(net.decoder.parameters()), "lr": settings.learning_rate}]
     groups += [{"params": shared, "lr": settings.learning_rate * settings.features_rate}] * trains_features
     optimiser = torch.optim.AdamW(groups, weight_decay=0.02, betas=(0.9, 0.98))
-
-    def quality(weights: dict[str, Tensor], photos: int | None) -> dict[str, float]:
-        return evaluate(work, weights, tier, photos)
-
+    quality = partial(evaluate, work, tier)
     training = Training(work, f"{NAME}-{tier}", net, optimiser, total, CHECKPOINT_EVERY, evaluate=quality)
     drop = Dropout(settings.dropout)
     for _ in training.steps():
@@ -136,7 +133,7 @@ def train(work: Workspace, tier: str, net: Target, captions: np.ndarray, total: 
     training.finish()
 
 
-def evaluate(work: Workspace, weights: dict[str, Tensor], tier: str, limit: int | None = None) -> dict[str, float]:
+def evaluate(work: Workspace, tier: str, weights: dict[str, Tensor], limit: int | None = None) -> dict[str, float]:
     """CIDEr of greedy texts on the first `limit` dev photos."""
     net = new_target(work, tier)
     net.load_state_dict(weights)

@@ -7,6 +7,7 @@ to end too early.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,10 +45,6 @@ def run(work: Workspace, settings: Settings) -> None:
         p.requires_grad_(False)
     weights = list(net.decoder.parameters())
     optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
-
-    def quality(weights: dict[str, Tensor], photos: int | None) -> dict[str, float]:
-        return targets.evaluate(work, weights, "cloud", photos)
-
     training = Training(
         work,
         NAME,
@@ -59,7 +56,7 @@ def run(work: Workspace, settings: Settings) -> None:
         rate=lambda peak, step: peak * cosine(step, settings.steps, warm_up=50),
         clip=0.5,
         clipped=weights,
-        evaluate=quality,
+        evaluate=partial(targets.evaluate, work, "cloud"),
     )
     maps, captions = work.array("maps-train"), np.load(work / "captions-train.npy")
     scorer = Cider([[strip(row) for row in texts] for texts in captions.tolist()], end=True)

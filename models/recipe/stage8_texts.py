@@ -9,7 +9,7 @@ import numpy as np
 from edge_runtime.inference.bundle import BOS, EOS, PAD
 from models.recipe import stage6_targets as targets
 from models.recipe import stage7_critic as critic
-from models.recipe.workspace import Workspace, steps
+from models.recipe.workspace import Workspace, blocks
 
 NAME = "8-texts"
 BLOCK = 1000  # views
@@ -21,8 +21,7 @@ def run(work: Workspace) -> None:
     net.load_state_dict(critic.final_weights(work, "cloud"))
     net.eval()
     for part in ("train", "classes", "dev"):
-        rows = written(work, net, part)
-        np.save(work / f"texts-{part}.npy", rows)
+        np.save(work / f"texts-{part}.npy", rows := written(work, net, part))
     work.finish(NAME, {"mean_tokens": float((rows != PAD).sum(1).mean()) - 1})
 
 
@@ -30,8 +29,8 @@ def written(work: Workspace, net: targets.Target, part: str) -> np.ndarray:
     """A target's greedy texts about the views of a part, int16 [N, T + 1]: BOS first, PAD after EOS."""
     maps = work.array(f"maps-{part}")
     rows = np.full((len(maps), net.decoder.shape.max_tokens + 1), PAD, np.int16)
-    for step in steps(f"texts of {part}", 0, -(-len(maps) // BLOCK)):
-        for i, text in enumerate(targets.write(net, maps[step * BLOCK : (step + 1) * BLOCK])):
-            row = [BOS, *text, EOS][: rows.shape[1]]
-            rows[step * BLOCK + i, : len(row)] = row
+    for block in blocks(f"texts of {part}", len(maps), BLOCK):
+        for row, text in zip(rows[block], targets.write(net, maps[block]), strict=True):
+            tokens = [BOS, *text, EOS][: len(row)]
+            row[: len(tokens)] = tokens
     return rows

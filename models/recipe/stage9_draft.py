@@ -4,6 +4,7 @@ Its inputs are the int8 head's symbols, as on the board.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,27 +36,20 @@ def run(work: Workspace, settings: Settings) -> None:
     """Writes 9-draft.pt."""
     torch.manual_seed(9)
     rng = np.random.default_rng(9)
-    parts = ("train", "classes")
-    symbols = [work.array(f"symbols-{part}") for part in parts]
-    texts = np.concatenate([np.load(work / f"texts-{part}.npy") for part in parts])
-    border = len(symbols[0])
+    symbols, texts = (
+        np.concatenate([work.array(f"{kind}-{part}") for part in ("train", "classes")]) for kind in ("symbols", "texts")
+    )
     net = DraftDecoder(work.vocabulary)
     optimiser = torch.optim.AdamW(net.parameters(), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
-
-    def quality(weights: dict[str, Tensor], photos: int | None) -> dict[str, float]:
-        return evaluate(work, weights, photos)
-
+    quality = partial(evaluate, work)
     training = Training(work, NAME, net, optimiser, settings.steps, CHECKPOINT_EVERY, evaluate=quality)
     for _ in training.steps():
         chosen = np.sort(rng.integers(0, len(texts), BATCH))
         rows = torch.from_numpy(texts[chosen].astype(np.int64))
         rows = rows[:, : int((rows != PAD).sum(1).max())]
-        split = np.searchsorted(chosen, border)
-        inputs = torch.cat(
-            [targets.symbols_of(symbols[0], chosen[:split]), targets.symbols_of(symbols[1], chosen[split:] - border)]
-        )
         with torch.autocast("cpu", torch.bfloat16):
-            logits = net(rows[:, :-1], net.encode_image(inputs), settings.dropout)
+            memory = net.encode_image(targets.symbols_of(symbols, chosen))
+            logits = net(rows[:, :-1], memory, settings.dropout)
         loss = caption_loss(logits, rows[:, 1:], smoothing=0.02)
         training.update(loss)
     training.finish()

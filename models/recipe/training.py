@@ -66,7 +66,6 @@ class Training:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The averaged weights."""
         weights: dict[str, Tensor] = self.average.state_dict()
         return weights
 

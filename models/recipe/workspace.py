@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -28,7 +26,6 @@ class Workspace:
         return self.path / name
 
     def is_done(self, stage: str) -> bool:
-        """True if the stage has written its figures."""
         return (self / f"{stage}.json").is_file()
 
     def finish(self, stage: str, figures: dict[str, Any]) -> None:
@@ -39,7 +36,6 @@ class Workspace:
         logger.info("stage done stage=%s figures=%s", stage, json.dumps(figures))
 
     def figures(self, stage: str) -> dict[str, Any]:
-        """The figures of a finished stage."""
         figures: dict[str, Any] = json.loads((self / f"{stage}.json").read_text())
         return figures
 
@@ -71,10 +67,7 @@ class Workspace:
     def load(self, name: str) -> dict[str, Any]:
         """The checkpoint, or nothing if there is none."""
         path = self / f"{name}.pt"
-        if not path.is_file():
-            return {}
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return state
+        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
 
     def averaged(self, name: str, prefix: str = "") -> dict[str, torch.Tensor]:
         """The averaged weights of a finished stage whose names begin with the prefix, without the prefix."""
@@ -93,13 +86,7 @@ def shortened(settings: S, share: float) -> S:
 
 
 def steps(name: str, first: int, total: int) -> Iterator[int]:
-    """Counts from `first` to `total` with a progress bar on a terminal, and one log line per minute elsewhere."""
-    console = Console()
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
-            yield from progress.track(range(first, total), total=total, completed=first, description=name)
-        return
+    """Counts from `first` to `total`, with a line in the log per minute."""
     started = reported = time.monotonic()
     for step in range(first, total):
         yield step
@@ -108,6 +95,12 @@ def steps(name: str, first: int, total: int) -> Iterator[int]:
             reported = now
             left = (now - started) / (step + 1 - first) * (total - step - 1)
             logger.info("progress stage=%s step=%d of=%d minutes_left=%.1f", name, step + 1, total, left / 60)
+
+
+def blocks(name: str, total: int, size: int) -> Iterator[slice]:
+    """Slices of `size` that cover `total` rows, with progress in the log."""
+    for step in steps(name, 0, -(-total // size)):
+        yield slice(step * size, min((step + 1) * size, total))
 
 
 Network = TypeVar("Network", bound=nn.Module)

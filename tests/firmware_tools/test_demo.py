@@ -233,22 +233,7 @@ def test_what_came_over_the_network_is_text_on_the_page(result: PhotoResult) -> 
     assert not re.search(r"<(i|s|me|note)>", html)
 
 
-def test_a_video_gives_a_still_a_second(tmp_path: Path) -> None:
-    path = tmp_path / "clip.avi"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
-    for shade in range(12):
-        writer.write(np.full((48, 64, 3), 20 * shade, np.uint8))
-    writer.release()
-    stills = collect(video=path)
-    assert [still.name for still in stills] == ["clip 0 s", "clip 1 s", "clip 2 s"]
-    shades = [cv2.imdecode(np.frombuffer(still.data, np.uint8), 1).mean() for still in stills]
-    assert np.allclose(shades, [0, 100, 200], atol=5)
-    assert len(collect(video=path, limit=2)) == 2
-
-
 def test_nothing_to_show_is_a_named_error(tmp_path: Path) -> None:
-    with pytest.raises(PictureError, match="cannot be read as a video"):
-        collect(video=tmp_path / "none.avi")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(PictureError, match="no picture can be read"):
         collect([tmp_path])

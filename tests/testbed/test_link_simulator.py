@@ -166,11 +166,9 @@ def test_a_profile_out_of_range_is_refused_by_field(field: str, value: float) ->
         Profile(**{"name": "odd", "up_kbit": 1, "down_kbit": 1, "rtt_ms": 1, field: value})  # type: ignore[arg-type]
 
 
-def test_a_trace_is_the_same_in_both_notations() -> None:
-    tabs = "# a drive\n0\twifi\n\n20.5\tlte-m\r\n40\toutage\n"
-    lines = '{"seconds":0,"profile": "wifi"}\n{"profile": "lte-m", "seconds": 20.5}\n{"seconds":4e1,"profile":"outage"}'
-    wanted = [(0.0, PROFILES["wifi"]), (20.5, PROFILES["lte-m"]), (40.0, OUTAGE)]
-    assert parse_trace(tabs, "t") == parse_trace(lines, "t") == wanted
+def test_a_trace_has_a_time_and_a_profile_per_line() -> None:
+    trace = parse_trace("# a drive\n0\twifi\n\n20.5\tlte-m\r\n40\toutage\n", "t")
+    assert trace == [(0.0, PROFILES["wifi"]), (20.5, PROFILES["lte-m"]), (40.0, OUTAGE)]
 
 
 @pytest.mark.parametrize(
@@ -183,10 +181,6 @@ def test_a_trace_is_the_same_in_both_notations() -> None:
         ("0 wifi", "t.tsv, line 1: '0 wifi', want seconds<TAB>profile"),
         ("nan\twifi", "t.tsv, line 1: seconds = nan, want 0 to"),
         ("0\twifi\n-1\t3g", "t.tsv, line 2: seconds = -1.0, want 0 to"),
-        ('{"seconds": 0}', "t.tsv, line 1: .*, want seconds<TAB>profile or"),
-        ('{"seconds": 0, "profile": "wifi", "rate": 3}', "t.tsv, line 1: .*, want seconds<TAB>profile or"),
-        ('{"seconds": "0", "profile": "wifi"}', "t.tsv, line 1: .*, want seconds<TAB>profile or"),
-        ('{"seconds": 0', "t.tsv, line 1: .*, want seconds<TAB>profile or"),
     ],
 )
 def test_a_bad_trace_is_named_with_file_line_and_what_is_wanted(text: str, error: str) -> None:
@@ -194,7 +188,7 @@ def test_a_bad_trace_is_named_with_file_line_and_what_is_wanted(text: str, error
         parse_trace(text, "t.tsv")
 
 
-@given(st.text() | st.lists(st.sampled_from(["0\twifi", "1\t3g", '{"seconds":1e999}', '{"":' * 9999])).map("\n".join))
+@given(st.text() | st.lists(st.sampled_from(["0\twifi", "1\t3g", "1e999\twifi", "inf", "\t"])).map("\n".join))
 def test_any_text_is_a_trace_or_a_link_error(text: str) -> None:
     with suppress(LinkError):
         assert parse_trace(text, "t")[0][0] == 0

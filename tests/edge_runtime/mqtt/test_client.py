@@ -632,7 +632,7 @@ def test_a_topic_that_nobody_may_publish_to_is_an_error_at_once(topic: str) -> N
 WORKER = """
 import sys
 from edge_runtime.mqtt import MqttClient, MqttSettings
-from server.reply_cache import Cached, New, ReplyCache
+from server.reply_cache import ReplyCache, Seen
 
 port, name, must_hold = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 cache, held, computed = ReplyCache(), [], 0
@@ -645,11 +645,12 @@ def on_message(message):
             print("holding", flush=True)
         return
     request_id = message.payload
-    found = cache.begin("b1", request_id)
-    if isinstance(found, New):
+    reply = cache.begin(("b1", request_id))
+    if reply is Seen.NEW:
         computed += 1
-        cache.put("b1", request_id, request_id + b" %d" % computed)
-    client.publish("b1/down/reply", cache.get("b1", request_id))
+        reply = request_id + b" %d" % computed
+        cache.put(("b1", request_id), reply)
+    client.publish("b1/down/reply", reply)
     message.ack()
 
 settings = MqttSettings("127.0.0.1", port, name, receive_maximum=20)

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import policy as simulation
 from edge_runtime.config import PolicyConfig
 from edge_runtime.planning import Decision, Measurements, Policy, Snapshot
 from edge_runtime.planning.board_estimator import BoardSnapshot
@@ -18,6 +17,7 @@ from edge_runtime.planning.policy import LAST_RETRY_S, LASTING_FRAMES, PROBE_EVE
 from edge_runtime.planning.server_estimator import ServerSnapshot
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.wire.event import Event, decode_event, encode_event
+from tests.edge_runtime.planning import simulation
 
 EPOCH = datetime.fromtimestamp(0, timezone.utc)
 DEADLINE_MS = 5000.0

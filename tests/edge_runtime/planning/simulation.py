@@ -2,12 +2,10 @@
 
 For every link profile, speed of the board and speed of the server, it compares the policy with each fixed paradigm. On
 traces whose link changes every 20 s it compares the policy with an oracle that knows the link and all prices. All see
-the same noise. The simulation is arithmetic without I/O and takes seconds. `python -m benchmarks.policy [--json]`.
+the same noise. The simulation is arithmetic without I/O and takes seconds.
 """
 
-import argparse
 import heapq
-import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
@@ -231,25 +229,3 @@ def _against(policy: list[float], chosen: list[ParadigmName], others: dict[str, 
         "mostly": statistics.mode(chosen),
         "changes": changes,
     }
-
-
-def main() -> None:
-    """Prints a table, or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="instead of the table")
-    parser.add_argument("--frames", type=int, default=240)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    figures = run(args.frames, args.seed)
-    if args.json:
-        print(json.dumps(figures, indent=2))
-        return
-    print(f"{'link':8}{'board':>6}{'server':>7}{'ratio':>7}{'p50':>7}  changes  mostly       verified ms")
-    for row in (*figures["steady"], *figures["traces"]):
-        head = f"{row['link']:8}{row['slowdown']:6.0f}{row['server']:7.2f}{row['ratio']:7.3f}{row['ratio_p50']:7.3f}"
-        print(f"{head}{row['changes']:9}  {row['mostly']:12} {row['verified_ms']}")
-    print(f"worst: {figures['worst_to_best_fixed']} of the best fixed, {figures['worst_to_oracle']} of the oracle")
-
-
-if __name__ == "__main__":
-    main()
