@@ -15,10 +15,10 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 
@@ -60,16 +60,6 @@ class UpstreamRequest:
     asked_at: float  # seconds, time.monotonic()
 
 
-@dataclass(frozen=True, slots=True)
-class _NotTaken:
-    """The broker did not take a request, and will not."""
-
-    id: bytes
-
-
-_Message: TypeAlias = UpstreamRequest | _NotTaken | bytes  # bytes are a message on our reply topic
-
-
 class Upstream:
     """The requests that wait for the tier above; `with` starts and ends connection and thread."""
 
@@ -81,9 +71,7 @@ class Upstream:
         self._lifecycle: RequestLifecycle[UpstreamRequest] = RequestLifecycle(
             config.open_requests, min_resend_s=config.resend_ms / 1e3, rng=random.Random()
         )
-        self._thread: LifecycleThread[UpstreamRequest, _Message] = LifecycleThread(
-            "upstream", self._lifecycle, self._receive, self._perform
-        )
+        self._thread = LifecycleThread("upstream", self._lifecycle, self._perform)
         self._asked = 0  # written and read by the asking thread alone
         self._trips: tuple[tuple[float, float], ...] = ()  # (when, seconds), replaced as a whole: two threads read it
         self._replies = Counter[str]()  # by status, and those that could not be read or found no room
@@ -107,7 +95,7 @@ class Upstream:
     def above(self, now: float) -> Above:
         """What `escalation.obstacle_to` wants to know."""
         counts = self._thread.counts
-        waiting = self._asked - counts.accepted + counts.open + counts.improvable
+        waiting = self._asked - counts["accepted"] + counts["open"] + counts["improvable"]
         return Above(self._client.state is State.ONLINE, waiting < self._capacity, self._round_trip_s(0.95, now))
 
     def ask(self, request: Request, until: float, tell: Tell) -> None:
@@ -116,7 +104,8 @@ class Upstream:
         # In its longest form: numbers grow with their values, and a later copy is older.
         encode_request(msgspec.structs.replace(request, age_ms=MAX_UINT32, budget_ms=MAX_UINT32))
         self._asked += 1
-        self._thread.put(UpstreamRequest(request, until, tell, time.monotonic()))
+        asked = UpstreamRequest(request, until, tell, time.monotonic())
+        self._thread.put(lambda now: self._lifecycle.on_request(request.id, asked, until, now))
 
     # ---- any thread ----
 
@@ -130,8 +119,8 @@ class Upstream:
         return {
             "state": self._client.state.value,
             "round_trip_ms": {f"p{int(100 * p)}": round(1e3 * self._round_trip_s(p, now), 1) for p in (0.5, 0.95)},
-            "requests": {name: count for name, count in asdict(counts).items() if name in COUNTS},
-            "replies": self._replies | {"not_final_again": counts.repeated, "broken": self._thread.errors},
+            "requests": {name: counts[name] for name in COUNTS},
+            "replies": self._replies | {"not_final_again": counts["repeated"], "broken": self._thread.errors},
         }
 
     def _round_trip_s(self, share: float, now: float) -> float:
@@ -142,24 +131,17 @@ class Upstream:
     # ---- the MQTT client's thread ----
 
     def _arrived(self, message: Message) -> None:
-        if not self._thread.offer(message.payload):
+        if not self._thread.offer(partial(self._reply, message.payload)):
             self._replies["overflow"] += 1
 
     def _was_sent(self, request_id: bytes, outcome: Outcome) -> None:
         # What its queue dropped, or what expired there, is sent again or lost at its deadline, as anything unanswered.
-        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED) and not self._thread.offer(_NotTaken(request_id)):
-            self._replies["overflow"] += 1
+        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED):
+            why = Why("not_taken", "refused by the broker")
+            if not self._thread.offer(lambda _: self._lifecycle.on_refused(request_id, why)):
+                self._replies["overflow"] += 1
 
     # ---- the thread of its own ----
-
-    def _receive(self, message: _Message, now: float) -> Sequence[Action[UpstreamRequest]]:
-        match message:
-            case UpstreamRequest(request, until):
-                return self._lifecycle.on_request(request.id, message, until, now)
-            case _NotTaken(request_id):
-                return self._lifecycle.on_refused(request_id, Why("not_taken", "refused by the broker"))
-            case _:
-                return self._reply(message, now)
 
     def _reply(self, payload: bytes, now: float) -> Sequence[Action[UpstreamRequest]]:
         try:

@@ -1,4 +1,4 @@
-"""What a request's lifecycle asks its caller to do, and what it counts: values only."""
+"""What a request's lifecycle asks its caller to do: values only."""
 
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
@@ -99,23 +99,3 @@ class Found:
     id: bytes
     size: int  # bytes
     age_s: float  # since it was kept
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """accepted + found = answered + lost + open + kept. The rest explains them."""
-
-    accepted: int = 0  # requests that were submitted
-    found: int = 0  # requests that an earlier run left in the outbox
-    answered: int = 0
-    lost: int = 0
-    open: int = 0  # wait for a reply now
-    kept: int = 0  # wait in the outbox now
-    improvable: int = 0  # of the answered ones: a higher tier may answer once more
-    resent: int = 0
-    retried: int = 0  # asked again out of the outbox
-    busy: int = 0  # replies that asked to come back later
-    duplicate: int = 0  # replies to what was answered before
-    late: int = 0  # replies to what was lost before
-    unknown: int = 0  # replies to nothing that is remembered
-    repeated: int = 0  # replies that are not final and bring no new text

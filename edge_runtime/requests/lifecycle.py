@@ -25,26 +25,15 @@ from math import inf
 from typing import Generic, TypeVar
 
 from edge_runtime.config import OutboxConfig
-from edge_runtime.requests.actions import (
-    Action,
-    Answer,
-    Counts,
-    Delete,
-    Found,
-    Lose,
-    Postpone,
-    Read,
-    Send,
-    Settle,
-    Store,
-    Why,
-)
+from edge_runtime.requests.actions import Action, Answer, Delete, Found, Lose, Postpone, Read, Send, Settle, Store, Why
 from edge_runtime.requests.timing import ResendTimer, RetryTimer, busy_wait_s
 from edge_runtime.wire import Reply, Status
 from edge_runtime.wire.envelope import MAX_VIA
 
 T = TypeVar("T")
 
+# Counted besides the states; reporting/counters.py says what each means. repeated: not final, and no new text.
+COUNTED = ("accepted", "found", "answered", "lost", "resent", "replayed", "busy", "duplicate", "late", "unknown")
 ENDED = 4096  # ended requests that are remembered, to tell late and duplicate replies apart; about 100 bytes each
 STORE_S = 0.3  # a request that must be on disk first is sent after this time even if the disk has not answered
 RETRY_DEADLINE_S = 30.0  # for the reply to a request that comes out of the outbox
@@ -125,7 +114,7 @@ class RequestLifecycle(Generic[T]):
         self._away_at = -inf  # when a frame last found the link away
         self._poll_at = -inf
         self._ended: OrderedDict[bytes, str] = OrderedDict()  # id -> what a further reply is counted as
-        self._counts: Counter[str] = Counter()
+        self._counts = Counter(dict.fromkeys((*COUNTED, "repeated"), 0))
 
     # ---- what is known ----
 
@@ -135,15 +124,11 @@ class RequestLifecycle(Generic[T]):
         return self._in_state[State.STORING] + self._in_state[State.OPEN]
 
     @property
-    def counts(self) -> Counts:
-        """A copy."""
-        names = ("accepted", "found", "answered", "lost", "resent", "retried", "busy", "duplicate", "late", "unknown")
-        return Counts(
-            **{name: self._counts[name] for name in (*names, "repeated")},
-            open=self.open_count,
-            kept=self._in_state[State.KEPT] + self._in_state[State.READING],
-            improvable=self._in_state[State.IMPROVABLE],
-        )
+    def counts(self) -> dict[str, int]:
+        """A copy, with the requests that are open, kept, and improvable: answered, but a higher tier may do better."""
+        kept = self._in_state[State.KEPT] + self._in_state[State.READING]
+        improvable = self._in_state[State.IMPROVABLE]
+        return {**self._counts, "open": self.open_count, "kept": kept, "improvable": improvable}
 
     def find(self, request_id: bytes) -> T | None:
         """The content of a request that waits for a reply, or for a better one."""
@@ -262,7 +247,7 @@ class RequestLifecycle(Generic[T]):
             return self._answer(entry, entry.late_reply, now)
         if entry.drop_reason:
             return self._lose(entry, entry.drop_reason)
-        self._counts["retried"] += 1
+        self._counts["replayed"] += 1
         entry.deadline = now + RETRY_DEADLINE_S
         return self._send_first(entry, now)
 

@@ -1,60 +1,58 @@
-"""The thread around a request lifecycle: messages come in through a bounded queue, actions go out to its owner."""
+"""The thread around a request lifecycle: events come in through a bounded queue, actions go out to its owner."""
 
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
-from edge_runtime.requests.actions import Action, Counts, Why
+from edge_runtime.requests.actions import Action, Why
 from edge_runtime.requests.lifecycle import RequestLifecycle
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-M = TypeVar("M")
+# Something that happened: called on the thread with the time, and returns the actions that follow.
+Happened: TypeAlias = Callable[[float], Sequence[Action[T]]]
 
-QUEUE = 256  # messages that wait; then `offer` refuses
+QUEUE = 256  # events that wait; then `offer` refuses
 IDLE_S = 0.5  # the longest wait between two looks at the clock
 
 
-class LifecycleThread(Generic[T, M]):
+class LifecycleThread(Generic[T]):
     """Owns a lifecycle. Only this thread touches it, so nothing but the queue is shared.
 
-    receive(message, now): what a message means to the lifecycle. perform(action, now): carries an action out, and
-    returns actions that follow from it. before_step(): sets what the lifecycle must know, and says whether the link is
-    free for retries.
+    perform(action, now): carries an action out, and returns actions that follow from it. before_step(now): sets what
+    the lifecycle must know, and says whether the link is free for retries.
     """
 
     def __init__(
         self,
         name: str,
         lifecycle: RequestLifecycle[T],
-        receive: Callable[[M, float], Sequence[Action[T]]],
         perform: Callable[[Action[T], float], Sequence[Action[T]]],
         before_step: Callable[[float], bool] = lambda _: True,
     ) -> None:
-        self.counts = Counts()  # of the lifecycle, replaced as a whole after every step: any thread may read it
-        self.errors = 0  # messages and actions that raised
-        self._lifecycle, self._receive, self._perform, self._before_step = lifecycle, receive, perform, before_step
-        self._inbox: queue.Queue[M | None] = queue.Queue(2 * QUEUE)
+        self.counts = lifecycle.counts  # replaced as a whole after every step: any thread may read it
+        self.errors = 0  # events and actions that raised
+        self._lifecycle, self._perform, self._before_step = lifecycle, perform, before_step
+        self._inbox: queue.Queue[Happened[T] | None] = queue.Queue(2 * QUEUE)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Once."""
         self._thread.start()
 
-    def put(self, message: M) -> None:
-        """Hand over a message; waits while the queue is full."""
-        self._inbox.put(message)
+    def put(self, happened: Happened[T]) -> None:
+        """Waits while the queue is full."""
+        self._inbox.put(happened)
 
-    def offer(self, message: M) -> bool:
-        """Hand over a message without waiting; False: there is no room."""
+    def offer(self, happened: Happened[T]) -> bool:
+        """Never waits; False: there is no room."""
         if self._inbox.qsize() >= QUEUE:
             return False
         try:
-            self._inbox.put_nowait(message)
+            self._inbox.put_nowait(happened)
         except queue.Full:
             return False
         return True
@@ -86,14 +84,14 @@ class LifecycleThread(Generic[T, M]):
             self.follow(self._lifecycle.on_time(now, link_is_free=link_is_free))
             wait_s = min(IDLE_S, max(0.0, self._lifecycle.next_at() - time.monotonic()))
             try:
-                message = self._inbox.get(timeout=wait_s)
+                happened = self._inbox.get(timeout=wait_s)
             except queue.Empty:
                 continue
-            if message is None:
+            if happened is None:
                 break
             try:
                 self._before_step(now := time.monotonic())
-                self.follow(self._receive(message, now))
-            except Exception:  # a message that cannot be handled must not end the others
+                self.follow(happened(now))
+            except Exception:  # an event that cannot be handled must not end the others
                 self.errors += 1
-                logger.exception("requests: message failed: %.200r", message)
+                logger.exception("requests: event failed: %.200r", happened)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import msgspec
 
@@ -21,19 +21,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.logs import is_told
 from edge_runtime.mqtt.client import MqttClient, Outcome, State
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests.actions import (
-    Action,
-    Answer,
-    Delete,
-    Found,
-    Lose,
-    Postpone,
-    Read,
-    Send,
-    Settle,
-    Store,
-    Why,
-)
+from edge_runtime.requests.actions import Action, Answer, Delete, Lose, Postpone, Read, Send, Settle, Store, Why
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.outbox import Outbox, Row
@@ -90,43 +78,6 @@ class _Tracked:
     is_retry: bool = False  # out of the outbox
 
 
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """What is known of a frame after its request was submitted."""
-
-    event: Event
-    compact: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _NotTaken:
-    """The broker did not take a request, and will not."""
-
-    id: bytes
-    outcome: Outcome
-
-
-@dataclass(frozen=True, slots=True)
-class _FoundInOutbox:
-    rows: list[Found]
-    missing: int
-
-
-@dataclass(frozen=True, slots=True)
-class _StoredInOutbox:
-    ids: list[bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class _ReadFromOutbox:
-    id: bytes
-    row: Row | None
-
-
-# Bytes are a message on the board's reply topic.
-_Message: TypeAlias = NewRequest | _Draft | _NotTaken | _FoundInOutbox | _StoredInOutbox | _ReadFromOutbox | bytes
-
-
 class Observer(Protocol):
     """Learns from the traffic; any thread."""
 
@@ -164,18 +115,16 @@ class RequestTracker:
         self._lifecycle: RequestLifecycle[_Tracked] = RequestLifecycle(
             capacity, min_resend_s=resend_s, rng=random.Random(), outbox=outbox, size_of=lambda t: _row(t).size
         )
-        self._thread: LifecycleThread[_Tracked, _Message] = LifecycleThread(
-            "requests", self._lifecycle, self._receive, self._perform, self._before_step
-        )
+        self._thread = LifecycleThread("requests", self._lifecycle, self._perform, self._before_step)
         self._submitted = 0  # by the frame path
         self._replies = Counter[str]()  # by status, and those that could not be read or found no room
 
     def _new_outbox(self, config: OutboxConfig) -> Outbox:
         return Outbox(
             config,
-            on_found=lambda rows, missing: self._thread.put(_FoundInOutbox(rows, missing)),
-            on_stored=lambda ids: self._thread.put(_StoredInOutbox(ids)),
-            on_read=lambda request_id, row: self._thread.put(_ReadFromOutbox(request_id, row)),
+            on_found=lambda rows, missing: self._thread.put(partial(self._lifecycle.on_found, rows, missing)),
+            on_stored=lambda ids: self._thread.put(partial(self._lifecycle.on_stored, ids)),
+            on_read=lambda request_id, row: self._thread.put(partial(self._read, request_id, row)),
         )
 
     def __enter__(self) -> "RequestTracker":
@@ -198,14 +147,14 @@ class RequestTracker:
 
     def has_room(self) -> bool:
         """Whether one more request may wait for its reply."""
-        return self._thread.counts.open < self._capacity
+        return self._thread.counts["open"] < self._capacity
 
     def submit(self, new: NewRequest) -> bool:
         """Takes over a request. False: its bytes do not fit into this minute's budget, and nothing is sent."""
         if not new.keep and not self._budget.take(len(new.payload), time.monotonic()):
             return False
         self._submitted += 1
-        self._thread.put(new)
+        self._thread.put(partial(self._add, new))
         return True
 
     def announce(self, event: Event, compact: bytes = b"") -> None:
@@ -213,13 +162,13 @@ class RequestTracker:
 
         compact: the same request in fewer bytes, for the outbox.
         """
-        self._thread.put(_Draft(event, compact))
+        self._thread.put(partial(self._announce, event, compact))
 
     # ---- any thread ----
 
     def reply_arrived(self, payload: bytes) -> None:
         """One message on the board's reply topic; never waits. Without room the request is sent again, or lost."""
-        if not self._thread.offer(payload):
+        if not self._thread.offer(partial(self._reply, payload)):
             self._replies["overflow"] += 1
 
     def wait_until_settled(self, timeout_s: float, stop: Any) -> None:
@@ -231,15 +180,13 @@ class RequestTracker:
 
     def _is_settled(self) -> bool:
         counts = self._thread.counts
-        return counts.accepted == self._submitted and counts.open == 0 and counts.improvable == 0
+        return counts["accepted"] == self._submitted and counts["open"] == counts["improvable"] == 0
 
     def summary(self) -> dict[str, Any]:
         """Counters: accepted + found = answered + lost + open + kept; under "reply", replies by what became of them."""
-        counts = self._thread.counts
-        names = ("accepted", "found", "answered", "lost", "open", "kept", "resent", "busy")
-        values: dict[str, Any] = {name: getattr(counts, name) for name in (*names, "duplicate", "late", "unknown")}
-        values["replayed"] = counts.retried
-        replies = {**self._replies, "not_final_again": counts.repeated, "broken": self._thread.errors}
+        values: dict[str, Any] = dict(self._thread.counts)
+        del values["improvable"]
+        replies = {**self._replies, "not_final_again": values.pop("repeated"), "broken": self._thread.errors}
         return values | {"reply": {kind: count for kind, count in replies.items() if count}}
 
     # ---- the thread: messages ----
@@ -250,27 +197,11 @@ class RequestTracker:
         has_bytes = not budget or self._budget.spent(now) < budget / 2  # live frames come first
         return has_bytes and self._client.state is State.ONLINE
 
-    def _receive(self, message: _Message, now: float) -> Sequence[Action[_Tracked]]:
-        actions: Sequence[Action[_Tracked]] = ()
-        match message:
-            case NewRequest(request, payload, event, captured, deadline, keep):
-                tracked = _Tracked(request, payload, event, captured, is_paid=not keep)
-                actions = self._lifecycle.on_request(request.id, tracked, deadline, now, link_is_away=keep)
-            case _Draft(event, compact):
-                self._announce(event, compact)
-            case _NotTaken(request_id, outcome):
-                actions = self._lifecycle.on_refused(request_id, Why("not_taken", f"broker: {outcome.value}"))
-            case _FoundInOutbox(rows, missing):
-                actions = self._lifecycle.on_found(rows, missing, now)
-            case _StoredInOutbox(ids):
-                actions = self._lifecycle.on_stored(ids, now)
-            case _ReadFromOutbox(request_id, row):
-                actions = self._read(request_id, row, now)
-            case bytes():
-                actions = self._reply(message, now)
-        return actions
+    def _add(self, new: NewRequest, now: float) -> Sequence[Action[_Tracked]]:
+        tracked = _Tracked(new.request, new.payload, new.event, new.captured, is_paid=not new.keep)
+        return self._lifecycle.on_request(new.request.id, tracked, new.deadline, now, link_is_away=new.keep)
 
-    def _announce(self, event: Event, compact: bytes) -> None:
+    def _announce(self, event: Event, compact: bytes, _: float) -> Sequence[Action[_Tracked]]:
         """An event that comes after the frame's answer would take the answer back; one without a draft says nothing."""
         request_id = bytes.fromhex(event.frame)
         if tracked := self._lifecycle.find(request_id):
@@ -279,6 +210,7 @@ class RequestTracker:
             self._replies["overtaken"] += 1
         elif event.tokens or tracked is None:
             self._events.publish(event)
+        return ()
 
     def _reply(self, payload: bytes, now: float) -> Sequence[Action[_Tracked]]:
         try:
@@ -350,8 +282,10 @@ class RequestTracker:
 
     def _was_sent(self, request_id: bytes, outcome: Outcome) -> None:  # on the MQTT client's thread
         # What its queue dropped, or what expired there, is sent again or lost at its deadline, as anything unanswered.
-        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED) and not self._thread.offer(_NotTaken(request_id, outcome)):
-            self._replies["overflow"] += 1
+        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED):
+            why = Why("not_taken", f"broker: {outcome.value}")
+            if not self._thread.offer(lambda _: self._lifecycle.on_refused(request_id, why)):
+                self._replies["overflow"] += 1
 
     def _answer(self, answer: Answer[_Tracked], now: float) -> Sequence[Action[_Tracked]]:
         tracked = answer.content
