@@ -1,6 +1,6 @@
 """Learns how well requests get through: open requests, replies, losses and the model of the link."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
@@ -9,7 +9,7 @@ from edge_runtime.planning.recent_values import RecentValues
 from edge_runtime.wire.event import ParadigmName
 
 MAX_OPEN = 256  # requests without a reply; then the oldest is forgotten
-LOSS_AGE_S = 60.0
+MINUTE_S = 60.0
 # The rate of link changes says little before FEW_FRAMES, and changes more than MANY_FRAMES ago count less and less.
 FEW_FRAMES, MANY_FRAMES = 100, 2000
 
@@ -41,12 +41,14 @@ class OpenRequest:
 class LinkEstimator:
     """Times are seconds of one clock; server_ms is the time that servers spend on a request."""
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_spent: Callable[[float, float], int]) -> None:
+        """bytes_spent: of requests, in the given seconds before the given time."""
+        self._bytes_spent = bytes_spent
         self.answered_at = -inf  # the latest reply
         self._model = LinkModel()
         self._open: dict[bytes, OpenRequest] = {}
         self._sizes: dict[ParadigmName, RecentValues] = {}
-        self._losses = RecentValues(16, LOSS_AGE_S)  # 1: lost, 0: answered
+        self._losses = RecentValues(16, MINUTE_S)  # 1: lost, 0: answered
         self._losses_in_row = self._answers = 0
         self._frames = 0.0
 
@@ -80,7 +82,7 @@ class LinkEstimator:
         if self._frames > MANY_FRAMES:
             self._frames, self._model.changes = self._frames / 2, self._model.changes / 2
 
-    def snapshot(self, now: float, server_ms: float, bytes_last_minute: int, bytes_last_quarter: int) -> LinkSnapshot:
+    def snapshot(self, now: float, server_ms: float) -> LinkSnapshot:
         """server_ms: usual; an open request shows how slow the link is at least."""
         for request in self._open.values():
             self._overdue(request, server_ms, now)
@@ -94,8 +96,8 @@ class LinkEstimator:
             losses_in_row=self._losses_in_row,
             answers=self._answers,
             request_bytes={paradigm: size for paradigm, size in sizes.items() if size is not None},
-            bytes_last_minute=bytes_last_minute,
-            bytes_last_quarter=bytes_last_quarter,
+            bytes_last_minute=self._bytes_spent(now, MINUTE_S),
+            bytes_last_quarter=self._bytes_spent(now, MINUTE_S / 4),
         )
 
     def _overdue(self, request: OpenRequest, server_ms: float, now: float) -> None:

@@ -1,13 +1,13 @@
 """What the board has measured of its link, its servers and itself, from its own traffic.
 
-Whoever observes requests may do so from any thread: each observation is a message on a bounded queue. The frame path
-applies these messages to the estimators and gets a `Snapshot`. No clock is read: times are seconds of one clock that
-never steps back.
+Requests are observed on any thread: each observation waits in a bounded queue. The frame path applies them to the
+estimators and gets a `Snapshot`. No clock is read: times are seconds of one clock that never steps back.
 """
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 
 from edge_runtime.planning.board_estimator import STAGES, BoardEstimator, BoardSnapshot
@@ -18,9 +18,8 @@ from edge_runtime.planning.thermal import ThermalState
 from edge_runtime.wire import Reply
 from edge_runtime.wire.event import ParadigmName
 
-QUEUE = 1024  # messages between two frames; then the oldest is dropped and counted
+QUEUE = 1024  # observations between two frames; then the oldest is dropped and counted
 MAX_VALUE = 1e9  # of a time or a size; no measurement is larger
-MINUTE_S = 60.0
 IGNORED = (  # what was received and not used, by the name of its counter
     "status_refused",  # a payload that is not the status of this server
     "status_contradicted",  # a claim that is far from what was measured
@@ -28,7 +27,7 @@ IGNORED = (  # what was received and not used, by the name of its counter
     "hops_refused",  # a server claims to have worked longer than the board waited
     "passes_refused",  # a server claims more passes of the decoder than its text has tokens
     "bad_value",  # not a time or a size
-    "overflow",  # more messages between two frames than the queue holds
+    "overflow",  # more observations between two frames than the queue holds
 )
 
 
@@ -42,42 +41,15 @@ class Snapshot:
     board: BoardSnapshot = field(default_factory=BoardSnapshot)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSent:
-    """Maybe not for the first time."""
-
-    request_id: bytes
-    paradigm: ParadigmName
-    size: int  # bytes of the whole payload
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class RequestAnswered:
-    """A reply with status ok arrived."""
-
-    reply: Reply
-    draft: tuple[int, ...]  # of the board, whether the request contained it or not
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class RequestLost:
-    """No server answered in time."""
-
-    request_id: bytes
-    at: float
-
-
 class Measurements:
     """`sent` is called before `answered` or `lost` of the same request."""
 
     def __init__(self, bytes_spent: Callable[[float, float], int] = lambda now, within_s: 0) -> None:
         """bytes_spent: bytes of requests sent in the within_s seconds before `now`."""
         self.counts = Counter(dict.fromkeys(IGNORED, 0))
-        self._bytes_spent, self._is_connected, self._now = bytes_spent, True, 0.0
-        self._inbox: deque[RequestSent | RequestAnswered | RequestLost] = deque(maxlen=QUEUE)
-        self._link, self._board = LinkEstimator(), BoardEstimator()
+        self._is_connected, self._now = True, 0.0
+        self._inbox: deque[tuple[float, Callable[[float], object]]] = deque(maxlen=QUEUE)  # (when, what to apply)
+        self._link, self._board = LinkEstimator(bytes_spent), BoardEstimator()
         self._server, self._statuses = ServerEstimator(self.counts), ServerStatuses(self.counts)
 
     # ---- any thread ----
@@ -88,26 +60,24 @@ class Measurements:
 
     def sent(self, request_id: bytes, paradigm: ParadigmName, size: int, now: float) -> None:
         """A request is sent, or sent again. size: bytes of its whole payload."""
-        self._put(RequestSent(request_id, paradigm, size, now), size, now)
+        self._put(partial(self._link.sent, request_id, paradigm, size), now, size)
 
     def answered(self, reply: Reply, now: float, draft: Sequence[int] = ()) -> None:
         """The first reply to a request, with status ok. draft: of the board, sent or not."""
-        self._put(RequestAnswered(reply, tuple(draft), now), now)
+        self._put(partial(self._answered, reply, tuple(draft)), now)
 
     def lost(self, request_id: bytes, now: float) -> None:
         """No server answered the request in time."""
-        self._put(RequestLost(request_id, now), now)
+        self._put(lambda at: self._link.lost(request_id, self._server.usual_ms(at), at), now)
 
     def status_arrived(self, topic: str, payload: bytes, now: float) -> None:
         """A server's status, as received. Called by one thread only, the MQTT client's."""
         self._statuses.arrived(topic, payload, now)
 
-    def _put(self, message: RequestSent | RequestAnswered | RequestLost, *numbers: float) -> None:
-        if not all(self._is_good(number) for number in numbers):
-            return
-        if len(self._inbox) == QUEUE:
-            self.counts["overflow"] += 1
-        self._inbox.append(message)
+    def _put(self, apply: Callable[[float], object], at: float, size: float = 0) -> None:
+        if self._is_good(at) and self._is_good(size):
+            self.counts["overflow"] += len(self._inbox) == QUEUE
+            self._inbox.append((at, apply))
 
     def _is_good(self, number: float) -> bool:
         """Counts it if not."""
@@ -134,40 +104,33 @@ class Measurements:
         self._board.thermal = state
 
     def catch_up(self, now: float) -> None:
-        """Applies all messages. Called for each frame, so that the queue never fills while no snapshot is needed."""
+        """Applies all observations. Called per frame: the queue must not fill while no snapshot is needed."""
         if isfinite(now):
             self._now = max(self._now, now)
         while self._inbox:
-            self._apply(self._inbox.popleft())
+            at, apply = self._inbox.popleft()
+            apply(min(at, self._now))  # a time in the future counts as now
 
     def snapshot(self, now: float) -> Snapshot:
-        """From all messages until now."""
+        """From all observations until now."""
         self.catch_up(now)
         now = self._now
         self._statuses.measured_pass_ms = self._server.pass_ms(now)
-        last_minute, last_quarter = (self._bytes_spent(now, within_s) for within_s in (MINUTE_S, MINUTE_S / 4))
         return Snapshot(
             is_online=self._is_connected and not self._statuses.all_refuse(now, self._link.answered_at),
-            link=self._link.snapshot(now, self._server.usual_ms(now), last_minute, last_quarter),
+            link=self._link.snapshot(now, self._server.usual_ms(now)),
             server=self._server.snapshot(now, self._statuses.claims(now)),
             board=self._board.snapshot(now),
         )
 
-    def _apply(self, message: RequestSent | RequestAnswered | RequestLost) -> None:
-        at = min(message.at, self._now)  # a time in the future counts as now
-        match message:
-            case RequestSent(request_id, paradigm, size):
-                self._link.sent(request_id, paradigm, size, at)
-            case RequestLost(request_id):
-                self._link.lost(request_id, self._server.usual_ms(at), at)
-            case RequestAnswered(reply, draft):
-                if (request := self._link.answered(reply.id, at)) is None:
-                    return
-                self._statuses.answered(reply.server)
-                total_ms = 1e3 * (at - request.sent_at)
-                server_ms = sum(hop.queue_ms + hop.compute_ms for hop in reply.hops)
-                if server_ms <= total_ms:
-                    self._link.measured(request, total_ms - server_ms, at)
-                    self._server.answered(request.paradigm, reply, draft, at)
-                else:
-                    self.counts["hops_refused"] += 1
+    def _answered(self, reply: Reply, draft: Sequence[int], at: float) -> None:
+        if (request := self._link.answered(reply.id, at)) is None:
+            return
+        self._statuses.answered(reply.server)
+        total_ms = 1e3 * (at - request.sent_at)
+        server_ms = sum(hop.queue_ms + hop.compute_ms for hop in reply.hops)
+        if server_ms <= total_ms:
+            self._link.measured(request, total_ms - server_ms, at)
+            self._server.answered(request.paradigm, reply, draft, at)
+        else:
+            self.counts["hops_refused"] += 1

@@ -33,6 +33,7 @@ MAX_SAVED_FRAMES = 100  # over which the cost of a probe may be spread
 LOST_IN_ROW, LOST_SHARE = 3, 0.5  # from here on the link counts as down
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
 BUDGET_MARGIN = 1.25  # times a usual request must fit into the byte budget
+DEVICE = Candidate("device", ms=0.0, best_ms=0.0, board_ms=0.0, size=0.0)
 Outage = Literal["offline", "loss", "deadline"]
 
 
@@ -47,22 +48,6 @@ class Decision:
     outage: Outage | None = None  # why the link is not used, or only tested
 
 
-@dataclass(slots=True)
-class _LinkRetry:
-    """The link is not usable and is tested from time to time."""
-
-    next_at: float
-    wait_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _BetterParadigm:
-    """A paradigm that was better than the one in use."""
-
-    paradigm: ParadigmName | None = None
-    frames: int = 0  # in a row
-
-
 class Policy:
     """Call `choose` once per frame."""
 
@@ -70,21 +55,23 @@ class Policy:
         """Without a head only offload is possible, if the configuration allows it."""
         self.config, self._has_head, self._has_draft = config, has_head, has_draft and has_head
         self._in_use: ParadigmName | None = None
-        self._better = _BetterParadigm()
+        self._better: ParadigmName | None = None  # was better than the one in use
+        self._better_frames = 0  # in a row
         self._frames_since_probe = PROBE_EVERY - FIRST_PROBE
-        self._retry: _LinkRetry | None = None
+        self._retry_at: float | None = None  # when a link that is not usable is tested; None: it is usable
+        self._retry_wait_s = FIRST_RETRY_S
 
     def choose(self, snapshot: Snapshot, now: float, deadline_ms: float) -> Decision:
         """The next frame's paradigm. now: seconds; deadline_ms: from the capture of the frame. Raises nothing."""
         possible = self._possible(snapshot)
         affordable = [each for each in possible if self._fits_byte_budget(each, snapshot)]
         if not affordable:
-            return self._device_alone(snapshot, possible, self._why_not_affordable(possible, snapshot), None)
+            return _decide(DEVICE, snapshot, possible, self._why_not_affordable(possible, snapshot))
         in_time = [each for each in affordable if each.ms <= deadline_ms]
         outage, why = _find_outage(snapshot, affordable, deadline_ms)
         if outage:
             return self._test_link_or_wait(snapshot, possible, affordable, outage, why, now)
-        self._retry = None
+        self._retry_at = None
         if probe := self._find_probe(in_time):
             self._frames_since_probe = 1
             why = f"a try: {_ms(probe.ms)} expected, as little as {_ms(probe.best_ms)} possible"
@@ -142,18 +129,15 @@ class Policy:
         why: str,
         now: float,
     ) -> Decision:
-        retry = self._retry = self._retry or _LinkRetry(now + FIRST_RETRY_S, FIRST_RETRY_S)
-        if now >= retry.next_at:
-            retry.wait_s = min(2 * retry.wait_s, LAST_RETRY_S)
-            retry.next_at = now + retry.wait_s
+        if self._retry_at is None:
+            self._retry_at, self._retry_wait_s = now + FIRST_RETRY_S, FIRST_RETRY_S
+        if now >= self._retry_at:
+            self._retry_wait_s = min(2 * self._retry_wait_s, LAST_RETRY_S)
+            self._retry_at = now + self._retry_wait_s
             smallest = min(affordable, key=lambda each: each.size)
             return _decide(smallest, snapshot, possible, f"a try: {why}", is_probe=True, outage=outage)
-        retry.next_at = min(retry.next_at, now + LAST_RETRY_S)  # if the clock stepped back, do not wait for ever
-        return self._device_alone(snapshot, possible, f"{why}, next try in {retry.next_at - now:.0f} s", outage)
-
-    def _device_alone(self, snapshot: Snapshot, possible: list[Candidate], why: str, outage: Outage | None) -> Decision:
-        device = Candidate("device", ms=0.0, best_ms=0.0, board_ms=0.0, size=0.0)
-        return _decide(device, snapshot, possible, why, outage=outage)
+        self._retry_at = min(self._retry_at, now + LAST_RETRY_S)  # if the clock stepped back, do not wait for ever
+        return _decide(DEVICE, snapshot, possible, f"{why}, next try in {self._retry_at - now:.0f} s", outage=outage)
 
     # ---- which of the possible ones ----
 
@@ -178,11 +162,11 @@ class Policy:
         in_use = next((each for each in in_time if each.paradigm == self._in_use), None)
         if in_use and best.paradigm != in_use.paradigm:
             gain = (in_use.cost_ms - best.cost_ms) / max(in_use.cost_ms, 1e-9)
-            frames = self._better.frames + 1 if self._better.paradigm == best.paradigm else 1
-            self._better = _BetterParadigm(best.paradigm, frames) if gain > SMALL_GAIN else _BetterParadigm()
-            if gain <= LARGE_GAIN and self._better.frames < LASTING_FRAMES:
+            frames = self._better_frames + 1 if self._better == best.paradigm else 1
+            self._better, self._better_frames = (best.paradigm, frames) if gain > SMALL_GAIN else (None, 0)
+            if gain <= LARGE_GAIN and self._better_frames < LASTING_FRAMES:
                 return in_use
-        self._in_use, self._better = best.paradigm, _BetterParadigm()
+        self._in_use, self._better, self._better_frames = best.paradigm, None, 0
         return best
 
 

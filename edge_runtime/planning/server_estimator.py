@@ -42,11 +42,8 @@ class ServerEstimator:
         # A slow picture is forgotten soon: the policy does not use a slow paradigm, so nobody would measure it again.
         self._latent_ms, self._picture_ms = RecentValues(max_age_s=LONG_S), RecentValues(max_age_s=SHORT_S)
         self._pass_ms = RecentValues(max_age_s=LONG_S)
-        self._latent_ms_by_decoding, self._pass_ms_by_decoding = _by_decoding(), _by_decoding()
-        self._passes: dict[Decoding, RecentValues] = {
-            "plain": RecentValues(32, LONG_S),
-            "drafted": RecentValues(32, LONG_S),
-        }
+        self._latent_ms_by_decoding, self._pass_ms_by_decoding = _by_decoding(9, SHORT_S), _by_decoding(9, SHORT_S)
+        self._passes = _by_decoding(32, LONG_S)
         self._predicted_drafted_passes = RecentValues(32, LONG_S)  # if the draft had been sent
         self._tokens, self._accepted = RecentValues(32), RecentValues(32)
 
@@ -111,8 +108,8 @@ class ServerEstimator:
         self._predicted_drafted_passes.add(max(1, len(tokens) - agreed + 1), at)
 
 
-def _by_decoding() -> dict[Decoding, RecentValues]:
-    return {"plain": RecentValues(max_age_s=SHORT_S), "drafted": RecentValues(max_age_s=SHORT_S)}
+def _by_decoding(count: int, max_age_s: float) -> dict[Decoding, RecentValues]:
+    return {"plain": RecentValues(count, max_age_s), "drafted": RecentValues(count, max_age_s)}
 
 
 def _known(recent: Mapping[Decoding, RecentValues], now: float) -> dict[Decoding, float]:

@@ -60,10 +60,7 @@ class ThermalReader:
 
 
 def _folders(parent: Path, pattern: str) -> list[Path]:
-    try:
-        return sorted(parent.glob(pattern))[:MAX_ZONES]
-    except OSError:
-        return []
+    return sorted(parent.glob(pattern))[:MAX_ZONES]
 
 
 def _text(path: Path) -> str | None:

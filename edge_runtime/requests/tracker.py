@@ -79,16 +79,11 @@ class _Tracked:
 
 
 class Observer(Protocol):
-    """Learns from the traffic; any thread."""
+    """Learns from the traffic; any thread. planning.Measurements says what each call means."""
 
-    def sent(self, request_id: bytes, paradigm: ParadigmName, size: int, now: float) -> None:
-        """A request is sent, or sent again; size: bytes."""
-
-    def answered(self, reply: Reply, now: float, draft: Sequence[int] = ()) -> None:
-        """The first reply to a request; draft: what the board wrote for it, sent or not."""
-
-    def lost(self, request_id: bytes, now: float) -> None:
-        """No reply came in time."""
+    def sent(self, request_id: bytes, paradigm: ParadigmName, size: int, now: float) -> None: ...
+    def answered(self, reply: Reply, now: float, draft: Sequence[int] = ()) -> None: ...
+    def lost(self, request_id: bytes, now: float) -> None: ...
 
 
 class RequestTracker:

@@ -121,8 +121,8 @@ def test_a_camera_whose_deadline_cannot_be_met_does_not_hold_up_another():
     now = {camera: board.planner.plan(camera).why for camera in ("plain", "own")}
     assert "next try in 1 s" in now["plain"]
     policies = board.planner._policies
-    assert policies["plain"]._retry is not None
-    assert policies["own"]._retry is None
+    assert policies["plain"]._retry_at is not None
+    assert policies["own"]._retry_at is None
 
 
 @pytest.mark.parametrize(("confidence", "accepted"), [(0.95, True), (0.8, False), (float("nan"), False)])
