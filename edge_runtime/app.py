@@ -21,14 +21,14 @@ import numpy as np
 
 from edge_runtime import __version__
 from edge_runtime.capture.cameras import Cameras
-from edge_runtime.config import MqttConfig, RuntimeConfig
+from edge_runtime.config import RuntimeConfig
 from edge_runtime.inference.backends import load_fastest, load_model
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Head
 from edge_runtime.inference.preprocess import PIXELS
-from edge_runtime.mqtt import Message, MqttClient, Publish, State
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State
 from edge_runtime.mqtt.routes import Rejection, Route, Router
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import BoardPlanner, Measurements

@@ -4,8 +4,7 @@ import signal
 
 from benchmarks.faults.scenario import Scenario
 from benchmarks.faults.site import KEEPALIVE_S, SERVER, SITE, SPARE
-from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt.client import MqttClient
+from edge_runtime.mqtt import MqttClient, MqttConfig
 from edge_runtime.wire import topics
 from testbed.broker import PLAIN
 from testbed.shaping import PROFILES
@@ -93,7 +92,7 @@ def duplicate_id(scenario: Scenario) -> None:
     with intruder:
         scenario.fault_started()
         scenario.hold()
-        connects = intruder.stats().connects
+        connects = intruder.stats()["connects"]
         scenario.expect(connects > 0, "the other client's connection")
         scenario.fault_ended()
     evicted = scenario.board_log().count("mqtt offline")

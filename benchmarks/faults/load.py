@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from benchmarks.faults.scenario import Scenario
 from benchmarks.faults.site import SERVER, SITE
 from edge_runtime.app import load_draft, load_head
-from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.preprocess import decode_picture, to_input
-from edge_runtime.mqtt.client import Message, MqttClient, State
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, State
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
 from edge_runtime.reporting.events import Events

@@ -15,8 +15,7 @@ from typing import Any
 
 from benchmarks.faults.frame_records import FrameRecords
 from benchmarks.faults.site import KEEPALIVE_S, SERVER, SITE, FaultSite
-from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt.client import Message, MqttClient
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.wire import topics
 from testbed.link_simulator import LinkSimulator
 from testbed.processes import START_S, AiflowProcess, ProcessError, read_event, read_status

@@ -33,7 +33,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any, TypeVar
 
@@ -42,8 +41,6 @@ from edge_runtime.mqtt.connection import Connection, Message, Publish
 from edge_runtime.mqtt.reconnect import Backoff, Loss
 from edge_runtime.mqtt.send_queue import Outcome, OutgoingMessage, SendQueue
 from edge_runtime.mqtt.settings import MqttSettings, Timing
-
-__all__ = ["Message", "MqttClient", "MqttSettings", "Outcome", "Publish", "State", "Stats", "Timing"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,26 +52,6 @@ class State(enum.Enum):
     ONLINE = "online"
     DEGRADED = "degraded"  # connected, but the broker has stopped acknowledging: nothing new is sent
     BACKOFF = "backoff"  # waits before the next attempt; the reason says why the last one ended
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Counters since start. published = delivered + refused + dropped + oversized + expired + closed + pending."""
-
-    published: int
-    delivered: int
-    refused: int
-    dropped: int
-    oversized: int
-    expired: int
-    closed: int
-    pending: int  # waiting or in flight now
-    received: int
-    inbound_oversized: int
-    callback_errors: int
-    connects: int  # connections that came ONLINE
-    losses: int  # connection attempts and connections that ended
-    evictions: int  # losses that look like another client with our id
 
 
 class MqttClient:
@@ -114,7 +91,8 @@ class MqttClient:
         self._queue = SendQueue(settings.queue_messages, settings.queue_bytes)
         self._backoff = Backoff(self.timing, rng or random.Random(), settings.client_id)
         self._next_deadline = inf
-        self._counts: Counter[str] = Counter()  # written by the owner thread only
+        counted = ("received", "inbound_oversized", "callback_errors", "connects", "losses")
+        self._counts = Counter(dict.fromkeys(counted, 0))  # written by the owner thread only
         self._close_by: float | None = None
         self._last_trouble = ""
         self._online = threading.Event()
@@ -175,14 +153,17 @@ class MqttClient:
     def wait_online(self, timeout: float | None = None) -> bool:
         return self._online.wait(timeout)
 
-    def stats(self) -> Stats:
-        own = ("received", "inbound_oversized", "callback_errors", "connects", "losses")
-        counts = {name: self._counts[name] for name in own}
-        return Stats(**self._queue.counts(), **counts, evictions=self._backoff.evictions)
+    def stats(self) -> dict[str, int]:
+        """Counters since start. published = pending (waiting or in flight now) + one for each Outcome.
+
+        connects: connections that came ONLINE. losses: connections and attempts that ended. evictions: losses that look
+        like another client with our id.
+        """
+        return {**self._queue.counts(), **self._counts, "evictions": self._backoff.evictions}
 
     def counts(self, name: str) -> dict[str, int | dict[str, int]]:
         """`stats` for the exporter: a labelled counter and, apart from it, the one number that may fall."""
-        counters = asdict(self.stats())
+        counters = self.stats()
         return {f"{name}_pending": counters.pop("pending"), name: counters}
 
     def close(self, drain_s: float = 2.0) -> None:
@@ -222,7 +203,7 @@ class MqttClient:
             self._shut_down()
 
     def _is_done(self) -> bool:
-        return self._close_by is not None and (self._clock() >= self._close_by or self.stats().pending == 0)
+        return self._close_by is not None and (self._clock() >= self._close_by or self._queue.counts()["pending"] == 0)
 
     def _new_connection(self) -> Connection:
         return Connection(

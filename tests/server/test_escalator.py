@@ -14,9 +14,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, MqttSettings
 from edge_runtime.wire import (
     Options,
     Reply,
@@ -69,7 +68,7 @@ class Sites:
         bounds = up.bounds() if up else None
         service, stop = Service(settings, self.bundle, own, ReplyCache(), upstream, bounds), threading.Event()
         with ExitStack() as stack:
-            client = MqttSettings("127.0.0.1", broker.port, name, receive_maximum=64)
+            client = MqttSettings("127.0.0.1", broker.port, client_id=name, receive_maximum=64)
             gateway = Gateway(client, site, name, "servers", service.receive, service.status)
             stack.enter_context(gateway)
             if upstream:
