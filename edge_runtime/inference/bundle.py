@@ -159,9 +159,7 @@ class Bundle:
         wanted = (len(latent.gains), latent.channels, latent.height, latent.width, latent.groups)
         if found != wanted:
             names = "levels, channels, height, width and groups"
-            raise BundleError(
-                f"bundle {self.manifest.name}: tables.bin has {found} {names}, the manifest {wanted}: build it again"
-            )
+            raise BundleError(f"{self.path}: tables.bin has {found} {names}, the manifest {wanted}: build it again")
         return tables
 
     @cached_property

@@ -128,9 +128,8 @@ class Connection:
             client.username_pw_set(settings.username, settings.password())
         if context := settings.tls_context():
             client.tls_set_context(context)
-        limits = _properties(
-            PacketTypes.CONNECT, MaximumPacketSize=settings.max_inbound_bytes, ReceiveMaximum=settings.receive_maximum
-        )
+        size, count = settings.max_inbound_bytes, settings.receive_maximum
+        limits = _properties(PacketTypes.CONNECT, MaximumPacketSize=size, ReceiveMaximum=count)
         # Clean start and no Session Expiry Interval: a broker that keeps the session of a $share member keeps sending
         # requests to it while it is dead.
         client.connect(settings.host, settings.port, settings.keepalive_s, clean_start=True, properties=limits)

@@ -50,9 +50,7 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"mqtt port = {self.port}, want 1 to 65535 (usual: 1883 plain, 8883 TLS)")
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.client_id):
-            raise ConfigError(
-                f"mqtt client id {self.client_id[:80]!r}, want 1 to 64 of the characters A-Z, a-z, 0-9, _, . and -"
-            )
+            raise ConfigError(f"mqtt client id {self.client_id[:80]!r}, want 1 to 64 of A-Z, a-z, 0-9, _, . and -")
         for name in ("keepalive_s", "window", "queue_messages", "queue_bytes", "max_publish_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"mqtt {name} = {getattr(self, name)}, want at least 1")
@@ -62,9 +60,7 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
                 "forge messages; set ca_file (or tls = true), or insecure = true on a network that you trust"
             )
         if self.password_file and self.username is None:
-            raise ConfigError(
-                f"mqtt password_file = {self.password_file} without a username: nobody would be logged in; set username"
-            )
+            raise ConfigError(f"mqtt password_file = {self.password_file} without a username: set username")
         if bool(self.cert_file) != bool(self.key_file):
             raise ConfigError(
                 f"mqtt cert_file = {self.cert_file}, key_file = {self.key_file}: a certificate needs both, or leave "

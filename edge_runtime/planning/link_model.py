@@ -71,9 +71,8 @@ class _KnownLink:
         if not self.measurements:
             return LinkEstimate(ms, at_bytes)
         noise = 1 + NOISE / sqrt(self.measurements)
-        return LinkEstimate(
-            ms, at_bytes, self._window(self.ratio), self._window(self.ratio * noise), self._window(self.ratio / noise)
-        )
+        windows = (self._window(ratio) for ratio in (self.ratio, self.ratio * noise, self.ratio / noise))
+        return LinkEstimate(ms, at_bytes, *windows)
 
     def _window(self, ratio: float) -> float:
         """Solves (window + large_bytes) / (window + small_bytes) = ratio."""

@@ -327,9 +327,8 @@ class RequestTracker:
 
     def _publish(self, tracked: _Tracked, now: float, **changes: Any) -> None:
         after_ms = _after_ms(now - tracked.captured)
-        self._events.publish(
-            msgspec.structs.replace(tracked.event, bytes_up=tracked.bytes_up, after_ms=after_ms, **changes)
-        )
+        changes |= {"bytes_up": tracked.bytes_up, "after_ms": after_ms}
+        self._events.publish(msgspec.structs.replace(tracked.event, **changes))
 
     def _restore(self, row: Row, now: float) -> _Tracked:
         """A row of the outbox as a request. Raises WireError for what another version wrote."""
