@@ -26,18 +26,8 @@ from edge_runtime.inference.preprocess import to_input
 from edge_runtime.planning import Plan, Planner
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
-from edge_runtime.wire import (
-    ContentKind,
-    Options,
-    Paradigm,
-    Request,
-    RequestIds,
-    Tables,
-    WireError,
-    bitstream,
-    encode_request,
-)
-from edge_runtime.wire.envelope import encode_tokens
+from edge_runtime.wire import Paradigm, RequestIds, Tables, WireError, bitstream
+from edge_runtime.wire.envelope import ContentKind, Options, Request, encode_request, encode_tokens
 from edge_runtime.wire.event import AnsweredBy, Event
 
 logger = logging.getLogger(__name__)

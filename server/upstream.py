@@ -27,17 +27,8 @@ from edge_runtime.mqtt import Message, MqttClient, Outcome, State
 from edge_runtime.requests.actions import Action, Answer, Lose, Send, Settle, Why
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.thread import LifecycleThread
-from edge_runtime.wire import (
-    EnvelopeError,
-    Reply,
-    Request,
-    RequestIds,
-    aged,
-    decode_reply,
-    encode_request,
-    topics,
-)
-from edge_runtime.wire.envelope import MAX_UINT32
+from edge_runtime.wire import EnvelopeError, topics
+from edge_runtime.wire.envelope import MAX_UINT32, Reply, Request, RequestIds, aged, decode_reply, encode_request
 from server.config import UpstreamConfig
 from server.escalation import Above, Bounds
 

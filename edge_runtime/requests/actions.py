@@ -40,31 +40,23 @@ class Answer(Generic[T]):
     round_trip_s: float | None  # None: unknown, since the request was sent more than once, or replied to before
 
 
-@dataclass(frozen=True, slots=True)
-class Settle(Generic[T]):
+@dataclass(frozen=True)
+class _NoReply(Generic[T]):
+    id: bytes
+    content: T
+    why: Why
+
+
+class Settle(_NoReply[T]):
     """No better reply comes: the latest one is final after all."""
 
-    id: bytes
-    content: T
-    why: Why
 
-
-@dataclass(frozen=True, slots=True)
-class Postpone(Generic[T]):
+class Postpone(_NoReply[T]):
     """No reply in time: the request has gone to the outbox and is asked again later. Once per request."""
 
-    id: bytes
-    content: T
-    why: Why
 
-
-@dataclass(frozen=True, slots=True)
-class Lose(Generic[T]):
-    """The request has ended without an answer."""
-
-    id: bytes
-    content: T | None  # None: it was in the outbox only, and the disk has lost it
-    why: Why
+class Lose(_NoReply[T | None]):
+    """The request has ended without an answer. Without content it was in the outbox only, and the disk has lost it."""
 
 
 @dataclass(frozen=True, slots=True)

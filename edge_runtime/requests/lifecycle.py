@@ -18,7 +18,7 @@ At every moment: accepted + found = answered + lost + open + kept.
 import enum
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
@@ -270,9 +270,8 @@ class RequestLifecycle(Generic[T]):
             if entry.deadline <= now:
                 actions += self._deadline(entry, now)
             elif entry.resend_at <= now:
-                actions += (
-                    self._send_first(entry, now) if entry.state is State.STORING else [self._send_again(entry, now)]
-                )
+                is_first = entry.state is State.STORING
+                actions += self._send_first(entry, now) if is_first else [self._send_again(entry, now)]
         actions += self._expire(now)
         return actions + self._retry_one(now, link_is_free)
 
@@ -431,22 +430,25 @@ class RequestLifecycle(Generic[T]):
         """Give up the oldest kept requests while there are too many. Open ones stay: there are few of them."""
         actions: list[Action[T]] = []
         while self._outbox and (self._stored_bytes > self._outbox.max_bytes or len(self._stored) > MAX_STORED):
-            oldest = next((entry for entry in self._stored.values() if entry.state is State.KEPT), None)
-            if oldest is None:
+            if (oldest := next(self._kept(), None)) is None:
                 break
             actions += self._drop(oldest, "full")
         return actions
+
+    def _kept(self) -> Iterator[_Entry[T]]:
+        """The oldest first."""
+        return (entry for entry in self._stored.values() if entry.state is State.KEPT)
 
     def _expire(self, now: float) -> list[Action[T]]:
         if self._expires_at() > now:
             return []
         assert self._outbox is not None
         too_old = now - self._outbox.max_age_s
-        kept = (entry for entry in self._stored.values() if entry.state is State.KEPT and entry.kept_at <= too_old)
-        return [action for entry in list(islice(kept, EXPIRE)) for action in self._drop(entry, "too old")]
+        expired = (entry for entry in self._kept() if entry.kept_at <= too_old)
+        return [action for entry in list(islice(expired, EXPIRE)) for action in self._drop(entry, "too old")]
 
     def _expires_at(self) -> float:
-        oldest = next((entry for entry in self._stored.values() if entry.state is State.KEPT), None)
+        oldest = next(self._kept(), None)
         return oldest.kept_at + self._outbox.max_age_s if oldest and self._outbox else inf
 
     def _drop(self, entry: _Entry[T], why: str) -> list[Action[T]]:
@@ -463,8 +465,7 @@ class RequestLifecycle(Generic[T]):
         is_idle = self.open_count < max(1, self._capacity // 2) and now - self._away_at > AWAY_S
         if not (link_is_free and is_idle):
             return []
-        kept = (entry for entry in self._stored.values() if entry.state is State.KEPT and entry.retry_at <= now)
-        if (entry := next(kept, None)) is None:
+        if (entry := next((entry for entry in self._kept() if entry.retry_at <= now), None)) is None:
             return []
         self._poll_at = -inf
         self._retry.start(entry.id, now)

@@ -105,7 +105,6 @@ class Outbox:
     # ---- any thread ----
 
     def start(self) -> None:
-        """Once."""
         self._thread.start()
 
     def has_room(self) -> bool:
@@ -197,12 +196,9 @@ class Outbox:
                     [(row.id, row.captured, row.kept, row.payload, row.event) for row in fresh],
                 )
                 self._db.execute("UPDATE state SET commits = ?", (self._commits + 1,))
-        except sqlite3.OperationalError as error:  # not the content's fault: full, read-only, I/O error, locked
+        except sqlite3.DatabaseError as error:
             # A full or read-only disk can still be read. After any other fault the connection is not to be trusted.
             self._refuse(str(error), reopen=not ("full" in str(error) or "readonly" in str(error)))
-            return
-        except sqlite3.DatabaseError as error:
-            self._refuse(str(error), reopen=True)
             return
         self._commits += 1
         self._on_disk = (self._on_disk | self._fresh.keys()) - self._gone
@@ -350,18 +346,9 @@ class Outbox:
 
 def _row(fields: tuple[Any, ...] | None) -> Row | None:
     """A row of the table; None: it is not there, or not what was written."""
-    try:
-        return Row(*fields) if fields and _is_sound(*fields) else None
-    except TypeError:
-        return None
-
-
-def _is_sound(request_id: Any, captured: Any, kept: Any, payload: Any, event: Any) -> bool:
-    are_bytes = all(isinstance(value, bytes) for value in (request_id, payload, event))
-    return (
-        are_bytes
-        and all(isinstance(value, float) for value in (captured, kept))
-        and len(request_id) == 8
-        and len(payload) <= MAX_ENVELOPE
-        and len(event) <= MAX_EVENT
-    )
+    match fields:
+        case (bytes() as request_id, float(), float(), bytes() as payload, bytes() as event) if (
+            len(request_id) == 8 and len(payload) <= MAX_ENVELOPE and len(event) <= MAX_EVENT
+        ):
+            return Row(*fields)
+    return None

@@ -26,24 +26,18 @@ from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.outbox import Outbox, Row
 from edge_runtime.requests.thread import LifecycleThread
-from edge_runtime.wire import (
-    AnsweredBy,
-    Event,
-    EventHop,
+from edge_runtime.wire import WireError, topics
+from edge_runtime.wire.envelope import (
+    MAX_UINT32,
     Reply,
     Request,
     Tier,
-    WireError,
     aged,
-    decode_event,
     decode_reply,
     decode_request,
-    encode_event,
     encode_request,
-    topics,
 )
-from edge_runtime.wire.envelope import MAX_UINT32
-from edge_runtime.wire.event import PARADIGMS, ParadigmName
+from edge_runtime.wire.event import PARADIGMS, AnsweredBy, Event, EventHop, ParadigmName, decode_event, encode_event
 
 logger = logging.getLogger(__name__)
 
