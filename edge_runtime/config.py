@@ -52,8 +52,7 @@ StationId = Annotated[  # a level of a topic at which "server" has a meaning
 ]
 # With the longest suffix of its run-time settings, "_enabled", a name fits the 32 characters of a level of a topic.
 CameraName = Annotated[
-    str,
-    Meta(pattern=r"^[A-Za-z0-9_-]{1,24}\Z", description="a name: 1 to 24 of the characters A-Z, a-z, 0-9, _ and -"),
+    str, Meta(pattern=r"^[A-Za-z0-9_-]{1,24}\Z", description="a name: 1 to 24 of the characters A-Z, a-z, 0-9, _ and -")
 ]
 Config = TypeVar("Config")
 

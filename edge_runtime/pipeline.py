@@ -25,7 +25,7 @@ from edge_runtime.inference.head import Head
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.planning import Plan, Planner
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests import NewRequest, RequestTracker
+from edge_runtime.requests import RequestTracker
 from edge_runtime.wire import Paradigm, RequestIds, Tables, WireError, bitstream
 from edge_runtime.wire.envelope import ContentKind, Options, Request, encode_request, encode_tokens
 from edge_runtime.wire.event import AnsweredBy, Event
@@ -179,7 +179,7 @@ class Pipeline:
         elif plan.keep:  # the outbox stores this event. In all other cases the encoding would only delay the request.
             self._count_jpeg_bytes(work)
         event, deadline = self._event(work, bytes_up=len(payload)), captured + plan.budget_ms / 1e3
-        if not self.tracker.submit(NewRequest(request, payload, event, captured, deadline, plan.keep)):
+        if not self.tracker.submit(request, payload, event, captured, deadline, plan.keep):
             return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
         work.bytes_up = len(payload)
         return None

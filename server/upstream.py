@@ -13,7 +13,6 @@ import logging
 import random
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,13 +21,13 @@ from typing import Any
 
 import msgspec
 
-from edge_runtime.logs import is_told, printable
-from edge_runtime.mqtt import Message, MqttClient, Outcome, State
+from edge_runtime.logs import printable
+from edge_runtime.mqtt import MqttClient, State
 from edge_runtime.requests.actions import Action, Answer, Lose, Send, Settle, Why
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.thread import LifecycleThread
-from edge_runtime.wire import EnvelopeError, topics
-from edge_runtime.wire.envelope import MAX_UINT32, Reply, Request, RequestIds, aged, decode_reply, encode_request
+from edge_runtime.wire import topics
+from edge_runtime.wire.envelope import MAX_UINT32, Reply, Request, RequestIds, aged, encode_request
 from server.config import UpstreamConfig
 from server.escalation import Above, Bounds
 
@@ -65,11 +64,10 @@ class Upstream:
         self._thread = LifecycleThread("upstream", self._lifecycle, self._perform)
         self._asked = 0  # written and read by the asking thread alone
         self._trips: tuple[tuple[float, float], ...] = ()  # (when, seconds), replaced as a whole: two threads read it
-        self._replies = Counter[str]()  # by status, and those that could not be read or found no room
         self._client = MqttClient(
             config.settings(server),
             subscriptions=[(topics.reply(config.site, server), 1)],
-            on_message=self._arrived,
+            on_message=lambda message: self._thread.reply_arrived(message.payload),
         )
 
     def __enter__(self) -> "Upstream":
@@ -111,7 +109,7 @@ class Upstream:
             "state": self._client.state.value,
             "round_trip_ms": {f"p{int(100 * p)}": round(1e3 * self._round_trip_s(p, now), 1) for p in (0.5, 0.95)},
             "requests": {name: counts[name] for name in COUNTS},
-            "replies": self._replies | {"not_final_again": counts["repeated"], "broken": self._thread.errors},
+            "replies": {**self._thread.replies, "not_final_again": counts["repeated"]},
         }
 
     def _round_trip_s(self, share: float, now: float) -> float:
@@ -119,37 +117,13 @@ class Upstream:
         latest = sorted(seconds for at, seconds in self._trips if now - at <= TRIP_AGE_S)
         return latest[ceil(share * len(latest)) - 1] if latest else 0.0
 
-    # ---- the MQTT client's thread ----
-
-    def _arrived(self, message: Message) -> None:
-        if not self._thread.offer(partial(self._reply, message.payload)):
-            self._replies["overflow"] += 1
-
-    def _was_sent(self, request_id: bytes, outcome: Outcome) -> None:
-        # What its queue dropped, or what expired there, is sent again or lost at its deadline, as anything unanswered.
-        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED):
-            why = Why("not_taken", "refused by the broker")
-            if not self._thread.offer(lambda _: self._lifecycle.on_refused(request_id, why)):
-                self._replies["overflow"] += 1
-
     # ---- the thread of its own ----
-
-    def _reply(self, payload: bytes, now: float) -> Sequence[Action[UpstreamRequest]]:
-        try:
-            reply = decode_reply(payload)
-        except EnvelopeError as error:
-            self._replies["unreadable"] += 1
-            if is_told(self._replies["unreadable"]):
-                logger.warning("reply from above unreadable count=%d error=%s", self._replies["unreadable"], error)
-            return ()
-        self._replies[reply.status.name.lower()] += 1
-        return self._lifecycle.on_reply(reply, now)
 
     def _perform(self, action: Action[UpstreamRequest], now: float) -> Sequence[Action[UpstreamRequest]]:
         match action:
             case Send(request_id, asked, _, left_s):
                 payload = encode_request(aged(asked.request, now - asked.asked_at, left_s))
-                outcome = partial(self._was_sent, request_id)
+                outcome = partial(self._thread.was_sent, request_id)
                 self._client.publish(self._topic, payload, expiry_s=max(0.0, left_s), on_outcome=outcome)
             case Answer(_, asked, reply, _, round_trip_s):
                 if round_trip_s is not None:

@@ -27,7 +27,7 @@ from edge_runtime.mqtt import Message, MqttClient, MqttConfig, State
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests import NewRequest, RequestTracker
+from edge_runtime.requests import RequestTracker
 from edge_runtime.wire import Event, RequestIds, encode_request, topics
 from edge_runtime.wire.event import AnsweredBy
 
@@ -91,7 +91,7 @@ class SimulatedBoard:
         )
         captured = time.monotonic()
         payload = encode_request(request)
-        self.tracker.submit(NewRequest(request, payload, seen, captured, captured + PLAN.budget_ms / 1e3))
+        self.tracker.submit(request, payload, seen, captured, captured + PLAN.budget_ms / 1e3)
 
     def _heard(self, message: Message) -> None:
         self.tracker.reply_arrived(message.payload)

@@ -17,8 +17,8 @@ from msgspec import Meta
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.draft_calibration import MAX_POINTS, Calibration
-from edge_runtime.wire import MAX_TOKEN, MAX_TOKENS, Tables, TablesError
-from edge_runtime.wire.envelope import Share
+from edge_runtime.wire import Tables, TablesError
+from edge_runtime.wire.envelope import MAX_TOKEN, MAX_TOKENS, Share
 from edge_runtime.wire.tables import MAX_CHANNELS, MAX_SIDE
 
 SCHEMA = 1

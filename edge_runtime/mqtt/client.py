@@ -33,6 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
@@ -85,9 +86,7 @@ class MqttClient:
         self.settings, self.timing = settings, timing or Timing()
         self.state, self.reason = State.STOPPED, "not started"
         self._subscriptions: Mapping[str, int] = dict(subscriptions)  # replaced whole, never changed
-        self._optional = frozenset(optional)
-        self._on_message, self._on_state, self._birth, self._will = on_message, on_state, birth, will
-        self._manual_ack, self._clock = manual_ack, clock
+        self._on_state, self._birth, self._clock = on_state, birth, clock
         self._queue = SendQueue(settings.queue_messages, settings.queue_bytes)
         self._backoff = Backoff(self.timing, rng or random.Random(), settings.client_id)
         self._next_deadline = inf
@@ -97,6 +96,22 @@ class MqttClient:
         self._last_trouble = ""
         self._online = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{settings.client_id}", daemon=True)
+        self._new_connection = partial(
+            Connection,
+            settings,
+            self._queue,
+            subscriptions=lambda: self._subscriptions,
+            optional=frozenset(optional),
+            will=will,
+            manual_ack=manual_ack,
+            handshake_s=self.timing.handshake,
+            on_message=on_message,
+            on_ready=self._go_online,
+            guard=self._guard,
+            wake=self._wake,
+            counts=self._counts,
+            clock=clock,
+        )
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -204,23 +219,6 @@ class MqttClient:
 
     def _is_done(self) -> bool:
         return self._close_by is not None and (self._clock() >= self._close_by or self._queue.counts()["pending"] == 0)
-
-    def _new_connection(self) -> Connection:
-        return Connection(
-            self.settings,
-            self._queue,
-            subscriptions=lambda: self._subscriptions,
-            optional=self._optional,
-            will=self._will,
-            manual_ack=self._manual_ack,
-            handshake_s=self.timing.handshake,
-            on_message=self._on_message,
-            on_ready=self._go_online,
-            guard=self._guard,
-            wake=self._wake,
-            counts=self._counts,
-            clock=self._clock,
-        )
 
     def _serve(self, connection: Connection) -> None:
         """One connection, from the first packet to the last; sets its `loss`."""

@@ -20,15 +20,8 @@ from edge_runtime.wire.event import ParadigmName
 
 QUEUE = 1024  # observations between two frames; then the oldest is dropped and counted
 MAX_VALUE = 1e9  # of a time or a size; no measurement is larger
-IGNORED = (  # what was received and not used, by the name of its counter
-    "status_refused",  # a payload that is not the status of this server
-    "status_contradicted",  # a claim that is far from what was measured
-    "servers_forgotten",  # a status more than are remembered
-    "hops_refused",  # a server claims to have worked longer than the board waited
-    "passes_refused",  # a server claims more passes of the decoder than its text has tokens
-    "bad_value",  # not a time or a size
-    "overflow",  # more observations between two frames than the queue holds
-)
+# What was received and not used; reporting/counters.py says what each means.
+IGNORED = ("status_refused", "status_contradicted", "servers_forgotten", "hops_refused", "passes_refused", "bad_value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +39,7 @@ class Measurements:
 
     def __init__(self, bytes_spent: Callable[[float, float], int] = lambda now, within_s: 0) -> None:
         """bytes_spent: bytes of requests sent in the within_s seconds before `now`."""
-        self.counts = Counter(dict.fromkeys(IGNORED, 0))
+        self.counts = Counter(dict.fromkeys((*IGNORED, "overflow"), 0))
         self._is_connected, self._now = True, 0.0
         self._inbox: deque[tuple[float, Callable[[float], object]]] = deque(maxlen=QUEUE)  # (when, what to apply)
         self._link, self._board = LinkEstimator(bytes_spent), BoardEstimator()

@@ -4,11 +4,16 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
+from edge_runtime.logs import is_told
+from edge_runtime.mqtt import Outcome
 from edge_runtime.requests.actions import Action, Why
 from edge_runtime.requests.lifecycle import RequestLifecycle
+from edge_runtime.wire import EnvelopeError, Reply, decode_reply
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +29,7 @@ class LifecycleThread(Generic[T]):
     """Owns a lifecycle. Only this thread touches it, so nothing but the queue is shared.
 
     perform(action, now): carries an action out, and returns actions that follow from it. before_step(now): sets what
-    the lifecycle must know, and says whether the link is free for retries.
+    the lifecycle must know, and says whether the link is free for retries. on_reply: instead of the lifecycle's.
     """
 
     def __init__(
@@ -33,9 +38,12 @@ class LifecycleThread(Generic[T]):
         lifecycle: RequestLifecycle[T],
         perform: Callable[[Action[T], float], Sequence[Action[T]]],
         before_step: Callable[[float], bool] = lambda _: True,
+        on_reply: Callable[[Reply, float], Sequence[Action[T]]] | None = None,
     ) -> None:
         self.counts = lifecycle.counts  # replaced as a whole after every step: any thread may read it
-        self.errors = 0  # events and actions that raised
+        # Replies by status, and by what became of those that were not used. broken: events and actions that raised.
+        self.replies = Counter[str]()
+        self._on_reply = on_reply or lifecycle.on_reply
         self._lifecycle, self._perform, self._before_step = lifecycle, perform, before_step
         self._inbox: queue.Queue[Happened[T] | None] = queue.Queue(2 * QUEUE)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -57,6 +65,18 @@ class LifecycleThread(Generic[T]):
             return False
         return True
 
+    def reply_arrived(self, payload: bytes) -> None:
+        """One message on the reply topic; never waits. Without room the request is sent again, or lost."""
+        if not self.offer(partial(self._reply, payload)):
+            self.replies["overflow"] += 1
+
+    def was_sent(self, request_id: bytes, outcome: Outcome) -> None:
+        """The MQTT client's outcome of a request. What it dropped is sent again, or lost at its deadline."""
+        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED):
+            why = Why("not_taken", f"broker: {outcome.value}")
+            if not self.offer(lambda _: self._lifecycle.on_refused(request_id, why)):
+                self.replies["overflow"] += 1
+
     def close(self, why: Why) -> None:
         """Handles what has been handed over, then ends every request."""
         if self._thread.is_alive():
@@ -73,9 +93,20 @@ class LifecycleThread(Generic[T]):
             try:
                 todo[:0] = self._perform(action, time.monotonic())
             except Exception:  # whatever one request holds, the others must still end
-                self.errors += 1
+                self.replies["broken"] += 1
                 logger.exception("requests: action failed: %.200r", action)
         self.counts = self._lifecycle.counts
+
+    def _reply(self, payload: bytes, now: float) -> Sequence[Action[T]]:
+        try:
+            reply = decode_reply(payload)
+        except EnvelopeError as error:
+            self.replies["unreadable"] += 1
+            if is_told(count := self.replies["unreadable"]):
+                logger.warning("%s: reply unreadable count=%d error=%s", self._thread.name, count, error)
+            return ()
+        self.replies[reply.status.name.lower()] += 1
+        return self._on_reply(reply, now)
 
     def _run(self) -> None:
         while True:
@@ -93,5 +124,5 @@ class LifecycleThread(Generic[T]):
                 self._before_step(now := time.monotonic())
                 self.follow(happened(now))
             except Exception:  # an event that cannot be handled must not end the others
-                self.errors += 1
+                self.replies["broken"] += 1
                 logger.exception("requests: event failed: %.200r", happened)

@@ -7,7 +7,6 @@ outbox. Every request that the board submits ends in exactly one more final even
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,43 +17,21 @@ import msgspec
 
 from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.logs import is_told
-from edge_runtime.mqtt import MqttClient, Outcome, State
+from edge_runtime.mqtt import MqttClient, State
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests.actions import Action, Answer, Delete, Lose, Postpone, Read, Send, Settle, Store, Why
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.outbox import Outbox, Row
 from edge_runtime.requests.thread import LifecycleThread
-from edge_runtime.wire import WireError, topics
-from edge_runtime.wire.envelope import (
-    MAX_UINT32,
-    Reply,
-    Request,
-    Tier,
-    aged,
-    decode_reply,
-    decode_request,
-    encode_request,
-)
+from edge_runtime.wire import WireError, decode_request, encode_request, topics
+from edge_runtime.wire.envelope import MAX_UINT32, Reply, Request, Tier, aged
 from edge_runtime.wire.event import PARADIGMS, AnsweredBy, Event, EventHop, ParadigmName, decode_event, encode_event
 
 logger = logging.getLogger(__name__)
 
 MAX_AFTER_S = 1e6  # of an event
 NO_BYTES = Why("no_bytes", "no bytes left in this minute's budget")
-
-
-@dataclass(frozen=True, slots=True)
-class NewRequest:
-    """What the path of a frame hands over."""
-
-    request: Request
-    payload: bytes  # the encoded request, as it is first sent
-    event: Event  # what the frame's next event starts from
-    captured: float  # seconds, time.monotonic()
-    deadline: float  # the same clock: after it the draft stands
-    keep: bool = False  # the link is away: into the outbox at once, not sent
 
 
 @dataclass(slots=True)
@@ -104,9 +81,9 @@ class RequestTracker:
         self._lifecycle: RequestLifecycle[_Tracked] = RequestLifecycle(
             capacity, min_resend_s=resend_s, rng=random.Random(), outbox=outbox, size_of=lambda t: _row(t).size
         )
-        self._thread = LifecycleThread("requests", self._lifecycle, self._perform, self._before_step)
+        self._thread = LifecycleThread("requests", self._lifecycle, self._perform, self._before_step, self._reply)
+        self.reply_arrived = self._thread.reply_arrived  # each message on the board's reply topic; any thread
         self._submitted = 0  # by the frame path
-        self._replies = Counter[str]()  # by status, and those that could not be read or found no room
 
     def _new_outbox(self, config: OutboxConfig) -> Outbox:
         return Outbox(
@@ -138,12 +115,20 @@ class RequestTracker:
         """Whether one more request may wait for its reply."""
         return self._thread.counts["open"] < self._capacity
 
-    def submit(self, new: NewRequest) -> bool:
-        """Takes over a request. False: its bytes do not fit into this minute's budget, and nothing is sent."""
-        if not new.keep and not self._budget.take(len(new.payload), time.monotonic()):
+    def submit(
+        self, request: Request, payload: bytes, event: Event, captured: float, deadline: float, keep: bool = False
+    ) -> bool:
+        """Takes over a request. False: its bytes do not fit into this minute's budget, and nothing is sent.
+
+        payload: the encoded request, as it is first sent; event: what the frame's next event starts from. Times are
+        seconds of time.monotonic(); after the deadline the draft is the final answer. keep: the link is away, so the
+        request goes to the outbox at once and is not sent.
+        """
+        if not keep and not self._budget.take(len(payload), time.monotonic()):
             return False
         self._submitted += 1
-        self._thread.put(partial(self._add, new))
+        tracked = _Tracked(request, payload, event, captured, is_paid=not keep)
+        self._thread.put(partial(self._lifecycle.on_request, request.id, tracked, deadline, link_is_away=keep))
         return True
 
     def announce(self, event: Event, compact: bytes = b"") -> None:
@@ -154,11 +139,6 @@ class RequestTracker:
         self._thread.put(partial(self._announce, event, compact))
 
     # ---- any thread ----
-
-    def reply_arrived(self, payload: bytes) -> None:
-        """One message on the board's reply topic; never waits. Without room the request is sent again, or lost."""
-        if not self._thread.offer(partial(self._reply, payload)):
-            self._replies["overflow"] += 1
 
     def wait_until_settled(self, timeout_s: float, stop: Any) -> None:
         """Waits until no request is open, until the time is up or the event `stop` is set."""
@@ -175,7 +155,7 @@ class RequestTracker:
         """Counters: accepted + found = answered + lost + open + kept; under "reply", replies by what became of them."""
         values: dict[str, Any] = dict(self._thread.counts)
         del values["improvable"]
-        replies = {**self._replies, "not_final_again": values.pop("repeated"), "broken": self._thread.errors}
+        replies = {**self._thread.replies, "not_final_again": values.pop("repeated")}
         return values | {"reply": {kind: count for kind, count in replies.items() if count}}
 
     # ---- the thread: messages ----
@@ -186,32 +166,19 @@ class RequestTracker:
         has_bytes = not budget or self._budget.spent(now) < budget / 2  # live frames come first
         return has_bytes and self._client.state is State.ONLINE
 
-    def _add(self, new: NewRequest, now: float) -> Sequence[Action[_Tracked]]:
-        tracked = _Tracked(new.request, new.payload, new.event, new.captured, is_paid=not new.keep)
-        return self._lifecycle.on_request(new.request.id, tracked, new.deadline, now, link_is_away=new.keep)
-
     def _announce(self, event: Event, compact: bytes, _: float) -> Sequence[Action[_Tracked]]:
         """An event that comes after the frame's answer would take the answer back; one without a draft says nothing."""
         request_id = bytes.fromhex(event.frame)
         if tracked := self._lifecycle.find(request_id):
             tracked.event, tracked.compact = event, compact
         if self._lifecycle.has_ended(request_id):
-            self._replies["overtaken"] += 1
+            self._thread.replies["overtaken"] += 1
         elif event.tokens or tracked is None:
             self._events.publish(event)
         return ()
 
-    def _reply(self, payload: bytes, now: float) -> Sequence[Action[_Tracked]]:
-        try:
-            reply = decode_reply(payload)
-        except WireError as error:
-            self._replies["unreadable"] += 1
-            if is_told(self._replies["unreadable"]):
-                logger.warning("reply unreadable count=%d error=%s", self._replies["unreadable"], error)
-            return ()
-        self._replies[reply.status.name.lower()] += 1
-        tracked = self._lifecycle.find(reply.id)
-        if tracked:
+    def _reply(self, reply: Reply, now: float) -> Sequence[Action[_Tracked]]:
+        if tracked := self._lifecycle.find(reply.id):
             try:
                 encode_event(self._update(tracked, reply, now))
             except WireError as error:  # within a reply's limits, but not within an event's
@@ -257,7 +224,7 @@ class RequestTracker:
         if send.is_resend or tracked.is_retry:
             payload = encode_request(aged(tracked.request, send.waited_s, send.left_s))
         if not tracked.is_paid and not self._budget.take(len(payload), now):
-            self._replies["over_budget"] += 1
+            self._thread.replies["over_budget"] += 1
             return self._lifecycle.on_unsent(send.id, NO_BYTES, now)
         tracked.is_paid = False  # that was for this time
         tracked.bytes_up += len(payload)
@@ -265,16 +232,9 @@ class RequestTracker:
             tracked.sent_at = now
         if self._observer and not tracked.is_retry:
             self._observer.sent(send.id, PARADIGMS[tracked.request.paradigm], len(payload), now)
-        outcome = partial(self._was_sent, send.id)
+        outcome = partial(self._thread.was_sent, send.id)
         self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, send.left_s), on_outcome=outcome)
         return ()
-
-    def _was_sent(self, request_id: bytes, outcome: Outcome) -> None:  # on the MQTT client's thread
-        # What its queue dropped, or what expired there, is sent again or lost at its deadline, as anything unanswered.
-        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED):
-            why = Why("not_taken", f"broker: {outcome.value}")
-            if not self._thread.offer(lambda _: self._lifecycle.on_refused(request_id, why)):
-                self._replies["overflow"] += 1
 
     def _answer(self, answer: Answer[_Tracked], now: float) -> Sequence[Action[_Tracked]]:
         tracked = answer.content

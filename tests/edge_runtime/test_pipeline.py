@@ -21,7 +21,7 @@ from edge_runtime.pipeline import Pipeline, build_request, encode_finest, to_jpe
 from edge_runtime.planning import BoardPlanner, FixedPlanner, Measurements, Plan
 from edge_runtime.reporting import RemoteSettings, board_settings
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests import NewRequest, RequestTracker
+from edge_runtime.requests import RequestTracker
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.wire import (
     ContentKind,
@@ -66,8 +66,8 @@ class Board:
         order = self.order
 
         class RecordingTracker(RequestTracker):
-            def submit(self, new: NewRequest) -> bool:
-                is_sent = super().submit(new)
+            def submit(self, *new: object) -> bool:
+                is_sent = super().submit(*new)
                 order.extend(["submit"] * is_sent)
                 return is_sent
 

@@ -19,7 +19,7 @@ from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.reporting.events import Events
-from edge_runtime.requests import ByteBudget, NewRequest, RequestTracker
+from edge_runtime.requests import ByteBudget, RequestTracker
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.outbox import Outbox, Row
 from edge_runtime.requests.thread import QUEUE
@@ -105,7 +105,7 @@ class Board:
         )
         payload = encode_request(request)
         now = time.monotonic()
-        assert self.tracker.submit(NewRequest(request, payload, seen, now, now + deadline_s, keeps))
+        assert self.tracker.submit(request, payload, seen, now, now + deadline_s, keeps)
         if announces:
             self.tracker.announce(seen)
         return request
@@ -694,7 +694,7 @@ def test_what_cannot_be_handled_is_counted_and_the_next_question_is_answered(boa
         raise RuntimeError("for the test")
 
     with monkeypatch.context() as patched:
-        patched.setattr("edge_runtime.requests.tracker.decode_reply", broken)
+        patched.setattr("edge_runtime.requests.thread.decode_reply", broken)
         server.say(b"whatever")
         until(lambda: board.tracker.summary()["reply"].get("broken") == 1)
     answer_one_more(board, server)
