@@ -233,7 +233,7 @@ class Board:
             self.cameras.arrived(camera, message.payload)
             return None
         wanted = " or ".join(topics.frame(self.config.board.site, self.config.board.id, name) for name in known)
-        return Rejection("no_camera", f"publish pictures on {wanted}")
+        return "no_camera", f"publish pictures on {wanted}"
 
     def _apply(self, setting: Setting) -> None:
         """A user has changed a run-time setting. Those that are not here are read for each frame."""

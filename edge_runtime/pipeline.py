@@ -54,8 +54,6 @@ class Stopwatch:
 
 @dataclass(slots=True)
 class FrameInProgress:
-    """A frame and what has been computed from it so far."""
-
     frame: Frame
     plan: Plan
     watch: Stopwatch
@@ -87,7 +85,6 @@ class Pipeline:
         self.failed = 0  # frames that the head or the coder could not handle
 
     def run(self, frames: Iterable[Frame]) -> None:
-        """Handles frames until there are no more."""
         for frame in frames:
             self.handle(frame)
 

@@ -40,8 +40,6 @@ class BundleError(ConfigError):
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of the bundle."""
-
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     bytes: Annotated[int, Meta(ge=0, le=1 << 36)]
 

@@ -98,5 +98,4 @@ def request_bytes(snapshot: Snapshot, paradigm: ParadigmName) -> float:
 
 
 def known(value: float | None, default: float) -> float:
-    """The value if it is known, else the default."""
     return default if value is None else value

@@ -31,8 +31,6 @@ class LinkSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class OpenRequest:
-    """A request without a reply so far."""
-
     paradigm: ParadigmName
     size: int  # bytes of the whole payload
     sent_at: float

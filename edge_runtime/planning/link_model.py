@@ -56,8 +56,6 @@ class LinkEstimate:
 
 @dataclass(frozen=True, slots=True)
 class _KnownLink:
-    """A link that was in use before."""
-
     at: float  # when its window was last measured; if it never was, when the link was last in use
     ms: float  # for a request of REFERENCE_BYTES
     # The mean over `measurements` of how many times longer a request of large_bytes takes than one of small_bytes.

@@ -105,7 +105,6 @@ class Measurements:
             apply(min(at, self._now))  # a time in the future counts as now
 
     def snapshot(self, now: float) -> Snapshot:
-        """From all observations until now."""
         self.catch_up(now)
         now = self._now
         self._statuses.measured_pass_ms = self._server.pass_ms(now)

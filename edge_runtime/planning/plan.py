@@ -40,8 +40,6 @@ class Planner(Protocol):
 
 
 class FixedPlanner:
-    """Returns the same plan for every frame."""
-
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 

@@ -76,7 +76,6 @@ class BoardPlanner:
         self._measurements.frame_handled(plan.paradigm, timings_ms, now)
 
     def _choose(self, plan: Plan, camera: str, now: float) -> Plan:
-        """As the policy chooses."""
         self._measurements.thermal_read(self._thermal.read(now))
         decision = self._policies[camera].choose(self._measurements.snapshot(now), now, plan.budget_ms)
         chosen = replace(

@@ -39,8 +39,6 @@ Outage = Literal["offline", "loss", "deadline"]
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How the next frame is answered."""
-
     paradigm: ParadigmName
     explain: Explain
     writes_draft: bool = True  # whether there is CPU time for a draft that is only shown
@@ -192,7 +190,6 @@ def _decide(
     is_probe: bool = False,
     outage: Outage | None = None,
 ) -> Decision:
-    """With the explanation."""
     expected_ms = {each.paradigm: round(min(each.ms, 1e9), 1) for each in possible}
     explain = Explain(chosen.paradigm, f"{chosen.paradigm}: {why}"[:256], expected_ms, _numbers(snapshot))
     return Decision(chosen.paradigm, explain, chosen.writes_draft, is_probe, outage)

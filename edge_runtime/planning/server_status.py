@@ -92,7 +92,6 @@ class ServerStatuses:
         self._answered: dict[str, None] = {}  # servers, the latest to answer last; replaced by the frame path
 
     def arrived(self, topic: str, payload: bytes, now: float) -> None:
-        """A message on the topic of a server's status."""
         try:
             server, status = topics.server_of(topic), decode_status(payload)
             if status.server != server:
@@ -120,7 +119,6 @@ class ServerStatuses:
         self._received = {**received, server: _Received(status, now, since)}
 
     def answered(self, server: str) -> None:
-        """A server has answered this board."""
         others = [name for name in self._answered if name != server]
         self._answered = dict.fromkeys([*others[1 - SERVERS :], server])
 

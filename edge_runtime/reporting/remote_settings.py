@@ -32,8 +32,6 @@ class SettingError(AiflowError, ValueError):
 
 @dataclass(slots=True)
 class Setting:
-    """One thing that can be changed."""
-
     kind: Kind
     value: str  # in force
     parse: Callable[[str], str]  # the stripped text of a message to a value; raises SettingError

@@ -54,8 +54,6 @@ class State(enum.Enum):
 
 @dataclass(slots=True)
 class _Entry(Generic[T]):
-    """One request that has not ended."""
-
     id: bytes
     content: T | None  # None while only the outbox has it
     handed_over_at: float  # when the content came

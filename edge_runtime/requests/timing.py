@@ -63,7 +63,6 @@ class RetryTimer:
         return self._free_at if len(self._out) < WINDOW else inf
 
     def start(self, request_id: bytes, now: float) -> None:
-        """One is asked now."""
         self._out.add(request_id)
         self._free_at = now + self._distance_s
 

@@ -77,21 +77,20 @@ class RequestTracker:
         self._client, self._bundle, self._events, self._observer = client, bundle, events, observer
         self._capacity, self._budget = capacity, byte_budget or ByteBudget()
         self._topic = topics.request(site, board)
-        self._outbox = self._new_outbox(outbox) if outbox else None
+        self._outbox: Outbox | None = None
+        if outbox:
+            self._outbox = Outbox(
+                outbox,
+                on_found=lambda rows, missing: self._thread.put(partial(self._lifecycle.on_found, rows, missing)),
+                on_stored=lambda ids: self._thread.put(partial(self._lifecycle.on_stored, ids)),
+                on_read=lambda request_id, row: self._thread.put(partial(self._read, request_id, row)),
+            )
         self._lifecycle: RequestLifecycle[_Tracked] = RequestLifecycle(
             capacity, min_resend_s=resend_s, rng=random.Random(), outbox=outbox, size_of=lambda t: _row(t).size
         )
         self._thread = LifecycleThread("requests", self._lifecycle, self._perform, self._before_step, self._reply)
         self.reply_arrived = self._thread.reply_arrived  # each message on the board's reply topic; any thread
         self._submitted = 0  # by the frame path
-
-    def _new_outbox(self, config: OutboxConfig) -> Outbox:
-        return Outbox(
-            config,
-            on_found=lambda rows, missing: self._thread.put(partial(self._lifecycle.on_found, rows, missing)),
-            on_stored=lambda ids: self._thread.put(partial(self._lifecycle.on_stored, ids)),
-            on_read=lambda request_id, row: self._thread.put(partial(self._read, request_id, row)),
-        )
 
     def __enter__(self) -> "RequestTracker":
         if self._outbox:
@@ -245,7 +244,6 @@ class RequestTracker:
         return ()
 
     def _update(self, tracked: _Tracked, reply: Reply, now: float) -> Event:
-        """The event that a reply is to the board's users."""
         event = tracked.event
         changes: dict[str, Any] = {
             "type": "update",
@@ -301,7 +299,6 @@ def _row(tracked: _Tracked) -> Row:
 
 
 def answered_by(reply: Reply) -> AnsweredBy:
-    """Whose text a reply has."""
     return AnsweredBy("cloud" if reply.tier is Tier.CLOUD else "edge", reply.server)
 
 

@@ -41,8 +41,6 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The content of a bitstream."""
-
     symbols: NDArray[np.int8]  # [C, H, W]; channels outside the complete groups are zero
     header: Header
     complete_groups: int  # how many of header.groups arrived completely, 0..4

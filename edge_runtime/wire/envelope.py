@@ -136,7 +136,6 @@ class Reply(Struct, array_like=True, frozen=True, kw_only=True):
 
     @property
     def token_ids(self) -> list[int]:
-        """Token ids of the text."""
         return decode_tokens(self.tokens)
 
 
