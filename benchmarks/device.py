@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from edge_runtime.app import load_draft, load_head
 from edge_runtime.capture import Frame
-from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.mqtt.client import Message, MqttClient
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import FixedPlanner, Plan
 from edge_runtime.reporting.events import Events

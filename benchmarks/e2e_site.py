@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.mqtt.client import Message, MqttClient
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.wire import Event, topics
 from testbed.broker import start_embedded
 from testbed.link_simulator import LinkSimulator

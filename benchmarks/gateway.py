@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.mqtt.client import Message, MqttClient
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
 from edge_runtime.wire import RequestIds, decode_reply, encode_request, topics

@@ -21,14 +21,14 @@ import numpy as np
 
 from edge_runtime import __version__
 from edge_runtime.capture.cameras import Cameras
-from edge_runtime.config import MqttConfig, RuntimeConfig
+from edge_runtime.config import RuntimeConfig
 from edge_runtime.inference.backends import load_fastest, load_model
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Head
 from edge_runtime.inference.preprocess import PIXELS
-from edge_runtime.mqtt import Message, MqttClient, Publish, State
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State
 from edge_runtime.mqtt.routes import Rejection, Route, Router
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import BoardPlanner, Measurements
@@ -183,10 +183,10 @@ class Board:
         """To the servers' broker and to the users' broker. Without [local] they are one."""
         board, site = self.config.board, self.config.board.site
         for_servers = [
-            Route(topics.reply(site, board.id), self._reply_arrived),
+            Route(topics.reply(site, board.id), lambda message: self.tracker.reply_arrived(message.payload)),
             Route(topics.server_statuses(site), self._server_status_arrived, qos=0, accepts_retained=True),
         ]
-        for_users = [Route(self.settings.filter, self._setting_arrived)]
+        for_users = [Route(self.settings.filter, lambda message: self.settings.message_arrived(message, self.local))]
         if self.cameras.mqtt_cameras():
             for_users.append(Route(topics.frames(site, board.id), self._picture_arrived, qos=0))
         mqtt, near = self.config.mqtt, self.config.near_broker
@@ -224,14 +224,8 @@ class Board:
         if state is not State.CONNECTING:  # the first frames need not wait for the first connection
             self.measurements.connected(state in (State.ONLINE, State.DEGRADED))
 
-    def _reply_arrived(self, message: Message) -> None:
-        self.tracker.reply_arrived(message.payload)
-
     def _server_status_arrived(self, message: Message) -> None:
         self.measurements.status_arrived(message.topic, message.payload, time.monotonic())
-
-    def _setting_arrived(self, message: Message) -> None:
-        self.settings.message_arrived(message, self.local)
 
     def _picture_arrived(self, message: Message) -> Rejection | None:
         camera, known = topics.camera_of(message.topic), self.cameras.mqtt_cameras()
@@ -239,7 +233,7 @@ class Board:
             self.cameras.arrived(camera, message.payload)
             return None
         wanted = " or ".join(topics.frame(self.config.board.site, self.config.board.id, name) for name in known)
-        return Rejection("no_camera", f"publish pictures on {wanted}")
+        return "no_camera", f"publish pictures on {wanted}"
 
     def _apply(self, setting: Setting) -> None:
         """A user has changed a run-time setting. Those that are not here are read for each frame."""

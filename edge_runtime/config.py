@@ -27,7 +27,7 @@ from msgspec.inspect import (
 )
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.mqtt.settings import MqttSettings, is_loopback
+from edge_runtime.mqtt.settings import MqttConfig, is_loopback
 
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_SHOWN = 64  # characters of a refused value in a message
@@ -52,29 +52,9 @@ StationId = Annotated[  # a level of a topic at which "server" has a meaning
 ]
 # With the longest suffix of its run-time settings, "_enabled", a name fits the 32 characters of a level of a topic.
 CameraName = Annotated[
-    str,
-    Meta(pattern=r"^[A-Za-z0-9_-]{1,24}\Z", description="a name: 1 to 24 of the characters A-Z, a-z, 0-9, _ and -"),
+    str, Meta(pattern=r"^[A-Za-z0-9_-]{1,24}\Z", description="a name: 1 to 24 of the characters A-Z, a-z, 0-9, _ and -")
 ]
 Config = TypeVar("Config")
-
-
-class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """How to reach a broker: those fields of MqttSettings that an operator sets."""
-
-    host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=1, le=65535)] = 1883
-    username: str | None = None
-    password_file: str | None = None  # its first line; secrets come from files only
-    ca_file: str | None = None  # implies tls
-    cert_file: str | None = None  # implies tls
-    key_file: str | None = None  # with cert_file
-    tls: bool = False  # true without ca_file: the system's authorities
-    insecure: bool = False  # true allows plain text to a broker that is not on this machine
-    keepalive_s: Annotated[int, Meta(ge=2, le=600)] = 10  # a dead link is seen after about 1.7 of these
-
-    def settings(self, client_id: str, **others: Any) -> MqttSettings:
-        """Raises ConfigError if no connection can ever work."""
-        return MqttSettings(client_id=client_id, **msgspec.structs.asdict(self), **others)
 
 
 class MotionConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -86,7 +86,6 @@ class DriverThread(threading.Thread):
 
 
 def threads_in_driver() -> list[DriverThread]:
-    """The driver threads that have not ended."""
     return [thread for thread in threading.enumerate() if isinstance(thread, DriverThread)]
 
 

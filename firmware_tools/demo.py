@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from edge_runtime.config import MqttConfig
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import open_bundle
 from edge_runtime.logs import printable
-from edge_runtime.mqtt.client import Message, MqttClient
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.wire import topics
 from firmware_tools.demo_page import PhotoResult, Results, answered_by, marked, page, stages, summary
 from models import SHIPPED_BUNDLE

@@ -132,7 +132,7 @@ def _subscribed(settings: "MqttSettings", subscriptions: list[str]) -> str:
     """
     from dataclasses import replace
 
-    from edge_runtime.mqtt.client import MqttClient, State
+    from edge_runtime.mqtt import MqttClient, State
 
     settings = replace(settings, client_id=f"{settings.client_id}-validate")
     states: queue.SimpleQueue[tuple[State, str]] = queue.SimpleQueue()

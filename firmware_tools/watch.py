@@ -42,8 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints events until interrupted, until N were printed, or until the reader of the output has ended."""
     import secrets
 
-    from edge_runtime.config import MqttConfig
-    from edge_runtime.mqtt.client import Message, MqttClient
+    from edge_runtime.mqtt import Message, MqttClient, MqttConfig
     from edge_runtime.wire import WireError, decode_event
 
     config = MqttConfig(

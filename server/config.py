@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from edge_runtime.config import Id, MetricsConfig, MqttConfig, StationId
-from edge_runtime.mqtt.client import MqttSettings
+from edge_runtime.config import Id, MetricsConfig, StationId
+from edge_runtime.mqtt import MqttConfig, MqttSettings
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
 from server.escalation import Bounds

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings, Outcome, Publish, State
+from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Outcome, Publish, State
 from edge_runtime.reporting import Values
 from edge_runtime.wire import TopicError, topics
 

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from edge_runtime.logs import is_told, printable
-from edge_runtime.mqtt.client import Message, MqttClient, Outcome, State
+from edge_runtime.mqtt import Message, MqttClient, Outcome, State
 from edge_runtime.requests.actions import Action, Answer, Lose, Send, Settle, Why
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.thread import LifecycleThread

@@ -20,9 +20,8 @@ from typing import Any, TypeVar
 import msgspec
 import tomli_w
 
-from edge_runtime.config import MqttConfig
 from edge_runtime.errors import AiflowError
-from edge_runtime.mqtt.client import Message, MqttClient
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.wire import EnvelopeError, Event, decode_event, topics
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import queue
 import time
 from collections.abc import Callable
 
-from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings, Timing
+from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Timing
 
 PATIENCE_S = 20.0  # for something that takes much less than a second if nothing is wrong
 QUICK = Timing(backoff_base=0.02, backoff_cap=0.1, refused_cap=0.2, handshake=2.0, degraded=0.3, short_session=0.0)
@@ -20,7 +20,7 @@ class Listener:
         self.heard: queue.Queue[Message] = queue.Queue()
         self._answer, self._to = answer, to
         self.client = MqttClient(
-            MqttSettings("127.0.0.1", port, f"listener-{next(_numbers)}", keepalive_s=2),
+            MqttSettings("127.0.0.1", port, client_id=f"listener-{next(_numbers)}", keepalive_s=2),
             subscriptions=[(topic, 1) for topic in topics],
             on_message=self._on_message,
             timing=QUICK,

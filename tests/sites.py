@@ -5,8 +5,8 @@ import threading
 from pathlib import Path
 
 from edge_runtime.app import run_board
-from edge_runtime.config import MqttConfig, RuntimeConfig
-from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings
+from edge_runtime.config import RuntimeConfig
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, MqttSettings
 from edge_runtime.wire import Event, topics
 from firmware_tools.site_broker import Site, write_site
 from server.app import run_server

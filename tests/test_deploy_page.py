@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from edge_runtime.app import STOP_S
-from edge_runtime.config import CameraConfig, MqttConfig, RuntimeConfig, load_toml
-from edge_runtime.mqtt.client import MqttClient
+from edge_runtime.config import CameraConfig, RuntimeConfig, load_toml
+from edge_runtime.mqtt import MqttClient, MqttConfig
 from edge_runtime.shutdown import SLACK_S
 from firmware_tools.cli import EXIT_CONFIG, main
 from server.config import Config, ServerConfig

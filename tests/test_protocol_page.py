@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from edge_runtime.app import Board
 from edge_runtime.config import BoardConfig, CameraConfig, PolicyConfig, RuntimeConfig
-from edge_runtime.mqtt.client import MqttSettings
+from edge_runtime.mqtt import MqttSettings
 from edge_runtime.planning.server_status import CLAIM_AGE_S, MAX_STATUS, SERVERS, decode_status
 from edge_runtime.reporting import board_settings
 from edge_runtime.reporting.remote_settings import MAX_SETTING_BYTES
@@ -70,7 +70,7 @@ def test_the_settings_are_those_of_the_board():
 def test_its_bounds_are_those_of_the_code():
     config = Config(ServerConfig("attic", "bundle"))
     bounds = {
-        MqttSettings("127.0.0.1", 1883, "porch").max_inbound_bytes: "a board's is {:,} bytes",
+        MqttSettings("127.0.0.1", 1883, client_id="porch").max_inbound_bytes: "a board's is {:,} bytes",
         config.mqtt_settings().max_inbound_bytes: "a server's is {:,},",
         MAX_REPLY: "replies from the tier above is {:,}.",
         MAX_STATUS: "each at most {:,} bytes",

@@ -4,8 +4,7 @@ import signal
 
 from benchmarks.faults.scenario import Scenario
 from benchmarks.faults.site import KEEPALIVE_S, SERVER, SITE, SPARE
-from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt.client import MqttClient
+from edge_runtime.mqtt import MqttClient, MqttConfig
 from edge_runtime.wire import topics
 from testbed.broker import PLAIN
 from testbed.shaping import PROFILES
@@ -76,7 +75,7 @@ def duplicate_id(scenario: Scenario) -> None:
     intruder = MqttClient(MqttConfig(port=scenario.site.broker.port).settings(scenario.name))
     with intruder:
         scenario.hold_fault()
-        connects = intruder.stats().connects
+        connects = intruder.stats()["connects"]
     scenario.expect(connects > 0, "the other client's connection")
     evicted = scenario.board_log().count("mqtt offline")
     scenario.note(f"the other client connected {connects} times, the board logged {evicted} losses")

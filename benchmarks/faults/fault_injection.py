@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from edge_runtime.mqtt.client import MqttClient
+from edge_runtime.mqtt import MqttClient
 
 YEAR_S = 365 * 86400.0
 CALLBACKS = ("_connected", "_subscribed", "_published", "_received", "_disconnected")

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.mqtt.client import Message, MqttClient
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.wire import topics
 from testbed.broker import PLAIN, Mosquitto
 from testbed.processes import START_S, AiflowProcess, Process, ProcessError

@@ -17,8 +17,8 @@ from msgspec import Meta
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.draft_calibration import MAX_POINTS, Calibration
-from edge_runtime.wire import MAX_TOKEN, MAX_TOKENS, Tables, TablesError
-from edge_runtime.wire.envelope import Share
+from edge_runtime.wire import Tables, TablesError
+from edge_runtime.wire.envelope import MAX_TOKEN, MAX_TOKENS, Share
 from edge_runtime.wire.tables import MAX_CHANNELS, MAX_SIDE
 
 SCHEMA = 1
@@ -40,8 +40,6 @@ class BundleError(ConfigError):
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of the bundle."""
-
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     bytes: Annotated[int, Meta(ge=0, le=1 << 36)]
 
@@ -159,9 +157,7 @@ class Bundle:
         wanted = (len(latent.gains), latent.channels, latent.height, latent.width, latent.groups)
         if found != wanted:
             names = "levels, channels, height, width and groups"
-            raise BundleError(
-                f"bundle {self.manifest.name}: tables.bin has {found} {names}, the manifest {wanted}: build it again"
-            )
+            raise BundleError(f"{self.path}: tables.bin has {found} {names}, the manifest {wanted}: build it again")
         return tables
 
     @cached_property

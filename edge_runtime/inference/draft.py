@@ -15,8 +15,6 @@ STATE = 256  # width of the recurrent state
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """A draft."""
-
     tokens: tuple[int, ...]  # with the end token, if the text ended
     confidence: float  # geometric mean of the tokens' probabilities, 0..1; 0 without tokens
 

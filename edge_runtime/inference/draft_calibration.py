@@ -14,6 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from math import inf, isfinite
+from operator import add
 from typing import NamedTuple
 
 from edge_runtime.errors import ConfigError
@@ -36,7 +37,7 @@ class Calibration:
         for (x, y), (next_x, next_y) in pairwise(points):
             if next_x <= x or next_y < y:
                 raise ConfigError(
-                    f"calibration has ({next_x}, {next_y}) after ({x}, {y}): both must rise, quality may stay"
+                    f"calibration: ({next_x}, {next_y}) after ({x}, {y}): both must rise, quality may stay"
                 )
         self._points = points
 
@@ -110,7 +111,7 @@ def fit(
 class _Pool(NamedTuple):
     """Neighbouring bins with one ratio: sums over their samples."""
 
-    samples: int
+    samples: float
     confidence: float
     draft: float
     verified: float
@@ -120,9 +121,4 @@ class _Pool(NamedTuple):
         return min(1.0, self.confidence / self.samples), min(MAX_QUALITY, self.draft / self.verified)
 
     def joined(self, other: "_Pool") -> "_Pool":
-        return _Pool(
-            self.samples + other.samples,
-            self.confidence + other.confidence,
-            self.draft + other.draft,
-            self.verified + other.verified,
-        )
+        return _Pool(*map(add, self, other))

@@ -15,8 +15,6 @@ SHIFT = 20  # fractional bits of a factor
 
 
 class Head:
-    """A loaded head with its levels."""
-
     def __init__(self, model: Model, gains: Sequence[float] = (1.0,)) -> None:
         """`gains` are symbols per unit of the latent, one per level, coarsest first. Raises BackendError."""
         self._model = model

@@ -33,7 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
@@ -42,8 +42,6 @@ from edge_runtime.mqtt.connection import Connection, Message, Publish
 from edge_runtime.mqtt.reconnect import CLOSED, Backoff, Loss
 from edge_runtime.mqtt.send_queue import Outcome, OutgoingMessage, SendQueue
 from edge_runtime.mqtt.settings import MqttSettings, Timing
-
-__all__ = ["Message", "MqttClient", "MqttSettings", "Outcome", "Publish", "State", "Stats", "Timing"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -55,26 +53,6 @@ class State(enum.Enum):
     ONLINE = "online"
     DEGRADED = "degraded"  # connected, but the broker has stopped acknowledging: nothing new is sent
     BACKOFF = "backoff"  # waits before the next attempt; the reason says why the last one ended
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Counters since start. published = delivered + refused + dropped + oversized + expired + closed + pending."""
-
-    published: int
-    delivered: int
-    refused: int
-    dropped: int
-    oversized: int
-    expired: int
-    closed: int
-    pending: int  # waiting or in flight now
-    received: int
-    inbound_oversized: int
-    callback_errors: int
-    connects: int  # connections that came ONLINE
-    losses: int  # connection attempts that failed, and connections that ended without `close`
-    evictions: int  # losses that look like another client with our id
 
 
 class MqttClient:
@@ -108,17 +86,32 @@ class MqttClient:
         self.settings, self.timing = settings, timing or Timing()
         self.state, self.reason = State.STOPPED, "not started"
         self._subscriptions: Mapping[str, int] = dict(subscriptions)  # replaced whole, never changed
-        self._optional = frozenset(optional)
-        self._on_message, self._on_state, self._birth, self._will = on_message, on_state, birth, will
-        self._manual_ack, self._clock = manual_ack, clock
+        self._on_state, self._birth, self._clock = on_state, birth, clock
         self._queue = SendQueue(settings.queue_messages, settings.queue_bytes)
         self._backoff = Backoff(self.timing, rng or random.Random(), settings.client_id)
         self._next_deadline = inf
-        self._counts: Counter[str] = Counter()  # written by the owner thread only
+        counted = ("received", "inbound_oversized", "callback_errors", "connects", "losses")
+        self._counts = Counter(dict.fromkeys(counted, 0))  # written by the owner thread only
         self._close_by: float | None = None
         self._last_trouble = ""
         self._online = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{settings.client_id}", daemon=True)
+        self._new_connection = partial(
+            Connection,
+            settings,
+            self._queue,
+            subscriptions=lambda: self._subscriptions,
+            optional=frozenset(optional),
+            will=will,
+            manual_ack=manual_ack,
+            handshake_s=self.timing.handshake,
+            on_message=on_message,
+            on_ready=self._go_online,
+            guard=self._guard,
+            wake=self._wake,
+            counts=self._counts,
+            clock=clock,
+        )
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -175,14 +168,17 @@ class MqttClient:
     def wait_online(self, timeout: float | None = None) -> bool:
         return self._online.wait(timeout)
 
-    def stats(self) -> Stats:
-        own = ("received", "inbound_oversized", "callback_errors", "connects", "losses")
-        counts = {name: self._counts[name] for name in own}
-        return Stats(**self._queue.counts(), **counts, evictions=self._backoff.evictions)
+    def stats(self) -> dict[str, int]:
+        """Counters since start. published = pending (waiting or in flight now) + one for each Outcome.
+
+        connects: connections that came ONLINE. losses: connections and attempts that ended. evictions: losses that look
+        like another client with our id.
+        """
+        return {**self._queue.counts(), **self._counts, "evictions": self._backoff.evictions}
 
     def counts(self, name: str) -> dict[str, int | dict[str, int]]:
         """`stats` for the exporter: a labelled counter and, apart from it, the one number that may fall."""
-        counters = asdict(self.stats())
+        counters = self.stats()
         return {f"{name}_pending": counters.pop("pending"), name: counters}
 
     def close(self, drain_s: float = 2.0) -> None:
@@ -222,24 +218,7 @@ class MqttClient:
             self._shut_down()
 
     def _is_done(self) -> bool:
-        return self._close_by is not None and (self._clock() >= self._close_by or self.stats().pending == 0)
-
-    def _new_connection(self) -> Connection:
-        return Connection(
-            self.settings,
-            self._queue,
-            subscriptions=lambda: self._subscriptions,
-            optional=self._optional,
-            will=self._will,
-            manual_ack=self._manual_ack,
-            handshake_s=self.timing.handshake,
-            on_message=self._on_message,
-            on_ready=self._go_online,
-            guard=self._guard,
-            wake=self._wake,
-            counts=self._counts,
-            clock=self._clock,
-        )
+        return self._close_by is not None and (self._clock() >= self._close_by or self._queue.counts()["pending"] == 0)
 
     def _serve(self, connection: Connection) -> None:
         """One connection, from the first packet to the last; sets its `loss`."""
@@ -361,13 +340,12 @@ class MqttClient:
 
 def _likely_cause(error: Exception, settings: MqttSettings) -> str:
     """What an operator should look at first."""
-    address = f"{settings.host}:{settings.port}"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f": is {settings.host} a name in the broker's certificate, and ca_file the authority that signed it?"
     if settings.uses_tls and isinstance(error, ssl.SSLError | ConnectionResetError):
         return ": does this port speak TLS?"
     if isinstance(error, ConnectionRefusedError):
-        return f": does a broker listen at {address}?"
+        return f": does a broker listen at {settings.host}:{settings.port}?"
     if isinstance(error, socket.gaierror):
         return f": is {settings.host} the right name, and is there a network?"
     return ""

@@ -53,8 +53,6 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message from the broker."""
-
     topic: str
     payload: bytes
     qos: int
@@ -128,9 +126,8 @@ class Connection:
             client.username_pw_set(settings.username, settings.password())
         if context := settings.tls_context():
             client.tls_set_context(context)
-        limits = _properties(
-            PacketTypes.CONNECT, MaximumPacketSize=settings.max_inbound_bytes, ReceiveMaximum=settings.receive_maximum
-        )
+        size, count = settings.max_inbound_bytes, settings.receive_maximum
+        limits = _properties(PacketTypes.CONNECT, MaximumPacketSize=size, ReceiveMaximum=count)
         # Clean start and no Session Expiry Interval: a broker that keeps the session of a $share member keeps sending
         # requests to it while it is dead.
         client.connect(settings.host, settings.port, settings.keepalive_s, clean_start=True, properties=limits)
@@ -187,7 +184,6 @@ class Connection:
         self._requested = wanted
 
     def send_acks(self) -> None:
-        """Acknowledge the messages whose `ack` was called."""
         while self._acks:
             packet_id = self._unacked.pop(self._acks.popleft(), None)
             if packet_id is not None:  # None: acknowledged before
@@ -207,7 +203,6 @@ class Connection:
         return self._client.keepalive or self._settings.keepalive_s  # the broker may have set it to 0
 
     def say_goodbye(self) -> None:
-        """Write what is left and DISCONNECT."""
         self.loss = CLOSED
         # 0x04 makes the broker send the will (MQTT 5, 3.14.2.1).
         name = "Disconnect with will message" if self._will else "Normal disconnection"

@@ -25,8 +25,6 @@ CLOSED = Loss("closed")  # on purpose
 
 
 class Backoff:
-    """The delays between the connections of one client."""
-
     def __init__(self, timing: Timing, rng: random.Random, client_id: str) -> None:
         self.evictions = 0  # connections that another client with our id seems to have ended
         self._timing, self._rng, self._client_id = timing, rng, client_id

@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TypeAlias
 
 from paho.mqtt.client import topic_matches_sub
 
@@ -13,14 +13,9 @@ from edge_runtime.mqtt.connection import Message
 
 logger = logging.getLogger(__name__)
 
-REJECTIONS = ("retained", "no_camera", "no_route")
+Rejection: TypeAlias = tuple[str, str]  # one of REJECTIONS, and advice to whoever sent the message
 
-
-class Rejection(NamedTuple):
-    """Why a message was not used."""
-
-    why: str  # one of REJECTIONS
-    advice: str  # to whoever sent it
+REJECTIONS = ("retained", "no_camera", "no_route")  # why a message was not used
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +46,9 @@ class Router:
         route = next((route for route in self.routes if topic_matches_sub(route.filter, message.topic)), None)
         rejection: Rejection | None
         if route is None:
-            rejection = Rejection("no_route", "this client did not subscribe to the topic")
+            rejection = "no_route", "this client did not subscribe to the topic"
         elif message.retained and not route.accepts_retained:
-            rejection = Rejection("retained", "publish it without the retain flag")
+            rejection = "retained", "publish it without the retain flag"
         else:
             rejection = route.take(message)
         if rejection is None:

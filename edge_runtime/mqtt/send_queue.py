@@ -25,8 +25,6 @@ class Outcome(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class OutgoingMessage:
-    """One message until it ends."""
-
     topic: str
     payload: bytes
     qos: int
@@ -131,7 +129,6 @@ class SendQueue:
             self._is_closed = True
 
     def end_all(self) -> None:
-        """End all waiting messages as CLOSED."""
         with self._lock:
             while self._again or self._new:
                 self._end(self._again.popleft() if self._again else self._pop_new(), Outcome.CLOSED)

@@ -5,30 +5,39 @@ import re
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
 
 from edge_runtime.errors import ConfigError
 
 MAX_PASSWORD_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class MqttSettings:
-    """Raises ConfigError for what can never work. Its files are read again at each connection: they may be rotated.
+class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """How to reach a broker: what an operator sets."""
 
-    MqttConfig describes the fields that an operator sets.
-    """
-
-    host: str  # a name or an address; an IPv6 address may stand in brackets
-    port: int  # 1..65535
-    client_id: str  # the same at every start: a random one would leave a session behind each time
+    host: str = "127.0.0.1"  # a name or an address; an IPv6 address may stand in brackets
+    port: Annotated[int, Meta(ge=1, le=65535)] = 1883
     username: str | None = None
-    password_file: str | None = None
-    ca_file: str | None = None
-    cert_file: str | None = None
-    key_file: str | None = None
-    tls: bool = False
-    insecure: bool = False
-    keepalive_s: int = 10  # one message must pass the link within this time
+    password_file: str | None = None  # its first line; secrets come from files only
+    ca_file: str | None = None  # implies tls
+    cert_file: str | None = None  # implies tls
+    key_file: str | None = None  # with cert_file
+    tls: bool = False  # true without ca_file: the system's authorities
+    insecure: bool = False  # true allows plain text to a broker that is not on this machine
+    keepalive_s: Annotated[int, Meta(ge=2, le=600)] = 10  # a dead link is seen after about 1.7 of these
+
+    def settings(self, client_id: str, **limits: Any) -> "MqttSettings":
+        """Raises ConfigError if no connection can ever work."""
+        return MqttSettings(client_id=client_id, **msgspec.structs.asdict(self), **limits)
+
+
+class MqttSettings(MqttConfig, frozen=True, kw_only=True):
+    """Raises ConfigError for what can never work. Its files are read again at each connection: they may be rotated."""
+
+    client_id: str  # the same at every start: a random one would leave a session behind each time
     window: int = 8  # publishes in flight at once
     queue_messages: int = 1024  # that wait besides the window: a broker that stalls for seconds costs no event
     queue_bytes: int = 8 << 20  # of payloads that wait
@@ -37,13 +46,11 @@ class MqttSettings:
     receive_maximum: int | None = None  # inbound QoS 1 messages not acknowledged yet; None: the protocol's 65535
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "host", _checked_host(self.host))
+        msgspec.structs.force_setattr(self, "host", _checked_host(self.host))
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"mqtt port = {self.port}, want 1 to 65535 (usual: 1883 plain, 8883 TLS)")
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.client_id):
-            raise ConfigError(
-                f"mqtt client id {self.client_id[:80]!r}, want 1 to 64 of the characters A-Z, a-z, 0-9, _, . and -"
-            )
+            raise ConfigError(f"mqtt client id {self.client_id[:80]!r}, want 1 to 64 of A-Z, a-z, 0-9, _, . and -")
         for name in ("keepalive_s", "window", "queue_messages", "queue_bytes", "max_publish_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"mqtt {name} = {getattr(self, name)}, want at least 1")
@@ -53,9 +60,7 @@ class MqttSettings:
                 "forge messages; set ca_file (or tls = true), or insecure = true on a network that you trust"
             )
         if self.password_file and self.username is None:
-            raise ConfigError(
-                f"mqtt password_file = {self.password_file} without a username: nobody would be logged in; set username"
-            )
+            raise ConfigError(f"mqtt password_file = {self.password_file} without a username: set username")
         if bool(self.cert_file) != bool(self.key_file):
             raise ConfigError(
                 f"mqtt cert_file = {self.cert_file}, key_file = {self.key_file}: a certificate needs both, or leave "

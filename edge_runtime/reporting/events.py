@@ -10,8 +10,6 @@ logger = logging.getLogger(__name__)
 
 
 class Events:
-    """Publishes what became of frames."""
-
     def __init__(
         self, client: MqttClient, site: str, board: str, listener: Callable[[Event], None] | None = None
     ) -> None:

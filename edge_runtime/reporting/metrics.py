@@ -21,8 +21,6 @@ from prometheus_client.registry import Collector
 from edge_runtime.config import MetricsConfig
 from edge_runtime.reporting.counters import Meaning, Values
 
-__all__ = ["Meaning", "Values", "exported"]
-
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 8  # one thread each; one more ends the oldest
@@ -118,31 +116,23 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             request.shutdown(socket.SHUT_RDWR)
 
 
-class _Exporter:
-    """One thread that binds, as often as it takes, and serves."""
+class _Exporter(threading.Thread):
+    """Binds, as often as it takes, and serves."""
 
     def __init__(self, config: MetricsConfig, app: Any, on_trouble: Callable[[str], None]) -> None:
+        super().__init__(name="metrics", daemon=True)
         self._config, self._app, self._on_trouble = config, app, on_trouble
-        self._stop, self._tried = threading.Event(), threading.Event()
+        self.ended, self.tried = threading.Event(), threading.Event()
         self.port: int | None = None
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-        self._tried.wait(FIRST_TRY_S)
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join(2 * FIRST_TRY_S)  # a name that does not resolve may hold it for longer: it is left behind
-
-    def _run(self) -> None:
+    def run(self) -> None:
         pause = MIN_PAUSE_S
         while (server := self._bind()) is None:
-            if self._stop.wait(pause):
+            if self.ended.wait(pause):
                 return
             pause = min(2 * pause, MAX_PAUSE_S)
         with server:
-            while not self._stop.is_set():
+            while not self.ended.is_set():
                 server.handle_request()
                 server.end_connections(MAX_CONNECTION_S)
             server.end_connections(0.0)
@@ -153,16 +143,16 @@ class _Exporter:
         try:
             server = _Server(self._config.host, self._config.port)
         except OSError as error:
-            if not self._tried.is_set():  # once; the status shows it as long as it lasts
+            if not self.tried.is_set():  # once; the status shows it as long as it lasts
                 logger.warning("metrics not available yet address=%s reason=%s", place, error.strerror)
             self._on_trouble(f"{place}: {error.strerror}")
-            self._tried.set()
+            self.tried.set()
             return None
         server.set_app(self._app)
         self.port = server.server_port
         logger.info("metrics at http://%s:%d/metrics", self._config.host, self.port)
         self._on_trouble("")
-        self._tried.set()
+        self.tried.set()
         return server
 
 
@@ -186,7 +176,9 @@ def exported(
     registry.register(_Reader(prefix, meanings, read))
     exporter = _Exporter(config, make_wsgi_app(registry), on_trouble)
     exporter.start()
+    exporter.tried.wait(FIRST_TRY_S)
     try:
         yield exporter.port
     finally:
-        exporter.stop()
+        exporter.ended.set()
+        exporter.join(2 * FIRST_TRY_S)  # a name that does not resolve may hold it for longer: it is left behind

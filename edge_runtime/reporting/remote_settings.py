@@ -10,12 +10,12 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from edge_runtime.config import CameraConfig, RuntimeConfig
+from edge_runtime.config import RuntimeConfig
 from edge_runtime.errors import AiflowError
 from edge_runtime.logs import is_told, printable
-from edge_runtime.mqtt import Message, Outcome, Publish
+from edge_runtime.mqtt import Message, MqttClient, Outcome, Publish
 from edge_runtime.wire import event, topics
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,6 @@ class SettingError(AiflowError, ValueError):
 
 @dataclass(slots=True)
 class Setting:
-    """One thing that can be changed."""
-
     kind: Kind
     value: str  # in force
     parse: Callable[[str], str]  # the stripped text of a message to a value; raises SettingError
@@ -84,28 +82,10 @@ def board_settings(config: RuntimeConfig) -> list[Setting]:
         Setting("quality_floor", f"{config.policy.quality_floor:g}", number(0, 1)),
         Setting("paused", "OFF", choice(ON_OFF)),
     ]
-    return settings + [setting for camera in config.cameras for setting in _camera_settings(camera)]
-
-
-def _camera_settings(camera: CameraConfig) -> list[Setting]:
-    return [
-        Setting("enabled", "ON", choice(ON_OFF), camera.name),
-        Setting("motion", ON_OFF[camera.motion.enabled], choice(ON_OFF), camera.name),
-    ]
-
-
-class Publisher(Protocol):
-    """What is needed of MqttClient."""
-
-    def publish(
-        self,
-        topic: str,
-        payload: bytes,
-        *,
-        qos: int = 1,
-        retain: bool = False,
-        on_outcome: Callable[[Outcome], None] | None = None,
-    ) -> bool: ...
+    for camera in config.cameras:
+        settings.append(Setting("enabled", "ON", choice(ON_OFF), camera.name))
+        settings.append(Setting("motion", ON_OFF[camera.motion.enabled], choice(ON_OFF), camera.name))
+    return settings
 
 
 class RemoteSettings:
@@ -138,7 +118,7 @@ class RemoteSettings:
         # messages of QoS 1 may be in flight (MQTT 5, 4.9).
         return [Publish(self._states[name], s.value.encode(), qos=0, retain=True) for name, s in self._by_name.items()]
 
-    def message_arrived(self, message: Message, client: Publisher) -> None:
+    def message_arrived(self, message: Message, client: MqttClient) -> None:
         """A message on a topic that matches `filter`; publishes the state through the client."""
         setting = self._settings.get(message.topic)
         if setting is None:
@@ -163,7 +143,7 @@ class RemoteSettings:
         self._counts["set"] += 1
         return None
 
-    def _publish_state(self, setting: Setting, client: Publisher) -> None:
+    def _publish_state(self, setting: Setting, client: MqttClient) -> None:
         """At most one message per setting is on its way: a flood of changes must not push requests out of the queue."""
         if setting.name in self._publishing:
             return

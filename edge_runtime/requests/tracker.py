@@ -19,7 +19,7 @@ import msgspec
 from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.logs import is_told
-from edge_runtime.mqtt.client import MqttClient, Outcome, State
+from edge_runtime.mqtt import MqttClient, Outcome, State
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests.actions import (
     Action,

@@ -9,11 +9,9 @@ No I/O, no clock and no model: it imports numpy, msgspec and `edge_runtime.error
 """
 
 from edge_runtime.wire import topics
-from edge_runtime.wire.bitstream import Decoded, Header, decode, encode
+from edge_runtime.wire.bitstream import decode, encode
 from edge_runtime.wire.envelope import (
     MAX_ENVELOPE,
-    MAX_TOKEN,
-    MAX_TOKENS,
     ContentKind,
     Hop,
     Options,
@@ -33,21 +31,17 @@ from edge_runtime.wire.envelope import (
 )
 from edge_runtime.wire.errors import BitstreamError, EnvelopeError, TablesError, TopicError, WireError
 from edge_runtime.wire.event import AnsweredBy, Event, EventHop, Explain, decode_event, encode_event
-from edge_runtime.wire.tables import Tables, cost_bits, count_tables, entropy_bytes
+from edge_runtime.wire.tables import Tables, cost_bits, count_tables
 
 __all__ = [
     "MAX_ENVELOPE",
-    "MAX_TOKEN",
-    "MAX_TOKENS",
     "AnsweredBy",
     "BitstreamError",
     "ContentKind",
-    "Decoded",
     "EnvelopeError",
     "Event",
     "EventHop",
     "Explain",
-    "Header",
     "Hop",
     "Options",
     "Paradigm",
@@ -73,6 +67,5 @@ __all__ = [
     "encode_reply",
     "encode_request",
     "encode_tokens",
-    "entropy_bytes",
     "topics",
 ]

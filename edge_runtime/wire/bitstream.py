@@ -35,16 +35,12 @@ class Header:
         if len(data) < 2:
             raise BitstreamError(f"bitstream of {len(data)} bytes, but the header has 2: was the message truncated?")
         if data[0] >> 4 != FORMAT or data[0] & 1:
-            raise BitstreamError(
-                f"header {data[:2].hex()} is not of format {FORMAT} with a zero bit 0: update the older side"
-            )
+            raise BitstreamError(f"header {data[:2].hex()}, want format {FORMAT}, a zero bit 0: update the older side")
         return cls(level=data[0] >> 1 & 7, groups=(data[1] & 3) + 1, table_set=data[1] >> 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The content of a bitstream."""
-
     symbols: NDArray[np.int8]  # [C, H, W]; channels outside the complete groups are zero
     header: Header
     complete_groups: int  # how many of header.groups arrived completely, 0..4
@@ -60,12 +56,10 @@ def encode(symbols: NDArray[np.int8], tables: Tables, level: int = 0, groups: in
     groups = tables.groups if groups is None else groups
     if symbols.dtype != np.int8 or symbols.shape != tables.shape:
         raise BitstreamError(
-            f"symbols are {symbols.dtype} {list(symbols.shape)}, these tables code int8 {list(tables.shape)}"
+            f"symbols are {symbols.dtype} {[*symbols.shape]}, these tables code int8 {[*tables.shape]}"
         )
     if not (0 <= level < tables.levels and 1 <= groups <= tables.groups):
-        raise BitstreamError(
-            f"level {level}, groups {groups}: want 0..{tables.levels - 1} and 1..{tables.groups} with these tables"
-        )
+        raise BitstreamError(f"level {level}, groups {groups}: want 0..{tables.levels - 1} and 1..{tables.groups}")
     sent = symbols[: tables.channels // tables.groups * groups]
     if sent.min() == -128:
         raise BitstreamError("symbol -128 cannot be coded, only -127..127: clip the latent before it is quantised")
@@ -87,21 +81,17 @@ def decode(data: bytes, tables: Tables) -> Decoded:
     """
     header = Header.from_bytes(data)
     if header.table_set != tables.set_id & 63:
-        raise BitstreamError(
-            f"coded with table set {header.table_set}, these are {tables.set_id & 63}: use the sender's bundle"
-        )
+        raise BitstreamError(f"table set {header.table_set}, these are {tables.set_id & 63}: use the sender's bundle")
     if header.level >= tables.levels or header.groups > tables.groups:
         raise BitstreamError(
-            f"level {header.level}, {header.groups} groups: these tables have {tables.levels} and {tables.groups}"
+            f"level {header.level}, {header.groups} groups, tables have {tables.levels}, {tables.groups}"
         )
     group = tables.channels // tables.groups
     channel = tables.height * tables.width
     # A symbol takes at most two steps of 12 and 8 bits, each rounded up by less than 1/8 bit: less than 3 bytes.
     longest = 6 + 3 * header.groups * group * channel
     if len(data) > longest:
-        raise BitstreamError(
-            f"bitstream of {len(data)} bytes, no message with these tables exceeds {longest}: is it a bitstream?"
-        )
+        raise BitstreamError(f"bitstream of {len(data)} bytes, no message exceeds {longest}: is it a bitstream?")
     by_channel = tables.codings(header.level)[: header.groups * group]
     found, check = rans_decode(data[2:], by_channel, tables.height, tables.width, tables.largest)
     complete = len(found) // (group * channel)

@@ -42,8 +42,6 @@ def rans_encode(frequencies: Sequence[int], starts: Sequence[int], check: int) -
 
 
 class RansDecoded(NamedTuple):
-    """The content of a stream."""
-
     symbols: bytearray  # int8 in decoding order, as many as the stream has
     check: int | None  # the encoder's 16 bits (other bits after damage); None if words are missing
 

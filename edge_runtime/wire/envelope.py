@@ -4,7 +4,7 @@ The order of the fields is part of the protocol (docs/protocol.md, sections 3 an
 default, and a reader ignores fields it does not know. This file knows nothing about MQTT, clocks and the content.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Annotated, TypeVar
 
@@ -136,7 +136,6 @@ class Reply(Struct, array_like=True, frozen=True, kw_only=True):
 
     @property
     def token_ids(self) -> list[int]:
-        """Token ids of the text."""
         return decode_tokens(self.tokens)
 
 
@@ -152,9 +151,7 @@ _reply = msgspec.msgpack.Decoder(Reply)
 
 def encode_request(request: Request) -> bytes:
     """Raises EnvelopeError for everything that `decode_request` refuses, so that the sender finds its own mistakes."""
-    data = _encode(request)
-    decode_request(data)
-    return data
+    return _encode(request, decode_request)
 
 
 def decode_request(data: bytes) -> Request:
@@ -166,9 +163,7 @@ def decode_request(data: bytes) -> Request:
 
 def encode_reply(reply: Reply) -> bytes:
     """Raises EnvelopeError for everything that `decode_reply` refuses."""
-    data = _encode(reply)
-    decode_reply(data)
-    return data
+    return _encode(reply, decode_reply)
 
 
 def decode_reply(data: bytes) -> Reply:
@@ -178,18 +173,18 @@ def decode_reply(data: bytes) -> Reply:
     return reply
 
 
-def _encode(envelope: Request | Reply) -> bytes:
+def _encode(envelope: Request | Reply, check: Callable[[bytes], object]) -> bytes:
     try:
-        return msgspec.msgpack.encode(envelope)
+        data = msgspec.msgpack.encode(envelope)
     except (OverflowError, UnicodeError) as error:
         raise EnvelopeError(f"an envelope cannot hold this: {error}") from error
+    check(data)
+    return data
 
 
 def _decode(data: bytes, decoder: "msgspec.msgpack.Decoder[Envelope]") -> Envelope:
     if len(data) > MAX_ENVELOPE:
-        raise EnvelopeError(
-            f"envelope of {len(data)} bytes, at most {MAX_ENVELOPE} are read: send a smaller picture or a latent"
-        )
+        raise EnvelopeError(f"envelope of {len(data)} bytes, at most {MAX_ENVELOPE} are read: send less")
     try:
         version = _version.decode(data).version
         if version != VERSION:

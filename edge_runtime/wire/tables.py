@@ -46,9 +46,7 @@ class Tables:
     def __post_init__(self) -> None:
         f = self.frequencies
         if f.dtype != np.uint16 or f.ndim != 4:
-            raise TablesError(
-                f"frequencies are {f.dtype} {list(f.shape)}, want uint16 [levels, channels, contexts, alphabet]"
-            )
+            raise TablesError(f"frequencies {f.dtype} {[*f.shape]}, want uint16 [levels, channels, contexts, alphabet]")
         levels, channels, contexts, alphabet = f.shape
         for name, found, wanted in (
             ("levels", levels, range(1, 9)),
@@ -67,9 +65,7 @@ class Tables:
         bad = (f.sum(axis=-1, dtype=np.int64) != TOTAL) | (f.min(axis=-1) < 1)
         if bad.any():
             where = np.argwhere(bad)[0].tolist()
-            raise TablesError(
-                f"table [level, channel, context] = {where} must have entries >= 1 that sum to {TOTAL}: count again"
-            )
+            raise TablesError(f"table [level, channel, context] = {where} must have entries >= 1 that sum to {TOTAL}")
         f.flags.writeable = False  # slot maps and the CRC below are computed from it once
 
     @property
@@ -209,13 +205,9 @@ def count_tables(
     TablesError.
     """
     if not symbols or {a.shape[1:] for a in symbols} != {symbols[0].shape[1:]} or symbols[0].ndim != 4:
-        raise TablesError(
-            f"symbols are {[a.shape for a in symbols]}, want one int8 [N, C, H, W] per level, all of one geometry"
-        )
+        raise TablesError(f"symbols are {[a.shape for a in symbols]}, want one [N, C, H, W] per level, of one geometry")
     if any(a.dtype != np.int8 or not a.size or a.min() == -128 for a in symbols):
-        raise TablesError(
-            "symbols must be int8 from -127 to 127, at least one frame per level: quantise with a smaller gain"
-        )
+        raise TablesError("symbols must be int8 -127 to 127, at least one frame per level: use a smaller gain")
     _, channels, height, width = symbols[0].shape
     shape = len(symbols), channels, contexts, 2 * largest + 2
     # Any valid tables will do here: only their geometry is used, to find the entry of every symbol.

@@ -22,10 +22,10 @@ import pytest
 
 from edge_runtime.app import Board, run_board
 from edge_runtime.capture.picture_checks import PictureError
-from edge_runtime.config import BoardConfig, CameraConfig, MetricsConfig, MqttConfig, RuntimeConfig
+from edge_runtime.config import BoardConfig, CameraConfig, MetricsConfig, RuntimeConfig
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import Bundle, BundleError
-from edge_runtime.mqtt import Message
+from edge_runtime.mqtt import Message, MqttConfig
 from edge_runtime.wire import Event, Reply, Status, decode_event, decode_request, encode_reply, topics
 from tests.brokers import PLAIN, Mosquitto
 from tests.listener import PATIENCE_S, Listener, until

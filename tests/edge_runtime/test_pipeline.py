@@ -17,7 +17,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.preprocess import to_input
-from edge_runtime.mqtt.client import MqttClient, MqttSettings
+from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.pipeline import Pipeline, build_request, encode_finest, to_jpeg
 from edge_runtime.planning import BoardPlanner, FixedPlanner, Measurements, Plan
 from edge_runtime.reporting import RemoteSettings, board_settings
@@ -81,7 +81,7 @@ class Board:
             self.events.put(event)
 
         self.client = MqttClient(
-            MqttSettings("127.0.0.1", port, BOARD, keepalive_s=2),
+            MqttSettings("127.0.0.1", port, client_id=BOARD, keepalive_s=2),
             subscriptions=[(topics.reply(SITE, BOARD), 1)],
             on_message=lambda message: self.tracker.reply_arrived(message.payload),
             timing=QUICK,
@@ -246,7 +246,7 @@ def test_device_sends_nothing_and_its_event_is_final(start):
     assert event == seen
     assert (event.type, event.final, event.bytes_up) == ("new", True, 0)
     assert board.order == ["new"]
-    assert board.client.stats().published == 2  # the event, and the retained last one
+    assert board.client.stats()["published"] == 2  # the event, and the retained last one
 
 
 def test_a_draft_with_enough_confidence_is_the_answer_and_nothing_is_sent(start):

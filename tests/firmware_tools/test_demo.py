@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from edge_runtime.capture.picture_checks import PictureError
-from edge_runtime.mqtt.client import MqttClient, MqttSettings
+from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.wire import AnsweredBy, Event, EventHop, encode_event, topics
 from firmware_tools.demo_page import PhotoResult, Results, marked, page, stages, summary
 from models import SHIPPED_BUNDLE
@@ -100,7 +100,7 @@ def test_forged_events_do_not_end_the_demo(tmp_path: Path, bundle: Path, photos:
     assert demo.stdout is not None
     assert demo.stdout.readline().startswith("photo: ")
     port = int(re.findall(r"port = (\d+)", next((tmp_path / "tmp").glob("*/run.toml")).read_text())[0])
-    with MqttClient(MqttSettings("127.0.0.1", port, "somebody")) as somebody:
+    with MqttClient(MqttSettings("127.0.0.1", port, client_id="somebody")) as somebody:
         assert somebody.wait_online(PATIENCE_S)
         for payload in (encode_event(msgspec.structs.replace(UPDATE, picture="zz.jpg")), b"no event"):
             somebody.publish(topics.event("demo", "demo-board"), payload)

@@ -11,8 +11,7 @@ from datetime import datetime, timezone
 import msgspec
 import pytest
 
-from edge_runtime.config import MqttConfig
-from edge_runtime.mqtt.client import MqttClient
+from edge_runtime.mqtt import MqttClient, MqttConfig
 from edge_runtime.wire import AnsweredBy, Event, Explain, encode_event
 from firmware_tools.watch import MAX_WAITING, Lines, line
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, MqttSettings
 from edge_runtime.wire import (
     ContentKind,
     Paradigm,
@@ -71,7 +70,7 @@ def board_of(broker: Mosquitto, name: str) -> Iterator[Board]:
         else:
             board.replies.put(message.payload)
 
-    settings = MqttSettings("127.0.0.1", broker.port, name)
+    settings = MqttSettings("127.0.0.1", broker.port, client_id=name)
     subscriptions = [(topics.reply("home", name), 1), (topics.server_status("home", "s1"), 1)]
     board = Board(name, MqttClient(settings, subscriptions=subscriptions, on_message=on_message))
     with board.client:

@@ -14,9 +14,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_runtime.config import MqttConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, MqttSettings
 from edge_runtime.wire import (
     Options,
     Reply,
@@ -69,7 +68,7 @@ class Sites:
         bounds = up.bounds() if up else None
         service, stop = Service(settings, self.bundle, own, ReplyCache(), upstream, bounds), threading.Event()
         with ExitStack() as stack:
-            client = MqttSettings("127.0.0.1", broker.port, name, receive_maximum=64)
+            client = MqttSettings("127.0.0.1", broker.port, client_id=name, receive_maximum=64)
             gateway = Gateway(client, site, name, "servers", service.receive, service.status)
             stack.enter_context(gateway)
             if upstream:
@@ -200,7 +199,7 @@ def test_three_tiers_tell_the_board_three_texts_and_the_last_is_the_highests_own
 def test_only_the_last_word_is_kept_and_a_board_that_asks_meanwhile_gets_the_first_again(sites, board) -> None:
     cloud_topic = topics.request("hq", "e1")
     requests: queue.Queue[Message] = queue.Queue()
-    settings = MqttSettings("127.0.0.1", sites.above.port, "c1")
+    settings = MqttSettings("127.0.0.1", sites.above.port, client_id="c1")
     with (
         MqttClient(settings, subscriptions=[(cloud_topic, 1)], on_message=requests.put) as cloud,
         sites.serving("e1", "edge", sites.below, up=sites.up()) as edge,

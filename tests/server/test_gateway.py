@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.mqtt.client import Message, MqttClient, MqttSettings
+from edge_runtime.mqtt import Message, MqttClient, MqttSettings
 from edge_runtime.wire import topics
 from server.gateway import PROBE_EXPIRY_S, RETURNED_IN_A_ROW, Arrival, Gateway, Probes
 from tests.brokers import Mosquitto
@@ -97,7 +97,7 @@ def join(broker: Mosquitto) -> Iterator[Join]:
                 member.arrivals.put(arrival)
                 arrival.accept()
 
-            settings = MqttSettings("127.0.0.1", broker.port, name)
+            settings = MqttSettings("127.0.0.1", broker.port, client_id=name)
             member = Member(Gateway(settings, "home", name, "servers", arrived, dict))
             stack.enter_context(member.gateway)
             assert not is_proven or member.gateway.is_proven.wait(PATIENCE_S)
@@ -153,7 +153,7 @@ def test_a_black_hole_in_the_share_shows_in_counters_log_and_status(
     member = join("s1")
     with Listener(broker.port, topics.server_status("home", "s1")) as person:
         swallowed = list[Message]()
-        settings = MqttSettings("127.0.0.1", broker.port, "black-hole")
+        settings = MqttSettings("127.0.0.1", broker.port, client_id="black-hole")
         share = topics.request_share("servers", "home")
         with MqttClient(settings, subscriptions=[(share, 1)], on_message=swallowed.append) as hole:
             assert hole.wait_online(PATIENCE_S)
@@ -208,7 +208,7 @@ def test_a_server_that_was_suspended_stays_so_over_a_lost_connection(broker: Mos
     with Listener(broker.port, topics.server_status("home", "s1")) as board:
         assert status_of(board, state="online", accepting=False)["why"] == "too hot"
         board.client.publish(topics.request("home", "b1"), b"request")
-        until(lambda: board.client.stats().delivered == 1)
+        until(lambda: board.client.stats()["delivered"] == 1)
         member.gateway.resume()
         assert member.gateway.is_proven.wait(PATIENCE_S)
         board.client.publish(topics.request("home", "b1"), b"later request")
@@ -218,7 +218,7 @@ def test_a_server_that_was_suspended_stays_so_over_a_lost_connection(broker: Mos
 def test_a_retained_request_is_counted_and_not_answered(broker: Mosquitto, join: Join) -> None:
     with Listener(broker.port) as board:
         board.client.publish(topics.request("home", "b1"), b"of yesterday", retain=True)
-        until(lambda: board.client.stats().delivered == 1)
+        until(lambda: board.client.stats()["delivered"] == 1)
         member = join("s1")
         board.client.publish(topics.request("home", "b1"), b"of today")
         assert member.arrivals.get(timeout=PATIENCE_S).payload == b"of today"

@@ -10,9 +10,8 @@ from functools import partial
 import msgspec
 import pytest
 
-from edge_runtime.config import MqttConfig
 from edge_runtime.errors import ConfigError
-from edge_runtime.mqtt.client import MqttClient, MqttSettings
+from edge_runtime.mqtt import MqttClient, MqttConfig, MqttSettings
 from edge_runtime.wire import (
     ContentKind,
     EnvelopeError,
@@ -84,7 +83,7 @@ def config(broker: Mosquitto, **changes: object) -> UpstreamConfig:
 
 @pytest.fixture
 def above(broker: Mosquitto) -> Iterator[Above]:
-    settings = MqttSettings("127.0.0.1", broker.port, "c1")
+    settings = MqttSettings("127.0.0.1", broker.port, client_id="c1")
     subscriptions = [(topics.request("hq", "e1"), 1)]
     client = MqttClient(
         settings,

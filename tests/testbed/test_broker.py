@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.mqtt.client import MqttClient, MqttSettings, Outcome, Publish
+from edge_runtime.mqtt import MqttClient, MqttSettings, Outcome, Publish
 from testbed.broker import BrokerError, find_mosquitto, free_port, start_embedded
 from tests.brokers import mosquitto_or_skip
 
@@ -36,7 +36,7 @@ def test_shared_subscriptions_retained_messages_expiry_and_wills_work(program: s
     outcomes: queue.Queue[Outcome] = queue.Queue()
     with start_embedded(mosquitto=program) as port:
         board = MqttClient(
-            MqttSettings("127.0.0.1", port, "b1"),
+            MqttSettings("127.0.0.1", port, client_id="b1"),
             will=Publish("b1/status", b"offline", retain=True),
             birth=lambda: [Publish("b1/status", b"online", retain=True)],
         ).start()
@@ -44,7 +44,7 @@ def test_shared_subscriptions_retained_messages_expiry_and_wills_work(program: s
         board.publish("b1/event", b"kept", retain=True, on_outcome=outcomes.put)
         assert outcomes.get(timeout=PATIENCE_S) is Outcome.DELIVERED
         server = MqttClient(
-            MqttSettings("127.0.0.1", port, "s1"),
+            MqttSettings("127.0.0.1", port, client_id="s1"),
             subscriptions=[("$share/pool/+/request", 1), ("b1/status", 1), ("b1/event", 1)],
             on_message=lambda message: inbox.put((message.topic, message.payload, message.expiry_s)),
         )

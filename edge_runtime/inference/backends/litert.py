@@ -30,7 +30,6 @@ class LiteRtModel:
         self.scale = float(scale) or 1.0
 
     def run(self, *inputs: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        """See Model.run."""
         try:
             for index, value in zip(self._inputs, inputs, strict=True):
                 self._interpreter.set_tensor(index, value)

@@ -48,7 +48,6 @@ class OnnxModel:
         self._names = [entry.name for entry in self._session.get_inputs()]
 
     def run(self, *inputs: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        """See Model.run."""
         try:
             outputs: list[npt.NDArray[Any]] = self._session.run(None, dict(zip(self._names, inputs, strict=True)))
         except Exception as error:

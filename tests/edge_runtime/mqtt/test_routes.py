@@ -25,7 +25,7 @@ class Taken:
 
     def picture(self, message: Message) -> Rejection | None:
         self.pictures.append(message.topic)
-        return Rejection("no_camera", "use another topic") if message.topic.endswith("unknown") else None
+        return ("no_camera", "use another topic") if message.topic.endswith("unknown") else None
 
     def arrive(self, topic: str, retained: bool = False) -> None:
         self.router.message_arrived(message(topic, retained))

@@ -7,7 +7,7 @@ import pytest
 from edge_runtime.capture.cameras import Cameras
 from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, RuntimeConfig
 from edge_runtime.inference.draft_calibration import Calibration
-from edge_runtime.mqtt.client import Message
+from edge_runtime.mqtt import Message
 from edge_runtime.planning import BoardPlanner, Measurements
 from edge_runtime.reporting import RemoteSettings, board_settings
 from edge_runtime.wire import Tier, topics

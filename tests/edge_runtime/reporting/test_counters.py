@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.app import Board
-from edge_runtime.config import BoardConfig, CameraConfig, MqttConfig, RuntimeConfig
+from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
+from edge_runtime.mqtt import MqttConfig
 from edge_runtime.reporting import BOARD, not_zero
 from server.counters import SERVER
 

@@ -17,7 +17,7 @@ import pytest
 
 from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.mqtt.client import MqttClient, MqttSettings
+from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import ByteBudget, NewRequest, RequestTracker
 from edge_runtime.requests.lifecycle import RequestLifecycle
@@ -64,7 +64,7 @@ class Board:
         self.events: queue.Queue[Event] = queue.Queue()
         self.bundle = bundle
         self.client = MqttClient(
-            MqttSettings("127.0.0.1", port, BOARD, keepalive_s=2),
+            MqttSettings("127.0.0.1", port, client_id=BOARD, keepalive_s=2),
             subscriptions=[(topics.reply(SITE, BOARD), 1)],
             on_message=lambda message: self.tracker.reply_arrived(message.payload),
             timing=QUICK,
@@ -490,7 +490,7 @@ def test_waiting_ends_with_its_time_or_with_a_stop(board):
 
 
 def test_a_flood_of_replies_never_blocks_the_network_thread(board_bundle):
-    client = MqttClient(MqttSettings("127.0.0.1", 1, BOARD))
+    client = MqttClient(MqttSettings("127.0.0.1", 1, client_id=BOARD))
     events = Events(client, SITE, BOARD)
     tracker = RequestTracker(client, board_bundle, SITE, BOARD, events, 8, 1.0)  # its thread is not started
     for _ in range(QUEUE + 3):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from edge_runtime.wire import BitstreamError, Header, Tables, cost_bits, decode, encode
+from edge_runtime.wire import BitstreamError, Tables, cost_bits, decode, encode
+from edge_runtime.wire.bitstream import Header
 from edge_runtime.wire.entropy import rans_encode
 from edge_runtime.wire.tables import neighbour_signs
 
