@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
+MAX_CHARGE = 100.0  # times the typical cost; a picture that takes all that it may costs less
 MAX_BOARDS = 4096  # whose virtual times are kept
 TYPICAL_SHARE = 0.1  # of the latest request in the moving average of costs
 
@@ -112,7 +113,8 @@ class Batcher(Generic[Item]):
         """One request of this board that was taken to be served has been, at this cost."""
         with self._changed:
             charges = self._in_service[board]
-            self._served_ms[board] += cost_ms - charges.pop()
+            # One request that met a slow moment of the machine must not keep its board waiting for minutes.
+            self._served_ms[board] += min(cost_ms, MAX_CHARGE * max(self._typical_ms, 1.0)) - charges.pop()
             if not charges:
                 del self._in_service[board]
             self._typical_ms += TYPICAL_SHARE * (cost_ms - self._typical_ms)

@@ -74,7 +74,8 @@ class PictureDecoder:
         Raises PictureError if it cannot be decoded, PictureCostError if that takes too much, and PictureWorkerError if
         there is no process to do it.
         """
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:  # it may have been killed while it was idle
+            self._end()
             self._start()
         try:
             send(self._stream, PICTURE, picture)

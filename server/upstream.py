@@ -13,27 +13,24 @@ import logging
 import random
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import ceil
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 
-from edge_runtime.logs import is_told, printable
-from edge_runtime.mqtt import Message, MqttClient, Outcome, State
+from edge_runtime.logs import printable
+from edge_runtime.mqtt import MqttClient, State
 from edge_runtime.requests.actions import Action, Answer, Lose, Send, Settle, Why
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.thread import LifecycleThread
 from edge_runtime.wire import (
-    EnvelopeError,
     Reply,
     Request,
     RequestIds,
     aged,
-    decode_reply,
     encode_request,
     topics,
 )
@@ -60,16 +57,6 @@ class UpstreamRequest:
     asked_at: float  # seconds, time.monotonic()
 
 
-@dataclass(frozen=True, slots=True)
-class _NotTaken:
-    """The broker did not take a request, and will not."""
-
-    id: bytes
-
-
-_Message: TypeAlias = UpstreamRequest | _NotTaken | bytes  # bytes are a message on our reply topic
-
-
 class Upstream:
     """The requests that wait for the tier above; `with` starts and ends connection and thread."""
 
@@ -80,16 +67,15 @@ class Upstream:
         self._lifecycle: RequestLifecycle[UpstreamRequest] = RequestLifecycle(
             config.open_requests, min_resend_s=config.resend_ms / 1e3, rng=random.Random()
         )
-        self._thread: LifecycleThread[UpstreamRequest, _Message] = LifecycleThread(
+        self._thread: LifecycleThread[UpstreamRequest, UpstreamRequest] = LifecycleThread(
             "upstream", self._lifecycle, self._receive, self._perform
         )
         self._asked = 0  # written and read by the asking thread alone
         self._trips: tuple[tuple[float, float], ...] = ()  # (when, seconds), replaced as a whole: two threads read it
-        self._replies = Counter[str]()  # by status, and those that could not be read or found no room
         self._client = MqttClient(
             config.settings(server),
             subscriptions=[(topics.reply(config.site, server), 1)],
-            on_message=self._arrived,
+            on_message=lambda message: self._thread.reply_arrived(message.payload),
         )
 
     def __enter__(self) -> "Upstream":
@@ -130,7 +116,7 @@ class Upstream:
             "state": self._client.state.value,
             "round_trip_ms": {f"p{int(100 * p)}": round(1e3 * self._round_trip_s(p, now), 1) for p in (0.5, 0.95)},
             "requests": {name: count for name, count in asdict(counts).items() if name in COUNTS},
-            "replies": self._replies | {"not_final_again": counts.repeated, "broken": self._thread.errors},
+            "replies": {**self._thread.replies, "not_final_again": counts.repeated},
         }
 
     def _round_trip_s(self, share: float, now: float) -> float:
@@ -138,44 +124,16 @@ class Upstream:
         latest = sorted(seconds for at, seconds in self._trips if now - at <= TRIP_AGE_S)
         return latest[ceil(share * len(latest)) - 1] if latest else 0.0
 
-    # ---- the MQTT client's thread ----
-
-    def _arrived(self, message: Message) -> None:
-        if not self._thread.offer(message.payload):
-            self._replies["overflow"] += 1
-
-    def _was_sent(self, request_id: bytes, outcome: Outcome) -> None:
-        # What its queue dropped, or what expired there, is sent again or lost at its deadline, as anything unanswered.
-        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED) and not self._thread.offer(_NotTaken(request_id)):
-            self._replies["overflow"] += 1
-
     # ---- the thread of its own ----
 
-    def _receive(self, message: _Message, now: float) -> Sequence[Action[UpstreamRequest]]:
-        match message:
-            case UpstreamRequest(request, until):
-                return self._lifecycle.on_request(request.id, message, until, now)
-            case _NotTaken(request_id):
-                return self._lifecycle.on_refused(request_id, Why("not_taken", "refused by the broker"))
-            case _:
-                return self._reply(message, now)
-
-    def _reply(self, payload: bytes, now: float) -> Sequence[Action[UpstreamRequest]]:
-        try:
-            reply = decode_reply(payload)
-        except EnvelopeError as error:
-            self._replies["unreadable"] += 1
-            if is_told(self._replies["unreadable"]):
-                logger.warning("reply from above unreadable count=%d error=%s", self._replies["unreadable"], error)
-            return ()
-        self._replies[reply.status.name.lower()] += 1
-        return self._lifecycle.on_reply(reply, now)
+    def _receive(self, asked: UpstreamRequest, now: float) -> Sequence[Action[UpstreamRequest]]:
+        return self._lifecycle.on_request(asked.request.id, asked, asked.until, now)
 
     def _perform(self, action: Action[UpstreamRequest], now: float) -> Sequence[Action[UpstreamRequest]]:
         match action:
             case Send(request_id, asked, _, left_s):
                 payload = encode_request(aged(asked.request, now - asked.asked_at, left_s))
-                outcome = partial(self._was_sent, request_id)
+                outcome = partial(self._thread.was_sent, request_id)
                 self._client.publish(self._topic, payload, expiry_s=max(0.0, left_s), on_outcome=outcome)
             case Answer(_, asked, reply, _, round_trip_s):
                 if round_trip_s is not None:

@@ -4,11 +4,16 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from edge_runtime.logs import is_told
+from edge_runtime.mqtt import Outcome
 from edge_runtime.requests.actions import Action, Counts, Why
 from edge_runtime.requests.lifecycle import RequestLifecycle
+from edge_runtime.wire import EnvelopeError, Reply, decode_reply
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +24,25 @@ QUEUE = 256  # messages that wait; then `offer` refuses
 IDLE_S = 0.5  # the longest wait between two looks at the clock
 
 
+@dataclass(frozen=True, slots=True)
+class _ReplyArrived:
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _NotTaken:
+    """The broker did not take a request, and will not."""
+
+    id: bytes
+    outcome: Outcome
+
+
 class LifecycleThread(Generic[T, M]):
     """Owns a lifecycle. Only this thread touches it, so nothing but the queue is shared.
 
-    receive(message, now): what a message means to the lifecycle. perform(action, now): carries an action out, and
-    returns actions that follow from it. before_step(): sets what the lifecycle must know, and says whether the link is
-    free for retries.
+    receive(message, now): what one of the owner's messages means to the lifecycle. perform(action, now): carries an
+    action out, and returns actions that follow from it. on_reply: instead of the lifecycle's. before_step(now): sets
+    what the lifecycle must know, and says whether the link is free for retries.
     """
 
     def __init__(
@@ -33,12 +51,15 @@ class LifecycleThread(Generic[T, M]):
         lifecycle: RequestLifecycle[T],
         receive: Callable[[M, float], Sequence[Action[T]]],
         perform: Callable[[Action[T], float], Sequence[Action[T]]],
+        on_reply: Callable[[Reply, float], Sequence[Action[T]]] | None = None,
         before_step: Callable[[float], bool] = lambda _: True,
     ) -> None:
         self.counts = Counts()  # of the lifecycle, replaced as a whole after every step: any thread may read it
-        self.errors = 0  # messages and actions that raised
+        # Replies by status, and by what became of those that were not used. broken: messages and actions that raised.
+        self.replies = Counter[str]()
         self._lifecycle, self._receive, self._perform, self._before_step = lifecycle, receive, perform, before_step
-        self._inbox: queue.Queue[M | None] = queue.Queue(2 * QUEUE)
+        self._on_reply = on_reply or lifecycle.on_reply
+        self._inbox: queue.Queue[M | _ReplyArrived | _NotTaken | None] = queue.Queue(2 * QUEUE)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._is_closed = False
 
@@ -51,17 +72,23 @@ class LifecycleThread(Generic[T, M]):
         while not (self._is_closed or self._put(message)):
             pass
 
-    def offer(self, message: M) -> bool:
-        """Hand over a message without waiting; False: there is no room."""
-        if self._inbox.qsize() >= QUEUE:
-            return False
-        try:
-            self._inbox.put_nowait(message)
-        except queue.Full:
-            return False
-        return True
+    def reply_arrived(self, payload: bytes) -> None:
+        """One message on the reply topic; never waits. Without room the request is sent again, or lost."""
+        self._offer(_ReplyArrived(payload))
 
-    def _put(self, message: M) -> bool:
+    def was_sent(self, request_id: bytes, outcome: Outcome) -> None:
+        """The MQTT client's outcome of a request; never waits."""
+        # What its queue dropped, or what expired there, is sent again or lost at its deadline, as anything unanswered.
+        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED):
+            self._offer(_NotTaken(request_id, outcome))
+
+    def _offer(self, message: _ReplyArrived | _NotTaken) -> None:
+        if self._inbox.qsize() >= QUEUE:
+            self.replies["overflow"] += 1
+        else:
+            self._put(message)
+
+    def _put(self, message: M | _ReplyArrived | _NotTaken) -> bool:
         try:
             self._inbox.put(message, timeout=IDLE_S)
         except queue.Full:
@@ -85,7 +112,7 @@ class LifecycleThread(Generic[T, M]):
             try:
                 todo[:0] = self._perform(action, time.monotonic())
             except Exception:  # whatever one request holds, the others must still end
-                self.errors += 1
+                self.replies["broken"] += 1
                 logger.exception("requests: action failed: %.200r", action)
         self.counts = self._lifecycle.counts
 
@@ -103,7 +130,27 @@ class LifecycleThread(Generic[T, M]):
                 break
             try:
                 self._before_step(now := time.monotonic())
-                self.follow(self._receive(message, now))
+                self.follow(self._handle(message, now))
             except Exception:  # a message that cannot be handled must not end the others
-                self.errors += 1
+                self.replies["broken"] += 1
                 logger.exception("requests: message failed: %.200r", message)
+
+    def _handle(self, message: M | _ReplyArrived | _NotTaken, now: float) -> Sequence[Action[T]]:
+        match message:
+            case _ReplyArrived(payload):
+                return self._reply(payload, now)
+            case _NotTaken(request_id, outcome):
+                return self._lifecycle.on_refused(request_id, Why("not_taken", f"broker: {outcome.value}"))
+            case _:
+                return self._receive(message, now)
+
+    def _reply(self, payload: bytes, now: float) -> Sequence[Action[T]]:
+        try:
+            reply = decode_reply(payload)
+        except EnvelopeError as error:
+            self.replies["unreadable"] += 1
+            if is_told(count := self.replies["unreadable"]):
+                logger.warning("%s: reply unreadable count=%d error=%s", self._thread.name, count, error)
+            return ()
+        self.replies[reply.status.name.lower()] += 1
+        return self._on_reply(reply, now)

@@ -7,7 +7,6 @@ outbox. Every request that the board submits ends in exactly one more final even
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -18,8 +17,7 @@ import msgspec
 
 from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.logs import is_told
-from edge_runtime.mqtt import MqttClient, Outcome, State
+from edge_runtime.mqtt import MqttClient, State
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests.actions import (
     Action,
@@ -48,7 +46,6 @@ from edge_runtime.wire import (
     WireError,
     aged,
     decode_event,
-    decode_reply,
     decode_request,
     encode_event,
     encode_request,
@@ -100,14 +97,6 @@ class _Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class _NotTaken:
-    """The broker did not take a request, and will not."""
-
-    id: bytes
-    outcome: Outcome
-
-
-@dataclass(frozen=True, slots=True)
 class _FoundInOutbox:
     rows: list[Found]
     missing: int
@@ -124,8 +113,7 @@ class _ReadFromOutbox:
     row: Row | None
 
 
-# Bytes are a message on the board's reply topic.
-_Message: TypeAlias = NewRequest | _Draft | _NotTaken | _FoundInOutbox | _StoredInOutbox | _ReadFromOutbox | bytes
+_Message: TypeAlias = NewRequest | _Draft | _FoundInOutbox | _StoredInOutbox | _ReadFromOutbox
 
 
 class Observer(Protocol):
@@ -166,10 +154,10 @@ class RequestTracker:
             capacity, min_resend_s=resend_s, rng=random.Random(), outbox=outbox, size_of=lambda t: _row(t).size
         )
         self._thread: LifecycleThread[_Tracked, _Message] = LifecycleThread(
-            "requests", self._lifecycle, self._receive, self._perform, self._before_step
+            "requests", self._lifecycle, self._receive, self._perform, self._reply, self._before_step
         )
+        self.reply_arrived = self._thread.reply_arrived  # each message on the board's reply topic; any thread
         self._submitted = 0  # by the frame path
-        self._replies = Counter[str]()  # by status, and those that could not be read or found no room
 
     def _new_outbox(self, config: OutboxConfig) -> Outbox:
         return Outbox(
@@ -218,11 +206,6 @@ class RequestTracker:
 
     # ---- any thread ----
 
-    def reply_arrived(self, payload: bytes) -> None:
-        """One message on the board's reply topic; never waits. Without room the request is sent again, or lost."""
-        if not self._thread.offer(payload):
-            self._replies["overflow"] += 1
-
     def wait_until_settled(self, timeout_s: float, stop: Any) -> None:
         """Waits until no request is open, until the time is up or the event `stop` is set."""
         until = time.monotonic() + timeout_s
@@ -240,7 +223,7 @@ class RequestTracker:
         names = ("accepted", "found", "answered", "lost", "open", "kept", "resent", "busy")
         values: dict[str, Any] = {name: getattr(counts, name) for name in (*names, "duplicate", "late", "unknown")}
         values["replayed"] = counts.retried
-        replies = {**self._replies, "not_final_again": counts.repeated, "broken": self._thread.errors}
+        replies = {**self._thread.replies, "not_final_again": counts.repeated}
         return values | {"reply": {kind: count for kind, count in replies.items() if count}}
 
     # ---- the thread: messages ----
@@ -259,16 +242,12 @@ class RequestTracker:
                 actions = self._lifecycle.on_request(request.id, tracked, deadline, now, link_is_away=keep)
             case _Draft(event, compact):
                 self._announce(event, compact)
-            case _NotTaken(request_id, outcome):
-                actions = self._lifecycle.on_refused(request_id, Why("not_taken", f"broker: {outcome.value}"))
             case _FoundInOutbox(rows, missing):
                 actions = self._lifecycle.on_found(rows, missing, now)
             case _StoredInOutbox(ids):
                 actions = self._lifecycle.on_stored(ids, now)
             case _ReadFromOutbox(request_id, row):
                 actions = self._read(request_id, row, now)
-            case bytes():
-                actions = self._reply(message, now)
         return actions
 
     def _announce(self, event: Event, compact: bytes) -> None:
@@ -276,24 +255,15 @@ class RequestTracker:
         request_id = bytes.fromhex(event.frame)
         tracked = self._lifecycle.find(request_id)
         if self._lifecycle.has_ended(request_id) or (tracked and tracked.has_answer):
-            self._replies["overtaken"] += 1
+            self._thread.replies["overtaken"] += 1
             return
         if tracked:
             tracked.event, tracked.compact = event, compact
         if event.tokens or tracked is None:
             self._events.publish(event)
 
-    def _reply(self, payload: bytes, now: float) -> Sequence[Action[_Tracked]]:
-        try:
-            reply = decode_reply(payload)
-        except WireError as error:
-            self._replies["unreadable"] += 1
-            if is_told(self._replies["unreadable"]):
-                logger.warning("reply unreadable count=%d error=%s", self._replies["unreadable"], error)
-            return ()
-        self._replies[reply.status.name.lower()] += 1
-        tracked = self._lifecycle.find(reply.id)
-        if tracked:
+    def _reply(self, reply: Reply, now: float) -> Sequence[Action[_Tracked]]:
+        if tracked := self._lifecycle.find(reply.id):
             try:
                 encode_event(self._update(tracked, reply, now))
             except WireError as error:  # within a reply's limits, but not within an event's
@@ -341,7 +311,7 @@ class RequestTracker:
         if send.is_resend or tracked.is_retry:
             payload = encode_request(aged(tracked.request, send.waited_s, send.left_s))
         if not tracked.is_paid and not self._budget.take(len(payload), now):
-            self._replies["over_budget"] += 1
+            self._thread.replies["over_budget"] += 1
             return self._lifecycle.on_unsent(send.id, NO_BYTES, now)
         tracked.is_paid = False  # that was for this time
         tracked.bytes_up += len(payload)
@@ -349,14 +319,9 @@ class RequestTracker:
             tracked.sent_at = now
         if self._observer and not tracked.is_retry:
             self._observer.sent(send.id, PARADIGMS[tracked.request.paradigm], len(payload), now)
-        outcome = partial(self._was_sent, send.id)
+        outcome = partial(self._thread.was_sent, send.id)
         self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, send.left_s), on_outcome=outcome)
         return ()
-
-    def _was_sent(self, request_id: bytes, outcome: Outcome) -> None:  # on the MQTT client's thread
-        # What its queue dropped, or what expired there, is sent again or lost at its deadline, as anything unanswered.
-        if outcome in (Outcome.REFUSED, Outcome.OVERSIZED) and not self._thread.offer(_NotTaken(request_id, outcome)):
-            self._replies["overflow"] += 1
 
     def _answer(self, answer: Answer[_Tracked], now: float) -> Sequence[Action[_Tracked]]:
         tracked = answer.content

@@ -36,9 +36,9 @@ def test_a_summary_may_be_read_while_new_kinds_are_counted(board):
 
     def count() -> None:
         while not stop.is_set():
-            board.tracker._replies.clear()
+            board.tracker._thread.replies.clear()
             for number in range(5000):
-                board.tracker._replies[f"kind-{number}"] += 1
+                board.tracker._thread.replies[f"kind-{number}"] += 1
 
     writer = threading.Thread(target=count)
     sys.setswitchinterval(1e-6)

@@ -754,7 +754,7 @@ def test_what_cannot_be_handled_is_counted_and_the_next_question_is_answered(boa
         raise RuntimeError("for the test")
 
     with monkeypatch.context() as patched:
-        patched.setattr("edge_runtime.requests.tracker.decode_reply", broken)
+        patched.setattr("edge_runtime.requests.thread.decode_reply", broken)
         server.say(b"whatever")
         until(lambda: board.tracker.summary()["reply"].get("broken") == 1)
     answer_one_more(board, server)
