@@ -130,11 +130,11 @@ def _subscribed(settings: "MqttSettings", subscriptions: list[str]) -> str:
 
     A broker that uses the account's name as the client id disconnects the running program all the same.
     """
-    from dataclasses import replace
+    import msgspec
 
     from edge_runtime.mqtt import MqttClient, State
 
-    settings = replace(settings, client_id=f"{settings.client_id}-validate")
+    settings = msgspec.structs.replace(settings, client_id=f"{settings.client_id}-validate")
     states: queue.SimpleQueue[tuple[State, str]] = queue.SimpleQueue()
     client = MqttClient(
         settings,

@@ -694,7 +694,7 @@ def test_requests_that_a_killed_worker_held_are_answered_by_another(
     first.wait()
     start_worker("s2")
     replies: dict[bytes, bytes] = {}
-    while requests.counts["open"]:
+    while requests.counts.open:
         now = time.monotonic()
         for again in requests.on_time(now):
             board.client.publish("b1/up/request", again.content)  # type: ignore[union-attr]
@@ -706,8 +706,8 @@ def test_requests_that_a_killed_worker_held_are_answered_by_another(
         if requests.on_reply(Reply(id=request_id, status=Status.OK), time.monotonic()):
             replies[request_id] = reply
     counts = requests.counts
-    assert (counts["accepted"], counts["answered"], counts["lost"]) == (20, 20, 0)
-    assert counts["resent"] >= 20  # none came by itself: the broker gives a dead member's messages to nobody
+    assert (counts.accepted, counts.answered, counts.lost) == (20, 20, 0)
+    assert counts.resent >= 20  # none came by itself: the broker gives a dead member's messages to nobody
     board.client.publish("b1/up/request", ids[0])  # as if its reply had been lost
     while (again := board.received())[:10] != ids[0]:
         pass  # replies to other copies may still be on their way
