@@ -541,8 +541,9 @@ def test_a_reply_to_a_request_that_an_earlier_run_has_sent_answers_it_without_a_
         first = board.ask()
         board.stop()
         board.next_event()
-    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path), bytes_per_minute=1000) as board:
-        assert board.budget.take(600, time.monotonic())  # so that nothing is retried
+    board = Board(broker.port, board_bundle, outbox=outbox_in(tmp_path), bytes_per_minute=1000)
+    assert board.budget.take(600, time.monotonic())  # so that nothing is retried
+    with board:
         until(lambda: board.tracker.summary()["kept"] == 1)
         server.reply(first, text="a dog")
         event = board.next_event()
