@@ -2,11 +2,13 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+from edge_runtime.errors import AiflowError
 from models.recipe import (
     stage1_photos,
     stage2_views,
@@ -72,4 +74,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AiflowError as error:
+        sys.exit(f"models.recipe: {error}")

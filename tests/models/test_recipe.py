@@ -1,6 +1,7 @@
 """The recipe from photos to a bundle, with hardly any training: what it writes is what boards and servers take."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -113,6 +114,16 @@ def test_photos_and_captions_alone_become_a_bundle_that_answers(interruptions: l
         assert alone.tokens == verified.tokens
         assert not alone.error
     assert engine.lookaheads.keys() == {"edge", "cloud"}
+
+
+def test_a_directory_without_photos_is_named_in_one_line(folder: Path, tmp_path: Path) -> None:
+    options = ["--images", tmp_path, "--captions", folder / "captions.tsv", "--work", tmp_path / "work"]
+    command = [sys.executable, "-m", "models.recipe", *map(str, options), "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.startswith("models.recipe: ")
+    assert str(tmp_path) in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_the_same_command_again_trains_nothing(
