@@ -11,6 +11,9 @@ from enum import Enum
 
 Key = tuple[str, bytes]  # board, request id
 
+MAX_REPLIES = 16_384
+MAX_AGE_S = 600.0  # of a reply
+
 
 class Seen(Enum):
     """What is known of a request without a reply."""
@@ -29,9 +32,9 @@ class ReplyCache:
 
     def __init__(
         self,
-        max_replies: int = 16384,
+        max_replies: int = MAX_REPLIES,
         max_bytes: int = 8 << 20,
-        max_age_s: float = 600.0,
+        max_age_s: float = MAX_AGE_S,
         max_flight_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

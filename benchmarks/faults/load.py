@@ -31,6 +31,7 @@ from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.wire import Event, RequestIds, encode_request, topics
 from edge_runtime.wire.event import AnsweredBy
+from server.reply_cache import MAX_AGE_S, MAX_REPLIES
 
 BOARDS = 50
 REQUEST_INTERVAL_S = 4.0  # between two requests of one board
@@ -182,6 +183,9 @@ def soak(scenario: Scenario) -> None:
         }
         resident: dict[str, list[float]] = {name: [] for name in watched}
         most_open = 0
+        began = time.monotonic()  # the server's memory grows until its reply cache is full
+        while scenario.records.answers(began) < MAX_REPLIES and time.monotonic() < began + MAX_AGE_S:
+            load.send_for(SAMPLE_S, OVERLOAD * server_per_s)
         scenario.fault_started()
         end = time.monotonic() + scenario.seconds
         while time.monotonic() < end:

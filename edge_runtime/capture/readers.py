@@ -34,7 +34,8 @@ MAX_MQTT_PIXELS = 16_000_000  # of a picture over MQTT: anybody who may publish 
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # AV_LOG_QUIET
 os.environ.setdefault("OPENCV_FFMPEG_IS_THREAD_SAFE", "1")
 os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "rtsp_flags;prefer_tcp|use_wallclock_as_timestamps;1")
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
+_set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # its name to OpenCV 4, and in 5
+_set_log_level(1)  # fatal errors only
 
 OPEN_TIMEOUT_S = 5.0  # OpenCV's default is 30 s. The timeout of a read is the camera's stall_s.
 POLL_S = 0.5  # a thread that waits for a frame checks its stop event this often
@@ -244,8 +245,8 @@ class ArrivalTimes:
 def _age_s(capture: Any) -> float | None:
     """Seconds since the data of the last frame arrived, to about a frame's interval. None if OpenCV cannot tell.
 
-    CAP_PROP_PTS is the packet's time of arrival (see OPENCV_FFMPEG_CAPTURE_OPTIONS above) in units of 1 / fps. It needs
-    OpenCV 4.11 and FFmpeg; MJPEG has none, but its decoder keeps no frames.
+    CAP_PROP_PTS is the packet's time of arrival (see OPENCV_FFMPEG_CAPTURE_OPTIONS above) in units of 1 / fps, with
+    FFmpeg and since OpenCV 4.12. MJPEG has none, but its decoder keeps no frames.
     """
     frames_per_s = capture.get(cv2.CAP_PROP_FPS)
     pts = capture.get(getattr(cv2, "CAP_PROP_PTS", -1))
