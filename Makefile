@@ -42,7 +42,7 @@ test-lowest:  ## every test with the lowest versions that setup.cfg allows, in a
 	grep -oE '^ +[a-z0-9-]+>=[0-9.]+' setup.cfg | sed 's/ *//; s/>=/==/; s/$$/.*/' >.venv-lowest/lowest.txt
 	.venv-lowest/bin/pip install --quiet '$(TORCH)'
 	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[test]'
-	.venv-lowest/bin/python -m pytest -q
+	.venv-lowest/bin/python -m pytest -q -W ignore::DeprecationWarning  # of the newest packages that the lowest ones call
 
 lint: venv  ## ruff, mypy strict, import rules
 	$(BIN)/ruff format --check .

@@ -223,9 +223,8 @@ class Service:
             with self._lock:
                 self._is_stopping = True
             give_up = time.monotonic() + self.config.stop_s
-            while not self.pictures.is_idle or len(
-                self.batcher
-            ):  # in this order: a picture goes from the first to the second
+            # In this order: a picture goes from the first to the second.
+            while not self.pictures.is_idle or len(self.batcher):
                 if time.monotonic() >= give_up:
                     self._hand_back("this server stops before it could answer: another one may")
                     for decoder in self._decoders:
