@@ -28,7 +28,7 @@ StateName = Literal["starting", "live", "stalled", "frozen", "lost", "ended", "o
 
 @dataclass(frozen=True, slots=True)
 class CameraState:
-    """What a camera is doing."""
+    """The state of a camera."""
 
     state: StateName
     why: str  # of stalled, frozen, lost and off; printable

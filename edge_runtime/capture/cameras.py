@@ -56,7 +56,7 @@ class Cameras:
             camera.switch(paused=paused)
 
     def states(self) -> dict[str, CameraState]:
-        """What each camera is doing, by name."""
+        """The state of each camera, by name."""
         return {camera.config.name: camera.state() for camera in self}
 
     def totals(self) -> Counters:
