@@ -16,6 +16,7 @@ from edge_runtime.wire.errors import EnvelopeError
 VERSION = 1
 MAX_ENVELOPE = 256 * 1024  # bytes; enough for a full-size JPEG; checked before anything is parsed
 MAX_TOKENS = 1024  # ids in one draft or reply; captions have tens
+MAX_QUESTIONS = 16  # taught questions that one request may ask
 MAX_VIA = 4  # servers that a request may pass on its way up
 MAX_TOKEN = (1 << 20) - 1  # largest id: three varint bytes, twice the largest vocabularies in use
 
@@ -66,6 +67,10 @@ Name = Annotated[str, Meta(max_length=64)]
 Text = Annotated[str, Meta(max_length=8192)]  # characters; twice what 1024 tokens usually spell
 
 
+# To taught questions: the probability of each class.
+Answers = Annotated[dict[Name, Annotated[dict[Name, Share], Meta(max_length=64)]], Meta(max_length=MAX_QUESTIONS)]
+
+
 class Options(Struct, frozen=True, omit_defaults=True):
     """A request's optional wishes. A map, since it is usually absent and otherwise has few entries."""
 
@@ -75,6 +80,7 @@ class Options(Struct, frozen=True, omit_defaults=True):
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None  # 0 or none: greedy
     via: Annotated[tuple[Name, ...], Meta(max_length=MAX_VIA)] = ()  # servers that passed the request up, in order
     propose: bool = False  # the server may draft by itself if there is no draft: the same text, sooner
+    questions: Annotated[tuple[Name, ...], Meta(max_length=MAX_QUESTIONS)] = ()  # taught ones, by name
 
 
 class Request(Struct, array_like=True, frozen=True, kw_only=True):
@@ -133,6 +139,8 @@ class Reply(Struct, array_like=True, frozen=True, kw_only=True):
     label: Name | None = None  # of a bundle that classifies
     scores: Annotated[dict[Name, Share], Meta(max_length=64)] | None = None  # of the likeliest labels
     final: bool = True  # false: a higher tier was asked, and one more reply with this id follows
+    answers: Answers | None = None  # to the questions that were asked
+    unsure: bool = False  # the confidence is below what is usually right
 
     @property
     def token_ids(self) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from edge_runtime.wire.envelope import MAX_TOKENS, Hop, Millis, Name, Share, Text, UInt32
+from edge_runtime.wire.envelope import MAX_TOKENS, Answers, Hop, Millis, Name, Share, Text, UInt32
 from edge_runtime.wire.errors import EnvelopeError
 
 MAX_EVENT = 64 * 1024  # bytes of JSON; a caption takes 1 KB, 1024 tokens and their text some 12 KB
@@ -51,10 +51,26 @@ class Explain(Struct, frozen=True, omit_defaults=True):
     facts: Annotated[dict[Name, float], Meta(max_length=32)] = {}  # measured, unit in the name
 
 
+class Rate(Struct, frozen=True):
+    """At which rate the frame's features were sent."""
+
+    level: Annotated[int, Meta(ge=0, le=7)]  # 0 = coarsest
+    groups: Annotated[int, Meta(ge=1, le=4)]  # of the latent's channels
+    bytes: UInt32  # of the bitstream
+
+
+class Reuse(Struct, frozen=True):
+    """The answer of an earlier frame stands again: nothing was sent."""
+
+    frame: Annotated[str, Meta(max_length=64)]  # whose answer it is
+    distance: Annotated[float, Meta(ge=0)]  # between the symbols of the two frames
+
+
 class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One piece of news about one frame."""
 
-    type: Literal["new", "update", "lost"]  # the draft; a server's answer; no answer came
+    # The draft; a server's answer; no answer came; a camera's trigger has become true.
+    type: Literal["new", "update", "lost", "trigger"]
     # The same in all events of a frame: the request's id in hex, if there is one.
     frame: Annotated[str, Meta(max_length=64)]
     camera: Name
@@ -77,6 +93,12 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     proposed: UInt32 = 0
     passes: UInt32 = 0  # of the target's decoder
     picture: Annotated[str, Meta(max_length=256)] = ""  # the name of the frame's file, if it comes from a file
+    confidence: Share | None = None  # of the text, as whoever wrote it says
+    unsure: bool = False  # the confidence is below what is usually right
+    answers: Answers = {}  # to taught questions: the probability of each class
+    rate: Rate | None = None
+    reuse: Reuse | None = None
+    trigger: Annotated[str, Meta(max_length=256)] = ""  # the condition that has become true, of type "trigger"
 
 
 _event = msgspec.json.Decoder(Event)
