@@ -108,7 +108,7 @@ class Camera:
 
     # ---- the camera's own thread ----
 
-    def hand_over(self, handover: "queue.SimpleQueue[tuple[Camera, Frame | None]]") -> None:
+    def hand_over(self, handover: "queue.Queue[tuple[Camera, Frame | None]]") -> None:
         """Puts frames into the queue, each after the last one has been handled, and None at the end."""
         try:
             for frame in self._frames():

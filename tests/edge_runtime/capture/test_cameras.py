@@ -1,7 +1,9 @@
 """All cameras of a board together."""
 
 import re
+import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -128,6 +130,25 @@ def test_a_camera_that_hangs_while_it_is_opened_does_not_delay_the_others(stop, 
         assert taken.get(timeout=PATIENCE_S).camera == "good"
         assert hanging.connected.acquire(blocking=False)
         assert not hanging.connected.acquire(blocking=False)  # the second connection asks why it cannot be opened
+
+
+def test_a_signal_whose_handler_takes_longer_than_a_wait_for_frames_ends_them(stop, monkeypatch):
+    """`aiflow run` waits for frames on its main thread, and Python handles signals there."""
+    wait_s = 0.2
+    monkeypatch.setattr("edge_runtime.capture.cameras.POLL_S", wait_s)
+
+    def on_signal(*_: object) -> None:
+        time.sleep(2 * wait_s)
+        stop.set()
+
+    before = signal.signal(signal.SIGUSR1, on_signal)
+    sender = threading.Timer(wait_s / 2, signal.pthread_kill, (threading.get_ident(), signal.SIGUSR1))
+    sender.start()
+    try:
+        assert not list(Cameras([CameraConfig("door", "mqtt")]).frames(stop))
+    finally:
+        sender.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_picture_over_mqtt_goes_to_the_camera_of_its_topic():
