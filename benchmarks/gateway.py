@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.rate import RatedSymbols
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
@@ -53,8 +54,9 @@ class BoardClient:
 
     def ask(self) -> None:
         symbols, draft = next(self._frames)
+        features = RatedSymbols(symbols, self._bundle.manifest.latent.default_level, self._bundle.tables.groups)
         self._asked = self._ids.next(int(time.time() * 1e3), secrets.randbits(16))
-        request = build_request(self._bundle, self._asked, self._plan, NO_PIXELS, symbols, tuple(draft))
+        request = build_request(self._bundle, self._asked, self._plan, NO_PIXELS, features, tuple(draft))
         self._asked_at = time.perf_counter()
         self.mqtt.publish(self._topic, encode_request(request))
 

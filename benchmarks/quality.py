@@ -18,7 +18,9 @@ from edge_runtime.config import PolicyConfig
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft_calibration import Calibration
+from edge_runtime.inference.head import Latent
 from edge_runtime.inference.preprocess import to_input
+from edge_runtime.inference.rate import NO_LIMIT, RatedSymbols, choose_rate
 from edge_runtime.pipeline import build_request
 from edge_runtime.planning import Plan
 from models.captions import captioned_as, words_of
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from server.engine import Answer, Engine, Job
 
 BATCH = 8
+LATENT_CHANNELS = 64
 
 
 class EvaluationError(AiflowError, ValueError):
@@ -84,7 +87,18 @@ class Sent:
     payload_bytes: int  # of the whole PUBLISH payload; 0 if nothing was sent
     draft: tuple[int, ...]  # end token included
     symbols: np.ndarray  # int8 [64, 7, 7], decoded from the payload
+    level: int = -1  # of the symbols; -1: the finest
+    channels: int = LATENT_CHANNELS  # that were sent
     draft_accepted: bool = False  # by the board's policy: the draft is the answer, and nothing was sent
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """How much of the features is sent. None: as the bundle's default."""
+
+    level: int | None = None
+    groups: int | None = None
+    max_bytes: int | None = None  # of the features
 
 
 class Chain:
@@ -98,39 +112,66 @@ class Chain:
         tier: str,
         engine: "Engine | None",
         min_confidence: float | None = None,
+        rate: RateLimit = RateLimit(),
     ) -> None:
-        """min_confidence: accept a draft with at least this confidence without verification; None: verify all."""
-        self.bundle, self.engine, self.tier = bundle, engine, tier
+        """min_confidence: accept a draft with at least this confidence without verification; None: verify all.
+
+        Raises EvaluationError for a rate that the bundle does not have.
+        """
+        latent = bundle.manifest.latent
+        for name, value, least, most in (
+            ("level", rate.level, 0, len(latent.gains) - 1),
+            ("groups", rate.groups, 1, latent.groups),
+        ):
+            if value is not None and not least <= value <= most:
+                raise EvaluationError(f"{name} {value}: bundle {bundle.manifest.name} has {least} to {most}")
+        self.bundle, self.engine, self.tier, self.rate = bundle, engine, tier, rate
         self.plan = Plan(paradigm, "evaluation", 60_000, min_confidence=min_confidence)  # type: ignore[arg-type]
         self.head = load_head(bundle, backend, 1)
         self.draft = load_draft(bundle, backend, 1) if paradigm in ("device", "speculative") else None
 
     def send(self, picture: Picture) -> Sent:
-        """Picture -> head -> draft -> envelope -> bytes -> envelope -> symbols."""
+        """Picture -> head -> draft -> envelope -> bytes -> envelope -> symbols. Raises EvaluationError."""
         pixels = to_input(decode_picture(picture.data))
-        symbols = self.head.symbols(pixels)
-        drafted = self.draft.write(symbols) if self.draft else None
+        latent = self.head.latent(pixels)
+        drafted = self.draft.write(latent.symbols()) if self.draft else None
         draft = drafted.tokens if drafted else ()
         if self.plan.paradigm == "device" or (drafted and self.plan.accepts(drafted.confidence)):
-            return Sent(picture.name, 0, draft, symbols, draft_accepted=True)
-        payload = wire.encode_request(build_request(self.bundle, bytes(8), self.plan, pixels, symbols, draft))
+            return Sent(picture.name, 0, draft, latent.symbols(), draft_accepted=True)
+        features = None if self.plan.paradigm == "offload" else self._features(picture, latent)
+        payload = wire.encode_request(build_request(self.bundle, bytes(8), self.plan, pixels, features, draft))
         request = wire.decode_request(payload)
-        if request.content_kind is wire.ContentKind.LATENT:
-            decoded = wire.decode(request.content, self.bundle.tables)
-            assert decoded.checked  # nothing on the way can have cut it
-            received = decoded.symbols
-        else:
+        draft = tuple(request.draft_ids)
+        if features is None:
             assert self.engine is not None
             received = self.engine.symbols(to_input(decode_picture(request.content)))
-        return Sent(picture.name, len(payload), tuple(request.draft_ids), received)
+            return Sent(picture.name, len(payload), draft, received)
+        decoded = wire.decode(request.content, self.bundle.tables)
+        assert decoded.checked  # nothing on the way can have cut it
+        level, channels = decoded.header.level, decoded.complete_channels
+        return Sent(picture.name, len(payload), draft, decoded.symbols, level, channels)
+
+    def _features(self, picture: Picture, latent: Latent) -> RatedSymbols:
+        rate, default = self.rate, self.bundle.manifest.latent.default_level
+        level, max_bytes = default if rate.level is None else rate.level, rate.max_bytes or NO_LIMIT
+        if features := choose_rate(latent, self.bundle.tables, level, rate.groups, max_bytes):
+            return features
+        raise EvaluationError(f"{picture.name}: its coarsest features do not fit into {max_bytes} bytes: allow more")
 
     def job(self, sent: Sent, draft: tuple[int, ...] | None = None) -> "Job":
         from server.engine import Job
 
-        return Job(sent.symbols, self.bundle.manifest.latent.gains[-1], draft, self.tier)
+        return Job(sent.symbols, sent.level, sent.channels, draft, self.tier)
 
 
-def proven_chain(bundle: Bundle, paradigm: str, tier: str, backend: str, quality_floor: float | None = None) -> Chain:
+def proven_chain(
+    bundle: Bundle,
+    paradigm: str,
+    tier: str,
+    backend: str,
+    quality_floor: float | None = None,
+    rate: RateLimit = RateLimit(),
+) -> Chain:
     """A chain whose engine has proven its numerics. quality_floor: of the paradigm `auto`, default: a board's."""
     min_confidence = None
     if paradigm == "auto":
@@ -138,13 +179,13 @@ def proven_chain(bundle: Bundle, paradigm: str, tier: str, backend: str, quality
         paradigm = "speculative"
         min_confidence = Calibration(bundle.manifest.draft_calibration).min_confidence(floor)
     if paradigm == "device":
-        return Chain(bundle, paradigm, backend, tier, None)
+        return Chain(bundle, paradigm, backend, tier, None, rate=rate)
     from server.loading import load_engine
     from server.numerics import prove
 
     engine = load_engine(bundle, [tier], threads=2)
     engine.proof = prove(engine)
-    return Chain(bundle, paradigm, backend, tier, engine, min_confidence)
+    return Chain(bundle, paradigm, backend, tier, engine, min_confidence, rate)
 
 
 Progress = Callable[[Iterable[Picture]], Iterable[Picture]]  # shows progress while it passes the pictures on
@@ -193,32 +234,45 @@ def measure_captions(
 
 
 def measure_labels(chain: Chain, photos: Photos, progress: Progress = lambda photos: photos) -> dict[str, Any]:
-    """Accuracy on pictures named class/name. Raises EvaluationError for a class that the bundle does not know."""
+    """Accuracy on pictures named class/name: classes are a bundle's ids, such as WordNet's, or its names.
+
+    A set with fewer classes than a quarter of the bundle's is a question of few answers: of these, the most probable
+    one is taken. Raises EvaluationError for a class that the bundle does not know.
+    """
     assert chain.engine is not None
-    classes = classes_of(chain.bundle)
-    right, sizes = [], []
+    numbers = class_numbers(chain.bundle)
+    wanted, sizes, found = list[int](), list[int](), list[np.ndarray]()
     for pictures in _batches(progress(photos)):
         batch = [chain.send(picture) for picture in pictures]
-        scores = chain.engine.classify([s.symbols for s in batch])
-        for picture, sent, row in zip(pictures, batch, scores, strict=True):
+        features = chain.engine.features([chain.job(s) for s in batch])
+        found += [row.cpu().numpy() for row in chain.engine.label_probabilities(features)]
+        for picture, sent in zip(pictures, batch, strict=True):
             label = PurePosixPath(picture.name).parent.name
-            if label not in classes:
-                raise EvaluationError(f"{picture.name}: class {label!r} is none of {', '.join(classes)}")
-            right.append(max(row, key=lambda name: row[name]) == label)
+            if label not in numbers:
+                raise EvaluationError(f"{picture.name}: class {label!r} is none of {', '.join(numbers)}"[:400])
+            wanted.append(numbers[label])
             sizes.append(sent.payload_bytes)
+    probabilities, candidates = np.stack(found), np.unique(wanted)
+    if 4 * len(candidates) >= probabilities.shape[1]:
+        candidates = np.arange(probabilities.shape[1])
+    best = candidates[np.argsort(-probabilities[:, candidates], axis=1)[:, :5]]
+    is_right = best == np.array(wanted)[:, None]
     return {
-        "images": len(right),
+        "images": len(wanted),
         "unreadable": photos.unreadable,
-        "accuracy": mean(right),
+        "classes": len(candidates),
+        "accuracy": float(is_right[:, 0].mean()),
+        "top5": float(is_right.any(1).mean()),
         "bytes_mean": mean(sizes),
     }
 
 
-def classes_of(bundle: Bundle) -> tuple[str, ...]:
-    """Raises EvaluationError if the bundle has no classifier."""
-    if not bundle.manifest.classes:
-        raise EvaluationError(f"bundle {bundle.manifest.name} has no classifier")
-    return bundle.manifest.classes
+def class_numbers(bundle: Bundle) -> dict[str, int]:
+    """The number of each class, by its id or its name. Raises EvaluationError if the bundle has no classifier."""
+    manifest = bundle.manifest
+    if not manifest.classes:
+        raise EvaluationError(f"bundle {manifest.name} has no classifier")
+    return {name: number for number, name in enumerate(manifest.class_ids or manifest.classes)}
 
 
 def score(references: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> dict[str, float]:

@@ -36,11 +36,11 @@ def run(
     rounds: int = 5,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """A bundle's tier on symbols int8 [N, 64, 7, 7] of level 0 and one draft each; see `captions_per_second`."""
+    """A bundle's tier on symbols int8 [N, 64, 7, 7] of the default level, with a draft each: `captions_per_second`."""
     engine = load_engine(bundle, (tier,), threads=threads)
     engine.proof = prove(engine)
-    gain = bundle.manifest.latent.gains[0]
-    jobs = [Job(s, gain, tuple(draft), tier) for s, draft in zip(symbols, drafts, strict=True)]
+    level = bundle.manifest.latent.default_level
+    jobs = [Job(s, level, draft=tuple(draft), tier=tier) for s, draft in zip(symbols, drafts, strict=True)]
     return {"threads": threads, **captions_per_second(engine, jobs, batches, rounds)}
 
 

@@ -50,7 +50,8 @@ def load_head(bundle: Bundle, backend: str, threads: int) -> Head:
     """
 
     def load(suffix: str) -> Head:
-        return Head(load_model(bundle.file(f"head{suffix}"), threads), bundle.manifest.latent.gains)
+        latent = bundle.manifest.latent
+        return Head(load_model(bundle.file(f"head{suffix}"), threads), latent.gains, latent.scales)
 
     pixels = np.zeros((PIXELS, PIXELS, 3), np.uint8)
     return load_fastest(backend, load, lambda head: head.symbols(pixels))

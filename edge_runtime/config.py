@@ -30,6 +30,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.settings import MqttConfig, is_loopback
 
 MAX_CONFIG_BYTES = 256 * 1024
+MIN_FEATURE_BYTES = 32  # a limit below this is below what a header and a few symbols take
 MAX_SHOWN = 64  # characters of a refused value in a message
 # What a value of a type is, for a person.
 WORDS: dict[Any, str] = {
@@ -164,6 +165,9 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] = 5000  # from capture; after it the draft is the final answer
     resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply; then sent again with its id
     open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # when full, the device answers alone
+    level: Annotated[int, Meta(ge=0, le=7)] | None = None  # finest level of features; none: the bundle's default
+    # Longest features of a frame, without the other parts of a request; longer ones are sent coarser. None: no limit.
+    max_bytes: Annotated[int, Meta(ge=MIN_FEATURE_BYTES, le=1_000_000)] | None = None
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # of offload, and of the JPEG size that events compare with
     slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # simulates a slower board, by sleeping
 

@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -21,8 +21,9 @@ from edge_runtime.capture import Frame
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Draft, Drafted
-from edge_runtime.inference.head import Head
+from edge_runtime.inference.head import Head, Latent
 from edge_runtime.inference.preprocess import to_input
+from edge_runtime.inference.rate import NO_LIMIT, RatedSymbols, choose_rate
 from edge_runtime.planning import Plan, Planner
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
@@ -32,18 +33,16 @@ from edge_runtime.wire import (
     Paradigm,
     Request,
     RequestIds,
-    Tables,
     WireError,
     bitstream,
     encode_request,
 )
 from edge_runtime.wire.envelope import encode_tokens
-from edge_runtime.wire.event import AnsweredBy, Event
+from edge_runtime.wire.event import AnsweredBy, Event, Rate
 
 logger = logging.getLogger(__name__)
 
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # for a request that contains features
-NO_SYMBOLS = np.empty((0, 0, 0), np.int8)  # before the head has computed them
 
 
 class Stopwatch:
@@ -71,8 +70,9 @@ class FrameInProgress:
     watch: Stopwatch
     request_id: bytes
     pixels: npt.NDArray[np.uint8]  # [H, W, 3], RGB, the input of the head
-    symbols: npt.NDArray[np.int8] = field(default_factory=lambda: NO_SYMBOLS)  # the output of the head
+    latent: Latent | None = None  # the output of the head
     draft: Drafted | None = None
+    rate: Rate | None = None  # of the features that were sent
     bytes_up: int = 0  # of the request that was sent
     jpeg_bytes: int = 0  # of the frame as a picture, sent or not
 
@@ -131,13 +131,13 @@ class Pipeline:
 
     def _device(self, work: FrameInProgress) -> Event:
         """The draft is the answer."""
-        self._compute_symbols(work)
+        self._run_head(work)
         self._write_draft(work)
         return self._answer_on_device(work, work.plan.why)
 
     def _split(self, work: FrameInProgress) -> Event:
         """The request contains the features. The draft is decoded after sending, to show something until the reply."""
-        self._compute_symbols(work)
+        self._run_head(work)
         refusal = self._send(work)
         if refusal or work.plan.writes_draft:
             self._write_draft(work)
@@ -145,7 +145,7 @@ class Pipeline:
 
     def _speculative(self, work: FrameInProgress) -> Event:
         """The request contains features and draft. A draft that is good enough is the answer without a request."""
-        self._compute_symbols(work)
+        self._run_head(work)
         self._write_draft(work)
         if work.draft and work.plan.accepts(work.draft.confidence) and not work.plan.keep:
             why = f"the draft is sure enough: confidence {work.draft.confidence:.2f}"
@@ -157,46 +157,63 @@ class Pipeline:
         """The request contains the picture. The outbox keeps features instead: they are small and show nobody."""
         refusal = self._send(work)
         if refusal or work.plan.writes_draft or self.tracker.has_outbox:
-            self._compute_symbols(work)
+            self._run_head(work)
         if refusal or work.plan.writes_draft:
             self._write_draft(work)
         if refusal:
             return self._answer_on_device(work, refusal)
-        if not self.tracker.has_outbox or not work.symbols.size:
+        kept = self._features(work) if self.tracker.has_outbox and work.latent else None
+        if not kept:
             return self._announce(work)
-        return self._announce(work, encode_request(self._request(work, replace(work.plan, paradigm="speculative"))))
+        plan = replace(work.plan, paradigm="speculative")
+        return self._announce(work, encode_request(self._request(work, plan, kept)))
 
     # ---- their steps ----
 
-    def _compute_symbols(self, work: FrameInProgress) -> None:
+    def _run_head(self, work: FrameInProgress) -> None:
         if self.head:
-            work.symbols = self.head.symbols(work.pixels)
+            work.latent = self.head.latent(work.pixels)
             work.watch.lap("head")
 
     def _write_draft(self, work: FrameInProgress) -> None:
-        if self.draft:
-            work.draft = self.draft.write(work.symbols)
+        if self.draft and work.latent:
+            work.draft = self.draft.write(work.latent.symbols())
             work.watch.lap("draft")
+
+    def _features(self, work: FrameInProgress) -> RatedSymbols | None:
+        """The symbols that are sent, at the rate of the plan. None: its bytes do not hold even the coarsest ones."""
+        if work.latent is None:
+            return None
+        plan, latent = work.plan, self.bundle.manifest.latent
+        level = latent.default_level if plan.level is None else min(plan.level, len(latent.gains) - 1)
+        max_bytes = NO_LIMIT if plan.max_bytes is None else plan.max_bytes
+        return choose_rate(work.latent, self.bundle.tables, level, plan.groups, max_bytes)
 
     def _send(self, work: FrameInProgress) -> str | None:
         """Sends the request. Returns None, or why it was not sent: it does not fit into the byte budget."""
         plan, captured = work.plan, work.frame.captured
-        request = self._request(work, plan)
+        features = self._features(work) if plan.paradigm != "offload" else None
+        if features is None and plan.paradigm != "offload":
+            return f"{plan.paradigm}: the coarsest features do not fit into {plan.max_bytes} bytes"
+        request = self._request(work, plan, features)
         payload = encode_request(request)
         work.watch.lap("encode")
-        if plan.paradigm == "offload":
+        if features is None:
             work.jpeg_bytes = len(request.content)
-        elif plan.keep:  # the outbox stores this event. In all other cases the encoding would only delay the request.
-            self._count_jpeg_bytes(work)
+        else:
+            work.rate = Rate(features.level, features.groups, len(request.content))
+            if plan.keep:  # the outbox stores this event. In all other cases the encoding would only delay the request.
+                self._count_jpeg_bytes(work)
         event, deadline = self._event(work, bytes_up=len(payload)), captured + plan.budget_ms / 1e3
         if not self.tracker.submit(NewRequest(request, payload, event, captured, deadline, plan.keep)):
+            work.rate = None
             return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
         work.bytes_up = len(payload)
         return None
 
-    def _request(self, work: FrameInProgress, plan: Plan) -> Request:
+    def _request(self, work: FrameInProgress, plan: Plan, features: RatedSymbols | None) -> Request:
         age_ms, tokens = int(1e3 * (time.monotonic() - work.frame.captured)), work.draft.tokens if work.draft else ()
-        return build_request(self.bundle, work.request_id, plan, work.pixels, work.symbols, tokens, age_ms)
+        return build_request(self.bundle, work.request_id, plan, work.pixels, features, tokens, age_ms)
 
     def _answer_on_device(self, work: FrameInProgress, why: str) -> Event:
         """Publishes the draft as the only answer."""
@@ -230,6 +247,7 @@ class Pipeline:
             "picture": frame.name.encode(errors="replace").decode()[-256:],  # a name may contain bytes that are no text
             "bytes_up": work.bytes_up,
             "jpeg_bytes": work.jpeg_bytes,
+            "rate": work.rate,
             "timings_ms": dict(work.watch.ms),
             "after_ms": 1e3 * (time.monotonic() - frame.captured),
         }
@@ -244,28 +262,30 @@ def build_request(
     request_id: bytes,
     plan: Plan,
     pixels: npt.NDArray[np.uint8],
-    symbols: npt.NDArray[np.int8],
+    features: RatedSymbols | None,
     draft: tuple[int, ...],
     age_ms: int = 0,
 ) -> Request:
-    """The request of one frame; for a real board and for an evaluation. age_ms: since the capture."""
-    offloads = plan.paradigm == "offload"
+    """The request of one frame; for a real board and for an evaluation. features: None sends the picture.
+
+    age_ms: since the capture.
+    """
+    if features:
+        kind = ContentKind.LATENT
+        content = bitstream.encode(features.symbols, bundle.tables, features.level, features.groups)
+    else:
+        kind, content = ContentKind.JPEG, to_jpeg(pixels, plan.jpeg_quality)
     return Request(
         id=request_id,
         bundle=bundle.id,
         paradigm=Paradigm[plan.paradigm.upper()],
         age_ms=age_ms,
         budget_ms=max(0, plan.budget_ms - age_ms),
-        content_kind=ContentKind.JPEG if offloads else ContentKind.LATENT,
-        content=to_jpeg(pixels, plan.jpeg_quality) if offloads else encode_finest(symbols, bundle.tables),
+        content_kind=kind,
+        content=content,
         draft=encode_tokens(draft) if plan.paradigm == "speculative" else b"",
         options=Options(tier=plan.tier, propose=plan.propose) if plan.propose or plan.tier is not None else None,
     )
-
-
-def encode_finest(symbols: npt.NDArray[np.int8], tables: Tables) -> bytes:
-    """The bits of symbols at the finest level, which is the level of the head's output."""
-    return bitstream.encode(symbols, tables, level=tables.levels - 1)
 
 
 def to_jpeg(pixels: npt.NDArray[np.uint8], quality: int) -> bytes:

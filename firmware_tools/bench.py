@@ -156,13 +156,15 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
 
         return device.run(bundle, pictures, [args.backend] if args.backend else BACKENDS, args.frames)
     head = load_head(bundle, args.backend or "onnx", 1)
-    symbols = np.stack([head.symbols(to_input(picture)) for picture in pictures])
+    level = bundle.manifest.latent.default_level
+    latents = [head.latent(to_input(picture)) for picture in pictures]
+    symbols = np.stack([latent.symbols(level) for latent in latents])
     if args.part == "codec":
         from benchmarks import codec
 
-        return codec.run(symbols, bundle.tables, bundle.tables.levels - 1)
+        return codec.run(symbols, bundle.tables, level)
     draft = load_draft(bundle, args.backend or "onnx", 1)
-    drafts = [draft.write(s).tokens for s in symbols]
+    drafts = [draft.write(latent.symbols()).tokens for latent in latents]
     if args.part == "server":
         from benchmarks import server
 

@@ -3,12 +3,15 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_runtime.config import PolicyConfig
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from models import SHIPPED_BUNDLE
 from testbed.terminal import new_file, number, print_figures, share, track
+
+if TYPE_CHECKING:
+    from benchmarks.quality import RateLimit
 
 CAPTIONS_HELP = "columns image, caption, and split if there are several; images by path or file name"
 
@@ -31,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     caption.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
     classify = kinds.add_parser("classify", help="accuracy on pictures named class/name.JPEG")
     for kind in (caption, classify):
+        kind.add_argument("--level", type=int, metavar="N", help="finest level that is sent (default: the bundle's)")
+        kind.add_argument("--groups", type=int, metavar="N", help="channel groups that are sent (default: all)")
+        kind.add_argument("--bytes", type=number, metavar="N", help="longest features; coarser ones are sent if needed")
         kind.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR")
         kind.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="default: the shipped bundle")
         kind.add_argument("--backend", choices=["onnx", "litert"], default="onnx")
@@ -53,15 +59,22 @@ def _caption(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
 
     captions = captions_of(args.captions, args.split)
     photos = Photos(args.images, captions, args.limit)
-    chain = proven_chain(bundle, args.paradigm, args.tier, args.backend, args.quality_floor)
+    chain = proven_chain(bundle, args.paradigm, args.tier, args.backend, args.quality_floor, rate_limit(args))
     title, count = f"{args.paradigm} {args.tier}", args.limit or len(captions)
     return measure_captions(chain, photos, captions, lambda pictures: track(pictures, title, count))
 
 
 def _classify(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
-    from benchmarks.quality import Photos, classes_of, measure_labels, proven_chain
+    from benchmarks.quality import Photos, class_numbers, measure_labels, proven_chain
 
-    classes_of(bundle)
-    chain = proven_chain(bundle, "split", next(iter(bundle.manifest.targets)), args.backend)
+    class_numbers(bundle)
+    tier = next(iter(bundle.manifest.targets))
+    chain = proven_chain(bundle, "split", tier, args.backend, rate=rate_limit(args))
     photos = Photos(args.images, limit=args.limit)
     return measure_labels(chain, photos, lambda pictures: track(pictures, "classify", args.limit))
+
+
+def rate_limit(args: argparse.Namespace) -> "RateLimit":
+    from benchmarks.quality import RateLimit
+
+    return RateLimit(args.level, args.groups, args.bytes)

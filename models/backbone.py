@@ -42,6 +42,8 @@ BLOCKS = (
     + _stage(1, 3, 1, 6, 192, 320)
 )
 CUT = 11  # the head is blocks 0..10: 243 of the 384 million multiply-adds
+FROZEN = 8  # blocks 0..7 are used as they are; the head's other blocks are trained with the bottleneck
+FROZEN_CHANNELS = BLOCKS[FROZEN - 1].outputs
 CUT_CHANNELS = BLOCKS[CUT - 1].outputs
 MAP_CHANNELS = BLOCKS[-1].outputs
 FEATURES = 1280
@@ -102,11 +104,11 @@ class Lite0(nn.Module):
         self.features = Conv(MAP_CHANNELS, FEATURES, 1)
         self.classifier = nn.Linear(FEATURES, 1000)
 
-    def cut_features(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 224, 224, 3] RGB to the map at the cut, float [B, 112, 14, 14]."""
+    def frozen(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 224, 224, 3] RGB to the map behind the frozen blocks, float [B, 80, 14, 14]."""
         x: Tensor = self.stem(normalise(pixels, self.stem.weight.dtype))
-        cut: Tensor = self.blocks[:CUT](x)
-        return cut
+        frozen: Tensor = self.blocks[:FROZEN](x)
+        return frozen
 
     def rest(self, cut: Tensor) -> tuple[Tensor, Tensor]:
         """Map at the cut, float [B, 112, 14, 14], to (last map [B, 320, 7, 7], ImageNet logits [B, 1000])."""

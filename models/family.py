@@ -3,7 +3,8 @@
 One head on the board, one latent on the wire, several targets on the servers. This file knows nothing about training
 schedules, bitstreams, batching and files.
 
-Shapes used throughout: B batch, C = 64 latent channels, N = 49 positions (7 x 7), D width, T tokens, V vocabulary.
+Shapes used throughout: B batch, C = 64 latent channels, G = 4 groups of them, N = 49 positions (7 x 7), L levels,
+D width, T tokens, V vocabulary.
 """
 
 import math
@@ -18,6 +19,8 @@ from models.backbone import BLOCKS, CUT, CUT_CHANNELS, FEATURES, MAP_CHANNELS, B
 
 LATENT = (64, 7, 7)  # channels, height, width
 POSITIONS = LATENT[1] * LATENT[2]
+GROUPS = 4  # nested groups of channels, the most important first
+LABEL_WORDS = 12
 NEVER_EMITTED = (PAD, BOS, UNKNOWN)  # a decoder can score them, but no text contains them
 
 
@@ -40,11 +43,11 @@ class Head(nn.Module):
 
 
 class Density(nn.Module):
-    """The bottleneck's prior q(z): per channel a mixture of three logistics, integrated over unit bins.
+    """The bottleneck's prior q(z): per channel a mixture of three logistics, integrated over the bins of a symbol.
 
-    Training minimises -log2 q of the latent, an upper bound on I(X; Z) (Ballé et al., arXiv 1611.01704; Alemi et al.,
-    deep variational information bottleneck, arXiv 1612.00410). It is not used after training: the shipped tables are
-    counted on rounded symbols.
+    Training minimises -log2 q of the symbols, an upper bound on I(X; Z) (Ballé et al., arXiv 1611.01704; Alemi et al.,
+    deep variational information bottleneck, arXiv 1612.00410). One density of the latent serves all levels, since a
+    level only changes the width of the bins. It is not used after training: the shipped tables are counted.
     """
 
     def __init__(self, channels: int = LATENT[0], components: int = 3) -> None:
@@ -53,12 +56,13 @@ class Density(nn.Module):
         self.means = nn.Parameter(torch.linspace(-0.5, 0.5, components).repeat(channels, 1))
         self.log_scales = nn.Parameter(torch.linspace(-1.0, 1.0, components).repeat(channels, 1))
 
-    def bits(self, latent: Tensor) -> Tensor:
-        """Float [B, C, H, W] to bits per element, in the same shape."""
-        x = latent.float()[..., None]
+    def bits(self, symbols: Tensor, gains: Tensor) -> Tensor:
+        """Symbols, float [B, C, H, W], and the gain of each row's level, float [B], to bits per symbol [B, C, H, W]."""
+        x, gain = symbols.float()[..., None], gains[:, None, None, None, None]
         means, logits = self.means[:, None, None], self.logits[:, None, None]
         scales = self.log_scales[:, None, None].exp()
-        upper, lower = torch.sigmoid((x + 0.5 - means) / scales), torch.sigmoid((x - 0.5 - means) / scales)
+        upper = torch.sigmoid(((x + 0.5) / gain - means) / scales)
+        lower = torch.sigmoid(((x - 0.5) / gain - means) / scales)
         mass = ((upper - lower) * logits.softmax(-1)).sum(-1)
         return -torch.log2(mass.clamp_min(2.0**-16))
 
@@ -73,23 +77,28 @@ class MatrixConv(Conv):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Float [B, C, H, W] to float [B, C', H, W]."""
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Float [B, C, H, W] to float [B, C', H, W]. scale and shift, [B, C'], change each row before the ReLU6."""
         H, W = x.shape[2:]
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         windows = torch.cat([padded[:, i : i + H, j : j + W] for i in range(3) for j in range(3)], -1)
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view if the memory is channels last, as on a server
-        return F.relu6(F.linear(windows, weight, self.bias)).permute(0, 3, 1, 2)
+        y = F.linear(windows, weight, self.bias)
+        if scale is not None and shift is not None:
+            y = y * scale[:, None, None] + shift[:, None, None]
+        return F.relu6(y).permute(0, 3, 1, 2)
 
 
 class Tail(nn.Module):
     """The server's part of the image network: symbols back to the backbone's last map and 1280 features.
 
     The expander reconstructs the map at the cut from the symbols: a linear layer plus a small network. The backbone's
-    remaining blocks, fine-tuned, follow.
+    remaining blocks, fine-tuned, follow. With several levels, the expander is told each row's level and how much of
+    each group has arrived: `steps` turns symbols into latent units, and the hidden layers are scaled and shifted before
+    their ReLU6 (feature-wise linear modulation: Perez et al., arXiv 1709.07871).
     """
 
-    def __init__(self, width: int = 256) -> None:
+    def __init__(self, levels: int = 1, width: int = 256) -> None:
         super().__init__()
         self.linear = Conv(LATENT[0], 4 * CUT_CHANNELS, 1, linear=True)
         self.expand = nn.Sequential(
@@ -97,20 +106,50 @@ class Tail(nn.Module):
         )
         self.blocks = nn.Sequential(*(Block(shape) for shape in BLOCKS[CUT:]))
         self.features = Conv(MAP_CHANNELS, FEATURES, 1)
+        self.levels = levels
+        if levels > 1:
+            self.steps = nn.Parameter(torch.ones(levels, LATENT[0]))
+            self.of_level = nn.Parameter(torch.tensor([1.0, 0.0, 1.0, 0.0])[:, None].repeat(levels, 1, width))
+            self.of_groups = nn.Parameter(torch.zeros(GROUPS, 4, width))
 
-    def last_map(self, symbols: Tensor) -> Tensor:
-        """Symbols, float [B, 64, 7, 7], to the backbone's last map, float [B, 320, 7, 7]."""
-        last: Tensor = self.blocks(self.cut(symbols))
+    def last_map(self, symbols: Tensor, level: Tensor | None = None, arrived: Tensor | None = None) -> Tensor:
+        """Symbols, float [B, 64, 7, 7], to the backbone's last map, float [B, 320, 7, 7]. See `cut`."""
+        last: Tensor = self.blocks(self.cut(symbols, level, arrived))
         return last
 
-    def cut(self, symbols: Tensor) -> Tensor:
-        """Symbols, float [B, 64, 7, 7], to the reconstructed map at the cut, float [B, 112, 14, 14]."""
-        return F.pixel_shuffle(self.linear(symbols) + self.expand(symbols), 2)
+    def cut(self, symbols: Tensor, level: Tensor | None = None, arrived: Tensor | None = None) -> Tensor:
+        """Symbols, float [B, 64, 7, 7], to the reconstructed map at the cut, float [B, 112, 14, 14].
 
-    def forward(self, symbols: Tensor) -> Tensor:
-        """Symbols, float [B, 64, 7, 7], to features, float [B, N, 1280], >= 0."""
-        features: Tensor = self.features(self.last_map(symbols))
+        level: int64 [B]; arrived: the share of each group's channels that is there, float [B, G]. The others are zero.
+        By default all rows are complete and of the finest level.
+        """
+        if self.levels == 1:
+            return F.pixel_shuffle(self.linear(symbols) + self.expand(symbols), 2)
+        if level is None:
+            level = torch.full((len(symbols),), self.levels - 1, device=symbols.device)
+        if arrived is None:
+            arrived = symbols.new_ones(len(symbols), GROUPS)
+        latent = symbols * self.steps[level][..., None, None].to(symbols.dtype)
+        # Sums in a fixed order and not a matrix product, so that a row's bits do not depend on the batch.
+        told = self.of_level[level]
+        for group in range(GROUPS):
+            told = told + arrived[:, group, None, None] * self.of_groups[group]
+        scale1, shift1, scale2, shift2 = told.to(symbols.dtype).unbind(1)
+        first, second, last = self.expand
+        hidden = second(first(latent, scale1, shift1), scale2, shift2)
+        return F.pixel_shuffle(self.linear(latent) + last(hidden), 2)
+
+    def forward(self, symbols: Tensor, level: Tensor | None = None, arrived: Tensor | None = None) -> Tensor:
+        """Symbols, float [B, 64, 7, 7], to features, float [B, N, 1280], >= 0. See `cut`."""
+        features: Tensor = self.features(self.last_map(symbols, level, arrived))
         return features.flatten(2).transpose(1, 2)
+
+
+def arrived_groups(channels: Tensor) -> Tensor:
+    """How many of the 64 channels are there, int64 [B], to the share of each group, float [B, G]."""
+    size = LATENT[0] // GROUPS
+    starts = torch.arange(GROUPS, device=channels.device) * size
+    return ((channels[:, None] - starts) / size).clamp(0.0, 1.0)
 
 
 class Classifier(nn.Module):
@@ -136,13 +175,14 @@ class DecoderShape:
     encoder_layers: int = 1
     decoder_layers: int = 3
     max_tokens: int = 24  # of a text, its end token included
+    label_words: int = 0  # words of the likeliest labels that it sees besides the features
 
 
 def decoder_shapes(vocabulary: int) -> dict[str, DecoderShape]:
     """The decoder of each tier."""
     return {
-        "cloud": DecoderShape(vocabulary, width=256, heads=4, encoder_layers=1, decoder_layers=3),
-        "edge": DecoderShape(vocabulary, width=160, heads=4, encoder_layers=0, decoder_layers=1),
+        "cloud": DecoderShape(vocabulary, width=256, encoder_layers=1, decoder_layers=3, label_words=LABEL_WORDS),
+        "edge": DecoderShape(vocabulary, width=160, encoder_layers=0, decoder_layers=1, label_words=LABEL_WORDS),
     }
 
 
@@ -240,11 +280,15 @@ class Cache:
     values: list[Tensor]
 
 
-Memory = list[tuple[Tensor, Tensor]]  # per decoder layer, keys and values of the image [B, heads, N + 1, D / heads]
+# Per decoder layer, keys and values of the image, its mean and the label words, [B, heads, N + 1 + words, D / heads].
+Memory = list[tuple[Tensor, Tensor]]
 
 
 class TextDecoder(nn.Module):
     """A transformer decoder that writes a caption from the features (Vaswani et al., arXiv 1706.03762).
+
+    It also sees the words of the likeliest labels. They name things that no captioned photo has taught, and they let it
+    learn from sentences without photos, whose own nouns stand in for labels.
 
     Input and output embeddings are shared. `forward` is for training; `step` is for serving, over a static cache.
     """
@@ -258,6 +302,8 @@ class TextDecoder(nn.Module):
         self.image = nn.Linear(FEATURES, D)
         self.image_positions = nn.Parameter(torch.randn(POSITIONS + 1, D) * 0.02)
         self.encoder = nn.ModuleList(EncoderLayer(D, shape.heads) for _ in range(shape.encoder_layers))
+        if shape.label_words:
+            self.label_positions = nn.Parameter(torch.randn(shape.label_words, D) * 0.02)
         self.image_norm = nn.LayerNorm(D)
         self.tokens = nn.Embedding(shape.vocabulary, D)
         self.positions = nn.Parameter(torch.randn(shape.max_tokens, D) * 0.02)
@@ -268,14 +314,26 @@ class TextDecoder(nn.Module):
         banned[list(NEVER_EMITTED)] = -math.inf
         self.register_buffer("never_emitted", banned, persistent=False)
 
-    def encode_image(self, features: Tensor, drop: Dropout | None = None) -> Memory:
-        """Features [B, N, 1280] to the image's keys and values for each decoder layer."""
+    def encode_image(self, features: Tensor, labels: Tensor | None = None, drop: Dropout | None = None) -> Memory:
+        """Features [B, N, 1280] and words of labels, int64 [B, label_words], PAD where there are none, to the memory.
+
+        Zeros as features mean that there is no image.
+        """
         drop = drop or Dropout()
         x = self.image(torch.cat([features, features.mean(1, keepdim=True)], 1)) + self.image_positions
         x = drop(x)
         for layer in self.encoder:
             x = layer(x, drop)
-        x = self.image_norm(x)
+        return self.remember(x, labels, drop)
+
+    def remember(self, image: Tensor, labels: Tensor | None = None, drop: Dropout | None = None) -> Memory:
+        """The encoded image [B, N + 1, D] and words of labels to the keys and values of each decoder layer."""
+        if words := self.shape.label_words:
+            if labels is None:
+                labels = torch.full((len(image), words), PAD, device=image.device)
+            seen = self.tokens(labels) + self.label_positions
+            image = torch.cat([image, (drop or Dropout())(seen).to(image.dtype)], 1)
+        x = self.image_norm(image)
         return [layer.image_attention.keys_values(x) for layer in self.layers]  # type: ignore[union-attr, operator]
 
     def forward(
@@ -360,7 +418,8 @@ def gru_step(x: Tensor, h: Tensor, state: Tensor) -> Tensor:
 class DraftDecoder(nn.Module):
     """The board's text decoder: a gated recurrent unit (Cho et al., arXiv 1406.1078) with attention to the latent.
 
-    It has less than a million parameters. `encode_image` runs once per frame, then `step` once per token.
+    It has less than a million parameters: of a large vocabulary it knows the first words, which are the most frequent.
+    `encode_image` runs once per frame, then `step` once per token.
     """
 
     never_emitted: Tensor

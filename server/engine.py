@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_runtime.inference.bundle import BOS, BundleError
-from models.family import Classifier, Head, Memory, Tail, TextDecoder
+from models.family import LATENT, Classifier, Head, Memory, Tail, TextDecoder, arrived_groups
+from models.labels import label_words
 from models.lookahead import Lookahead
 from server.verify import Text, new_text, next_block, propose_again, verify
 
@@ -39,8 +40,9 @@ MAX_LABELS = 5  # of an answer, the likeliest
 class Job:
     """What the engine needs for one text."""
 
-    symbols: NDArray[np.int8]  # [64, 7, 7]
-    gain: float = 1.0  # of the symbols' level: symbols per unit of the head's output
+    symbols: NDArray[np.int8]  # [64, 7, 7]; zero where they have not arrived
+    level: int = -1  # of the symbols; -1: the finest
+    channels: int = LATENT[0]  # that have arrived, the first ones
     # Any integers: what cannot be used is cut. None: the target writes alone, without proposals of the server either.
     draft: tuple[int, ...] | None = None
     tier: str = "edge"
@@ -99,11 +101,16 @@ class Engine:
         classes: tuple[str, ...] = (),
         head: Head | None = None,
         lookaheads: Mapping[str, Lookahead] | None = None,
+        label_words: Sequence[tuple[int, ...]] = (),
         device: str = "cpu",
     ) -> None:
-        """lookaheads: by tier. Without one, nothing is proposed after a draft that has ended or gone wrong."""
+        """lookaheads: by tier. Without one, nothing is proposed after a draft that has ended or gone wrong.
+
+        label_words: the token ids of each class's name, for decoders that see them.
+        """
         self.tail, self.decoders, self.classifier, self.classes, self.head = tail, decoders, classifier, classes, head
         self.lookaheads = lookaheads or {}
+        self.label_words = list(label_words)
         self.device = torch.device(device)
         self.proof = Proof()
 
@@ -111,8 +118,7 @@ class Engine:
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
         """The texts of any number of jobs, in their order."""
         started = time.perf_counter()
-        latents = np.stack([job.symbols.astype(np.float32) / np.float32(job.gain) for job in jobs])
-        features = self.features(torch.from_numpy(latents).to(self.device), self.proof.tail_sizes)
+        features = self.features(jobs)
         tail_ms = 1e3 * (time.perf_counter() - started)
         answers: dict[int, Answer] = {}
         for tier in dict.fromkeys(job.tier for job in jobs):
@@ -122,11 +128,17 @@ class Engine:
                 answers.update(zip(batch, written, strict=True))
         return [answers[i] for i in range(len(jobs))]
 
-    def features(self, latents: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The tail in batches of these sizes: latents, float [B, 64, 7, 7], to features, float [B, N, 1280]."""
-        # Channels last: a sixth faster on a CPU, and convolutions are meant to run so on a GPU.
-        parts = [part.contiguous(memory_format=torch.channels_last) for part in padded_batches(latents, sizes)]
-        return torch.cat([self.tail(part) for part in parts])[: len(latents)]
+    @torch.inference_mode()
+    def features(self, jobs: Sequence[Job], sizes: Sequence[int] = ()) -> Tensor:
+        """The tail, in batches of these sizes, by default the proven ones: float [B, N, 1280] of the jobs' symbols."""
+        symbols = torch.from_numpy(np.stack([job.symbols for job in jobs]).astype(np.float32))
+        level = torch.tensor([job.level % self.tail.levels for job in jobs])
+        arrived = arrived_groups(torch.tensor([job.channels for job in jobs]))
+        sizes, parts = sizes or self.proof.tail_sizes, list[Tensor]()
+        for rows in zip(*(padded_batches(x.to(self.device), sizes) for x in (symbols, level, arrived)), strict=True):
+            # Channels last: a sixth faster on a CPU, and convolutions are meant to run so on a GPU.
+            parts.append(self.tail(rows[0].contiguous(memory_format=torch.channels_last), *rows[1:]))
+        return torch.cat(parts)[: len(jobs)]
 
     def _decode(self, tier: str, jobs: Sequence[Job], features: Tensor, tail_ms: float) -> list[Answer]:
         decoder = self.decoders[tier]
@@ -137,7 +149,9 @@ class Engine:
             for job, draft in zip(jobs, drafts, strict=True)
         ]
         started = time.perf_counter()
-        memory = encode_image(decoder, features, self.proof.image_sizes)
+        labels = self.label_probabilities(features) if self.classifier else [torch.empty(0)] * len(jobs)
+        words = self.words_seen(decoder, labels)
+        memory = encode_image(decoder, features, self.proof.image_sizes, words)
         encoded = time.perf_counter()
         speculative = [i for i, draft in enumerate(drafts) if draft is not None]
         batch = DecodingBatch(decoder, memory, texts, self.proof.shapes, self.lookaheads.get(tier), speculative)
@@ -151,26 +165,36 @@ class Engine:
                 answers.append(Answer((), error=f"target {tier} computed no finite numbers", stages_ms=stages))
                 continue
             confidence = math.exp(log_probability / len(text.tokens))
-            scores = self._labels(features[i]) if job.wants_label else {}
+            scores = self._likeliest(labels[i]) if job.wants_label else {}
             counts = text.accepted, text.proposed, text.accepted_again, text.passes
             answers.append(Answer(text.without_end, *counts, confidence, scores, stages_ms=stages))
         return answers
 
     @torch.inference_mode()
-    def classify(self, latents: Sequence[NDArray[np.int8]], gain: float = 1.0) -> list[dict[str, float]]:
-        """Labels alone, without a text: latents int8 [64, 7, 7] each, to the probabilities of the likeliest labels."""
-        symbols = torch.from_numpy(np.stack(latents).astype(np.float32) / np.float32(gain)).to(self.device)
-        return [self._labels(row) for row in self.features(symbols, self.proof.tail_sizes)]
+    def label_probabilities(self, features: Tensor) -> list[Tensor]:
+        """Features [B, N, 1280] to the probabilities of the classes, [classes] of each row.
 
-    def _labels(self, features: Tensor) -> dict[str, float]:
+        Row by row, since a decoder may see the words of the likeliest: their bits must not depend on the batch.
+        """
         if self.classifier is None:
+            raise BundleError("this bundle has no classifier")
+        return [self.classifier(row[None])[0].softmax(-1) for row in features]
+
+    def words_seen(self, decoder: TextDecoder, labels: Sequence[Tensor]) -> Tensor | None:
+        """The words of the likeliest labels that a decoder sees, int64 [B, label_words]; None if it sees none."""
+        if not (count := decoder.shape.label_words):
+            return None
+        return torch.tensor([label_words(row.cpu(), self.label_words, count) for row in labels], device=self.device)
+
+    def _likeliest(self, probabilities: Tensor) -> dict[str, float]:
+        if not len(probabilities):
             return {}
-        best = self.classifier(features[None])[0].softmax(-1).topk(min(MAX_LABELS, len(self.classes)))
+        best = probabilities.topk(min(MAX_LABELS, len(self.classes)))
         return {self.classes[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
 
     @torch.inference_mode()
     def symbols(self, pixels: NDArray[np.uint8]) -> NDArray[np.int8]:
-        """The float head, for pictures that were sent: uint8 [224, 224, 3] to symbols int8 [64, 7, 7], gain 1."""
+        """The float head, for pictures that were sent: uint8 [224, 224, 3] to symbols int8 [64, 7, 7], finest level."""
         if self.head is None:
             raise BundleError("this bundle has no head.safetensors: pictures cannot be answered, only latents")
         latent = self.head(torch.from_numpy(pixels)[None].to(self.device))[0]
@@ -266,9 +290,11 @@ def cheapest(shapes: Sequence[Shape], rows: int, width: int) -> Shape:
     return min((s for s in shapes if s[0] >= rows and s[1] >= width), key=lambda s: (s[0] * s[1], s[0]))
 
 
-def encode_image(decoder: TextDecoder, features: Tensor, sizes: Sequence[int]) -> Memory:
-    """The decoder's keys and values of the image from features [B, N, 1280], in batches of these sizes only."""
-    parts = [decoder.encode_image(part) for part in padded_batches(features, sizes)]
+def encode_image(decoder: TextDecoder, features: Tensor, sizes: Sequence[int], words: Tensor | None = None) -> Memory:
+    """The decoder's memory of features [B, N, 1280] and words of labels [B, label_words], in batches of these sizes."""
+    seen = padded_batches(features, sizes)
+    told = [None] * len(seen) if words is None else padded_batches(words, sizes)
+    parts = [decoder.encode_image(part, labels) for part, labels in zip(seen, told, strict=True)]
     layers = zip(*parts, strict=True)
     return [
         (torch.cat([k for k, _ in layer])[: len(features)], torch.cat([v for _, v in layer])[: len(features)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle, BundleError
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
+from models.labels import words_of_labels
 from models.lookahead import Lookahead, lookahead_file
 from server.engine import Engine
 
@@ -38,7 +39,7 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
         raise BundleError(f"bundle {manifest.name} codes {manifest.latent}, this version's networks read {LATENT}")
     weights = load_tensors(bundle, manifest.tail)
     decoders = {tier: _decoder(bundle, tier) for tier in tiers}
-    tail = filled(Tail(), _below(weights, "tail."), manifest.tail)
+    tail = filled(Tail(len(manifest.latent.gains)), _below(weights, "tail."), manifest.tail)
     classifier, head = None, None
     if manifest.classes:
         classifier = filled(Classifier(len(manifest.classes)), _below(weights, "classifier."), manifest.tail)
@@ -50,7 +51,12 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
         if network is not None:
             network.to(device)
     lookaheads = {tier: found for tier in tiers if (found := _lookahead(bundle, tier))}
-    return Engine(tail, decoders, classifier, manifest.classes, head, lookaheads, device)
+    label_words: list[tuple[int, ...]] = []
+    if any(decoder.shape.label_words for decoder in decoders.values()):
+        if classifier is None:
+            raise BundleError(f"bundle {manifest.name}: its decoders see labels, but it has no classes")
+        label_words = words_of_labels(manifest.classes, bundle.words)
+    return Engine(tail, decoders, classifier, manifest.classes, head, lookaheads, label_words, device)
 
 
 def _decoder(bundle: Bundle, tier: str) -> TextDecoder:
@@ -64,6 +70,7 @@ def _decoder(bundle: Bundle, tier: str) -> TextDecoder:
         target.encoder_layers,
         target.decoder_layers,
         bundle.manifest.max_tokens,
+        target.label_words,
     )
     weights = load_tensors(bundle, target.file)  # first, since it checks the size that bounds the shape
     return filled(TextDecoder(shape), weights, target.file)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edge_runtime.inference.bundle import BOS, UNKNOWN
 from models.family import LATENT, Memory, TextDecoder
-from server.engine import BLOCK, SIZES, WIDTHS, Engine, Proof, Shape, encode_image
+from server.engine import BLOCK, SIZES, WIDTHS, Engine, Job, Proof, Shape, encode_image
 
 Option = TypeVar("Option", int, Shape)
 
@@ -33,9 +33,10 @@ def prove(engine: Engine, sizes: Sequence[int] = SIZES) -> Proof:
     the real tokens in a block, and what is left in the cache. Takes about a second per target on a CPU.
     """
     random = torch.Generator().manual_seed(0)
-    symbols = torch.randint(-4, 5, (max(sizes), *LATENT), generator=random).float().to(engine.device)
-    features = engine.features(symbols, (1,))
-    tail_sizes = _equal(sizes, features, lambda rows, size: engine.features(symbols[rows], (size,)))
+    symbols = torch.randint(-4, 5, (max(sizes), *LATENT), generator=random).to(torch.int8).numpy()
+    jobs = [Job(each, level=row % engine.tail.levels) for row, each in enumerate(symbols)]
+    features = engine.features(jobs, (1,))
+    tail_sizes = _equal(sizes, features, lambda rows, size: engine.features([jobs[row] for row in rows], (size,)))
     fingerprint = hashlib.sha256(f"{torch.__version__} {torch.get_num_threads()} {features.dtype}".encode())
     fingerprint.update(features.cpu().numpy().tobytes())
     image_sizes, shapes = tuple(sizes), tuple(product(sizes, WIDTHS))

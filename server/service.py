@@ -263,7 +263,7 @@ class Service:
         """What the engine is asked; None: the request was refused, its content is not readable."""
         request = accepted.request
         try:
-            symbols, gain = self._symbols(accepted)
+            symbols, level, channels = self._symbols(accepted)
         except BitstreamError as error:
             self._refuse(accepted, Status.BAD_REQUEST, str(error))
             return None
@@ -273,16 +273,17 @@ class Service:
         proposes = request.options is not None and request.options.propose
         is_speculative = request.draft or request.paradigm is Paradigm.SPECULATIVE or proposes
         draft = tuple(request.draft_ids) if is_speculative else None
-        return Job(symbols, gain, draft, self.config.tier, max_tokens, wants_label)
+        return Job(symbols, level, channels, draft, self.config.tier, max_tokens, wants_label)
 
-    def _symbols(self, accepted: Accepted) -> tuple[NDArray[np.int8], float]:
-        """The latent's symbols and the gain of their level. Raises BitstreamError."""
+    def _symbols(self, accepted: Accepted) -> tuple[NDArray[np.int8], int, int]:
+        """The latent's symbols, their level, and how many channels of them were sent. Raises BitstreamError."""
+        tables = self.bundle.tables
         if accepted.pixels is not None:
-            return self.engine.symbols(accepted.pixels), 1.0
-        decoded = decode(accepted.request.content, self.bundle.tables)
+            return self.engine.symbols(accepted.pixels), tables.levels - 1, tables.channels
+        decoded = decode(accepted.request.content, tables)
         if not decoded.checked:  # a cut message and a damaged one look alike, and MQTT cuts none
             raise BitstreamError("bitstream ends early, so its check is missing: send it whole")
-        return decoded.symbols, self.bundle.manifest.latent.gains[decoded.header.level]
+        return decoded.symbols, decoded.header.level, decoded.complete_channels
 
     def _compute(self, jobs: list[Job]) -> list[Answer]:
         """The engine's answers, and their times into the prices."""

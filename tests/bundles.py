@@ -31,16 +31,19 @@ VOCABULARY = 40  # small, so that random texts end: one token in 37 is the end t
 MAX_TOKENS = 24
 SHAPES = {"edge": (32, 2, 1, 1), "cloud": (64, 2, 1, 2)}  # width, heads, encoder and decoder layers
 CLASSES = ("cat", "dog", "horse")
+GAINS = (0.5, 1.0)
 
 
-def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 14, board: bool = False) -> Bundle:
-    """Writes a bundle for a server. The same seed gives the same files. With 14, edge texts have all lengths.
+def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 34, board: bool = False) -> Bundle:
+    """Writes a bundle for a server. The same seed gives the same files. With 34, edge texts have all lengths.
 
     board: adds head and draft for both backends. The head is then pretrained, so that photos give different symbols.
     """
     torch.manual_seed(seed)
     path.mkdir(parents=True)
-    tail = {f"tail.{name}": weight for name, weight in lively(Tail()).state_dict().items()}
+    tail = {f"tail.{name}": weight for name, weight in lively(Tail(len(GAINS))).state_dict().items()}
+    tail["tail.steps"] = 1.0 / torch.tensor(GAINS)[:, None].repeat(1, LATENT[0])
+    tail["tail.of_level"] += Tail(len(GAINS)).of_level.detach()
     if classes:
         classifier = lively(Classifier(len(classes))).state_dict()
         tail |= {f"classifier.{name}": weight for name, weight in classifier.items()}
@@ -61,7 +64,9 @@ def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 14, 
     for tier, sizes in SHAPES.items():
         lookahead = lively(LookaheadNet(sizes[0], VOCABULARY - BOS))
         save_file(tensors_of(range(BOS, VOCABULARY), lookahead), path / lookahead_file(tier))
-    (path / "tables.bin").write_bytes(count_tables([random_symbols(64, seed)], set_id=seed).to_bytes())
+    symbols = random_symbols(64, seed)
+    coarse = (symbols * GAINS[0]).round().astype(np.int8)
+    (path / "tables.bin").write_bytes(count_tables([coarse, symbols], set_id=seed).to_bytes())
     words = ["<pad>", "<start>", "<end>", "<unknown>", *(f"word{i}" for i in range(4, VOCABULARY))]
     (path / "vocabulary.txt").write_text("".join(f"{word}\n" for word in words))
     manifest = Manifest(
@@ -69,7 +74,7 @@ def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 14, 
         name=f"tiny-{seed}",
         files={p.name: FileRecord(file_hash(p), p.stat().st_size) for p in sorted(path.iterdir())},
         pixels=224,
-        latent=LatentRecord(*LATENT, groups=4, gains=(1.0,)),
+        latent=LatentRecord(*LATENT, groups=4, gains=GAINS, default_level=1),
         vocabulary=VOCABULARY,
         max_tokens=MAX_TOKENS,
         targets={tier: TargetRecord(f"{tier}.safetensors", *sizes) for tier, sizes in SHAPES.items()},

@@ -16,7 +16,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import psutil
-from numpy.typing import NDArray
 
 from benchmarks.faults.scenario import Scenario
 from benchmarks.faults.site import SERVER, SITE
@@ -24,6 +23,7 @@ from edge_runtime.app import load_draft, load_head
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.preprocess import to_input
+from edge_runtime.inference.rate import RatedSymbols, choose_rate
 from edge_runtime.mqtt import MqttClient, MqttConfig, State
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
@@ -44,14 +44,18 @@ SAMPLE_S = 1.0
 OVERLOAD = 3.0
 MAX_GROWTH_MB = 1.0  # over the second half of a soak
 
-EncodedPhoto = tuple[NDArray[np.int8], tuple[int, ...]]
+EncodedPhoto = tuple[RatedSymbols, tuple[int, ...]]
 
 
 def encoded_photos(bundle: Bundle, photos: Sequence[bytes]) -> Iterator[EncodedPhoto]:
-    """Symbols and draft of every photo, repeated without end."""
-    head, draft = load_head(bundle, "auto", 1), load_draft(bundle, "auto", 1)
-    symbols = [head.symbols(to_input(decode_picture(photo))) for photo in photos]
-    return cycle([(each, tuple(draft.write(each).tokens)) for each in symbols])
+    """Features and draft of every photo, repeated without end."""
+    head, draft, tables = load_head(bundle, "auto", 1), load_draft(bundle, "auto", 1), bundle.tables
+    encoded = []
+    for latent in (head.latent(to_input(decode_picture(photo))) for photo in photos):
+        features = choose_rate(latent, tables, bundle.manifest.latent.default_level)
+        assert features  # there is no limit
+        encoded.append((features, draft.write(latent.symbols()).tokens))
+    return cycle(encoded)
 
 
 class SimulatedBoard:
@@ -70,9 +74,9 @@ class SimulatedBoard:
         self.tracker = RequestTracker(self.client, self._bundle, SITE, name, events, capacity, 1.5)
 
     def send(self, photo: EncodedPhoto) -> None:
-        now, symbols, draft = time.time(), *photo
+        now, features, draft = time.time(), *photo
         request_id = self._ids.next(int(now * 1e3), secrets.randbits(16))
-        request = build_request(self._bundle, request_id, PLAN, NO_PIXELS, symbols, draft)
+        request = build_request(self._bundle, request_id, PLAN, NO_PIXELS, features, draft)
         seen = Event(
             type="new",
             frame=request_id.hex(),

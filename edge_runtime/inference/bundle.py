@@ -33,6 +33,7 @@ TierName = Annotated[str, Meta(pattern=r"^(edge|cloud)\Z")]
 FileName = Annotated[str, Meta(min_length=1, max_length=128)]
 Label = Annotated[str, Meta(min_length=1, max_length=64)]  # as in a reply's scores
 Term = Annotated[str, Meta(max_length=1024)]
+Factor = Annotated[float, Meta(ge=1e-3, le=1e3)]
 
 
 class BundleError(ConfigError):
@@ -51,8 +52,23 @@ class LatentRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     height: Annotated[int, Meta(ge=1, le=MAX_SIDE)]
     width: Annotated[int, Meta(ge=1, le=MAX_SIDE)]
     groups: Annotated[int, Meta(ge=1, le=4)]
-    # Symbols per unit of the head's output, one per level, coarsest first.
-    gains: Annotated[tuple[Annotated[float, Meta(ge=1e-3, le=1e3)], ...], Meta(min_length=1, max_length=8)]
+    # Symbols per unit of the latent, one per level, coarsest first.
+    gains: Annotated[tuple[Factor, ...], Meta(min_length=1, max_length=8)]
+    # Units of the latent per unit of the head's output: one per channel, so that each fills its 8 bits, or one for all.
+    scales: Annotated[tuple[Factor, ...], Meta(min_length=1, max_length=MAX_CHANNELS)] = (1.0,)
+    # Mean bytes of a photo's bitstream at each level, on the dev split; none: not measured.
+    level_bytes: Annotated[tuple[Annotated[float, Meta(ge=1, le=1e6)], ...], Meta(max_length=8)] = ()
+    default_level: Annotated[int, Meta(ge=0, le=7)] = 0  # that boards send if nothing asks for less or more
+
+    def __post_init__(self) -> None:
+        """Checks what no single field can say; msgspec reports a ValueError with the field's path."""
+        levels = len(self.gains)
+        if list(self.gains) != sorted(self.gains) or list(self.level_bytes) != sorted(self.level_bytes):
+            raise BundleError("latent: gains and level_bytes must rise from level to level, the coarsest first")
+        if len(self.level_bytes) not in (0, levels) or self.default_level >= levels:
+            raise BundleError(f"latent: {levels} gains want as many level_bytes and a default_level below {levels}")
+        if len(self.scales) not in (1, self.channels):
+            raise BundleError(f"latent: {len(self.scales)} scales, want 1 or one for each of {self.channels} channels")
 
 
 class TargetRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,6 +79,7 @@ class TargetRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heads: Annotated[int, Meta(ge=1, le=256)]
     encoder_layers: Annotated[int, Meta(ge=0, le=256)]
     decoder_layers: Annotated[int, Meta(ge=1, le=256)]
+    label_words: Annotated[int, Meta(ge=0, le=64)] = 0
 
     @property
     def min_parameters(self) -> int:
@@ -88,10 +105,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quality: Annotated[dict[Label, Annotated[float, Meta(ge=-1e9, le=1e9)]], Meta(max_length=256)]  # on the dev split
     # From a draft's confidence to its quality relative to the cloud's text; none: each draft is verified.
     draft_calibration: Annotated[tuple[tuple[Share, Share], ...], Meta(max_length=MAX_POINTS)] = ()
+    class_ids: Annotated[tuple[Label, ...], Meta(max_length=65536)] = ()  # WordNet ids of the classes, if they have any
 
     def __post_init__(self) -> None:
         """Checks what no single field can say; msgspec reports a ValueError with the field's path."""
         Calibration(self.draft_calibration)
+        if len(self.class_ids) not in (0, len(self.classes)):
+            raise BundleError(f"class_ids has {len(self.class_ids)} entries, classes {len(self.classes)}: want as many")
         for name in self.files:
             if not re.fullmatch(r"[\w-][\w.-]*", name):
                 raise BundleError(f"files has the name {name!r}: files lie in the bundle's own directory")

@@ -5,6 +5,7 @@ symbol on every CPU and in every backend.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,18 +15,40 @@ from edge_runtime.inference.backends import BackendError, Model
 SHIFT = 20  # fractional bits of a factor
 
 
-class Head:
-    def __init__(self, model: Model, gains: Sequence[float] = (1.0,)) -> None:
-        """`gains` are symbols per unit of the latent, one per level, coarsest first. Raises BackendError."""
-        self._model = model
-        self._factors = [symbol_factor(model.scale, gain) for gain in gains]
+@dataclass(frozen=True, slots=True, eq=False)
+class Latent:
+    """The head's output for one frame, from which the symbols of every level are computed."""
 
-    def symbols(self, pixels: npt.NDArray[np.uint8], level: int = -1) -> npt.NDArray[np.int8]:
-        """uint8 RGB [224, 224, 3] to symbols int8 [64, 7, 7] at a level, by default the finest. Raises BackendError."""
+    codes: npt.NDArray[np.integer]  # uint8 or int8 [64, 7, 7]
+    zero_point: int
+    factors: tuple[npt.NDArray[np.int32], ...]  # by level: of each channel, [64, 1, 1] or [1, 1, 1]
+
+    def symbols(self, level: int = -1) -> npt.NDArray[np.int8]:
+        """int8 [64, 7, 7] at a level, by default the finest."""
+        return codes_to_symbols(self.codes, self.zero_point, self.factors[level])
+
+
+class Head:
+    def __init__(self, model: Model, gains: Sequence[float] = (1.0,), scales: Sequence[float] = (1.0,)) -> None:
+        """`gains`: symbols per unit of the latent, one per level, coarsest first. `scales`: units of the latent per
+        unit of the head's output, one per channel or one for all. Raises BackendError.
+        """
+        self._model = model
+        self._factors = tuple(
+            np.array([symbol_factor(model.scale * scale, gain) for scale in scales], np.int32)[:, None, None]
+            for gain in gains
+        )
+
+    def latent(self, pixels: npt.NDArray[np.uint8]) -> Latent:
+        """uint8 RGB [224, 224, 3] to the latent. Raises BackendError."""
         codes = self._model.run(pixels[None])[0][0]
         if codes.dtype not in (np.uint8, np.int8):
             raise BackendError(f"the head's output is {codes.dtype}, want 8-bit codes: install the bundle again")
-        return codes_to_symbols(codes, self._model.zero_point, self._factors[level])
+        return Latent(codes, self._model.zero_point, self._factors)
+
+    def symbols(self, pixels: npt.NDArray[np.uint8], level: int = -1) -> npt.NDArray[np.int8]:
+        """uint8 RGB [224, 224, 3] to symbols int8 [64, 7, 7] at a level, by default the finest. Raises BackendError."""
+        return self.latent(pixels).symbols(level)
 
 
 def symbol_factor(scale: float, gain: float) -> int:
@@ -37,8 +60,10 @@ def symbol_factor(scale: float, gain: float) -> int:
     return round(symbols_per_code * (1 << SHIFT))
 
 
-def codes_to_symbols(codes: npt.NDArray[np.integer], zero_point: int, factor: int) -> npt.NDArray[np.int8]:
-    """Codes uint8 or int8, any shape, to symbols int8, -127..127.
+def codes_to_symbols(
+    codes: npt.NDArray[np.integer], zero_point: int, factor: int | npt.NDArray[np.int32]
+) -> npt.NDArray[np.int8]:
+    """Codes uint8 or int8, any shape, to symbols int8, -127..127, with a factor for all or one for each channel.
 
     symbol = (a * factor + 2**(SHIFT - 1)) >> SHIFT with a = code - zero_point. This is the definition, not an
     approximation of float rounding: a tie goes up, never to the even neighbour.

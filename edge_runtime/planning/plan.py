@@ -16,6 +16,9 @@ class Plan:
     why: str  # for people; part of every event
     budget_ms: int  # from the capture of the frame to its deadline
     tier: Tier | None = None  # the tier that shall answer; None: any
+    level: int | None = None  # the finest level of the features that is sent; None: the bundle's default
+    groups: int | None = None  # of the latent's channels; None: all
+    max_bytes: int | None = None  # of the features; a coarser level is sent if they are longer. None: no limit
     jpeg_quality: int = 75  # 1..100, of the picture that offload sends
     explain: Explain | None = None  # the same as `why` for programs, with the numbers behind the decision
     writes_draft: bool = True  # False: no CPU time for a draft that is only shown, not sent

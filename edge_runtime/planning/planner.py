@@ -56,7 +56,9 @@ class BoardPlanner:
             "configured",
             own.deadline_ms or board.deadline_ms,
             Tier[tier.upper()] if tier else None,
-            board.jpeg_quality,
+            level=board.level,
+            max_bytes=board.max_bytes,
+            jpeg_quality=board.jpeg_quality,
         )
         now = time.monotonic()
         self._measurements.catch_up(now)

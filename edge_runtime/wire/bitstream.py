@@ -1,8 +1,8 @@
 """Symbols to bytes and back: a 2-byte header, then the channel groups, entropy-coded; docs/protocol.md, section 5.
 
 The shape comes from the tables and never from the message, so a message cannot decide how much is allocated. The bytes
-are the same on every CPU, since no floating point is used. A truncated message decodes to its complete groups, without
-a check.
+are the same on every CPU, since no floating point is used. A truncated message decodes to its complete channels,
+without a check.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from edge_runtime.wire.errors import BitstreamError
 from edge_runtime.wire.tables import Tables
 
 FORMAT = 1
+MAX_OVERHEAD = 6  # bytes of a bitstream besides the ideal code length in whole bytes: header, state, rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,9 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    symbols: NDArray[np.int8]  # [C, H, W]; channels outside the complete groups are zero
+    symbols: NDArray[np.int8]  # [C, H, W]; channels that are not complete are zero
     header: Header
-    complete_groups: int  # how many of header.groups arrived completely, 0..4
+    complete_channels: int  # 0..C
     checked: bool  # False: the message was truncated, and a prefix has no check
 
 
@@ -76,7 +77,7 @@ def encode(symbols: NDArray[np.int8], tables: Tables, level: int = 0, groups: in
 def decode(data: bytes, tables: Tables) -> Decoded:
     """Decodes any bytes to symbols, or raises BitstreamError. The tables' shape bounds time and memory.
 
-    The check verifies a complete message. A message that ends early gives its complete groups and `checked=False`.
+    The check verifies a complete message. A message that ends early gives its complete channels and `checked=False`.
     Damage can look like truncation, so a receiver that expects complete messages must refuse unchecked ones.
     """
     header = Header.from_bytes(data)
@@ -94,11 +95,11 @@ def decode(data: bytes, tables: Tables) -> Decoded:
         raise BitstreamError(f"bitstream of {len(data)} bytes, no message exceeds {longest}: is it a bitstream?")
     by_channel = tables.codings(header.level)[: header.groups * group]
     found, check = rans_decode(data[2:], by_channel, tables.height, tables.width, tables.largest)
-    complete = len(found) // (group * channel)
+    complete = len(found) // channel
     if check is not None and check != _check(tables, data[:2], bytes(found)):
         raise BitstreamError("the check does not match: the message was damaged, or other tables wrote it")
     symbols = np.zeros(tables.shape, np.int8)
-    whole = found[: complete * group * channel]
+    whole = found[: complete * channel]
     symbols.ravel()[: len(whole)] = np.frombuffer(whole, np.int8)
     return Decoded(symbols, header, complete, check is not None)
 

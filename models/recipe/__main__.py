@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from edge_runtime.errors import AiflowError
 from models.recipe import (
@@ -30,14 +31,15 @@ BACKBONE = "EfficientNet-Lite0, ImageNet weights: Apache-2.0 (pip package effici
 def main() -> None:
     """See `python -m models.recipe --help`."""
     parser = argparse.ArgumentParser("python -m models.recipe", description=__doc__)
-    parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR", help="captioned photos")
-    parser.add_argument(
-        "--captions", type=Path, required=True, metavar="TSV", help="split (train, dev), image, caption"
-    )
-    parser.add_argument("--classes", type=Path, nargs="*", default=[], metavar="DIR_OR_TAR", help="class/name.jpg")
-    parser.add_argument("--terms", default="not stated", help="terms of the photos and captions, for the model card")
-    parser.add_argument("--class-terms", default="not stated", help="terms of the class photos")
-    parser.add_argument("--work", type=Path, default=Path("work/recipe"), help="checkpoints and figures (5 GB)")
+    many: Any = {"type": Path, "nargs": "*", "default": []}
+    photos = many | {"metavar": "DIR_OR_TAR"}
+    parser.add_argument("--images", **photos, required=True, help="captioned photos")
+    parser.add_argument("--captions", **many, required=True, metavar="TSV", help="split (train, dev), image, caption")
+    parser.add_argument("--unlabelled", **photos, help="photos without captions")
+    parser.add_argument("--texts", **many, metavar="FILE", help="sentences without photos, one a line; .gz")
+    parser.add_argument("--labelled", **photos, help="WordNet id/name.jpg, to measure labels")
+    parser.add_argument("--terms", default="not stated", help="terms of what is trained on, for the model card")
+    parser.add_argument("--work", type=Path, default=Path("work/recipe"), help="checkpoints and figures (10 GB)")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's directory, named as the bundle")
     parser.add_argument(
         "--quick", action="store_true", help="a tenth of the training: to try the chain, not for quality"
@@ -46,15 +48,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     work = Workspace(args.work)
     share = 0.1 if args.quick else 1.0
-    licences = {"backbone": BACKBONE, "photos and captions": args.terms}
-    if args.classes:
-        licences["class photos"] = args.class_terms
+    licences = {"backbone": BACKBONE, "photos and texts": args.terms}
+    sources = stage1_photos.Sources(args.images, args.captions, args.unlabelled, args.texts, args.labelled)
 
     def trained(stage: ModuleType, *tier: str) -> tuple[str, Callable[[], None]]:
         return "-".join([stage.NAME, *tier]), partial(stage.run, work, shortened(stage.Settings(), share), *tier)
 
     stages: list[tuple[str, Callable[[], None]]] = [
-        (stage1_photos.NAME, partial(stage1_photos.run, work, args.images, args.captions, args.classes)),
+        (stage1_photos.NAME, partial(stage1_photos.run, work, sources)),
         (stage2_views.NAME, partial(stage2_views.run, work)),
         trained(stage3_bottleneck),
         (stage4_head.NAME, partial(stage4_head.run, work)),

@@ -6,8 +6,7 @@ length penalty, document frequencies over the given references.
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -58,22 +57,33 @@ class Cider:
         return 10 * total / MAX_N / len(self.references[photo])
 
 
-@lru_cache(maxsize=4)
-def _scorer(work: Workspace, split: str, photos: int) -> Cider:
-    captions = np.load(work / f"captions-{split}.npy")[:photos]
-    return Cider([[strip(row) for row in texts] for texts in captions.tolist()])
-
-
 def strip(row: list[int]) -> list[int]:
     """The words of a padded row, without start, end and padding."""
     return [t for t in row[1:] if t not in (PAD, EOS)]
 
 
-def cider(work: Workspace, split: str, texts: list[list[int]]) -> float:
-    """Mean CIDEr-D of one text per photo, for the first len(texts) photos of a split."""
-    return float(np.mean(ciders(work, split, texts)))
+def references(captions: np.ndarray) -> list[list[list[int]]]:
+    """The texts of each photo from its padded captions, int16 [N, 5, T]."""
+    return [[strip(row) for row in texts if row[0] != PAD] for texts in captions.tolist()]
 
 
-def ciders(work: Workspace, split: str, texts: list[list[int]]) -> list[float]:
-    scorer = _scorer(work, split, len(texts))
+def cider(
+    work: Workspace, split: str, write: Callable[[np.ndarray], list[list[int]]], limit: int | None = None
+) -> dict[str, float]:
+    """Mean CIDEr-D on each collection of a split: of all photos, or of at most `limit` of each.
+
+    write: from the numbers of photos to a text for each.
+    """
+    collections = np.load(work / f"collections-{split}.npy")
+    names = (work / "collections.txt").read_text().split()
+    figures = {}
+    for number in np.unique(collections):
+        photos = np.flatnonzero(collections == number)[:limit]
+        figures[f"cider_{names[number]}"] = float(np.mean(ciders(work, split, photos, write(photos))))
+    return figures
+
+
+def ciders(work: Workspace, split: str, photos: np.ndarray, texts: list[list[int]]) -> list[float]:
+    """CIDEr-D of one text for each of these photos of one collection."""
+    scorer = Cider(references(np.load(work / f"captions-{split}.npy")[photos]))
     return [scorer.score(i, text) for i, text in enumerate(texts)]

@@ -51,7 +51,7 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
     net = targets.new_target(work, tier)
     net.load_state_dict(critic.final_weights(work, tier))
     net.eval()
-    parts = [texts_of(work, net, tier, part) for part in ("train", "classes", "dev")]
+    parts = [texts_of(work, net, tier, part) for part in ("train", "unlabelled", "dev")]
     dev = parts.pop()
     tokens = np.unique(np.concatenate([np.unique(part.tokens) for part in parts]))
     tokens = tokens[tokens != PAD].astype(np.int64)
@@ -83,7 +83,7 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
 @torch.inference_mode()
 def texts_of(work: Workspace, net: targets.Target, tier: str, part: str) -> Texts:
     """A target's greedy texts about the views of a part, and its hidden states while it reads them again."""
-    maps = work.array(f"maps-{part}")
+    maps, labels = work.array(f"maps-{part}"), np.load(work / f"labels-{part}.npy")
     tokens = np.load(work / f"texts-{part}.npy") if tier == "cloud" else written(work, net, part)
     hidden = np.zeros((*tokens.shape, net.decoder.shape.width), np.float16)
     states: list[Tensor] = []
@@ -91,7 +91,8 @@ def texts_of(work: Workspace, net: targets.Target, tier: str, part: str) -> Text
     for at in blocks(f"states of {part}", len(maps), READ):
         states.clear()
         with torch.autocast("cpu", torch.bfloat16):
-            memory = net.decoder.encode_image(net.features(targets.maps_of(maps, at)))
+            words = torch.from_numpy(labels[at].astype(np.int64))
+            memory = net.decoder.encode_image(net.features(targets.maps_of(maps, at)), words)
             net.decoder(torch.from_numpy(tokens[at, :-1].astype(np.int64)), memory)
         hidden[at, 1:] = states[0].float().numpy()
     hook.remove()

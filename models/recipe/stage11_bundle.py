@@ -27,15 +27,16 @@ from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.preprocess import PIXELS
 from models.backbone import pretrained_lite0
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
-from models.family import LATENT, DraftDecoder, decoder_shapes
+from models.family import GROUPS, LATENT, DraftDecoder, decoder_shapes
+from models.imagenet import imagenet_classes
 from models.lookahead import lookahead_file
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage9_draft
 from models.recipe.scores import ciders
+from models.recipe.stage3_bottleneck import GAINS, REFERENCE
 from models.recipe.stage4_head import float_symbols, trained_head
 from models.recipe.workspace import Workspace
 
 NAME = "11-bundle"
-KNOWN = 0.95  # share of the class photos that the backbone must recognise for its own rows to be used
 FLOAT_CHECK = 256  # dev photos on which the float head's symbols are compared
 
 
@@ -49,16 +50,14 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
         shutil.copy(work / lookahead_file(tier), out)
     _save(torch.load(work / "head.pt", weights_only=True), out / "head.safetensors")
     targets = {tier: stage7_critic.final_weights(work, tier) for tier in ("edge", "cloud")}
-    shared = {k: v for k, v in targets["cloud"].items() if not k.startswith("decoder.")}
-    if own := backbone_rows(work):
-        shared |= own
-    _save(shared, out / "tail.safetensors")
+    classifier = {f"classifier.linear.{k}": v for k, v in pretrained_lite0().classifier.state_dict().items()}
+    _save({k: v for k, v in targets["cloud"].items() if k.startswith("tail.")} | classifier, out / "tail.safetensors")
     for tier, weights in targets.items():
         _save(
             {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")},
             out / f"{tier}.safetensors",
         )
-    draft = DraftDecoder(work.vocabulary)
+    draft = DraftDecoder(min(work.vocabulary, stage9_draft.DRAFT_WORDS))
     draft.load_state_dict(work.averaged(stage9_draft.NAME))
     int8 = quantise_draft(draft)
     for suffix, files in (("onnx", write_draft_onnx(int8)), ("tflite", write_draft_litert(int8))):
@@ -78,53 +77,39 @@ def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
     save_file({k: v.to(torch.float16).contiguous() for k, v in weights.items()}, path)
 
 
-def backbone_rows(work: Workspace) -> dict[str, torch.Tensor] | None:
-    """Rows of the backbone's own classifier, if it recognises every class in uncompressed photos; else None.
-
-    With few photos per class, a new classifier overfits to the tail's training photos; the backbone's rows were learned
-    on others. A class gets the row with the highest mean probability on its photos.
-    """
-    labels = torch.from_numpy(np.load(work / "labels-classes.npy")).long()
-    if not len(labels):
-        return None
-    backbone, views = pretrained_lite0(), work.array("cut-classes")
-    with torch.inference_mode():
-        maps = torch.from_numpy(np.array(views[: len(labels)])).permute(0, 3, 1, 2).float()
-        logits = torch.cat([backbone.rest(some)[1] for some in torch.tensor_split(maps, 1 + len(maps) // 100)])
-    means = torch.stack([logits.softmax(-1)[labels == label].mean(0) for label in range(work.classes)])
-    rows = means.argmax(1)
-    is_known = (logits[:, rows].argmax(1) == labels).float().mean() >= KNOWN
-    if len(set(rows.tolist())) < work.classes or not is_known:
-        return None
-    linear = backbone.classifier
-    return {
-        "classifier.linear.weight": linear.weight.detach()[rows],
-        "classifier.linear.bias": linear.bias.detach()[rows],
-    }
-
-
 def measure(work: Workspace, out: Path) -> tuple[dict[str, float], confidence.Table]:
     """The figures that the recipe can measure on the dev split, and the calibration of the draft's confidence.
 
     `aiflow evaluate` measures the whole chain.
     """
-    symbols = work.array("symbols-dev")
-    quality = {"dev_latent_bytes": work.figures(stage5_symbols.NAME)["dev_bytes"]}
+    codes = work.array("codes-dev")
+    quality: dict[str, float] = {}
     for tier in ("edge", "cloud"):
         figures = stage6_targets.evaluate(work, tier, stage7_critic.final_weights(work, tier))
-        quality[f"dev_cider_{tier}"] = figures["cider"]
+        quality |= {f"{tier}_{name}": value for name, value in figures.items()}
+    texts_of_cloud = np.load(work / "texts-dev.npy")
+    wanted = [[int(token) for token in row if token not in (BOS, EOS, PAD)] for row in texts_of_cloud]
+    samples: list[tuple[float, float, float]] = []  # confidence, score, score of the cloud's text
     for suffix in ("onnx", "tflite"):
         look, step = (load_model(out / f"draft_{part}.{suffix}") for part in ("look", "step"))
         draft = Draft(look, step, max_tokens=24)
-        drafts = [draft.write(s) for s in symbols]
+        drafts = [draft.write(each) for each in stage5_symbols.symbols(work, codes, len(GAINS) - 1)]
         texts = [[token for token in drafted.tokens if token != EOS] for drafted in drafts]
-        scores = ciders(work, "dev", texts)
-        quality[f"dev_cider_draft_{suffix}"] = float(np.mean(scores))
-    wanted = [[int(token) for token in row if token not in (BOS, EOS, PAD)] for row in np.load(work / "texts-dev.npy")]
-    calibration = confidence.fit([drafted.confidence for drafted in drafts], scores, ciders(work, "dev", wanted))
-    quality["dev_drafts_equal"] = float(np.mean([text == whole for text, whole in zip(texts, wanted, strict=True)]))
-    unquantised = float_symbols(trained_head(work), work.array("photos-dev")[:FLOAT_CHECK])
-    quality["head_int8_equal_symbols"] = float((unquantised == symbols[:FLOAT_CHECK]).mean())
+        samples = []
+        collections, names = np.load(work / "collections-dev.npy"), (work / "collections.txt").read_text().split()
+        for number in np.unique(collections):
+            photos = np.flatnonzero(collections == number)
+            scores = ciders(work, "dev", photos, [texts[i] for i in photos])
+            best = ciders(work, "dev", photos, [wanted[i] for i in photos])
+            quality[f"draft_{suffix}_cider_{names[number]}"] = float(np.mean(scores))
+            samples += zip([drafts[i].confidence for i in photos], scores, best, strict=True)
+    quality["drafts_equal"] = float(np.mean([text == whole for text, whole in zip(texts, wanted, strict=True)]))
+    confidences, scores, best = (list(column) for column in zip(*samples, strict=True))
+    calibration = confidence.fit(confidences, scores, best)
+    some = work.array("photos-dev")[:FLOAT_CHECK]
+    unquantised = float_symbols(trained_head(work), some, GAINS[REFERENCE])
+    sent = stage5_symbols.symbols(work, codes[:FLOAT_CHECK], REFERENCE)
+    quality["head_int8_equal_symbols"] = float((unquantised == sent).mean())
     rounded = tuple((round(at, 4), round(worth, 4)) for at, worth in calibration)
     return {name: round(value, 4) for name, value in quality.items()}, rounded
 
@@ -139,15 +124,25 @@ def manifest_of(
         name=out.name,
         files={p.name: FileRecord(file_hash(p), p.stat().st_size) for p in sorted(out.iterdir()) if p.name != MANIFEST},
         pixels=PIXELS,
-        latent=LatentRecord(*LATENT, groups=stage5_symbols.GROUPS, gains=(1.0,)),
+        latent=LatentRecord(
+            *LATENT,
+            groups=GROUPS,
+            gains=tuple(round(gain, 6) for gain in GAINS),
+            scales=tuple(np.load(work / "scales.npy").tolist()),
+            level_bytes=tuple(work.figures(stage5_symbols.NAME)[f"dev_bytes_{level}"] for level in range(len(GAINS))),
+            default_level=REFERENCE,
+        ),
         vocabulary=work.vocabulary,
         max_tokens=shapes["cloud"].max_tokens,
         targets={
-            tier: TargetRecord(f"{tier}.safetensors", s.width, s.heads, s.encoder_layers, s.decoder_layers)
+            tier: TargetRecord(
+                f"{tier}.safetensors", s.width, s.heads, s.encoder_layers, s.decoder_layers, s.label_words
+            )
             for tier, s in shapes.items()
         },
         tail="tail.safetensors",
-        classes=tuple((work / "classes.txt").read_text().split()),
+        classes=tuple(known.name for known in imagenet_classes()),
+        class_ids=tuple(known.wordnet for known in imagenet_classes()),
         licences=licences,
         training_commit=_commit(),
         quality=quality,
@@ -171,8 +166,9 @@ def card(manifest: Manifest) -> str:
     terms = "\n".join(f"- {name}: {text}" for name, text in manifest.licences.items())
     return f"""# {manifest.name}
 
-Captions and ten object classes from {manifest.pixels} x {manifest.pixels} photos: an int8 head and draft decoder for a
-board, and the tail, edge and cloud text decoders for servers. English, {manifest.vocabulary} words, everyday scenes.
+Captions and the thousand classes of ImageNet from {manifest.pixels} x {manifest.pixels} photos: an int8 head and draft
+decoder for a board, and the tail, edge and cloud text decoders for servers. English, {manifest.vocabulary} words.
+
 
 Made by `python -m models.recipe` at commit {manifest.training_commit}.
 
@@ -195,6 +191,6 @@ Showing and measuring split and speculative captioning; a start for training on 
 ## Not for
 
 Decisions about people, safety, surveillance of individuals, or commercial use where the terms above forbid it. It has
-seen some six thousand amateur photos, mostly of people, dogs and sports outdoors: what it has not seen it describes as
-the nearest thing that it has, with confidence. It repeats the views of those who wrote the captions.
+seen some ten thousand photos: what it has not seen it describes as the nearest thing that it has. It repeats the views
+of those who wrote the captions.
 """

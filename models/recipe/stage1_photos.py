@@ -1,11 +1,15 @@
-"""Photos and captions to arrays: pixels [N, 224, 224, 3], caption tokens, the vocabulary, splits.
+"""Photos, captions and plain text to arrays: pixels [N, 224, 224, 3], tokens, the vocabulary.
 
-The TSV has a header line with the columns split, image, caption; photos are in directories or tar files. Class photos
-are named `class/name.jpg`. At least one photo must be in the split `dev`, since decisions must not be made on training
-photos.
+A captions TSV has a header line with the columns split, image, caption; photos are in directories or tar files. At
+least one photo must be in the split `dev`, since decisions must not be made on training photos. Photos without captions
+teach what a picture is, sentences without photos teach what a caption is. Photos named `wordnet id/name.jpg` are for
+measuring labels, and are not trained on.
 """
 
 import collections
+import gzip
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,77 +20,116 @@ from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import BOS, EOS, PAD, UNKNOWN
 from edge_runtime.inference.preprocess import PIXELS, to_input
 from models.captions import read_captions, words_of
+from models.imagenet import imagenet_classes
+from models.recipe.nouns import nouns
 from models.recipe.workspace import Workspace
 
 NAME = "1-photos"
 SPECIAL = ("<pad>", "<start>", "<end>", "<unknown>")
-MIN_COUNT = 4  # words in fewer captions are not learnt
+MIN_COUNT = 5  # words in fewer captions are not learnt
+MAX_WORDS = 8000
 MAX_TOKENS = 24  # per caption, with its end token: 99 % are shorter
 CAPTIONS = 5  # kept per photo
-CLASS_STAND_INS = 64
 
 
 class RecipeError(AiflowError, ValueError):
     """Input that the recipe cannot train on."""
 
 
-def run(work: Workspace, images: list[Path], tsv: Path, classes: list[Path]) -> None:
-    """Writes photos, captions, class photos and vocabulary.txt."""
-    captions = read_captions(tsv)
-    counts = collections.Counter(
-        w for split, texts in captions.values() if split == "train" for t in texts for w in set(words_of(t))
-    )
-    words = [*SPECIAL, *sorted(w for w, n in counts.items() if n >= MIN_COUNT)]
-    (work / "vocabulary.txt").write_text("\n".join(words) + "\n")
-    ids = {word: i for i, word in enumerate(words)}
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What the recipe learns from. Only photos with captions are necessary."""
 
-    splits: dict[str, list[str]] = {"train": [], "dev": []}
-    for name, (split, _) in captions.items():
-        splits.setdefault(split, []).append(name)
-    found: dict[str, tuple[str, int]] = {}
-    arrays = {
-        split: work.new_array(f"photos-{split}", (len(splits[split]), PIXELS, PIXELS, 3), np.uint8)
-        for split in ("train", "dev")
-    }
-    for source in images:
-        for picture in read_pictures(source):
-            split = captions.get(picture.name, ("", []))[0]
-            if split in arrays:
-                index = sum(1 for s, _ in found.values() if s == split)
-                arrays[split][index] = to_input(decode_picture(picture.data))
-                found[picture.name] = (split, index)
-    for split in arrays:
-        names = [name for name, (s, _) in found.items() if s == split]
-        missing = sorted(set(splits[split]) - set(names))
-        if missing or not names:
-            example = f", such as {missing[0]}" if missing else ": name a split `train` and a split `dev`"
-            raise RecipeError(f"{len(missing)} {split} photos that {tsv} names are missing{example}")
-        (work / f"names-{split}.txt").write_text("\n".join(names) + "\n")
+    images: list[Path]  # directories or tars of the photos that the captions name
+    captions: list[Path]
+    unlabelled: list[Path]  # directories or tars
+    texts: list[Path]  # a sentence a line; .gz may be compressed
+    labelled: list[Path]  # directories or tars: wordnet id/name.jpg
+
+
+def run(work: Workspace, sources: Sources) -> None:
+    """Writes vocabulary.txt and, per part, photos, captions and names."""
+    captions: dict[str, tuple[str, list[str]]] = {}
+    collection: dict[str, int] = {}  # which TSV a photo is from
+    for number, tsv in enumerate(sources.captions):
+        of_this = read_captions(tsv)
+        if both := of_this.keys() & captions.keys():
+            raise RecipeError(f"{tsv} names {min(both)}, as another captions file does: rename one of them")
+        captions |= of_this
+        collection |= dict.fromkeys(of_this, number)
+    sentences = [words_of(line) for path in sources.texts for line in lines_of(path)]
+    captioned = [words_of(text) for split, texts in captions.values() if split == "train" for text in texts]
+    ids = write_vocabulary(work, captioned + sentences)
+    named = nouns(captioned + sentences)
+    np.save(work / "nouns.npy", np.array([word in named for word in ids]))
+    figures = {"vocabulary": len(ids), "sentences": len(sentences)}
+    for split in ("train", "dev"):
+        names = write_photos(work, split, sources, {n for n, (its, _) in captions.items() if its == split})
         tokens = np.full((len(names), CAPTIONS, MAX_TOKENS + 1), PAD, np.int16)
         for i, name in enumerate(names):
-            texts = captions[name][1]
-            for j in range(CAPTIONS):
-                row = [BOS, *(ids.get(w, UNKNOWN) for w in words_of(texts[j % len(texts)])[: MAX_TOKENS - 1]), EOS]
-                tokens[i, j, : len(row)] = row
+            for j, text in enumerate(captions[name][1][:CAPTIONS]):
+                tokens[i, j] = row_of(words_of(text), ids)
         np.save(work / f"captions-{split}.npy", tokens)
+        np.save(work / f"collections-{split}.npy", np.array([collection[name] for name in names], np.int16))
+        figures[split] = len(names)
+    (work / "collections.txt").write_text("".join(f"{tsv.stem}\n" for tsv in sources.captions))
+    np.save(work / "sentences.npy", np.array([row_of(s, ids) for s in sentences], np.int16).reshape(-1, MAX_TOKENS + 1))
+    unlabelled = [to_input(decode_picture(p.data)) for source in sources.unlabelled for p in read_pictures(source)]
+    np.save(work / "photos-unlabelled.npy", np.array(unlabelled, np.uint8).reshape(-1, PIXELS, PIXELS, 3))
+    figures |= {"unlabelled": len(unlabelled), "labelled": write_labelled(work, sources.labelled)}
+    work.finish(NAME, figures)
 
-    pictures = [picture for source in classes for picture in read_pictures(source)]
-    labels = sorted({picture.name.split("/")[0] for picture in pictures})
-    (work / "classes.txt").write_text("".join(f"{label}\n" for label in labels))
-    if pictures:
-        photos = np.stack([to_input(decode_picture(picture.data)) for picture in pictures])
-        numbers = [labels.index(picture.name.split("/")[0]) for picture in pictures]
-    else:  # no classes: later stages train on a few photos of one class, which the bundle leaves out
-        photos, numbers = arrays["train"][:CLASS_STAND_INS], [0] * min(CLASS_STAND_INS, len(arrays["train"]))
-    np.save(work / "photos-classes.npy", photos)
-    np.save(work / "labels-classes.npy", np.array(numbers, np.int64))
-    work.finish(
-        NAME,
-        {
-            "train": len(splits["train"]),
-            "dev": len(splits["dev"]),
-            "classes": len(labels),
-            "class_photos": len(pictures),
-            "vocabulary": len(words),
-        },
-    )
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a text file, compressed by gzip or not. Raises RecipeError."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            yield from file
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: {error}: name a text file in UTF-8, a sentence a line") from error
+
+
+def write_vocabulary(work: Workspace, texts: list[list[str]]) -> dict[str, int]:
+    """Writes the words of enough texts, the most frequent first, so that the first N are the best N."""
+    counts = collections.Counter(word for text in texts for word in set(text))
+    by_count = sorted((word for word, count in counts.items() if count >= MIN_COUNT), key=lambda w: (-counts[w], w))
+    words = [*SPECIAL, *by_count[: MAX_WORDS - len(SPECIAL)]]
+    (work / "vocabulary.txt").write_text("\n".join(words) + "\n")
+    return {word: i for i, word in enumerate(words)}
+
+
+def row_of(words: list[str], ids: dict[str, int]) -> list[int]:
+    """Words to token ids [MAX_TOKENS + 1]: BOS first, EOS last, then PAD."""
+    row = [BOS, *(ids.get(word, UNKNOWN) for word in words[: MAX_TOKENS - 1]), EOS]
+    return row + [PAD] * (MAX_TOKENS + 1 - len(row))
+
+
+def write_photos(work: Workspace, split: str, sources: Sources, wanted: set[str]) -> list[str]:
+    """Writes photos-<split>; returns their names, in order. Raises RecipeError if photos are missing."""
+    photos, names = work.new_array(f"photos-{split}", (len(wanted), PIXELS, PIXELS, 3), np.uint8), list[str]()
+    for source in sources.images:
+        for picture in read_pictures(source):
+            if picture.name in wanted and picture.name not in names:
+                photos[len(names)] = to_input(decode_picture(picture.data))
+                names.append(picture.name)
+    missing = sorted(wanted.difference(names))
+    if missing or not names:
+        example = f", such as {missing[0]}" if missing else ": name a split `train` and a split `dev`"
+        raise RecipeError(f"{len(missing)} {split} photos that the captions name are missing{example}")
+    return names
+
+
+def write_labelled(work: Workspace, sources: list[Path]) -> int:
+    """Writes photos-labelled and labels-labelled, the classes' numbers. Raises RecipeError for an unknown class."""
+    numbers = {known.wordnet: number for number, known in enumerate(imagenet_classes())}
+    photos, labels = list[np.ndarray](), list[int]()
+    for source in sources:
+        for picture in read_pictures(source):
+            wordnet = picture.name.split("/")[0]
+            if wordnet not in numbers:
+                raise RecipeError(f"{source}: {picture.name} is in no folder named by a WordNet id, such as n02123045/")
+            photos.append(to_input(decode_picture(picture.data)))
+            labels.append(numbers[wordnet])
+    np.save(work / "photos-labelled.npy", np.array(photos, np.uint8).reshape(-1, PIXELS, PIXELS, 3))
+    np.save(work / "labels-labelled.npy", np.array(labels, np.int64))
+    return len(labels)

@@ -1,6 +1,6 @@
-"""Several views per photo (crops and flips), and their maps at the cut of the frozen backbone, as float16.
+"""Several views per photo (crops and flips), and their maps behind the backbone's frozen blocks, as float16.
 
-A cached map cannot be augmented later, so there are several views; 44 KB each.
+A cached map cannot be augmented later, so there are several views; 31 KB each.
 """
 
 import cv2
@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from edge_runtime.inference.preprocess import PIXELS
-from models.backbone import CUT_CHANNELS, pretrained_lite0
+from models.backbone import FROZEN_CHANNELS, pretrained_lite0
 from models.recipe.workspace import Workspace, blocks, channels_last
 
 NAME = "2-views"
-VIEWS = 4
+VIEWS = {"train": 4, "unlabelled": 4, "labelled": 1}
 BATCH = 32
 
 
@@ -39,17 +39,17 @@ def make_view(photos: np.ndarray, photo: int, view: int, seed: int) -> np.ndarra
 
 
 def run(work: Workspace) -> None:
-    """Writes cut-train and cut-classes: float16 [views * photos, 14, 14, 112]."""
+    """Writes frozen-{train,unlabelled,labelled}: float16 [views * photos, 14, 14, 80]."""
     net = channels_last(pretrained_lite0().to(torch.bfloat16))
     sizes = {}
-    for seed, part in enumerate(("train", "classes")):
+    for seed, (part, views) in enumerate(VIEWS.items()):
         photos = work.array(f"photos-{part}")
-        pairs = photo_views(photos, VIEWS)
-        cut = work.new_array(f"cut-{part}", (len(pairs), 14, 14, CUT_CHANNELS), np.float16)
+        pairs = photo_views(photos, views)
+        maps = work.new_array(f"frozen-{part}", (len(pairs), 14, 14, FROZEN_CHANNELS), np.float16)
         for rows in blocks(f"views of {part}", len(pairs), BATCH):
             pixels = np.stack([make_view(photos, photo, view, seed) for photo, view in pairs[rows]])
             with torch.inference_mode():
-                features = net.cut_features(torch.from_numpy(pixels))
-            cut[rows] = features.permute(0, 2, 3, 1).to(torch.float16).numpy()
+                features = net.frozen(torch.from_numpy(pixels))
+            maps[rows] = features.permute(0, 2, 3, 1).to(torch.float16).numpy()
         sizes[part] = len(pairs)
     work.finish(NAME, sizes)

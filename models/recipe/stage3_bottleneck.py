@@ -1,17 +1,25 @@
-"""The information bottleneck: finds the few hundred bytes of a photo that the answers need.
+"""The information bottleneck: finds the bytes of a photo that the answers need, at many rates.
 
-Trains the bottleneck convolution, its density and the tail on cached maps at the cut. Several tasks share the bits: the
-backbone's last map (mean squared error), its ImageNet logits (distillation), the captions (cross-entropy through the
-cloud's decoder, which stage 6 trains further) and the labels. The rate in training is -log2 of the density on the
-rounded symbols, with straight-through gradients (Minnen & Singh, arXiv 2007.08739). With the usual uniform noise, the
-many symbols that are zero would cost too much and their channels would become useless. A slow controller sets the
-price, which is the weight of the rate, so that the symbols of a photo take the wanted number of bytes under counted
-tables, with the averaged weights that ship. The price is bounded, since channels do not recover from a price that is
-too high.
+Trains the head's last blocks, the bottleneck convolution, its density and the tail on cached maps behind the frozen
+blocks. A linear bottleneck on frozen features keeps what is large in them; trained blocks keep what is asked. Several
+tasks share the bits: the backbone's last map (mean squared error), its ImageNet logits (distillation) and, where there
+are any, the captions (cross-entropy through a small decoder that is thrown away). `docs/information-bottleneck.md` has
+the objective.
+
+One latent serves all rates. Every row of a batch has a random level, which scales the latent before it is rounded (gain
+units: Cui et al., arXiv 2003.02012), and often only its first channels (tail-drop: Koike-Akino & Wang, arXiv
+2005.02870). The tail is told both.
+
+The rate in training is -log2 of the density on the rounded symbols, with straight-through gradients (Minnen & Singh,
+arXiv 2007.08739). With the usual uniform noise, the many symbols that are zero would cost too much and their channels
+would become useless. A slow controller sets the price, which is the weight of the rate, so that the symbols of a photo
+take the wanted number of bytes at the reference level under counted tables, with the averaged weights that ship. The
+price is bounded, since channels do not recover from a price that is too high. A coarser level has a higher price: an
+error grows with the square of the step.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -20,54 +28,67 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_runtime.inference.bundle import PAD, UNKNOWN
-from models.backbone import CUT, CUT_CHANNELS, Conv, Lite0, pretrained_lite0
-from models.family import LATENT, Classifier, Density, Dropout, Tail, TextDecoder, decoder_shapes
+from models.backbone import BLOCKS, CUT, CUT_CHANNELS, FROZEN, Block, Conv, Lite0, pretrained_lite0
+from models.family import LATENT, Density, Dropout, Tail, TextDecoder, arrived_groups, decoder_shapes
 from models.recipe.depthwise import use_matrices
 from models.recipe.training import Training
 from models.recipe.workspace import Workspace, channels_last
 
 NAME = "3-bottleneck"
-PHOTOS, CLASS_PHOTOS = 48, 16  # per step
-CAPTIONS = 3  # per photo and step
+GAINS = tuple(1.15 ** (level - 7) for level in range(8))  # symbols per unit of the latent
+REFERENCE = 5  # the level whose bytes are steered
+LEVEL_CHANCES = (0.07, 0.07, 0.08, 0.1, 0.13, 0.3, 0.13, 0.12)
+COMPLETE, WHOLE_GROUPS = 0.75, 0.15  # shares of rows with all channels, and with a whole number of groups of them
+PHOTOS, OTHERS = 40, 24  # per step: photos with captions, and without
+CAPTIONS = 3  # per photo and step, if it has as many
 CHECKPOINT_EVERY = 100
 FIRST_PRICE = 1e-3  # loss per byte
 PRICES = 3e-5, 4e-3  # bounds
 PRICE_FIXED_STEPS = 100  # before the controller starts: the density must fit the symbols first
+PRICE_EVERY = 5  # steps
+DEV_BATCH = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Length of training, target size and weights of the losses."""
 
-    steps: int = 1700
-    bytes: float = 400.0  # per photo, under one table per channel
+    steps: int = 3000
+    bytes: float = 400.0  # per photo at the reference level, under one table per channel
     learning_rate: float = 1e-3
     known_rate: float = 3e-4  # learning rate of pretrained layers, and of the expander's linear part
     bottleneck_rate: float = 0.04  # of the bottleneck, as a share of its weights' root mean square
-    first_step: float = 32.0  # units per symbol, see `principal`; about 550 bytes
-    kl_weight: float = 0.7
+    first_step: float = 32.0  # units per symbol of the finest level, see `principal`; about 550 bytes
+    error_weights: tuple[float, float] = (1.0, 0.25)  # first and last: it asks for more than the tasks need
+    kl_weight: float = 2.0
     caption_weight: float = 0.5
-    label_weight: float = 0.3
 
 
 class Cut(nn.Module):
     """The networks that stage 3 trains."""
 
-    def __init__(self, backbone: Lite0, vocabulary: int, classes: int) -> None:
+    def __init__(self, backbone: Lite0, vocabulary: int) -> None:
         super().__init__()
+        self.encoder = nn.Sequential(*(Block(shape) for shape in BLOCKS[FROZEN:CUT]))
         self.bottleneck = Conv(CUT_CHANNELS, LATENT[0], 3, stride=2, linear=True)
         self.density = Density()
-        self.tail = Tail()
-        for mine, known in zip(self.tail.blocks, list(backbone.blocks)[CUT:], strict=True):
+        self.tail = Tail(len(GAINS))
+        for mine, known in zip((*self.encoder, *self.tail.blocks), list(backbone.blocks)[FROZEN:], strict=True):
             mine.load_state_dict(known.state_dict())
         self.tail.features.load_state_dict(backbone.features.state_dict())
-        self.classifier = Classifier(classes)
-        self.decoder = TextDecoder(decoder_shapes(vocabulary)["cloud"])
+        self.tail.steps.data.copy_(1.0 / torch.tensor(GAINS)[:, None])
+        self.decoder = TextDecoder(replace(decoder_shapes(vocabulary)["edge"], label_words=0))
 
-    def symbols(self, cut: Tensor) -> Tensor:
-        """Maps at the cut to symbols, float [B, 64, 7, 7], with straight-through gradients."""
-        latent: Tensor = self.bottleneck(cut).float()
-        return latent + (latent.round().clamp(-127, 127) - latent).detach()
+    def latent(self, maps: Tensor) -> Tensor:
+        """Maps behind the frozen blocks [B, 80, 14, 14] to the latent, float [B, 64, 7, 7]."""
+        latent: Tensor = self.bottleneck(self.encoder(maps))
+        return latent.float()
+
+    def symbols(self, maps: Tensor, gains: Tensor) -> Tensor:
+        """Maps behind the frozen blocks and gains [B] to symbols, [B, 64, 7, 7], with straight-through gradients."""
+        latent = self.latent(maps) * gains[:, None, None, None]
+        symbols: Tensor = latent + (latent.round().clamp(-127, 127) - latent).detach()
+        return symbols
 
 
 def principal(net: Cut, backbone: Lite0, cut: Tensor, step: float) -> None:
@@ -109,15 +130,47 @@ def blocks_of(cut: Tensor) -> Tensor:
     return F.pixel_unshuffle(cut, 2).transpose(0, 1).flatten(1)
 
 
+class Rates(NamedTuple):
+    """The rate at which each row of a batch is sent."""
+
+    level: Tensor  # int64 [B]
+    channels: Tensor  # int64 [B], how many of the latent's channels arrive
+
+    @property
+    def gains(self) -> Tensor:
+        return torch.tensor(GAINS)[self.level]
+
+    def cut(self, symbols: Tensor) -> Tensor:
+        """Symbols [B, C, 7, 7] without the channels that do not arrive."""
+        there = torch.arange(symbols.shape[1]) < self.channels[:, None]
+        return symbols * there[..., None, None]
+
+    @property
+    def arrived(self) -> Tensor:
+        return arrived_groups(self.channels)
+
+
+def random_rates(rows: int, rng: np.random.Generator) -> Rates:
+    """A random level for each row; most rows are complete, some have whole groups, a few end anywhere."""
+    level = rng.choice(len(GAINS), rows, p=LEVEL_CHANCES)
+    kind = rng.random(rows)
+    group = LATENT[0] // 4
+    some = np.where(kind < COMPLETE + WHOLE_GROUPS, group * rng.integers(1, 4, rows), rng.integers(4, LATENT[0], rows))
+    return Rates(torch.from_numpy(level), torch.from_numpy(np.where(kind < COMPLETE, LATENT[0], some)))
+
+
+def complete_rates(rows: int, level: int) -> Rates:
+    """All rows complete, at one level."""
+    return Rates(torch.full((rows,), level), torch.full((rows,), LATENT[0]))
+
+
 class Losses(NamedTuple):
     """The losses of one batch."""
 
     error: Tensor  # squared error of the last map, divided by its variance
     kl: Tensor  # nats per photo to the backbone's own ImageNet logits
     caption: Tensor  # nats per token
-    label: Tensor  # nats per class photo
-    priced_bytes: Tensor  # per photo, under the density
-    counted_bytes: Tensor  # per photo, under one table per channel, counted on this batch
+    priced_bytes: Tensor  # per photo, under the density, times the price of its level relative to the reference's
 
 
 def caption_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1) -> Tensor:
@@ -128,9 +181,21 @@ def caption_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1) -> Ten
     )
 
 
-def repeat_memory(memory: list[tuple[Tensor, Tensor]], times: int) -> list[tuple[Tensor, Tensor]]:
-    """The decoder's memory of B photos, repeated for `times` texts per photo."""
-    return [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in memory]
+def select_memory(memory: list[tuple[Tensor, Tensor]], photos: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The decoder's memory of the photos with these numbers, int64 [texts]."""
+    return [(k.index_select(0, photos), v.index_select(0, photos)) for k, v in memory]
+
+
+def some_captions(captions: np.ndarray, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Up to `count` random captions of each photo, and the photo of each.
+
+    captions int16 [B, 5, T], a photo's own first; to (int64 [texts, T] without common padding, int64 [texts]).
+    """
+    own = (captions[:, :, 0] != PAD).sum(1)
+    chosen = [(i, j) for i, n in enumerate(own.tolist()) for j in rng.permutation(n)[:count]]
+    photos, numbers = np.array(chosen).T
+    texts = captions[photos, numbers].astype(np.int64)
+    return torch.from_numpy(texts[:, : int((texts != PAD).sum(1).max())]), torch.from_numpy(photos)
 
 
 def counted_bytes(symbols: Tensor) -> Tensor:
@@ -142,51 +207,56 @@ def counted_bytes(symbols: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def shipped_bytes(average: Cut, cut: Tensor) -> float:
+def shipped_bytes(average: Cut, maps: Tensor, level: int = REFERENCE) -> float:
     """`counted_bytes` of the averaged bottleneck. The weights in training are noisy and need more bytes."""
     with torch.autocast("cpu", torch.bfloat16):
-        latent: Tensor = average.bottleneck(cut)
-    return counted_bytes(latent.float().round().clamp(-127, 127)).item()
+        latent = average.latent(maps)
+    return counted_bytes((latent * GAINS[level]).round().clamp(-127, 127)).item()
 
 
-def losses_of(net: Cut, backbone: Lite0, cut: Tensor, texts: Tensor, labels: Tensor) -> Losses:
-    """cut bfloat16 [B, 112, 14, 14]; texts int64 [PHOTOS * CAPTIONS, T] of its first rows; labels int64 of the rest."""
+def losses_of(net: Cut, backbone: Lite0, maps: Tensor, rates: Rates, texts: Tensor, photos: Tensor) -> Losses:
+    """maps bfloat16 [B, 80, 14, 14]; texts int64 [texts, T] of its rows `photos`, int64 [texts]."""
     drop = Dropout(0.1)
     with torch.no_grad():
-        true_map, true_logits = backbone.rest(cut)
+        true_map, true_logits = backbone.rest(backbone.blocks[FROZEN:CUT](maps))
     with torch.autocast("cpu", torch.bfloat16):
-        symbols = net.symbols(cut)
-        last = net.tail.last_map(symbols)
+        symbols = rates.cut(net.symbols(maps, rates.gains))
+        last = net.tail.last_map(symbols, rates.level, rates.arrived)
         features = net.tail.features(last).flatten(2).transpose(1, 2)
         logits = backbone.classifier(features.mean(1))
-        memory = repeat_memory(net.decoder.encode_image(features[:PHOTOS], drop), CAPTIONS)
+        memory = select_memory(net.decoder.encode_image(features[: int(photos.max()) + 1], drop=drop), photos)
         wanted = texts[:, 1:] != PAD  # half of a padded batch
         words = net.decoder(texts[:, :-1], memory, drop, wanted)
-        guesses = net.classifier(features[PHOTOS:])
     log_probabilities = logits.float().log_softmax(-1), true_logits.float().log_softmax(-1)
+    bits = rates.cut(net.density.bits(symbols, rates.gains)).sum((1, 2, 3))
     return Losses(
         (last.float() - true_map.float()).square().mean() / true_map.float().var(),
         F.kl_div(*log_probabilities, log_target=True, reduction="batchmean"),
         caption_loss(words, texts[:, 1:][wanted]),
-        F.cross_entropy(guesses.float(), labels),
-        net.density.bits(symbols).sum((1, 2, 3)).mean() / 8,
-        counted_bytes(symbols),
+        (bits * (GAINS[REFERENCE] / rates.gains) ** 2).mean() / 8,
     )
 
 
 def run(work: Workspace, settings: Settings) -> None:
-    """Writes 3-bottleneck.pt with the averaged weights of bottleneck, tail, classifier and the cloud's decoder."""
+    """Writes 3-bottleneck.pt with the averaged weights of bottleneck and tail."""
     torch.manual_seed(3)
     rng = np.random.default_rng(3)
     backbone = channels_last(pretrained_lite0()).to(torch.bfloat16)
     captions = work.array("captions-train")
-    labels = np.load(work / "labels-classes.npy")
-    net = channels_last(Cut(pretrained_lite0(), work.vocabulary, work.classes))
-    use_matrices(net.tail.blocks, 14)
-    photos, class_photos = work.array("cut-train"), work.array("cut-classes")
+    net = channels_last(Cut(pretrained_lite0(), work.vocabulary))
+    photos, others = work.array("frozen-train"), work.array("frozen-unlabelled")
+    others = others if len(others) else photos
     sample = torch.from_numpy(np.array(photos[:: max(1, len(photos) // 2048)])).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        sample = net.encoder(sample)
     principal(net, pretrained_lite0(), sample, settings.first_step)
+    for blocks in (net.encoder, net.tail.blocks):
+        use_matrices(blocks, 14)
     optimiser = optimiser_of(net, settings)
+
+    def quality(weights: dict[str, Tensor], limit: int | None) -> dict[str, float]:
+        return evaluate(work, training.average, (REFERENCE,) if limit else range(len(GAINS)))
+
     training = Training(
         work,
         NAME,
@@ -196,26 +266,57 @@ def run(work: Workspace, settings: Settings) -> None:
         CHECKPOINT_EVERY,
         rate=lambda peak, step: peak * min(1.0, (step + 1) / 100) * (1.0 - step / settings.steps) ** 0.7,
         clipped=(p for group in optimiser.param_groups[:3] for p in group["params"]),
+        evaluate=quality,
     )
     price = training.values.get("price", FIRST_PRICE)
+    first, last = settings.error_weights
     for step in training.steps():
         chosen = np.sort(rng.integers(0, len(photos), PHOTOS))
-        also = np.sort(rng.integers(0, len(class_photos), CLASS_PHOTOS))
-        maps = np.concatenate([photos[chosen], class_photos[also]])
-        some = rng.permutation(captions.shape[1])[:CAPTIONS]
-        texts = torch.from_numpy(captions[chosen % len(captions)][:, some].astype(np.int64)).flatten(0, 1)
-        cut = torch.from_numpy(maps).permute(0, 3, 1, 2).to(torch.bfloat16)
-
-        loss = losses_of(net, backbone, cut, texts, torch.from_numpy(labels[also % len(labels)]))
-        total = loss.error + settings.kl_weight * loss.kl + settings.caption_weight * loss.caption
-        total = total + settings.label_weight * loss.label + price * loss.priced_bytes
-        training.update(total, **{name: value.item() for name, value in loss._asdict().items()})
-        size = shipped_bytes(training.average, cut)
-        if step >= PRICE_FIXED_STEPS:
+        also = np.sort(rng.integers(0, len(others), OTHERS))
+        maps = torch.from_numpy(np.concatenate([photos[chosen], others[also]])).permute(0, 3, 1, 2).to(torch.bfloat16)
+        texts = some_captions(captions[chosen % len(captions)], CAPTIONS, rng)
+        loss = losses_of(net, backbone, maps, random_rates(len(maps), rng), *texts)
+        error_weight = first + (last - first) * step / settings.steps
+        total = error_weight * loss.error + settings.kl_weight * loss.kl + settings.caption_weight * loss.caption
+        training.update(total + price * loss.priced_bytes, **{n: value.item() for n, value in loss._asdict().items()})
+        if step >= PRICE_FIXED_STEPS and step % PRICE_EVERY == 0:
+            size = shipped_bytes(training.average, maps)
             excess = np.clip(size / settings.bytes - 1.0, -1, 1)
-            price = float(np.clip(price * np.exp(0.01 * excess), *PRICES))
-        training.values |= {"shipped_bytes": round(size, 1), "price": price}
+            price = float(np.clip(price * np.exp(0.01 * PRICE_EVERY * excess), *PRICES))
+            training.values |= {"shipped_bytes": round(size, 1), "price": price}
     training.finish()
+
+
+@torch.inference_mode()
+def evaluate(work: Workspace, net: Cut, levels: range | tuple[int, ...]) -> dict[str, float]:
+    """Bytes of the labelled dev photos at some levels, and how often the bits still tell their classes among these."""
+    photos, labels = work.array("frozen-labelled"), torch.from_numpy(np.load(work / "labels-labelled.npy"))
+    if not len(labels):
+        return {}
+    backbone = channels_last(pretrained_lite0()).to(torch.bfloat16)
+    figures: dict[str, float] = {}
+    among = torch.unique(labels)
+    for level in levels:
+        sizes, right, kl = [], [], 0.0
+        for at in range(0, len(labels), DEV_BATCH):
+            maps = torch.from_numpy(np.array(photos[at : at + DEV_BATCH])).permute(0, 3, 1, 2).to(torch.bfloat16)
+            rates = complete_rates(len(maps), level)
+            _, true_logits = backbone.rest(backbone.blocks[FROZEN:CUT](maps))
+            with torch.autocast("cpu", torch.bfloat16):
+                symbols = net.symbols(maps, rates.gains)
+                logits = backbone.classifier(net.tail(symbols, rates.level, rates.arrived).mean(1)).float()
+            best = among[logits[:, among].topk(min(5, len(among))).indices] == labels[at : at + DEV_BATCH, None]
+            right.append(best)
+            kl += F.kl_div(logits.log_softmax(-1), true_logits.float().softmax(-1), reduction="sum").item()
+            sizes += [counted_bytes(symbols).item()] * len(maps)
+        places = torch.cat(right).float()
+        figures |= {
+            f"bytes_{level}": round(float(np.mean(sizes)), 1),
+            f"top1_{level}": round(places[:, 0].mean().item(), 4),
+            f"top5_{level}": round(places.sum(1).mean().item(), 4),
+            f"kl_{level}": round(kl / len(labels), 4),
+        }
+    return figures
 
 
 def optimiser_of(net: Cut, settings: Settings) -> torch.optim.Optimizer:
@@ -224,7 +325,8 @@ def optimiser_of(net: Cut, settings: Settings) -> torch.optim.Optimizer:
     The folded weights of the backbone are small: steps for new layers would destroy them.
     """
     bottleneck, density = list(net.bottleneck.parameters()), list(net.density.parameters())
-    known = [p for part in (net.tail.linear, net.tail.blocks, net.tail.features) for p in part.parameters()]
+    parts = (net.encoder, net.tail.linear, net.tail.blocks, net.tail.features)
+    known = [p for part in parts for p in part.parameters()]
     others = {id(p) for p in bottleneck + density + known}
     new = [p for p in net.parameters() if id(p) not in others]
     size = net.bottleneck.weight.square().mean().sqrt().item()

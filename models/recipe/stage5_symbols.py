@@ -1,57 +1,82 @@
-"""The symbols that the deployed int8 head sends for many views, and the tables counted on them.
+"""The latents that the deployed int8 head computes for many views, and the tables counted on their symbols.
 
-All later stages train on these symbols, so nothing has to be adapted to quantisation afterwards.
+All later stages train on these, so nothing has to be adapted to quantisation afterwards.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 
 from edge_runtime.inference.backends import load_model
-from edge_runtime.inference.head import Head
+from edge_runtime.inference.head import Head, codes_to_symbols, symbol_factor
 from edge_runtime.wire import bitstream
 from edge_runtime.wire.tables import count_tables, entropy_bytes
-from models.family import LATENT
+from models.family import GROUPS, LATENT
 from models.recipe.stage2_views import make_view, photo_views
+from models.recipe.stage3_bottleneck import GAINS, REFERENCE
 from models.recipe.workspace import Workspace, blocks
 
 NAME = "5-symbols"
-VIEWS = {"train": 8, "classes": 6, "dev": 1}
+VIEWS = {"train": 8, "unlabelled": 3, "dev": 1, "labelled": 1}
 BATCH = 64
-GROUPS = 4
+COUNTED = 8000  # views that tables are counted on
 
 
 def run(work: Workspace) -> None:
-    """Writes symbols-{train,classes,dev}, int8 [views * photos, 64, 7, 7], and tables.bin."""
-    head = Head(load_model(work / "head.onnx", threads=1))
+    """Writes codes-{train,unlabelled,dev,labelled}, uint8 [views * photos, 64, 7, 7], and tables.bin."""
+    model = load_model(work / "head.onnx", threads=1)
+    head = Head(model)
     for seed, (part, views) in enumerate(VIEWS.items()):
         photos = work.array(f"photos-{part}")
         pairs = photo_views(photos, views)
-        symbols = work.new_array(f"symbols-{part}", (len(pairs), *LATENT), np.int8)
+        codes = work.new_array(f"codes-{part}", (len(pairs), *LATENT), np.uint8)
 
-        def symbols_of(pair: tuple[int, int], photos: np.ndarray = photos, seed: int = seed) -> np.ndarray:
-            return head.symbols(make_view(photos, *pair, seed))
+        def codes_of(pair: tuple[int, int], photos: np.ndarray = photos, seed: int = seed) -> np.ndarray:
+            return head.latent(make_view(photos, *pair, seed)).codes
 
         with ThreadPoolExecutor(2) as pool:  # the runtime releases the GIL while it computes
-            for rows in blocks(f"symbols of {part}", len(pairs), BATCH):
-                symbols[rows] = list(pool.map(symbols_of, pairs[rows]))
+            for rows in blocks(f"latents of {part}", len(pairs), BATCH):
+                codes[rows] = list(pool.map(codes_of, pairs[rows]))
+    (work / "head_output.txt").write_text(f"{model.scale!r} {model.zero_point}\n")
     work.finish(NAME, count(work))
+
+
+@cache
+def _factors(work: Workspace) -> tuple[int, list[np.ndarray]]:
+    """The zero point of the head's output, and by level the factor of each channel, as on a board."""
+    scale, zero_point = (work / "head_output.txt").read_text().split()
+    scales = [float(scale) * float(channel) for channel in np.load(work / "scales.npy")]
+    factors = [np.array([symbol_factor(each, gain) for each in scales], np.int32)[:, None, None] for gain in GAINS]
+    return int(zero_point), factors
+
+
+def symbols(work: Workspace, codes: np.ndarray, level: int) -> np.ndarray:
+    """Codes uint8 [..., 64, 7, 7] to symbols int8 of a level, as a board computes them."""
+    zero_point, factors = _factors(work)
+    return codes_to_symbols(np.asarray(codes), zero_point, factors[level])
 
 
 def count(work: Workspace) -> dict[str, float]:
     """Writes tables.bin, counted on training views. Contexts and alphabet: the cheapest on dev photos."""
-    train, dev = work.array("symbols-train"), work.array("symbols-dev")
+    train, dev = work.array("codes-train"), work.array("codes-dev")
+    some = train[np.linspace(0, len(train) - 1, min(COUNTED, len(train)), dtype=int)]
+    by_level = [symbols(work, some, level) for level in range(len(GAINS))]
+    reference = symbols(work, dev, REFERENCE)
     figures: dict[str, float] = {}
     best = None
     for contexts in (1, 3):
         for largest in (7, 15):
-            tables = count_tables([train], groups=GROUPS, contexts=contexts, largest=largest)
-            figures[f"dev_entropy_{contexts}_contexts_to_{largest}"] = size = round(entropy_bytes(dev, tables), 1)
+            tables = count_tables(by_level, groups=GROUPS, contexts=contexts, largest=largest)
+            size = round(entropy_bytes(reference, tables, REFERENCE), 1)
+            figures[f"dev_entropy_{contexts}_contexts_to_{largest}"] = size
             if best is None or size < best[0]:
                 best = (size, tables)
     assert best is not None
     (work / "tables.bin").write_bytes(best[1].to_bytes())
-    figures["dev_bytes"] = float(np.mean([len(bitstream.encode(s, best[1])) for s in dev]))
-    figures["largest_symbol"] = int(np.abs(train).max())
-    figures["live_channels"] = int(((train != 0).mean((0, 2, 3)) > 0.01).sum())
+    for level in range(len(GAINS)):
+        coded = [len(bitstream.encode(each, best[1], level)) for each in symbols(work, dev, level)]
+        figures[f"dev_bytes_{level}"] = round(float(np.mean(coded)), 1)
+    figures["largest_symbol"] = int(np.abs(by_level[-1]).max())
+    figures["live_channels"] = int(((by_level[REFERENCE] != 0).mean((0, 2, 3)) > 0.01).sum())
     return figures

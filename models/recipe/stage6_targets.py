@@ -1,30 +1,55 @@
-"""The targets: classifier and one text decoder per tier, trained on the symbols of the deployed head.
+"""The targets: one text decoder per tier, trained on the symbols of the deployed head, at many rates.
 
 The tail was trained with the bottleneck on rounded symbols and stays fixed, so its maps of all views are computed once,
-and the layers behind it are trained on those maps. First the last convolution and the classifier, together with the
-cloud's decoder, on people's captions; later the edge's smaller decoder on the same features and the cloud's own texts
-(sequence-level distillation: Kim & Rush, arXiv 1606.07947). So one pass of the tail serves every tier.
+each at a random rate, with the words of its labels. The cloud's decoder learns people's captions of photos, and besides
+from sentences without photos, whose own nouns stand in for labels. Later the edge's smaller decoder learns the cloud's
+own texts from the same features (sequence-level distillation: Kim & Rush, arXiv 1606.07947), about photos without
+captions, too. So one pass of the tail serves every tier.
 """
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edge_runtime.inference.bundle import BOS, EOS, PAD
-from models.backbone import MAP_CHANNELS
-from models.family import LATENT, Classifier, DecoderShape, Dropout, Tail, TextDecoder, decoder_shapes
+from models.backbone import FEATURES, MAP_CHANNELS, pretrained_lite0
+from models.family import (
+    LABEL_WORDS,
+    LATENT,
+    POSITIONS,
+    DecoderShape,
+    Dropout,
+    Memory,
+    Tail,
+    TextDecoder,
+    decoder_shapes,
+)
+from models.imagenet import imagenet_classes
+from models.labels import label_words, some_words, words_of_labels
+from models.recipe import stage5_symbols
 from models.recipe.scores import cider
-from models.recipe.stage3_bottleneck import caption_loss, repeat_memory
+from models.recipe.stage3_bottleneck import (
+    GAINS,
+    REFERENCE,
+    Rates,
+    caption_loss,
+    complete_rates,
+    random_rates,
+    select_memory,
+    some_captions,
+)
 from models.recipe.training import Training
 from models.recipe.workspace import Workspace, blocks, channels_last
 
 NAME, MAPS = "6-targets", "6-maps"
-TEXTS, CLASS_PHOTOS = 320, 16  # per step
+PHOTOS, SENTENCES = 64, 64  # per step
+CAPTIONS = 5  # of a photo per step, if it has as many
+SENTENCE_WEIGHT = 0.7
+MAX_NOUNS = 4  # of a sentence that stand in for labels
+USUAL = 0.6  # share of the views that are complete and of the reference level
 CHECKPOINT_EVERY = 300
 
 
@@ -32,29 +57,23 @@ CHECKPOINT_EVERY = 300
 class Settings:
     """Lengths of training, rates and dropout."""
 
-    cloud_steps: int = 1000
-    edge_steps: int = 900
+    cloud_steps: int = 6000
+    edge_steps: int = 3000
     learning_rate: float = 6e-4
-    features_rate: float = 0.3  # for the tail's last convolution, which is not new: a share of the learning rate
-    dropout: float = 0.2
+    dropout: float = 0.15
 
 
 class Target(nn.Module):
-    """A tail with a classifier and one decoder."""
+    """A tail and one decoder."""
 
-    def __init__(self, shape: DecoderShape, classes: int) -> None:
+    def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
-        self.tail, self.classifier, self.decoder = Tail(), Classifier(classes), TextDecoder(shape)
+        self.tail, self.decoder = Tail(len(GAINS)), TextDecoder(shape)
 
     def features(self, maps: Tensor) -> Tensor:
         """The tail's last maps [B, 320, 7, 7] to features [B, N, 1280]."""
         features: Tensor = self.tail.features(maps)
         return features.flatten(2).transpose(1, 2)
-
-
-def symbols_of(symbols: np.ndarray, chosen: np.ndarray | slice) -> Tensor:
-    """Rows of a symbols array as float [B, 64, 7, 7]."""
-    return torch.from_numpy(symbols[chosen].astype(np.float32)).contiguous(memory_format=torch.channels_last)
 
 
 def maps_of(maps: np.ndarray, chosen: np.ndarray | slice) -> Tensor:
@@ -69,85 +88,183 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
     if tier == "cloud":
         if not work.is_done(MAPS):
             cache_maps(work)
-        train(work, tier, net, np.load(work / "captions-train.npy"), settings.cloud_steps, settings)
+        train_cloud(work, net, settings)
     else:
-        cloud = work.averaged(f"{NAME}-cloud")
-        net.load_state_dict({k: v for k, v in cloud.items() if not k.startswith("decoder.")}, strict=False)
-        train(work, tier, net, np.load(work / "texts-train.npy")[:, None], settings.edge_steps, settings)
+        train_edge(work, net, settings)
 
 
 def new_target(work: Workspace, tier: str) -> Target:
-    """A target with the weights of the bottleneck's training. Only the edge's decoder is new."""
-    net = Target(decoder_shapes(work.vocabulary)[tier], work.classes)
-    cut = work.averaged("3-bottleneck")
-    known = ("tail.", "classifier.", "decoder.") if tier == "cloud" else ("tail.", "classifier.")
-    missing = net.load_state_dict({k: v for k, v in cut.items() if k.startswith(known)}, strict=False).missing_keys
-    assert tier == "edge" or not missing, missing
+    """A target with the tail of the bottleneck's training and a new decoder."""
+    net = Target(decoder_shapes(work.vocabulary)[tier])
+    net.tail.load_state_dict(work.averaged("3-bottleneck", "tail."))
+    for p in net.tail.parameters():
+        p.requires_grad_(False)
     return channels_last(net)
 
 
+def view_rates(rows: int, seed: int) -> Rates:
+    """The rate of each view in the cache: most are complete and of the reference level."""
+    rng = np.random.default_rng((6, seed))
+    level, channels = random_rates(rows, rng)
+    usual = torch.from_numpy(rng.random(rows) < USUAL)
+    return Rates(level.where(~usual, REFERENCE), channels.where(~usual, LATENT[0]))
+
+
+def rated_symbols(work: Workspace, codes: np.ndarray, rates: Rates) -> Tensor:
+    """Codes of some views to what arrives of their symbols at these rates, float [B, 64, 7, 7]."""
+    rows = np.empty(codes.shape, np.float32)
+    for level in np.unique(rates.level):
+        at = (rates.level == level).numpy()
+        rows[at] = stage5_symbols.symbols(work, codes[at], int(level))
+    return rates.cut(torch.from_numpy(rows)).contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
 def cache_maps(work: Workspace, batch: int = 200) -> None:
-    """Writes maps-{train,classes,dev}: the tail's last map of every view, float16 [views * photos, 7, 7, 320]."""
-    tail = new_target(work, "edge").tail
-    for part in ("train", "classes", "dev"):
-        symbols = work.array(f"symbols-{part}")
-        maps = work.new_array(f"maps-{part}", (len(symbols), *LATENT[1:], MAP_CHANNELS), np.float16)
-        for rows in blocks(f"maps of {part}", len(symbols), batch):
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                last = tail.last_map(symbols_of(symbols, rows))
-            maps[rows] = last.permute(0, 2, 3, 1).to(torch.float16).numpy()
-    work.finish(MAPS, {part: len(work.array(f"maps-{part}")) for part in ("train", "classes", "dev")})
-
-
-def train(work: Workspace, tier: str, net: Target, captions: np.ndarray, total: int, settings: Settings) -> None:
-    """Cross-entropy training of one tier. The cloud's also trains the shared features and the classifier.
-
-    captions int16 [photos or views of them, texts, T].
+    """Writes, per part, maps: the tail's last map of every view, float16 [views * photos, 7, 7, 320], and labels: the
+    words of its likeliest labels, int16 [views * photos, LABEL_WORDS].
     """
-    rng = np.random.default_rng(6)
-    maps, photos = work.array("maps-train"), TEXTS // captions.shape[1]
-    class_maps, labels = work.array("maps-classes"), np.load(work / "labels-classes.npy")
-    trains_features = tier == "cloud"
-    shared = [*net.tail.features.parameters(), *net.classifier.parameters()] if trains_features else []
-    groups: list[dict[str, Any]] = [{"params": list(net.decoder.parameters()), "lr": settings.learning_rate}]
-    groups += [{"params": shared, "lr": settings.learning_rate * settings.features_rate}] * trains_features
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.02, betas=(0.9, 0.98))
+    net = new_target(work, "edge")
+    classifier = pretrained_lite0().classifier
+    for seed, part in enumerate(("train", "unlabelled", "dev")):
+        codes = work.array(f"codes-{part}")
+        rates = complete_rates(len(codes), REFERENCE) if part == "dev" else view_rates(len(codes), seed)
+        maps = work.new_array(f"maps-{part}", (len(codes), *LATENT[1:], MAP_CHANNELS), np.float16)
+        words = np.zeros((len(codes), LABEL_WORDS), np.int16)
+        for rows in blocks(f"maps of {part}", len(codes), batch):
+            rates_of = Rates(rates.level[rows], rates.channels[rows])
+            with torch.autocast("cpu", torch.bfloat16):
+                last = net.tail.last_map(rated_symbols(work, codes[rows], rates_of), rates_of.level, rates_of.arrived)
+                features = net.features(last)
+            maps[rows] = last.permute(0, 2, 3, 1).to(torch.float16).numpy()
+            words[rows] = words_seen(work, classifier(features.float().mean(1)))
+        np.save(work / f"labels-{part}.npy", words)
+    work.finish(MAPS, {part: len(work.array(f"maps-{part}")) for part in ("train", "unlabelled", "dev")})
+
+
+@cache
+def class_words(work: Workspace) -> list[tuple[int, ...]]:
+    """The token ids of each ImageNet class's name."""
+    vocabulary = (work / "vocabulary.txt").read_text().splitlines()
+    return words_of_labels([known.name for known in imagenet_classes()], vocabulary)
+
+
+def words_seen(work: Workspace, logits: Tensor) -> list[list[int]]:
+    """The label words that a decoder sees, from ImageNet logits [B, 1000]."""
+    return [label_words(row, class_words(work), LABEL_WORDS) for row in logits.softmax(-1)]
+
+
+def training_of(work: Workspace, net: Target, tier: str, total: int, settings: Settings) -> Training:
+    """Trains the decoder only."""
+    weights = list(net.decoder.parameters())
+    optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
     quality = partial(evaluate, work, tier)
-    training = Training(work, f"{NAME}-{tier}", net, optimiser, total, CHECKPOINT_EVERY, evaluate=quality)
+    return Training(work, f"{NAME}-{tier}", net, optimiser, total, CHECKPOINT_EVERY, evaluate=quality)
+
+
+def train_cloud(work: Workspace, net: Target, settings: Settings) -> None:
+    """Cross-entropy on people's captions, and on sentences without photos."""
+    rng = np.random.default_rng(6)
+    maps, labels = work.array("maps-train"), np.load(work / "labels-train.npy")
+    captions, sentences = np.load(work / "captions-train.npy"), np.load(work / "sentences.npy")
+    chances = sampling_chances(np.load(work / "collections-train.npy"))
+    views = len(maps) // len(captions)
+    is_noun = np.load(work / "nouns.npy")
+    training = training_of(work, net, "cloud", settings.cloud_steps, settings)
     drop = Dropout(settings.dropout)
     for _ in training.steps():
-        chosen = np.sort(rng.integers(0, len(maps), photos))
-        also = np.sort(rng.integers(0, len(class_maps), CLASS_PHOTOS))
-        texts = torch.from_numpy(captions[chosen % len(captions)].astype(np.int64)).flatten(0, 1)  # [B * 5, T]
-        texts = texts[:, : int((texts != 0).sum(1).max())]
+        photos = np.sort(rng.choice(len(captions), PHOTOS, p=chances))
+        chosen = photos + len(captions) * rng.integers(0, views, PHOTOS)
+        texts, of_photo = some_captions(captions[photos], CAPTIONS, rng)
         with torch.autocast("cpu", torch.bfloat16):
-            features = net.features(torch.cat([maps_of(maps, chosen), maps_of(class_maps, also)]))
-            guesses = net.classifier(drop(features[photos:])).float()
-            memory = repeat_memory(net.decoder.encode_image(features[:photos], drop), captions.shape[1])
-            wanted = texts[:, 1:] != PAD  # half of a padded batch
-            words = net.decoder(texts[:, :-1], memory, drop, wanted)
-            loss = caption_loss(words, texts[:, 1:][wanted])
-        label_loss = F.cross_entropy(guesses, torch.from_numpy(labels[also % len(labels)]))
-        total_loss = loss + 0.3 * label_loss if trains_features else loss
-        training.update(total_loss, caption=loss.item(), label=label_loss.item())
+            features = net.features(maps_of(maps, chosen))
+            memory = net.decoder.encode_image(features, some_words(labels[chosen], rng), drop)
+            loss = text_loss(net.decoder, texts, select_memory(memory, of_photo), drop)
+            only_text = torch.zeros(())
+            if len(sentences):
+                rows = sentences[rng.integers(0, len(sentences), SENTENCES)]
+                only_text = sentence_loss(net.decoder, rows, own_nouns(rows, is_noun, rng), drop)
+        training.update(loss + SENTENCE_WEIGHT * only_text, caption=loss.item(), sentence=only_text.item())
+    training.finish()
+
+
+def text_loss(decoder: TextDecoder, texts: Tensor, memory: Memory, drop: Dropout, smoothing: float = 0.1) -> Tensor:
+    """Mean cross-entropy per token of texts int64 [B, T]."""
+    wanted = texts[:, 1:] != PAD  # half of a padded batch
+    return caption_loss(decoder(texts[:, :-1], memory, drop, wanted), texts[:, 1:][wanted], smoothing)
+
+
+def sentence_loss(decoder: TextDecoder, rows: np.ndarray, words: np.ndarray, drop: Dropout) -> Tensor:
+    """Cross-entropy of sentences int16 [B, T] that have words instead of an image."""
+    texts = torch.from_numpy(rows[:, : int((rows != PAD).sum(1).max())].astype(np.int64))
+    image = decoder.image(torch.zeros(1, POSITIONS + 1, FEATURES)) + decoder.image_positions
+    for layer in decoder.encoder:
+        image = layer(image, drop)
+    memory = decoder.remember(image.expand(len(texts), -1, -1), torch.from_numpy(words.astype(np.int64)), drop)
+    return text_loss(decoder, texts, memory, drop)
+
+
+def own_nouns(rows: np.ndarray, is_noun: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Up to MAX_NOUNS of each sentence's nouns in random order, int16 [B, LABEL_WORDS], PAD at the end."""
+    words = np.full((len(rows), LABEL_WORDS), PAD, np.int16)
+    for row, sentence in zip(words, rows, strict=True):
+        named = rng.permutation(np.unique(sentence[is_noun[sentence]]))[: rng.integers(0, MAX_NOUNS + 1)]
+        row[: len(named)] = named
+    return words
+
+
+def sampling_chances(collections: np.ndarray) -> np.ndarray:
+    """How often each photo is taken: a collection of n photos as often as sqrt(n), so that small ones count more."""
+    sizes = np.bincount(collections)
+    chances = 1.0 / np.sqrt(sizes[collections])
+    shares: np.ndarray = chances / chances.sum()
+    return shares
+
+
+def train_edge(work: Workspace, net: Target, settings: Settings) -> None:
+    """Cross-entropy on the cloud's texts about all views."""
+    rng = np.random.default_rng(6)
+    parts = [
+        (work.array(f"maps-{part}"), np.load(work / f"labels-{part}.npy"), np.load(work / f"texts-{part}.npy"))
+        for part in ("train", "unlabelled")
+    ]
+    training = training_of(work, net, "edge", settings.edge_steps, settings)
+    drop = Dropout(settings.dropout / 2)
+    sizes = [len(texts) for _, _, texts in parts]
+    for _ in training.steps():
+        counts = rng.multinomial(4 * PHOTOS, np.array(sizes) / sum(sizes))
+        loss = torch.zeros(())
+        for (maps, labels, texts), count in zip(parts, counts, strict=True):
+            if not count:
+                continue
+            chosen = np.sort(rng.integers(0, len(texts), count))
+            rows = torch.from_numpy(texts[chosen].astype(np.int64))
+            rows = rows[:, : int((rows != PAD).sum(1).max())]
+            with torch.autocast("cpu", torch.bfloat16):
+                words = torch.from_numpy(labels[chosen].astype(np.int64))
+                memory = net.decoder.encode_image(net.features(maps_of(maps, chosen)), words, drop)
+                loss = loss + text_loss(net.decoder, rows, memory, drop, 0.02) * count / counts.sum()
+        training.update(loss)
     training.finish()
 
 
 def evaluate(work: Workspace, tier: str, weights: dict[str, Tensor], limit: int | None = None) -> dict[str, float]:
-    """CIDEr of greedy texts on the first `limit` dev photos."""
+    """CIDEr of greedy texts on dev photos, per collection; with a limit, of at most so many of each."""
     net = new_target(work, tier)
     net.load_state_dict(weights)
-    return {"cider": cider(work, "dev", write(net, work.array("maps-dev")[:limit]))}
+    maps, labels = work.array("maps-dev"), np.load(work / "labels-dev.npy")
+    return cider(work, "dev", lambda rows: write(net, maps[rows], labels[rows]), limit)
 
 
 @torch.inference_mode()
-def write(net: Target, maps: np.ndarray) -> list[list[int]]:
+def write(net: Target, maps: np.ndarray, labels: np.ndarray) -> list[list[int]]:
     """Greedy texts of many photos in bfloat16, one token at a time: fast, for evaluation only."""
     out: list[list[int]] = []
     for at in range(0, len(maps), 250):
         rows = maps_of(maps, slice(at, at + 250))
+        words = torch.from_numpy(labels[at : at + 250].astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
-            memory = net.decoder.encode_image(net.features(rows))
+            memory = net.decoder.encode_image(net.features(rows), words)
             cache = net.decoder.new_cache(len(rows), 1)
             token = torch.full((len(rows), 1), BOS)
             columns = []

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from edge_runtime.inference.bundle import BOS, EOS, PAD
 from models.family import NEVER_EMITTED, Dropout
+from models.labels import some_words
 from models.recipe import stage6_targets as targets
-from models.recipe.scores import Cider, strip
-from models.recipe.stage3_bottleneck import caption_loss, repeat_memory
+from models.recipe.scores import Cider, references
+from models.recipe.stage3_bottleneck import select_memory, some_captions
 from models.recipe.training import Training, cosine
 from models.recipe.workspace import Workspace
 
@@ -30,7 +31,7 @@ CHECKPOINT_EVERY = 200
 class Settings:
     """Length of training, learning rate and weights."""
 
-    steps: int = 500
+    steps: int = 1200
     learning_rate: float = 1e-4
     caption_weight: float = 0.1  # weight of the cross-entropy, which keeps the texts fluent
 
@@ -41,8 +42,6 @@ def run(work: Workspace, settings: Settings) -> None:
     torch.manual_seed(7)
     net = targets.new_target(work, "cloud")
     net.load_state_dict(work.averaged(f"{targets.NAME}-cloud"))
-    for p in (*net.tail.parameters(), *net.classifier.parameters()):
-        p.requires_grad_(False)
     weights = list(net.decoder.parameters())
     optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0, betas=(0.9, 0.98))
     training = Training(
@@ -58,40 +57,43 @@ def run(work: Workspace, settings: Settings) -> None:
         clipped=weights,
         evaluate=partial(targets.evaluate, work, "cloud"),
     )
-    maps, captions = work.array("maps-train"), np.load(work / "captions-train.npy")
-    scorer = Cider([[strip(row) for row in texts] for texts in captions.tolist()], end=True)
+    maps, labels = work.array("maps-train"), np.load(work / "labels-train.npy")
+    captions = np.load(work / "captions-train.npy")
+    chances, views = targets.sampling_chances(np.load(work / "collections-train.npy")), len(maps) // len(captions)
+    scorer = Cider(references(captions), end=True)
     for _ in training.steps():
-        chosen = np.sort(rng.integers(0, len(maps), PHOTOS))
-        photos = chosen % len(captions)
+        photos = np.sort(rng.choice(len(captions), PHOTOS, p=chances))
+        chosen = photos + len(captions) * rng.integers(0, views, PHOTOS)
+        words = some_words(labels[chosen], rng)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             features = net.features(targets.maps_of(maps, chosen))
-            texts = sample(net, features)
+            texts = sample(net, features, words)
         lists = [cut(row) for row in texts[:, 1:].tolist()]
         rewards = np.array([scorer.score(photos[i // SAMPLES], text) for i, text in enumerate(lists)]).reshape(
             PHOTOS, SAMPLES
         )
         advantage = (rewards - rewards.mean(1, keepdims=True)) * SAMPLES / (SAMPLES - 1)
-        human = torch.from_numpy(captions[photos, rng.integers(0, captions.shape[1], PHOTOS)].astype(np.int64))
+        human, of_photo = some_captions(captions[photos], 1, rng)
         with torch.autocast("cpu", torch.bfloat16):
-            memory = net.decoder.encode_image(features)
-            each = repeat_memory(memory, SAMPLES)
+            memory = net.decoder.encode_image(features, words)
+            each = select_memory(memory, torch.arange(PHOTOS).repeat_interleave(SAMPLES))
             logits = net.decoder(texts[:, :-1], each).float()
-            plain = caption_loss(net.decoder(human[:, :-1], memory, Dropout(0.1)), human[:, 1:])
+            plain = targets.text_loss(net.decoder, human, select_memory(memory, of_photo), Dropout(0.1))
         logits[..., list(NEVER_EMITTED)] = -torch.inf
-        chances = logits.log_softmax(-1).gather(-1, texts[:, 1:, None])[..., 0]
+        chances_of = logits.log_softmax(-1).gather(-1, texts[:, 1:, None])[..., 0]
         written = texts[:, 1:] != PAD
-        chances = chances.masked_fill(~written, 0.0)
+        chances_of = chances_of.masked_fill(~written, 0.0)
         # Per token and not per text, so that long texts do not weigh more.
-        policy = -(chances.sum(1) * torch.from_numpy(advantage.reshape(-1)).float()).sum() / written.sum()
+        policy = -(chances_of.sum(1) * torch.from_numpy(advantage.reshape(-1)).float()).sum() / written.sum()
         training.update(policy + settings.caption_weight * plain, reward=float(rewards.mean()))
     training.finish()
 
 
-def sample(net: targets.Target, features: Tensor) -> Tensor:
+def sample(net: targets.Target, features: Tensor, words: Tensor) -> Tensor:
     """SAMPLES random texts per photo: int64 [B * SAMPLES, 1 + T], BOS first, PAD after EOS."""
     decoder = net.decoder
-    memory = repeat_memory(decoder.encode_image(features), SAMPLES)
-    rows = len(features) * SAMPLES
+    of_photo = torch.arange(len(features)).repeat_interleave(SAMPLES)
+    memory, rows = select_memory(decoder.encode_image(features, words), of_photo), len(of_photo)
     cache, token = decoder.new_cache(rows, 1), torch.full((rows, 1), BOS)
     columns, ended = [token], torch.zeros(rows, dtype=torch.bool)
     for t in range(decoder.shape.max_tokens):

@@ -16,21 +16,21 @@ BLOCK = 1000  # views
 
 
 def run(work: Workspace) -> None:
-    """Writes texts-{train,classes,dev}: the cloud's greedy texts, see `written`."""
+    """Writes texts-{train,unlabelled,dev}: the cloud's greedy texts, see `written`."""
     net = targets.new_target(work, "cloud")
     net.load_state_dict(critic.final_weights(work, "cloud"))
     net.eval()
-    for part in ("train", "classes", "dev"):
+    for part in ("train", "unlabelled", "dev"):
         np.save(work / f"texts-{part}.npy", rows := written(work, net, part))
     work.finish(NAME, {"mean_tokens": float((rows != PAD).sum(1).mean()) - 1})
 
 
 def written(work: Workspace, net: targets.Target, part: str) -> np.ndarray:
     """A target's greedy texts about the views of a part, int16 [N, T + 1]: BOS first, PAD after EOS."""
-    maps = work.array(f"maps-{part}")
+    maps, labels = work.array(f"maps-{part}"), np.load(work / f"labels-{part}.npy")
     rows = np.full((len(maps), net.decoder.shape.max_tokens + 1), PAD, np.int16)
     for block in blocks(f"texts of {part}", len(maps), BLOCK):
-        for row, text in zip(rows[block], targets.write(net, maps[block]), strict=True):
+        for row, text in zip(rows[block], targets.write(net, maps[block], labels[block]), strict=True):
             tokens = [BOS, *text, EOS][: len(row)]
             row[: len(tokens)] = tokens
     return rows

@@ -1,6 +1,6 @@
 """The board's draft decoder, distilled from the cloud's own texts, so that its proposals are accepted.
 
-Its inputs are the int8 head's symbols, as on the board.
+Its inputs are the int8 head's symbols of the finest level, as on the board.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_runtime.inference.bundle import BOS, EOS, PAD
+from edge_runtime.inference.bundle import BOS, EOS, PAD, UNKNOWN
 from models.family import DraftDecoder
-from models.recipe import stage6_targets as targets
+from models.recipe import stage5_symbols
 from models.recipe.scores import cider
-from models.recipe.stage3_bottleneck import caption_loss
+from models.recipe.stage3_bottleneck import GAINS, caption_loss
 from models.recipe.training import Training
 from models.recipe.workspace import Workspace
 
 NAME = "9-draft"
 BATCH = 256
+DRAFT_WORDS = 3500  # the most frequent of the vocabulary: with more it would have over a million parameters
 CHECKPOINT_EVERY = 150
 
 
@@ -27,7 +28,7 @@ CHECKPOINT_EVERY = 150
 class Settings:
     """Length of training."""
 
-    steps: int = 2400
+    steps: int = 4000
     learning_rate: float = 2e-3
     dropout: float = 0.1
 
@@ -36,10 +37,13 @@ def run(work: Workspace, settings: Settings) -> None:
     """Writes 9-draft.pt."""
     torch.manual_seed(9)
     rng = np.random.default_rng(9)
-    symbols, texts = (
-        np.concatenate([work.array(f"{kind}-{part}") for part in ("train", "classes")]) for kind in ("symbols", "texts")
+    # A board drafts from the finest level, whatever it sends.
+    codes, texts = (
+        np.concatenate([np.load(work / f"{kind}-{part}.npy") for part in ("train", "unlabelled")])
+        for kind in ("codes", "texts")
     )
-    net = DraftDecoder(work.vocabulary)
+    texts[texts >= DRAFT_WORDS] = UNKNOWN
+    net = DraftDecoder(min(work.vocabulary, DRAFT_WORDS))
     optimiser = torch.optim.AdamW(net.parameters(), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     quality = partial(evaluate, work)
     training = Training(work, NAME, net, optimiser, settings.steps, CHECKPOINT_EVERY, evaluate=quality)
@@ -48,11 +52,16 @@ def run(work: Workspace, settings: Settings) -> None:
         rows = torch.from_numpy(texts[chosen].astype(np.int64))
         rows = rows[:, : int((rows != PAD).sum(1).max())]
         with torch.autocast("cpu", torch.bfloat16):
-            memory = net.encode_image(targets.symbols_of(symbols, chosen))
+            memory = net.encode_image(finest(work, codes[chosen]))
             logits = net(rows[:, :-1], memory, settings.dropout)
         loss = caption_loss(logits, rows[:, 1:], smoothing=0.02)
         training.update(loss)
     training.finish()
+
+
+def finest(work: Workspace, codes: np.ndarray) -> Tensor:
+    """Codes to symbols of the finest level, float [B, 64, 7, 7]."""
+    return torch.from_numpy(stage5_symbols.symbols(work, codes, len(GAINS) - 1).astype(np.float32))
 
 
 @torch.inference_mode()
@@ -60,21 +69,25 @@ def evaluate(work: Workspace, weights: dict[str, Tensor], limit: int | None = No
     """CIDEr of the draft alone, and how much of the cloud's text it predicts before its first mistake."""
     net = DraftDecoder(weights["tokens.weight"].shape[0])
     net.load_state_dict(weights, strict=False)
-    truth = np.load(work / "texts-dev.npy")[:limit]
-    count = len(truth)
-    memory = net.encode_image(targets.symbols_of(work.array("symbols-dev"), slice(limit)))
-    state, token, columns = net.new_state(count), torch.full((count,), BOS), []
-    for _ in range(truth.shape[1] - 1):
-        logits, state = net.step(token, state, memory)
-        token = logits.argmax(-1)
-        columns.append(token)
-    rows = torch.stack(columns, 1).numpy()
-    right = (rows == truth[:, 1:]).cumprod(1).sum(1)
-    lengths = (truth[:, 1:] != PAD).sum(1)
-    texts = [row[: row.index(EOS)] if EOS in row else row for row in rows.tolist()]
+    codes, truth = work.array("codes-dev"), np.load(work / "texts-dev.npy")
+    rows = np.full((len(truth), truth.shape[1] - 1), PAD, np.int64)
+
+    def write(photos: np.ndarray) -> list[list[int]]:
+        memory = net.encode_image(finest(work, codes[photos]))
+        state, token, columns = net.new_state(len(photos)), torch.full((len(photos),), BOS), []
+        for _ in range(rows.shape[1]):
+            logits, state = net.step(token, state, memory)
+            token = logits.argmax(-1)
+            columns.append(token)
+        rows[photos] = torch.stack(columns, 1).numpy()
+        return [row[: row.index(EOS)] if EOS in row else row for row in rows[photos].tolist()]
+
+    figures = cider(work, "dev", write, limit)
+    seen = rows[:, 0] != PAD
+    right = (rows[seen] == truth[seen, 1:]).cumprod(1).sum(1)
+    lengths = (truth[seen, 1:] != PAD).sum(1)
     accepted = np.minimum(right, lengths)
-    return {
-        "cider": cider(work, "dev", texts),
+    return figures | {
         "accepted": float(accepted.mean()),
         "accepted_share": float(accepted.sum() / lengths.sum()),
         "whole": float((accepted == lengths).mean()),

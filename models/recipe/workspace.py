@@ -49,11 +49,6 @@ class Workspace:
         """Number of words in the vocabulary of the first stage."""
         return len((self / "vocabulary.txt").read_text().splitlines())
 
-    @property
-    def classes(self) -> int:
-        """Number of classes; at least 1, so that there is a classifier even without class photos."""
-        return max(1, len((self / "classes.txt").read_text().split()))
-
     def new_array(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Creates an array on disk, to be filled in place."""
         return np.lib.format.open_memmap(self / f"{name}.npy", "w+", dtype, shape)

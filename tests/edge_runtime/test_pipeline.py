@@ -17,8 +17,9 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.preprocess import to_input
+from edge_runtime.inference.rate import RatedSymbols
 from edge_runtime.mqtt import MqttClient, MqttSettings
-from edge_runtime.pipeline import Pipeline, build_request, encode_finest, to_jpeg
+from edge_runtime.pipeline import Pipeline, build_request, to_jpeg
 from edge_runtime.planning import BoardPlanner, FixedPlanner, Measurements, Plan
 from edge_runtime.reporting import RemoteSettings, board_settings
 from edge_runtime.reporting.events import Events
@@ -31,7 +32,6 @@ from edge_runtime.wire import (
     Paradigm,
     Reply,
     Status,
-    Tables,
     Tier,
     bitstream,
     decode_request,
@@ -356,15 +356,8 @@ def test_ids_rise_even_when_the_clock_goes_back(start):
     assert ids == sorted(set(ids))
 
 
-def test_the_bits_are_those_of_the_level_of_the_heads_output(board_bundle):
-    coarse = board_bundle.tables
-    two = Tables(np.concatenate([coarse.frequencies] * 2), coarse.height, coarse.width, coarse.groups, coarse.set_id)
-    symbols = load_head(board_bundle, "onnx", 1).symbols(to_input(frame().pixels))  # the finest
-    assert bitstream.decode(encode_finest(symbols, two), two).header.level == 1
-
-
 def test_what_is_left_of_the_budget_is_counted_from_capture(board_bundle):
-    pixels, symbols = np.zeros((224, 224, 3), np.uint8), np.zeros((64, 7, 7), np.int8)
+    pixels, symbols = np.zeros((224, 224, 3), np.uint8), RatedSymbols(np.zeros((64, 7, 7), np.int8), 1, 4)
     plan = Plan("split", "for the test", 1000)
     fresh, old = (build_request(board_bundle, bytes(8), plan, pixels, symbols, (), age) for age in (300, 5000))
     assert (fresh.age_ms, fresh.budget_ms) == (300, 700)

@@ -91,7 +91,7 @@ def request(bundle: Bundle, i: int = 0, draft: tuple[int, ...] = (), **changes: 
         age_ms=5,
         budget_ms=60_000,
         content_kind=ContentKind.LATENT,
-        content=encode(SYMBOLS[i], bundle.tables),
+        content=encode(SYMBOLS[i], bundle.tables, bundle.tables.levels - 1),
         draft=encode_tokens(draft),
     )
     return msgspec.structs.replace(plain, **changes)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from edge_runtime.inference.bundle import BOS, EOS, Bundle, BundleError, FileRecord, file_hash
-from models.family import DecoderShape, Tail, TextDecoder
+from models.family import LATENT, DecoderShape, Tail, TextDecoder
 from models.lookahead import Lookahead, LookaheadNet
 from models.recipe.stage10_lookahead import Texts, loss_of
 from server.engine import BLOCK, LONE_BLOCK, Answer, DecodingBatch, Engine, Job, Proof, Shape, cheapest, encode_image
@@ -50,7 +50,7 @@ def test_the_small_bundle_writes_texts_worth_comparing(alone: dict[str, list[Ans
 def test_every_token_is_the_one_that_training_would_have_put_first(engine: Engine, alone, tier: str) -> None:
     decoder = engine.decoders[tier]
     with torch.inference_mode():
-        memory = encode_image(decoder, engine.features(torch.from_numpy(SYMBOLS).float(), (1,)), (1,))
+        memory = encode_image(decoder, engine.features([Job(s) for s in SYMBOLS], (1,)), (1,))
         for i, answer in enumerate(alone[tier]):
             emitted = [*answer.tokens, EOS][:MAX_TOKENS]
             logits = decoder(torch.tensor([[BOS, *emitted[:-1]]]), [(k[i : i + 1], v[i : i + 1]) for k, v in memory])[0]
@@ -79,7 +79,10 @@ def draft_of(tokens: tuple[int, ...], seed: int) -> tuple[int, ...]:
     rows=st.lists(st.tuples(st.integers(0, 15), st.sampled_from(TIERS), st.integers(0, 99)), min_size=1, max_size=11)
 )
 def test_any_batch_with_any_drafts_answers_as_each_row_alone(engine, alone, rows) -> None:
-    jobs = [Job(SYMBOLS[i], 1.0, draft_of(alone[tier][i].tokens, seed), tier, None, True) for i, tier, seed in rows]
+    jobs = [
+        Job(SYMBOLS[i], draft=draft_of(alone[tier][i].tokens, seed), tier=tier, wants_label=True)
+        for i, tier, seed in rows
+    ]
     for (i, tier, _), answer in zip(rows, engine.answer(jobs), strict=True):
         assert result(answer) == result(alone[tier][i])
         assert 0 <= answer.accepted <= answer.proposed
@@ -103,7 +106,7 @@ def taught(engine: Engine, texts: list[tuple[int, ...]]) -> Lookahead:
     tokens = np.zeros((len(texts), MAX_TOKENS + 2), np.int16)
     hidden = np.zeros((*tokens.shape, decoder.shape.width), np.float16)
     with torch.inference_mode():
-        memory = encode_image(decoder, engine.features(torch.from_numpy(SYMBOLS).float(), (1,)), (1,))
+        memory = encode_image(decoder, engine.features([Job(s) for s in SYMBOLS], (1,)), (1,))
         for i, text in enumerate(texts):
             read_again = torch.tensor([[BOS, *text]])
             image = [(keys[i : i + 1], values[i : i + 1]) for keys, values in memory]
@@ -148,14 +151,14 @@ def test_a_shorter_limit_cuts_the_same_text(engine: Engine, alone: dict[str, lis
         assert answer.tokens == alone["cloud"][3].tokens[:limit]
 
 
-def test_a_coarser_gain_scales_the_latent(engine: Engine, alone: dict[str, list[Answer]]) -> None:
-    doubled = (2 * SYMBOLS[0].astype(np.int16)).clip(-127, 127).astype(np.int8)
-    assert result(engine.answer([Job(doubled, gain=2.0, wants_label=True)])[0]) == result(alone["edge"][0])
+def test_the_tail_is_told_the_level_and_what_has_arrived(engine: Engine, alone: dict[str, list[Answer]]) -> None:
+    coarse, partial = engine.answer([Job(SYMBOLS[0], level=0), Job(SYMBOLS[0], channels=16)])
+    assert len({coarse.confidence, partial.confidence, alone["edge"][0].confidence}) == 3
 
 
 def test_a_row_without_numbers_fails_by_name_and_leaves_its_neighbours_alone(engine, alone) -> None:
     jobs = [Job(s, wants_label=True) for s in SYMBOLS[:8]]
-    jobs[2] = replace(jobs[2], gain=float("nan"), draft=(5, 6, 7))
+    jobs[2] = replace(jobs[2], symbols=np.full(LATENT, np.nan), draft=(5, 6, 7))
     answers = engine.answer(jobs)
     assert "no finite numbers" in answers.pop(2).error
     assert [result(a) for a in answers] == [result(a) for i, a in enumerate(alone["edge"][:8]) if i != 2]
@@ -165,7 +168,7 @@ def test_a_row_without_numbers_fails_by_name_and_leaves_its_neighbours_alone(eng
 def test_rejected_tokens_in_the_cache_leave_no_trace_but_a_nan_would(engine: Engine) -> None:
     decoder = engine.decoders["edge"]
     with torch.inference_mode():
-        memory = encode_image(decoder, engine.features(torch.from_numpy(SYMBOLS[:1]).float(), (1,)), (1,))
+        memory = encode_image(decoder, engine.features([Job(SYMBOLS[0])], (1,)), (1,))
         text = torch.tensor([[1, 9, 8, 7, 6, 5, 9, 8, 7]])
         clean = read(decoder, memory, text, (1, BLOCK), cuts=(3,))
         assert torch.equal(clean, read(decoder, memory, text, (1, BLOCK), cuts=(3,), left=1e3))
@@ -176,7 +179,7 @@ def test_each_pass_has_the_cheapest_proven_shape_and_the_texts_do_not_depend_on_
     decoder, rows = engine.decoders["edge"], [0, 1, 2, 3, 4, 5, 6, 7]
     drafts = [alone["edge"][i].tokens if i == 2 else () for i in rows]
     with torch.inference_mode():
-        memory = encode_image(decoder, engine.features(torch.from_numpy(SYMBOLS[rows]).float(), (1,)), (1,))
+        memory = encode_image(decoder, engine.features([Job(SYMBOLS[row]) for row in rows], (1,)), (1,))
         texts = [new_text(draft, VOCABULARY, MAX_TOKENS) for draft in drafts]
         batch = DecodingBatch(decoder, memory, texts, engine.proof.shapes)
         used = []
@@ -245,8 +248,8 @@ def test_a_batch_size_with_other_bits_is_not_used(engine: Engine, monkeypatch) -
     step, forward, encode = TextDecoder.step, Tail.forward, TextDecoder.encode_image
     odd = 1 + 1e-6
     monkeypatch.setattr(TextDecoder, "step", lambda self, x, *rest: step(self, x, *rest) * (odd if len(x) == 4 else 1))
-    monkeypatch.setattr(TextDecoder, "encode_image", lambda self, x: encode(self, x * (odd if len(x) == 8 else 1)))
-    monkeypatch.setattr(Tail, "forward", lambda self, x: forward(self, x) * (odd if len(x) > 1 else 1))
+    monkeypatch.setattr(TextDecoder, "encode_image", lambda self, x, _: encode(self, x * (odd if len(x) == 8 else 1)))
+    monkeypatch.setattr(Tail, "forward", lambda self, x, *rest: forward(self, x, *rest) * (odd if len(x) > 1 else 1))
     proof = prove(engine)
     assert (proof.tail_sizes, proof.image_sizes) == ((1,), (1, 4))
     assert proof.shapes == tuple(shape for shape in engine.proof.shapes if shape[0] != 4)

@@ -122,6 +122,11 @@ TARGET = {"file": "edge.safetensors", "width": 160, "heads": 4, "encoder_layers"
     [
         *(({"latent": LATENT | {"gains": [gain]}}, r"latent\.gains") for gain in (0, -1, 1e308, 1e-300)),
         *(({"latent": LATENT | {name: 10**9}}, rf"latent\.{name}") for name in LATENT if name != "gains"),
+        ({"latent": LATENT | {"gains": [1.0, 0.5]}}, r"latent.*must rise"),
+        ({"latent": LATENT | {"level_bytes": [200.0, 400.0]}}, r"latent.*as many level_bytes"),
+        ({"latent": LATENT | {"default_level": 1}}, r"latent.*default_level below 1"),
+        ({"latent": LATENT | {"scales": [1.0, 0.5]}}, r"latent.*2 scales, want 1 or one for each of 64"),
+        ({"classes": ["cat", "dog"], "class_ids": ["n02121808"]}, r"class_ids has 1 entries, classes 2"),
         *(({"targets": {"edge": TARGET | {name: 10**9}}}, rf"targets.*{name}") for name in TARGET if name != "file"),
         ({"targets": {"edge": TARGET | {"heads": 0}}}, r"targets.*heads"),
         ({"targets": {"edge": TARGET | {"heads": 7}}}, r"targets\.edge: width 160 does not divide into 7 heads"),
@@ -257,9 +262,9 @@ def test_a_real_bundle_is_whole(board_bundle):
 
 
 def test_tables_of_another_number_of_levels_than_the_head_has_are_refused(board_bundle):
-    latent = msgspec.structs.replace(board_bundle.manifest.latent, gains=(1.0, 2.0))
+    latent = msgspec.structs.replace(board_bundle.manifest.latent, gains=(1.0, 2.0, 4.0))
     other = Bundle(board_bundle.path, msgspec.structs.replace(board_bundle.manifest, latent=latent), board_bundle.id)
     with pytest.raises(
-        BundleError, match=r"has \(1, 64, 7, 7, 4\) levels, .* the manifest \(2, 64, 7, 7, 4\): build it again"
+        BundleError, match=r"has \(2, 64, 7, 7, 4\) levels, .* the manifest \(3, 64, 7, 7, 4\): build it again"
     ):
         _ = other.tables

@@ -40,7 +40,7 @@ class CutError(Exception):
 
 
 def plain_decode(file: bytes, data: bytes) -> tuple[list[int], int, bool]:
-    """docs/protocol.md, sections 5 and 6, word for word: plain, slow. Symbols, complete groups, checked."""
+    """docs/protocol.md, sections 5 and 6, word for word: plain, slow. Symbols, complete channels, checked."""
     levels, contexts, M, G = file[5:9]
     C, H, W = (int.from_bytes(file[i : i + 2], "little") for i in (10, 12, 14))
     level, sent = data[0] >> 1 & 7, (data[1] & 3) + 1
@@ -86,8 +86,8 @@ def plain_decode(file: bytes, data: bytes) -> tuple[list[int], int, bool]:
         checked = True
     except CutError:
         pass
-    complete = len(symbols) // (C // G * H * W)
-    whole = list(symbols.values())[: complete * (C // G) * H * W]
+    complete = len(symbols) // (H * W)
+    whole = list(symbols.values())[: complete * H * W]
     return whole + [0] * (C * H * W - len(whole)), complete, checked
 
 
@@ -99,10 +99,10 @@ def test_bitstreams_are_what_they_always_were(vector: dict[str, Any]):
     assert tables.to_bytes() == file
     assert encode(symbols, tables, vector["level"], vector["groups"])[: len(data)] == data
     decoded = decode(data, tables)
-    assert (decoded.complete_groups, decoded.checked) == (vector["complete_groups"], vector["checked"])
-    kept = tables.channels // tables.groups * decoded.complete_groups
+    kept, group = decoded.complete_channels, tables.channels // tables.groups
+    assert (kept // group, decoded.checked) == (vector["complete_groups"], vector["checked"])
     assert np.array_equal(decoded.symbols[:kept], symbols[:kept])
-    assert plain_decode(file, data) == (decoded.symbols.ravel().tolist(), decoded.complete_groups, decoded.checked)
+    assert plain_decode(file, data) == (decoded.symbols.ravel().tolist(), kept, decoded.checked)
 
 
 def test_a_second_decoder_agrees_on_every_message_and_every_cut(tables: Tables, frames: NDArray[np.int8]):
@@ -110,7 +110,7 @@ def test_a_second_decoder_agrees_on_every_message_and_every_cut(tables: Tables, 
         data = encode(symbols, tables, i % 2, 1 + i % 4)
         for size in [*range(2, len(data), 7), len(data)]:
             decoded = decode(data[:size], tables)
-            wanted = decoded.symbols.ravel().tolist(), decoded.complete_groups, decoded.checked
+            wanted = decoded.symbols.ravel().tolist(), decoded.complete_channels, decoded.checked
             assert plain_decode(tables.to_bytes(), data[:size]) == wanted
 
 
