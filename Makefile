@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 INPUTS ?= 100000
 
-.PHONY: help venv demo test test-all test-lowest lint fuzz bench faults soak constraints release clean
+.PHONY: help venv demo test test-all test-lowest lint fuzz bench faults soak constraints schema release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -70,6 +70,9 @@ constraints:  ## constraints.txt with the newest versions; needs Python 3.11
 	  --no-header --no-emit-options --unsafe-package torch --unsafe-package aiflow-edge \
 	  --constraint build/torch.txt --output-file build/constraints.txt setup.cfg
 	sed -e '/^#/d; /^$$/d; s/^atheris==[0-9.]*/& ; platform_machine == "x86_64"/' build/constraints.txt >constraints.txt
+
+schema:  ## docs/event.schema.json, from the types in edge_runtime/wire/event.py
+	$(BIN)/python -m edge_runtime.wire.event_schema >docs/event.schema.json
 
 release: lint test  ## dist/ with sdist and wheel, tried in a fresh environment; then the tag of the version
 	test -z "$$(git status --porcelain)" || { echo 'commit or remove what git status shows'; exit 1; }

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from math import isfinite
 from typing import Any
 
 import cv2
@@ -254,6 +255,8 @@ class Pipeline:
         if work.draft:
             text = self.bundle.text(list(work.draft.tokens))
             values |= {"text": text, "tokens": work.draft.tokens, "answered_by": AnsweredBy("device")}
+            if isfinite(work.draft.confidence):
+                values["confidence"] = work.draft.confidence
         return Event(**(values | changes))
 
 

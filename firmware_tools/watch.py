@@ -127,6 +127,7 @@ def _write(text: str) -> None:
 def line(board: str, event: Event) -> str:
     """An event as a line: time, board and camera, text, who answered, bytes and milliseconds."""
     by = event.answered_by.tier if event.answered_by else "nobody"
+    doubt = ", unsure" if event.unsure else ""
     price = f"{event.bytes_up} B" if event.bytes_up else "nothing sent"
     state = "" if event.final or event.type == "new" else "for now, "
     parts = [
@@ -134,7 +135,7 @@ def line(board: str, event: Event) -> str:
         f"{board}/{event.camera}",
         f"{event.type:6}",
         event.text or f"({event.why})",
-        f"[{state}{by}, {price}, {event.after_ms:.0f} ms]",
+        f"[{state}{by}{doubt}, {price}, {event.after_ms:.0f} ms]",
     ]
     if event.type == "new" and event.explain:  # the later events of a frame would only repeat it
         parts.append(event.explain.reason)

@@ -11,11 +11,27 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `tests.brokers`: pytest's importlib mode adds no path
 
 from edge_runtime.inference.bundle import Bundle
+from tests import event_contract
 from tests.brokers import PLAIN, Mosquitto
 
 # On a busy machine an example may take any time; the limit on a whole test still applies.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _events_are_seen() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edge_runtime.wire.event.decode_event", event_contract.read)  # encode_event reads what it writes
+        patch.setattr("testbed.processes.decode_event", event_contract.read)  # which reads those of child processes
+        yield
+    event_contract.check()
+
+
+@pytest.fixture(autouse=True)
+def _events_follow_their_contract(_events_are_seen: None) -> Iterator[None]:
+    yield
+    event_contract.check()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Timing
+from tests import event_contract
 
 PATIENCE_S = 20.0  # for something that takes much less than a second if nothing is wrong
 QUICK = Timing(backoff_base=0.02, backoff_cap=0.1, refused_cap=0.2, handshake=2.0, degraded=0.3, short_session=0.0)
@@ -27,6 +28,8 @@ class Listener:
         )
 
     def _on_message(self, message: Message) -> None:
+        if message.topic.endswith(("/up/event", "/up/last")):
+            event_contract.written.append(message.payload)
         self.heard.put(message)
         if self._answer:
             self.client.publish(self._to, self._answer(message.payload))

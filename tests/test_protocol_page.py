@@ -11,6 +11,7 @@ from edge_runtime.mqtt import MqttSettings
 from edge_runtime.planning.server_status import CLAIM_AGE_S, MAX_STATUS, SERVERS, decode_status
 from edge_runtime.reporting import board_settings
 from edge_runtime.reporting.remote_settings import MAX_SETTING_BYTES
+from edge_runtime.wire import Event
 from server.config import MAX_REPLY, Config, ServerConfig
 from server.engine import Proof
 from server.gateway import Gateway
@@ -53,6 +54,10 @@ def test_a_servers_status_has_the_listed_fields_and_a_board_reads_it(board_bundl
     assert listed("server status", only_starred=True) == {"state", "server"}
     assert decode_status(payload).server == "attic"
     assert decode_status(b'{"state": "offline", "server": "attic"}').state == "offline"
+
+
+def test_an_event_has_the_listed_fields():
+    assert listed("event") == set(Event.__struct_fields__)
 
 
 def test_the_settings_are_those_of_the_board():

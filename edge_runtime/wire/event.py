@@ -1,40 +1,45 @@
 """Events, which users of a board subscribe to: JSON for people and Home Assistant. Empty fields are left out.
 
+The types, bounds and descriptions here are the contract with these users: event_schema.py writes them as JSON Schema.
 Enumerations are the lower-case names of the envelope's members, since people read them.
 """
 
 from datetime import datetime, timedelta
-from typing import Annotated, Literal, get_args
+from math import isfinite
+from typing import Annotated, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
 
-from edge_runtime.wire.envelope import MAX_TOKENS, Answers, Hop, Millis, Name, Share, Text, UInt32
+from edge_runtime.wire.envelope import MAX_TOKEN, MAX_TOKENS, Answers, Hop, Millis, Name, Share, Text, UInt32
 from edge_runtime.wire.errors import EnvelopeError
 
+VERSION: Final = 1
 MAX_EVENT = 64 * 1024  # bytes of JSON; a caption takes 1 KB, 1024 tokens and their text some 12 KB
 
 TierName = Literal["device", "edge", "cloud"]
 ParadigmName = Literal["device", "split", "speculative", "offload"]
 PARADIGMS: tuple[ParadigmName, ...] = get_args(ParadigmName)  # by the envelope's number
 Stages = Annotated[dict[Name, Millis], Meta(max_length=32)]
+FrameName = Annotated[str, Meta(max_length=64)]
+UTC = {"pattern": r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d{1,6})?Z$"}  # most validators do not check `format`
 
 
 class AnsweredBy(Struct, frozen=True, omit_defaults=True):
     """Who wrote the text."""
 
-    tier: TierName
-    server: Name = ""
+    tier: Annotated[TierName, Meta(description="The board, a server near it, or a server in the cloud.")]
+    server: Annotated[Name, Meta(description="The server's id. Left out if the board wrote the text.")] = ""
 
 
 class EventHop(Struct, frozen=True, omit_defaults=True):
-    """A reply's hop in readable form."""
+    """One server's part in the answer."""
 
-    tier: TierName
-    server: Name
-    queue_ms: Millis
-    compute_ms: Millis
-    stages_ms: Stages = {}
+    tier: Annotated[TierName, Meta(description="The server's tier.")]
+    server: Annotated[Name, Meta(description="The server's id.")]
+    queue_ms: Annotated[Millis, Meta(description="Milliseconds that the request waited at this server.")]
+    compute_ms: Annotated[Millis, Meta(description="Milliseconds that this server computed.")]
+    stages_ms: Annotated[Stages, Meta(description="Parts of compute_ms: stage to milliseconds.")] = {}
 
     @classmethod
     def from_hop(cls, hop: Hop) -> "EventHop":
@@ -45,60 +50,120 @@ class EventHop(Struct, frozen=True, omit_defaults=True):
 class Explain(Struct, frozen=True, omit_defaults=True):
     """Why this paradigm was chosen: by configuration, or what the policy expected when it decided."""
 
-    chosen: ParadigmName
-    reason: Annotated[str, Meta(max_length=256)]
-    expected_ms: Annotated[dict[ParadigmName, Millis], Meta(max_length=8)] = {}  # until the verified text
-    facts: Annotated[dict[Name, float], Meta(max_length=32)] = {}  # measured, unit in the name
+    chosen: Annotated[ParadigmName, Meta(description="The paradigm that was chosen.")]
+    reason: Annotated[str, Meta(max_length=256, description="Why, as a sentence for people.")]
+    expected_ms: Annotated[
+        dict[ParadigmName, Millis],
+        Meta(
+            max_length=8,
+            description="Paradigm to the expected milliseconds until the verified text.",
+            extra_json_schema={"propertyNames": {"enum": PARADIGMS}},
+        ),
+    ] = {}
+    facts: Annotated[
+        dict[Name, float], Meta(max_length=32, description="What the board had measured. Each name contains the unit.")
+    ] = {}
 
 
 class Rate(Struct, frozen=True):
-    """At which rate the frame's features were sent."""
+    """How finely the frame's features were sent."""
 
-    level: Annotated[int, Meta(ge=0, le=7)]  # 0 = coarsest
-    groups: Annotated[int, Meta(ge=1, le=4)]  # of the latent's channels
-    bytes: UInt32  # of the bitstream
+    level: Annotated[int, Meta(ge=0, le=7, description="The level of detail: 0 is the coarsest.")]
+    groups: Annotated[int, Meta(ge=1, le=4, description="How many groups of the features' channels were sent.")]
+    bytes: Annotated[UInt32, Meta(description="Bytes of the features.")]
 
 
 class Reuse(Struct, frozen=True):
-    """The answer of an earlier frame stands again: nothing was sent."""
+    """The answer of an earlier frame is used again, and nothing was sent."""
 
-    frame: Annotated[str, Meta(max_length=64)]  # whose answer it is
-    distance: Annotated[float, Meta(ge=0)]  # between the symbols of the two frames
+    frame: Annotated[FrameName, Meta(description="The `frame` of the earlier frame.")]
+    distance: Annotated[float, Meta(ge=0, description="Between the features of the two frames. 0: they are equal.")]
 
 
 class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """One piece of news about one frame."""
 
-    # The draft; a server's answer; no answer came; a camera's trigger has become true.
-    type: Literal["new", "update", "lost", "trigger"]
-    # The same in all events of a frame: the request's id in hex, if there is one.
-    frame: Annotated[str, Meta(max_length=64)]
-    camera: Name
-    captured: Annotated[datetime, Meta(tz=True)]  # UTC
-    final: bool = False  # no further event of this frame follows
-    text: Text = ""
-    tokens: Annotated[tuple[int, ...], Meta(max_length=MAX_TOKENS)] = ()
-    answered_by: AnsweredBy | None = None
-    label: Name | None = None
-    scores: Annotated[dict[Name, Share], Meta(max_length=64)] = {}
-    paradigm: ParadigmName | None = None
-    why: Annotated[str, Meta(max_length=1024)] = ""  # of the paradigm, or of a loss
-    explain: Explain | None = None
-    after_ms: Millis = 0.0  # from capture to this event, on the board's own clock
-    bytes_up: UInt32 = 0  # whole PUBLISH payloads of this frame, resends included
-    jpeg_bytes: UInt32 = 0  # size of the frame as a JPEG, for comparison
-    timings_ms: Stages = {}
-    hops: Annotated[tuple[EventHop, ...], Meta(max_length=16)] = ()
-    accepted: UInt32 = 0
-    proposed: UInt32 = 0
-    passes: UInt32 = 0  # of the target's decoder
-    picture: Annotated[str, Meta(max_length=256)] = ""  # the name of the frame's file, if it comes from a file
-    confidence: Share | None = None  # of the text, as whoever wrote it says
-    unsure: bool = False  # the confidence is below what is usually right
-    answers: Answers = {}  # to taught questions: the probability of each class
-    rate: Rate | None = None
-    reuse: Reuse | None = None
-    trigger: Annotated[str, Meta(max_length=256)] = ""  # the condition that has become true, of type "trigger"
+    # By a factory, since omit_defaults leaves out plain defaults. Events of 0.1.0 have no version.
+    version: Annotated[
+        Literal[1],
+        Meta(
+            description="The version of this contract. It changes only if a field gets another meaning or is removed."
+        ),
+    ] = msgspec.field(default_factory=lambda: VERSION)
+    type: Annotated[
+        Literal["new", "update", "lost", "trigger"],
+        Meta(
+            description="new: the board's draft. update: a server's answer, or why there is none yet. lost: no answer "
+            "came, see `why`. trigger: a camera's condition has become true."
+        ),
+    ]
+    frame: Annotated[
+        FrameName, Meta(description="The same in all events of a frame: the id of its request, in hexadecimal.")
+    ]
+    camera: Annotated[Name, Meta(description="The camera's name in the board's configuration.")]
+    captured: Annotated[
+        datetime, Meta(tz=True, description="When the frame was captured, in UTC.", extra_json_schema=UTC)
+    ]
+    final: Annotated[bool, Meta(description="True: no further event of this frame follows.")] = False
+    text: Annotated[Text, Meta(description="The caption.")] = ""
+    tokens: Annotated[
+        tuple[Annotated[int, Meta(ge=0, le=MAX_TOKEN)], ...],
+        Meta(max_length=MAX_TOKENS, description="The token ids of the text."),
+    ] = ()
+    answered_by: Annotated[AnsweredBy | None, Meta(description="Who wrote the text.")] = None
+    label: Annotated[
+        Name | None, Meta(description="The likeliest class, by the bundle's name for it, if the bundle classifies.")
+    ] = None
+    scores: Annotated[
+        dict[Name, Share], Meta(max_length=64, description="The likeliest classes: label to probability, 0..1.")
+    ] = {}
+    paradigm: Annotated[
+        ParadigmName | None,
+        Meta(
+            description="device: the board's draft is the answer. split: the features were sent. speculative: features "
+            "and draft were sent. offload: the picture was sent."
+        ),
+    ] = None
+    why: Annotated[str, Meta(max_length=1024, description="The reason for the paradigm, or for a loss.")] = ""
+    explain: Annotated[Explain | None, Meta(description="Why this paradigm was chosen, with figures.")] = None
+    after_ms: Annotated[
+        Millis, Meta(description="Milliseconds from the capture to this event, by the board's clock.")
+    ] = 0.0
+    bytes_up: Annotated[
+        UInt32, Meta(description="Bytes that were sent for this frame: whole MQTT payloads, with those sent again.")
+    ] = 0
+    jpeg_bytes: Annotated[
+        UInt32,
+        Meta(description="Bytes of the frame as a JPEG, to compare. 0 if the answer came before this was known."),
+    ] = 0
+    timings_ms: Annotated[Stages, Meta(description="The board's work: stage to milliseconds.")] = {}
+    hops: Annotated[
+        tuple[EventHop, ...], Meta(max_length=16, description="The servers that worked on the answer.")
+    ] = ()
+    accepted: Annotated[UInt32, Meta(description="Proposed tokens that the server's text kept.")] = 0
+    proposed: Annotated[UInt32, Meta(description="Tokens that were proposed to the server's decoder.")] = 0
+    passes: Annotated[UInt32, Meta(description="Passes of the server's decoder.")] = 0
+    picture: Annotated[
+        str, Meta(max_length=256, description="The name of the frame's file, if it comes from a file.")
+    ] = ""
+    confidence: Annotated[
+        Share | None,
+        Meta(
+            description="How sure the board or server that wrote the text says it is, 0..1: the geometric mean of the "
+            "tokens' probabilities. This is not the probability that the text is right."
+        ),
+    ] = None
+    unsure: Annotated[bool, Meta(description="True: the confidence is below what is usually right.")] = False
+    answers: Annotated[
+        Answers, Meta(description="Answers to taught questions: question to class to probability, 0..1.")
+    ] = {}
+    rate: Annotated[Rate | None, Meta(description="How finely the frame's features were sent.")] = None
+    reuse: Annotated[
+        Reuse | None, Meta(description="The answer of an earlier frame is used again, and nothing was sent.")
+    ] = None
+    trigger: Annotated[
+        str, Meta(max_length=256, description="The condition that has become true, if the type is trigger.")
+    ] = ""
 
 
 _event = msgspec.json.Decoder(Event)
@@ -108,6 +173,8 @@ def encode_event(event: Event) -> bytes:
     """UTF-8 JSON. Raises EnvelopeError for everything that `decode_event` refuses, and if `captured` is not UTC."""
     if event.captured.utcoffset() != timedelta(0):
         raise EnvelopeError(f"captured = {event.captured.isoformat()}, want UTC: use datetime.now(timezone.utc)")
+    if not isfinite(event.confidence or 0.0):  # it would be written as null, which reads as left out
+        raise EnvelopeError(f"confidence = {event.confidence}, want 0 to 1, or None")
     try:
         data = msgspec.json.encode(event)
     except (OverflowError, UnicodeError) as error:

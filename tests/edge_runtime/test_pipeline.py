@@ -1,5 +1,6 @@
 """The path of a frame, with real networks and a real broker."""
 
+import math
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -255,6 +256,21 @@ def test_a_draft_with_enough_confidence_is_the_answer_and_nothing_is_sent(start)
     assert (seen.final, seen.paradigm, seen.bytes_up) == (True, "device", 0)
     assert seen.why.startswith("the draft is sure enough: confidence 0.")
     assert board.order == ["new"]
+
+
+@pytest.mark.parametrize(("stated", "said"), [(0.25, 0.25), (math.nan, None)])
+def test_an_event_has_the_confidence_of_its_draft_if_that_is_a_number(start, monkeypatch, stated, said):
+    board = start("device")
+    monkeypatch.setattr(board.pipeline.draft, "write", lambda symbols: Drafted((7, 2), stated))
+    assert board.pipeline.handle(frame()).confidence == said
+
+
+def test_a_reply_without_confidence_does_not_take_over_that_of_the_draft(start, server):
+    board = start("speculative")
+    board.pipeline.handle(frame())
+    draft, answer = board.next_event(), board.next_event()
+    assert draft.confidence is not None
+    assert (answer.type, answer.confidence) == ("update", None)
 
 
 def test_a_kept_request_goes_to_the_outbox_whatever_the_confidence_of_its_draft(start, tmp_path):

@@ -48,6 +48,7 @@ def test_an_update_that_is_not_final_says_so_and_the_reason_is_not_repeated():
     update = msgspec.structs.replace(NEW, type="update", answered_by=AnsweredBy("edge", "e1"), after_ms=60.0)
     assert line("b1", update).endswith("update  a dog runs  [for now, edge, 412 B, 60 ms]")
     assert line("b1", msgspec.structs.replace(update, final=True)).endswith("[edge, 412 B, 60 ms]")
+    assert line("b1", msgspec.structs.replace(update, final=True, unsure=True)).endswith("[edge, unsure, 412 B, 60 ms]")
 
 
 def test_a_loss_without_a_draft_says_why():

@@ -14,10 +14,18 @@ CAPTURED = datetime(2026, 3, 1, 12, 30, 5, 250000, tzinfo=timezone.utc)
 DRAFT = Event(type="new", frame="0123456789abcdef", camera="door", captured=CAPTURED)
 
 
-def test_empty_fields_are_left_out():
+def test_empty_fields_are_left_out_but_the_version():
     assert encode_event(DRAFT) == (
-        b'{"type":"new","frame":"0123456789abcdef","camera":"door","captured":"2026-03-01T12:30:05.250000Z"}'
+        b'{"version":1,"type":"new","frame":"0123456789abcdef","camera":"door",'
+        b'"captured":"2026-03-01T12:30:05.250000Z"}'
     )
+
+
+def test_an_event_without_version_is_read_as_version_1_and_other_versions_are_refused_by_name():
+    data = encode_event(DRAFT)
+    assert decode_event(data.replace(b'"version":1,', b"")) == DRAFT
+    with pytest.raises(EnvelopeError, match=r"2 - at `\$.version`"):
+        decode_event(data.replace(b'"version":1', b'"version":2'))
 
 
 def test_a_full_event_survives():
@@ -61,7 +69,9 @@ def test_tiers_are_words(tier: Tier):
         {"captured": datetime(2026, 3, 1)},
         {"captured": CAPTURED.astimezone(timezone(timedelta(hours=2)))},
         {"scores": {"dog": float("nan")}},
+        {"confidence": float("nan")},
         {"tokens": tuple(range(1025))},
+        {"tokens": (-1,)},
         {"text": "x" * 8193},
         {"bytes_up": -1},
         {"paradigm": "magic"},
