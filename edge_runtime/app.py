@@ -121,6 +121,7 @@ class Board:
             Calibration(bundle.manifest.draft_calibration),
             has_head=head is not None,
             has_draft=draft is not None,
+            level_bytes=bundle.manifest.latent.level_bytes,
             has_room=self.tracker.has_room,
         )
         self.pipeline = Pipeline(bundle, head, draft, planner, self.tracker, self.events, board.slowdown)

@@ -6,7 +6,9 @@ no verification.
 """
 
 from dataclasses import dataclass
+from math import inf
 
+from edge_runtime.planning.feature_bytes import OTHER_BYTES
 from edge_runtime.planning.link_model import LinkEstimate
 from edge_runtime.planning.measurements import Snapshot
 from edge_runtime.planning.server_estimator import Decoding
@@ -41,8 +43,13 @@ class Candidate:
         return self.ms + self.risk_ms
 
 
-def candidate(paradigm: ParadigmName, snapshot: Snapshot, writes_draft: bool) -> Candidate:
-    """What split, speculative or offload would take. writes_draft: even if the draft is only shown."""
+def candidate(
+    paradigm: ParadigmName, snapshot: Snapshot, writes_draft: bool, max_feature_bytes: float = inf
+) -> Candidate:
+    """What split, speculative or offload would take. writes_draft: even if the draft is only shown.
+
+    max_feature_bytes: of split and speculative.
+    """
     link, server, board = snapshot.link, snapshot.server, snapshot.board
     resize, head = known(board.resize_ms, RESIZE_MS), known(board.head_ms, HEAD_MS)
     draft, encode = known(board.draft_ms, DRAFT_MS), known(board.encode_ms, ENCODE_MS)
@@ -61,8 +68,11 @@ def candidate(paradigm: ParadigmName, snapshot: Snapshot, writes_draft: bool) ->
     needs_head = writes_draft or paradigm != "offload"
     board_ms = resize + encode + (head if needs_head else 0.0) + (draft if writes_draft else 0.0)
 
+    longest = max_feature_bytes + OTHER_BYTES
+    smallest = min(request_bytes(snapshot, "split"), request_bytes(snapshot, "speculative"), longest)
     size = request_bytes(snapshot, paradigm)
-    smallest = min(request_bytes(snapshot, "split"), request_bytes(snapshot, "speculative"))
+    if paradigm != "offload":
+        size = min(size, longest)
     network = link.estimate or UNKNOWN_LINK
     risk_ms = 0.0
     if link.slowest:

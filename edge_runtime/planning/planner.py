@@ -5,7 +5,7 @@ chooses it (policy.py), from what the board has measured (measurements.py).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import cast
@@ -35,14 +35,18 @@ class BoardPlanner:
         *,
         has_head: bool = True,
         has_draft: bool = True,
+        level_bytes: Sequence[float] = (),
         has_room: Callable[[], bool] = lambda: True,
     ) -> None:
-        """calibration: of the bundle's drafts; has_room: whether one more request may wait for its reply."""
+        """calibration: of the bundle's drafts; level_bytes: of usual features at each level, if it has several;
+        has_room: whether one more request may wait for its reply.
+        """
         self._board, self._has_outbox, self._has_room = config.board, config.outbox is not None, has_room
         self._cameras, self._settings, self._measurements = cameras, settings, measurements
         # One policy per camera: their deadlines and loads differ.
         self._policies = {
-            camera.config.name: Policy(config.policy, has_head=has_head, has_draft=has_draft) for camera in cameras
+            camera.config.name: Policy(config.policy, has_head=has_head, has_draft=has_draft, level_bytes=level_bytes)
+            for camera in cameras
         }
         self._min_confidence = lru_cache(maxsize=8)(calibration.min_confidence)
         self._thermal = ThermalReader()
@@ -87,6 +91,7 @@ class BoardPlanner:
             why=decision.explain.reason,
             explain=decision.explain,
             writes_draft=decision.writes_draft,
+            max_bytes=smaller(plan.max_bytes, decision.max_feature_bytes),
             # A tier in the configuration means that a server of this tier shall answer every frame.
             min_confidence=None if plan.tier else self._min_confidence(float(self._settings["quality_floor"])),
             # Whoever configures split or offload wants to measure the target alone. Here only the time counts.
@@ -99,3 +104,8 @@ class BoardPlanner:
         if not self._has_outbox:
             return plan
         return replace(plan, paradigm="speculative", why=f"{plan.why}; kept until there is room", keep=True)
+
+
+def smaller(one: int | None, other: int | None) -> int | None:
+    """The smaller of two limits, None being no limit."""
+    return min((limit for limit in (one, other) if limit is not None), default=None)

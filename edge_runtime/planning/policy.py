@@ -16,11 +16,12 @@ Used by one thread.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from math import isfinite
+from math import inf, isfinite
 from typing import Literal
 
 from edge_runtime.config import PolicyConfig
 from edge_runtime.planning.candidates import DRAFT_MS, PASS_MS, Candidate, candidate, decoding_ms, known
+from edge_runtime.planning.feature_bytes import OTHER_BYTES, feature_bytes
 from edge_runtime.planning.measurements import Snapshot
 from edge_runtime.wire.event import Explain, ParadigmName
 
@@ -33,6 +34,7 @@ MAX_SAVED_FRAMES = 100  # over which the cost of a probe may be spread
 LOST_IN_ROW, LOST_SHARE = 3, 0.5  # from here on the link counts as down
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
 BUDGET_MARGIN = 1.25  # times a usual request must fit into the byte budget
+LONG_FEATURES = 3  # times the usual bytes of a level: no photo has more
 Outage = Literal["offline", "loss", "deadline"]
 
 
@@ -45,6 +47,7 @@ class Decision:
     writes_draft: bool = True  # whether there is CPU time for a draft that is only shown
     is_probe: bool = False
     outage: Outage | None = None  # why the link is not used, or only tested
+    max_feature_bytes: int | None = None  # None: no reason to send less than usual
 
 
 @dataclass(slots=True)
@@ -66,8 +69,14 @@ class _BetterParadigm:
 class Policy:
     """Call `choose` once per frame."""
 
-    def __init__(self, config: PolicyConfig, *, has_head: bool = True, has_draft: bool = True) -> None:
-        """Without a head only offload is possible, if the configuration allows it."""
+    def __init__(
+        self, config: PolicyConfig, *, has_head: bool = True, has_draft: bool = True, level_bytes: Sequence[float] = ()
+    ) -> None:
+        """Without a head only offload is possible, if the configuration allows it.
+
+        level_bytes: of usual features at each level, the coarsest first; none: there is one level, so no choice.
+        """
+        self._level_bytes = level_bytes
         self.config, self._has_head, self._has_draft = config, has_head, has_draft and has_head
         self._in_use: ParadigmName | None = None
         self._better = _BetterParadigm()
@@ -76,48 +85,58 @@ class Policy:
 
     def choose(self, snapshot: Snapshot, now: float, deadline_ms: float) -> Decision:
         """The next frame's paradigm. now: seconds; deadline_ms: from the capture of the frame. Raises nothing."""
-        possible = self._possible(snapshot)
-        affordable = [each for each in possible if self._fits_byte_budget(each, snapshot)]
+        limit = self._max_feature_bytes(snapshot, deadline_ms)
+        possible = self._possible(snapshot, limit)
+        affordable = [each for each in possible if self._fits_byte_budget(each, snapshot, limit)]
         if not affordable:
             return self._device_alone(snapshot, possible, self._why_not_affordable(possible, snapshot), None)
         in_time = [each for each in affordable if each.ms <= deadline_ms]
         outage, why = _find_outage(snapshot, affordable, deadline_ms)
         if outage:
-            return self._test_link_or_wait(snapshot, possible, affordable, outage, why, now)
+            return self._test_link_or_wait(snapshot, possible, affordable, outage, why, limit, now)
         self._retry = None
         if probe := self._find_probe(in_time):
             self._frames_since_probe = 1
             why = f"a try: {_ms(probe.ms)} expected, as little as {_ms(probe.best_ms)} possible"
-            return _decide(probe, snapshot, possible, why, is_probe=True)
+            return _decide(probe, snapshot, possible, why, limit, is_probe=True)
         self._frames_since_probe += 1
         chosen = self._best_or_in_use(in_time)
-        return _decide(chosen, snapshot, possible, _comparison(chosen, possible, snapshot))
+        return _decide(chosen, snapshot, possible, _comparison(chosen, possible, snapshot), limit)
 
     # ---- what is possible ----
 
-    def _possible(self, snapshot: Snapshot) -> list[Candidate]:
+    def _max_feature_bytes(self, snapshot: Snapshot, deadline_ms: float) -> float:
+        """At least the bytes of the coarsest level; inf if even long features of the finest level have fewer."""
+        if not self._level_bytes:
+            return inf
+        limit = max(self._level_bytes[0], feature_bytes(snapshot, self.config.bytes_per_minute, deadline_ms))
+        return limit if limit < LONG_FEATURES * self._level_bytes[-1] else inf
+
+    def _possible(self, snapshot: Snapshot, limit: float) -> list[Candidate]:
         """What the board can do, and has CPU time for."""
         names: list[ParadigmName] = []
         if self._has_head:
             names += ["speculative", "split"] if self._has_draft else ["split"]
         if self.config.may_offload:
             names.append("offload")
-        possible = [candidate(name, snapshot, self._has_draft) for name in names]
+        possible = [candidate(name, snapshot, self._has_draft, limit) for name in names]
         interval_ms = snapshot.board.interval_ms
         if not possible or self.config.cpu_share >= 1 or not interval_ms:
             return possible
         limit = self.config.cpu_share * interval_ms
         # Without CPU time for a draft that would only be shown, the board writes none.
-        possible = [c if c.board_ms <= limit else candidate(c.paradigm, snapshot, False) for c in possible]
+        possible = [c if c.board_ms <= limit else candidate(c.paradigm, snapshot, False, limit) for c in possible]
         cheapest = min(each.board_ms for each in possible)
         return [each for each in possible if each.board_ms <= max(limit, cheapest)]
 
-    def _fits_byte_budget(self, each: Candidate, snapshot: Snapshot) -> bool:
+    def _fits_byte_budget(self, each: Candidate, snapshot: Snapshot, limit: float) -> bool:
         """Likely within the budget of this minute, and at most a quarter of it in a quarter of a minute.
 
         The tracker checks the exact size when the request is sent.
         """
         budget, size = self.config.bytes_per_minute, BUDGET_MARGIN * each.size
+        if each.paradigm != "offload":
+            size = min(size, limit + OTHER_BYTES)  # features that are too long are sent coarser
         if not budget:
             return True
         last_quarter = snapshot.link.bytes_last_quarter
@@ -140,6 +159,7 @@ class Policy:
         affordable: list[Candidate],
         outage: Outage,
         why: str,
+        limit: float,
         now: float,
     ) -> Decision:
         retry = self._retry = self._retry or _LinkRetry(now + FIRST_RETRY_S, FIRST_RETRY_S)
@@ -147,7 +167,7 @@ class Policy:
             retry.wait_s = min(2 * retry.wait_s, LAST_RETRY_S)
             retry.next_at = now + retry.wait_s
             smallest = min(affordable, key=lambda each: each.size)
-            return _decide(smallest, snapshot, possible, f"a try: {why}", is_probe=True, outage=outage)
+            return _decide(smallest, snapshot, possible, f"a try: {why}", limit, is_probe=True, outage=outage)
         retry.next_at = min(retry.next_at, now + LAST_RETRY_S)  # if the clock stepped back, do not wait for ever
         return self._device_alone(snapshot, possible, f"{why}, next try in {retry.next_at - now:.0f} s", outage)
 
@@ -205,13 +225,15 @@ def _decide(
     snapshot: Snapshot,
     possible: list[Candidate],
     why: str,
+    max_feature_bytes: float = inf,
     is_probe: bool = False,
     outage: Outage | None = None,
 ) -> Decision:
     """With the explanation."""
+    limit = int(max_feature_bytes) if max_feature_bytes < inf else None
     expected_ms = {each.paradigm: round(min(each.ms, 1e9), 1) for each in possible}
     explain = Explain(chosen.paradigm, f"{chosen.paradigm}: {why}"[:256], expected_ms, _numbers(snapshot))
-    return Decision(chosen.paradigm, explain, chosen.writes_draft, is_probe, outage)
+    return Decision(chosen.paradigm, explain, chosen.writes_draft, is_probe, outage, limit)
 
 
 def _comparison(chosen: Candidate, possible: list[Candidate], snapshot: Snapshot) -> str:

@@ -1,0 +1,69 @@
+"""The finest level that fits is chosen before anything is coded."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_runtime.inference.head import Latent, symbol_factor
+from edge_runtime.inference.rate import RatedSymbols, choose_rate
+from edge_runtime.wire import Tables, count_tables, encode
+
+GAINS = tuple(1.2 ** (level - 7) for level in range(8))
+GROUPS = 4
+
+
+def latents(count: int, seed: int) -> list[Latent]:
+    """Random codes whose channels matter less and less, as a trained latent's do."""
+    widths = np.linspace(30, 3, 64)[:, None, None]
+    codes = np.random.default_rng(seed).laplace(128, widths, (count, 64, 7, 7)).round().clip(0, 255).astype(np.uint8)
+    factors = tuple(np.array([[[symbol_factor(0.1, gain)]]], np.int32) for gain in GAINS)
+    return [Latent(each, 128, factors) for each in codes]
+
+
+@pytest.fixture(scope="module")
+def tables() -> Tables:
+    frames = latents(200, seed=1)
+    return count_tables([np.stack([f.symbols(level) for f in frames]) for level in range(8)], groups=GROUPS, contexts=3)
+
+
+def coded(features: RatedSymbols, tables: Tables) -> int:
+    return len(encode(features.symbols, tables, features.level, features.groups))
+
+
+def test_without_a_limit_the_wanted_level_is_sent_whole(tables: Tables):
+    (latent,) = latents(1, seed=2)
+    for level in range(8):
+        features = choose_rate(latent, tables, level)
+        assert features is not None
+        assert (features.level, features.groups) == (level, GROUPS)
+        assert np.array_equal(features.symbols, latent.symbols(level))
+
+
+@settings(max_examples=50)
+@given(seed=st.integers(0, 10**6), max_bytes=st.integers(32, 2000), wanted=st.integers(0, 7))
+def test_the_finest_level_that_fits_is_chosen(tables: Tables, seed: int, max_bytes: int, wanted: int):
+    (latent,) = latents(1, seed)
+    features = choose_rate(latent, tables, wanted, max_bytes=max_bytes)
+    sizes = [len(encode(latent.symbols(level), tables, level)) for level in range(wanted + 1)]
+    if features is None:
+        assert len(encode(latent.symbols(0), tables, 0, 1)) > max_bytes - 8
+        return
+    assert coded(features, tables) <= max_bytes
+    if features.groups == GROUPS:  # the next level is longer, up to the bytes that an estimate must allow for
+        assert features.level == wanted or sizes[features.level + 1] > max_bytes - 8
+    else:
+        assert features.level == 0
+        assert sizes[0] > max_bytes - 8
+
+
+def test_a_limit_below_the_coarsest_group_chooses_nothing(tables: Tables):
+    assert choose_rate(latents(1, seed=3)[0], tables, 7, max_bytes=20) is None
+
+
+def test_fewer_groups_are_kept_at_every_level(tables: Tables):
+    (latent,) = latents(1, seed=4)
+    features = choose_rate(latent, tables, 7, groups=2, max_bytes=900)
+    assert features is not None
+    assert features.groups == 2
+    assert coded(features, tables) <= 900
