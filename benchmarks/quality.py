@@ -245,17 +245,17 @@ def measure_labels(chain: Chain, photos: Photos, progress: Progress = lambda pho
     for pictures in _batches(progress(photos)):
         batch = [chain.send(picture) for picture in pictures]
         features = chain.engine.features([chain.job(s) for s in batch])
-        found += [row.cpu().numpy() for row in chain.engine.label_probabilities(features)]
+        found += [row.cpu().numpy() for row in chain.engine.label_logits(features)]
         for picture, sent in zip(pictures, batch, strict=True):
             label = PurePosixPath(picture.name).parent.name
             if label not in numbers:
                 raise EvaluationError(f"{picture.name}: class {label!r} is none of {', '.join(numbers)}"[:400])
             wanted.append(numbers[label])
             sizes.append(sent.payload_bytes)
-    probabilities, candidates = np.stack(found), np.unique(wanted)
-    if 4 * len(candidates) >= probabilities.shape[1]:
-        candidates = np.arange(probabilities.shape[1])
-    best = candidates[np.argsort(-probabilities[:, candidates], axis=1)[:, :5]]
+    logits, candidates = np.stack(found), np.unique(wanted)
+    if 4 * len(candidates) >= logits.shape[1]:
+        candidates = np.arange(logits.shape[1])
+    best = candidates[np.argsort(-logits[:, candidates], axis=1)[:, :5]]
     is_right = best == np.array(wanted)[:, None]
     return {
         "images": len(wanted),

@@ -257,6 +257,7 @@ class Pipeline:
             values |= {"text": text, "tokens": work.draft.tokens, "answered_by": AnsweredBy("device")}
             if isfinite(work.draft.confidence):
                 values["confidence"] = work.draft.confidence
+                values["unsure"] = work.draft.confidence < self.bundle.manifest.unsure_below.get("device", 0.0)
         return Event(**(values | changes))
 
 

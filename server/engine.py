@@ -102,6 +102,7 @@ class Engine:
         head: Head | None = None,
         lookaheads: Mapping[str, Lookahead] | None = None,
         label_words: Sequence[tuple[int, ...]] = (),
+        label_temperature: float = 1.0,
         device: str = "cpu",
     ) -> None:
         """lookaheads: by tier. Without one, nothing is proposed after a draft that has ended or gone wrong.
@@ -110,7 +111,7 @@ class Engine:
         """
         self.tail, self.decoders, self.classifier, self.classes, self.head = tail, decoders, classifier, classes, head
         self.lookaheads = lookaheads or {}
-        self.label_words = list(label_words)
+        self.label_words, self.label_temperature = list(label_words), label_temperature
         self.device = torch.device(device)
         self.proof = Proof()
 
@@ -149,7 +150,7 @@ class Engine:
             for job, draft in zip(jobs, drafts, strict=True)
         ]
         started = time.perf_counter()
-        labels = self.label_probabilities(features) if self.classifier else [torch.empty(0)] * len(jobs)
+        labels = self.label_logits(features) if self.classifier else [torch.empty(0)] * len(jobs)
         words = self.words_seen(decoder, labels)
         memory = encode_image(decoder, features, self.proof.image_sizes, words)
         encoded = time.perf_counter()
@@ -171,25 +172,26 @@ class Engine:
         return answers
 
     @torch.inference_mode()
-    def label_probabilities(self, features: Tensor) -> list[Tensor]:
-        """Features [B, N, 1280] to the probabilities of the classes, [classes] of each row.
+    def label_logits(self, features: Tensor) -> list[Tensor]:
+        """Features [B, N, 1280] to the classifier's logits, [classes] for each row.
 
         Row by row, since a decoder may see the words of the likeliest: their bits must not depend on the batch.
         """
         if self.classifier is None:
             raise BundleError("this bundle has no classifier")
-        return [self.classifier(row[None])[0].softmax(-1) for row in features]
+        return [self.classifier(row[None])[0] for row in features]
 
-    def words_seen(self, decoder: TextDecoder, labels: Sequence[Tensor]) -> Tensor | None:
+    def words_seen(self, decoder: TextDecoder, logits: Sequence[Tensor]) -> Tensor | None:
         """The words of the likeliest labels that a decoder sees, int64 [B, label_words]; None if it sees none."""
         if not (count := decoder.shape.label_words):
             return None
-        return torch.tensor([label_words(row.cpu(), self.label_words, count) for row in labels], device=self.device)
+        rows = [label_words(row.softmax(-1).cpu(), self.label_words, count) for row in logits]
+        return torch.tensor(rows, device=self.device)
 
-    def _likeliest(self, probabilities: Tensor) -> dict[str, float]:
-        if not len(probabilities):
+    def _likeliest(self, logits: Tensor) -> dict[str, float]:
+        if not len(logits):
             return {}
-        best = probabilities.topk(min(MAX_LABELS, len(self.classes)))
+        best = (logits / self.label_temperature).softmax(-1).topk(min(MAX_LABELS, len(self.classes)))
         return {self.classes[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
 
     @torch.inference_mode()

@@ -56,7 +56,9 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
         if classifier is None:
             raise BundleError(f"bundle {manifest.name}: its decoders see labels, but it has no classes")
         label_words = words_of_labels(manifest.classes, bundle.words)
-    return Engine(tail, decoders, classifier, manifest.classes, head, lookaheads, label_words, device)
+    return Engine(
+        tail, decoders, classifier, manifest.classes, head, lookaheads, label_words, manifest.label_temperature, device
+    )
 
 
 def _decoder(bundle: Bundle, tier: str) -> TextDecoder:

@@ -315,6 +315,7 @@ class Service:
             proposed=answer.proposed,
             passes=answer.passes,
             confidence=min(answer.confidence, 1.0),
+            unsure=answer.confidence < self.bundle.manifest.unsure_below.get(self.config.tier, 0.0),
             hops=(Hop(self.tier, self.config.id, queued_ms, compute_ms, stages_ms),),
             label=next(iter(answer.scores), None),
             scores=answer.scores or None,

@@ -9,13 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from edge_runtime.inference import draft_calibration as confidence
-from edge_runtime.inference.backends import load_model
 from edge_runtime.inference.bundle import (
-    BOS,
-    EOS,
     MANIFEST,
-    PAD,
     SCHEMA,
     FileRecord,
     LatentRecord,
@@ -23,21 +18,18 @@ from edge_runtime.inference.bundle import (
     TargetRecord,
     file_hash,
 )
-from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.preprocess import PIXELS
 from models.backbone import pretrained_lite0
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import GROUPS, LATENT, DraftDecoder, decoder_shapes
 from models.imagenet import imagenet_classes
 from models.lookahead import lookahead_file
-from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage9_draft
-from models.recipe.scores import ciders
+from models.recipe import stage5_symbols, stage7_critic, stage9_draft
+from models.recipe.calibration import Measured, measure
 from models.recipe.stage3_bottleneck import GAINS, REFERENCE
-from models.recipe.stage4_head import float_symbols, trained_head
 from models.recipe.workspace import Workspace
 
 NAME = "11-bundle"
-FLOAT_CHECK = 256  # dev photos on which the float head's symbols are compared
 
 
 def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
@@ -64,12 +56,11 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
         for part, data in zip(("look", "step"), files, strict=True):
             (out / f"draft_{part}.{suffix}").write_bytes(data)
 
-    quality, calibration = measure(work, out)
-    manifest = manifest_of(work, out, licences, quality, calibration)
-    (out / "MODEL_CARD.md").write_text(card(manifest))
-    manifest = manifest_of(work, out, licences, quality, calibration)
+    measured = measure(work, out)
+    (out / "MODEL_CARD.md").write_text(card(manifest_of(work, out, licences, measured)))
+    manifest = manifest_of(work, out, licences, measured)
     (out / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
-    work.finish(NAME, quality | {"megabytes": sum(p.stat().st_size for p in out.iterdir()) / 1e6})
+    work.finish(NAME, measured.quality | {"megabytes": sum(p.stat().st_size for p in out.iterdir()) / 1e6})
 
 
 def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -77,46 +68,7 @@ def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
     save_file({k: v.to(torch.float16).contiguous() for k, v in weights.items()}, path)
 
 
-def measure(work: Workspace, out: Path) -> tuple[dict[str, float], confidence.Table]:
-    """The figures that the recipe can measure on the dev split, and the calibration of the draft's confidence.
-
-    `aiflow evaluate` measures the whole chain.
-    """
-    codes = work.array("codes-dev")
-    quality: dict[str, float] = {}
-    for tier in ("edge", "cloud"):
-        figures = stage6_targets.evaluate(work, tier, stage7_critic.final_weights(work, tier))
-        quality |= {f"{tier}_{name}": value for name, value in figures.items()}
-    texts_of_cloud = np.load(work / "texts-dev.npy")
-    wanted = [[int(token) for token in row if token not in (BOS, EOS, PAD)] for row in texts_of_cloud]
-    samples: list[tuple[float, float, float]] = []  # confidence, score, score of the cloud's text
-    for suffix in ("onnx", "tflite"):
-        look, step = (load_model(out / f"draft_{part}.{suffix}") for part in ("look", "step"))
-        draft = Draft(look, step, max_tokens=24)
-        drafts = [draft.write(each) for each in stage5_symbols.symbols(work, codes, len(GAINS) - 1)]
-        texts = [[token for token in drafted.tokens if token != EOS] for drafted in drafts]
-        samples = []
-        collections, names = np.load(work / "collections-dev.npy"), (work / "collections.txt").read_text().split()
-        for number in np.unique(collections):
-            photos = np.flatnonzero(collections == number)
-            scores = ciders(work, "dev", photos, [texts[i] for i in photos])
-            best = ciders(work, "dev", photos, [wanted[i] for i in photos])
-            quality[f"draft_{suffix}_cider_{names[number]}"] = float(np.mean(scores))
-            samples += zip([drafts[i].confidence for i in photos], scores, best, strict=True)
-    quality["drafts_equal"] = float(np.mean([text == whole for text, whole in zip(texts, wanted, strict=True)]))
-    confidences, scores, best = (list(column) for column in zip(*samples, strict=True))
-    calibration = confidence.fit(confidences, scores, best)
-    some = work.array("photos-dev")[:FLOAT_CHECK]
-    unquantised = float_symbols(trained_head(work), some, GAINS[REFERENCE])
-    sent = stage5_symbols.symbols(work, codes[:FLOAT_CHECK], REFERENCE)
-    quality["head_int8_equal_symbols"] = float((unquantised == sent).mean())
-    rounded = tuple((round(at, 4), round(worth, 4)) for at, worth in calibration)
-    return {name: round(value, 4) for name, value in quality.items()}, rounded
-
-
-def manifest_of(
-    work: Workspace, out: Path, licences: dict[str, str], quality: dict[str, float], calibration: confidence.Table
-) -> Manifest:
+def manifest_of(work: Workspace, out: Path, licences: dict[str, str], measured: Measured) -> Manifest:
     """The manifest of the files in `out`. Nothing in it depends on when or where it is written."""
     shapes = decoder_shapes(work.vocabulary)
     return Manifest(
@@ -145,8 +97,10 @@ def manifest_of(
         class_ids=tuple(known.wordnet for known in imagenet_classes()),
         licences=licences,
         training_commit=_commit(),
-        quality=quality,
-        draft_calibration=calibration,
+        quality=measured.quality,
+        draft_calibration=measured.draft_calibration,
+        unsure_below=measured.unsure_below,
+        label_temperature=measured.label_temperature,
     )
 
 
