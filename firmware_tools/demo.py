@@ -10,14 +10,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
+from edge_runtime.capture.picture_files import Picture
 from edge_runtime.errors import AiflowError
-from edge_runtime.inference.bundle import open_bundle
+from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.logs import printable
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.wire import topics
-from firmware_tools.demo_page import PhotoResult, Results, answered_by, marked, page, stages, summary
+from firmware_tools.demo_page import AtLevel, PhotoResult, Results, answered_by, labels, marked, page, stages, summary
 from models import SHIPPED_BUNDLE
 from testbed.broker import start_embedded
 from testbed.processes import START_S, AiflowProcess, interrupted_once, wait_serving
@@ -60,7 +62,8 @@ def run(args: argparse.Namespace) -> None:
         results = play(args, photos)
     print_figures(summary(results))
     note = f"{bundle.manifest.name}, {args.paradigm}" + ("" if args.paradigm == "device" else f", {args.tier} tier")
-    args.html.write_text(page(results, "AI Flow at the network edge", note), encoding="utf-8")
+    levels = answers_at_levels(bundle, args.tier, photos) if args.paradigm != "device" else []
+    args.html.write_text(page(results, "AI Flow at the network edge", note, levels), encoding="utf-8")
     print(f"page: {args.html}")
 
 
@@ -106,6 +109,26 @@ def play(args: argparse.Namespace, photos: Sequence[Photo]) -> Results:
     return results
 
 
+def answers_at_levels(bundle: Bundle, tier: str, photos: Sequence[Photo]) -> list[list[AtLevel]]:
+    """What the server says about each photo at every level; nothing for a bundle with one level."""
+    from benchmarks.quality import RateLimit, proven_chain
+
+    levels = range(len(bundle.manifest.latent.gains))
+    if len(levels) < 2:
+        return []
+    print("the same photos at every rate ...", file=sys.stderr)
+    chain = proven_chain(bundle, "speculative", tier, "onnx")
+    answers: list[list[AtLevel]] = [[] for _ in photos]
+    for level in levels:
+        chain.rate = RateLimit(level=level)
+        sent = [chain.send(Picture(photo.name, photo.data)) for photo in photos]
+        assert chain.engine is not None
+        jobs = [replace(chain.job(s, s.draft), wants_label=bool(bundle.manifest.classes)) for s in sent]
+        for row, s, answer in zip(answers, sent, chain.engine.answer(jobs), strict=True):
+            row.append(AtLevel(s.payload_bytes, bundle.text(list(answer.tokens)), answer.scores))
+    return answers
+
+
 def print_line(result: PhotoResult) -> None:
     """Prints a photo's final event as a line. Words that are not in the draft are in brackets."""
     event = result.last
@@ -116,6 +139,7 @@ def print_line(result: PhotoResult) -> None:
         "photo": result.photo.name,
         "draft": result.draft or "-",
         "text": " ".join(f"[{run}]" if differs else run for run, differs in runs),
+        "labels": labels(event.scores) or "-",
         "bytes": f"{event.bytes_up} (JPEG {event.jpeg_bytes})",
         "ms": ", ".join(f"{stage} {ms:.1f}" for stage, ms in stages(event).items()),
         "by": answered_by(event),

@@ -7,7 +7,7 @@ and from the network is escaped.
 import base64
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from html import escape
@@ -49,6 +49,15 @@ class PhotoResult:
         ms = 1e3 * (arrived_unix - event.captured.timestamp())
         result = replace(self, last=event, last_ms=ms)
         return replace(result, first=event, first_ms=ms) if self.first is None and event.text else result
+
+
+@dataclass(frozen=True, slots=True)
+class AtLevel:
+    """What the server answers about a photo whose features are sent at one level."""
+
+    bytes: int  # of the whole MQTT payload
+    text: str
+    scores: Mapping[str, float]  # of the likeliest labels, best first
 
 
 class Results:
@@ -98,6 +107,11 @@ def answered_by(event: Event) -> str:
     return f"{by.tier} {by.server}".strip() if by else ""
 
 
+def labels(scores: Mapping[str, float]) -> str:
+    """The likeliest labels for people, such as "espresso 62 %, cup 20 %"."""
+    return ", ".join(f"{name} {share:.0%}".replace("%", " %") for name, share in list(scores.items())[:3])
+
+
 def summary(results: Results) -> dict[str, Any]:
     """Figures over all photos. Figures of the verification cover the photos that a server answered."""
     ended = [result.last for result in results.photos if result.last and result.is_final]
@@ -138,25 +152,31 @@ article{border:1px solid var(--line);border-radius:.7rem;overflow:hidden;display
 img{width:100%;aspect-ratio:4/3;object-fit:contain;background:var(--soft)}
 section{padding:.6rem .8rem .8rem}p{margin:.25rem 0}small{opacity:.75}
 .text{font-size:1.1rem}ins{color:var(--new);text-decoration:none;font-weight:600}del{color:var(--old)}
+.rates label{padding:.1rem .5rem;border:1px solid var(--line);border-radius:1rem;cursor:pointer}
+body>input{position:absolute;opacity:0}.rate{display:none;border-top:1px solid var(--line);padding-top:.3rem}
 .bar{display:flex;height:.5rem;border-radius:.25rem;overflow:hidden;margin:.5rem 0 .2rem}
 .bar i:nth-child(odd){background:#4a7fd4}.bar i:nth-child(even){background:#c9a13b}
 """
 
 
-def page(results: Results, title: str, note: str) -> str:
+def page(results: Results, title: str, note: str, levels: Sequence[Sequence[AtLevel]] = ()) -> str:
+    """levels: of each photo, its answer at every level, the coarsest first; the page lets people choose one."""
+    count = len(levels[0]) if levels else 0
+    choices, style = _level_choices(count)
     figures = "".join(
         f"<div><dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(short(value))}</dd></div>"
         for name, value in summary(results).items()
     )
-    cards = "\n".join(_card(result) for result in results.photos)
+    rates = levels or [()] * len(results.photos)
+    cards = "\n".join(_card(result, rate) for result, rate in zip(results.photos, rates, strict=True))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none';img-src data:;style-src 'unsafe-inline'">
-<title>{escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{escape(title)}</h1><p>{escape(note)}</p>
+<title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>
+{choices}<h1>{escape(title)}</h1><p>{escape(note)}</p>
 <dl>{figures}</dl>
-<main>
+{_level_labels(count)}<main>
 {cards}
 </main>
 <p><small>Bytes are whole MQTT payloads; the JPEG beside them is of the same 224 x 224 pixels at quality 75. Times to a
@@ -166,7 +186,27 @@ keep, <ins>words</ins> that it wrote itself.</small></p>
 """
 
 
-def _card(result: PhotoResult) -> str:
+def _level_choices(count: int) -> tuple[str, str]:
+    """Radio buttons for the levels, and the style that shows the chosen one: the page needs no script."""
+    button = '<input type="radio" name="level" id="level{}"{}>'
+    inputs = "".join(button.format(level, " checked" * (level == count - 1)) for level in range(count))
+    rules = "".join(
+        f"#level{level}:checked~main .level{level}{{display:block}}"
+        f"#level{level}:checked~.rates label:nth-of-type({level + 1}){{background:var(--new);color:Canvas}}"
+        f"#level{level}:focus-visible~.rates label:nth-of-type({level + 1}){{outline:2px solid}}"
+        for level in range(count)
+    )
+    return inputs, rules
+
+
+def _level_labels(count: int) -> str:
+    if not count:
+        return ""
+    labels = "".join(f'<label for="level{level}">{level}</label> ' for level in range(count))
+    return f'<p class="rates">Rate, coarse to fine: {labels}<small>what the server says at this level</small></p>\n'
+
+
+def _card(result: PhotoResult, levels: Sequence[AtLevel]) -> str:
     name, preview = escape(result.photo.name), to_jpeg(decode_picture(result.photo.data), PREVIEW_PIXELS, 80)
     data = base64.b64encode(preview).decode()
     parts = [f'<img alt="{name}" src="data:image/jpeg;base64,{data}"><section><p><small>{name}']
@@ -182,6 +222,9 @@ def _card(result: PhotoResult) -> str:
         parts.append(f'<p class="text">{_marked_html(event.text, result.draft or event.text, "ins")}</p>')
     else:
         parts.append(f'<p class="text">{escape(event.text)}</p>')
+    if event.scores:
+        doubt = " · not sure" if event.unsure else ""
+        parts.append(f"<p><small>{escape(labels(event.scores))}{doubt}</small></p>")
     if event.type == "lost":
         parts.append(f"<p><small>lost: {escape(event.why)}</small></p>")
     times = stages(event)
@@ -191,8 +234,13 @@ def _card(result: PhotoResult) -> str:
     shown = ", ".join(f"{escape(stage)} {ms:.1f}" for stage, ms in times.items())
     parts.append(
         f'<div class="bar">{bar}</div><p><small>{shown} ms</small></p>'
-        f"<p><small>{sent} · {escape(answered_by(event))}{counts}</small></p></section>"
+        f"<p><small>{sent} · {escape(answered_by(event))}{counts}</small></p>"
     )
+    for level, at in enumerate(levels):
+        known = f"<br><small>{escape(labels(at.scores))}</small>" if at.scores else ""
+        said = f"<small>level {level}, {at.bytes} B:</small> {escape(at.text)}{known}"
+        parts.append(f'<p class="rate level{level}">{said}</p>')
+    parts.append("</section>")
     return f"<article>{''.join(parts)}</article>"
 
 

@@ -20,7 +20,7 @@ import pytest
 from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.wire import AnsweredBy, Event, EventHop, encode_event, topics
-from firmware_tools.demo_page import PhotoResult, Results, marked, page, stages, summary
+from firmware_tools.demo_page import AtLevel, PhotoResult, Results, marked, page, stages, summary
 from models import SHIPPED_BUNDLE
 from testbed.sample_photos import Photo, collect, shipped
 from tests.bundles import tiny_bundle
@@ -231,6 +231,17 @@ def test_what_came_over_the_network_is_text_on_the_page(result: PhotoResult) -> 
     assert UPDATE.text.split()[0] in shown.text
     assert "<script" not in html
     assert not re.search(r"<(i|s|me|note)>", html)
+
+
+def test_a_level_is_chosen_without_a_script_and_shows_its_answers(result: PhotoResult) -> None:
+    coarse, fine = AtLevel(130, "a dog", {"<husky>": 0.5, "cat": 0.25}), AtLevel(420, "a dog runs", {})
+    html = page(results_of(result), "demo", "", [[coarse, fine]])
+    assert "<script" not in html
+    assert html.count('type="radio"') == 2
+    assert re.search(r'class="rate level0">.*130 B.*a dog.*&lt;husky&gt; 50 %, cat 25 %', html)
+    assert re.search(r'class="rate level1">.*420 B.*a dog runs', html)
+    assert "#level1:checked~main .level1{display:block}" in html
+    assert 'type="radio"' not in page(results_of(result), "demo", "")
 
 
 def test_nothing_to_show_is_a_named_error(tmp_path: Path) -> None:
