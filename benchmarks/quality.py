@@ -183,7 +183,7 @@ def proven_chain(
     from server.loading import load_engine
     from server.numerics import prove
 
-    engine = load_engine(bundle, [tier], threads=2)
+    engine = load_engine(bundle, [tier] if tier else [], threads=2)
     engine.proof = prove(engine)
     return Chain(bundle, paradigm, backend, tier, engine, min_confidence, rate)
 

@@ -68,7 +68,7 @@ def _classify(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     from benchmarks.quality import Photos, class_numbers, measure_labels, proven_chain
 
     class_numbers(bundle)
-    tier = next(iter(bundle.manifest.targets))
+    tier = next(iter(bundle.manifest.targets), "")
     chain = proven_chain(bundle, "split", tier, args.backend, rate=rate_limit(args))
     photos = Photos(args.images, limit=args.limit)
     return measure_labels(chain, photos, lambda pictures: track(pictures, "classify", args.limit))

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from edge_runtime.errors import AiflowError
+from edge_runtime.inference.bundle import open_bundle
 from models.recipe import (
     stage1_photos,
     stage2_views,
@@ -22,6 +23,7 @@ from models.recipe import (
     stage9_draft,
     stage10_lookahead,
     stage11_bundle,
+    stage_reuse,
 )
 from models.recipe.workspace import Workspace, shortened
 
@@ -41,6 +43,8 @@ def main() -> None:
     parser.add_argument("--terms", default="not stated", help="terms of what is trained on, for the model card")
     parser.add_argument("--work", type=Path, default=Path("work/recipe"), help="checkpoints and figures (10 GB)")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's directory, named as the bundle")
+    parser.add_argument("--head", type=Path, metavar="BUNDLE", help="train decoders only, for this bundle's head")
+    parser.add_argument("--head-only", action="store_true", help="train no decoders: a bundle that only tells labels")
     parser.add_argument(
         "--quick", action="store_true", help="a tenth of the training: to try the chain, not for quality"
     )
@@ -54,24 +58,31 @@ def main() -> None:
     def trained(stage: ModuleType, *tier: str) -> tuple[str, Callable[[], None]]:
         return "-".join([stage.NAME, *tier]), partial(stage.run, work, shortened(stage.Settings(), share), *tier)
 
-    stages: list[tuple[str, Callable[[], None]]] = [
-        (stage1_photos.NAME, partial(stage1_photos.run, work, sources)),
-        (stage2_views.NAME, partial(stage2_views.run, work)),
-        trained(stage3_bottleneck),
-        (stage4_head.NAME, partial(stage4_head.run, work)),
-        (stage5_symbols.NAME, partial(stage5_symbols.run, work)),
-        trained(stage6_targets, "cloud"),
-        trained(stage7_critic),
-        (stage8_texts.NAME, partial(stage8_texts.run, work)),
-        trained(stage6_targets, "edge"),
-        trained(stage9_draft),
-        trained(stage10_lookahead, "edge"),
-        trained(stage10_lookahead, "cloud"),
-    ]
+    stages: list[tuple[str, Callable[[], None]]] = [(stage1_photos.NAME, partial(stage1_photos.run, work, sources))]
+    if args.head:
+        stages.append((stage4_head.NAME, partial(stage_reuse.run, work, open_bundle(args.head))))
+    else:
+        stages += [
+            (stage2_views.NAME, partial(stage2_views.run, work)),
+            trained(stage3_bottleneck),
+            (stage4_head.NAME, partial(stage4_head.run, work)),
+        ]
+    stages.append((stage5_symbols.NAME, partial(stage5_symbols.run, work)))
+    if not args.head_only:
+        stages += [
+            trained(stage6_targets, "cloud"),
+            trained(stage7_critic),
+            (stage8_texts.NAME, partial(stage8_texts.run, work)),
+            trained(stage6_targets, "edge"),
+            trained(stage9_draft),
+            trained(stage10_lookahead, "edge"),
+            trained(stage10_lookahead, "cloud"),
+        ]
     for name, run in stages:
         if not work.is_done(name):
             run()
-    stage11_bundle.run(work, args.out, licences)
+    write = stage11_bundle.run_head if args.head_only else stage11_bundle.run
+    write(work, args.out, licences)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ drafts are against the cloud's texts, and the temperature of the labels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,13 @@ from edge_runtime.inference.draft import Draft
 from models.backbone import pretrained_lite0
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage8_texts
 from models.recipe.scores import ciders
+from models.recipe.stage1_photos import MAX_TOKENS
 from models.recipe.stage3_bottleneck import GAINS, REFERENCE, complete_rates
-from models.recipe.stage4_head import float_symbols, trained_head
+from models.recipe.stage4_head import float_head, float_symbols
 from models.recipe.workspace import Workspace
 
 POOR = 0.5  # texts below the threshold have on average less than this share of the mean score of all
 FLOAT_CHECK = 256  # dev photos on which the float head's symbols are compared
-MAX_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,24 @@ def measure(work: Workspace, bundle: Path) -> Measured:
     calibration = draft_calibration.fit(
         drafts.confidences.tolist(), drafts.scores.tolist(), texts["cloud"].scores.tolist()
     )
-    exact = float_symbols(trained_head(work), work.array("photos-dev")[:FLOAT_CHECK], GAINS[REFERENCE])
-    sent = stage5_symbols.symbols(work, work.array("codes-dev")[:FLOAT_CHECK], REFERENCE)
-    quality["head_int8_equal_symbols"] = float((exact == sent).mean())
-    temperature, labels = label_temperature(work)
-    return Measured(
-        {name: round(value, 4) for name, value in (quality | labels).items()},
-        tuple((round(at, 4), round(worth, 4)) for at, worth in calibration),
-        {who: round(unsure_below(s.confidences, s.scores), 4) for who, s in (texts | {"device": drafts}).items()},
-        round(temperature, 4),
+    measured = measure_head(work)
+    return replace(
+        measured,
+        quality=measured.quality | {name: round(value, 4) for name, value in quality.items()},
+        draft_calibration=tuple((round(at, 4), round(worth, 4)) for at, worth in calibration),
+        unsure_below={
+            who: round(unsure_below(s.confidences, s.scores), 4) for who, s in (texts | {"device": drafts}).items()
+        },
     )
+
+
+def measure_head(work: Workspace) -> Measured:
+    """What can be measured without texts."""
+    exact = float_symbols(float_head(work), work.array("photos-dev")[:FLOAT_CHECK], GAINS[REFERENCE])
+    sent = stage5_symbols.symbols(work, work.array("codes-dev")[:FLOAT_CHECK], REFERENCE)
+    temperature, quality = label_temperature(work)
+    quality["head_int8_equal_symbols"] = float((exact == sent).mean())
+    return Measured({name: round(value, 4) for name, value in quality.items()}, (), {}, round(temperature, 4))
 
 
 def words(rows: np.ndarray) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,43 +25,59 @@ from models.export.draft_export import quantise_draft, write_draft_litert, write
 from models.family import GROUPS, LATENT, DraftDecoder, decoder_shapes
 from models.imagenet import imagenet_classes
 from models.lookahead import lookahead_file
-from models.recipe import stage5_symbols, stage7_critic, stage9_draft
-from models.recipe.calibration import Measured, measure
+from models.recipe import stage3_bottleneck, stage5_symbols, stage7_critic, stage9_draft
+from models.recipe.calibration import Measured, measure, measure_head
+from models.recipe.stage1_photos import MAX_TOKENS
 from models.recipe.stage3_bottleneck import GAINS, REFERENCE
 from models.recipe.workspace import Workspace
 
 NAME = "11-bundle"
+TIERS = ("edge", "cloud")
 
 
 def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
     """Writes the bundle to `out`, replacing what is there."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    for name in ("head.onnx", "head.tflite", "tables.bin", "vocabulary.txt"):
-        shutil.copy(work / name, out / name)
-    for tier in ("edge", "cloud"):
+    _write_head(work, out)
+    for tier in TIERS:
         shutil.copy(work / lookahead_file(tier), out)
-    _save(torch.load(work / "head.pt", weights_only=True), out / "head.safetensors")
-    targets = {tier: stage7_critic.final_weights(work, tier) for tier in ("edge", "cloud")}
-    classifier = {f"classifier.linear.{k}": v for k, v in pretrained_lite0().classifier.state_dict().items()}
-    _save({k: v for k, v in targets["cloud"].items() if k.startswith("tail.")} | classifier, out / "tail.safetensors")
-    for tier, weights in targets.items():
-        _save(
-            {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")},
-            out / f"{tier}.safetensors",
-        )
+        weights = stage7_critic.final_weights(work, tier)
+        decoder = {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")}
+        _save(decoder, out / f"{tier}.safetensors")
     draft = DraftDecoder(min(work.vocabulary, stage9_draft.DRAFT_WORDS))
     draft.load_state_dict(work.averaged(stage9_draft.NAME))
     int8 = quantise_draft(draft)
     for suffix, files in (("onnx", write_draft_onnx(int8)), ("tflite", write_draft_litert(int8))):
         for part, data in zip(("look", "step"), files, strict=True):
             (out / f"draft_{part}.{suffix}").write_bytes(data)
-
     measured = measure(work, out)
-    (out / "MODEL_CARD.md").write_text(card(manifest_of(work, out, licences, measured)))
-    manifest = manifest_of(work, out, licences, measured)
-    (out / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+    _write_manifest(work, out, licences, measured, TIERS)
     work.finish(NAME, measured.quality | {"megabytes": sum(p.stat().st_size for p in out.iterdir()) / 1e6})
+
+
+def run_head(work: Workspace, out: Path, licences: dict[str, str]) -> None:
+    """Writes what there is after stage 5: a bundle that sends features and tells labels, but writes no texts."""
+    _write_head(work, out)
+    _write_manifest(work, out, licences, measure_head(work), ())
+
+
+def _write_head(work: Workspace, out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for name in ("head.onnx", "head.tflite", "tables.bin", "vocabulary.txt"):
+        shutil.copy(work / name, out / name)
+    _save(torch.load(work / "head.pt", weights_only=True), out / "head.safetensors")
+    tail = {f"tail.{k}": v for k, v in work.averaged(stage3_bottleneck.NAME, "tail.").items()}
+    classifier = {f"classifier.linear.{k}": v for k, v in pretrained_lite0().classifier.state_dict().items()}
+    _save(tail | classifier, out / "tail.safetensors")
+
+
+def _write_manifest(
+    work: Workspace, out: Path, licences: dict[str, str], measured: Measured, tiers: Sequence[str]
+) -> None:
+    """The model card first: the manifest has its hash."""
+    (out / "MODEL_CARD.md").write_text(card(manifest_of(work, out, licences, measured, tiers)))
+    manifest = manifest_of(work, out, licences, measured, tiers)
+    (out / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
 
 
 def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
@@ -68,9 +85,11 @@ def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
     save_file({k: v.to(torch.float16).contiguous() for k, v in weights.items()}, path)
 
 
-def manifest_of(work: Workspace, out: Path, licences: dict[str, str], measured: Measured) -> Manifest:
+def manifest_of(
+    work: Workspace, out: Path, licences: dict[str, str], measured: Measured, tiers: Sequence[str]
+) -> Manifest:
     """The manifest of the files in `out`. Nothing in it depends on when or where it is written."""
-    shapes = decoder_shapes(work.vocabulary)
+    shapes = {tier: shape for tier, shape in decoder_shapes(work.vocabulary).items() if tier in tiers}
     return Manifest(
         schema=SCHEMA,
         name=out.name,
@@ -85,7 +104,7 @@ def manifest_of(work: Workspace, out: Path, licences: dict[str, str], measured: 
             default_level=REFERENCE,
         ),
         vocabulary=work.vocabulary,
-        max_tokens=shapes["cloud"].max_tokens,
+        max_tokens=MAX_TOKENS,
         targets={
             tier: TargetRecord(
                 f"{tier}.safetensors", s.width, s.heads, s.encoder_layers, s.decoder_layers, s.label_words

@@ -19,8 +19,15 @@ CALIBRATION = 64  # training photos
 WIDE = 0.9999  # share of a channel's values that fit into its 8 bits
 
 
+def float_head(work: Workspace) -> Head:
+    """The unquantised head, whose output is in symbols of the finest level."""
+    head = Head()
+    head.load_state_dict(torch.load(work / "head.pt", weights_only=True))
+    return head.eval()
+
+
 def trained_head(work: Workspace) -> Head:
-    """The float head with the bottleneck of stage 3. Its output is in symbols of the finest level."""
+    """The same from the weights of stage 3."""
     backbone, head = pretrained_lite0(), Head()
     head.stem.load_state_dict(backbone.stem.state_dict())
     head.blocks.load_state_dict(backbone.blocks[:CUT].state_dict())

@@ -11,7 +11,7 @@ import numpy as np
 from edge_runtime.inference.backends import load_model
 from edge_runtime.inference.head import Head, codes_to_symbols, symbol_factor
 from edge_runtime.wire import bitstream
-from edge_runtime.wire.tables import count_tables, entropy_bytes
+from edge_runtime.wire.tables import Tables, count_tables, entropy_bytes
 from models.family import GROUPS, LATENT
 from models.recipe.stage2_views import make_view, photo_views
 from models.recipe.stage3_bottleneck import GAINS, REFERENCE
@@ -73,9 +73,13 @@ def count(work: Workspace) -> dict[str, float]:
             if best is None or size < best[0]:
                 best = (size, tables)
     assert best is not None
-    (work / "tables.bin").write_bytes(best[1].to_bytes())
+    if (path := work / "tables.bin").is_file():  # of the bundle whose head is used: boards have them
+        tables = Tables.from_bytes(path.read_bytes())
+    else:
+        tables = best[1]
+        path.write_bytes(tables.to_bytes())
     for level in range(len(GAINS)):
-        coded = [len(bitstream.encode(each, best[1], level)) for each in symbols(work, dev, level)]
+        coded = [len(bitstream.encode(each, tables, level)) for each in symbols(work, dev, level)]
         figures[f"dev_bytes_{level}"] = round(float(np.mean(coded)), 1)
     figures["largest_symbol"] = int(np.abs(by_level[-1]).max())
     figures["live_channels"] = int(((by_level[REFERENCE] != 0).mean((0, 2, 3)) > 0.01).sum())

@@ -55,8 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make_bundle(folder: Path) -> Iterator[Callable[[], None]]:
-    """Runs the recipe's command with hardly any training."""
+def make_bundle(folder: Path) -> Iterator[Callable[..., None]]:
+    """Runs the recipe's command, with further arguments, with hardly any training."""
     torch.set_num_threads(1)  # two threads wait for each other when other programs use the cores
     paths = {"images": "photos", "captions": "captions.tsv", "work": "work", "out": "bundle"}
     arguments = [part for name, path in paths.items() for part in (f"--{name}", str(folder / path))]
@@ -65,12 +65,16 @@ def make_bundle(folder: Path) -> Iterator[Callable[[], None]]:
             for name, size in sizes.items():
                 patch.setattr(module, name, size)
         patch.setattr(recipe, "shortened", lambda settings, _: shortened(settings, 1e-4))
-        patch.setattr(sys, "argv", ["recipe", *arguments])
-        yield recipe.main
+
+        def make(*more: object) -> None:
+            patch.setattr(sys, "argv", ["recipe", *arguments, *map(str, more)])
+            recipe.main()
+
+        yield make
 
 
 @pytest.fixture(scope="module")
-def interruptions(make_bundle: Callable[[], None]) -> list[str]:
+def interruptions(make_bundle: Callable[..., None]) -> list[str]:
     """The stages that were interrupted, each after its last evaluation; the same command was repeated until the end."""
     interrupted: list[str] = []
     finish = Workspace.finish
@@ -127,10 +131,25 @@ def test_a_directory_without_photos_is_named_in_one_line(folder: Path, tmp_path:
 
 
 def test_the_same_command_again_trains_nothing(
-    interruptions: list[str], make_bundle: Callable[[], None], folder: Path
+    interruptions: list[str], make_bundle: Callable[..., None], folder: Path
 ) -> None:
     bundle_id = open_bundle(folder / "bundle").id
     written = {path: path.stat().st_mtime_ns for path in (folder / "work").glob("*.pt")}
     make_bundle()
     assert {path: path.stat().st_mtime_ns for path in (folder / "work").glob("*.pt")} == written
     assert open_bundle(folder / "bundle").id == bundle_id
+
+
+def test_decoders_alone_are_trained_for_the_head_of_another_bundle(
+    interruptions: list[str], make_bundle: Callable[..., None], folder: Path, tmp_path: Path
+) -> None:
+    make_bundle("--head-only", "--out", tmp_path / "head")
+    head = open_bundle(tmp_path / "head")
+    assert head.manifest.targets == {}
+    assert load_engine(head, ()).label_logits(torch.rand(1, 49, 1280))[0].shape == (1000,)
+    make_bundle("--head", tmp_path / "head", "--work", tmp_path / "work", "--out", tmp_path / "whole")
+    whole = open_bundle(tmp_path / "whole")
+    assert whole.manifest.targets.keys() == {"edge", "cloud"}
+    for name in ("head.onnx", "head.tflite", "head.safetensors", "tables.bin", "tail.safetensors"):
+        assert whole.manifest.files[name] == head.manifest.files[name]
+    assert whole.manifest.latent == head.manifest.latent
