@@ -166,6 +166,7 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply; then sent again with its id
     open_requests: Annotated[int, Meta(ge=1, le=4096)] = 64  # when full, the device answers alone
     level: Annotated[int, Meta(ge=0, le=7)] | None = None  # finest level of features; none: the bundle's default
+    groups: Annotated[int, Meta(ge=1, le=4)] | None = None  # of the features' channels; none: all
     # Longest features of a frame, without the other parts of a request; longer ones are sent coarser. None: no limit.
     max_bytes: Annotated[int, Meta(ge=MIN_FEATURE_BYTES, le=1_000_000)] | None = None
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # of offload, and of the JPEG size that events compare with

@@ -61,6 +61,7 @@ class BoardPlanner:
             own.deadline_ms or board.deadline_ms,
             Tier[tier.upper()] if tier else None,
             level=board.level,
+            groups=board.groups,
             max_bytes=board.max_bytes,
             jpeg_quality=board.jpeg_quality,
         )

@@ -39,6 +39,7 @@ from edge_runtime.wire import (
     encode_reply,
     topics,
 )
+from edge_runtime.wire.event import Rate
 from tests.brokers import Mosquitto
 from tests.listener import PATIENCE_S, QUICK, Listener, until
 
@@ -213,6 +214,34 @@ def test_a_speculative_request_carries_the_symbols_and_the_whole_draft(start, se
     assert np.array_equal(symbols, load_head(board_bundle, "onnx", 1).symbols(to_input(frame().pixels)))
     assert request.options is not None
     assert request.options.tier is Tier.CLOUD
+
+
+@pytest.mark.parametrize(
+    ("plan", "level", "groups"), [({"level": 0}, 0, 4), ({"level": 7}, 1, 4), ({"groups": 2}, 1, 2), ({}, 1, 4)]
+)
+def test_a_plan_says_at_which_rate_features_are_sent_and_the_event_repeats_it(
+    start, server, board_bundle, plan, level, groups
+):
+    seen = start("split", **plan).pipeline.handle(frame())
+    content = decode_request(server.next()).content
+    decoded = bitstream.decode(content, board_bundle.tables)
+    assert (decoded.header.level, decoded.header.groups, decoded.checked) == (level, groups, True)
+    assert seen.rate == Rate(level, groups, len(content))
+
+
+def test_features_that_are_too_long_are_sent_coarser(start, server, board_bundle):
+    symbols = load_head(board_bundle, "onnx", 1).symbols(to_input(frame().pixels))
+    limit = len(bitstream.encode(symbols, board_bundle.tables, 1)) - 1
+    seen = start("split", max_bytes=limit).pipeline.handle(frame())
+    assert seen.rate is not None
+    assert (seen.rate.level, seen.rate.bytes) == (0, len(decode_request(server.next()).content))
+    assert seen.rate.bytes <= limit
+
+
+def test_features_that_do_not_fit_at_all_leave_the_answer_to_the_device(start):
+    seen = start("speculative", max_bytes=40).pipeline.handle(frame())
+    assert (seen.paradigm, seen.final, seen.bytes_up, seen.rate) == ("device", True, 0, None)
+    assert seen.why == "speculative: the coarsest features do not fit into 40 bytes"
 
 
 def test_split_sends_no_draft_and_has_no_event_before_the_answer(start, server):
