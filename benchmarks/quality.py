@@ -25,6 +25,7 @@ from models.captions import captioned_as, words_of
 from testbed.sample_photos import is_readable
 
 if TYPE_CHECKING:
+    from models.questions import Question
     from server.engine import Answer, Engine, Job
 
 BATCH = 8
@@ -192,24 +193,34 @@ def measure_captions(
     }
 
 
-def measure_labels(chain: Chain, photos: Photos, progress: Progress = lambda photos: photos) -> dict[str, Any]:
-    """Accuracy on pictures named class/name. Raises EvaluationError for a class that the bundle does not know."""
-    assert chain.engine is not None
-    classes = classes_of(chain.bundle)
-    right, sizes = [], []
+def measure_labels(
+    chain: Chain, photos: Photos, progress: Progress = lambda photos: photos, question: "Question | None" = None
+) -> dict[str, Any]:
+    """Accuracy on pictures named class/name: of a taught question, or of the bundle's own classes.
+
+    Raises EvaluationError for a class that they do not know.
+    """
+    engine = chain.engine
+    assert engine is not None
+    classes = question.record.classes if question else classes_of(chain.bundle)
+    right, sure, sizes = [], [], []
     for pictures in _batches(progress(photos)):
         batch = [chain.send(picture) for picture in pictures]
-        scores = chain.engine.classify([s.symbols for s in batch])
+        symbols = [s.symbols for s in batch]
+        scores = [question.answer(row) for row in engine.pooled(symbols)] if question else engine.classify(symbols)
         for picture, sent, row in zip(pictures, batch, scores, strict=True):
             label = PurePosixPath(picture.name).parent.name
             if label not in classes:
                 raise EvaluationError(f"{picture.name}: class {label!r} is none of {', '.join(classes)}")
-            right.append(max(row, key=lambda name: row[name]) == label)
+            best = max(row, key=row.__getitem__)
+            right.append(best == label)
+            sure.append(row[best])
             sizes.append(sent.payload_bytes)
     return {
         "images": len(right),
         "unreadable": photos.unreadable,
         "accuracy": mean(right),
+        "confidence_mean": mean(sure),  # of good probabilities: the accuracy
         "bytes_mean": mean(sizes),
     }
 

@@ -250,6 +250,7 @@ def build_request(
 ) -> Request:
     """The request of one frame; for a real board and for an evaluation. age_ms: since the capture."""
     offloads = plan.paradigm == "offload"
+    options = Options(tier=plan.tier, propose=plan.propose, questions=plan.questions)
     return Request(
         id=request_id,
         bundle=bundle.id,
@@ -259,7 +260,7 @@ def build_request(
         content_kind=ContentKind.JPEG if offloads else ContentKind.LATENT,
         content=to_jpeg(pixels, plan.jpeg_quality) if offloads else encode_finest(symbols, bundle.tables),
         draft=encode_tokens(draft) if plan.paradigm == "speculative" else b"",
-        options=Options(tier=plan.tier, propose=plan.propose) if plan.propose or plan.tier is not None else None,
+        options=options if options != Options() else None,
     )
 
 

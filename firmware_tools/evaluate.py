@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     caption.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
     classify = kinds.add_parser("classify", help="accuracy on pictures named class/name.JPEG")
+    classify.add_argument(
+        "--question", type=Path, metavar="FILE", help="a taught question's classes, not the bundle's own"
+    )
     for kind in (caption, classify):
         kind.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR")
         kind.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="default: the shipped bundle")
@@ -61,7 +64,13 @@ def _caption(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
 def _classify(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     from benchmarks.quality import Photos, classes_of, measure_labels, proven_chain
 
-    classes_of(bundle)
+    if args.question:
+        from models.questions import read_question
+
+        question = read_question(args.question, bundle)
+    else:
+        question = None
+        classes_of(bundle)
     chain = proven_chain(bundle, "split", next(iter(bundle.manifest.targets)), args.backend)
     photos = Photos(args.images, limit=args.limit)
-    return measure_labels(chain, photos, lambda pictures: track(pictures, "classify", args.limit))
+    return measure_labels(chain, photos, lambda pictures: track(pictures, "classify", args.limit), question)

@@ -22,6 +22,7 @@ from torch import Tensor
 from edge_runtime.inference.bundle import BOS, BundleError
 from models.family import Classifier, Head, Memory, Tail, TextDecoder
 from models.lookahead import Lookahead
+from models.questions import Question
 from server.verify import Text, new_text, next_block, propose_again, verify
 
 Shape = tuple[int, int]  # of a pass: rows, tokens per row
@@ -46,6 +47,7 @@ class Job:
     tier: str = "edge"
     max_tokens: int | None = None  # longest text, end token included; at most the bundle's
     wants_label: bool = False
+    questions: Mapping[str, Question] = field(default_factory=dict)  # to answer, by name
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Answer:
     passes: int = 0  # forward passes of the target
     confidence: float = 0.0  # geometric mean of the probabilities of its tokens, end token included
     scores: dict[str, float] = field(default_factory=dict)  # probability of the likeliest labels, best first
+    answers: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # to each question: the probability of each class
     error: str = ""
     stages_ms: dict[str, float] = field(default_factory=dict)  # of the whole batch: tail, image, passes
 
@@ -152,15 +157,27 @@ class Engine:
                 continue
             confidence = math.exp(log_probability / len(text.tokens))
             scores = self._labels(features[i]) if job.wants_label else {}
+            asked: dict[str, dict[str, float]] = {}
+            if job.questions:
+                pooled = _pooled(features[i])
+                asked = {name: question.answer(pooled) for name, question in job.questions.items()}
             counts = text.accepted, text.proposed, text.accepted_again, text.passes
-            answers.append(Answer(text.without_end, *counts, confidence, scores, stages_ms=stages))
+            answers.append(Answer(text.without_end, *counts, confidence, scores, asked, stages_ms=stages))
         return answers
 
     @torch.inference_mode()
     def classify(self, latents: Sequence[NDArray[np.int8]], gain: float = 1.0) -> list[dict[str, float]]:
         """Labels alone, without a text: latents int8 [64, 7, 7] each, to the probabilities of the likeliest labels."""
+        return [self._labels(row) for row in self._features_of(latents, gain)]
+
+    @torch.inference_mode()
+    def pooled(self, latents: Sequence[NDArray[np.int8]], gain: float = 1.0) -> NDArray[np.float32]:
+        """What questions are taught with: latents int8 [64, 7, 7] each, to the features' mean over the positions [B, 1280]."""
+        return np.stack([_pooled(row) for row in self._features_of(latents, gain)])
+
+    def _features_of(self, latents: Sequence[NDArray[np.int8]], gain: float) -> Tensor:
         symbols = torch.from_numpy(np.stack(latents).astype(np.float32) / np.float32(gain)).to(self.device)
-        return [self._labels(row) for row in self.features(symbols, self.proof.tail_sizes)]
+        return self.features(symbols, self.proof.tail_sizes)
 
     def _labels(self, features: Tensor) -> dict[str, float]:
         if self.classifier is None:
@@ -259,6 +276,12 @@ class DecodingBatch:
         self.memory = [(keys[index], values[index]) for keys, values in self.memory]
         self.cache.keys = [keys[index] for keys in self.cache.keys]
         self.cache.values = [values[index] for values in self.cache.values]
+
+
+def _pooled(features: Tensor) -> NDArray[np.float32]:
+    """One photo's features [N, 1280] to their mean over the positions [1280]."""
+    pooled: NDArray[np.float32] = features.mean(0).cpu().numpy()
+    return pooled
 
 
 def cheapest(shapes: Sequence[Shape], rows: int, width: int) -> Shape:

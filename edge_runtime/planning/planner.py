@@ -57,6 +57,7 @@ class BoardPlanner:
             own.deadline_ms or board.deadline_ms,
             Tier[tier.upper()] if tier else None,
             board.jpeg_quality,
+            questions=own.questions,
         )
         now = time.monotonic()
         self._measurements.catch_up(now)
@@ -85,8 +86,10 @@ class BoardPlanner:
             why=decision.explain.reason,
             explain=decision.explain,
             writes_draft=decision.writes_draft,
-            # A tier in the configuration means that a server of this tier shall answer every frame.
-            min_confidence=None if plan.tier else self._min_confidence(float(self._settings["quality_floor"])),
+            # With a tier or with questions in the configuration, a server shall answer every frame.
+            min_confidence=None
+            if plan.tier or plan.questions
+            else self._min_confidence(float(self._settings["quality_floor"])),
             # Whoever configures split or offload wants to measure the target alone. Here only the time counts.
             propose=decision.paradigm in ("split", "offload"),
         )

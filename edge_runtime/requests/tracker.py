@@ -354,6 +354,7 @@ class RequestTracker:
             "hops": tuple(EventHop.from_hop(hop) for hop in reply.hops),
             "label": reply.label,
             "scores": reply.scores or {},
+            "answers": reply.answers or {},
             "bytes_up": tracked.bytes_up,
             "timings_ms": event.timings_ms | answer_ms,
             "after_ms": _after_ms(now - tracked.captured),
