@@ -8,8 +8,7 @@
 
 A comparison is about the likeliest class: `gate == open` is true if `open` is the likeliest answer to `gate`. Names and
 classes are words, or text in double quotes. `confidence` is the lowest probability of the comparisons that are true at
-the moment, 0 if none is: the probability of the class for `==`, the rest for `!=`. `not` turns the comparisons below it
-around, so `not gate == open` is `gate != open`.
+the moment, 0 if none is: the probability of the class for `==`, the rest for `!=`.
 """
 
 import re
@@ -23,7 +22,6 @@ MAX_DEPTH = 16  # parentheses and "not" inside each other
 MAX_FRAMES = 1000
 LABEL, CONFIDENCE = "label", "confidence"
 RESERVED = ("and", "or", "not", "for", "frames", "frame", CONFIDENCE)
-OPPOSITE = {"==": "!=", "!=": "==", ">": "<=", "<=": ">", "<": ">=", ">=": "<"}
 TOKEN = re.compile(r'\s*(?:(?P<text>"[^"]*")|(?P<word>[\w.-]+)|(?P<sign>==|!=|>=|<=|>|<|\(|\)))')
 
 Answers = Mapping[str, Mapping[str, float]]  # question, or LABEL, to class to probability; never empty inside
@@ -68,14 +66,14 @@ class Bound:
 
 
 @dataclass(frozen=True, slots=True)
-class Both:
-    """`and` (every) or `or` of conditions."""
+class Combined:
+    """Conditions under one word."""
 
-    every: bool
+    word: str  # and, or; not, with one part
     parts: "tuple[Part, ...]"
 
 
-Part = Comparison | Bound | Both
+Part = Comparison | Bound | Combined
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +93,12 @@ class Condition:
         confidence = min(shares, default=0.0)
 
         def holds(part: Part) -> bool:
-            if isinstance(part, Both):
-                return (all if part.every else any)(map(holds, part.parts))
-            return part.holds(answers) if isinstance(part, Comparison) else part.holds(confidence)
+            if isinstance(part, Comparison):
+                return part.holds(answers)
+            if isinstance(part, Bound):
+                return part.holds(confidence)
+            values = map(holds, part.parts)
+            return all(values) if part.word == "and" else any(values) if part.word == "or" else not any(values)
 
         return holds(self.part)
 
@@ -117,7 +118,7 @@ class _Parser:
         self._comparisons: list[Comparison] = []
 
     def condition(self) -> Condition:
-        part = self._any_of(is_turned=False)
+        part = self._any_of()
         frames = 1
         if self._take("for"):
             frames = int(self._number("a whole number of frames", 1, MAX_FRAMES, r"[0-9]{1,4}"))
@@ -131,36 +132,35 @@ class _Parser:
             )
         return Condition(part, tuple(dict.fromkeys(self._comparisons)), frames)
 
-    def _any_of(self, is_turned: bool) -> Part:
-        parts = [self._every_of(is_turned)]
+    def _any_of(self) -> Part:
+        parts = [self._every_of()]
         while self._take("or"):
-            parts.append(self._every_of(is_turned))
-        return parts[0] if len(parts) == 1 else Both(is_turned, tuple(parts))  # De Morgan
+            parts.append(self._every_of())
+        return Combined("or", tuple(parts))
 
-    def _every_of(self, is_turned: bool) -> Part:
-        parts = [self._single(is_turned)]
+    def _every_of(self) -> Part:
+        parts = [self._single()]
         while self._take("and"):
-            parts.append(self._single(is_turned))
-        return parts[0] if len(parts) == 1 else Both(not is_turned, tuple(parts))
+            parts.append(self._single())
+        return Combined("and", tuple(parts))
 
-    def _single(self, is_turned: bool) -> Part:
+    def _single(self) -> Part:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise ConditionError(f"{self._text!r} has more than {MAX_DEPTH} parentheses and nots inside each other")
+        part: Part
         if self._take("not"):
-            part = self._single(not is_turned)
+            part = Combined("not", (self._single(),))
         elif self._take("("):
-            part = self._any_of(is_turned)
+            part = self._any_of()
             if not self._take(")"):
                 raise self._error('")"')
         elif self._take(CONFIDENCE):
             operator = self._operator(">", ">=", "<", "<=")
-            limit = self._number("a number", 0, 1, r"[0-9]{1,3}(\.[0-9]{1,9})?")
-            part = Bound(OPPOSITE[operator] if is_turned else operator, limit)
+            part = Bound(operator, self._number("a number", 0, 1, r"[0-9]{1,3}(\.[0-9]{1,9})?"))
         else:
             question = self._name("a question, label, confidence, not or (")
-            operator = self._operator("==", "!=")
-            part = Comparison(question, OPPOSITE[operator] if is_turned else operator, self._name("a class"))
+            part = Comparison(question, self._operator("==", "!="), self._name("a class"))
             self._comparisons.append(part)
         self._depth -= 1
         return part
