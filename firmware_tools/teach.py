@@ -32,9 +32,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR_OR_TAR",
         help="photos named class/name.jpg, from ten per class on, as the camera sees them",
     )
+    parser.add_argument(
+        "--from-events",
+        type=Path,
+        metavar="DIR",
+        help="first sort the frames of this folder, such as a camera's that its events name, into --images on a page",
+    )
+    parser.add_argument("--classes", type=_classes, metavar="A,B", help="with --from-events: the classes to sort into")
     parser.add_argument("--out", type=new_file, metavar="FILE", help="default: <name>.safetensors")
     parser.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="the boards' (default: the shipped bundle)")
     parser.add_argument("--backend", choices=["onnx", "litert"], default="onnx")
+
+
+def _classes(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if len(set(names)) < len(names) or len(names) < 2 or not all(re.fullmatch(r"[\w -]{1,64}", name) for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r}, want two names or more, such as open,closed")
+    return names
 
 
 def _name(text: str) -> str:
@@ -51,6 +65,8 @@ def run(args: argparse.Namespace) -> None:
     from models.teaching import teach
 
     bundle = open_bundle(args.bundle)
+    if args.from_events:
+        _sort(args)
     photos, features = _read(args, bundle)
     taught = teach(features, photos.labels, len(photos.classes))
     question = _question(bundle, photos, taught)
@@ -62,6 +78,20 @@ def run(args: argparse.Namespace) -> None:
         f'server.toml: [questions] {args.name} = "{out}"\n'
         f'board.toml: [[cameras]] questions = ["{args.name}"]'
     )
+
+
+def _sort(args: argparse.Namespace) -> None:
+    """Shows the page until all frames are sorted, or the user ends it."""
+    from edge_runtime.errors import AiflowError
+    from firmware_tools.label_page import Labels, LabelServer
+
+    if not args.classes or len(args.images) != 1 or args.images[0].is_file():
+        raise AiflowError(
+            "--from-events wants --classes, such as open,closed, and one folder for --images to sort into"
+        )
+    with LabelServer(Labels(args.from_events, args.classes, args.images[0])) as server:
+        print(f"sort the frames in a browser on this machine: {server.address}", flush=True)
+        server.serve_until_done()
 
 
 def _read(args: argparse.Namespace, bundle: Bundle) -> "tuple[ClassPhotos, NDArray[np.float32]]":

@@ -6,12 +6,12 @@ Knows nothing of pictures, bundles and files. The same photos give the same laye
 """
 
 from dataclasses import dataclass
-from math import exp
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 FOLDS = 5
 PENALTIES = (1.0, 0.1, 0.01, 1e-3, 1e-4)  # the strongest first: each solution is the next one's start
@@ -38,36 +38,35 @@ class Taught:
 
 
 def teach(features: NDArray[np.float32], labels: NDArray[np.int64], classes: int) -> Taught:
-    """Features [photos, D], labels 0..classes - 1 in the order of time, each class at least once, one of them twice."""
-    mean = features.mean(0, dtype=np.float64)
-    centred = features - mean
-    scale = float(np.sqrt((centred**2).sum(1).mean())) or 1.0  # so that the penalties fit features of any size
-    basis, points = _in_span(centred / scale)
-    folds = folds_of(labels)
-    logits = {penalty: np.full((len(labels), classes), np.nan) for penalty in PENALTIES}
+    """Features [photos, D], labels 0..classes - 1 in the order of time, each class at least once, one of them twice.
+
+    With one thread (torch.set_num_threads), the same bits on every machine of a kind.
+    """
+    x, y = torch.from_numpy(features).double(), torch.from_numpy(labels)
+    mean = x.mean(0)
+    scale = float((x - mean).square().sum(1).mean().sqrt()) or 1.0  # so that the penalties fit features of any size
+    basis, triangle = torch.linalg.qr(((x - mean) / scale).T)  # an orthonormal basis of the span [D, R]
+    points = triangle.T.contiguous()  # the photos in it [photos, R]
+    folds = torch.from_numpy(folds_of(labels))
+    logits = {penalty: torch.full((len(y), classes), torch.nan, dtype=torch.float64) for penalty in PENALTIES}
     for fold in range(FOLDS):
-        if not (is_out := folds == fold).any():
-            continue
+        is_out = folds == fold
         layer = None
-        for penalty in PENALTIES:
-            layer = fit(points[~is_out], labels[~is_out], classes, penalty, layer)
-            logits[penalty][is_out] = points[is_out] @ layer[0].T + layer[1]
+        for penalty in PENALTIES if is_out.any() else ():
+            layer = fit(points[~is_out], y[~is_out], classes, penalty, layer)
+            logits[penalty][is_out] = _logits(points[is_out], layer)
     tried = folds >= 0
     losses = {
-        (penalty, temperature): _loss(logits[penalty][tried] / temperature, labels[tried])
+        (penalty, temperature): _loss(logits[penalty][tried] / temperature, y[tried])
         for penalty in PENALTIES
         for temperature in TEMPERATURES
     }
     penalty, temperature = min(losses, key=losses.__getitem__)
-    weight, bias = fit(points, labels, classes, penalty)
-    weight = weight @ basis.T / scale
-    return Taught(
-        weight.astype(np.float32),
-        (bias - weight @ mean).astype(np.float32),
-        temperature,
-        penalty,
-        _softmax(logits[penalty] / temperature),
-    )
+    layer = fit(points, y, classes, penalty)
+    weight = layer[:, :-1] @ basis.T / scale
+    bias = layer[:, -1] - weight @ mean
+    held_out = (logits[penalty] / temperature).softmax(1)
+    return Taught(weight.float().numpy(), bias.float().numpy(), temperature, penalty, held_out.numpy())
 
 
 def folds_of(labels: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -84,51 +83,32 @@ def folds_of(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     return folds
 
 
-def fit(
-    points: NDArray[np.float64],
-    labels: NDArray[np.int64],
-    classes: int,
-    penalty: float,
-    start: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weight [classes, D] and bias [classes] with the least mean cross entropy + penalty / 2 * |weight|^2."""
-    x, y = torch.from_numpy(points), torch.from_numpy(labels)
-    weight, bias = start or (np.zeros((classes, points.shape[1])), np.zeros(classes))
-    layer = torch.from_numpy(np.column_stack([weight, bias])).requires_grad_()
+def fit(points: Tensor, labels: Tensor, classes: int, penalty: float, start: Tensor | None = None) -> Tensor:
+    """The layer [classes, R + 1], the bias last, with the least mean cross entropy + penalty / 2 * |weight|^2."""
+    layer = points.new_zeros(classes, points.shape[1] + 1) if start is None else start.clone()
+    layer.requires_grad_()
     optimiser = torch.optim.LBFGS([layer], max_iter=MAX_STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
 
-    def loss() -> torch.Tensor:
+    def loss() -> Tensor:
         optimiser.zero_grad()
-        value = F.cross_entropy(F.linear(x, layer[:, :-1], layer[:, -1]), y)
-        value = value + penalty / 2 * layer[:, :-1].square().sum()
+        value = F.cross_entropy(_logits(points, layer), labels) + penalty / 2 * layer[:, :-1].square().sum()
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
     optimiser.step(loss)  # type: ignore[no-untyped-call]
-    found: NDArray[np.float64] = layer.detach().numpy()
-    return found[:, :-1], found[:, -1]
+    return layer.detach()
 
 
-def _in_span(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """An orthonormal basis [D, R] of the points' span, and the points [N, D] in it [N, R]."""
-    basis, triangle = np.linalg.qr(points.T)
-    return basis, np.ascontiguousarray(triangle.T)
+def _logits(points: Tensor, layer: Tensor) -> Tensor:
+    return F.linear(points, layer[:, :-1], layer[:, -1])
 
 
-def _loss(logits: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+def _loss(logits: Tensor, labels: Tensor) -> float:
     """Mean cross entropy of smoothed labels: a few photos that were all right do not prove that none is ever wrong.
 
     The smoothing is that of Platt, "Probabilistic outputs for support vector machines", 1999, section 2.2.
     """
     count, classes = logits.shape
-    probabilities = _softmax(logits).clip(exp(-50))
     wrong = 1 / (count + 2)
-    shares = np.full_like(logits, wrong / (classes - 1))
-    shares[np.arange(count), labels] = 1 - wrong
-    return float(-(shares * np.log(probabilities)).sum(1).mean())
-
-
-def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    odds = np.exp(logits - logits.max(1, keepdims=True))
-    shares: NDArray[np.float64] = odds / odds.sum(1, keepdims=True)
-    return shares
+    smoothing = wrong * classes / (classes - 1)  # of which the right class gets its part back
+    return float(F.cross_entropy(logits, labels, label_smoothing=smoothing))

@@ -172,7 +172,7 @@ class Engine:
 
     @torch.inference_mode()
     def pooled(self, latents: Sequence[NDArray[np.int8]], gain: float = 1.0) -> NDArray[np.float32]:
-        """What questions are taught on: latents int8 [64, 7, 7] each, to the features' mean over the positions [B, 1280]."""
+        """For questions: latents int8 [64, 7, 7] each, to the mean of the features over the positions [B, 1280]."""
         return np.stack([_pooled(row) for row in self._features_of(latents, gain)])
 
     def _features_of(self, latents: Sequence[NDArray[np.int8]], gain: float) -> Tensor:
