@@ -1,9 +1,21 @@
 """What a question learns from a few photos, and what it says of itself."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
+import torch
 
 from models.teaching import FOLDS, Taught, folds_of, teach
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the command teaches: the same bits, and no threads that wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def photos(per_class: int, classes: int = 3, apart: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
