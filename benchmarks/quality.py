@@ -27,6 +27,7 @@ from models.captions import captioned_as, words_of
 from testbed.sample_photos import is_readable
 
 if TYPE_CHECKING:
+    from models.questions import Question
     from server.engine import Answer, Engine, Job
 
 BATCH = 8
@@ -233,29 +234,36 @@ def measure_captions(
     }
 
 
-def measure_labels(chain: Chain, photos: Photos, progress: Progress = lambda photos: photos) -> dict[str, Any]:
-    """Accuracy on pictures named class/name: classes are a bundle's ids, such as WordNet's, or its names.
+def measure_labels(
+    chain: Chain, photos: Photos, progress: Progress = lambda photos: photos, question: "Question | None" = None
+) -> dict[str, Any]:
+    """Accuracy on pictures named class/name: of a taught question, or of the bundle's own classes, by id or by name.
 
-    A set with fewer classes than a quarter of the bundle's is a question of few answers: of these, the most probable
-    one is taken. Raises EvaluationError for a class that the bundle does not know.
+    A set with fewer classes is a question of fewer answers: the most probable one of its classes is taken. How often a
+    class of the bundle is right among all of them is in `accuracy_among_all`. Raises EvaluationError for a class that
+    they do not know.
     """
-    assert chain.engine is not None
-    numbers = class_numbers(chain.bundle)
+    engine = chain.engine
+    assert engine is not None
+    names = question.record.classes if question else tuple(class_numbers(chain.bundle))
+    numbers = {name: number for number, name in enumerate(names)}
     wanted, sizes, found = list[int](), list[int](), list[np.ndarray]()
     for pictures in _batches(progress(photos)):
         batch = [chain.send(picture) for picture in pictures]
-        features = chain.engine.features([chain.job(s) for s in batch])
-        found += [row.cpu().numpy() for row in chain.engine.label_logits(features)]
+        jobs = [chain.job(s) for s in batch]
+        if question:
+            rows = [question.answer(row) for row in engine.pooled(jobs)]
+            found += [np.array([row[name] for name in names]) for row in rows]
+        else:
+            found += [row.softmax(-1).cpu().numpy() for row in engine.label_logits(engine.features(jobs))]
         for picture, sent in zip(pictures, batch, strict=True):
             label = PurePosixPath(picture.name).parent.name
             if label not in numbers:
-                raise EvaluationError(f"{picture.name}: class {label!r} is none of {', '.join(numbers)}"[:400])
+                raise EvaluationError(f"{picture.name}: class {label!r} is none of {', '.join(names)}"[:400])
             wanted.append(numbers[label])
             sizes.append(sent.payload_bytes)
-    logits, candidates = np.stack(found), np.unique(wanted)
-    if 4 * len(candidates) >= logits.shape[1]:
-        candidates = np.arange(logits.shape[1])
-    best = candidates[np.argsort(-logits[:, candidates], axis=1)[:, :5]]
+    probabilities, candidates = np.stack(found), np.unique(wanted)
+    best = candidates[np.argsort(-probabilities[:, candidates], axis=1)[:, :5]]
     is_right = best == np.array(wanted)[:, None]
     return {
         "images": len(wanted),
@@ -263,6 +271,8 @@ def measure_labels(chain: Chain, photos: Photos, progress: Progress = lambda pho
         "classes": len(candidates),
         "accuracy": float(is_right[:, 0].mean()),
         "top5": float(is_right.any(1).mean()),
+        "accuracy_among_all": float((probabilities.argmax(1) == wanted).mean()),
+        "confidence_mean": float(probabilities.max(1).mean()),  # of good probabilities: the accuracy among all
         "bytes_mean": mean(sizes),
     }
 

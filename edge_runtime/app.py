@@ -33,6 +33,7 @@ from edge_runtime.mqtt.routes import Rejection, Route, Router
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import BoardPlanner, Measurements
 from edge_runtime.reporting import BOARD, Events, RemoteSettings, Setting, Values, board_settings, not_zero
+from edge_runtime.reporting.trigger import Trigger
 from edge_runtime.requests import ByteBudget, RequestTracker
 from edge_runtime.wire import Event, topics
 
@@ -98,7 +99,8 @@ class Board:
         self.measurements = Measurements(byte_budget.spent)
         self.routers: list[Router] = []
         self.servers, self.local = self._clients()
-        self.events = Events(self.local, site, board.id, listener)
+        triggers = {camera.name: [Trigger(trigger.when) for trigger in camera.triggers] for camera in config.cameras}
+        self.events = Events(self.local, site, board.id, listener, triggers)
         self.tracker = RequestTracker(
             self.servers,
             bundle,
@@ -159,6 +161,7 @@ class Board:
             **self.tracker.summary(),
             **asdict(self.cameras.totals()),
             "frames_failed": self.pipeline.failed,
+            "triggered": self.events.triggered,
             "setting": self.settings.counts(),
             "rejected": dict(rejected),
             "ignored": dict(self.measurements.counts),

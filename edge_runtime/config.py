@@ -26,8 +26,10 @@ from msgspec.inspect import (
     VarTupleType,
 )
 
+from edge_runtime.conditions import LABEL, MAX_CONDITION, parse_condition
 from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.settings import MqttConfig, is_loopback
+from edge_runtime.wire.envelope import MAX_QUESTIONS
 
 MAX_CONFIG_BYTES = 256 * 1024
 MIN_FEATURE_BYTES = 32  # a limit below this is below what a header and a few symbols take
@@ -54,6 +56,11 @@ StationId = Annotated[  # a level of a topic at which "server" has a meaning
 # With the longest suffix of its run-time settings, "_enabled", a name fits the 32 characters of a level of a topic.
 CameraName = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9_-]{1,24}\Z", description="a name: 1 to 24 of the characters A-Z, a-z, 0-9, _ and -")
+]
+QUESTION = r"^(?!label\Z)[A-Za-z0-9_-]{1,32}\Z"
+QuestionName = Annotated[
+    str,
+    Meta(pattern=QUESTION, description='a name: 1 to 32 of the characters A-Z, a-z, 0-9, _ and -, but not "label"'),
 ]
 Config = TypeVar("Config")
 
@@ -95,6 +102,15 @@ def _corners(polygon: str) -> tuple[tuple[float, float], ...]:
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
+class TriggerConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """An event of its own when a condition on a camera's verified answers becomes true, see conditions.py."""
+
+    when: Annotated[str, Meta(min_length=1, max_length=MAX_CONDITION)]
+
+    def __post_init__(self) -> None:
+        parse_condition(self.when)
+
+
 class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """One source of frames."""
 
@@ -111,10 +127,23 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] | None = None
     paradigm: Literal["auto", "device", "split", "speculative", "offload"] | None = None
     tier: Literal["edge", "cloud"] | None = None
+    questions: Annotated[tuple[QuestionName, ...], Meta(max_length=MAX_QUESTIONS)] = ()  # taught ones, for each frame
+    triggers: Annotated[tuple[TriggerConfig, ...], Meta(max_length=16)] = ()
 
     def __post_init__(self) -> None:
+        self._check_triggers()
         if re.fullmatch("[0-9]{1,3}", self.source):  # the number of a device, as OpenCV and FFmpeg users write it
             msgspec.structs.force_setattr(self, "source", f"/dev/video{int(self.source)}")
+
+    def _check_triggers(self) -> None:
+        """Raises ConfigError: a question that is not asked never has an answer."""
+        for trigger in self.triggers:
+            for name in parse_condition(trigger.when).questions - {LABEL, *self.questions}:
+                asked = ", ".join(f'"{question}"' for question in (*self.questions, name))
+                raise ConfigError(
+                    f"camera {self.name} has a trigger on {name!r}, which is none of its questions: "
+                    f"want questions = [{asked}]"
+                )
 
     @property
     def min_interval_s(self) -> float:
@@ -208,6 +237,12 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 raise ConfigError(
                     f'{place} has paradigm = "offload", but [policy] has may_offload = false: pictures may not leave '
                     "this board; choose another paradigm, or set may_offload = true"
+                )
+        for camera in self.cameras:
+            if (camera.questions or camera.triggers) and (camera.paradigm or self.board.paradigm) == "device":
+                raise ConfigError(
+                    f"camera {camera.name} has questions or triggers, which need answers of a server, and paradigm = "
+                    '"device", which asks none: choose another paradigm, or remove them'
                 )
         if self.board.paradigm != "offload":
             return

@@ -279,6 +279,7 @@ def build_request(
         content = bitstream.encode(features.symbols, bundle.tables, features.level, features.groups)
     else:
         kind, content = ContentKind.JPEG, to_jpeg(pixels, plan.jpeg_quality)
+    options = Options(tier=plan.tier, propose=plan.propose, questions=plan.questions)
     return Request(
         id=request_id,
         bundle=bundle.id,
@@ -288,7 +289,7 @@ def build_request(
         content_kind=kind,
         content=content,
         draft=encode_tokens(draft) if plan.paradigm == "speculative" else b"",
-        options=Options(tier=plan.tier, propose=plan.propose) if plan.propose or plan.tier is not None else None,
+        options=options if options != Options() else None,
     )
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "validate": "check a configuration or a bundle without running it",
     "broker": "write the configuration of a site's broker: accounts, rights, certificates",
     "watch": "show live events of a site in the terminal",
+    "teach": "teach a question with a few photos, such as whether a gate is open",
     "evaluate": "measure quality and bytes on captioned or labelled photos",
     "link": "put a simulated thin link (NB-IoT to Wi-Fi, outages) before a broker",
     "bench": "measure parts (codec, device, server, gateway), the case study (e2e), faults",

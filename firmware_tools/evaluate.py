@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     caption.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
     classify = kinds.add_parser("classify", help="accuracy on pictures named class/name.JPEG")
+    classify.add_argument(
+        "--question", type=Path, metavar="FILE", help="a taught question's classes, not the bundle's own"
+    )
     for kind in (caption, classify):
         kind.add_argument("--level", type=int, metavar="N", help="finest level that is sent (default: the bundle's)")
         kind.add_argument("--groups", type=int, metavar="N", help="channel groups that are sent (default: all)")
@@ -67,11 +70,17 @@ def _caption(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
 def _classify(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     from benchmarks.quality import Photos, class_numbers, measure_labels, proven_chain
 
-    class_numbers(bundle)
+    question = None
+    if args.question:
+        from models.questions import read_question
+
+        question = read_question(args.question, bundle)
+    else:
+        class_numbers(bundle)
     tier = next(iter(bundle.manifest.targets), "")
     chain = proven_chain(bundle, "split", tier, args.backend, rate=rate_limit(args))
     photos = Photos(args.images, limit=args.limit)
-    return measure_labels(chain, photos, lambda pictures: track(pictures, "classify", args.limit))
+    return measure_labels(chain, photos, lambda pictures: track(pictures, "classify", args.limit), question)
 
 
 def rate_limit(args: argparse.Namespace) -> "RateLimit":

@@ -119,11 +119,13 @@ class Site:
         askers = (*(board.name for board in self.boards), *self.servers)  # servers send probes back to each other
         writes = [topics.reply(site, asker) for asker in askers]
         writes += [topics.server_status(site, server), topics.request(site, server)]
-        return Rights(tuple(writes), (topics.request_share(self.pool, site), topics.reply(site, server)))
+        reads = (topics.reply(site, server), topics.server_setting(site, server, "questions"))
+        return Rights(tuple(writes), (topics.request_share(self.pool, site), *reads))
 
     def _person(self) -> "Rights":
         site = self.name
         writes = [topics.setting(site, board.name, switch) for board in self.boards for switch in _switches(board)]
+        writes += [topics.server_setting(site, server, "questions") for server in self.servers]
         if self.takes_pictures:
             frames = [(topics.frame(site, board.name), board.cameras) for board in self.boards]
             writes += [topic for topic, _ in frames]

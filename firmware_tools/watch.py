@@ -134,7 +134,7 @@ def line(board: str, event: Event) -> str:
         f"{_local(event.captured):%H:%M:%S}",
         f"{board}/{event.camera}",
         f"{event.type:6}",
-        event.text or f"({event.why})",
+        event.trigger or event.text or f"({event.why})",
         f"[{state}{by}{doubt}, {price}, {event.after_ms:.0f} ms]",
     ]
     if event.type == "new" and event.explain:  # the later events of a frame would only repeat it

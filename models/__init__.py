@@ -1,6 +1,7 @@
 """The model family: networks, training recipe, export, and the trained bundles.
 
 - `family.py`, `lookahead.py`: the networks that a server runs
+- `questions.py`, `teaching.py`: questions that a user teaches with a few photos
 - `captions.py`: captions files, and the words that are trained on and scored
 - `recipe/`: numbered scripts from photos and captions to a bundle
 - `export/`: int8 files for the board

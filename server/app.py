@@ -13,6 +13,7 @@ from server.engine import SIZES, Engine
 from server.gateway import Gateway
 from server.loading import load_engine
 from server.numerics import prove
+from server.questions import Questions
 from server.reply_cache import ReplyCache
 from server.service import Service
 from server.upstream import Upstream
@@ -38,13 +39,15 @@ def run_server(config: Config, stop: threading.Event) -> None:
     """
     settings, server = config.mqtt_settings(), config.server
     bundle, engine = load(server)
+    questions = Questions(bundle, config.questions, server.questions_folder)
     upstream, bounds = None, None
     if config.upstream:
         upstream, bounds = Upstream(config.upstream, server.id), config.upstream.bounds()
-    service = Service(server, bundle, engine, ReplyCache(), upstream, bounds)
+    service = Service(server, bundle, engine, ReplyCache(), upstream, bounds, questions=questions)
     logger.info("server ready id=%s bundle=%s numerics=%s", server.id, bundle.id.hex(), engine.proof.numerics)
     with ExitStack() as stack:
-        gateway = Gateway(settings, server.site, server.id, server.pool, service.receive, service.status)
+        on_questions = questions.message_arrived if server.questions_folder else None
+        gateway = Gateway(settings, server.site, server.id, server.pool, service.receive, service.status, on_questions)
         stack.enter_context(gateway)
         if upstream:  # ends before the gateway, so that the boards of requests that it leaves open can still be told
             stack.enter_context(upstream)

@@ -29,6 +29,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     batch_wait_ms: Annotated[float, Meta(ge=0, le=1000)] = 2.0  # for others, if the last ones came together
     queue: Annotated[int, Meta(ge=1, le=4096)] = 64  # requests that wait; when full, boards are told to come back later
     pictures: bool = True  # false: requests with a picture are refused, only latents are answered
+    questions_folder: Annotated[str, Meta(min_length=1)] | None = None  # whose files a message may load; none: none
     stop_s: Annotated[float, Meta(ge=0, le=600)] = 10.0  # to finish accepted requests when told to stop
 
 
@@ -64,6 +65,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
     server: ServerConfig
     mqtt: MqttConfig = MqttConfig()
+    questions: dict[str, str] = {}  # taught ones, which boards ask by name: name to file
     upstream: UpstreamConfig | None = None
     metrics: MetricsConfig | None = None
 

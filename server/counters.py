@@ -17,6 +17,10 @@ SERVER = {
         "not_taken (this server takes none)",
         "what",
     ),
+    "questions": Meaning(
+        "Taught questions in requests: asked, and unknown (this server has none of that name)", "what"
+    ),
+    "setting": Meaning("Messages that set the questions: set, refused (nothing has changed)", "what"),
     "late": Meaning("How often the engine was found to hang: the server leaves its share until it works again"),
     "escalated": Meaning("Requests passed up, by reason", "reason"),
     "answered_above": Meaning("Requests passed up that the tier above answered"),
@@ -36,6 +40,7 @@ SERVER = {
     "undelivered": Meaning("Replies, first ones included, that the broker did not take: their boards ask again"),
     "foreign_topics": Meaning("Messages on topics that are no board's request topic"),
     "retained_requests": Meaning("Requests that the broker had kept from an earlier time, not answered"),
+    "retained_settings": Meaning("Messages to set something that the broker had kept from an earlier time, not read"),
     "probes": Meaning("Probes to this server's own request topic: sent, and missing (not returned in time)", "what"),
     "mqtt": Meaning("Messages to and from the boards' broker, by what became of them; its connections", "what"),
     "mqtt_pending": Meaning("Messages to the boards' broker that wait or are in flight", is_gauge=True),

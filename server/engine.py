@@ -23,6 +23,7 @@ from edge_runtime.inference.bundle import BOS, BundleError
 from models.family import LATENT, Classifier, Head, Memory, Tail, TextDecoder, arrived_groups
 from models.labels import label_words
 from models.lookahead import Lookahead
+from models.questions import Question
 from server.verify import Text, new_text, next_block, propose_again, verify
 
 Shape = tuple[int, int]  # of a pass: rows, tokens per row
@@ -48,6 +49,7 @@ class Job:
     tier: str = "edge"
     max_tokens: int | None = None  # longest text, end token included; at most the bundle's
     wants_label: bool = False
+    questions: Mapping[str, Question] = field(default_factory=dict)  # to answer, by name
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class Answer:
     passes: int = 0  # forward passes of the target
     confidence: float = 0.0  # geometric mean of the probabilities of its tokens, end token included
     scores: dict[str, float] = field(default_factory=dict)  # probability of the likeliest labels, best first
+    answers: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # to each question: the probability of each class
     error: str = ""
     stages_ms: dict[str, float] = field(default_factory=dict)  # of the whole batch: tail, image, passes
 
@@ -167,9 +172,18 @@ class Engine:
                 continue
             confidence = math.exp(log_probability / len(text.tokens))
             scores = self._likeliest(labels[i]) if job.wants_label else {}
+            asked: dict[str, dict[str, float]] = {}
+            if job.questions:
+                pooled = _pooled(features[i])
+                asked = {name: question.answer(pooled) for name, question in job.questions.items()}
             counts = text.accepted, text.proposed, text.accepted_again, text.passes
-            answers.append(Answer(text.without_end, *counts, confidence, scores, stages_ms=stages))
+            answers.append(Answer(text.without_end, *counts, confidence, scores, asked, stages_ms=stages))
         return answers
+
+    @torch.inference_mode()
+    def pooled(self, jobs: Sequence[Job]) -> NDArray[np.float32]:
+        """What questions read: the mean of each job's features over the positions, float32 [B, 1280]."""
+        return np.stack([_pooled(row) for row in self.features(jobs)])
 
     @torch.inference_mode()
     def label_logits(self, features: Tensor) -> list[Tensor]:
@@ -285,6 +299,12 @@ class DecodingBatch:
         self.memory = [(keys[index], values[index]) for keys, values in self.memory]
         self.cache.keys = [keys[index] for keys in self.cache.keys]
         self.cache.values = [values[index] for values in self.cache.values]
+
+
+def _pooled(features: Tensor) -> NDArray[np.float32]:
+    """One photo's features [N, 1280] to their mean over the positions [1280]."""
+    pooled: NDArray[np.float32] = features.mean(0).cpu().numpy()
+    return pooled
 
 
 def cheapest(shapes: Sequence[Shape], rows: int, width: int) -> Shape:

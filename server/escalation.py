@@ -10,12 +10,13 @@ what passing up changes. Knows nothing of connections; time and chance are argum
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import msgspec
 
 from edge_runtime.wire import Options, Paradigm, Reply, Request, Tier, aged, encode_tokens
-from edge_runtime.wire.envelope import MAX_VIA
+from edge_runtime.wire.envelope import MAX_QUESTIONS, MAX_VIA
 
 RESERVE = 0.1  # of a request's time, kept for the last reply's way to the board
 MAX_RESERVE_S = 1.0
@@ -151,5 +152,10 @@ def passed_up(request: Request, server: str, tokens: Sequence[int], waited_s: fl
 
 
 def passed_down(own: Reply, above: Reply) -> Reply:
-    """What the board is told of a reply from above to its request: all of it, behind this server's own hop."""
-    return msgspec.structs.replace(above, id=own.id, hops=(*own.hops, *above.hops)[:MAX_HOPS])
+    """What the board is told of a reply from above to its request: all of it, behind this server's own hop.
+
+    Questions that the tier above does not have keep this server's answers: both have the same features.
+    """
+    answers = dict(islice(((own.answers or {}) | (above.answers or {})).items(), MAX_QUESTIONS))
+    hops = (*own.hops, *above.hops)[:MAX_HOPS]
+    return msgspec.structs.replace(above, id=own.id, hops=hops, answers=answers or None)

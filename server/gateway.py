@@ -91,10 +91,12 @@ class Gateway:
         pool: str,
         on_arrival: Callable[[Arrival], None],
         status: Callable[[], dict[str, Any]],
+        on_questions: Callable[[bytes], None] | None = None,
     ) -> None:
+        """on_questions: gets each message on the topic that sets the questions, on the client's thread; None: none."""
         self.site, self.server = site, server
         self.is_proven = threading.Event()  # probes come back on this connection
-        self.counts = {"undelivered": 0, "foreign_topics": 0, "retained_requests": 0}  # written by the client's thread
+        self.counts = {"undelivered": 0, "foreign_topics": 0, "retained_requests": 0, "retained_settings": 0}
         self._on_arrival, self._status = on_arrival, status
         self._lock = threading.Lock()  # over the next three; held for a few statements
         self._probes = Probes()
@@ -102,11 +104,14 @@ class Gateway:
         self._suspended = ""  # why this server takes no requests; empty: it does
         self._status_topic = topics.server_status(site, server)
         self._probe_topic, self._returned_topic = topics.request(site, server), topics.reply(site, server)
-        self._returned = [(self._returned_topic, 1)]
+        self._questions_topic, self._on_questions = topics.server_setting(site, server, "questions"), on_questions
+        optional = [self._questions_topic] if on_questions else []  # a broker's rights may be older than this topic
+        self._always = [(topic, 1) for topic in (self._returned_topic, *optional)]
         self._requests = [(topics.request_share(pool, site), 1)]
         self.client = MqttClient(
             settings,
-            subscriptions=self._returned + self._requests,
+            subscriptions=self._always + self._requests,
+            optional=optional,
             on_message=self._receive,
             will=Publish(self._status_topic, _json({"state": "offline", "server": server}), qos=1, retain=True),
             birth=lambda: [self._status_message()],
@@ -154,7 +159,7 @@ class Gateway:
             if reason == self._suspended:
                 return
             if bool(reason) != bool(self._suspended):
-                self.client.set_subscriptions(self._returned + ([] if reason else self._requests))
+                self.client.set_subscriptions(self._always + ([] if reason else self._requests))
                 self._forget_probes()
             self._suspended = reason
         if reason:
@@ -216,6 +221,13 @@ class Gateway:
     def _receive(self, message: Message) -> None:
         if message.topic == self._returned_topic:
             self._probe_returned(message.payload)
+            message.ack()
+            return
+        if message.topic == self._questions_topic and self._on_questions:
+            if message.retained:  # of an earlier time, as for a board's settings
+                self.counts["retained_settings"] += 1
+            else:
+                self._on_questions(message.payload)
             message.ack()
             return
         try:

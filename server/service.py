@@ -41,6 +41,7 @@ from edge_runtime.wire import (
     encode_tokens,
 )
 from edge_runtime.wire.envelope import Bytes8
+from models.questions import Question
 from server.accepted import Accepted
 from server.batch_times import BatchTimes
 from server.batcher import Batch, Batcher
@@ -51,6 +52,7 @@ from server.escalation import Bounds, is_loop
 from server.escalator import Escalator
 from server.gateway import Arrival
 from server.pictures import PictureCostError, PictureDecoder, PictureWorkerError
+from server.questions import Questions
 from server.reply_cache import ReplyCache, Seen
 from server.upstream import Upstream
 
@@ -78,9 +80,11 @@ class Service:
         upstream: Upstream | None = None,
         bounds: Bounds | None = None,
         chance: Callable[[], float] = random.random,
+        questions: Questions | None = None,
     ) -> None:
         self.config, self.bundle, self.engine, self.replies = config, bundle, engine, replies
         self.upstream = upstream
+        self.questions = questions or Questions(bundle)
         self.tier = Tier[config.tier.upper()]
         self.takes_pictures = config.pictures and engine.head is not None
         self.pictures: Batcher[Accepted] = Batcher(config.queue, 1, 0.0, time.monotonic)
@@ -273,7 +277,15 @@ class Service:
         proposes = request.options is not None and request.options.propose
         is_speculative = request.draft or request.paradigm is Paradigm.SPECULATIVE or proposes
         draft = tuple(request.draft_ids) if is_speculative else None
-        return Job(symbols, level, channels, draft, self.config.tier, max_tokens, wants_label)
+        questions = self._questions(request)
+        return Job(symbols, level, channels, draft, self.config.tier, max_tokens, wants_label, questions)
+
+    def _questions(self, request: Request) -> dict[str, Question]:
+        """Those that the request asks and this server has."""
+        names, known = request.options.questions if request.options else (), self.questions.known
+        for name in names:
+            self._count("questions", "asked" if name in known else "unknown")
+        return {name: known[name] for name in names if name in known}
 
     def _symbols(self, accepted: Accepted) -> tuple[NDArray[np.int8], int, int]:
         """The latent's symbols, their level, and how many channels of them were sent. Raises BitstreamError."""
@@ -319,6 +331,7 @@ class Service:
             hops=(Hop(self.tier, self.config.id, queued_ms, compute_ms, stages_ms),),
             label=next(iter(answer.scores), None),
             scores=answer.scores or None,
+            answers=answer.answers or None,
         )
         if not self.escalator.ask(accepted, reply):
             self._finish(accepted, reply)
@@ -343,8 +356,16 @@ class Service:
             "strict": proof.may_speculate,  # a text's bits do not depend on drafts, batches and neighbours
             "numerics": proof.numerics,
             "shapes": {"tail": proof.tail_sizes, "image": proof.image_sizes, "pass": proof.shapes},
+            **self.questions.status(),
             "counts": counts,
         }
+
+    def load_questions(self) -> bool:
+        """Reads the files of the newest message to set questions, for one thread. Whether there was a message."""
+        is_set = self.questions.load()
+        if is_set is not None:
+            self._count("setting", "set" if is_set else "refused")
+        return is_set is not None
 
     def engine_hangs(self) -> None:
         """Its present batch has taken too long: what waits behind it is given to other servers."""

@@ -1,4 +1,4 @@
-"""A thread that tells a server's status and watches its engine.
+"""A thread that tells a server's status, watches its engine, and reads new questions from disk.
 
 It is not the engine's thread, so the status is told while the engine hangs, and says so. A server whose engine hangs
 leaves the share, since the broker would go on giving it requests; it comes back when the engine does.
@@ -54,5 +54,7 @@ class Watchdog:
             else:
                 logger.warning("engine works again server=%s", self._service.config.id)
                 self._gateway.resume()
+        if self._service.load_questions():
+            self._next_beat = now  # the status says at once what became of the message
         if now >= self._next_beat:
             self._next_beat = now + (STATUS_PERIOD_S if self._gateway.heartbeat() else PROBE_PERIOD_S)

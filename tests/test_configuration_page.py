@@ -69,7 +69,7 @@ def missing_or_wrong(text: str, kind: type) -> list[str]:
         except KeyError:
             faults.append(path)
             continue
-        is_table = isinstance(value, dict) or path == "cameras"
+        is_table = isinstance(value, dict) or path in ("cameras", "cameras.triggers")
         has_default = field.default is not msgspec.NODEFAULT and field.default is not None
         if has_default and not is_table and msgspec.convert(value, type(field.default)) != field.default:
             faults.append(f"{path} = {value}, default {field.default}")
@@ -117,8 +117,8 @@ def test_it_says_the_range_or_the_words_of_each_key(name, kind):
 def test_what_it_shows_as_required_is(tmp_path, name, kind):
     text = uncommented(file(name))
     required = [line for line in text.splitlines() if re.search(r"# required(;|:| in)", line)]
-    # Of each file: id, bundle; name and source of a camera; the outbox's file; the metrics' port.
-    assert len(required) == {"board": 6, "server": 3}[name]
+    # Of each file: id, bundle; name and source of a camera, its trigger; the outbox's file; the metrics' port.
+    assert len(required) == {"board": 7, "server": 3}[name]
     for line in required:
         (tmp_path / "cut.toml").write_text(text.replace(f"\n{line}\n", "\n"))
         with pytest.raises(ConfigError, match=f"required key `{line.split()[0]}`"):

@@ -51,7 +51,7 @@ MAY_IMPORT = {
         ),
         *("edge_runtime.errors", "edge_runtime.shutdown", "edge_runtime.reporting"),
         *("edge_runtime.inference.preprocess", "edge_runtime.inference.bundle", "edge_runtime.capture.picture_checks"),
-        *("models.family", "models.labels", "models.lookahead", "edge_runtime.__version__"),
+        *("models.family", "models.labels", "models.lookahead", "models.questions", "edge_runtime.__version__"),
     },
     "testbed": {"edge_runtime"},
     "models": {"edge_runtime"},

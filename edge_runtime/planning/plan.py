@@ -25,6 +25,7 @@ class Plan:
     # Accept a draft with at least this confidence without verification. None: verify every draft.
     min_confidence: float | None = None
     keep: bool = False  # the link is away: store the request in the outbox, do not send it now
+    questions: tuple[str, ...] = ()  # taught ones, which the server is to answer
     propose: bool = False  # the server may propose tokens itself if the request contains no draft
 
     def accepts(self, confidence: float) -> bool:

@@ -64,6 +64,7 @@ class BoardPlanner:
             groups=board.groups,
             max_bytes=board.max_bytes,
             jpeg_quality=board.jpeg_quality,
+            questions=own.questions,
         )
         now = time.monotonic()
         self._measurements.catch_up(now)
@@ -93,8 +94,10 @@ class BoardPlanner:
             explain=decision.explain,
             writes_draft=decision.writes_draft,
             max_bytes=smaller(plan.max_bytes, decision.max_feature_bytes),
-            # A tier in the configuration means that a server of this tier shall answer every frame.
-            min_confidence=None if plan.tier else self._min_confidence(float(self._settings["quality_floor"])),
+            # With a tier or with questions in the configuration, a server shall answer every frame.
+            min_confidence=None
+            if plan.tier or plan.questions
+            else self._min_confidence(float(self._settings["quality_floor"])),
             # Whoever configures split or offload wants to measure the target alone. Here only the time counts.
             propose=decision.paradigm in ("split", "offload"),
         )

@@ -37,6 +37,7 @@ BOARD = {
         "status",
     ),
     "frames_failed": Meaning("Frames that head or coder could not handle"),
+    "triggered": Meaning("Events of triggers"),
     "frames": Meaning("Frames read from cameras, files and MQTT"),
     "still": Meaning("Frames held back by the motion gate"),
     "lightning": Meaning("Frames held back because the whole picture changed at once"),

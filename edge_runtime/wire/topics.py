@@ -66,6 +66,11 @@ def server_statuses(site: str) -> str:
     return f"{ROOT}/{_id('site', site)}/{SERVERS}/+/status"
 
 
+def server_setting(site: str, server: str, name: str) -> str:
+    """Users to a server: a new value for a run-time setting."""
+    return f"{ROOT}/{_id('site', site)}/{SERVERS}/{_id('server', server)}/set/{_id('name', name, _NAME)}"
+
+
 def server_of(status_topic: str) -> str:
     """The server that a status is of. Raises TopicError for any topic that is not a server's status."""
     found = _SERVER_STATUS.fullmatch(status_topic)

@@ -258,3 +258,39 @@ def test_aiflow_run_exits_78_and_says_why(tmp_path, text, found):
 def test_a_camera_cannot_want_the_head_that_a_board_does_not_load(tmp_path):
     with pytest.raises(ConfigError, match=r"camera door wants split, but a board that offloads .*: give the board"):
         load(tmp_path, BOARD + 'paradigm = "offload"\n' + CAMERA + 'paradigm = "split"\n')
+
+
+GATE = 'questions = ["gate"]\n'
+TRIGGER = '[[cameras.triggers]]\nwhen = "{}"\n'
+
+
+@pytest.mark.parametrize(
+    ("camera", "said"),
+    [
+        (TRIGGER.format("gate == open"), r"trigger on 'gate'.*want questions = \[\"gate\"\] \(in cameras\[0\]\)"),
+        (GATE + TRIGGER.format("gate == open or dor == open"), r"'dor'.*want questions = \[\"gate\", \"dor\"\]"),
+        (GATE + TRIGGER.format("gate = open"), r"is no condition: at '= open' want == or != \(in cameras\[0\]\.trigg"),
+        (GATE + TRIGGER.format("confidence > 0.9"), "compares no question"),
+        (GATE + 'paradigm = "device"\n', "asks none"),
+        ('paradigm = "device"\n' + TRIGGER.format("label == cat"), "asks none"),
+        ('questions = ["a b"]\n', "want a name: 1 to 32"),
+        ('questions = ["label"]\n', 'but not "label"'),
+        (f"questions = {[f'q{i}' for i in range(17)]}\n".replace("'", '"'), "at most 16 long"),
+    ],
+)
+def test_a_question_or_trigger_that_cannot_work_is_named_with_its_fix(tmp_path, camera, said):
+    path = tmp_path / "board.toml"
+    path.write_text(f'[board]\nid = "b1"\nbundle = "x"\n[[cameras]]\nname = "yard"\nsource = "0"\n{camera}')
+    with pytest.raises(ConfigError, match=said) as refused:
+        load_toml(path, RuntimeConfig)
+    assert str(path) in str(refused.value)
+
+
+def test_questions_and_triggers_are_of_one_camera(tmp_path):
+    path = tmp_path / "board.toml"
+    one = '[[cameras]]\nname = "{}"\nsource = "0"\n'
+    text = GATE + TRIGGER.format("gate == open and confidence > 0.9 for 2 frames") + TRIGGER.format("label == cat")
+    path.write_text('[board]\nid = "b1"\nbundle = "x"\n' + one.format("yard") + text + one.format("door"))
+    yard, door = load_toml(path, RuntimeConfig).cameras
+    assert (yard.questions, len(yard.triggers)) == (("gate",), 2)
+    assert (door.questions, door.triggers) == ((), ())

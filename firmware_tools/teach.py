@@ -1,0 +1,149 @@
+"""`aiflow teach`: a question that a server answers from the features of each frame, taught with a few photos."""
+
+import argparse
+import re
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_runtime.config import QUESTION
+from edge_runtime.inference.bundle import Bundle
+from models import SHIPPED_BUNDLE
+from testbed.terminal import markdown_table, new_file, print_table, track
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from firmware_tools.class_photos import ClassPhotos
+    from models.questions import Question
+    from models.teaching import Taught
+
+LEAST_SURE = 5  # photos that are shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", type=_name, help="what boards ask, such as gate")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="DIR_OR_TAR",
+        help="photos named class/name.jpg, from ten per class on, as the camera sees them",
+    )
+    parser.add_argument(
+        "--from-events",
+        type=Path,
+        metavar="DIR",
+        help="first sort the frames of this folder, such as a camera's that its events name, into --images on a page",
+    )
+    parser.add_argument("--classes", type=_classes, metavar="A,B", help="with --from-events: the classes to sort into")
+    parser.add_argument("--out", type=new_file, metavar="FILE", help="default: <name>.safetensors")
+    parser.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="the boards' (default: the shipped bundle)")
+    parser.add_argument("--backend", choices=["onnx", "litert"], default="onnx")
+
+
+def _classes(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if len(set(names)) < len(names) or len(names) < 2 or not all(re.fullmatch(r"[\w -]{1,64}", name) for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r}, want two names or more, such as open,closed")
+    return names
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(QUESTION, text):
+        raise argparse.ArgumentTypeError(
+            f'{text!r}, want 1 to 32 of the characters A-Z, a-z, 0-9, _ and -, but not "label"'
+        )
+    return text
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the question and prints what to expect of it."""
+    from edge_runtime.inference.bundle import open_bundle
+    from models.teaching import teach
+
+    bundle = open_bundle(args.bundle)
+    if args.from_events:
+        _sort(args)
+    photos, features = _read(args, bundle)
+    taught = teach(features, photos.labels, len(photos.classes))
+    question = _question(bundle, photos, taught)
+    out = args.out or Path(f"{args.name}.safetensors")
+    question.write(out)
+    _print_report(photos, taught)
+    print(
+        f"{out}: {args.name}, {len(photos.names)} photos, expected accuracy {question.record.accuracy:.3f}\n"
+        f'server.toml: [questions] {args.name} = "{out}"\n'
+        f'board.toml: [[cameras]] questions = ["{args.name}"]'
+    )
+
+
+def _sort(args: argparse.Namespace) -> None:
+    """Shows the page until all frames are sorted, or the user ends it."""
+    from edge_runtime.errors import AiflowError
+    from firmware_tools.label_page import Labels, LabelServer
+
+    if not args.classes or len(args.images) != 1 or args.images[0].is_file():
+        raise AiflowError(
+            "--from-events wants --classes, such as open,closed, and one folder for --images to sort into"
+        )
+    with LabelServer(Labels(args.from_events, args.classes, args.images[0])) as server:
+        print(f"sort the frames in a browser on this machine: {server.address}", flush=True)
+        server.serve_until_done()
+
+
+def _read(args: argparse.Namespace, bundle: Bundle) -> "tuple[ClassPhotos, NDArray[np.float32]]":
+    """The features are those of the symbols as a server receives them: int8 head, encoded, decoded, tail."""
+    import numpy as np
+
+    from benchmarks.quality import Chain
+    from firmware_tools.class_photos import read_class_photos
+    from server.loading import load_engine
+
+    # One thread, so that the same photos give the same bytes on every number of cores.
+    engine = load_engine(bundle, (), threads=1)
+    chain = Chain(bundle, "split", args.backend, "edge", engine)
+    photos, features = read_class_photos(
+        args.images,
+        lambda picture: engine.pooled([chain.job(chain.send(picture))])[0],
+        lambda pictures: track(pictures, "photos"),
+    )
+    return photos, np.stack(features)
+
+
+def _question(bundle: Bundle, photos: "ClassPhotos", taught: "Taught") -> "Question":
+    from models.questions import Question, Record
+
+    record = Record(
+        photos.classes,
+        bundle.id.hex(),
+        bundle.manifest.name,
+        taught.temperature,
+        len(photos.names),
+        taught.accuracy(photos.labels),
+    )
+    return Question(record, taught.weight, taught.bias)
+
+
+def _print_report(photos: "ClassPhotos", taught: "Taught") -> None:
+    """Per class what to expect, and the photos that were hardest to tell, which may be in the wrong folder."""
+    counts = Counter(photos.labels.tolist())
+    found = taught.held_out.argmax(1)
+    rows = [("class", "photos", "right")]
+    for label, name in enumerate(photos.classes):
+        of_class = photos.labels == label
+        right = f"{(found[of_class] == label).mean():.2f}" if counts[label] > 1 else "-"
+        rows.append((name, str(counts[label]), right))
+    print_table(markdown_table(rows))
+    for label, name in enumerate(photos.classes):
+        if counts[label] == 1:
+            print(f"class {name} has one photo, so nothing is known of its accuracy: add more")
+    if photos.again:
+        print(f"{photos.again} photos left out: the same files are there twice")
+    rows = [("least sure", "taken for", "probability of its class")]
+    own = taught.held_out[range(len(photos.labels)), photos.labels]
+    for i in [i for i in own.argsort(kind="stable") if own[i] == own[i]][:LEAST_SURE]:
+        rows.append((photos.names[i], photos.classes[found[i]], f"{own[i]:.2f}"))
+    print_table(markdown_table(rows))
