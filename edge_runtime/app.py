@@ -22,11 +22,12 @@ import numpy as np
 from edge_runtime import __version__
 from edge_runtime.capture.cameras import Cameras
 from edge_runtime.config import RuntimeConfig
-from edge_runtime.inference.backends import load_fastest, load_model
+from edge_runtime.inference.backends import SUFFIXES, load_fastest, load_model
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Head
+from edge_runtime.inference.labels import Labels
 from edge_runtime.inference.preprocess import PIXELS
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State
 from edge_runtime.mqtt.routes import Rejection, Route, Router
@@ -72,6 +73,25 @@ def load_draft(bundle: Bundle, backend: str, threads: int) -> Draft:
     return load_fastest(backend, load, lambda draft: draft.write(symbols))
 
 
+def load_labels(bundle: Bundle, head: Head, backend: str, threads: int) -> Labels | None:
+    """The network of the labels in a backend. "auto" may choose another one than for the head. None: there is none.
+
+    Raises BundleError, BackendError.
+    """
+    manifest = bundle.manifest
+    backbone_map = head.latent(np.zeros((PIXELS, PIXELS, 3), np.uint8)).backbone_map
+    if backbone_map is None or not any(f"labels{suffix}" in manifest.files for suffix in SUFFIXES.values()):
+        return None
+
+    def load(suffix: str) -> Labels:
+        model = load_model(bundle.file(f"labels{suffix}"), threads)
+        labels = Labels(model, manifest.classes, manifest.label_temperature)
+        labels.scores(backbone_map)  # finds a network that does not fit the head or the manifest
+        return labels
+
+    return load_fastest(backend, load, lambda labels: labels.scores(backbone_map))
+
+
 class Board:
     """The parts of one board, and which of them hears what."""
 
@@ -88,6 +108,7 @@ class Board:
         offloads = board.paradigm == "offload"
         head = None if offloads else load_head(bundle, board.backend, board.threads)
         draft = None if offloads else load_draft(bundle, board.backend, board.threads)
+        labels = load_labels(bundle, head, board.backend, board.threads) if head and board.labels else None
 
         # Where frames come from, and what users may change.
         self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
@@ -126,7 +147,7 @@ class Board:
             level_bytes=bundle.manifest.latent.level_bytes,
             has_room=self.tracker.has_room,
         )
-        self.pipeline = Pipeline(bundle, head, draft, planner, self.tracker, self.events, board.slowdown)
+        self.pipeline = Pipeline(bundle, head, draft, planner, self.tracker, self.events, board.slowdown, labels)
 
     def run(self, stop: threading.Event) -> Values:
         """Handles frames until the sources end or `stop` is set; returns `summary`.

@@ -23,6 +23,7 @@ from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Draft, Drafted
 from edge_runtime.inference.head import Head, Latent
+from edge_runtime.inference.labels import Labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import NO_LIMIT, RatedSymbols, choose_rate
 from edge_runtime.planning import Plan, Planner
@@ -79,7 +80,7 @@ class FrameInProgress:
 
 
 class Pipeline:
-    """Head and draft decoder of one board, and the ways out of it."""
+    """The networks of one board, and the ways out of it."""
 
     def __init__(
         self,
@@ -90,9 +91,10 @@ class Pipeline:
         tracker: RequestTracker,
         events: Events,
         slowdown: float = 1.0,
+        labels: Labels | None = None,
     ) -> None:
-        """Without a head, every plan must be to offload."""
-        self.bundle, self.head, self.draft, self.planner = bundle, head, draft, planner
+        """Without a head, every plan must be to offload. labels: for the frames that nobody verifies."""
+        self.bundle, self.head, self.draft, self.labels, self.planner = bundle, head, draft, labels, planner
         self.tracker, self.events, self.slowdown = tracker, events, slowdown
         self.ids = RequestIds()
         self.failed = 0  # frames that the head or the coder could not handle
@@ -181,6 +183,14 @@ class Pipeline:
             work.draft = self.draft.write(work.latent.symbols())
             work.watch.lap("draft")
 
+    def _score_labels(self, work: FrameInProgress) -> dict[str, float]:
+        """The probabilities of the likeliest labels, if there is a network for them."""
+        if not self.labels or not work.latent or work.latent.backbone_map is None:
+            return {}
+        scores = self.labels.scores(work.latent.backbone_map)
+        work.watch.lap("labels")
+        return scores
+
     def _features(self, work: FrameInProgress) -> RatedSymbols | None:
         """The symbols that are sent, at the rate of the plan. None: its bytes do not hold even the coarsest ones."""
         if work.latent is None:
@@ -217,9 +227,11 @@ class Pipeline:
         return build_request(self.bundle, work.request_id, plan, work.pixels, features, tokens, age_ms)
 
     def _answer_on_device(self, work: FrameInProgress, why: str) -> Event:
-        """Publishes the draft as the only answer."""
+        """Publishes the draft, with labels, as the only answer."""
+        scores = self._score_labels(work)
         self._count_jpeg_bytes(work)
-        event = self._event(work, final=True, paradigm="device", why=why)
+        label = next(iter(scores), None)
+        event = self._event(work, final=True, paradigm="device", why=why, label=label, scores=scores)
         self.events.publish(event)
         return event
 

@@ -92,7 +92,8 @@ def marked(text: str, other: str) -> list[tuple[str, bool]]:
 def stages(event: Event) -> dict[str, float]:
     """Milliseconds from pixels to the last answer: the board's stages, the link, the servers'."""
     times = event.timings_ms
-    board: dict[str, float] = {name: times[name] for name in ("resize", "head", "draft", "encode") if name in times}
+    names = ("resize", "head", "draft", "encode", "labels")
+    board: dict[str, float] = {name: times[name] for name in names if name in times}
     if "answer" not in times:
         return board
     queue, compute = sum(hop.queue_ms for hop in event.hops), sum(hop.compute_ms for hop in event.hops)

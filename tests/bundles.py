@@ -30,14 +30,15 @@ from tests import exports
 VOCABULARY = 40  # small, so that random texts end: one token in 37 is the end token
 MAX_TOKENS = 24
 SHAPES = {"edge": (32, 2, 1, 1), "cloud": (64, 2, 1, 2)}  # width, heads, encoder and decoder layers
-CLASSES = ("cat", "dog", "horse")
+CLASSES = tuple(exports.CLASSES)
 GAINS = (0.5, 1.0)
 
 
 def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 34, board: bool = False) -> Bundle:
     """Writes a bundle for a server. The same seed gives the same files. With 34, edge texts have all lengths.
 
-    board: adds head and draft for both backends. The head is then pretrained, so that photos give different symbols.
+    board: adds head, labels and draft for both backends. Head and labels are then pretrained, so that photos give
+    different symbols.
     """
     torch.manual_seed(seed)
     path.mkdir(parents=True)
@@ -54,7 +55,7 @@ def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 34, 
         halved = {key: weight.to(torch.float16).contiguous() for key, weight in weights.items()}
         save_file(halved, path / f"{name}.safetensors")
     if board:
-        files = {name: data for name, data in exports.files().items() if name.startswith("head")}
+        files = {name: data for name, data in exports.files().items() if name.startswith(("head", "labels"))}
         int8_draft = quantise_draft(exports.draft(VOCABULARY))
         for suffix, write in ((".onnx", write_draft_onnx), (".tflite", write_draft_litert)):
             look, step = write(int8_draft)

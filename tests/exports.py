@@ -1,4 +1,4 @@
-"""Exported networks for tests: the pretrained head and a draft with random weights, quantised once per process."""
+"""Exported networks for tests: the pretrained backbone and a draft with random weights, quantised once per process."""
 
 from functools import cache
 from pathlib import Path
@@ -10,22 +10,38 @@ from torch import Tensor
 
 from edge_runtime.inference.backends import Model, load_model
 from edge_runtime.inference.bundle import EOS
-from models.backbone import CUT, pretrained_lite0
+from models.backbone import CUT, FROZEN, Lite0, pretrained_lite0
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.export.litert_graph import write_litert
 from models.export.onnx_graph import write_onnx
-from models.export.quantise import Int8Head, quantise
+from models.export.quantise import Int8Network, quantise_with_labels
 from models.family import LATENT, DraftDecoder, Head
 
 VOCABULARY = 60
+CLASSES = {"cat": 281, "dog": 207, "horse": 339}  # to the index of a class of ImageNet: tabby, golden retriever, sorrel
+
+
+@cache
+def backbone() -> Lite0:
+    """The pretrained network, with a few of its classes."""
+    lite0, rows = pretrained_lite0(), list(CLASSES.values())
+    linear = torch.nn.Linear(lite0.classifier.in_features, len(rows))
+    linear.load_state_dict({name: weight[rows] for name, weight in lite0.classifier.state_dict().items()})
+    lite0.classifier = linear
+    return lite0.eval()
+
+
+def float_logits(pictures: Tensor) -> Tensor:
+    """What the backbone makes of pictures, [B, 3], in floats."""
+    return backbone().rest(backbone().blocks[FROZEN:CUT](backbone().frozen(pictures)))[1]
 
 
 @cache
 def head() -> Head:
     """The pretrained head with a random bottleneck, scaled to standard deviation 1 per channel like a trained one."""
     torch.manual_seed(1)
-    lite0, head = pretrained_lite0(), Head().eval()
-    head.stem, head.blocks = lite0.stem, lite0.blocks[:CUT]
+    head = Head().eval()
+    head.stem, head.blocks = backbone().stem, backbone().blocks[:CUT]
     with torch.inference_mode():
         latent = head(pictures(4, seed=1))
         std, mean = latent.std((0, 2, 3)), latent.mean((0, 2, 3))
@@ -48,8 +64,10 @@ def pictures(count: int, seed: int) -> Tensor:
 
 
 @cache
-def int8_head() -> Int8Head:
-    return quantise(head(), pictures(4, seed=2))
+def int8_networks() -> dict[str, Int8Network]:
+    """The head, and the network of the labels."""
+    int8_head, int8_labels = quantise_with_labels(head(), backbone(), pictures(4, seed=2))
+    return {"head": int8_head, "labels": int8_labels}
 
 
 @cache
@@ -75,13 +93,14 @@ def latents(count: int, seed: int) -> np.ndarray:
 
 @cache
 def files() -> dict[str, bytes]:
-    """The files head, look and step for both runtimes."""
+    """The files head, labels, look and step for both runtimes."""
     int8_draft = quantise_draft(draft())
     drafts = {".onnx": write_draft_onnx(int8_draft), ".tflite": write_draft_litert(int8_draft)}
-    heads = {".onnx": write_onnx(int8_head()), ".tflite": write_litert(int8_head())}
+    writers = {".onnx": write_onnx, ".tflite": write_litert}
+    images = {f"{name}{s}": write(network) for name, network in int8_networks().items() for s, write in writers.items()}
     looks = {f"look{suffix}": look for suffix, (look, _) in drafts.items()}
     steps = {f"step{suffix}": step for suffix, (_, step) in drafts.items()}
-    return {f"head{suffix}": data for suffix, data in heads.items()} | looks | steps
+    return images | looks | steps
 
 
 def loaded(directory: Path, name: str, data: bytes | None = None) -> Model:

@@ -1,4 +1,4 @@
-"""The networks of the board: pixels to symbols (`head`), symbols to a draft text (`draft`), and their bundle.
+"""The networks of the board: pixels to symbols (`head`), to a draft text (`draft`), to `labels`, and their bundle.
 
 - `bundle`: the files of a model family, checked against their manifest
 - `backends`: onnxruntime and LiteRT behind one protocol

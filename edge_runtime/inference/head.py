@@ -13,15 +13,17 @@ import numpy.typing as npt
 from edge_runtime.inference.backends import BackendError, Model
 
 SHIFT = 20  # fractional bits of a factor
+Codes = npt.NDArray[np.integer]  # uint8 or int8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Latent:
     """The head's output for one frame, from which the symbols of every level are computed."""
 
-    codes: npt.NDArray[np.integer]  # uint8 or int8 [64, 7, 7]
+    codes: Codes  # [64, 7, 7]
     zero_point: int
     factors: tuple[npt.NDArray[np.int32], ...]  # by level: of each channel, [64, 1, 1] or [1, 1, 1]
+    backbone_map: Codes | None = None  # [14, 14, 80], which the labels read; heads of older bundles have none
 
     def symbols(self, level: int = -1) -> npt.NDArray[np.int8]:
         """int8 [64, 7, 7] at a level, by default the finest."""
@@ -41,10 +43,10 @@ class Head:
 
     def latent(self, pixels: npt.NDArray[np.uint8]) -> Latent:
         """uint8 RGB [224, 224, 3] to the latent. Raises BackendError."""
-        codes = self._model.run(pixels[None])[0][0]
+        codes, *others = (output[0] for output in self._model.run(pixels[None]))
         if codes.dtype not in (np.uint8, np.int8):
             raise BackendError(f"the head's output is {codes.dtype}, want 8-bit codes: install the bundle again")
-        return Latent(codes, self._model.zero_point, self._factors)
+        return Latent(codes, self._model.zero_point, self._factors, others[0] if others else None)
 
     def symbols(self, pixels: npt.NDArray[np.uint8], level: int = -1) -> npt.NDArray[np.int8]:
         """uint8 RGB [224, 224, 3] to symbols int8 [64, 7, 7] at a level, by default the finest. Raises BackendError."""

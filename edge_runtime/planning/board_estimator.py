@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from edge_runtime.planning.recent_values import RecentValues
 from edge_runtime.planning.thermal import ThermalState
 
-STAGES = ("resize", "head", "draft", "encode", "picture")  # encode: a latent; picture: a JPEG
+STAGES = ("resize", "head", "draft", "labels", "encode", "picture")  # encode: a latent; picture: a JPEG
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,7 @@ class BoardSnapshot:
     resize_ms: float | None = None
     head_ms: float | None = None
     draft_ms: float | None = None
+    labels_ms: float | None = None
     encode_ms: float | None = None  # of a latent
     picture_ms: float | None = None  # encoding of a JPEG
     accepted_unverified_share: float | None = None  # of the latest drafts, 0..1

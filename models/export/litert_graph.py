@@ -1,7 +1,7 @@
-"""Writes an int8 head as a LiteRT (TensorFlow Lite) file, operator by operator.
+"""Writes an int8 network as a LiteRT (TensorFlow Lite) file, operator by operator.
 
 The flatbuffer is built with the schema's object classes, which are part of ai-edge-litert. No converter is needed, and
-the same head gives the same bytes. Quantisation as in TensorFlow Lite's "8-bit quantization specification": int8
+the same network gives the same bytes. Quantisation as in TensorFlow Lite's "8-bit quantization specification": int8
 activations, hence zero points 128 lower than in the ONNX file, and the same scales.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
-from models.export.quantise import Activation, Int8Add, Int8Conv, Int8Head
+from models.export.quantise import Activation, Int8Add, Int8Conv, Int8Mean, Int8Network
 
 SCHEMA_VERSION = 3
 ZERO_SHIFT = 128  # from uint8 codes to int8 codes
@@ -99,34 +99,47 @@ class LitertGraph:
         return bytes(builder.Output())
 
 
-def write_litert(head: Int8Head) -> bytes:
-    """An int8 head as a LiteRT file: uint8 [1, 224, 224, 3] RGB to the latent's codes, int8 [1, 64, 7, 7].
+def write_litert(network: Int8Network) -> bytes:
+    """An int8 network as a LiteRT file. Inputs and outputs are those of `write_onnx`, the first output as int8 codes.
 
-    The codes' scale and zero point are the output tensor's own.
+    Its scale and zero point are the tensor's own.
     """
-    graph, pixels = LitertGraph(), head.activations[0]
-    entry = graph.tensor(
-        "pixels", (1, *pixels.shape), np.uint8, np.array([pixels.scale], np.float32), pixels.zero_point
-    )
-    tensors = [_activation(graph, activation, f"layer{i}") for i, activation in enumerate(head.activations)]
+    graph, activations = LitertGraph(), network.activations
+    tensors = [_activation(graph, activation, f"layer{i}") for i, activation in enumerate(activations)]
+    entry = _activation(graph, activations[0], network.input_name, dtype=np.uint8)
     graph.operator("QUANTIZE", [entry], [tensors[0]], options="Quantize")
-    for i, layer in enumerate(head.layers):
+    for i, layer in enumerate(network.layers):
         if isinstance(layer, Int8Add):
             graph.operator("ADD", [tensors[layer.left], tensors[layer.right]], [tensors[i + 1]], 2, "Add")
+        elif isinstance(layer, Int8Mean):
+            axes = graph.constant(f"layer{i + 1}.axes", np.array([1, 2], np.int32))
+            graph.operator("MEAN", [tensors[layer.source], axes], [tensors[i + 1]], 2, "Reducer", keepDims=True)
         else:
-            source_scale = head.activations[layer.source].scale
+            source_scale = activations[layer.source].scale
             _conv(graph, layer, tensors[layer.source], source_scale, tensors[i + 1], f"layer{i + 1}")
-    latent = head.activations[-1]
-    height, width, channels = latent.shape
-    planes = _activation(graph, latent, "latent", (1, channels, height, width))
+    first, *others = network.outputs
+    height, width, channels = activations[-1].shape
+    exits = {first: _activation(graph, activations[-1], first, (1, channels, height, width))}
     order = graph.constant("order", np.array([0, 3, 1, 2], np.int32))
-    graph.operator("TRANSPOSE", [tensors[-1], order], [planes], 2, "Transpose")
-    return graph.to_bytes([entry], [planes])
+    graph.operator("TRANSPOSE", [tensors[-1], order], [exits[first]], 2, "Transpose")
+    for name in others:
+        index = network.outputs[name]
+        exits[name] = _activation(graph, activations[index], name, dtype=np.uint8)
+        graph.operator("QUANTIZE", [tensors[index]], [exits[name]], options="Quantize")
+    return graph.to_bytes([entry], list(exits.values()))
 
 
-def _activation(graph: LitertGraph, activation: Activation, name: str, shape: tuple[int, ...] | None = None) -> int:
-    scale = np.array([activation.scale], np.float32)
-    return graph.tensor(name, shape or (1, *activation.shape), np.int8, scale, activation.zero_point - ZERO_SHIFT)
+def _activation(
+    graph: LitertGraph,
+    activation: Activation,
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    dtype: npt.DTypeLike = np.int8,
+) -> int:
+    zero_point = activation.zero_point - (ZERO_SHIFT if dtype is np.int8 else 0)
+    return graph.tensor(
+        name, shape or (1, *activation.shape), dtype, np.array([activation.scale], np.float32), zero_point
+    )
 
 
 def _conv(graph: LitertGraph, layer: Int8Conv, x: int, source_scale: float, y: int, name: str) -> None:

@@ -1,7 +1,7 @@
-"""Writes an int8 head as an ONNX graph of the QDQ form, which onnxruntime fuses to integer operators.
+"""Writes an int8 network as an ONNX graph of the QDQ form, which onnxruntime fuses to integer operators.
 
 Activations are uint8 and weights int8, the pair for which onnxruntime has its fastest kernels (its documentation,
-"Quantize ONNX models", data type selection). The same head gives the same bytes.
+"Quantize ONNX models", data type selection). The same network gives the same bytes.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from models.backbone import same_padding
-from models.export.quantise import Activation, Int8Add, Int8Conv, Int8Head
+from models.export.quantise import Activation, Int8Add, Int8Conv, Int8Mean, Int8Network
 
 OPSET, IR_VERSION = 17, 8  # old enough for every onnxruntime that the board's extra admits
 PRODUCER = "aiflow-edge"
@@ -49,28 +49,39 @@ class OnnxGraph:
         return data
 
 
-def write_onnx(head: Int8Head) -> bytes:
-    """An int8 head as an ONNX file: `pixels` uint8 [1, 224, 224, 3] RGB to the codes `latent` uint8 [1, 64, 7, 7].
+def write_onnx(network: Int8Network) -> bytes:
+    """An int8 network as an ONNX file. Its input and its outputs are uint8 codes.
 
-    The codes' scale and zero point are in the file's metadata, as the board's backend wants them.
+    A head reads `pixels` [1, 224, 224, 3] RGB and writes `latent` [1, 64, 7, 7] and `backbone_map` [1, 14, 14, 80]. The
+    labels read `backbone_map` and write `logits` [1, 1000, 1, 1]. The first output has its channels first, all else has
+    them last. Scale and zero point of the first output are in the file's metadata, as the board's backend wants them.
     """
-    graph, pixels, latent = OnnxGraph(), head.activations[0], head.activations[-1]
-    names = ["pixels"] + [f"layer{i}" for i in range(len(head.layers) - 1)] + ["latent"]
-    real = [_dequantise(graph, graph.node("Transpose", ["pixels"], "planes", perm=[0, 3, 1, 2]), pixels, "pixels")]
-    for layer, activation, name in zip(head.layers, head.activations[1:], names[1:], strict=True):
+    graph, activations, entry, outputs = OnnxGraph(), network.activations, network.input_name, network.outputs
+    first, *others = outputs
+    names = [entry, *(f"layer{i}" for i in range(len(network.layers) - 1)), first]
+    units = [_units(graph, activation, name) for activation, name in zip(activations, names, strict=True)]
+    planes = graph.node("Transpose", [entry], "planes", perm=[0, 3, 1, 2])
+    real = [graph.node("DequantizeLinear", [planes, *units[0]], f"{entry}.real")]
+    for layer, unit, name in zip(network.layers, units[1:], names[1:], strict=True):
         if isinstance(layer, Int8Add):
             y = graph.node("Add", [real[layer.left], real[layer.right]], f"{name}.sum")
+        elif isinstance(layer, Int8Mean):
+            y = graph.node("GlobalAveragePool", [real[layer.source]], f"{name}.mean")
         else:
-            y = _conv(graph, layer, real[layer.source], head.activations[layer.source], name)
-        codes = graph.node("QuantizeLinear", [y, *_constants(graph, activation, name)], name)
-        if name != "latent":
-            real.append(_dequantise(graph, codes, activation, name))
-    height, width, channels = latent.shape
+            y = _conv(graph, layer, real[layer.source], activations[layer.source], name)
+        graph.node("QuantizeLinear", [y, *unit], name)
+        if name != first:
+            real.append(graph.node("DequantizeLinear", [name, *unit], f"{name}.real"))
+    height, width, channels = activations[-1].shape
+    shapes = {first: (channels, height, width)}
+    for name in others:
+        graph.node("Transpose", [names[outputs[name]]], name, perm=[0, 2, 3, 1])
+        shapes[name] = activations[outputs[name]].shape
     return graph.to_bytes(
-        "head",
-        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, [1, *pixels.shape])],
-        [helper.make_tensor_value_info("latent", TensorProto.UINT8, [1, channels, height, width])],
-        {"scale": repr(latent.scale), "zero_point": str(latent.zero_point)},
+        "network",
+        [helper.make_tensor_value_info(entry, TensorProto.UINT8, [1, *activations[0].shape])],
+        [helper.make_tensor_value_info(name, TensorProto.UINT8, [1, *shape]) for name, shape in shapes.items()],
+        {"scale": repr(activations[-1].scale), "zero_point": str(activations[-1].zero_point)},
     )
 
 
@@ -96,13 +107,8 @@ def _conv(graph: OnnxGraph, layer: Int8Conv, x: str, source: Activation, name: s
     )
 
 
-def _constants(graph: OnnxGraph, activation: Activation, name: str) -> list[str]:
+def _units(graph: OnnxGraph, activation: Activation, name: str) -> list[str]:
     return [
         graph.constant(f"{name}.scale", np.float32(activation.scale)),
         graph.constant(f"{name}.zero", np.uint8(activation.zero_point)),
     ]
-
-
-def _dequantise(graph: OnnxGraph, codes: str, activation: Activation, name: str) -> str:
-    constants = _constants(graph, activation, name) if name == "pixels" else [f"{name}.scale", f"{name}.zero"]
-    return graph.node("DequantizeLinear", [codes, *constants], f"{name}.real")

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_runtime.app import load_draft, load_head
+from edge_runtime.app import load_draft, load_head, load_labels
 from edge_runtime.capture.cameras import Cameras, Frame
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, RuntimeConfig
@@ -94,7 +94,8 @@ class Board:
         self.tracker = RecordingTracker(self.client, bundle, SITE, BOARD, events, 64, 60.0, outbox, byte_budget=budget)
         head = load_head(bundle, "onnx", 1) if plan.paradigm != "offload" else None
         draft = load_draft(bundle, "onnx", 1) if plan.paradigm in ("device", "speculative") else None
-        self.pipeline = Pipeline(bundle, head, draft, FixedPlanner(plan), self.tracker, events)
+        labels = load_labels(bundle, head, "onnx", 1) if head else None
+        self.pipeline = Pipeline(bundle, head, draft, FixedPlanner(plan), self.tracker, events, labels=labels)
         stack.enter_context(self.client)
         stack.enter_context(self.tracker)
         assert self.client.wait_online(PATIENCE_S)
@@ -300,6 +301,39 @@ def test_a_reply_without_confidence_does_not_take_over_that_of_the_draft(start, 
     draft, answer = board.next_event(), board.next_event()
     assert draft.confidence is not None
     assert (answer.type, answer.confidence) == ("update", None)
+
+
+@pytest.mark.parametrize(
+    ("paradigm", "options"),
+    [
+        ("device", {}),
+        ("speculative", {"min_confidence": 0.0}),
+        ("speculative", {"board": {"bytes_per_minute": 200}}),
+        ("split", {"board": {"bytes_per_minute": 200}}),
+    ],
+)
+def test_a_frame_that_the_device_answers_alone_has_labels(start, board_bundle, paradigm, options):
+    event = start(paradigm, **options).pipeline.handle(frame())
+    assert event.final
+    assert set(event.scores) == set(board_bundle.manifest.classes)
+    assert event.label == max(event.scores, key=event.scores.get)
+    assert event.timings_ms["labels"] > 0
+
+
+@pytest.mark.parametrize("paradigm", ["speculative", "split", "offload"])
+def test_a_frame_that_a_server_verifies_costs_the_board_no_labels(start, paradigm, monkeypatch):
+    board = start(paradigm)
+    monkeypatch.setattr("edge_runtime.inference.labels.Labels.scores", lambda *_: pytest.fail("was run"))
+    event = board.pipeline.handle(frame())
+    assert (event.final, event.label, event.scores) == (False, None, {})
+
+
+def test_without_a_network_for_labels_the_event_has_none(start):
+    board = start("device")
+    board.pipeline.labels = None
+    event = board.pipeline.handle(frame())
+    assert (event.label, event.scores) == (None, {})
+    assert "labels" not in event.timings_ms
 
 
 def test_a_kept_request_goes_to_the_outbox_whatever_the_confidence_of_its_draft(start, tmp_path):

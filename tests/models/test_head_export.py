@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ from ai_edge_litert import schema_py_generated as schema
 
 from edge_runtime.inference.backends import SUFFIXES
 from edge_runtime.inference.head import Head
-from models.backbone import same_padding
+from models.backbone import FROZEN_CHANNELS, same_padding
 from models.export.litert_graph import write_litert
 from models.export.onnx_graph import write_onnx
-from models.export.quantise import Activation, Int8Add, Int8Conv, Int8Head, quantise
+from models.export.quantise import Activation, Int8Add, Int8Conv, Int8Network, quantise
 from tests import exports
 
 WRITERS = {".onnx": write_onnx, ".tflite": write_litert}
@@ -29,6 +30,28 @@ def test_both_runtimes_send_the_same_symbols(tmp_path):
     assert onnx_symbols.std() > 0.5
     assert (onnx_symbols == litert_symbols).mean() >= 0.99
     assert np.abs(onnx_symbols.astype(int) - litert_symbols).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES.values())
+def test_the_map_for_the_labels_is_that_of_the_float_backbone(tmp_path, suffix):
+    pictures, network = exports.pictures(6, seed=3), exports.int8_networks()["head"]
+    activation = network.activations[network.outputs["backbone_map"]]
+    head = Head(exports.loaded(tmp_path, f"head{suffix}"))
+    codes = np.stack([head.latent(picture).backbone_map for picture in pictures.numpy()])
+    assert (codes.shape, codes.dtype) == ((6, 14, 14, FROZEN_CHANNELS), np.uint8)
+    with torch.inference_mode():
+        exact = exports.backbone().frozen(pictures).permute(0, 2, 3, 1).numpy()
+    error = (codes.astype(np.float32) - activation.zero_point) * activation.scale - exact
+    assert np.sqrt((error**2).mean()) < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES.values())
+def test_a_head_without_the_map_sends_the_same_symbols(tmp_path, suffix):
+    network, (picture,) = exports.int8_networks()["head"], exports.pictures(1, seed=3).numpy()
+    latent_alone = WRITERS[suffix](replace(network, outputs={"latent": len(network.layers)}))
+    old = Head(exports.loaded(tmp_path, f"old{suffix}", latent_alone))
+    assert old.latent(picture).backbone_map is None
+    assert np.array_equal(old.symbols(picture), symbols(tmp_path, suffix, picture[None])[0])
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES.values())
@@ -70,7 +93,7 @@ def test_the_same_head_gives_the_same_bytes():
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_a_latent_is_resolved_to_a_sixteenth_of_a_symbol(tmp_path, suffix):
-    head = exports.int8_head()
+    head = exports.int8_networks()["head"]
     assert head.codes_per_symbol >= 16
     model = exports.loaded(tmp_path, f"head{suffix}")
     assert model.scale == head.activations[-1].scale
@@ -98,7 +121,8 @@ def test_borders_are_padded_as_by_tensorflow(tmp_path, suffix, size, kernel, str
     layer = Int8Conv(0, weight, scales, rng.integers(-9, 9, 3, dtype=np.int32), stride, groups)
     outputs = -(-size // stride)
     target = Activation((outputs, outputs, 3), 0.25, 120)
-    head = Int8Head((Activation((size, size, 3), 1 / 128, 127), target), (layer,))
+    activations = (Activation((size, size, 3), 1 / 128, 127), target)
+    head = Int8Network(activations, (layer,), "pixels", {"latent": 1})
     pixels = rng.integers(0, 256, (1, size, size, 3), dtype=np.uint8)
     model = exports.loaded(tmp_path, f"one{suffix}", WRITERS[suffix](head))
     found = model.run(pixels)[0][0].astype(int) - model.zero_point
@@ -116,7 +140,8 @@ def test_borders_are_padded_as_by_tensorflow(tmp_path, suffix, size, kernel, str
 def test_a_sum_saturates_like_the_relu6_before_it(tmp_path, suffix):
     pixels = np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3) * 5
     activations = (Activation((4, 4, 3), 1 / 128, 127), Activation((4, 4, 3), 1 / 128, 0))
-    model = exports.loaded(tmp_path, f"sum{suffix}", WRITERS[suffix](Int8Head(activations, (Int8Add(0, 0),))))
+    network = Int8Network(activations, (Int8Add(0, 0),), "pixels", {"latent": 1})
+    model = exports.loaded(tmp_path, f"sum{suffix}", WRITERS[suffix](network))
     found = model.run(pixels)[0].astype(int) - model.zero_point
     exact = (2 * (pixels.astype(int) - 127)).clip(0, 255).transpose(0, 3, 1, 2)
     assert np.abs(found - exact).max() <= 1

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 Network = TypeVar("Network")
 
 SUFFIXES = {"onnx": ".onnx", "litert": ".tflite"}  # of the files of a backend
-MAX_MODEL_BYTES = 64 * 2**20  # the largest network of a board's bundle has 1 MB
+MAX_MODEL_BYTES = 64 * 2**20  # the largest network of a board's bundle has 4 MB
 TRIALS = 5  # of each network that may be chosen
 _RUNTIMES = {"onnx": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runtime")}
 
