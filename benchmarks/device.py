@@ -19,9 +19,11 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from edge_runtime.app import load_draft, load_head
+from edge_runtime.app import load_draft, load_head, load_labels
 from edge_runtime.capture import Frame
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.head import Head
+from edge_runtime.inference.preprocess import to_input
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import FixedPlanner, Plan
@@ -72,12 +74,29 @@ def time_stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: st
                 total_ms = 1e3 * (published.get(timeout=PATIENCE_S) - started)
                 timings.append({**stages_ms, "publish": total_ms - sum(stages_ms.values())})
     other = [sum(t.values()) - t["head"] - t["draft"] for t in timings]
+    labels_ms = time_labels(bundle, head, frames, backend, count)
     shares = [ms / sum(t.values()) for ms, t in zip(other, timings, strict=True)]
     return {
         "stages_ms": {name: round(statistics.median(t[name] for t in timings), 3) for name in timings[0]},
         "other_ms": round(statistics.median(other), 3),
         "other_share": round(statistics.median(shares), 3),
+        **({"labels_ms": labels_ms} if labels_ms else {}),
     }
+
+
+def time_labels(
+    bundle: Bundle, head: Head, frames: Sequence[NDArray[np.uint8]], backend: str, count: int
+) -> float | None:
+    """Median milliseconds of the labels, which a board only computes for frames that nobody verifies."""
+    if not (labels := load_labels(bundle, head, backend, 1)):
+        return None
+    taken = []
+    for backbone_map in islice(cycle([head.latent(to_input(frame)).backbone_map for frame in frames]), count):
+        assert backbone_map is not None
+        started = time.perf_counter()
+        labels.scores(backbone_map)
+        taken.append(1e3 * (time.perf_counter() - started))
+    return round(statistics.median(taken), 3)
 
 
 def measure_process(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, count: int) -> dict[str, Any]:

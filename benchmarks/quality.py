@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_runtime import wire
-from edge_runtime.app import load_draft, load_head
+from edge_runtime.app import load_draft, load_head, load_labels
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.config import PolicyConfig
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Latent
+from edge_runtime.inference.labels import Labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import NO_LIMIT, RatedSymbols, choose_rate
 from edge_runtime.pipeline import build_request
@@ -129,7 +132,19 @@ class Chain:
         self.bundle, self.engine, self.tier, self.rate = bundle, engine, tier, rate
         self.plan = Plan(paradigm, "evaluation", 60_000, min_confidence=min_confidence)  # type: ignore[arg-type]
         self.head = load_head(bundle, backend, 1)
-        self.draft = load_draft(bundle, backend, 1) if paradigm in ("device", "speculative") else None
+        self.backend = backend
+
+    @cached_property
+    def draft(self) -> Draft | None:
+        has_draft = self.plan.paradigm in ("device", "speculative")
+        return load_draft(self.bundle, self.backend, 1) if has_draft else None
+
+    @cached_property
+    def labels(self) -> Labels:
+        """The board's. Raises EvaluationError."""
+        if labels := load_labels(self.bundle, self.head, self.backend, 1):
+            return labels
+        raise EvaluationError(f"bundle {self.bundle.manifest.name} has no labels for a board: want --paradigm split")
 
     def send(self, picture: Picture) -> Sent:
         """Picture -> head -> draft -> envelope -> bytes -> envelope -> symbols. Raises EvaluationError."""
@@ -158,6 +173,27 @@ class Chain:
         if features := choose_rate(latent, self.bundle.tables, level, rate.groups, max_bytes):
             return features
         raise EvaluationError(f"{picture.name}: its coarsest features do not fit into {max_bytes} bytes: allow more")
+
+    def label_probabilities(
+        self, pictures: Sequence[Picture], question: "Question | None"
+    ) -> tuple[np.ndarray, list[int]]:
+        """Of each picture, the probability of every class and the bytes that were sent for it."""
+        if self.engine is None:
+            if question:
+                raise EvaluationError("boards answer no taught questions: want --paradigm split")
+            labels, rows = self.labels, []
+            for picture in pictures:
+                backbone_map = self.head.latent(to_input(decode_picture(picture.data))).backbone_map
+                assert backbone_map is not None  # a board with labels has a head that computes it
+                rows.append(labels.probabilities(backbone_map))
+            return np.stack(rows), [0] * len(rows)
+        batch = [self.send(picture) for picture in pictures]
+        jobs, sizes = [self.job(sent) for sent in batch], [sent.payload_bytes for sent in batch]
+        if question:
+            answers = [question.answer(row) for row in self.engine.pooled(jobs)]
+            return np.array([[answer[name] for name in question.record.classes] for answer in answers]), sizes
+        logits = self.engine.label_logits(self.engine.features(jobs))
+        return np.stack([row.softmax(-1).cpu().numpy() for row in logits]), sizes
 
     def job(self, sent: Sent, draft: tuple[int, ...] | None = None) -> "Job":
         from server.engine import Job
@@ -243,26 +279,19 @@ def measure_labels(
     class of the bundle is right among all of them is in `accuracy_among_all`. Raises EvaluationError for a class that
     they do not know.
     """
-    engine = chain.engine
-    assert engine is not None
     names = question.record.classes if question else tuple(class_numbers(chain.bundle))
     numbers = {name: number for number, name in enumerate(names)}
     wanted, sizes, found = list[int](), list[int](), list[np.ndarray]()
     for pictures in _batches(progress(photos)):
-        batch = [chain.send(picture) for picture in pictures]
-        jobs = [chain.job(s) for s in batch]
-        if question:
-            rows = [question.answer(row) for row in engine.pooled(jobs)]
-            found += [np.array([row[name] for name in names]) for row in rows]
-        else:
-            found += [row.softmax(-1).cpu().numpy() for row in engine.label_logits(engine.features(jobs))]
-        for picture, sent in zip(pictures, batch, strict=True):
+        for picture in pictures:
             label = PurePosixPath(picture.name).parent.name
             if label not in numbers:
                 raise EvaluationError(f"{picture.name}: class {label!r} is none of {', '.join(names)}"[:400])
             wanted.append(numbers[label])
-            sizes.append(sent.payload_bytes)
-    probabilities, candidates = np.stack(found), np.unique(wanted)
+        rows, bytes_sent = chain.label_probabilities(pictures, question)
+        found.append(rows)
+        sizes += bytes_sent
+    probabilities, candidates = np.concatenate(found), np.unique(wanted)
     best = candidates[np.argsort(-probabilities[:, candidates], axis=1)[:, :5]]
     is_right = best == np.array(wanted)[:, None]
     return {

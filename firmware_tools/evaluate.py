@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     classify.add_argument(
         "--question", type=Path, metavar="FILE", help="a taught question's classes, not the bundle's own"
     )
+    classify.add_argument(
+        "--paradigm", choices=["device", "split"], default="split", help="who labels: the board, or a server (default)"
+    )
     for kind in (caption, classify):
         kind.add_argument("--level", type=int, metavar="N", help="finest level that is sent (default: the bundle's)")
         kind.add_argument("--groups", type=int, metavar="N", help="channel groups that are sent (default: all)")
@@ -78,7 +81,7 @@ def _classify(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     else:
         class_numbers(bundle)
     tier = next(iter(bundle.manifest.targets), "")
-    chain = proven_chain(bundle, "split", tier, args.backend, rate=rate_limit(args))
+    chain = proven_chain(bundle, args.paradigm, tier, args.backend, rate=rate_limit(args))
     photos = Photos(args.images, limit=args.limit)
     return measure_labels(chain, photos, lambda pictures: track(pictures, "classify", args.limit), question)
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_runtime.inference.backends import BackendError, Model
 from edge_runtime.inference.head import Codes
@@ -25,6 +26,12 @@ class Labels:
 
     def scores(self, backbone_map: Codes) -> dict[str, float]:
         """The head's map [14, 14, 80] to the probability of the likeliest labels, best first. Raises BackendError."""
+        probabilities = self.probabilities(backbone_map)
+        best = np.argsort(-probabilities, kind="stable")[:MAX_LABELS]
+        return {self._names[i]: float(probabilities[i]) for i in best}
+
+    def probabilities(self, backbone_map: Codes) -> npt.NDArray[np.float32]:
+        """The same of all labels, float32 [classes]."""
         codes = self._model.run(backbone_map[None])[0].ravel()
         if len(codes) != len(self._names):
             raise BackendError(
@@ -33,5 +40,5 @@ class Labels:
             )
         # The largest is 0, so that nothing overflows. The zero point cancels.
         powers = np.exp((codes.astype(np.float32) - codes.max()) * self._scale)
-        best = np.argsort(-powers, kind="stable")[:MAX_LABELS]
-        return {self._names[i]: float(powers[i] / powers.sum()) for i in best}
+        probabilities: npt.NDArray[np.float32] = powers / powers.sum()
+        return probabilities

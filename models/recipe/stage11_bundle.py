@@ -25,7 +25,7 @@ from models.export.draft_export import quantise_draft, write_draft_litert, write
 from models.family import GROUPS, LATENT, DraftDecoder, decoder_shapes
 from models.imagenet import imagenet_classes
 from models.lookahead import lookahead_file
-from models.recipe import stage3_bottleneck, stage5_symbols, stage7_critic, stage9_draft
+from models.recipe import stage3_bottleneck, stage4_head, stage5_symbols, stage7_critic, stage9_draft
 from models.recipe.calibration import Measured, measure, measure_head
 from models.recipe.stage1_photos import MAX_TOKENS
 from models.recipe.stage3_bottleneck import GAINS, REFERENCE
@@ -63,7 +63,7 @@ def run_head(work: Workspace, out: Path, licences: dict[str, str]) -> None:
 def _write_head(work: Workspace, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    for name in ("head.onnx", "head.tflite", "tables.bin", "vocabulary.txt"):
+    for name in (*stage4_head.BOARD_FILES, "tables.bin", "vocabulary.txt"):
         shutil.copy(work / name, out / name)
     _save(torch.load(work / "head.pt", weights_only=True), out / "head.safetensors")
     tail = {f"tail.{k}": v for k, v in work.averaged(stage3_bottleneck.NAME, "tail.").items()}

@@ -1,4 +1,5 @@
-"""The board's head: backbone and bottleneck joined, quantised to 8 bits, written for both runtimes.
+"""The board's head: backbone and bottleneck joined, quantised to 8 bits, written for both runtimes. Besides, the rest
+of the pretrained backbone, for labels on the board.
 
 From here on, the int8 head defines the symbols that are sent. Its output has one scale for all channels, so each
 channel is first stretched to fill the 8 bits. The manifest has the factors, and a board undoes them.
@@ -10,11 +11,12 @@ import torch
 from models.backbone import CUT, FROZEN, pretrained_lite0
 from models.export.litert_graph import write_litert
 from models.export.onnx_graph import write_onnx
-from models.export.quantise import quantise
+from models.export.quantise import quantise_with_labels
 from models.family import Head
 from models.recipe.workspace import Workspace
 
 NAME = "4-head"
+BOARD_FILES = ("head.onnx", "head.tflite", "labels.onnx", "labels.tflite")
 CALIBRATION = 64  # training photos
 WIDE = 0.9999  # share of a channel's values that fit into its 8 bits
 
@@ -38,7 +40,7 @@ def trained_head(work: Workspace) -> Head:
 
 
 def run(work: Workspace) -> None:
-    """Writes head.onnx, head.tflite, scales.npy, and head.pt, the float head for pictures that arrive at a server."""
+    """Writes head and labels as .onnx and .tflite, scales.npy, and head.pt, the float head for a server's pictures."""
     head = trained_head(work)
     torch.save(head.state_dict(), work / "head.pt")
     photos = work.array("photos-train")
@@ -51,13 +53,14 @@ def run(work: Workspace) -> None:
     with torch.no_grad():
         head.bottleneck.weight /= scales[:, None, None, None]
         head.bottleneck.bias /= scales
-    int8 = quantise(head, calibration)
-    (work / "head.onnx").write_bytes(write_onnx(int8))
-    (work / "head.tflite").write_bytes(write_litert(int8))
+    int8, labels = quantise_with_labels(head, pretrained_lite0(), calibration)
+    for name, network in (("head", int8), ("labels", labels)):
+        (work / f"{name}.onnx").write_bytes(write_onnx(network))
+        (work / f"{name}.tflite").write_bytes(write_litert(network))
     np.save(work / "scales.npy", scales.numpy())
     codes = int8.codes_per_symbol / scales
     figures = {"codes_per_symbol_least": codes.min().item(), "codes_per_symbol_most": codes.max().item()}
-    sizes = {f"{name}_bytes": (work / name).stat().st_size for name in ("head.onnx", "head.tflite")}
+    sizes = {f"{name}_bytes": (work / name).stat().st_size for name in BOARD_FILES}
     work.finish(NAME, {name: round(value, 2) for name, value in figures.items()} | sizes)
 
 

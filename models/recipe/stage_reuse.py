@@ -14,7 +14,7 @@ from models.recipe import stage3_bottleneck, stage4_head
 from models.recipe.stage3_bottleneck import GAINS
 from models.recipe.workspace import Workspace
 
-COPIED = ("head.onnx", "head.tflite", "tables.bin")
+COPIED = (*stage4_head.BOARD_FILES, "tables.bin")
 
 
 def run(work: Workspace, bundle: Bundle) -> None:

@@ -34,7 +34,7 @@ def photos(tmp_path, monkeypatch):
     for number in range(4):
         path = tmp_path / "photos" / ("cat" if number % 2 else "dog") / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
+        coarse = np.random.default_rng(number + 4).integers(0, 256, (6, 8, 3), np.uint8)
         path.write_bytes(cv2.imencode(".jpg", coarse.repeat(40, 0).repeat(40, 1))[1].tobytes())
         rows += [f"{'dev' if number else 'train'}\t{number}.jpg\tword{number} word5 {words}" for words in ("a b", "c")]
     (tmp_path / "captions.tsv").write_text("\n".join(rows) + "\n")

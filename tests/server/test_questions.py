@@ -31,7 +31,7 @@ def question(bundle: Bundle, seed: int = 0, of: str = "") -> Question:
     """Taught with nothing: its answers differ between the latents of these tests."""
     rng = np.random.default_rng(seed)
     record = Record(CLASSES, of or bundle.id.hex(), "tiny", 1.0, 30, 0.97)
-    weight = rng.normal(size=(3, FEATURES), scale=0.2).astype(np.float32)
+    weight = rng.normal(size=(3, FEATURES), scale=0.01).astype(np.float32)
     return Question(record, weight, np.zeros(3, np.float32))
 
 
