@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime import wire
 from edge_runtime.app import load_draft, load_head
@@ -171,6 +172,7 @@ def proven_chain(
     backend: str,
     quality_floor: float | None = None,
     rate: RateLimit = RateLimit(),
+    threads: int = 2,
 ) -> Chain:
     """A chain whose engine has proven its numerics. quality_floor: of the paradigm `auto`, default: a board's."""
     min_confidence = None
@@ -183,7 +185,7 @@ def proven_chain(
     from server.loading import load_engine
     from server.numerics import prove
 
-    engine = load_engine(bundle, [tier], threads=2)
+    engine = load_engine(bundle, [tier], threads=threads)
     engine.proof = prove(engine)
     return Chain(bundle, paradigm, backend, tier, engine, min_confidence, rate)
 
@@ -240,23 +242,15 @@ def measure_labels(chain: Chain, photos: Photos, progress: Progress = lambda pho
     one is taken. Raises EvaluationError for a class that the bundle does not know.
     """
     assert chain.engine is not None
-    numbers = class_numbers(chain.bundle)
     wanted, sizes, found = list[int](), list[int](), list[np.ndarray]()
     for pictures in _batches(progress(photos)):
         batch = [chain.send(picture) for picture in pictures]
         features = chain.engine.features([chain.job(s) for s in batch])
         found += [row.cpu().numpy() for row in chain.engine.label_logits(features)]
-        for picture, sent in zip(pictures, batch, strict=True):
-            label = PurePosixPath(picture.name).parent.name
-            if label not in numbers:
-                raise EvaluationError(f"{picture.name}: class {label!r} is none of {', '.join(numbers)}"[:400])
-            wanted.append(numbers[label])
-            sizes.append(sent.payload_bytes)
-    logits, candidates = np.stack(found), np.unique(wanted)
-    if 4 * len(candidates) >= logits.shape[1]:
-        candidates = np.arange(logits.shape[1])
-    best = candidates[np.argsort(-logits[:, candidates], axis=1)[:, :5]]
-    is_right = best == np.array(wanted)[:, None]
+        wanted += [class_of(chain.bundle, picture.name) for picture in pictures]
+        sizes += [sent.payload_bytes for sent in batch]
+    candidates = candidate_classes(wanted, len(found[0]))
+    is_right = best_classes(np.stack(found), candidates) == np.array(wanted)[:, None]
     return {
         "images": len(wanted),
         "unreadable": photos.unreadable,
@@ -265,6 +259,25 @@ def measure_labels(chain: Chain, photos: Photos, progress: Progress = lambda pho
         "top5": float(is_right.any(1).mean()),
         "bytes_mean": mean(sizes),
     }
+
+
+def class_of(bundle: Bundle, name: str) -> int:
+    """The number of the class of a picture named class/name. Raises EvaluationError if the bundle does not know it."""
+    numbers, label = class_numbers(bundle), PurePosixPath(name).parent.name
+    if label not in numbers:
+        raise EvaluationError(f"{name}: class {label!r} is none of {', '.join(numbers)}"[:400])
+    return numbers[label]
+
+
+def candidate_classes(wanted: Sequence[int], classes: int) -> NDArray[np.intp]:
+    """The classes to choose from: those of the pictures, or all if these are a quarter of them or more."""
+    among = np.unique(np.array(wanted, np.intp))
+    return among if 4 * len(among) < classes else np.arange(classes)
+
+
+def best_classes(logits: np.ndarray, candidates: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Logits [N, classes] to the five most probable candidates, best first, [N, 5], or fewer if there are fewer."""
+    return candidates[np.argsort(-logits[:, candidates], axis=1)[:, :5]]
 
 
 def class_numbers(bundle: Bundle) -> dict[str, int]:
@@ -278,13 +291,21 @@ def class_numbers(bundle: Bundle) -> dict[str, int]:
 def score(references: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> dict[str, float]:
     """CIDEr and BLEU-4 of pycocoevalcap on lower-cased words without punctuation, one text per photo."""
     from pycocoevalcap.bleu.bleu import Bleu
+
+    bleu, _ = Bleu(4).compute_score(_plain(references), _plain({n: [text] for n, text in texts.items()}), verbose=0)
+    return {"cider": float(ciders(references, texts).mean()), "bleu4": float(bleu[3])}
+
+
+def ciders(references: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> NDArray[np.float64]:
+    """CIDEr-D of each text, in the order of the references. The words' document frequencies are those of all photos."""
     from pycocoevalcap.cider.cider import Cider
 
-    plain = {name: [" ".join(words_of(text)) for text in rows] for name, rows in references.items()}
-    ours = {name: [" ".join(words_of(text))] for name, text in texts.items()}
-    cider, _ = Cider().compute_score(plain, ours)
-    bleu, _ = Bleu(4).compute_score(plain, ours, verbose=0)
-    return {"cider": float(cider), "bleu4": float(bleu[3])}
+    each = Cider().compute_score(_plain(references), _plain({name: [text] for name, text in texts.items()}))[1]
+    return np.asarray(each, np.float64)
+
+
+def _plain(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {name: [" ".join(words_of(text)) for text in rows] for name, rows in texts.items()}
 
 
 def _batches(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
