@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime import wire
 from edge_runtime.app import load_draft, load_head, load_labels
@@ -208,6 +209,7 @@ def proven_chain(
     backend: str,
     quality_floor: float | None = None,
     rate: RateLimit = RateLimit(),
+    threads: int = 2,
 ) -> Chain:
     """A chain whose engine has proven its numerics. quality_floor: of the paradigm `auto`, default: a board's."""
     min_confidence = None
@@ -220,7 +222,7 @@ def proven_chain(
     from server.loading import load_engine
     from server.numerics import prove
 
-    engine = load_engine(bundle, [tier] if tier else [], threads=2)
+    engine = load_engine(bundle, [tier] if tier else [], threads=threads)
     engine.proof = prove(engine)
     return Chain(bundle, paradigm, backend, tier, engine, min_confidence, rate)
 
@@ -279,21 +281,15 @@ def measure_labels(
     class of the bundle is right among all of them is in `accuracy_among_all`. Raises EvaluationError for a class that
     they do not know.
     """
-    names = question.record.classes if question else tuple(class_numbers(chain.bundle))
-    numbers = {name: number for number, name in enumerate(names)}
+    names = question.record.classes if question else class_names(chain.bundle)
     wanted, sizes, found = list[int](), list[int](), list[np.ndarray]()
     for pictures in _batches(progress(photos)):
-        for picture in pictures:
-            label = PurePosixPath(picture.name).parent.name
-            if label not in numbers:
-                raise EvaluationError(f"{picture.name}: class {label!r} is none of {', '.join(names)}"[:400])
-            wanted.append(numbers[label])
+        wanted += [class_of(names, picture.name) for picture in pictures]
         rows, bytes_sent = chain.label_probabilities(pictures, question)
         found.append(rows)
         sizes += bytes_sent
     probabilities, candidates = np.concatenate(found), np.unique(wanted)
-    best = candidates[np.argsort(-probabilities[:, candidates], axis=1)[:, :5]]
-    is_right = best == np.array(wanted)[:, None]
+    is_right = best_classes(probabilities, candidates) == np.array(wanted)[:, None]
     return {
         "images": len(wanted),
         "unreadable": photos.unreadable,
@@ -306,24 +302,45 @@ def measure_labels(
     }
 
 
-def class_numbers(bundle: Bundle) -> dict[str, int]:
-    """The number of each class, by its id or its name. Raises EvaluationError if the bundle has no classifier."""
+def class_of(names: Sequence[str], picture: str) -> int:
+    """The number of the class of a picture named class/name. Raises EvaluationError if it is none of these."""
+    label = PurePosixPath(picture).parent.name
+    if label not in names:
+        raise EvaluationError(f"{picture}: class {label!r} is none of {', '.join(names)}"[:400])
+    return names.index(label)
+
+
+def best_classes(scores: np.ndarray, candidates: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Scores [N, classes] to the five best candidates, the best first, [N, 5], or fewer if there are fewer."""
+    return candidates[np.argsort(-scores[:, candidates], axis=1)[:, :5]]
+
+
+def class_names(bundle: Bundle) -> tuple[str, ...]:
+    """The ids of the bundle's classes, or their names. Raises EvaluationError if it has no classifier."""
     manifest = bundle.manifest
     if not manifest.classes:
         raise EvaluationError(f"bundle {manifest.name} has no classifier")
-    return {name: number for number, name in enumerate(manifest.class_ids or manifest.classes)}
+    return manifest.class_ids or manifest.classes
 
 
 def score(references: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> dict[str, float]:
     """CIDEr and BLEU-4 of pycocoevalcap on lower-cased words without punctuation, one text per photo."""
     from pycocoevalcap.bleu.bleu import Bleu
+
+    bleu, _ = Bleu(4).compute_score(_plain(references), _plain({n: [text] for n, text in texts.items()}), verbose=0)
+    return {"cider": float(ciders(references, texts).mean()), "bleu4": float(bleu[3])}
+
+
+def ciders(references: Mapping[str, Sequence[str]], texts: Mapping[str, str]) -> NDArray[np.float64]:
+    """CIDEr-D of each text, in the order of the references. The words' document frequencies are those of all photos."""
     from pycocoevalcap.cider.cider import Cider
 
-    plain = {name: [" ".join(words_of(text)) for text in rows] for name, rows in references.items()}
-    ours = {name: [" ".join(words_of(text))] for name, text in texts.items()}
-    cider, _ = Cider().compute_score(plain, ours)
-    bleu, _ = Bleu(4).compute_score(plain, ours, verbose=0)
-    return {"cider": float(cider), "bleu4": float(bleu[3])}
+    each = Cider().compute_score(_plain(references), _plain({name: [text] for name, text in texts.items()}))[1]
+    return np.asarray(each, np.float64)
+
+
+def _plain(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    return {name: [" ".join(words_of(text)) for text in rows] for name, rows in texts.items()}
 
 
 def _batches(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:

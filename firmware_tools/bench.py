@@ -15,7 +15,7 @@ from firmware_tools.evaluate import CAPTIONS_HELP
 from models import SHIPPED_BUNDLE
 from testbed.processes import interrupted_once
 from testbed.sample_photos import collect, frames
-from testbed.terminal import new_file, number, print_figures, print_table
+from testbed.terminal import new_file, number, print_figures, print_table, track
 
 BACKENDS = ("onnx", "litert")
 PARTS = {
@@ -24,6 +24,7 @@ PARTS = {
     "server": "a server's engine: texts per second, with drafts and without",
     "gateway": "a server behind a broker: requests per second",
     "faults": "the fault matrix: the outcome of every request",
+    "rate": "quality over bytes: levels, prefixes and budgets against JPEG, WebP and AVIF through the same target",
     "e2e": "board, brokers and servers over simulated links: each paradigm against sending pictures",
 }
 
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         if name == "e2e":
             _add_e2e_arguments(part)
+        elif name == "rate":
+            _add_rate_arguments(part)
         else:
             part.add_argument(
                 "--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="photos (default: the demo's)"
@@ -60,6 +63,26 @@ def _add_e2e_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write a table of all links to FILE")
     parser.add_argument("--plot", type=new_file, metavar="FILE", help="draw the figures into FILE, such as e2e.png")
     parser.epilog = "--json: a list if there are several profiles"
+
+
+def _add_rate_arguments(parser: argparse.ArgumentParser) -> None:
+    many: Any = {"type": Path, "nargs": "+", "metavar": "DIR_OR_TAR"}
+    parser.add_argument("--images", **many, help="photos with captions")
+    parser.add_argument("--captions", type=Path, metavar="TSV", help=CAPTIONS_HELP)
+    parser.add_argument("--split", metavar="NAME", help="only photos of this split")
+    parser.add_argument("--classes", **many, help="photos named class/name, to measure labels")
+    parser.add_argument("--limit", type=number, metavar="N", help="only N photos of either, evenly spread")
+    parser.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
+    parser.add_argument("--backend", choices=BACKENDS, default="onnx", help="of the head (default: onnx)")
+    parser.add_argument("--threads", type=number, default=1, metavar="N", help="of the networks (default: 1)")
+    parser.add_argument(
+        "--budgets", type=number, nargs="+", default=[150, 250, 400], metavar="N", help="bytes (default: 150 250 400)"
+    )
+    parser.add_argument("--quick", action="store_true", help="18 settings of the picture codecs, not 75")
+    parser.add_argument("--codec-tail", type=Path, metavar="FILE", help="a tail trained on coded pictures, for these")
+    parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write the tables to FILE")
+    parser.add_argument("--plot", type=new_file, metavar="FILE", help="draw the figures into FILE, such as rate.png")
+    parser.epilog = "Needs --images and --captions, or --classes, or all three."
 
 
 def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
@@ -92,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
         return faults(args)
     if args.part == "e2e":
         return end_to_end(args)
+    if args.part == "rate":
+        return rate(args)
     figures = measure(args, open_bundle(args.bundle))
     print_figures(figures)
     if args.json:
@@ -144,6 +169,50 @@ def end_to_end(args: argparse.Namespace) -> int:
         args.markdown.write_text(e2e_report.markdown(runs), encoding="utf-8")
     if args.plot:
         e2e_report.plot(runs, args.plot)
+    return 0
+
+
+def rate(args: argparse.Namespace) -> int:
+    """Measures quality over bytes, shows tables and writes the files that the arguments name."""
+    from benchmarks import rate, rate_report
+    from benchmarks.e2e_report import check_plot
+    from benchmarks.quality import EvaluationError, Photos, proven_chain
+    from models.captions import captions_of
+
+    if bool(args.images) != bool(args.captions) or not (args.images or args.classes):
+        raise EvaluationError("nothing to measure: name --images and --captions, or --classes, or all three")
+    if args.plot:
+        check_plot(args.plot)
+    captions = captions_of(args.captions, args.split) if args.captions else {}
+    chain = proven_chain(open_bundle(args.bundle), "split", args.tier, args.backend, threads=args.threads)
+    options: dict[str, Any] = {
+        "budgets": list(dict.fromkeys(args.budgets)),
+        "quick": args.quick,
+        "for_pictures": rate.engine_for_pictures(chain, args.codec_tail) if args.codec_tail else None,
+    }
+    run: dict[str, Any] = {
+        "bundle": chain.bundle.manifest.name,
+        "tier": args.tier,
+        "codec_tail": args.codec_tail and args.codec_tail.name,
+        "captions": None,
+        "labels": None,
+    }
+    # All photos are read first, so that a mistake in their names is found before the long part.
+    captioned = rate.spread(Photos(args.images, captions), args.limit) if args.images else []
+    labelled = rate.spread(Photos(args.classes), args.limit) if args.classes else []
+    if captioned:
+        options["progress"] = lambda photos: track(photos, "captions", len(captioned))
+        run["captions"] = rate.measure_captions(chain, captioned, captions, **options)
+    if labelled:
+        options["progress"] = lambda photos: track(photos, "labels", len(labelled))
+        run["labels"] = rate.measure_labels(chain, labelled, **options)
+    rate_report.print_run(run)
+    if args.json:
+        args.json.write_text(json.dumps(run, indent=2) + "\n")
+    if args.markdown:
+        args.markdown.write_text(rate_report.markdown(run), encoding="utf-8")
+    if args.plot:
+        rate_report.plot(run, args.plot)
     return 0
 
 

@@ -29,7 +29,7 @@ COMMANDS = {
     "teach": "teach a question with a few photos, such as whether a gate is open",
     "evaluate": "measure quality and bytes on captioned or labelled photos",
     "link": "put a simulated thin link (NB-IoT to Wi-Fi, outages) before a broker",
-    "bench": "measure parts (codec, device, server, gateway), the case study (e2e), faults",
+    "bench": "measure parts (codec, device, server, gateway), quality over bytes (rate), the case study (e2e), faults",
 }
 SERVICES = ("run", "serve")  # these log at INFO
 CONFIGURED = (*SERVICES, "validate")  # these exit with 78 for a configuration that cannot work

@@ -71,7 +71,7 @@ def _caption(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
 
 
 def _classify(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
-    from benchmarks.quality import Photos, class_numbers, measure_labels, proven_chain
+    from benchmarks.quality import Photos, class_names, measure_labels, proven_chain
 
     question = None
     if args.question:
@@ -79,7 +79,7 @@ def _classify(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
 
         question = read_question(args.question, bundle)
     else:
-        class_numbers(bundle)
+        class_names(bundle)
     tier = next(iter(bundle.manifest.targets), "")
     chain = proven_chain(bundle, args.paradigm, tier, args.backend, rate=rate_limit(args))
     photos = Photos(args.images, limit=args.limit)

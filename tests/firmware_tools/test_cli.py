@@ -93,6 +93,7 @@ def test_every_subcommand_has_help(command: str, capsys: pytest.CaptureFixture[s
         ("server", "--backend --tier --threads", "--row --frames --seconds --markdown"),
         ("gateway", "--backend --tier --threads --seconds", "--row --frames --markdown"),
         ("faults", "--row --seconds --markdown", "--backend --tier --threads --frames"),
+        ("rate", "--captions --split --classes --quick --codec-tail --markdown --plot", "--seconds --frames"),
     ],
 )
 def test_help_of_a_benchmark_shows_what_it_obeys(
