@@ -28,6 +28,7 @@ from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Head
 from edge_runtime.inference.preprocess import PIXELS
+from edge_runtime.inference.reuse import Answers
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State
 from edge_runtime.mqtt.routes import Rejection, Route, Router
 from edge_runtime.pipeline import Pipeline
@@ -98,7 +99,8 @@ class Board:
         self.measurements = Measurements(byte_budget.spent)
         self.routers: list[Router] = []
         self.servers, self.local = self._clients()
-        self.events = Events(self.local, site, board.id, listener)
+        self.answers, self._listener = Answers(), listener
+        self.events = Events(self.local, site, board.id, self._event_published)
         self.tracker = RequestTracker(
             self.servers,
             bundle,
@@ -123,7 +125,7 @@ class Board:
             has_draft=draft is not None,
             has_room=self.tracker.has_room,
         )
-        self.pipeline = Pipeline(bundle, head, draft, planner, self.tracker, self.events, board.slowdown)
+        self.pipeline = Pipeline(bundle, head, draft, planner, self.tracker, self.events, board.slowdown, self.answers)
 
     def run(self, stop: threading.Event) -> Values:
         """Handles frames until the sources end or `stop` is set; returns `summary`.
@@ -158,6 +160,7 @@ class Board:
             **self.tracker.summary(),
             **asdict(self.cameras.totals()),
             "frames_failed": self.pipeline.failed,
+            "reused": self.pipeline.reused,
             "setting": self.settings.counts(),
             "rejected": dict(rejected),
             "ignored": dict(self.measurements.counts),
@@ -220,6 +223,11 @@ class Board:
             birth=lambda: [self._status("online"), *states()],
             on_state=on_state,
         )
+
+    def _event_published(self, event: Event) -> None:
+        self.answers.published(event)
+        if self._listener:
+            self._listener(event)
 
     def _connection_changed(self, state: State, _: str) -> None:
         if state is not State.CONNECTING:  # the first frames need not wait for the first connection

@@ -25,6 +25,7 @@ from edge_runtime.inference.draft import Draft, Drafted
 from edge_runtime.inference.head import Head, Latent
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import NO_LIMIT, RatedSymbols, choose_rate
+from edge_runtime.inference.reuse import Answers
 from edge_runtime.planning import Plan, Planner
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
@@ -39,10 +40,11 @@ from edge_runtime.wire import (
     encode_request,
 )
 from edge_runtime.wire.envelope import encode_tokens
-from edge_runtime.wire.event import AnsweredBy, Event, Rate
+from edge_runtime.wire.event import AnsweredBy, Event, Rate, Reuse
 
 logger = logging.getLogger(__name__)
 
+REUSED = ("text", "tokens", "answered_by", "label", "scores", "confidence", "unsure", "answers")  # of an event
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # for a request that contains features
 
 
@@ -90,12 +92,15 @@ class Pipeline:
         tracker: RequestTracker,
         events: Events,
         slowdown: float = 1.0,
+        answers: Answers | None = None,
     ) -> None:
-        """Without a head, every plan must be to offload."""
+        """Without a head, every plan must be to offload. answers: those of servers, which it is told."""
         self.bundle, self.head, self.draft, self.planner = bundle, head, draft, planner
         self.tracker, self.events, self.slowdown = tracker, events, slowdown
         self.ids = RequestIds()
+        self.answers = answers or Answers()
         self.failed = 0  # frames that the head or the coder could not handle
+        self.reused = 0  # frames for which an earlier answer was used again
 
     def run(self, frames: Iterable[Frame]) -> None:
         """Handles frames until there are no more."""
@@ -123,7 +128,7 @@ class Pipeline:
             "speculative": self._speculative,
             "offload": self._offload,
         }
-        event = paths[plan.paradigm](work)
+        event = self._reuse(work) or paths[plan.paradigm](work)
         watch.lap("publish")
         self.planner.learn(plan, watch.ms, work.draft.confidence if work.draft else None)
         return event
@@ -150,7 +155,10 @@ class Pipeline:
         self._write_draft(work)
         if work.draft and work.plan.accepts(work.draft.confidence) and not work.plan.keep:
             why = f"the draft is sure enough: confidence {work.draft.confidence:.2f}"
-            return self._answer_on_device(work, why)
+            event = self._answer_on_device(work, why)
+            if work.plan.reuse_distance and work.latent:
+                self.answers.accepted(event, work.latent, work.frame.captured, wanted(work.plan))
+            return event
         refusal = self._send(work)
         return self._answer_on_device(work, refusal) if refusal else self._announce(work)
 
@@ -171,8 +179,33 @@ class Pipeline:
 
     # ---- their steps ----
 
+    def _reuse(self, work: FrameInProgress) -> Event | None:
+        """Publishes an earlier answer if it holds for this frame too. Then nothing is sent and no draft is written."""
+        plan, frame = work.plan, work.frame
+        if not plan.reuse_distance:
+            return None
+        self._run_head(work)
+        found = work.latent and self.answers.find(
+            frame.camera, work.latent, wanted(plan), frame.captured, plan.reuse_distance, plan.reuse_s
+        )
+        if not found or not is_accepted(found[0], plan):
+            return None
+        earlier, distance = found
+        self._count_jpeg_bytes(work)
+        self.reused += 1
+        event = self._event(
+            work,
+            final=True,
+            paradigm="device",
+            why=f"the answer to frame {earlier.frame} is used again: the distance is {distance:.3f}",
+            reuse=Reuse(earlier.frame, distance),
+            **{name: getattr(earlier, name) for name in REUSED},
+        )
+        self.events.publish(event)
+        return event
+
     def _run_head(self, work: FrameInProgress) -> None:
-        if self.head:
+        if self.head and work.latent is None:
             work.latent = self.head.latent(work.pixels)
             work.watch.lap("head")
 
@@ -210,6 +243,8 @@ class Pipeline:
             work.rate = None
             return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
         work.bytes_up = len(payload)
+        if plan.reuse_distance and work.latent:
+            self.answers.asked(work.request_id.hex(), work.latent, captured, wanted(plan))
         return None
 
     def _request(self, work: FrameInProgress, plan: Plan, features: RatedSymbols | None) -> Request:
@@ -258,6 +293,17 @@ class Pipeline:
             if isfinite(work.draft.confidence):
                 values["confidence"] = work.draft.confidence
         return Event(**(values | changes))
+
+
+def wanted(plan: Plan) -> Options:
+    """What decides an answer, besides the frame."""
+    return Options(tier=plan.tier)
+
+
+def is_accepted(event: Event, plan: Plan) -> bool:
+    """Whether an answer is good enough now: a user may have raised the floor since the board accepted its draft."""
+    is_draft = event.answered_by == AnsweredBy("device")
+    return not is_draft or (event.confidence is not None and plan.accepts(event.confidence))
 
 
 def build_request(

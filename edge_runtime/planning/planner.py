@@ -59,6 +59,8 @@ class BoardPlanner:
             level=board.level,
             max_bytes=board.max_bytes,
             jpeg_quality=board.jpeg_quality,
+            reuse_distance=own.reuse_distance,
+            reuse_s=own.reuse_s,
         )
         now = time.monotonic()
         self._measurements.catch_up(now)

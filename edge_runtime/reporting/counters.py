@@ -37,6 +37,7 @@ BOARD = {
         "status",
     ),
     "frames_failed": Meaning("Frames that head or coder could not handle"),
+    "reused": Meaning("Frames for which an earlier answer was used again, so that nothing was sent"),
     "frames": Meaning("Frames read from cameras, files and MQTT"),
     "still": Meaning("Frames held back by the motion gate"),
     "lightning": Meaning("Frames held back because the whole picture changed at once"),

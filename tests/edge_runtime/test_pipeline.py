@@ -19,6 +19,7 @@ from edge_runtime.inference.draft import Drafted
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols
+from edge_runtime.inference.reuse import Answers
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.pipeline import Pipeline, build_request, to_jpeg
 from edge_runtime.planning import BoardPlanner, FixedPlanner, Measurements, Plan
@@ -27,6 +28,7 @@ from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.wire import (
+    AnsweredBy,
     ContentKind,
     Event,
     Options,
@@ -65,7 +67,7 @@ class Board:
     ) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
         self.order: list[str] = []
-        order = self.order
+        order, answers = self.order, Answers()
 
         class RecordingTracker(RequestTracker):
             def submit(self, new: NewRequest) -> bool:
@@ -79,6 +81,7 @@ class Board:
 
         def listener(event: Event) -> None:
             order.append(event.type)
+            answers.published(event)
             self.events.put(event)
 
         self.client = MqttClient(
@@ -93,7 +96,7 @@ class Board:
         self.tracker = RecordingTracker(self.client, bundle, SITE, BOARD, events, 64, 60.0, outbox, byte_budget=budget)
         head = load_head(bundle, "onnx", 1) if plan.paradigm != "offload" else None
         draft = load_draft(bundle, "onnx", 1) if plan.paradigm in ("device", "speculative") else None
-        self.pipeline = Pipeline(bundle, head, draft, FixedPlanner(plan), self.tracker, events)
+        self.pipeline = Pipeline(bundle, head, draft, FixedPlanner(plan), self.tracker, events, 1.0, answers)
         stack.enter_context(self.client)
         stack.enter_context(self.tracker)
         assert self.client.wait_online(PATIENCE_S)
@@ -256,6 +259,45 @@ def test_a_draft_with_enough_confidence_is_the_answer_and_nothing_is_sent(start)
     assert (seen.final, seen.paradigm, seen.bytes_up) == (True, "device", 0)
     assert seen.why.startswith("the draft is sure enough: confidence 0.")
     assert board.order == ["new"]
+
+
+@pytest.mark.parametrize("paradigm", ["split", "speculative", "offload"])
+def test_a_frame_like_an_answered_one_gets_its_answer_and_nothing_is_sent(start, server, board_bundle, paradigm):
+    board = start(paradigm, reuse_distance=0.15)
+    board.pipeline.head = load_head(board_bundle, "onnx", 1)
+    asked = board.pipeline.handle(frame())
+    while not (update := board.next_event()).final:
+        pass
+    again = board.pipeline.handle(frame())
+    assert (again.type, again.final, again.paradigm, again.bytes_up, again.rate) == ("new", True, "device", 0, None)
+    assert (again.reuse.frame, again.reuse.distance) == (asked.frame, 0)
+    assert (
+        (again.text, again.answered_by) == (update.text, update.answered_by) == ("verified", AnsweredBy("edge", "s1"))
+    )
+    assert "draft" not in again.timings_ms
+    other = board.pipeline.handle(frame(1))
+    assert (other.reuse, other.bytes_up > 0, board.pipeline.reused) == (None, True, 1)
+
+
+def test_a_frame_is_sent_while_the_one_like_it_has_no_answer(start, broker):
+    board = start("speculative", reuse_distance=0.15)
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        for _ in range(2):
+            assert board.pipeline.handle(frame()).reuse is None
+            server.next()
+
+
+def test_an_accepted_draft_is_used_again_while_the_floor_allows_it(start):
+    board = start("speculative", min_confidence=0.0, reuse_distance=0.15)
+    first, again = board.pipeline.handle(frame()), board.pipeline.handle(frame())
+    assert (again.reuse.frame, again.tokens, again.answered_by) == (first.frame, first.tokens, AnsweredBy("device"))
+    board.pipeline.planner = FixedPlanner(replace(board.pipeline.planner.plan("door"), min_confidence=0.999))
+    assert board.pipeline.handle(frame()).reuse is None
+
+
+def test_a_draft_that_is_an_answer_for_want_of_bytes_is_not_used_again(start):
+    board = start("speculative", reuse_distance=0.15, board={"bytes_per_minute": 200})
+    assert [board.pipeline.handle(frame()).reuse for _ in range(2)] == [None, None]
 
 
 @pytest.mark.parametrize(("stated", "said"), [(0.25, 0.25), (math.nan, None)])
