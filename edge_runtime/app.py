@@ -84,7 +84,7 @@ class Board:
         # OpenCV's own threads do not make the resize of a frame faster, and it waits for them if all cores are busy.
         cv2.setNumThreads(board.threads)
         self.bundle = bundle = open_bundle(Path(board.bundle))
-        _ = bundle.tables, bundle.words  # read now, so that a missing file is found at start
+        _ = bundle.tables, bundle.inter_tables, bundle.words  # read now, so that a missing file is found at start
         offloads = board.paradigm == "offload"
         head = None if offloads else load_head(bundle, board.backend, board.threads)
         draft = None if offloads else load_draft(bundle, board.backend, board.threads)

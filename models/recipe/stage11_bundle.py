@@ -14,9 +14,11 @@ from edge_runtime.inference.backends import load_model
 from edge_runtime.inference.bundle import (
     BOS,
     EOS,
+    INTER_TABLES,
     MANIFEST,
     PAD,
     SCHEMA,
+    TABLES,
     FileRecord,
     LatentRecord,
     Manifest,
@@ -44,7 +46,7 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
     """Writes the bundle to `out`, replacing what is there."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    for name in ("head.onnx", "head.tflite", "tables.bin", "vocabulary.txt"):
+    for name in ("head.onnx", "head.tflite", TABLES, INTER_TABLES, "vocabulary.txt"):
         shutil.copy(work / name, out / name)
     for tier in ("edge", "cloud"):
         shutil.copy(work / lookahead_file(tier), out)
