@@ -28,6 +28,7 @@ from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Head
 from edge_runtime.inference.preprocess import PIXELS
+from edge_runtime.inference.references import ReferenceFrames
 from edge_runtime.inference.reuse import Answers
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State
 from edge_runtime.mqtt.routes import Rejection, Route, Router
@@ -97,6 +98,7 @@ class Board:
         # The network: requests and replies with `servers`, everything for users with `local`.
         byte_budget = ByteBudget(config.policy.bytes_per_minute)
         self.measurements = Measurements(byte_budget.spent)
+        self.references = ReferenceFrames(board.refresh_s)
         self.routers: list[Router] = []
         self.servers, self.local = self._clients()
         self.answers, self._listener = Answers(), listener
@@ -112,6 +114,7 @@ class Board:
             config.outbox,
             self.measurements,
             byte_budget,
+            self.references.heard,
         )
 
         # What decides, and the path of a frame.
@@ -125,7 +128,9 @@ class Board:
             has_draft=draft is not None,
             has_room=self.tracker.has_room,
         )
-        self.pipeline = Pipeline(bundle, head, draft, planner, self.tracker, self.events, board.slowdown, self.answers)
+        self.pipeline = Pipeline(
+            bundle, head, draft, planner, self.tracker, self.events, board.slowdown, self.answers, self.references
+        )
 
     def run(self, stop: threading.Event) -> Values:
         """Handles frames until the sources end or `stop` is set; returns `summary`.
@@ -161,6 +166,7 @@ class Board:
             **asdict(self.cameras.totals()),
             "frames_failed": self.pipeline.failed,
             "reused": self.pipeline.reused,
+            "with_reference": self.pipeline.with_reference,
             "setting": self.settings.counts(),
             "rejected": dict(rejected),
             "ignored": dict(self.measurements.counts),
@@ -230,6 +236,8 @@ class Board:
             self._listener(event)
 
     def _connection_changed(self, state: State, _: str) -> None:
+        if state is not State.ONLINE:
+            self.references.disconnected()
         if state is not State.CONNECTING:  # the first frames need not wait for the first connection
             self.measurements.connected(state in (State.ONLINE, State.DEGRADED))
 

@@ -171,6 +171,8 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     level: Annotated[int, Meta(ge=0, le=7)] | None = None  # finest level of features; none: the bundle's default
     # Longest features of a frame, without the other parts of a request; longer ones are sent coarser. None: no limit.
     max_bytes: Annotated[int, Meta(ge=MIN_FEATURE_BYTES, le=1_000_000)] | None = None
+    # A frame may be coded against an earlier one, and is coded alone after at most this time. 0: always alone.
+    refresh_s: Annotated[float, Meta(ge=0, le=86400)] = 60.0
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # of offload, and of the JPEG size that events compare with
     slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # simulates a slower board, by sleeping
 

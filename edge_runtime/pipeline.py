@@ -15,6 +15,7 @@ from math import isfinite
 from typing import Any
 
 import cv2
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +26,7 @@ from edge_runtime.inference.draft import Draft, Drafted
 from edge_runtime.inference.head import Head, Latent
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import NO_LIMIT, RatedSymbols, choose_rate
+from edge_runtime.inference.references import ReferenceFrames, SentFrame
 from edge_runtime.inference.reuse import Answers
 from edge_runtime.planning import Plan, Planner
 from edge_runtime.reporting.events import Events
@@ -93,14 +95,16 @@ class Pipeline:
         events: Events,
         slowdown: float = 1.0,
         answers: Answers | None = None,
+        references: ReferenceFrames | None = None,
     ) -> None:
-        """Without a head, every plan must be to offload. answers: those of servers, which it is told."""
+        """Without a head, every plan must be to offload. answers, references: both are told what servers reply."""
         self.bundle, self.head, self.draft, self.planner = bundle, head, draft, planner
         self.tracker, self.events, self.slowdown = tracker, events, slowdown
         self.ids = RequestIds()
-        self.answers = answers or Answers()
+        self.answers, self.references = answers or Answers(), references or ReferenceFrames()
         self.failed = 0  # frames that the head or the coder could not handle
         self.reused = 0  # frames for which an earlier answer was used again
+        self.with_reference = 0  # frames that were coded against an earlier one
 
     def run(self, frames: Iterable[Frame]) -> None:
         """Handles frames until there are no more."""
@@ -230,12 +234,13 @@ class Pipeline:
         if features is None and plan.paradigm != "offload":
             return f"{plan.paradigm}: the coarsest features do not fit into {plan.max_bytes} bytes"
         request = self._request(work, plan, features)
-        payload = encode_request(request)
+        first_copy = self._against_reference(work, request, features) if features and not plan.keep else request
+        payload = encode_request(first_copy)
         work.watch.lap("encode")
         if features is None:
             work.jpeg_bytes = len(request.content)
         else:
-            work.rate = Rate(features.level, features.groups, len(request.content))
+            work.rate = Rate(features.level, features.groups, len(first_copy.content))
             if plan.keep:  # the outbox stores this event. In all other cases the encoding would only delay the request.
                 self._count_jpeg_bytes(work)
         event, deadline = self._event(work, bytes_up=len(payload)), captured + plan.budget_ms / 1e3
@@ -243,9 +248,24 @@ class Pipeline:
             work.rate = None
             return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
         work.bytes_up = len(payload)
+        if features:
+            has_reference = first_copy is not request
+            self.with_reference += has_reference
+            rated = features.symbols, features.level, features.groups
+            self.references.sent(SentFrame(request.id, work.frame.camera, *rated, captured, has_reference))
         if plan.reuse_distance and work.latent:
             self.answers.asked(work.request_id.hex(), work.latent, captured, wanted(plan))
         return None
+
+    def _against_reference(self, work: FrameInProgress, request: Request, features: RatedSymbols) -> Request:
+        """The same request with fewer bytes, if the server has an earlier frame that is much like this one."""
+        tables, frame, (level, groups) = self.bundle.inter_tables, work.frame, (features.level, features.groups)
+        reference = self.references.find(frame.camera, level, groups, frame.captured) if tables else None
+        if tables is None or reference is None:
+            return request
+        content = bitstream.encode(features.symbols, tables, level, groups, reference)
+        shorter = len(content) < len(request.content)
+        return msgspec.structs.replace(request, content=content) if shorter else request
 
     def _request(self, work: FrameInProgress, plan: Plan, features: RatedSymbols | None) -> Request:
         age_ms, tokens = int(1e3 * (time.monotonic() - work.frame.captured)), work.draft.tokens if work.draft else ()

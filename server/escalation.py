@@ -151,5 +151,9 @@ def passed_up(request: Request, server: str, tokens: Sequence[int], waited_s: fl
 
 
 def passed_down(own: Reply, above: Reply) -> Reply:
-    """What the board is told of a reply from above to its request: all of it, behind this server's own hop."""
-    return msgspec.structs.replace(above, id=own.id, hops=(*own.hops, *above.hops)[:MAX_HOPS])
+    """What the board is told of a reply from above to its request: all of it, behind this server's own hop.
+
+    The board sends its next frames here, so the tier above cannot speak of references.
+    """
+    hops = (*own.hops, *above.hops)[:MAX_HOPS]
+    return msgspec.structs.replace(above, id=own.id, hops=hops, is_reference=own.is_reference)

@@ -69,8 +69,9 @@ def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 34, 
         save_file(tensors_of(range(BOS, VOCABULARY), lookahead), path / lookahead_file(tier))
     symbols = random_symbols(64, seed)
     coarse = (symbols * GAINS[0]).round().astype(np.int8)
-    tables, later = count_tables([coarse, symbols], set_id=seed), np.roll(symbols, 1, axis=3)
-    pairs = [(coarse, (later * GAINS[0]).round().astype(np.int8)), (symbols, later)]
+    tables, changes = count_tables([coarse, symbols], set_id=seed), random_symbols(64, seed + 1).clip(-1, 1)
+    changes[np.random.default_rng(seed).random(changes.shape) < 0.9] = 0  # as from sensor noise
+    pairs = [(coarse, coarse + changes), (symbols, symbols + changes)]
     (path / TABLES).write_bytes(tables.to_bytes())
     (path / INTER_TABLES).write_bytes(count_inter_tables(pairs, tables).to_bytes())
     words = ["<pad>", "<start>", "<end>", "<unknown>", *(f"word{i}" for i in range(4, VOCABULARY))]

@@ -22,6 +22,7 @@ from edge_runtime.wire.errors import BitstreamError, ReferenceLostError
 from edge_runtime.wire.tables import Tables, earlier_contexts
 
 FORMAT = 1
+KEPT_FRAMES = 32  # of each board, by a server: twice as many as a board may have cameras
 SAME_OFFSET: Iterable[int] = repeat(2)  # into the codings of tables without a reference
 MAX_OVERHEAD = 6  # bytes of a bitstream besides the ideal code length in whole bytes: header, state, rounding
 
@@ -117,9 +118,8 @@ def decode(data: bytes, tables: Tables, inter: Inter | None = None) -> Decoded:
     """Decodes any bytes to symbols, or raises BitstreamError. The tables' shape bounds time and memory.
 
     The check verifies a complete message. A message that ends early gives its complete channels and `checked=False`.
-    Damage can look like truncation, so a receiver that expects complete messages must refuse unchecked ones. A message
-    with a reference that ends early is an error: nothing would verify the reference. Raises ReferenceLostError if the
-    reference is not here.
+    Damage can look like truncation, so a receiver that expects complete messages must refuse unchecked ones. Raises
+    ReferenceLostError for any message with a reference that it cannot verify, truncated ones included.
     """
     header = Header.from_bytes(data)
     if header.table_set != tables.set_id & 63:
@@ -129,30 +129,37 @@ def decode(data: bytes, tables: Tables, inter: Inter | None = None) -> Decoded:
             f"level {header.level}, {header.groups} groups, tables have {tables.levels}, {tables.groups}"
         )
     channels = header.groups * (tables.channels // tables.groups)
-    channel = tables.height * tables.width
-    size = len(header.to_bytes())
     # A symbol takes at most two steps of 12 and 8 bits, each rounded up by less than 1/8 bit: less than 3 bytes.
-    longest = size + 4 + 3 * channels * channel
+    longest = len(header.to_bytes()) + 4 + 3 * channels * tables.height * tables.width
     if len(data) > longest:
         raise BitstreamError(f"bitstream of {len(data)} bytes, no message exceeds {longest}: is it a bitstream?")
-    coder, earlier, offsets = tables, b"", SAME_OFFSET
-    if header.reference is not None:
-        if inter is None:
-            raise BitstreamError("the frame has a reference, but this bundle has no tables for that: send it alone")
-        if (reference := inter.find(header)) is None:
-            raise ReferenceLostError(f"the reference {header.reference:04x} is not here any more: send the frame alone")
-        coder, earlier = inter.tables, reference[:channels].tobytes()
-        offsets = (5 * earlier_contexts(reference[:channels].ravel()) + 2).tolist()
-    found, check = rans_decode(
-        data[size:], coder.codings(header.level)[:channels], coder.height, coder.width, coder.largest, offsets
-    )
-    if check is None and header.reference is not None:
-        raise BitstreamError("a message with a reference ends early, so its check is missing: send it whole")
-    if check is not None and check != _check(coder, data[:size], earlier, bytes(found)):
+    if header.reference is None:
+        return _decode(data, header, tables)
+    if inter is None:
+        raise BitstreamError("the frame has a reference, but this bundle has no tables for that: send it alone")
+    if (reference := inter.find(header)) is None:
+        raise ReferenceLostError(f"the reference {header.reference:04x} is not here any more: send the frame alone")
+    try:
+        decoded = _decode(data, header, inter.tables, reference[:channels])
+    except BitstreamError as error:  # the sender may mean another frame with this name
+        raise ReferenceLostError(f"with the reference {header.reference:04x} that is here: {error}") from error
+    if not decoded.checked:
+        raise ReferenceLostError("a frame with a reference ends early, so its check is missing: send it alone")
+    return decoded
+
+
+def _decode(data: bytes, header: Header, tables: Tables, earlier: NDArray[np.int8] | None = None) -> Decoded:
+    """The rest of a message behind its header. earlier: the reference's symbols in the channels that were sent."""
+    size = len(header.to_bytes())
+    channels = tables.codings(header.level)[: header.groups * (tables.channels // tables.groups)]
+    offsets = SAME_OFFSET if earlier is None else (5 * earlier_contexts(earlier.ravel()) + 2).tolist()
+    found, check = rans_decode(data[size:], channels, tables.height, tables.width, tables.largest, offsets)
+    covered = b"" if earlier is None else earlier.tobytes()
+    if check is not None and check != _check(tables, data[:size], covered, bytes(found)):
         raise BitstreamError("the check does not match: the message was damaged, or other tables wrote it")
-    complete = len(found) // channel
+    complete = len(found) // (tables.height * tables.width)
     symbols = np.zeros(tables.shape, np.int8)
-    whole = found[: complete * channel]
+    whole = found[: complete * tables.height * tables.width]
     symbols.ravel()[: len(whole)] = np.frombuffer(whole, np.int8)
     return Decoded(symbols, header, complete, check is not None)
 

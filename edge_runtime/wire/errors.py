@@ -12,7 +12,7 @@ class BitstreamError(WireError):
 
 
 class ReferenceLostError(BitstreamError):
-    """A frame is coded against an earlier one that is not here: ask for the whole frame."""
+    """A frame is coded against an earlier one that is not here, or is another one: ask for the frame alone."""
 
 
 class EnvelopeError(WireError):
