@@ -1,7 +1,7 @@
 """Measurements, one file per part: quality, speed, the case study and the fault matrix. `aiflow bench` runs them.
 
 - `quality`: captions and labels against what people wrote; `aiflow evaluate` runs it
-- `codec`, `device`, `server`, `gateway`: the speed of one part
+- `codec`, `static`, `device`, `server`, `gateway`: the speed of one part
 - `e2e`: the case study: board, brokers and servers over simulated links
 - `faults`: real processes, one fault after the other, and the outcome of every request
 """
