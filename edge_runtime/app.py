@@ -29,6 +29,8 @@ from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Head
 from edge_runtime.inference.labels import Labels
 from edge_runtime.inference.preprocess import PIXELS
+from edge_runtime.inference.references import ReferenceFrames
+from edge_runtime.inference.reuse import Answers
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State
 from edge_runtime.mqtt.routes import Rejection, Route, Router
 from edge_runtime.pipeline import Pipeline
@@ -104,7 +106,7 @@ class Board:
         # OpenCV's own threads do not make the resize of a frame faster, and it waits for them if all cores are busy.
         cv2.setNumThreads(board.threads)
         self.bundle = bundle = open_bundle(Path(board.bundle))
-        _ = bundle.tables, bundle.words  # read now, so that a missing file is found at start
+        _ = bundle.tables, bundle.inter_tables, bundle.words  # read now, so that a missing file is found at start
         offloads = board.paradigm == "offload"
         head = None if offloads else load_head(bundle, board.backend, board.threads)
         draft = None if offloads else load_draft(bundle, board.backend, board.threads)
@@ -118,10 +120,12 @@ class Board:
         # The network: requests and replies with `servers`, everything for users with `local`.
         byte_budget = ByteBudget(config.policy.bytes_per_minute)
         self.measurements = Measurements(byte_budget.spent)
+        self.references = ReferenceFrames(board.refresh_s)
         self.routers: list[Router] = []
         self.servers, self.local = self._clients()
         triggers = {camera.name: [Trigger(trigger.when) for trigger in camera.triggers] for camera in config.cameras}
-        self.events = Events(self.local, site, board.id, listener, triggers)
+        self.events = Events(self.local, site, board.id, self._event_published, triggers)
+        self.answers, self._listener = Answers(), listener
         self.tracker = RequestTracker(
             self.servers,
             bundle,
@@ -133,6 +137,7 @@ class Board:
             config.outbox,
             self.measurements,
             byte_budget,
+            self.references.heard,
         )
 
         # What decides, and the path of a frame.
@@ -147,7 +152,18 @@ class Board:
             level_bytes=bundle.manifest.latent.level_bytes,
             has_room=self.tracker.has_room,
         )
-        self.pipeline = Pipeline(bundle, head, draft, planner, self.tracker, self.events, board.slowdown, labels)
+        self.pipeline = Pipeline(
+            bundle,
+            head,
+            draft,
+            planner,
+            self.tracker,
+            self.events,
+            board.slowdown,
+            labels,
+            self.answers,
+            self.references,
+        )
 
     def run(self, stop: threading.Event) -> Values:
         """Handles frames until the sources end or `stop` is set; returns `summary`.
@@ -183,6 +199,8 @@ class Board:
             **asdict(self.cameras.totals()),
             "frames_failed": self.pipeline.failed,
             "triggered": self.events.triggered,
+            "reused": self.pipeline.reused,
+            "with_reference": self.pipeline.with_reference,
             "setting": self.settings.counts(),
             "rejected": dict(rejected),
             "ignored": dict(self.measurements.counts),
@@ -246,7 +264,14 @@ class Board:
             on_state=on_state,
         )
 
+    def _event_published(self, event: Event) -> None:
+        self.answers.published(event)
+        if self._listener:
+            self._listener(event)
+
     def _connection_changed(self, state: State, _: str) -> None:
+        if state is not State.ONLINE:
+            self.references.disconnected()
         if state is not State.CONNECTING:  # the first frames need not wait for the first connection
             self.measurements.connected(state in (State.ONLINE, State.DEGRADED))
 

@@ -123,6 +123,9 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     motion: MotionConfig = MotionConfig()  # which frames are processed; off: all
     max_interval_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0  # process a frame at least so often; 0: not
     frozen_s: Annotated[float, Meta(ge=0, le=86400)] = 30.0  # an unchanged picture is reported; 0: never
+    # Use the latest answer again and send nothing if the frame differs by at most this (inference/reuse.py); 0: never.
+    reuse_distance: Annotated[float, Meta(ge=0, le=10)] = 0.0
+    reuse_s: Annotated[float, Meta(gt=0, le=86400)] = 60.0  # an answer is used for at most this time
     # These replace the board's settings.
     deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] | None = None
     paradigm: Literal["auto", "device", "split", "speculative", "offload"] | None = None
@@ -199,6 +202,8 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     groups: Annotated[int, Meta(ge=1, le=4)] | None = None  # of the features' channels; none: all
     # Longest features of a frame, without the other parts of a request; longer ones are sent coarser. None: no limit.
     max_bytes: Annotated[int, Meta(ge=MIN_FEATURE_BYTES, le=1_000_000)] | None = None
+    # A frame may be coded against an earlier one, and is coded alone after at most this time. 0: always alone.
+    refresh_s: Annotated[float, Meta(ge=0, le=86400)] = 60.0
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # of offload, and of the JPEG size that events compare with
     slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # simulates a slower board, by sleeping
 
@@ -252,6 +257,11 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 raise ConfigError(
                     f"camera {camera.name} wants {camera.paradigm}, but a board that offloads loads no head: "
                     'give the board paradigm = "auto" and its other cameras "offload"'
+                )
+            if camera.reuse_distance:
+                raise ConfigError(
+                    f"camera {camera.name} has reuse_distance, which compares features, but a board that offloads "
+                    'loads no head: remove it, or give the board paradigm = "auto" and its cameras "offload"'
                 )
         if self.outbox:
             raise ConfigError(

@@ -15,6 +15,7 @@ from math import isfinite
 from typing import Any
 
 import cv2
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -26,6 +27,8 @@ from edge_runtime.inference.head import Head, Latent
 from edge_runtime.inference.labels import Labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import NO_LIMIT, RatedSymbols, choose_rate
+from edge_runtime.inference.references import ReferenceFrames, SentFrame
+from edge_runtime.inference.reuse import Answers
 from edge_runtime.planning import Plan, Planner
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
@@ -40,10 +43,11 @@ from edge_runtime.wire import (
     encode_request,
 )
 from edge_runtime.wire.envelope import encode_tokens
-from edge_runtime.wire.event import AnsweredBy, Event, Rate
+from edge_runtime.wire.event import AnsweredBy, Event, Rate, Reuse
 
 logger = logging.getLogger(__name__)
 
+REUSED = ("text", "tokens", "answered_by", "label", "scores", "confidence", "unsure", "answers")  # of an event
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # for a request that contains features
 
 
@@ -92,12 +96,19 @@ class Pipeline:
         events: Events,
         slowdown: float = 1.0,
         labels: Labels | None = None,
+        answers: Answers | None = None,
+        references: ReferenceFrames | None = None,
     ) -> None:
-        """Without a head, every plan must be to offload. labels: for the frames that nobody verifies."""
+        """Without a head, every plan must be to offload. labels: for the frames that nobody verifies. answers,
+        references: both are told what servers reply.
+        """
         self.bundle, self.head, self.draft, self.labels, self.planner = bundle, head, draft, labels, planner
         self.tracker, self.events, self.slowdown = tracker, events, slowdown
         self.ids = RequestIds()
+        self.answers, self.references = answers or Answers(), references or ReferenceFrames()
         self.failed = 0  # frames that the head or the coder could not handle
+        self.reused = 0  # frames for which an earlier answer was used again
+        self.with_reference = 0  # frames that were coded against an earlier one
 
     def run(self, frames: Iterable[Frame]) -> None:
         """Handles frames until there are no more."""
@@ -125,7 +136,7 @@ class Pipeline:
             "speculative": self._speculative,
             "offload": self._offload,
         }
-        event = paths[plan.paradigm](work)
+        event = self._reuse(work) or paths[plan.paradigm](work)
         watch.lap("publish")
         self.planner.learn(plan, watch.ms, work.draft.confidence if work.draft else None)
         return event
@@ -152,7 +163,10 @@ class Pipeline:
         self._write_draft(work)
         if work.draft and work.plan.accepts(work.draft.confidence) and not work.plan.keep:
             why = f"the draft is sure enough: confidence {work.draft.confidence:.2f}"
-            return self._answer_on_device(work, why)
+            event = self._answer_on_device(work, why)
+            if work.plan.reuse_distance and work.latent:
+                self.answers.accepted(event, work.latent, work.frame.captured, wanted(work.plan))
+            return event
         refusal = self._send(work)
         return self._answer_on_device(work, refusal) if refusal else self._announce(work)
 
@@ -173,8 +187,33 @@ class Pipeline:
 
     # ---- their steps ----
 
+    def _reuse(self, work: FrameInProgress) -> Event | None:
+        """Publishes an earlier answer if it holds for this frame too. Then nothing is sent and no draft is written."""
+        plan, frame = work.plan, work.frame
+        if not plan.reuse_distance:
+            return None
+        self._run_head(work)
+        found = work.latent and self.answers.find(
+            frame.camera, work.latent, wanted(plan), frame.captured, plan.reuse_distance, plan.reuse_s
+        )
+        if not found or not is_accepted(found[0], plan):
+            return None
+        earlier, distance = found
+        self._count_jpeg_bytes(work)
+        self.reused += 1
+        event = self._event(
+            work,
+            final=True,
+            paradigm="device",
+            why=f"the answer to frame {earlier.frame} is used again: the distance is {distance:.3f}",
+            reuse=Reuse(earlier.frame, distance),
+            **{name: getattr(earlier, name) for name in REUSED},
+        )
+        self.events.publish(event)
+        return event
+
     def _run_head(self, work: FrameInProgress) -> None:
-        if self.head:
+        if self.head and work.latent is None:
             work.latent = self.head.latent(work.pixels)
             work.watch.lap("head")
 
@@ -207,12 +246,13 @@ class Pipeline:
         if features is None and plan.paradigm != "offload":
             return f"{plan.paradigm}: the coarsest features do not fit into {plan.max_bytes} bytes"
         request = self._request(work, plan, features)
-        payload = encode_request(request)
+        first_copy = self._against_reference(work, request, features) if features and not plan.keep else request
+        payload = encode_request(first_copy)
         work.watch.lap("encode")
         if features is None:
             work.jpeg_bytes = len(request.content)
         else:
-            work.rate = Rate(features.level, features.groups, len(request.content))
+            work.rate = Rate(features.level, features.groups, len(first_copy.content))
             if plan.keep:  # the outbox stores this event. In all other cases the encoding would only delay the request.
                 self._count_jpeg_bytes(work)
         event, deadline = self._event(work, bytes_up=len(payload)), captured + plan.budget_ms / 1e3
@@ -220,7 +260,24 @@ class Pipeline:
             work.rate = None
             return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
         work.bytes_up = len(payload)
+        if features:
+            has_reference = first_copy is not request
+            self.with_reference += has_reference
+            rated = features.symbols, features.level, features.groups
+            self.references.sent(SentFrame(request.id, work.frame.camera, *rated, captured, has_reference))
+        if plan.reuse_distance and work.latent:
+            self.answers.asked(work.request_id.hex(), work.latent, captured, wanted(plan))
         return None
+
+    def _against_reference(self, work: FrameInProgress, request: Request, features: RatedSymbols) -> Request:
+        """The same request with fewer bytes, if the server has an earlier frame that is much like this one."""
+        tables, frame, (level, groups) = self.bundle.inter_tables, work.frame, (features.level, features.groups)
+        reference = self.references.find(frame.camera, level, groups, frame.captured) if tables else None
+        if tables is None or reference is None:
+            return request
+        content = bitstream.encode(features.symbols, tables, level, groups, reference)
+        shorter = len(content) < len(request.content)
+        return msgspec.structs.replace(request, content=content) if shorter else request
 
     def _request(self, work: FrameInProgress, plan: Plan, features: RatedSymbols | None) -> Request:
         age_ms, tokens = int(1e3 * (time.monotonic() - work.frame.captured)), work.draft.tokens if work.draft else ()
@@ -271,6 +328,17 @@ class Pipeline:
                 values["confidence"] = work.draft.confidence
                 values["unsure"] = work.draft.confidence < self.bundle.manifest.unsure_below.get("device", 0.0)
         return Event(**(values | changes))
+
+
+def wanted(plan: Plan) -> Options:
+    """What decides an answer, besides the frame."""
+    return Options(tier=plan.tier, questions=plan.questions)
+
+
+def is_accepted(event: Event, plan: Plan) -> bool:
+    """Whether an answer is good enough now: a user may have raised the floor since the board accepted its draft."""
+    is_draft = event.answered_by == AnsweredBy("device")
+    return not is_draft or (event.confidence is not None and plan.accepts(event.confidence))
 
 
 def build_request(

@@ -20,6 +20,7 @@ from testbed.terminal import new_file, number, print_figures, print_table, track
 BACKENDS = ("onnx", "litert")
 PARTS = {
     "codec": "the entropy coder, on the photos' symbols",
+    "static": "a static camera: bytes against an earlier frame, and frames that need no answer of their own",
     "device": "a board alone: stages, memory",
     "server": "a server's engine: texts per second, with drafts and without",
     "gateway": "a server behind a broker: requests per second",
@@ -102,6 +103,9 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
     parser.add_argument("--backend", choices=("auto", *BACKENDS), help=f"of head and draft{both}")
     if part == "device":
         parser.add_argument("--frames", type=number, default=500, metavar="N", help="default: 500")
+    if part == "static":
+        parser.add_argument("--frames", type=number, default=20, metavar="N", help="of each scene (default: 20)")
+        parser.add_argument("--reuse-distance", type=float, default=0.15, metavar="X", help="default: 0.15")
     if part in ("server", "gateway"):
         parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="default: edge")
         parser.add_argument("--threads", type=number, default=1, metavar="N", help="of the networks (default: 1)")
@@ -225,6 +229,10 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
 
         return device.run(bundle, pictures, [args.backend] if args.backend else BACKENDS, args.frames)
     head = load_head(bundle, args.backend or "onnx", 1)
+    if args.part == "static":
+        from benchmarks import static
+
+        return static.run(bundle, head, pictures, args.frames, args.reuse_distance)
     level = bundle.manifest.latent.default_level
     latents = [head.latent(to_input(picture)) for picture in pictures]
     symbols = np.stack([latent.symbols(level) for latent in latents])

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def load(config: ServerConfig) -> tuple[Bundle, Engine]:
     """Opens the bundle, loads the tier's networks and runs the start test. Raises BundleError."""
     bundle = open_bundle(Path(config.bundle))
-    _ = bundle.tables, bundle.words  # a mistake in them is found at the start
+    _ = bundle.tables, bundle.inter_tables, bundle.words  # a mistake in them is found at the start
     engine = load_engine(bundle, (config.tier,), config.device, config.threads)
     engine.proof = prove(engine, [size for size in SIZES if size <= config.max_batch])
     return bundle, engine

@@ -154,8 +154,9 @@ def passed_up(request: Request, server: str, tokens: Sequence[int], waited_s: fl
 def passed_down(own: Reply, above: Reply) -> Reply:
     """What the board is told of a reply from above to its request: all of it, behind this server's own hop.
 
-    Questions that the tier above does not have keep this server's answers: both have the same features.
+    Questions that the tier above does not have keep this server's answers: both have the same features. The board sends
+    its next frames here, so the tier above cannot speak of references.
     """
     answers = dict(islice(((own.answers or {}) | (above.answers or {})).items(), MAX_QUESTIONS))
     hops = (*own.hops, *above.hops)[:MAX_HOPS]
-    return msgspec.structs.replace(above, id=own.id, hops=hops, answers=answers or None)
+    return msgspec.structs.replace(above, id=own.id, hops=hops, answers=answers or None, is_reference=own.is_reference)

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -29,14 +30,18 @@ from edge_runtime.wire import (
     BitstreamError,
     ContentKind,
     EnvelopeError,
+    Header,
     Hop,
+    Inter,
     Paradigm,
+    ReferenceLostError,
     Reply,
     Request,
     Status,
     Tier,
     decode,
     decode_request,
+    encode,
     encode_reply,
     encode_tokens,
 )
@@ -53,6 +58,7 @@ from server.escalator import Escalator
 from server.gateway import Arrival
 from server.pictures import PictureCostError, PictureDecoder, PictureWorkerError
 from server.questions import Questions
+from server.references import References
 from server.reply_cache import ReplyCache, Seen
 from server.upstream import Upstream
 
@@ -85,6 +91,7 @@ class Service:
         self.config, self.bundle, self.engine, self.replies = config, bundle, engine, replies
         self.upstream = upstream
         self.questions = questions or Questions(bundle)
+        self.references = References()
         self.tier = Tier[config.tier.upper()]
         self.takes_pictures = config.pictures and engine.head is not None
         self.pictures: Batcher[Accepted] = Batcher(config.queue, 1, 0.0, time.monotonic)
@@ -257,7 +264,7 @@ class Service:
                 passes = sum(answer.passes for answer in answers) or 1
                 for i, answer in zip(jobs, answers, strict=True):
                     costs_ms[i] += 1e3 * (done - decoded) * answer.passes / passes
-                    self._reply(batch.items[i], answer, started, decoded, done)
+                    self._reply(batch.items[i], jobs[i], answer, started, decoded, done)
         finally:
             self.batch_times.end()
             for accepted, cost_ms in zip(batch.items, costs_ms, strict=True):
@@ -269,7 +276,8 @@ class Service:
         try:
             symbols, level, channels = self._symbols(accepted)
         except BitstreamError as error:
-            self._refuse(accepted, Status.BAD_REQUEST, str(error))
+            is_lost = isinstance(error, ReferenceLostError)
+            self._refuse(accepted, Status.REFERENCE_LOST if is_lost else Status.BAD_REQUEST, str(error))
             return None
         max_tokens = request.options.max_tokens if request.options else None
         wants_label = bool(self.bundle.manifest.classes)
@@ -292,9 +300,13 @@ class Service:
         tables = self.bundle.tables
         if accepted.pixels is not None:
             return self.engine.symbols(accepted.pixels), tables.levels - 1, tables.channels
-        decoded = decode(accepted.request.content, tables)
+        board, inter = accepted.arrival.board, self.bundle.inter_tables
+        find = partial(self.references.find, board)
+        decoded = decode(accepted.request.content, tables, Inter(inter, find) if inter else None)
         if not decoded.checked:  # a cut message and a damaged one look alike, and MQTT cuts none
             raise BitstreamError("bitstream ends early, so its check is missing: send it whole")
+        if inter:
+            self.references.keep(board, accepted.request.id, decoded.header, decoded.symbols)
         return decoded.symbols, decoded.header.level, decoded.complete_channels
 
     def _compute(self, jobs: list[Job]) -> list[Answer]:
@@ -310,7 +322,7 @@ class Service:
         self.batch_times.add(1e3 * (time.monotonic() - started), passes_ms / passes)
         return answers
 
-    def _reply(self, accepted: Accepted, answer: Answer, started: float, decoded: float, done: float) -> None:
+    def _reply(self, accepted: Accepted, job: Job, answer: Answer, started: float, decoded: float, done: float) -> None:
         """From an answer to a reply; the times are of its batch."""
         if answer.error:
             self._refuse(accepted, Status.FAILED, answer.error)
@@ -332,9 +344,18 @@ class Service:
             label=next(iter(answer.scores), None),
             scores=answer.scores or None,
             answers=answer.answers or None,
+            is_reference=accepted.pixels is None and self.bundle.inter_tables is not None,
         )
-        if not self.escalator.ask(accepted, reply):
+        if not self.escalator.ask(self._without_reference(accepted, job), reply):
             self._finish(accepted, reply)
+
+    def _without_reference(self, accepted: Accepted, job: Job) -> Accepted:
+        """The request as the tier above can read it: that one has no earlier frames of the board."""
+        request, tables = accepted.request, self.bundle.tables
+        if not self.upstream or accepted.pixels is not None or Header.from_bytes(request.content).reference is None:
+            return accepted
+        content = encode(job.symbols, tables, job.level, job.channels * tables.groups // tables.channels)
+        return replace(accepted, request=msgspec.structs.replace(request, content=content))
 
     # ---- any thread ----
 

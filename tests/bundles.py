@@ -11,8 +11,10 @@ from torch import nn
 
 from edge_runtime.inference.bundle import (
     BOS,
+    INTER_TABLES,
     MANIFEST,
     SCHEMA,
+    TABLES,
     Bundle,
     FileRecord,
     LatentRecord,
@@ -22,6 +24,7 @@ from edge_runtime.inference.bundle import (
     open_bundle,
 )
 from edge_runtime.wire import count_tables
+from edge_runtime.wire.tables import count_inter_tables
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
 from models.lookahead import LookaheadNet, lookahead_file, tensors_of
@@ -67,7 +70,11 @@ def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 34, 
         save_file(tensors_of(range(BOS, VOCABULARY), lookahead), path / lookahead_file(tier))
     symbols = random_symbols(64, seed)
     coarse = (symbols * GAINS[0]).round().astype(np.int8)
-    (path / "tables.bin").write_bytes(count_tables([coarse, symbols], set_id=seed).to_bytes())
+    tables, changes = count_tables([coarse, symbols], set_id=seed), random_symbols(64, seed + 1).clip(-1, 1)
+    changes[np.random.default_rng(seed).random(changes.shape) < 0.9] = 0  # as from sensor noise
+    pairs = [(coarse, coarse + changes), (symbols, symbols + changes)]
+    (path / TABLES).write_bytes(tables.to_bytes())
+    (path / INTER_TABLES).write_bytes(count_inter_tables(pairs, tables).to_bytes())
     words = ["<pad>", "<start>", "<end>", "<unknown>", *(f"word{i}" for i in range(4, VOCABULARY))]
     (path / "vocabulary.txt").write_text("".join(f"{word}\n" for word in words))
     manifest = Manifest(

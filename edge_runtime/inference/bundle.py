@@ -23,6 +23,7 @@ from edge_runtime.wire.tables import MAX_CHANNELS, MAX_SIDE
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+TABLES, INTER_TABLES = "tables.bin", "inter_tables.bin"
 MAX_MANIFEST_BYTES = 256 * 1024  # the shipped one has 4 KB
 MAX_TABLES_BYTES = 8 << 20  # the shipped ones have 6 KB
 MAX_VOCABULARY_BYTES = 16 << 20  # for the largest vocabulary, 16 bytes per word
@@ -172,17 +173,32 @@ class Bundle:
     @cached_property
     def tables(self) -> Tables:
         """The entropy coder's tables. Raises BundleError."""
-        try:
-            tables = Tables.from_bytes(self.read("tables.bin", MAX_TABLES_BYTES))
-        except TablesError as error:
-            raise BundleError(f"{self.path / 'tables.bin'}: {error}") from error
-        latent = self.manifest.latent
+        tables, latent = self._tables(TABLES), self.manifest.latent
         found = (tables.levels, *tables.shape, tables.groups)
         wanted = (len(latent.gains), latent.channels, latent.height, latent.width, latent.groups)
         if found != wanted:
             names = "levels, channels, height, width and groups"
             raise BundleError(f"{self.path}: tables.bin has {found} {names}, the manifest {wanted}: build it again")
+        if tables.is_inter:
+            raise BundleError(f"{self.path}: tables.bin has the seven contexts of {INTER_TABLES}: build it again")
         return tables
+
+    @cached_property
+    def inter_tables(self) -> Tables | None:
+        """Those that code a frame against an earlier one. None: the bundle has none. Raises BundleError."""
+        if INTER_TABLES not in self.manifest.files:
+            return None
+        tables, alone = self._tables(INTER_TABLES), self.tables
+        found, wanted = ((t.levels, *t.shape, t.groups, t.set_id) for t in (tables, alone))
+        if found != wanted or not tables.is_inter:
+            raise BundleError(f"{self.path}: {INTER_TABLES} does not fit tables.bin: build the bundle again")
+        return tables
+
+    def _tables(self, name: str) -> Tables:
+        try:
+            return Tables.from_bytes(self.read(name, MAX_TABLES_BYTES))
+        except TablesError as error:
+            raise BundleError(f"{self.path / name}: {error}") from error
 
     @cached_property
     def words(self) -> tuple[str, ...]:

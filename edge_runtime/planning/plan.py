@@ -24,6 +24,9 @@ class Plan:
     writes_draft: bool = True  # False: no CPU time for a draft that is only shown, not sent
     # Accept a draft with at least this confidence without verification. None: verify every draft.
     min_confidence: float | None = None
+    # Use an earlier answer again if the frame differs from the answered one by at most this: see inference/reuse.py.
+    reuse_distance: float = 0.0  # 0: never
+    reuse_s: float = 60.0  # seconds between the two frames, at most
     keep: bool = False  # the link is away: store the request in the outbox, do not send it now
     questions: tuple[str, ...] = ()  # taught ones, which the server is to answer
     propose: bool = False  # the server may propose tokens itself if the request contains no draft

@@ -65,6 +65,8 @@ class BoardPlanner:
             max_bytes=board.max_bytes,
             jpeg_quality=board.jpeg_quality,
             questions=own.questions,
+            reuse_distance=own.reuse_distance,
+            reuse_s=own.reuse_s,
         )
         now = time.monotonic()
         self._measurements.catch_up(now)

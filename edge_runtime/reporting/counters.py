@@ -38,6 +38,8 @@ BOARD = {
     ),
     "frames_failed": Meaning("Frames that head or coder could not handle"),
     "triggered": Meaning("Events of triggers"),
+    "reused": Meaning("Frames for which an earlier answer was used again, so that nothing was sent"),
+    "with_reference": Meaning("Frames that were coded against an earlier one, to send fewer bytes"),
     "frames": Meaning("Frames read from cameras, files and MQTT"),
     "still": Meaning("Frames held back by the motion gate"),
     "lightning": Meaning("Frames held back because the whole picture changed at once"),

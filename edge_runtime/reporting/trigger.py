@@ -7,7 +7,7 @@ from edge_runtime.wire import Event
 class Trigger:
     """One condition of one camera.
 
-    Only a frame's final answer of a server counts. A frame that was lost, or whose answer lacks a question, changes
+    Only a frame's final answer of a server counts, or one that is used again for a later frame. A frame that was lost, or whose answer lacks a question, changes
     nothing, nor does one that was captured before the last one that counted: answers may overtake each other, and an
     outbox sends what is hours old.
     """
@@ -21,7 +21,8 @@ class Trigger:
     def step(self, event: Event) -> bool:
         """Whether the condition has just become true, which it has when it was true for its frames in a row."""
         answers = answers_of(event)
-        is_answer = event.type == "update" and event.final and self.condition.questions <= answers.keys()
+        is_verified = event.type == "update" or event.reuse is not None
+        is_answer = is_verified and event.final and self.condition.questions <= answers.keys()
         # Frames are ids in hex that rise with time, whatever the clock does.
         if not is_answer or event.frame <= self._frame:
             return False

@@ -12,8 +12,8 @@ T = TypeVar("T")
 class Why:
     """Why a request ended, or was postponed."""
 
-    # For counters: no_reply, busy, unknown_bundle, stale, bad_request, failed (what a server said), full (too many
-    # wait already), not_taken (by the broker), no_bytes (in the budget), outbox, stopping.
+    # For counters: no_reply, busy, unknown_bundle, stale, bad_request, failed, reference_lost (what a server said),
+    # full (too many wait already), not_taken (by the broker), no_bytes (in the budget), outbox, stopping.
     code: str
     text: str  # for people
 
@@ -26,7 +26,7 @@ class Send(Generic[T]):
     content: T
     waited_s: float  # since the content was handed over
     left_s: float  # until the deadline
-    is_resend: bool  # it left before, in this try
+    is_resend: bool  # it left before, in this try. Then send it without a reference to an earlier frame
 
 
 @dataclass(frozen=True, slots=True)

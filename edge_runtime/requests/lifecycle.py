@@ -222,6 +222,8 @@ class RequestLifecycle(Generic[T]):
         # A server without the bundle cannot answer, but another one of its pool may.
         if reply.status in (Status.BUSY, Status.UNKNOWN_BUNDLE):
             return self._come_back_later(entry, reply, now)
+        if reply.status is Status.REFERENCE_LOST:
+            return self._send_alone(entry, reply, now)
         if reply.status is not Status.OK:
             return self._refused(entry, reply, now)
         if entry.state in (State.KEPT, State.READING):
@@ -377,6 +379,14 @@ class RequestLifecycle(Generic[T]):
         entry.sends = max(entry.sends, 2)
         is_in_vain = entry.resend_at >= entry.deadline or entry.unknown_bundle >= MAX_UNKNOWN_BUNDLE
         return self._no_reply(entry, entry.refusal, now) if is_in_vain else []
+
+    def _send_alone(self, entry: _Entry[T], reply: Reply, now: float) -> list[Action[T]]:
+        """The server lacks the reference of the first copy. Later copies have none."""
+        if entry.state is not State.OPEN or entry.sends != 1:
+            self._counts["duplicate" if entry.state is State.IMPROVABLE else "late"] += 1
+            return []
+        entry.refusal, entry.was_told_when = _refusal(reply), True
+        return [self._send_again(entry, now)] if now < entry.deadline else []
 
     def _refused(self, entry: _Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         if entry.state is State.IMPROVABLE:

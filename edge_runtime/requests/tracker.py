@@ -7,7 +7,7 @@ outbox. Every request that the board submits ends in exactly one more final even
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -65,7 +65,9 @@ class NewRequest:
     """What the path of a frame hands over."""
 
     request: Request
-    payload: bytes  # the encoded request, as it is first sent
+    payload: (
+        bytes  # the encoded request, as it is first sent: its content may have a reference, that of `request` has none
+    )
     event: Event  # what the frame's next event starts from
     captured: float  # seconds, time.monotonic()
     deadline: float  # the same clock: after it the draft stands
@@ -144,10 +146,11 @@ class RequestTracker:
         outbox: OutboxConfig | None = None,
         observer: Observer | None = None,
         byte_budget: ByteBudget | None = None,
+        on_reply: Callable[[Reply], None] = lambda _: None,
     ) -> None:
-        """capacity: requests that wait for a reply; byte_budget: None: no limit."""
+        """capacity: requests that wait for a reply; byte_budget: None: no limit; on_reply: is told each reply."""
         self._client, self._bundle, self._events, self._observer = client, bundle, events, observer
-        self._capacity, self._budget = capacity, byte_budget or ByteBudget()
+        self._capacity, self._budget, self._on_reply = capacity, byte_budget or ByteBudget(), on_reply
         self._topic = topics.request(site, board)
         self._outbox = self._new_outbox(outbox) if outbox else None
         self._lifecycle: RequestLifecycle[_Tracked] = RequestLifecycle(
@@ -263,6 +266,7 @@ class RequestTracker:
             self._events.publish(event)
 
     def _reply(self, reply: Reply, now: float) -> Sequence[Action[_Tracked]]:
+        self._on_reply(reply)
         if tracked := self._lifecycle.find(reply.id):
             try:
                 encode_event(self._update(tracked, reply, now))
@@ -402,7 +406,7 @@ def _row(tracked: _Tracked) -> Row:
     """What the outbox stores of a request."""
     captured = tracked.event.captured.timestamp()
     kept = captured + time.monotonic() - tracked.captured  # a wall clock that jumped would make it years old
-    payload = tracked.compact or tracked.payload
+    payload = tracked.compact or encode_request(tracked.request)  # without a reference: a server soon forgets it
     event = msgspec.structs.replace(tracked.event, bytes_up=tracked.bytes_up)
     return Row(tracked.request.id, captured, kept, payload, encode_event(event))
 

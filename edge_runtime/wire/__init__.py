@@ -9,7 +9,7 @@ No I/O, no clock and no model: it imports numpy, msgspec and `edge_runtime.error
 """
 
 from edge_runtime.wire import topics
-from edge_runtime.wire.bitstream import decode, encode
+from edge_runtime.wire.bitstream import Header, Inter, Reference, decode, encode
 from edge_runtime.wire.envelope import (
     MAX_ENVELOPE,
     ContentKind,
@@ -29,7 +29,14 @@ from edge_runtime.wire.envelope import (
     encode_request,
     encode_tokens,
 )
-from edge_runtime.wire.errors import BitstreamError, EnvelopeError, TablesError, TopicError, WireError
+from edge_runtime.wire.errors import (
+    BitstreamError,
+    EnvelopeError,
+    ReferenceLostError,
+    TablesError,
+    TopicError,
+    WireError,
+)
 from edge_runtime.wire.event import AnsweredBy, Event, EventHop, Explain, decode_event, encode_event
 from edge_runtime.wire.tables import Tables, cost_bits, count_tables
 
@@ -42,9 +49,13 @@ __all__ = [
     "Event",
     "EventHop",
     "Explain",
+    "Header",
     "Hop",
+    "Inter",
     "Options",
     "Paradigm",
+    "Reference",
+    "ReferenceLostError",
     "Reply",
     "Request",
     "RequestIds",

@@ -1,43 +1,73 @@
-"""Symbols to bytes and back: a 2-byte header, then the channel groups, entropy-coded; docs/protocol.md, section 5.
+"""Symbols to bytes and back: a header, then the channel groups, entropy-coded; docs/protocol.md, section 5.
 
 The shape comes from the tables and never from the message, so a message cannot decide how much is allocated. The bytes
 are the same on every CPU, since no floating point is used. A truncated message decodes to its complete channels,
 without a check.
+
+A frame may be coded against an earlier one that both sides have, its reference. The header names it, and the check
+covers its symbols: if the two sides have different ones, the message is refused.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import repeat
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.wire.entropy import FLAT, rans_decode, rans_encode
-from edge_runtime.wire.errors import BitstreamError
-from edge_runtime.wire.tables import Tables
+from edge_runtime.wire.errors import BitstreamError, ReferenceLostError
+from edge_runtime.wire.tables import Tables, earlier_contexts
 
 FORMAT = 1
+KEPT_FRAMES = 32  # of each board, by a server: twice as many as a board may have cameras
+SAME_OFFSET: Iterable[int] = repeat(2)  # into the codings of tables without a reference
 MAX_OVERHEAD = 6  # bytes of a bitstream besides the ideal code length in whole bytes: header, state, rounding
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The first two bytes of a bitstream."""
+    """The first bytes of a bitstream: two, or four if it names a reference."""
 
     level: int  # coarseness, 0..7, 0 = coarsest
     groups: int  # channel groups that follow, 1..4
     table_set: int  # low 6 bits of the tables' id, 0..63
+    reference: int | None = None  # the last 16 bits of the id of the reference's request; None: coded alone
 
     def to_bytes(self) -> bytes:
-        return bytes([FORMAT << 4 | self.level << 1, self.table_set << 2 | self.groups - 1])
+        first = FORMAT << 4 | self.level << 1 | (self.reference is not None)
+        name = b"" if self.reference is None else self.reference.to_bytes(2, "big")
+        return bytes([first, self.table_set << 2 | self.groups - 1]) + name
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Header":
-        """Reads the first two bytes only. Raises BitstreamError."""
-        if len(data) < 2:
-            raise BitstreamError(f"bitstream of {len(data)} bytes, but the header has 2: was the message truncated?")
-        if data[0] >> 4 != FORMAT or data[0] & 1:
-            raise BitstreamError(f"header {data[:2].hex()}, want format {FORMAT}, a zero bit 0: update the older side")
-        return cls(level=data[0] >> 1 & 7, groups=(data[1] & 3) + 1, table_set=data[1] >> 2)
+        """Reads the first two or four bytes only. Raises BitstreamError."""
+        size = 4 if data[:1] and data[0] & 1 else 2
+        if len(data) < size:
+            raise BitstreamError(
+                f"bitstream of {len(data)} bytes, but the header has {size}: was the message truncated?"
+            )
+        if data[0] >> 4 != FORMAT:
+            raise BitstreamError(f"header {data[:2].hex()}, want format {FORMAT}: update the older side")
+        reference = int.from_bytes(data[2:4], "big") if size == 4 else None
+        return cls(data[0] >> 1 & 7, (data[1] & 3) + 1, data[1] >> 2, reference)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """An earlier frame that the receiver has. The new one has the same level and groups."""
+
+    name: int  # the last 16 bits of the id of its request
+    symbols: NDArray[np.int8]  # [C, H, W], those of the groups that were sent
+
+
+class Inter(NamedTuple):
+    """What a receiver needs for frames that are coded against an earlier one."""
+
+    tables: Tables  # with seven contexts
+    find: Callable[[Header], NDArray[np.int8] | None]  # the symbols of the reference that a header names
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +78,17 @@ class Decoded:
     checked: bool  # False: the message was truncated, and a prefix has no check
 
 
-def encode(symbols: NDArray[np.int8], tables: Tables, level: int = 0, groups: int | None = None) -> bytes:
+def encode(
+    symbols: NDArray[np.int8],
+    tables: Tables,
+    level: int = 0,
+    groups: int | None = None,
+    reference: Reference | None = None,
+) -> bytes:
     """Codes symbols int8 [C, H, W], -127..127, with the tables of this level: the first `groups`, or all.
 
-    At most 4 bytes longer than the header and `cost_bits` rounded up to bytes. Raises BitstreamError for symbols, level
-    or groups that the tables cannot code.
+    At most 4 bytes longer than the header and `cost_bits` rounded up to bytes. With a reference, the tables are those
+    with seven contexts. Raises BitstreamError for symbols, level or groups that the tables cannot code.
     """
     groups = tables.groups if groups is None else groups
     if symbols.dtype != np.int8 or symbols.shape != tables.shape:
@@ -61,24 +97,29 @@ def encode(symbols: NDArray[np.int8], tables: Tables, level: int = 0, groups: in
         )
     if not (0 <= level < tables.levels and 1 <= groups <= tables.groups):
         raise BitstreamError(f"level {level}, groups {groups}: want 0..{tables.levels - 1} and 1..{tables.groups}")
-    sent = symbols[: tables.channels // tables.groups * groups]
+    if tables.is_inter != (reference is not None):
+        raise BitstreamError("a reference needs tables with seven contexts, and these need a reference")
+    channels = tables.channels // tables.groups * groups
+    sent, earlier = symbols[:channels], reference.symbols[:channels] if reference else None
     if sent.min() == -128:
         raise BitstreamError("symbol -128 cannot be coded, only -127..127: clip the latent before it is quantised")
-    entries = tables.entries(sent, level).ravel()
+    entries = tables.entries(sent, level, earlier).ravel()
     frequencies, starts = tables.frequencies.ravel()[entries], tables.starts.ravel()[entries]
     escaped = np.flatnonzero(np.abs(sent.ravel()) > tables.largest)
     if escaped.size:
         frequencies = np.insert(frequencies, escaped + 1, FLAT)
         starts = np.insert(starts, escaped + 1, (sent.ravel()[escaped].astype(np.int16) + 128) * FLAT)
-    header = Header(level, groups, tables.set_id & 63).to_bytes()
-    return header + rans_encode(frequencies.tolist(), starts.tolist(), _check(tables, header, sent.tobytes()))
+    header = Header(level, groups, tables.set_id & 63, reference.name if reference else None).to_bytes()
+    check = _check(tables, header, b"" if earlier is None else earlier.tobytes(), sent.tobytes())
+    return header + rans_encode(frequencies.tolist(), starts.tolist(), check)
 
 
-def decode(data: bytes, tables: Tables) -> Decoded:
+def decode(data: bytes, tables: Tables, inter: Inter | None = None) -> Decoded:
     """Decodes any bytes to symbols, or raises BitstreamError. The tables' shape bounds time and memory.
 
     The check verifies a complete message. A message that ends early gives its complete channels and `checked=False`.
-    Damage can look like truncation, so a receiver that expects complete messages must refuse unchecked ones.
+    Damage can look like truncation, so a receiver that expects complete messages must refuse unchecked ones. Raises
+    ReferenceLostError for any message with a reference that it cannot verify, truncated ones included.
     """
     header = Header.from_bytes(data)
     if header.table_set != tables.set_id & 63:
@@ -87,23 +128,42 @@ def decode(data: bytes, tables: Tables) -> Decoded:
         raise BitstreamError(
             f"level {header.level}, {header.groups} groups, tables have {tables.levels}, {tables.groups}"
         )
-    group = tables.channels // tables.groups
-    channel = tables.height * tables.width
+    channels = header.groups * (tables.channels // tables.groups)
     # A symbol takes at most two steps of 12 and 8 bits, each rounded up by less than 1/8 bit: less than 3 bytes.
-    longest = 6 + 3 * header.groups * group * channel
+    longest = len(header.to_bytes()) + 4 + 3 * channels * tables.height * tables.width
     if len(data) > longest:
         raise BitstreamError(f"bitstream of {len(data)} bytes, no message exceeds {longest}: is it a bitstream?")
-    by_channel = tables.codings(header.level)[: header.groups * group]
-    found, check = rans_decode(data[2:], by_channel, tables.height, tables.width, tables.largest)
-    complete = len(found) // channel
-    if check is not None and check != _check(tables, data[:2], bytes(found)):
+    if header.reference is None:
+        return _decode(data, header, tables)
+    if inter is None:
+        raise BitstreamError("the frame has a reference, but this bundle has no tables for that: send it alone")
+    if (reference := inter.find(header)) is None:
+        raise ReferenceLostError(f"the reference {header.reference:04x} is not here any more: send the frame alone")
+    try:
+        decoded = _decode(data, header, inter.tables, reference[:channels])
+    except BitstreamError as error:  # the sender may mean another frame with this name
+        raise ReferenceLostError(f"with the reference {header.reference:04x} that is here: {error}") from error
+    if not decoded.checked:
+        raise ReferenceLostError("a frame with a reference ends early, so its check is missing: send it alone")
+    return decoded
+
+
+def _decode(data: bytes, header: Header, tables: Tables, earlier: NDArray[np.int8] | None = None) -> Decoded:
+    """The rest of a message behind its header. earlier: the reference's symbols in the channels that were sent."""
+    size = len(header.to_bytes())
+    channels = tables.codings(header.level)[: header.groups * (tables.channels // tables.groups)]
+    offsets = SAME_OFFSET if earlier is None else (5 * earlier_contexts(earlier.ravel()) + 2).tolist()
+    found, check = rans_decode(data[size:], channels, tables.height, tables.width, tables.largest, offsets)
+    covered = b"" if earlier is None else earlier.tobytes()
+    if check is not None and check != _check(tables, data[:size], covered, bytes(found)):
         raise BitstreamError("the check does not match: the message was damaged, or other tables wrote it")
+    complete = len(found) // (tables.height * tables.width)
     symbols = np.zeros(tables.shape, np.int8)
-    whole = found[: complete * channel]
+    whole = found[: complete * tables.height * tables.width]
     symbols.ravel()[: len(whole)] = np.frombuffer(whole, np.int8)
     return Decoded(symbols, header, complete, check is not None)
 
 
-def _check(tables: Tables, header: bytes, symbols: bytes) -> int:
-    """Low 16 bits of the CRC-32 of tables, header and symbols. It covers the tables to detect wrong ones."""
-    return crc32(symbols, crc32(header, tables.crc)) & 0xFFFF
+def _check(tables: Tables, header: bytes, earlier: bytes, symbols: bytes) -> int:
+    """Low 16 bits of the CRC-32 of tables, header, reference and symbols. It covers the tables to detect wrong ones."""
+    return crc32(symbols, crc32(earlier, crc32(header, tables.crc))) & 0xFFFF

@@ -6,7 +6,8 @@ The encoder runs backwards and starts at L + check. The decoder must end with th
 message costs no bytes. This file knows nothing about headers and groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -47,9 +48,14 @@ class RansDecoded(NamedTuple):
 
 
 def rans_decode(
-    data: bytes, channels: Sequence[Sequence[Coding]], height: int, width: int, largest: int
+    data: bytes,
+    channels: Sequence[Sequence[Coding]],
+    height: int,
+    width: int,
+    largest: int,
+    offsets: Iterable[int] = repeat(2),
 ) -> RansDecoded:
-    """Decodes channels of height x width symbols.
+    """Decodes channels of height x width symbols. offsets: of each symbol, in decoding order: see `Tables.codings`.
 
     A word is read only when a step needs it, so a truncated stream gives exactly the symbols that arrived. Raises
     BitstreamError for what no encoder writes: a first state below L, bytes left over, an unnecessary escape.
@@ -66,12 +72,13 @@ def rans_decode(
     outside = [0] * width
     try:
         # One long loop on purpose: a function call per symbol would double the time.
-        for by_signs in channels:
+        offsets = iter(offsets)  # one for all rows: zip asks it last, so no offset is lost at the end of a row
+        for by_context in channels:
             above = outside
             for _ in range(height):
                 row, left = [], 0
-                for up in above:
-                    slot, frequency, start = by_signs[left + up]
+                for up, offset in zip(above, offsets):  # noqa: B905 it is longer
+                    slot, frequency, start = by_context[offset + left + up]
                     if x < LOW:
                         x = x << 16 | word()
                     low = x & 4095

@@ -47,6 +47,7 @@ class Status(IntEnum):
     UNKNOWN_BUNDLE = 3
     BAD_REQUEST = 4
     FAILED = 5
+    REFERENCE_LOST = 6  # send the whole frame: the one that it was coded against is not here
 
 
 class Tier(IntEnum):
@@ -141,6 +142,7 @@ class Reply(Struct, array_like=True, frozen=True, kw_only=True):
     final: bool = True  # false: a higher tier was asked, and one more reply with this id follows
     answers: Answers | None = None  # to the questions that were asked
     unsure: bool = False  # the confidence is below what is usually right
+    is_reference: bool = False  # the first server of the hops keeps the symbols: later frames may be coded against them
 
     @property
     def token_ids(self) -> list[int]:

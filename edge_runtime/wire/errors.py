@@ -11,6 +11,10 @@ class BitstreamError(WireError):
     """Symbols that cannot be coded, or bytes that no encoder with these tables writes."""
 
 
+class ReferenceLostError(BitstreamError):
+    """A frame is coded against an earlier one that is not here, or is another one: ask for the frame alone."""
+
+
 class EnvelopeError(WireError):
     """A request, a reply, an event or token ids outside the protocol or its bounds."""
 

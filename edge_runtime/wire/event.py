@@ -93,8 +93,8 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     type: Annotated[
         Literal["new", "update", "lost", "trigger"],
         Meta(
-            description="new: the board's draft. update: a server's answer, or why there is none yet. lost: no answer "
-            "came, see `why`. trigger: a camera's condition has become true."
+            description="new: the board's draft, or an earlier answer that holds. update: a server's answer, or why "
+            "there is none yet. lost: no answer came, see `why`. trigger: a camera's condition has become true."
         ),
     ]
     frame: Annotated[
@@ -120,8 +120,8 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     paradigm: Annotated[
         ParadigmName | None,
         Meta(
-            description="device: the board's draft is the answer. split: the features were sent. speculative: features "
-            "and draft were sent. offload: the picture was sent."
+            description="device: the board's draft, or an earlier answer, is the answer. split: the features were "
+            "sent. speculative: features and draft were sent. offload: the picture was sent."
         ),
     ] = None
     why: Annotated[str, Meta(max_length=1024, description="The reason for the paradigm, or for a loss.")] = ""

@@ -4,6 +4,11 @@ Probabilities that a device computes in floating point differ between CPUs, and 
 (Ballé, Johnston & Minnen, "Integer networks for data compression with latent-variable models", ICLR 2019). These are
 counted once, as integers, and shipped. An alphabet of M entries is the symbols -A..A, then the escape: M = 2 A + 2.
 After an escape the symbol follows as one flat byte. The file is docs/protocol.md, section 6.
+
+Frames of a static camera are coded against an earlier frame, with tables of their own: the context of a symbol is the
+earlier frame's symbol at its place. Measured with the bundle flickr8k-lite0 on other photos than those that were
+counted, as bytes against those of each frame alone: noise and exposure drift 0.32, camera shake 0.50, a moving object
+0.46. Tables that all channels share take 4 % more bytes, contexts with the neighbours' changes or signs 1 to 2 % fewer.
 """
 
 import struct
@@ -25,6 +30,8 @@ VERSION = 1
 _PREFIX = struct.Struct("<4s6B4H")
 MAX_CHANNELS = 512  # with MAX_SIDE: a frame of at most 2 Mi symbols, slot maps of at most 6 MiB a level
 MAX_SIDE = 64
+NEAR = 3  # earlier symbols beyond it have its context
+INTER = 2 * NEAR + 1  # contexts of tables that code against an earlier frame
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +39,11 @@ class Tables:
     """Frequencies for every (level, channel, context), and the shape of the symbols that they code.
 
     With one context there is no context. With three, the context is the sign of the sum of the left and the upper
-    neighbour's signs, see `neighbour_signs`. Raises TablesError if a value is out of range.
+    neighbour's signs, see `neighbour_signs`. With seven, it is an earlier frame's symbol at the same place, clipped to
+    -3..3; these tables code nothing without such a frame. Raises TablesError if a value is out of range.
     """
 
-    # [levels 1..8, channels, contexts 1 or 3, alphabet], each >= 1, and over the alphabet they sum to 4096
+    # [levels 1..8, channels, contexts 1, 3 or 7, alphabet], each >= 1, and over the alphabet they sum to 4096
     frequencies: NDArray[np.uint16]
     height: int  # rows of a channel, 1..64
     width: int  # columns, 1..64
@@ -51,7 +59,7 @@ class Tables:
         for name, found, wanted in (
             ("levels", levels, range(1, 9)),
             ("channels", channels, range(1, MAX_CHANNELS + 1)),
-            ("contexts", contexts, (1, 3)),
+            ("contexts", contexts, (1, 3, INTER)),
             ("alphabet", alphabet, range(4, 255, 2)),
             ("height", self.height, range(1, MAX_SIDE + 1)),
             ("width", self.width, range(1, MAX_SIDE + 1)),
@@ -75,6 +83,11 @@ class Tables:
     @property
     def channels(self) -> int:
         return int(self.frequencies.shape[1])
+
+    @property
+    def is_inter(self) -> bool:
+        """Whether they code against an earlier frame."""
+        return int(self.frequencies.shape[2]) == INTER
 
     @property
     def largest(self) -> int:
@@ -104,10 +117,11 @@ class Tables:
         return crc32(self._body())
 
     def codings(self, level: int) -> list[list[Coding]]:
-        """For the decoder, per channel: its table by (sign of the left neighbour + sign of the upper neighbour).
+        """For the decoder, per channel: its table by offset + sign of the left neighbour + sign of the upper neighbour.
 
-        The index is -2..2, so of the five entries the last two are for -2 and -1. They are built when a level is first
-        used, in a few milliseconds. 64 channels with 3 contexts take 2 MB, which a board that only encodes never needs.
+        The offset is 2. With seven contexts it is 5 k + 2, with the context k of the earlier symbol. The tables are
+        built when a level is first used, in a few milliseconds. 64 channels with 3 contexts take 2 MB, which a
+        board that only encodes never needs.
         """
         if level not in self._codings:
             as_byte = np.array([s & 0xFF for s in range(-self.largest, self.largest + 1)] + [ESCAPE], np.uint8)
@@ -118,8 +132,8 @@ class Tables:
                     frequency, start = np.zeros((2, 256), np.int64)
                     frequency[as_byte], start[as_byte] = f, c
                     made.append(Coding(np.repeat(as_byte, f).tobytes(), frequency.tolist(), start.tolist()))
-                negative, none, positive = made if len(made) == 3 else made * 3
-                channels.append([none, positive, positive, negative, negative])
+                triples = [made] if len(made) == 3 else [[table] * 3 for table in made]
+                channels.append([t[i] for t in triples for i in (0, 0, 1, 2, 2)])
             self._codings[level] = channels
         return self._codings[level]
 
@@ -151,15 +165,21 @@ class Tables:
         frequencies = np.frombuffer(data, "<u2", offset=_PREFIX.size, count=(wanted - 4 - _PREFIX.size) // 2)
         return cls(frequencies.astype(np.uint16).reshape(shape), height, width, groups, set_id)
 
-    def entries(self, symbols: NDArray[np.int8], level: int) -> NDArray[np.intp]:
+    def entries(
+        self, symbols: NDArray[np.int8], level: int, earlier: NDArray[np.int8] | None = None
+    ) -> NDArray[np.intp]:
         """The entry of each symbol: an index into the flattened frequencies, for symbols int8 [..., c, H, W].
 
         The first c <= C channels may be given alone. Symbols beyond A have the escape of their table as entry.
+        earlier: the earlier frame's symbols, the same shape, for tables that code against one.
         """
+        assert self.is_inter == (earlier is not None)
         _, channels, contexts, alphabet = self.frequencies.shape
         table = (level * channels + np.arange(symbols.shape[-3]))[:, None, None] * contexts
         if contexts == 3:
             table = table + (neighbour_signs(symbols) + 1)
+        elif earlier is not None:
+            table = table + earlier_contexts(earlier)
         entry = symbols.astype(np.intp)
         entry += self.largest
         # One unsigned comparison: symbols below -A wrap to large numbers.
@@ -181,13 +201,21 @@ def neighbour_signs(symbols: NDArray[np.int8]) -> NDArray[np.int8]:
     return np.sign(near)
 
 
-def cost_bits(symbols: NDArray[np.int8], tables: Tables, level: int = 0) -> NDArray[np.float64]:
+def earlier_contexts(earlier: NDArray[np.int8]) -> NDArray[np.int8]:
+    """The context of each symbol of an earlier frame: int8 of any shape to 0..6 likewise."""
+    contexts: NDArray[np.int8] = earlier.clip(-NEAR, NEAR) + np.int8(NEAR)
+    return contexts
+
+
+def cost_bits(
+    symbols: NDArray[np.int8], tables: Tables, level: int = 0, earlier: NDArray[np.int8] | None = None
+) -> NDArray[np.float64]:
     """Sum of -log2 q per frame, with escapes: symbols int8 [..., c, H, W] to bits float64 [...].
 
     c may be the channels of the first groups only. A bitstream is at most 4 bytes longer than header and this in whole
     bytes.
     """
-    return np.asarray(tables.bits.ravel()[tables.entries(symbols, level)].sum(axis=(-3, -2, -1)))
+    return np.asarray(tables.bits.ravel()[tables.entries(symbols, level, earlier)].sum(axis=(-3, -2, -1)))
 
 
 def entropy_bytes(symbols: NDArray[np.int8], tables: Tables, level: int = 0) -> float:
@@ -218,6 +246,34 @@ def count_tables(
     everywhere = counts.sum(axis=(1, 2), keepdims=True) + 1
     channel = _smooth(counts.sum(axis=2, keepdims=True), everywhere / everywhere.sum(axis=-1, keepdims=True), 20)
     return Tables(_integers(_smooth(counts, channel, 30) if contexts > 1 else channel), height, width, groups, set_id)
+
+
+def count_inter_tables(pairs: Sequence[tuple[NDArray[np.int8], NDArray[np.int8]]], tables: Tables) -> Tables:
+    """Counts tables that code a frame against an earlier one, for the same latent as `tables`.
+
+    pairs: per level, coarsest first, an earlier and a later frame each: symbols int8 [N, C, H, W]. Each (channel,
+    context) is smoothed towards its context in all channels (weight 30 symbols), and that towards the symbol of the
+    earlier frame (weight 1), since contexts of large symbols are rare. Raises TablesError.
+    """
+    if len(pairs) != tables.levels or any(a.shape != b.shape or a.shape[1:] != tables.shape for a, b in pairs):
+        raise TablesError(f"want two arrays [N, {tables.shape}] for each of {tables.levels} levels, of one length")
+    alphabet, largest = tables.frequencies.shape[3], tables.largest
+    shape = tables.levels, tables.channels, INTER, alphabet
+    blank = Tables(
+        np.broadcast_to(_integers(np.ones(alphabet)), shape).copy(),
+        tables.height,
+        tables.width,
+        tables.groups,
+        tables.set_id,
+    )
+    counts = np.zeros(shape, np.int64)
+    for level, (earlier, later) in enumerate(pairs):
+        counts += np.bincount(blank.entries(later, level, earlier).ravel(), minlength=counts.size).reshape(shape)
+    same = np.full((INTER, alphabet), 1 / alphabet)
+    same[np.arange(INTER), (np.arange(INTER) - NEAR).clip(-largest, largest) + largest] = 1.0
+    everywhere = counts.sum(axis=1, keepdims=True) + same / same.sum(axis=-1, keepdims=True)
+    frequencies = _integers(_smooth(counts, everywhere / everywhere.sum(axis=-1, keepdims=True), 30))
+    return Tables(frequencies, tables.height, tables.width, tables.groups, tables.set_id)
 
 
 def _smooth(counts: NDArray[np.int64], parent: NDArray[np.float64], weight: int) -> NDArray[np.float64]:

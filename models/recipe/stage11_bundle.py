@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from edge_runtime.inference.bundle import (
+    INTER_TABLES,
     MANIFEST,
     SCHEMA,
+    TABLES,
     FileRecord,
     LatentRecord,
     Manifest,
@@ -63,7 +65,7 @@ def run_head(work: Workspace, out: Path, licences: dict[str, str]) -> None:
 def _write_head(work: Workspace, out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    for name in (*stage4_head.BOARD_FILES, "tables.bin", "vocabulary.txt"):
+    for name in (*stage4_head.BOARD_FILES, TABLES, INTER_TABLES, "vocabulary.txt"):
         shutil.copy(work / name, out / name)
     _save(torch.load(work / "head.pt", weights_only=True), out / "head.safetensors")
     tail = {f"tail.{k}": v for k, v in work.averaged(stage3_bottleneck.NAME, "tail.").items()}

@@ -9,10 +9,12 @@ from functools import cache
 import numpy as np
 
 from edge_runtime.inference.backends import load_model
+from edge_runtime.inference.bundle import INTER_TABLES
 from edge_runtime.inference.head import Head, codes_to_symbols, symbol_factor
-from edge_runtime.wire import bitstream
-from edge_runtime.wire.tables import Tables, count_tables, entropy_bytes
+from edge_runtime.wire import Tables, bitstream
+from edge_runtime.wire.tables import count_tables, entropy_bytes
 from models.family import GROUPS, LATENT
+from models.recipe import inter_tables
 from models.recipe.stage2_views import make_view, photo_views
 from models.recipe.stage3_bottleneck import GAINS, REFERENCE
 from models.recipe.workspace import Workspace, blocks
@@ -24,7 +26,7 @@ COUNTED = 8000  # views that tables are counted on
 
 
 def run(work: Workspace) -> None:
-    """Writes codes-{train,unlabelled,dev,labelled}, uint8 [views * photos, 64, 7, 7], and tables.bin."""
+    """Writes codes-{train,unlabelled,dev,labelled}, uint8 [views * photos, 64, 7, 7], and both table files."""
     model = load_model(work / "head.onnx", threads=1)
     head = Head(model)
     for seed, (part, views) in enumerate(VIEWS.items()):
@@ -39,7 +41,12 @@ def run(work: Workspace) -> None:
             for rows in blocks(f"latents of {part}", len(pairs), BATCH):
                 codes[rows] = list(pool.map(codes_of, pairs[rows]))
     (work / "head_output.txt").write_text(f"{model.scale!r} {model.zero_point}\n")
-    work.finish(NAME, count(work))
+    figures, tables = count(work)
+    scales = np.load(work / "scales.npy").tolist()
+    some = list(work.array("photos-train")[: inter_tables.PHOTOS])
+    for_pairs = inter_tables.count(Head(model, GAINS, scales), tables, some)
+    (work / INTER_TABLES).write_bytes(for_pairs.to_bytes())
+    work.finish(NAME, figures)
 
 
 @cache
@@ -57,7 +64,7 @@ def symbols(work: Workspace, codes: np.ndarray, level: int) -> np.ndarray:
     return codes_to_symbols(np.asarray(codes), zero_point, factors[level])
 
 
-def count(work: Workspace) -> dict[str, float]:
+def count(work: Workspace) -> tuple[dict[str, float], Tables]:
     """Writes tables.bin, counted on training views. Contexts and alphabet: the cheapest on dev photos."""
     train, dev = work.array("codes-train"), work.array("codes-dev")
     some = train[np.linspace(0, len(train) - 1, min(COUNTED, len(train)), dtype=int)]
@@ -83,4 +90,4 @@ def count(work: Workspace) -> dict[str, float]:
         figures[f"dev_bytes_{level}"] = round(float(np.mean(coded)), 1)
     figures["largest_symbol"] = int(np.abs(by_level[-1]).max())
     figures["live_channels"] = int(((by_level[REFERENCE] != 0).mean((0, 2, 3)) > 0.01).sum())
-    return figures
+    return figures, tables

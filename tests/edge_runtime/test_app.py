@@ -24,7 +24,7 @@ from edge_runtime.app import Board, run_board
 from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.config import BoardConfig, CameraConfig, MetricsConfig, RuntimeConfig
 from edge_runtime.inference.backends import BackendError
-from edge_runtime.inference.bundle import Bundle, BundleError
+from edge_runtime.inference.bundle import INTER_TABLES, TABLES, Bundle, BundleError
 from edge_runtime.mqtt import Message, MqttConfig
 from edge_runtime.wire import Event, Reply, Status, decode_event, decode_request, encode_reply, topics
 from tests.brokers import PLAIN, Mosquitto
@@ -307,7 +307,9 @@ def test_what_is_open_at_a_stop_is_still_published_as_lost(board_bundle, broker,
         assert [decode_event(user.next()).type for _ in range(6)] == 3 * ["new"] + 3 * ["lost"]
 
 
-@pytest.mark.parametrize("name", ["tables.bin", "vocabulary.txt", "head.onnx", "draft_look.onnx", "draft_step.onnx"])
+@pytest.mark.parametrize(
+    "name", [TABLES, INTER_TABLES, "vocabulary.txt", "head.onnx", "draft_look.onnx", "draft_step.onnx"]
+)
 def test_a_missing_or_altered_file_is_found_at_start(board_bundle, tmp_path, photos, name):
     copy = Path(shutil.copytree(board_bundle.path, tmp_path / "copy"))
     config = configuration(replace(board_bundle, path=copy), 1883, photos, backend="onnx")

@@ -22,6 +22,7 @@ OPTIONS = {
     "camera paradigm": ("", 'paradigm = "device"', 'paradigm = "offload"'),
     "camera tier": ("", 'tier = "edge"'),
     "camera motion": ("", "[cameras.motion]\nenabled = true"),
+    "reuse": ("", "reuse_distance = 0.1"),
     "local": ("", "[local]\nport = {port}", '[local]\nhost = "localhost"\nport = {port}'),
     "budget": ("", "bytes_per_minute = 1", "bytes_per_minute = 100000"),
     "may_offload": ("", "may_offload = false"),
@@ -34,6 +35,7 @@ REFUSED = (
     {"board paradigm": 'paradigm = "offload"', "outbox": ""},
     {"board paradigm": 'paradigm = "offload"', "may_offload": ""},
     {"camera paradigm": 'paradigm = "offload"', "may_offload": ""},
+    {"board paradigm": 'paradigm = "offload"', "reuse": ""},
     {"board paradigm": 'paradigm = "offload"', "camera paradigm": 'paradigm = "device"'},
 )
 Pair = tuple[tuple[str, str], tuple[str, str]]
@@ -79,6 +81,7 @@ def board_toml(row: Row, bundle: Bundle, picture: Path, port: int, folder: Path)
             f'[board]\nid = "b1"\nbundle = "{bundle.path}"\nbackend = "onnx"\ndeadline_ms = 50',
             *(row.get(f"board {name}", "") for name in ("paradigm", "tier")),
             f'[[cameras]]\nname = "Front_Door"\nsource = "{picture}"',
+            row.get("reuse", ""),
             *(row.get(f"camera {name}", "") for name in ("paradigm", "tier", "motion")),
             f"[mqtt]\nport = {port}\n[policy]",
             *(row.get(name, "") for name in ("budget", "may_offload", "floor", "local", "outbox", "metrics")),

@@ -19,6 +19,8 @@ from edge_runtime.inference.draft import Drafted
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols
+from edge_runtime.inference.references import ReferenceFrames
+from edge_runtime.inference.reuse import Answers
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.pipeline import Pipeline, build_request, to_jpeg
 from edge_runtime.planning import BoardPlanner, FixedPlanner, Measurements, Plan
@@ -26,7 +28,9 @@ from edge_runtime.reporting import RemoteSettings, board_settings
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.requests.byte_budget import ByteBudget
+from edge_runtime.requests.outbox import Outbox, Row
 from edge_runtime.wire import (
+    AnsweredBy,
     ContentKind,
     Event,
     Options,
@@ -66,7 +70,7 @@ class Board:
     ) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
         self.order: list[str] = []
-        order = self.order
+        order, answers, references = self.order, Answers(), ReferenceFrames(60.0)
 
         class RecordingTracker(RequestTracker):
             def submit(self, new: NewRequest) -> bool:
@@ -80,6 +84,7 @@ class Board:
 
         def listener(event: Event) -> None:
             order.append(event.type)
+            answers.published(event)
             self.events.put(event)
 
         self.client = MqttClient(
@@ -91,11 +96,15 @@ class Board:
         events = Events(self.client, SITE, BOARD, listener)
         self.announced: list[bytes] = []
         announced, budget = self.announced, ByteBudget(bytes_per_minute)
-        self.tracker = RecordingTracker(self.client, bundle, SITE, BOARD, events, 64, 60.0, outbox, byte_budget=budget)
+        self.tracker = RecordingTracker(
+            self.client, bundle, SITE, BOARD, events, 64, 60.0, outbox, byte_budget=budget, on_reply=references.heard
+        )
         head = load_head(bundle, "onnx", 1) if plan.paradigm != "offload" else None
         draft = load_draft(bundle, "onnx", 1) if plan.paradigm in ("device", "speculative") else None
         labels = load_labels(bundle, head, "onnx", 1) if head else None
-        self.pipeline = Pipeline(bundle, head, draft, FixedPlanner(plan), self.tracker, events, labels=labels)
+        self.pipeline = Pipeline(
+            bundle, head, draft, FixedPlanner(plan), self.tracker, events, 1.0, labels, answers, references
+        )
         stack.enter_context(self.client)
         stack.enter_context(self.tracker)
         assert self.client.wait_online(PATIENCE_S)
@@ -288,6 +297,102 @@ def test_a_draft_with_enough_confidence_is_the_answer_and_nothing_is_sent(start)
     assert board.order == ["new"]
 
 
+@pytest.mark.parametrize("paradigm", ["split", "speculative", "offload"])
+def test_a_frame_like_an_answered_one_gets_its_answer_and_nothing_is_sent(start, server, board_bundle, paradigm):
+    board = start(paradigm, reuse_distance=0.15)
+    board.pipeline.head = load_head(board_bundle, "onnx", 1)
+    asked = board.pipeline.handle(frame())
+    while not (update := board.next_event()).final:
+        pass
+    again = board.pipeline.handle(frame())
+    assert (again.type, again.final, again.paradigm, again.bytes_up, again.rate) == ("new", True, "device", 0, None)
+    assert (again.reuse.frame, again.reuse.distance) == (asked.frame, 0)
+    assert (
+        (again.text, again.answered_by) == (update.text, update.answered_by) == ("verified", AnsweredBy("edge", "s1"))
+    )
+    assert "draft" not in again.timings_ms
+    other = board.pipeline.handle(frame(1))
+    assert (other.reuse, other.bytes_up > 0, board.pipeline.reused) == (None, True, 1)
+
+
+def test_a_frame_is_sent_while_the_one_like_it_has_no_answer(start, broker):
+    board = start("speculative", reuse_distance=0.15)
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        for _ in range(2):
+            assert board.pipeline.handle(frame()).reuse is None
+            server.next()
+
+
+def test_an_accepted_draft_is_used_again_while_the_floor_allows_it(start):
+    board = start("speculative", min_confidence=0.0, reuse_distance=0.15)
+    first, again = board.pipeline.handle(frame()), board.pipeline.handle(frame())
+    assert (again.reuse.frame, again.tokens, again.answered_by) == (first.frame, first.tokens, AnsweredBy("device"))
+    board.pipeline.planner = FixedPlanner(replace(board.pipeline.planner.plan("door"), min_confidence=0.999))
+    assert board.pipeline.handle(frame()).reuse is None
+
+
+def test_a_draft_that_is_an_answer_for_want_of_bytes_is_not_used_again(start):
+    board = start("speculative", reuse_distance=0.15, board={"bytes_per_minute": 200})
+    assert [board.pipeline.handle(frame()).reuse for _ in range(2)] == [None, None]
+
+
+def kept(payload: bytes) -> bytes:
+    """The reply of a server that keeps the symbols."""
+    return encode_reply(Reply(id=decode_request(payload).id, status=Status.OK, server="s1", is_reference=True))
+
+
+def has_reference(payload: bytes) -> bool:
+    return bitstream.Header.from_bytes(decode_request(payload).content).reference is not None
+
+
+def test_a_frame_like_an_answered_one_is_coded_against_it_and_sent_alone_if_the_server_has_forgotten_it(start, broker):
+    board = start("split", writes_draft=False)
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        first = board.pipeline.handle(frame())
+        alone = server.next()
+        board.tracker.reply_arrived(kept(alone))
+        until(lambda: board.tracker.summary()["answered"] == 1)
+        again = board.pipeline.handle(frame())
+        against = server.next()
+        assert [has_reference(alone), has_reference(against)] == [False, True]
+        assert again.bytes_up == len(against) < 0.8 * first.bytes_up
+        assert again.rate.bytes == len(decode_request(against).content)
+        lost = Reply(id=decode_request(against).id, status=Status.REFERENCE_LOST)
+        board.tracker.reply_arrived(encode_reply(lost))
+        resent = server.next()
+        assert decode_request(resent).id == lost.id
+        assert decode_request(resent).content == decode_request(alone).content
+        board.tracker.reply_arrived(kept(resent))
+        updates = [board.next_event() for _ in range(2)]
+        assert (updates[1].type, updates[1].bytes_up) == ("update", len(against) + len(resent))
+        assert board.tracker.summary()["reply"]["reference_lost"] == 1
+
+
+def test_another_scene_is_sent_alone_since_that_is_shorter(start, broker):
+    board = start("split", writes_draft=False)
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        for seed in range(4):
+            board.pipeline.handle(frame(seed))
+            payload = server.next()
+            board.tracker.reply_arrived(kept(payload))
+            until(lambda count=seed + 1: board.tracker.summary()["answered"] == count)
+            assert not has_reference(payload)
+
+
+def test_what_goes_to_the_outbox_has_no_reference(start, broker, tmp_path, monkeypatch):
+    rows: list[Row] = []
+    monkeypatch.setattr(Outbox, "put", lambda _, row: rows.append(row))  # the request is sent all the same, a bit later
+    outbox = OutboxConfig(str(tmp_path / "outbox"), every_request=True)
+    board = start("split", board={"outbox": outbox}, writes_draft=False)
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        board.pipeline.handle(frame())
+        board.tracker.reply_arrived(kept(server.next()))
+        until(lambda: board.tracker.summary()["answered"] == 1)
+        board.pipeline.handle(frame())
+        assert has_reference(server.next())
+    assert [has_reference(row.payload) for row in rows] == [False, False]
+
+
 @pytest.mark.parametrize(("stated", "said"), [(0.25, 0.25), (math.nan, None)])
 def test_an_event_has_the_confidence_of_its_draft_if_that_is_a_number(start, monkeypatch, stated, said):
     board = start("device")
@@ -297,9 +402,11 @@ def test_an_event_has_the_confidence_of_its_draft_if_that_is_a_number(start, mon
 
 def test_a_reply_without_confidence_does_not_take_over_that_of_the_draft(start, server):
     board = start("speculative")
-    board.pipeline.handle(frame())
-    draft, answer = board.next_event(), board.next_event()
+    draft = board.pipeline.handle(frame())
     assert draft.confidence is not None
+    answer = board.next_event()
+    if answer.type == "new":  # unless the reply was faster
+        answer = board.next_event()
     assert (answer.type, answer.confidence) == ("update", None)
 
 

@@ -44,6 +44,15 @@ def test_codec_codes_every_photo_s_symbols(bundle: Path, photos: Path) -> None:
     assert figures["mean_bytes"] >= figures["ideal_bytes"] > 0
 
 
+def test_static_compares_frames_of_a_scene(tmp_path: Path, photos: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny", board=True).path
+    figures = bench(bundle, photos, "static", "--limit", "2", "--frames", "3", "--reuse-distance", "0.5")
+    assert list(figures) == ["noise", "drift", "shake", "object", "cut", "object of 12%", "object of 20%"]
+    assert figures["noise"]["bytes"] <= figures["noise"]["alone_bytes"]
+    assert 0 <= figures["noise"]["reused_share"] <= 0.667  # the first frame is always asked about
+    assert figures["cut"]["ratio"] <= 1
+
+
 @pytest.mark.parametrize("backend", ["onnx", "litert"])
 def test_device_times_stages_and_watches_a_board(bundle: Path, photos: Path, backend: str) -> None:
     figures = bench(bundle, photos, "device", "--backend", backend, "--frames", "5")[backend]

@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from zlib import crc32
 
+import numpy as np
+
 from edge_runtime.wire import (
     EnvelopeError,
+    Inter,
+    Reference,
     Tables,
     TopicError,
     WireError,
@@ -23,7 +27,8 @@ from tests.fuzz.mutations import JSON, MSGPACK
 from tests.fuzz.target import Target
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "bitstream.json").read_text())
-TABLES = [Tables.from_bytes(bytes.fromhex(text)) for text in GOLDEN["tables"].values()]
+*TABLES, INTER_TABLES = [Tables.from_bytes(bytes.fromhex(text)) for text in GOLDEN["tables"].values()]
+EARLIER = np.frombuffer(bytes.fromhex(GOLDEN["inter_vectors"][0]["reference"]), np.int8).reshape(INTER_TABLES.shape)
 
 
 def request(data: bytes) -> None:
@@ -44,12 +49,18 @@ def event(data: bytes) -> None:
 
 
 def bitstream(data: bytes) -> None:
-    """The first byte chooses the tables. Symbols that the check vouches for give the same bytes again."""
+    """The first byte chooses the tables. Symbols that the check vouches for give the same bytes again.
+
+    The first tables have a reference for every message that wants one.
+    """
     tables = TABLES[data[0] % len(TABLES)] if data else TABLES[0]
-    decoded = decode(data[1:], tables)
+    inter = Inter(INTER_TABLES, lambda _: EARLIER) if tables is TABLES[0] else None
+    decoded = decode(data[1:], tables, inter)
     if decoded.checked:
-        again = encode(decoded.symbols, tables, decoded.header.level, decoded.header.groups)
-        assert (decode(again, tables).symbols == decoded.symbols).all()
+        name = decoded.header.reference
+        coder, reference = (tables, None) if name is None else (INTER_TABLES, Reference(name, EARLIER))
+        again = encode(decoded.symbols, coder, decoded.header.level, decoded.header.groups, reference)
+        assert (decode(again, tables, inter).symbols == decoded.symbols).all()
 
 
 def tables(data: bytes) -> None:

@@ -18,11 +18,13 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, MqttSettings
 from edge_runtime.wire import (
     Options,
+    Reference,
     Reply,
     Status,
     Tier,
     decode_reply,
     decode_request,
+    encode,
     encode_reply,
     encode_tokens,
     topics,
@@ -99,6 +101,23 @@ class Sites:
 @pytest.fixture
 def sites(bundle: Bundle, engine: Engine, broker: Mosquitto, start_broker: Callable[..., Mosquitto]) -> Sites:
     return Sites(bundle, engine, broker, start_broker())
+
+
+def test_a_frame_with_a_reference_goes_up_without_it(sites: Sites, board: Board) -> None:
+    bundle = sites.bundle
+    with (
+        sites.serving("c1", "cloud", sites.above, "hq"),
+        sites.serving("e1", "edge", sites.below, up=sites.up()),
+    ):
+        board.ask(request(bundle, 0, id=(1).to_bytes(8, "big")))
+        assert board.reply().is_reference
+        content = encode(SYMBOLS[1], bundle.inter_tables, 1, 4, Reference(1, SYMBOLS[0]))
+        board.ask(request(bundle, content=content, options=WANTS_CLOUD))
+        first, last = board.reply(), board.reply()
+    assert (first.final, tuple(first.token_ids)) == (False, sites.own_text("edge", 1))
+    assert (last.final, tuple(last.token_ids)) == (True, sites.own_text("cloud", 1))
+    assert first.is_reference
+    assert last.is_reference  # of the edge, which gets the board's next frame
 
 
 def test_the_board_gets_the_edges_text_at_once_and_then_the_clouds_own(sites: Sites, board: Board) -> None:

@@ -22,9 +22,12 @@ from edge_runtime.wire import (
     ContentKind,
     Options,
     Paradigm,
+    Reference,
+    Reply,
     Request,
     Status,
     Tier,
+    encode,
     encode_request,
 )
 from server.app import load, run_server
@@ -208,6 +211,55 @@ def test_a_server_without_a_tier_above_answers_with_what_it_has(make_service, bu
     assert tuple(reply.token_ids) == engine.answer([Job(SYMBOLS[0])])[0].tokens
     assert service.counts["alone", "no_upstream"] == 1
     assert is_balanced(service)
+
+
+def test_a_frame_with_a_reference_is_answered_as_it_would_be_alone(make_service, bundle, engine) -> None:
+    service, lane = make_service(), Lane()
+    earlier, later = SYMBOLS[0], SYMBOLS[1]
+
+    def ask(number: int, content: bytes, lane: Lane = lane) -> Reply:
+        service.receive(lane.arrival(request(bundle, content=content, id=number.to_bytes(8, "big"))))
+        service.answer(service.batcher.take(0))
+        return lane.replies[-1]
+
+    def against(name: int, symbols: np.ndarray, groups: int = 4) -> bytes:
+        return encode(later, bundle.inter_tables, 1, groups, Reference(name, symbols))
+
+    assert ask(1, encode(earlier, bundle.tables, 1)).is_reference
+    reply = ask(2, against(1, earlier))
+    assert (reply.status, reply.is_reference) == (Status.OK, True)
+    assert tuple(reply.token_ids) == engine.answer([Job(later)])[0].tokens
+    assert ask(3, against(2, later)).status is Status.OK
+    lost = [
+        ask(4, against(99, earlier)),  # never here
+        ask(5, against(2, earlier)),  # another frame than the board means
+        ask(6, against(1, earlier, groups=3)),
+        ask(7, against(1, earlier)[:-1]),
+    ]
+    assert [reply.status for reply in lost] == 4 * [Status.REFERENCE_LOST]
+    assert ask(4, encode(later, bundle.tables, 1)).status is Status.OK
+    assert is_balanced(service)
+
+
+def test_after_a_restart_the_references_are_lost_and_other_boards_have_none(make_service, bundle) -> None:
+    content = encode(SYMBOLS[1], bundle.inter_tables, 1, 4, Reference(1, SYMBOLS[0]))
+    service, first, other = make_service(), Lane("b1"), Lane("b2")
+    service.receive(first.arrival(request(bundle, 0, id=(1).to_bytes(8, "big"))))
+    service.answer(service.batcher.take(0))
+    for asked, lane in ((service, other), (make_service(), first)):
+        asked.receive(lane.arrival(request(bundle, content=content)))
+        asked.answer(asked.batcher.take(0))
+        assert (lane.replies[-1].status, lane.replies[-1].is_reference) == (Status.REFERENCE_LOST, False)
+        assert is_balanced(asked)
+
+
+def test_a_server_whose_bundle_has_no_tables_for_references_keeps_none(make_service, bundle, monkeypatch) -> None:
+    service, lane = make_service(), Lane()
+    monkeypatch.setitem(service.bundle.__dict__, "inter_tables", None)
+    service.receive(lane.arrival(request(bundle)))
+    service.answer(service.batcher.take(0))
+    assert (lane.replies[0].status, lane.replies[0].is_reference) == (Status.OK, False)
+    assert service.references.bytes == 0
 
 
 def test_a_request_that_passed_this_server_before_is_counted_as_a_loop(make_service, bundle) -> None:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from edge_runtime.inference.bundle import (
     MAX_MANIFEST_BYTES,
     Bundle,
     BundleError,
+    FileRecord,
     Manifest,
     detokenise,
     file_hash,
     open_bundle,
 )
+from edge_runtime.wire import Tables
 
 WORDS = ("<pad>", "<start>", "<end>", "<unknown>", "a", "dog", "runs")
 
@@ -221,6 +224,32 @@ def test_tables_that_are_none_are_named_with_their_bundle(tmp_path):
     record = {"tables.bin": {"sha256": hashlib.sha256(b"x").hexdigest(), "bytes": 1}}
     with pytest.raises(BundleError, match=r"tables\.bin: 1 bytes that begin with 78"):
         _ = open_bundle(write_bundle(tmp_path, files=record)).tables
+
+
+def test_tables_for_frames_with_a_reference_must_fit_the_others(board_bundle, tmp_path):
+    folder = Path(shutil.copytree(board_bundle.path, tmp_path / "copy"))
+
+    def opened(**contents: bytes | None) -> Bundle:
+        """The bundle with other table files; None: without it."""
+        files = dict(board_bundle.manifest.files)
+        for name, data in contents.items():
+            files.pop(f"{name}.bin")
+            if data is not None:
+                (folder / f"{name}.bin").write_bytes(data)
+                files[f"{name}.bin"] = FileRecord(hashlib.sha256(data).hexdigest(), len(data))
+        (folder / MANIFEST).write_bytes(
+            msgspec.json.encode(msgspec.structs.replace(board_bundle.manifest, files=files))
+        )
+        return open_bundle(folder)
+
+    tables, inter = board_bundle.tables, board_bundle.inter_tables
+    assert opened(inter_tables=None).inter_tables is None
+    other = Tables(inter.frequencies.copy(), 7, 7, 4, inter.set_id + 1)
+    for wrong in (other, tables):
+        with pytest.raises(BundleError, match=r"inter_tables\.bin does not fit"):
+            _ = opened(inter_tables=wrong.to_bytes()).inter_tables
+    with pytest.raises(BundleError, match=r"tables\.bin has the seven contexts"):
+        _ = opened(tables=inter.to_bytes()).tables
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"\xff\xfe{}", b'{"schema":' + b"[" * 100_000, b'{"schema": 1'])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edge_runtime.reporting.events import Events
 from edge_runtime.reporting.trigger import Trigger
 from edge_runtime.wire import Event
-from edge_runtime.wire.event import MAX_EVENT, Explain
+from edge_runtime.wire.event import MAX_EVENT, Explain, Reuse
 
 OPEN, CLOSED = {"open": 0.95, "closed": 0.05}, {"open": 0.1, "closed": 0.9}
 
@@ -55,6 +55,12 @@ def test_frames_without_an_answer_neither_count_nor_reset() -> None:
     ):
         assert not trigger.step(not_an_answer), i
     assert trigger.step(answer(7, OPEN))
+
+
+def test_an_answer_that_is_used_again_counts_for_the_later_frame() -> None:
+    trigger = Trigger("gate == open for 2 frames")
+    again = answer(2, OPEN, type="new", reuse=Reuse("1", 0.1))
+    assert [trigger.step(answer(1, OPEN)), trigger.step(again)] == [False, True]
 
 
 def test_an_answer_that_comes_late_changes_nothing() -> None:

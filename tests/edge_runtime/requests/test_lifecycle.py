@@ -285,6 +285,45 @@ def test_a_refusal_ends_a_request_at_once(status: Status) -> None:
     assert lost.why == Why(status.name.lower(), f"server s1: {status.name.lower()}: no")
 
 
+# ---- a reference that the server does not have ----
+
+
+def test_a_lost_reference_is_told_once_and_the_frame_is_sent_alone_at_once() -> None:
+    requests = lifecycle()
+    requests.on_request(ONE, "x", 9.0, 0.0)
+    (sent,) = requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 0.1)
+    assert sent == Send(ONE, "x", 0.1, 8.9, is_resend=True)
+    assert requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 0.2) == []  # to a second copy of the first one
+    assert requests.next_at() >= 1.1  # not doubled: nothing was lost
+    (answer,) = requests.on_reply(reply(ONE), 0.3)
+    assert answer.round_trip_s is None  # of two copies
+    assert (requests.counts.resent, requests.counts.late, requests.counts.answered) == (1, 1, 1)
+
+
+def test_a_lost_reference_of_a_frame_that_was_sent_alone_meanwhile_changes_nothing() -> None:
+    requests = lifecycle()
+    requests.on_request(ONE, "x", 9.0, 0.0)
+    assert resend(requests, 1.6)
+    assert requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 1.7) == []
+    assert kinds(requests.on_reply(reply(ONE), 1.8)) == [Answer]
+
+
+def test_a_server_that_never_takes_a_frame_is_named_at_the_deadline() -> None:
+    requests = lifecycle()
+    requests.on_request(ONE, "x", 9.0, 0.0)
+    requests.on_reply(reply(ONE, Status.REFERENCE_LOST, error="not here"), 0.1)
+    (lost,) = requests.on_time(9.0)
+    assert lost.why == Why("reference_lost", "server s1: reference_lost: not here")
+
+
+def test_a_frame_that_cannot_be_sent_alone_now_is_sent_later() -> None:
+    requests = lifecycle()
+    requests.on_request(ONE, "x", 9.0, 0.0)
+    requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 0.1)
+    assert requests.on_unsent(ONE, Why("no_bytes", ""), 0.1) == []
+    assert resend(requests, 1.7)
+
+
 # ---- replies that are not final ----
 
 
@@ -549,6 +588,7 @@ class AnySchedule(RuleBasedStateMachine):
         self.requests = lifecycle(3, **outbox) if self.has_outbox else lifecycle(3)
         self.finals: dict[bytes, int] = {}  # final events of each request, in this run
         self.sent: set[bytes] = set()
+        self.sent_alone: set[bytes] = set()  # those that were sent again, in their present try
         self.to_store: list[bytes] = []
         self.to_read: list[bytes] = []
         self.pending_disk: dict[bytes, str] = {}
@@ -559,6 +599,8 @@ class AnySchedule(RuleBasedStateMachine):
                 case Send():
                     assert action.left_s > 0 or not action.is_resend
                     self.sent.add(action.id)
+                    self.sent_alone.discard(action.id)
+                    self.sent_alone |= {action.id} if action.is_resend else set()
                 case Answer(request_id, _, final_reply):
                     self.finals[request_id] = self.finals.get(request_id, 0) + final_reply.final
                 case Settle() | Lose():
@@ -584,6 +626,16 @@ class AnySchedule(RuleBasedStateMachine):
         content, deadline = "x" * size, self.now + budget
         self.follow(self.requests.on_request(self.used[-1], content, deadline, self.now, link_is_away=is_away))
 
+    @rule(number=RECENT)
+    def reference_is_lost(self, number: int) -> None:
+        """At most one copy more, whatever is said how often."""
+        request_id = self.recent(number)
+        for _ in range(2):
+            actions = self.requests.on_reply(reply(request_id, Status.REFERENCE_LOST), self.now)
+            assert all(isinstance(action, Send) and action.is_resend for action in actions)
+            assert len(actions) <= (request_id not in self.sent_alone)
+            self.follow(actions)
+
     @rule(number=RECENT, status=STATUSES, final=st.booleans(), token=st.integers(0, 5))
     def reply(self, number: int, status: Status, final: bool, token: int) -> None:
         message = reply(self.recent(number), status, final=final, tokens=bytes([token]), retry_after_ms=50 * token)
@@ -596,6 +648,7 @@ class AnySchedule(RuleBasedStateMachine):
     @rule(number=RECENT)
     def budget_is_spent(self, number: int) -> None:
         if (request_id := self.recent(number)) in self.sent:
+            self.sent_alone.discard(request_id)
             self.follow(self.requests.on_unsent(request_id, Why("no_bytes", ""), self.now))
 
     @rule(can_store=st.booleans())

@@ -6,6 +6,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 from edge_runtime.wire import Tables, count_tables
+from edge_runtime.wire.tables import count_inter_tables
 
 # A busy machine may take any time for an example, and the limit on a whole test stays.
 settings.register_profile("untimed", deadline=None)
@@ -27,6 +28,20 @@ def training() -> list[NDArray[np.int8]]:
 @pytest.fixture(scope="session", params=[1, 3], ids=["one context", "three contexts"])
 def tables(request: pytest.FixtureRequest, training: list[NDArray[np.int8]]) -> Tables:
     return count_tables(training, contexts=request.param, largest=3, set_id=300)
+
+
+def later(frames: NDArray[np.int8], seed: int) -> NDArray[np.int8]:
+    """The same scenes a moment later: some symbols have changed by one."""
+    rng = np.random.default_rng(seed)
+    changes = rng.integers(-1, 2, frames.shape) * (rng.random(frames.shape) < 0.1)
+    return np.clip(frames + changes, -127, 127).astype(np.int8)
+
+
+@pytest.fixture(scope="session")
+def inter_tables(training: list[NDArray[np.int8]]) -> Tables:
+    """For the same latent as `tables`."""
+    pairs = [(frames, later(frames, 4)) for frames in training]
+    return count_inter_tables(pairs, count_tables(training, contexts=3, largest=3, set_id=300))
 
 
 @pytest.fixture(scope="session")

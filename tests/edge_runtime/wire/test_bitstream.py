@@ -125,7 +125,8 @@ def test_bytes_left_over_are_refused(tables: Tables, frames: Symbols):
     [
         ("00b3", "format"),
         ("20b3", "format"),
-        ("11b3", "zero bit"),
+        ("11b3", "header has 4"),
+        ("11b3000000010000", "no tables for that"),
         ("10b7", "table set"),
         ("14b3", "level 2"),
         ("10b30000ffff", "first state"),

@@ -172,7 +172,7 @@ def test_a_field_out_of_bounds_is_refused_with_its_reason(index: int, value: obj
 @pytest.mark.parametrize(
     ("index", "value", "reason"),
     [
-        (2, 6, "enum"),
+        (2, 7, "enum"),
         (3, bytes(1025), "at most 1024"),
         (4, "x" * 8193, "length"),
         (4, b"bytes", "str"),

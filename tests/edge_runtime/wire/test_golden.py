@@ -15,7 +15,9 @@ from edge_runtime.wire import (
     BitstreamError,
     ContentKind,
     Hop,
+    Inter,
     Paradigm,
+    Reference,
     Reply,
     Request,
     Status,
@@ -39,15 +41,20 @@ class CutError(Exception):
     pass
 
 
-def plain_decode(file: bytes, data: bytes) -> tuple[list[int], int, bool]:
-    """docs/protocol.md, sections 5 and 6, word for word: plain, slow. Symbols, complete channels, checked."""
+def plain_decode(file: bytes, data: bytes, reference: bytes = b"") -> tuple[list[int], int, bool]:
+    """docs/protocol.md, sections 5 and 6, word for word: plain, slow. Symbols, complete channels, checked.
+
+    reference: the symbols of the earlier frame, for a table file with seven contexts.
+    """
     levels, contexts, M, G = file[5:9]
     C, H, W = (int.from_bytes(file[i : i + 2], "little") for i in (10, 12, 14))
     level, sent = data[0] >> 1 & 7, (data[1] & 3) + 1
     assert level < levels
     assert file[16] & 63 == data[1] >> 2
-    position = 6
-    x = int.from_bytes(data[2:6], "big")
+    assert data[0] & 1 == (contexts == 7)
+    header = 4 if data[0] & 1 else 2
+    position = header + 4
+    x = int.from_bytes(data[header:position], "big")
 
     def step(f: list[int]) -> int:
         nonlocal x, position
@@ -70,17 +77,20 @@ def plain_decode(file: bytes, data: bytes) -> tuple[list[int], int, bool]:
     symbols: dict[tuple[int, int, int], int] = {}
     checked = False
     try:
-        if len(data) < 6:
+        if len(data) < header + 4:
             raise CutError
         for at in product(range(C // G * sent), range(H), range(W)):
             channel, row, column = at
             t = sign(channel, row, column - 1) + sign(channel, row - 1, column)
             context = (t > 0) - (t < 0) + 1 if contexts == 3 else 0
+            if contexts == 7:
+                earlier = reference[(channel * H + row) * W + column]
+                context = min(max(earlier - 256 if earlier > 127 else earlier, -3), 3) + 3
             begin = 18 + 2 * ((level * C + channel) * contexts + context) * M
             f = [int.from_bytes(file[i : i + 2], "little") for i in range(begin, begin + 2 * M, 2)]
             k = step(f)
             symbols[at] = k - (M // 2 - 1) if k < M - 1 else step([16] * 256) - 128
-        covered = file[:-4] + data[:2] + bytes(s & 255 for s in symbols.values())
+        covered = file[:-4] + data[:header] + reference[: len(symbols)] + bytes(s & 255 for s in symbols.values())
         assert position == len(data)
         assert x - 65536 == zlib.crc32(covered) & 0xFFFF
         checked = True
@@ -89,6 +99,24 @@ def plain_decode(file: bytes, data: bytes) -> tuple[list[int], int, bool]:
     complete = len(symbols) // (H * W)
     whole = list(symbols.values())[: complete * H * W]
     return whole + [0] * (C * H * W - len(whole)), complete, checked
+
+
+@pytest.mark.parametrize("vector", BITSTREAMS["inter_vectors"], ids=lambda v: v["name"])
+def test_bitstreams_with_a_reference_are_what_they_always_were(vector: dict[str, Any]):
+    file, data = bytes.fromhex(BITSTREAMS["tables"][vector["tables"]]), bytes.fromhex(vector["bytes"])
+    tables, alone = (
+        Tables.from_bytes(bytes.fromhex(BITSTREAMS["tables"][n])) for n in (vector["tables"], "one context")
+    )
+    symbols, earlier = (
+        np.frombuffer(bytes.fromhex(vector[name]), np.int8).reshape(tables.shape) for name in ("symbols", "reference")
+    )
+    reference = Reference(vector["reference_name"], earlier)
+    assert tables.to_bytes() == file
+    assert encode(symbols, tables, vector["level"], vector["groups"], reference) == data
+    decoded = decode(data, alone, Inter(tables, lambda header: earlier if header.reference == reference.name else None))
+    sent = 2 * vector["groups"]
+    assert np.array_equal(decoded.symbols[:sent], symbols[:sent])
+    assert plain_decode(file, data, earlier.tobytes()) == (decoded.symbols.ravel().tolist(), sent, True)
 
 
 @pytest.mark.parametrize("vector", BITSTREAMS["vectors"], ids=lambda v: f"{v['tables']}, {v['name']}")
