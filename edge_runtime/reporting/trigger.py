@@ -7,9 +7,9 @@ from edge_runtime.wire import Event
 class Trigger:
     """One condition of one camera.
 
-    Only a frame's final answer of a server counts, or one that is used again for a later frame. A frame that was lost, or whose answer lacks a question, changes
-    nothing, nor does one that was captured before the last one that counted: answers may overtake each other, and an
-    outbox sends what is hours old.
+    Only a frame's final answer of a server counts, or one that is used again for a later frame. A frame that was lost,
+    or whose answer lacks a question, changes nothing, nor does one that was captured before the last one that counted:
+    answers may overtake each other, and an outbox sends what is hours old.
     """
 
     def __init__(self, when: str) -> None:
