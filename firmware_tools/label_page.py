@@ -81,6 +81,8 @@ def _shown(path: Path) -> bytes | None:
 class LabelServer(HTTPServer):
     """Serves the page until `is_done`."""
 
+    timeout = 0.5  # seconds after which it looks at `is_done` again, without a request
+
     def __init__(self, labels: Labels, port: int = 0) -> None:
         self.labels, self.token, self.is_done = labels, secrets.token_urlsafe(16), False
         super().__init__(("127.0.0.1", port), _Handler)

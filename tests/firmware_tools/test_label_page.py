@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -37,18 +38,16 @@ def server(frames: Path, tmp_path: Path) -> Iterator[LabelServer]:
         thread.start()
         yield server
         server.is_done = True
-        if thread.is_alive():
-            ask(server, "GET")
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
 
 
 def ask(server: LabelServer, method: str, form: dict[str, str] | None = None, **headers: str) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=PATIENCE_S)
     body = urlencode(form) if form is not None else None
-    connection.request(method, "/", body, headers)
-    response = connection.getresponse()
-    return response.status, response.read().decode()
+    with closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=PATIENCE_S)) as connection:
+        connection.request(method, "/", body, headers)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
 
 
 def click(server: LabelServer, label: str) -> int:
