@@ -24,7 +24,7 @@ from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Latent
 from edge_runtime.inference.labels import Labels
 from edge_runtime.inference.preprocess import to_input
-from edge_runtime.inference.rate import NO_LIMIT, RatedSymbols, choose_rate
+from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.pipeline import build_request
 from edge_runtime.planning import Plan
 from models.captions import captioned_as, words_of
@@ -169,11 +169,12 @@ class Chain:
         return Sent(picture.name, len(payload), draft, decoded.symbols, level, channels)
 
     def _features(self, picture: Picture, latent: Latent) -> RatedSymbols:
-        rate, default = self.rate, self.bundle.manifest.latent.default_level
-        level, max_bytes = default if rate.level is None else rate.level, rate.max_bytes or NO_LIMIT
-        if features := choose_rate(latent, self.bundle.tables, level, rate.groups, max_bytes):
+        rate = self.rate
+        if features := features_of(latent, self.bundle, rate.level, rate.groups, rate.max_bytes):
             return features
-        raise EvaluationError(f"{picture.name}: its coarsest features do not fit into {max_bytes} bytes: allow more")
+        raise EvaluationError(
+            f"{picture.name}: its coarsest features do not fit into {rate.max_bytes} bytes: allow more"
+        )
 
     def label_probabilities(
         self, pictures: Sequence[Picture], question: "Question | None"

@@ -87,7 +87,7 @@ class Sender:
                     yield point, partial(self._picture, codec=codec, size=size, quality=quality)
 
     def choose(self, latent: Latent, budget: int) -> RatedSymbols:
-        """What a board sends that has so many bytes; the least that there is if even this does not fit."""
+        """The features that a board with this budget sends. If nothing fits: one group of the coarsest level."""
         fitting = choose_rate(latent, self.tables, self.finest, max_bytes=budget)
         return fitting or RatedSymbols(latent.symbols(0), 0, 1)
 

@@ -26,7 +26,7 @@ from edge_runtime.inference.draft import Draft, Drafted
 from edge_runtime.inference.head import Head, Latent
 from edge_runtime.inference.labels import Labels
 from edge_runtime.inference.preprocess import to_input
-from edge_runtime.inference.rate import NO_LIMIT, RatedSymbols, choose_rate
+from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.inference.references import ReferenceFrames, SentFrame
 from edge_runtime.inference.reuse import Answers
 from edge_runtime.planning import Plan, Planner
@@ -232,12 +232,8 @@ class Pipeline:
 
     def _features(self, work: FrameInProgress) -> RatedSymbols | None:
         """The symbols that are sent, at the rate of the plan. None: its bytes do not hold even the coarsest ones."""
-        if work.latent is None:
-            return None
-        plan, latent = work.plan, self.bundle.manifest.latent
-        level = latent.default_level if plan.level is None else min(plan.level, len(latent.gains) - 1)
-        max_bytes = NO_LIMIT if plan.max_bytes is None else plan.max_bytes
-        return choose_rate(work.latent, self.bundle.tables, level, plan.groups, max_bytes)
+        plan = work.plan
+        return features_of(work.latent, self.bundle, plan.level, plan.groups, plan.max_bytes) if work.latent else None
 
     def _send(self, work: FrameInProgress) -> str | None:
         """Sends the request. Returns None, or why it was not sent: it does not fit into the byte budget."""

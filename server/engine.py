@@ -155,7 +155,8 @@ class Engine:
             for job, draft in zip(jobs, drafts, strict=True)
         ]
         started = time.perf_counter()
-        labels = self.label_logits(features) if self.classifier else [torch.empty(0)] * len(jobs)
+        is_asked = shape.label_words or any(job.wants_label for job in jobs)
+        labels = self.label_logits(features) if self.classifier and is_asked else [torch.empty(0)] * len(jobs)
         words = self.words_seen(decoder, labels)
         memory = encode_image(decoder, features, self.proof.image_sizes, words)
         encoded = time.perf_counter()

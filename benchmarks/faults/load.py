@@ -23,7 +23,7 @@ from edge_runtime.app import load_draft, load_head
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.preprocess import to_input
-from edge_runtime.inference.rate import RatedSymbols, choose_rate
+from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.mqtt import MqttClient, MqttConfig, State
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
@@ -49,10 +49,10 @@ EncodedPhoto = tuple[RatedSymbols, tuple[int, ...]]
 
 def encoded_photos(bundle: Bundle, photos: Sequence[bytes]) -> Iterator[EncodedPhoto]:
     """Features and draft of every photo, repeated without end."""
-    head, draft, tables = load_head(bundle, "auto", 1), load_draft(bundle, "auto", 1), bundle.tables
+    head, draft = load_head(bundle, "auto", 1), load_draft(bundle, "auto", 1)
     encoded = []
     for latent in (head.latent(to_input(decode_picture(photo))) for photo in photos):
-        features = choose_rate(latent, tables, bundle.manifest.latent.default_level)
+        features = features_of(latent, bundle)
         assert features  # there is no limit
         encoded.append((features, draft.write(latent.symbols()).tokens))
     return cycle(encoded)

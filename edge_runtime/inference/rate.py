@@ -11,12 +11,11 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.head import Latent
 from edge_runtime.wire import Tables
 from edge_runtime.wire.bitstream import MAX_OVERHEAD
 from edge_runtime.wire.tables import cost_bits
-
-NO_LIMIT = 1 << 20  # bytes, more than any bitstream has
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,15 +27,25 @@ class RatedSymbols:
     groups: int  # that are sent
 
 
+def features_of(
+    latent: Latent, bundle: Bundle, level: int | None = None, groups: int | None = None, max_bytes: int | None = None
+) -> RatedSymbols | None:
+    """`choose_rate` with the bundle's tables, by default at its default level, at most at its finest one."""
+    record = bundle.manifest.latent
+    finest = record.default_level if level is None else min(level, len(record.gains) - 1)
+    return choose_rate(latent, bundle.tables, finest, groups, max_bytes)
+
+
 def choose_rate(
-    latent: Latent, tables: Tables, level: int, groups: int | None = None, max_bytes: int = NO_LIMIT
+    latent: Latent, tables: Tables, level: int, groups: int | None = None, max_bytes: int | None = None
 ) -> RatedSymbols | None:
     """The symbols of `level` and the first `groups` groups, by default all; or less, to fit into max_bytes.
 
-    max_bytes: of the bitstream, with its header. None: not even one group of the coarsest level fits.
+    max_bytes: of the bitstream, with its header; None: no limit. Returns None if not even one group of the coarsest
+    level fits.
     """
     groups = tables.groups if groups is None else groups
-    if max_bytes >= NO_LIMIT:
+    if max_bytes is None:
         return RatedSymbols(latent.symbols(level), level, groups)
     size = tables.channels // tables.groups
     low, fitting = 0, None  # the levels below `low` fit, those above `level` do not

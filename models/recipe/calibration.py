@@ -12,11 +12,11 @@ import torch.nn.functional as F
 
 from edge_runtime.inference import draft_calibration
 from edge_runtime.inference.backends import load_model
-from edge_runtime.inference.bundle import BOS, EOS, PAD
+from edge_runtime.inference.bundle import EOS, PAD
 from edge_runtime.inference.draft import Draft
 from models.backbone import pretrained_lite0
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage8_texts
-from models.recipe.scores import ciders
+from models.recipe.scores import ciders, strip
 from models.recipe.stage1_photos import MAX_TOKENS
 from models.recipe.stage3_bottleneck import GAINS, REFERENCE, complete_rates
 from models.recipe.stage4_head import float_head, float_symbols
@@ -58,7 +58,7 @@ def measure(work: Workspace, bundle: Path) -> Measured:
         quality |= {f"draft_{suffix}_{name}": value for name, value in drafts.figures(work).items()}
     for tier, scored in texts.items():
         quality |= {f"{tier}_{name}": value for name, value in scored.figures(work).items()}
-    wanted = words(np.load(work / "texts-dev.npy"))
+    wanted = [strip(row) for row in np.load(work / "texts-dev.npy").tolist()]
     quality["drafts_equal"] = float(np.mean([text == whole for text, whole in zip(tokens, wanted, strict=True)]))
     calibration = draft_calibration.fit(
         drafts.confidences.tolist(), drafts.scores.tolist(), texts["cloud"].scores.tolist()
@@ -81,11 +81,6 @@ def measure_head(work: Workspace) -> Measured:
     temperature, quality = label_temperature(work)
     quality["head_int8_equal_symbols"] = float((exact == sent).mean())
     return Measured({name: round(value, 4) for name, value in quality.items()}, (), {}, round(temperature, 4))
-
-
-def words(rows: np.ndarray) -> list[list[int]]:
-    """Padded texts without start, end and padding."""
-    return [[token for token in row if token not in (BOS, EOS, PAD)] for row in rows.tolist()]
 
 
 def scored(work: Workspace, confidences: Sequence[float], texts: list[list[int]]) -> Scored:
@@ -113,7 +108,7 @@ def texts_of_tier(work: Workspace, tier: str) -> Scored:
         gains = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
         there = tokens[:, 1:] != PAD
         confidences += (gains.where(there, 0.0).sum(1) / there.sum(1)).exp().tolist()
-    return scored(work, confidences, words(rows))
+    return scored(work, confidences, [strip(row) for row in rows.tolist()])
 
 
 def drafts_of(work: Workspace, bundle: Path, suffix: str) -> tuple[Scored, list[list[int]]]:

@@ -14,16 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
 
 from models.backbone import CUT, normalise, pretrained_lite0
 from models.coded_pictures import SIZES, picture_codecs
 from models.family import Tail
 from models.recipe import stage2_views, stage3_bottleneck
 from models.recipe.depthwise import use_matrices
-from models.recipe.stage3_bottleneck import GAINS
+from models.recipe.stage3_bottleneck import GAINS, divergence
 from models.recipe.stage4_head import float_symbols, trained_head
 from models.recipe.training import Training
 from models.recipe.workspace import Workspace, channels_last
@@ -83,11 +81,6 @@ def coded(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         quality = rng.integers(codec.qualities[0], codec.qualities[-1] + 1)
         received.append(codec.code(picture, int(rng.choice(SIZES)), int(quality))[1])
     return np.stack(received)
-
-
-def divergence(logits: Tensor, true_logits: Tensor) -> Tensor:
-    """Nats per photo from the true distribution over labels to ours."""
-    return F.kl_div(logits.log_softmax(-1), true_logits.log_softmax(-1), log_target=True, reduction="batchmean")
 
 
 def main() -> None:

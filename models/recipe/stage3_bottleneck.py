@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from edge_runtime.inference.bundle import PAD, UNKNOWN
 from models.backbone import BLOCKS, CUT, CUT_CHANNELS, FROZEN, Block, Conv, Lite0, pretrained_lite0
-from models.family import LATENT, Density, Dropout, Tail, TextDecoder, arrived_groups, decoder_shapes
+from models.family import GROUPS, LATENT, Density, Dropout, Tail, TextDecoder, arrived_groups, decoder_shapes
 from models.recipe.depthwise import use_matrices
 from models.recipe.training import Training
 from models.recipe.workspace import Workspace, channels_last
@@ -156,8 +156,10 @@ def random_rates(rows: int, rng: np.random.Generator) -> Rates:
     """A random level for each row; most rows are complete, some have whole groups, a few end anywhere."""
     level = rng.choice(len(GAINS), rows, p=LEVEL_CHANCES)
     kind = rng.random(rows)
-    group = LATENT[0] // 4
-    some = np.where(kind < COMPLETE + WHOLE_GROUPS, group * rng.integers(1, 4, rows), rng.integers(4, LATENT[0], rows))
+    group = LATENT[0] // GROUPS
+    some = np.where(
+        kind < COMPLETE + WHOLE_GROUPS, group * rng.integers(1, GROUPS, rows), rng.integers(4, LATENT[0], rows)
+    )
     return Rates(torch.from_numpy(level), torch.from_numpy(np.where(kind < COMPLETE, LATENT[0], some)))
 
 
@@ -181,6 +183,11 @@ def caption_loss(logits: Tensor, targets: Tensor, smoothing: float = 0.1) -> Ten
     return F.cross_entropy(
         logits.flatten(0, -2).float(), targets.flatten(), ignore_index=PAD, label_smoothing=smoothing
     )
+
+
+def divergence(logits: Tensor, true_logits: Tensor) -> Tensor:
+    """Nats per photo from the true distribution over labels to ours."""
+    return F.kl_div(logits.log_softmax(-1), true_logits.log_softmax(-1), log_target=True, reduction="batchmean")
 
 
 def select_memory(memory: list[tuple[Tensor, Tensor]], photos: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -229,11 +236,10 @@ def losses_of(net: Cut, backbone: Lite0, maps: Tensor, rates: Rates, texts: Tens
         memory = select_memory(net.decoder.encode_image(features[: int(photos.max()) + 1], drop=drop), photos)
         wanted = texts[:, 1:] != PAD  # half of a padded batch
         words = net.decoder(texts[:, :-1], memory, drop, wanted)
-    log_probabilities = logits.float().log_softmax(-1), true_logits.float().log_softmax(-1)
     bits = rates.cut(net.density.bits(symbols, rates.gains)).sum((1, 2, 3))
     return Losses(
         (last.float() - true_map.float()).square().mean() / true_map.float().var(),
-        F.kl_div(*log_probabilities, log_target=True, reduction="batchmean"),
+        divergence(logits.float(), true_logits.float()),
         caption_loss(words, texts[:, 1:][wanted]),
         (bits * (GAINS[REFERENCE] / rates.gains) ** 2).mean() / 8,
     )
@@ -309,7 +315,7 @@ def evaluate(work: Workspace, net: Cut, levels: range | tuple[int, ...]) -> dict
                 logits = backbone.classifier(net.tail(symbols, rates.level, rates.arrived).mean(1)).float()
             best = among[logits[:, among].topk(min(5, len(among))).indices] == labels[at : at + DEV_BATCH, None]
             right.append(best)
-            kl += F.kl_div(logits.log_softmax(-1), true_logits.float().softmax(-1), reduction="sum").item()
+            kl += len(maps) * divergence(logits, true_logits.float()).item()
             sizes += [counted_bytes(symbols).item()] * len(maps)
         places = torch.cat(right).float()
         figures |= {
