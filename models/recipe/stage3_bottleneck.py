@@ -53,14 +53,14 @@ DEV_BATCH = 100
 class Settings:
     """Length of training, target size and weights of the losses."""
 
-    steps: int = 2600
+    steps: int = 300
     bytes: float = 385.0  # per photo at the reference level, under one table per channel
     learning_rate: float = 6e-4
     # Learning rate of pretrained layers, and of the expander's linear part. Ten times as much is better on training
     # photos and worse on others: the layers forget classes that the photos do not show.
     known_rate: float = 3e-5
     bottleneck_rate: float = 0.02  # of the bottleneck, as a share of its weights' root mean square
-    first_step: float = 32.0  # units per symbol of the finest level, see `principal`; about 550 bytes
+    first_step: float = 40.0  # units per symbol of the finest level, see `principal`
     error_weights: tuple[float, float] = (1.0, 0.25)  # first and last: it asks for more than the tasks need
     kl_weight: float = 2.0
     caption_weight: float = 0.5
