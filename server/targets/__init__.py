@@ -1,0 +1,1 @@
+"""Models that answer: what decides the text of a reply."""
