@@ -21,11 +21,11 @@ import transformers
 from numpy.typing import NDArray
 
 from edge_runtime.errors import AiflowError
-from server.targets.huggingface_decoding import GreedyDecoding, NotFiniteError
+from server.targets.huggingface_decoding import GreedyDecoding, NotFiniteError, Propose
 from server.targets.huggingface_drafts import DraftTokenizer
 from server.targets.huggingface_loading import Loaded, TargetError, load
 from server.targets.huggingface_prompts import PromptError, model_inputs
-from server.targets.phrases import START, PhraseMemory, propose
+from server.targets.phrases import START, PhraseMemory, Proposer
 from server.verify import new_text
 
 logger = logging.getLogger(__name__)
@@ -146,10 +146,9 @@ class HuggingFaceTarget:
     def _write(self, inputs: dict[str, Any], draft: tuple[int, ...] | None, limit: int) -> GreedyDecoding:
         if draft is None:
             return self.decode(inputs, limit)
-        own = PhraseMemory(PHRASES)  # of this job: its prompt, its draft, its text so far
+        own = PhraseMemory(PHRASES)
         own.learn([token for token in inputs["input_ids"][0].tolist() if token not in self.drafts.special])
-        own.learn((START, *draft))
-        proposer = partial(self._propose, own)
+        proposer = Proposer(draft, own, self.phrases)
         try:
             written = self.decode(inputs, limit, draft, proposer, self.proof.reads_draft_with_prompt)
             if not written.widest or written.margin > self.proof.near_tie:
@@ -160,17 +159,12 @@ class HuggingFaceTarget:
             logger.warning("text is written again without its draft model=%s reason=not-finite", self.loaded.name)
         return self.decode(inputs, limit)
 
-    def _propose(self, own: PhraseMemory, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        text = (START, *tokens)
-        own.learn(text)
-        return propose((own, self.phrases), text)
-
     def decode(
         self,
         inputs: dict[str, Any],
         limit: int,
         draft: Sequence[int] = (),
-        proposer: Any = None,
+        proposer: Propose | None = None,
         reads_draft_with_prompt: bool = True,
         **settings: Any,
     ) -> GreedyDecoding:

@@ -18,7 +18,8 @@ from server.verify import Text, propose_again, verify
 
 BLOCK = 16  # tokens per pass at most, after the prompt's pass: beyond it a pass costs noticeably more
 
-Propose = Callable[[tuple[int, ...]], tuple[int, ...]]  # from the tokens written so far to the likely next ones
+# From the tokens written so far, and how many passes in a row accepted no proposal, to the likely next tokens.
+Propose = Callable[[tuple[int, ...], int], tuple[int, ...]]
 
 
 class NotFiniteError(AiflowError, ArithmeticError):
@@ -83,10 +84,8 @@ class GreedyDecoding:
         """What the next pass reads after the last token."""
         if is_first and not self.reads_draft_with_prompt:
             return ()
-        # After the first mismatch the rest of the draft is still the best guess, see `realign`. After two it is not.
-        is_lost = self.text.has_diverged and (self.text.is_proposed_again or self.misses > 1)
-        if self.propose and (is_lost or not self.text.rest) and (found := self.propose(self.text.tokens)):
-            self.text = propose_again(self.text, found)
+        if self.propose and self.text.needs_proposals:
+            self.text = propose_again(self.text, self.propose(self.text.tokens, self.misses))
         proposals = self.text.rest if is_first else self.text.rest[: BLOCK - 1]
         self.widest = max(self.widest, len(proposals))
         return proposals
@@ -103,18 +102,17 @@ class GreedyDecoding:
             scores = torch.cat(
                 [logits_processor(ahead[:, : known + i], logits[i : i + 1]) for i in range(proposals + 1)]
             )
-        best = scores.topk(2)
         before = len(self.text.tokens)
-        self.text = verify(self.text, best.indices[:, 0].tolist())
+        self.text = verify(self.text, scores.argmax(-1).tolist())  # of equal scores the first, as `generate` does
         written = len(self.text.tokens) - before
         self.misses = self.misses + 1 if written == 1 else 0
-        chosen = best.values[:written]
+        best, second = scores[:written].topk(2).values.unbind(-1)
         # argmax takes a NaN for a token. Here it stays NaN, and infinite scores become NaN.
-        gain = float((chosen[:, 0] - scores[:written].logsumexp(-1)).sum())
+        gain = float((best - scores[:written].logsumexp(-1)).sum())
         if math.isnan(gain):
             raise NotFiniteError(f"the model computed no finite numbers after {before} tokens")
         self.log_probability += gain
-        self.margin = min(self.margin, float((chosen[:, 0] - chosen[:, 1]).min()))
+        self.margin = min(self.margin, float((best - second).min()))
         return written
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.utils import is_torchvision_available
@@ -29,6 +30,7 @@ LOADING_ERRORS = (
     TypeError,
     AttributeError,
     SafetensorError,
+    StrictDataclassError,
 )
 
 

@@ -4,7 +4,7 @@ Captions repeat phrases, and so do the answers of one camera. Proposals by n-gra
 2023) and LLMA (Yang et al., arXiv 2304.04487). A wrong proposal changes no token, see `server/verify.py`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 LENGTH = 8  # tokens of a continuation: a pass of 8 tokens costs hardly more than one of 1
 LONGEST_KEY = 3  # tokens; longer ones hardly ever repeat in captions
@@ -32,16 +32,50 @@ class PhraseMemory:
         while len(self._next) > self.capacity:
             del self._next[next(iter(self._next))]
 
-    def after(self, key: tuple[int, ...]) -> tuple[int, ...]:
-        """What followed exactly these tokens: up to LENGTH tokens, none if that is not known."""
-        return self._next.get(key, ())
+    def longest(self, tokens: Sequence[int], shortest: int = 1) -> tuple[int, tuple[int, ...]]:
+        """The longest known end of `tokens`, of at least `shortest` tokens: its length, and what followed it."""
+        for size in range(min(LONGEST_KEY, len(tokens)), shortest - 1, -1):
+            if found := self._next.get(tuple(tokens[-size:])):
+                return size, found
+        return 0, ()
 
 
-def propose(memories: Iterable[PhraseMemory], tokens: Sequence[int]) -> tuple[int, ...]:
-    """What followed the longest known end of `tokens`; of equally long ones, in the first of the memories."""
-    memories = tuple(memories)
-    for size in range(min(LONGEST_KEY, len(tokens)), 0, -1):
-        for memory in memories:
-            if found := memory.after(tuple(tokens[-size:])):
-                return found
-    return ()
+class Proposer:
+    """Proposals for one text after its draft has ended or gone wrong."""
+
+    def __init__(self, draft: Sequence[int], own: PhraseMemory, shared: PhraseMemory) -> None:
+        """own: phrases of this text's prompt; it also learns the draft and the text. shared: of earlier texts."""
+        self.draft, self.own, self.shared = tuple(draft), own, shared
+        self._shift = 0  # tokens that the draft is ahead of the text
+        self._known = 0
+        own.learn((START, *draft))
+
+    def __call__(self, tokens: Sequence[int], misses: int) -> tuple[int, ...]:
+        """What may follow these tokens of the text. misses: last passes in a row that accepted no proposal."""
+        text = (START, *tokens)
+        self.own.learn(text, self._known)
+        self._known = len(text)
+        sources: tuple[tuple[int, ...], ...] = ()
+        if misses < 2:
+            rest, phrase = self._rest_of_draft(tokens), self._phrases(text, (self.own,), 2)
+            sources = (phrase, rest) if misses else (rest, phrase)  # the draft was right until now
+        return next(filter(None, sources), None) or self._phrases(text, (self.own, self.shared), 1)
+
+    def _phrases(self, text: tuple[int, ...], memories: Sequence[PhraseMemory], shortest: int) -> tuple[int, ...]:
+        """Phrase after phrase, so that a short one or a repeated word fills a block too."""
+        found: tuple[int, ...] = ()
+        while len(found) < LENGTH:
+            _, more = max((memory.longest(text + found, shortest) for memory in memories), key=lambda end: end[0])
+            if not more:
+                break
+            found += more
+        return found[:LENGTH]
+
+    def _rest_of_draft(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """The draft after one word that was replaced, or up to three that were left out."""
+        last, at = tokens[-1:], len(tokens) + self._shift
+        skipped = self.draft[at : at + 3]
+        # A word that is written again and again does not say where in the draft it comes from.
+        if last and last != tokens[-2:-1] and last[0] in skipped:
+            self._shift += skipped.index(last[0]) + 1
+        return self.draft[len(tokens) + self._shift :]

@@ -26,8 +26,8 @@ from tests.server.targets.tiny_models import LANGUAGE_MODELS, VISION_MODELS, WOR
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")  # of its own calls of numpy
 
-LIMIT = 16
-PROMPTS = ("describe the photo", "what is unusual here", "the dog runs", "one sentence")
+LIMIT = 12
+PROMPTS = ("describe the photo", "what is unusual here", "the dog is running")
 # The prompt's processor cuts it into other words, or the tokenizer has no such token: all are texts for a draft.
 HOSTILE = (
     "",
@@ -36,10 +36,8 @@ HOSTILE = (
     "</s> the dog",
     "<pad><s></s><unk><|endoftext|><|im_end|>",
     "the dog \ud800\udfff\x00\x07 is",
-    "\u202e\u200b\ufeff\U0001f415" * 50,
-    "{{ 7 * 7 }} %s ${x} ../../etc/passwd",
-    "dog " * 20_000,
-    "a" * 10_000_000,
+    "\u202e\u200b\ufeff\U0001f415 {{ 7 * 7 }} %s",
+    "a dog " * 2_000_000,
 )
 
 
@@ -74,13 +72,10 @@ def of_generate(target: HuggingFaceTarget, job: Job, **more) -> tuple[int, ...]:
     model = target.loaded.model
     asked = {"max_new_tokens": job.max_tokens, "do_sample": False, "num_beams": 1, **more}
     sequence = model.generate(**inputs, **asked)[0].tolist()
-    # BLIP leaves out the last token of the prompt, and models with an encoder the whole prompt.
-    prompt = (
-        inputs["input_ids"].shape[1]
-        if sequence[: inputs["input_ids"].shape[1]] == inputs["input_ids"][0].tolist()
-        else 1
-    )
-    written = sequence[prompt:]
+    length = inputs["input_ids"].shape[1]
+    # BLIP leaves out the last token of the prompt. Of a model with an encoder, the text begins with its start token.
+    shorter = {"BlipForConditionalGeneration": length - 1, "Florence2ForConditionalGeneration": 1}
+    written = sequence[shorter.get(target.loaded.architecture, length) :]
     ends = model.generation_config.eos_token_id
     return tuple(written[:-1] if written[-1:] == [ends] else written)
 
@@ -163,7 +158,7 @@ def test_a_text_ends_at_the_first_of_several_end_tokens_even_if_the_draft_goes_o
         assert answer.accepted <= at
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_draft_gives_the_text_of_none(llama: HuggingFaceTarget, data) -> None:
     job = jobs(llama)[data.draw(st.integers(0, len(PROMPTS) - 1))]
@@ -289,47 +284,45 @@ class StubbornAssistant(CandidateGenerator):
 
 def passes_of(target: HuggingFaceTarget, job: Job, **more) -> int:
     """Forward passes of transformers' assisted generation, which must write the same text."""
-    counted = []
+    counted: list[int] = []
     hook = target.loaded.model.register_forward_hook(lambda *_: counted.append(1))
-    try:
-        assert of_generate(target, job, **more) == target.answer([job])[0].tokens
-    finally:
-        hook.remove()
-    return len(counted) - target.answer([job])[0].passes
+    tokens = of_generate(target, job, **more)
+    hook.remove()
+    assert tokens == target.answer([job])[0].tokens
+    return len(counted)
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 2, 5])
 def test_passes_are_no_more_than_those_of_assisted_generation_with_the_same_draft(
     llama: HuggingFaceTarget, monkeypatch, wrong: int
 ) -> None:
-    model, total, ours = llama.loaded.model, 0, 0
+    theirs, ours = 0, 0
     for job, own in zip(jobs(llama), own_answers(llama), strict=True):
         words = own.text.split()
         for at in range(wrong):
             words[(3 * at + 2) % len(words)] = "dog"
         draft = llama.drafts.tokens(" ".join(words))
-        prompt = llama.inputs(job)["input_ids"].shape[1]
-        assistant = StubbornAssistant(draft, prompt, len(draft))
-        monkeypatch.setattr(model, "_get_candidate_generator", lambda *_, made=assistant, **__: made)
-        theirs = passes_of(llama, job, prompt_lookup_num_tokens=len(draft))
-        llama.phrases = PhraseMemory(1)  # no advantage from earlier texts
-        passes = llama.answer([replace(job, draft=" ".join(words))])[0].passes
-        assert passes <= theirs
-        total, ours = total + theirs, ours + passes
-    assert ours < total or wrong == 0
+        assistant = StubbornAssistant(draft, llama.inputs(job)["input_ids"].shape[1], len(draft))
+        monkeypatch.setattr(llama.loaded.model, "_get_candidate_generator", lambda *_, made=assistant, **__: made)
+        theirs += passes_of(llama, job, prompt_lookup_num_tokens=len(draft))
+        monkeypatch.setattr(llama, "phrases", PhraseMemory(1))  # no advantage from earlier texts
+        ours += llama.answer([replace(job, draft=" ".join(words))])[0].passes
+    assert ours <= theirs
+    assert wrong or ours == theirs == len(PROMPTS)
 
 
-def test_passes_are_no_more_than_those_of_prompt_lookup(llama: HuggingFaceTarget) -> None:
+def test_passes_are_no_more_than_those_of_prompt_lookup(llama: HuggingFaceTarget, monkeypatch) -> None:
     theirs, ours = 0, 0
     for short in jobs(llama):
         job = replace(short, max_tokens=48)
         theirs += passes_of(llama, job, prompt_lookup_num_tokens=8)
-        llama.phrases = PhraseMemory(1)
+        monkeypatch.setattr(llama, "phrases", PhraseMemory(1))
         ours += llama.answer([replace(job, draft="")])[0].passes
     assert ours <= theirs
 
 
-def test_what_the_target_has_written_before_is_proposed_again(llama: HuggingFaceTarget) -> None:
+def test_what_the_target_has_written_before_is_proposed_again(llama: HuggingFaceTarget, monkeypatch) -> None:
+    monkeypatch.setattr(llama, "phrases", PhraseMemory(1000))
     job = replace(jobs(llama)[1], draft="")
     first, again = llama.answer([job, job])
     assert again.tokens == first.tokens

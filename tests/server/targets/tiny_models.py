@@ -65,7 +65,7 @@ def byte_pairs(space: str) -> PreTrainedTokenizerFast:
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, show_progress=False)
     # So often that each word becomes one token, whatever is in front of it.
-    tokenizer.train_from_iterator([" ".join(WORDS), " ".join(reversed(WORDS))] * 10, trainer)
+    tokenizer.train_from_iterator([" ".join(WORDS), " ".join(reversed(WORDS))] * 10 + ["A."], trainer)
     return _fast(tokenizer, {"image_token": "<image>"})
 
 
