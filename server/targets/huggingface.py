@@ -10,8 +10,8 @@ Knows nothing of messages, queues and deadlines.
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -83,7 +83,7 @@ class HuggingFaceTarget:
         self.loaded = loaded
         self.drafts = DraftTokenizer(loaded.tokenizer, loaded.model.config)
         self.phrases = PhraseMemory(PHRASES)
-        self.rewritten = 0  # texts that were written again for a near tie
+        self.rewritten = 0  # texts that were written again without proposals
         self.proof = Proof()
         self.proof = prove(self)
         logger.log(
@@ -148,16 +148,19 @@ class HuggingFaceTarget:
             return self.decode(inputs, limit)
         own = PhraseMemory(PHRASES)
         own.learn([token for token in inputs["input_ids"][0].tolist() if token not in self.drafts.special])
-        proposer = Proposer(draft, own, self.phrases)
+        proposer, wasted = Proposer(draft, own, self.phrases), 0
         try:
             written = self.decode(inputs, limit, draft, proposer, self.proof.reads_draft_with_prompt)
             if not written.widest or written.margin > self.proof.near_tie:
                 return written
             # The order of sums depends on how many tokens a pass reads. Here it may have decided between two tokens.
-            self.rewritten += 1
-        except NotFiniteError:
-            logger.warning("text is written again without its draft model=%s reason=not-finite", self.loaded.name)
-        return self.decode(inputs, limit)
+            wasted = written.text.passes
+        except NotFiniteError as error:  # a draft can make a model in float16 overflow where its own text does not
+            wasted = error.passes
+        self.rewritten += 1
+        alone = self.decode(inputs, limit)
+        alone.text = replace(alone.text, passes=alone.text.passes + wasted)
+        return alone
 
     def decode(
         self,
@@ -210,17 +213,28 @@ def prove(target: HuggingFaceTarget) -> Proof:
     if not all(written.can_roll_back for written in alone):
         return Proof(reason=f"the cache of {loaded.architecture} cannot be rolled back", numerics=numerics)
     for with_prompt in (True, False):
-        deviation = 0.0
-        for inputs, written in zip(asked, alone, strict=True):
-            for draft in _probe_drafts(written.text.tokens, target.drafts):
-                again = decode(inputs, draft=draft, reads_draft_with_prompt=with_prompt)
-                if again.text.tokens != written.text.tokens:
-                    deviation = math.inf
-                deviation = max(deviation, abs(again.log_probability - written.log_probability))
+        again = partial(decode, reads_draft_with_prompt=with_prompt)
+        deviation = max(
+            _deviation(written, partial(again, inputs, draft=draft))
+            for inputs, written in zip(asked, alone, strict=True)
+            for draft in _probe_drafts(written.text.tokens, target.drafts)
+        )
         if deviation < math.inf:
             near_tie = SAFETY * max(deviation, 1e-6) if loaded.model.dtype == torch.float32 else 0.0
             return Proof(True, "", with_prompt, near_tie, numerics)
     return Proof(reason=f"texts of {loaded.architecture} differ with drafts", numerics=numerics)
+
+
+def _deviation(alone: GreedyDecoding, decode: Callable[[], GreedyDecoding]) -> float:
+    """By how much the text's log-probability differs if it is written so; infinite if the text does, or if it fails."""
+    try:
+        again = decode()
+    except FAILURES as error:
+        logger.info("a text with a draft failed in the start test: %s", error)
+        return math.inf
+    if again.text.tokens != alone.text.tokens:
+        return math.inf
+    return abs(again.log_probability - alone.log_probability)
 
 
 def _probe_drafts(tokens: tuple[int, ...], drafts: DraftTokenizer) -> list[tuple[int, ...]]:

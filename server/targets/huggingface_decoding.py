@@ -23,7 +23,11 @@ Propose = Callable[[tuple[int, ...], int], tuple[int, ...]]
 
 
 class NotFiniteError(AiflowError, ArithmeticError):
-    """The model computed NaN or infinity."""
+    """The model computed NaN or infinity, in the last of so many passes."""
+
+    def __init__(self, passes: int) -> None:
+        super().__init__(f"the model computed no finite numbers in pass {passes} of a text")
+        self.passes = passes
 
 
 @dataclass
@@ -110,7 +114,7 @@ class GreedyDecoding:
         # argmax takes a NaN for a token. Here it stays NaN, and infinite scores become NaN.
         gain = float((best - scores[:written].logsumexp(-1)).sum())
         if math.isnan(gain):
-            raise NotFiniteError(f"the model computed no finite numbers after {before} tokens")
+            raise NotFiniteError(self.text.passes)
         self.log_probability += gain
         self.margin = min(self.margin, float((best - second).min()))
         return written

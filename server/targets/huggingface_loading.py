@@ -98,7 +98,7 @@ def load(name: str, dtype: str = "float32", device: str = "cpu", threads: int = 
             "would be random; want all safetensors files of this model"
         )
     for tensor, value in model.state_dict().items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.dtype in DTYPES.values() and not value.isfinite().all():
             raise TargetError(f"{name}: tensor {tensor} has NaN or infinite values: want another copy of this model")
     return Loaded(name, model.eval().requires_grad_(False), tokenizer, processor)
 

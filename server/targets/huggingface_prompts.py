@@ -70,8 +70,8 @@ def _with_picture(loaded: Loaded, prompt: str, picture: Image.Image) -> Any:
             return_tensors="pt",
         )
     # Without a template, some processors put the picture's tokens before the prompt, and some want to be told where.
-    token = getattr(processor, "image_token", None)
-    if token is None or token in prompt:
+    token = str(getattr(processor, "image_token", ""))
+    if not token or token in prompt:
         return processor(text=prompt, images=[picture], return_tensors="pt")
     try:
         inputs = processor(text=prompt, images=[picture], return_tensors="pt")

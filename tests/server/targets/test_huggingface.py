@@ -22,7 +22,15 @@ from server.targets.huggingface import MAX_TOKENS, Answer, HuggingFaceTarget, Jo
 from server.targets.huggingface_loading import TargetError
 from server.targets.phrases import PhraseMemory
 from server.verify import Text, verify
-from tests.server.targets.tiny_models import LANGUAGE_MODELS, VISION_MODELS, WORDS, Folder, language_model
+from tests.server.targets.tiny_models import (
+    LANGUAGE_MODELS,
+    VISION_MODELS,
+    WORDS,
+    Folder,
+    blip2,
+    language_model,
+    never_written,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")  # of its own calls of numpy
 
@@ -198,6 +206,21 @@ def test_a_model_whose_cache_cannot_be_rolled_back_decodes_plainly_and_says_so(t
         alone, drafted = target.answer([job, replace(job, draft="the dog is running")])
         assert alone.tokens == drafted.tokens == of_generate(target, job)
         assert (drafted.proposed, drafted.passes) == (0, alone.passes)
+
+
+def test_a_draft_that_cannot_be_read_with_the_prompt_is_verified_in_the_second_pass(tmp_path) -> None:
+    target = load(tmp_path, blip2)  # its language model gets the prompt as embeddings
+    assert target.proof.strict
+    assert not target.proof.reads_draft_with_prompt
+    inner = target.loaded.model.language_model.generation_config
+    inner.suppress_tokens = never_written(target.loaded.tokenizer)
+    job = jobs(target)[0]
+    alone = target.answer([job])[0]
+    assert alone.tokens == of_generate(target, job)
+    for draft, passes in ((alone.text, 2), ("a dog", LIMIT), ("", LIMIT)):
+        answer = target.answer([replace(job, draft=draft)])[0]
+        assert answer.tokens == alone.tokens
+        assert answer.passes <= passes
 
 
 def test_two_words_that_are_always_equally_likely_do_not_make_texts_depend_on_drafts(tmp_path) -> None:

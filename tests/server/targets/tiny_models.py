@@ -44,13 +44,13 @@ SQUARE = {"height": 32, "width": 32}
 Folder = Callable[[Path], None]
 
 
-def words(special: tuple[str, ...] = (), **named: str) -> PreTrainedTokenizerFast:
+def words(special: tuple[str, ...] = (), **named: str | None) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words, for which text and tokens are one to one."""
     every = [*SPECIAL, *special]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*every, *WORDS])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(every)
-    return _fast(tokenizer, {"image_token": "<image>", **named})
+    return _fast(tokenizer, {k: v for k, v in {"image_token": "<image>", **named}.items() if v})
 
 
 def byte_pairs(space: str) -> PreTrainedTokenizerFast:
@@ -138,6 +138,17 @@ def blip(folder: Path) -> None:
     text = {**TEXT, "encoder_hidden_size": 32, "projection_dim": 32, "sep_token_id": 2}
     config = transformers.BlipConfig(text_config=text, vision_config=VISION)
     _save(folder, config, "BlipProcessor", transformers.BlipImageProcessorPil(size=SQUARE), words())
+
+
+def blip2(folder: Path) -> None:
+    inner = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**TEXT, "model_type": "opt", "ffn_dim": 64, "word_embed_proj_dim": 32}
+    config = transformers.Blip2Config(
+        vision_config=VISION, qformer_config={**inner, "encoder_hidden_size": 32}, text_config=text, num_query_tokens=4
+    )
+    config.image_token_id = config.image_token_index = 4
+    picture = transformers.BlipImageProcessorPil(size=SQUARE)
+    _save(folder, config, "Blip2Processor", picture, words(image_token=None), num_query_tokens=4)
 
 
 def florence2(folder: Path) -> None:
@@ -237,14 +248,18 @@ def _save_model(folder: Path, config: Any, kind: Any, tokenizer: Any) -> None:
         for weight in model.parameters():
             if weight.ndim > 1:  # else the same word is written again and again
                 torch.nn.init.normal_(weight, std=0.3)
-    # As those of a trained model, its texts have no special tokens but the end, and no word is spelt in parts.
-    words = {ids[0] for word in WORDS if len(ids := tokenizer.encode(f" {word}", add_special_tokens=False)) == 1}
-    others = sorted(set(range(VOCABULARY)) - words - {END})
+    others = never_written(tokenizer)
     model.generation_config.suppress_tokens = others
     model.generation_config.eos_token_id = END
     if hasattr(model, "text_decoder"):  # BLIP writes with an inner model, whose generation settings are not saved
         model.text_decoder.cls.predictions.bias.data[others] = -100.0
     model.save_pretrained(folder)
+
+
+def never_written(tokenizer: Any) -> list[int]:
+    """All but whole words and the end: as of a trained model, no text has special tokens, or words spelt in parts."""
+    words = {ids[0] for word in WORDS if len(ids := tokenizer.encode(f" {word}", add_special_tokens=False)) == 1}
+    return sorted(set(range(VOCABULARY)) - words - {END})
 
 
 LANGUAGE_MODELS: dict[str, Folder] = {
