@@ -100,6 +100,7 @@ def load(name: str, dtype: str = "float32", device: str = "cpu", threads: int = 
     for tensor, value in model.state_dict().items():
         if value.dtype in DTYPES.values() and not value.isfinite().all():
             raise TargetError(f"{name}: tensor {tensor} has NaN or infinite values: want another copy of this model")
+    model.generation_config.max_length = None  # each job has its own limit, and transformers would warn of two
     return Loaded(name, model.eval().requires_grad_(False), tokenizer, processor)
 
 

@@ -124,10 +124,8 @@ def test_wrong_drafts_change_no_token_and_cost_no_pass(target: HuggingFaceTarget
             [*words[:middle], "dog", *words[middle + 1 :]],
             words[:middle] + words[middle + 1 :],
             [*words[:middle], "a", "dog", *words[middle:]],
-            words[:middle],
-            [*words, "and", "a", "dog"],
+            [*words[:middle], "and", "a", "dog"],
             list(reversed(words)),
-            ["A", *words[1:]],
         ]
         for draft in wrong:
             answer = target.answer([replace(job, draft=" ".join(draft))])[0]
@@ -164,6 +162,22 @@ def test_a_text_ends_at_the_first_of_several_end_tokens_even_if_the_draft_goes_o
         assert answer.tokens == long.tokens[:at]
         assert answer.passes == (at + 1 if draft is None else 1)
         assert answer.accepted <= at
+
+
+def test_penalties_see_the_same_history_with_and_without_a_draft(llama: HuggingFaceTarget) -> None:
+    generation = llama.loaded.model.generation_config
+    before = {"repetition_penalty": generation.repetition_penalty, "no_repeat_ngram_size": None, "min_new_tokens": None}
+    unpenalised = [answer.tokens for answer in own_answers(llama)]
+    generation.update(repetition_penalty=1.5, no_repeat_ngram_size=2, min_new_tokens=8, do_sample=True, temperature=0.1)
+    try:
+        answers = own_answers(llama)
+        assert [answer.tokens for answer in answers] != unpenalised
+        for job, own in zip(jobs(llama), answers, strict=True):
+            assert own.tokens == of_generate(llama, job)
+            for draft in (own.text, "the dog is the dog is the dog", ""):
+                assert llama.answer([replace(job, draft=draft)])[0].tokens == own.tokens
+    finally:
+        generation.update(**before, do_sample=None, temperature=None)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
