@@ -267,6 +267,7 @@ LANGUAGE_MODELS: dict[str, Folder] = {
     "qwen2": language_model("Qwen2", byte_pairs("bytes")),
     "gpt2": language_model("GPT2", byte_pairs("bytes"), n_embd=32, n_layer=2, n_head=2, n_positions=256),
     "mistral-sliding-window": language_model("Mistral", sliding_window=8),
+    "lfm2-convolution": language_model("Lfm2", layer_types=["conv", "full_attention"]),
     "gemma3-hybrid-window": language_model("Gemma3Text", sliding_window=8, head_dim=8, num_hidden_layers=6),
 }
 VISION_MODELS: dict[str, Folder] = {
