@@ -88,10 +88,10 @@ def load_labels(bundle: Bundle, head: Head, backend: str, threads: int) -> Label
     def load(suffix: str) -> Labels:
         model = load_model(bundle.file(f"labels{suffix}"), threads)
         labels = Labels(model, manifest.classes, manifest.label_temperature)
-        labels.scores(backbone_map)  # finds a network that does not fit the head or the manifest
+        labels.likeliest(backbone_map)  # finds a network that does not fit the head or the manifest
         return labels
 
-    return load_fastest(backend, load, lambda labels: labels.scores(backbone_map))
+    return load_fastest(backend, load, lambda labels: labels.likeliest(backbone_map))
 
 
 class Board:
@@ -110,7 +110,9 @@ class Board:
         offloads = board.paradigm == "offload"
         head = None if offloads else load_head(bundle, board.backend, board.threads)
         draft = None if offloads else load_draft(bundle, board.backend, board.threads)
-        labels = load_labels(bundle, head, board.backend, board.threads) if head and board.labels else None
+        labels = None
+        if head and board.labels != "never":
+            labels = load_labels(bundle, head, board.backend, board.threads)
 
         # Where frames come from, and what users may change.
         self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
@@ -161,6 +163,7 @@ class Board:
             self.events,
             board.slowdown,
             labels,
+            board.labels == "send",
             self.answers,
             self.references,
         )

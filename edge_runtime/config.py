@@ -192,7 +192,8 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     site: Id = "home"
     backend: Literal["auto", "onnx", "litert"] = "auto"
     threads: Annotated[int, Meta(ge=1, le=16)] = 1  # of the networks
-    labels: bool = True  # the device labels the frames that it answers alone, if the bundle can
+    # send: with the features, for ten bytes and better answers. alone: only for frames that no server verifies.
+    labels: Literal["send", "alone", "never"] = "send"
     paradigm: Literal["auto", "device", "split", "speculative", "offload"] = "auto"  # auto: chosen per frame
     tier: Literal["edge", "cloud"] | None = None  # the lowest tier that may answer; none: any server
     deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] = 5000  # from capture; after it the draft is the final answer

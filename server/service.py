@@ -280,13 +280,17 @@ class Service:
             self._refuse(accepted, Status.REFERENCE_LOST if is_lost else Status.BAD_REQUEST, str(error))
             return None
         max_tokens = request.options.max_tokens if request.options else None
-        wants_label = bool(self.bundle.manifest.classes)
+        labels = request.seen_labels
+        if max(labels, default=-1) >= (classes := len(self.bundle.manifest.classes)):
+            why = f"label {max(labels)} of {classes}: want a class of the bundle"
+            self._refuse(accepted, Status.BAD_REQUEST, why)
+            return None
         # A board without a draft that asks for speculation gets the server's; "split" is the target alone.
         proposes = request.options is not None and request.options.propose
         is_speculative = request.draft or request.paradigm is Paradigm.SPECULATIVE or proposes
         draft = tuple(request.draft_ids) if is_speculative else None
         questions = self._questions(request)
-        return Job(symbols, level, channels, draft, self.config.tier, max_tokens, wants_label, questions)
+        return Job(symbols, level, channels, draft, self.config.tier, max_tokens, classes > 0, questions, labels)
 
     def _questions(self, request: Request) -> dict[str, Question]:
         """Those that the request asks and this server has."""

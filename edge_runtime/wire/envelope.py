@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.wire.errors import EnvelopeError
+from edge_runtime.wire.labels import LABEL_BYTES, MAX_LABELS, decode_labels
 
 VERSION = 1
 MAX_ENVELOPE = 256 * 1024  # bytes; enough for a full-size JPEG; checked before anything is parsed
@@ -85,7 +86,7 @@ class Options(Struct, frozen=True, omit_defaults=True):
 
 
 class Request(Struct, array_like=True, frozen=True, kw_only=True):
-    """From a board to a server, or to the tier above. At most 40 bytes besides content, draft and options."""
+    """From a board to a server, or to the tier above. At most 40 bytes besides content, draft, options and labels."""
 
     version: int = VERSION
     id: Bytes8  # unique per board, increases with time; a resend has the same id
@@ -97,11 +98,17 @@ class Request(Struct, array_like=True, frozen=True, kw_only=True):
     content: bytes
     draft: Varints = b""  # token ids, see draft_ids
     options: Options | None = None
+    labels: Annotated[bytes, Meta(max_length=LABEL_BYTES * MAX_LABELS)] | None = None  # that the board has seen
 
     @property
     def draft_ids(self) -> list[int]:
         """Token ids proposed by the board or a lower tier."""
         return decode_tokens(self.draft)
+
+    @property
+    def seen_labels(self) -> dict[int, float]:
+        """Class to probability of the labels that the board has seen."""
+        return decode_labels(self.labels or b"")
 
 
 def aged(request: Request, waited_s: float, left_s: float) -> Request:
@@ -168,6 +175,7 @@ def decode_request(data: bytes) -> Request:
     """Raises EnvelopeError for anything that is not a request of this version within its bounds."""
     request = _decode(data, _request)
     decode_tokens(request.draft)
+    decode_labels(request.labels or b"")
     return request
 
 

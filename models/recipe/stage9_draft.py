@@ -13,6 +13,7 @@ from torch import Tensor
 from edge_runtime.inference.bundle import BOS, EOS, PAD, UNKNOWN
 from models.family import DraftDecoder
 from models.recipe import stage5_symbols
+from models.recipe.precision import autocast
 from models.recipe.scores import cider
 from models.recipe.stage3_bottleneck import GAINS, caption_loss
 from models.recipe.training import Training
@@ -51,7 +52,7 @@ def run(work: Workspace, settings: Settings) -> None:
         chosen = np.sort(rng.integers(0, len(texts), BATCH))
         rows = torch.from_numpy(texts[chosen].astype(np.int64))
         rows = rows[:, : int((rows != PAD).sum(1).max())]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             memory = net.encode_image(finest(work, codes[chosen]))
             logits = net(rows[:, :-1], memory, settings.dropout)
         loss = caption_loss(logits, rows[:, 1:], smoothing=0.02)

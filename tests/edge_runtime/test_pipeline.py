@@ -17,6 +17,7 @@ from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, Runtime
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted
 from edge_runtime.inference.draft_calibration import Calibration
+from edge_runtime.inference.labels import MIN_SENT
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols
 from edge_runtime.inference.references import ReferenceFrames
@@ -103,7 +104,7 @@ class Board:
         draft = load_draft(bundle, "onnx", 1) if plan.paradigm in ("device", "speculative") else None
         labels = load_labels(bundle, head, "onnx", 1) if head else None
         self.pipeline = Pipeline(
-            bundle, head, draft, FixedPlanner(plan), self.tracker, events, 1.0, labels, answers, references
+            bundle, head, draft, FixedPlanner(plan), self.tracker, events, 1.0, labels, True, answers, references
         )
         stack.enter_context(self.client)
         stack.enter_context(self.tracker)
@@ -427,10 +428,23 @@ def test_a_frame_that_the_device_answers_alone_has_labels(start, board_bundle, p
     assert event.timings_ms["labels"] > 0
 
 
-@pytest.mark.parametrize("paradigm", ["speculative", "split", "offload"])
-def test_a_frame_that_a_server_verifies_costs_the_board_no_labels(start, paradigm, monkeypatch):
+@pytest.mark.parametrize("paradigm", ["speculative", "split"])
+def test_labels_go_with_the_features_and_into_the_event(start, server, board_bundle, paradigm):
     board = start(paradigm)
-    monkeypatch.setattr("edge_runtime.inference.labels.Labels.scores", lambda *_: pytest.fail("was run"))
+    event = board.pipeline.handle(frame())
+    assert not event.final
+    assert event.label == next(iter(event.scores)) == max(event.scores, key=event.scores.get)
+    labels = decode_request(server.next()).seen_labels
+    for number, probability in labels.items():
+        assert event.scores[board_bundle.manifest.classes[number]] == pytest.approx(probability, abs=1 / 255)
+    assert len(labels) == sum(probability >= MIN_SENT for probability in event.scores.values()) > 0
+
+
+@pytest.mark.parametrize("paradigm", ["speculative", "split", "offload"])
+def test_a_frame_that_a_server_verifies_costs_a_board_that_sends_none_no_labels(start, paradigm, monkeypatch):
+    board = start(paradigm)
+    board.pipeline.sends_labels = False
+    monkeypatch.setattr("edge_runtime.inference.labels.Labels.likeliest", lambda *_: pytest.fail("was run"))
     event = board.pipeline.handle(frame())
     assert (event.final, event.label, event.scores) == (False, None, {})
 

@@ -28,6 +28,7 @@ from edge_runtime.wire import (
     Status,
     Tier,
     encode,
+    encode_labels,
     encode_request,
 )
 from server.app import load, run_server
@@ -85,6 +86,20 @@ def test_who_lets_the_server_propose_gets_the_same_texts_in_fewer_passes(server,
             texts.append(reply.token_ids)
         assert texts[0] == texts[1]
     assert passes[True] < passes[False]
+
+
+def test_the_labels_that_the_board_has_seen_stand_in_the_reply(server, board, bundle) -> None:
+    seen = dict.fromkeys(range(len(bundle.manifest.classes))[:2], 0.2)
+    board.ask(request(bundle, labels=encode_labels(seen.items())))
+    scores = board.reply().scores
+    for number, probability in seen.items():
+        assert scores[bundle.manifest.classes[number]] == pytest.approx(probability)
+
+
+def test_a_label_that_the_bundle_does_not_have_is_refused_by_name(server, board, bundle) -> None:
+    board.ask(request(bundle, labels=encode_labels([(len(bundle.manifest.classes), 0.5)])))
+    reply = board.reply()
+    assert (reply.status, "want a class of the bundle" in reply.error) == (Status.BAD_REQUEST, True)
 
 
 def test_a_picture_is_answered_as_its_latent_would_be(server, board, bundle, engine) -> None:
