@@ -32,7 +32,7 @@ CHECKPOINT_EVERY = 500
 class Settings:
     """Length of training, learning rate and dropout."""
 
-    steps: int = 3400
+    steps: int = 800
     learning_rate: float = 3e-3
     dropout: float = 0.1
 
@@ -89,7 +89,7 @@ def texts_of(work: Workspace, net: targets.Target, tier: str, part: str) -> Text
     hidden = np.zeros((*tokens.shape, net.decoder.shape.width), np.float16)
     states: list[Tensor] = []
     hook = net.decoder.norm.register_forward_hook(lambda _, __, state: states.append(state))
-    for at in blocks(f"states of {part}", len(maps), READ):
+    for at in blocks(f"states of {part}", len(tokens), READ):
         states.clear()
         with autocast():
             words = torch.from_numpy(labels[at].astype(np.int64))

@@ -47,7 +47,7 @@ from models.recipe.workspace import Workspace, blocks, channels_last
 
 NAME, MAPS = "6-targets", "6-maps"
 PHOTOS, SENTENCES = 64, 64  # per step
-CAPTIONS = 5  # of a photo per step, if it has as many
+CAPTIONS = 3  # of a photo per step, if it has as many
 SENTENCE_WEIGHT = 0.7
 MAX_NOUNS = 4  # of a sentence that stand in for labels
 USUAL = 0.6  # share of the views that are complete and of the reference level
@@ -58,9 +58,10 @@ CHECKPOINT_EVERY = 300
 class Settings:
     """Lengths of training, rates and dropout."""
 
-    cloud_steps: int = 6000
-    edge_steps: int = 3000
-    learning_rate: float = 6e-4
+    cloud_steps: int = 1750
+    edge_steps: int = 650
+    cloud_learning_rate: float = 6e-4
+    edge_learning_rate: float = 1.2e-3
     dropout: float = 0.15
 
 
@@ -156,10 +157,10 @@ def words_seen(work: Workspace, logits: Tensor, seen: np.ndarray) -> list[list[i
     return [label_words(row, class_words(work), LABEL_WORDS) for row in rows]
 
 
-def training_of(work: Workspace, net: Target, tier: str, total: int, settings: Settings) -> Training:
+def training_of(work: Workspace, net: Target, tier: str, total: int, learning_rate: float) -> Training:
     """Trains the decoder only."""
     weights = list(net.decoder.parameters())
-    optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
     quality = partial(evaluate, work, tier)
     return Training(work, f"{NAME}-{tier}", net, optimiser, total, CHECKPOINT_EVERY, evaluate=quality)
 
@@ -172,7 +173,7 @@ def train_cloud(work: Workspace, net: Target, settings: Settings) -> None:
     chances = sampling_chances(np.load(work / "collections-train.npy"))
     views = len(maps) // len(captions)
     is_noun = np.load(work / "nouns.npy")
-    training = training_of(work, net, "cloud", settings.cloud_steps, settings)
+    training = training_of(work, net, "cloud", settings.cloud_steps, settings.cloud_learning_rate)
     drop = Dropout(settings.dropout)
     for _ in training.steps():
         photos = np.sort(rng.choice(len(captions), PHOTOS, p=chances))
@@ -230,7 +231,7 @@ def train_edge(work: Workspace, net: Target, settings: Settings) -> None:
         (work.array(f"maps-{part}"), np.load(work / f"labels-{part}.npy"), np.load(work / f"texts-{part}.npy"))
         for part in ("train", "unlabelled")
     ]
-    training = training_of(work, net, "edge", settings.edge_steps, settings)
+    training = training_of(work, net, "edge", settings.edge_steps, settings.edge_learning_rate)
     drop = Dropout(settings.dropout / 2)
     sizes = [len(texts) for _, _, texts in parts]
     for _ in training.steps():

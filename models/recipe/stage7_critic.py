@@ -32,8 +32,8 @@ CHECKPOINT_EVERY = 200
 class Settings:
     """Length of training, learning rate and weights."""
 
-    steps: int = 1200
-    learning_rate: float = 1e-4
+    steps: int = 420
+    learning_rate: float = 1.5e-4
     caption_weight: float = 0.1  # weight of the cross-entropy, which keeps the texts fluent
 
 

@@ -29,7 +29,7 @@ CHECKPOINT_EVERY = 150
 class Settings:
     """Length of training."""
 
-    steps: int = 4000
+    steps: int = 750
     learning_rate: float = 2e-3
     dropout: float = 0.1
 
@@ -39,10 +39,9 @@ def run(work: Workspace, settings: Settings) -> None:
     torch.manual_seed(9)
     rng = np.random.default_rng(9)
     # A board drafts from the finest level, whatever it sends.
-    codes, texts = (
-        np.concatenate([np.load(work / f"{kind}-{part}.npy") for part in ("train", "unlabelled")])
-        for kind in ("codes", "texts")
-    )
+    parts = [(np.load(work / f"texts-{part}.npy"), work.array(f"codes-{part}")) for part in ("train", "unlabelled")]
+    texts = np.concatenate([its for its, _ in parts])
+    codes = np.concatenate([codes[: len(its)] for its, codes in parts])
     texts[texts >= DRAFT_WORDS] = UNKNOWN
     net = DraftDecoder(min(work.vocabulary, DRAFT_WORDS))
     optimiser = torch.optim.AdamW(net.parameters(), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
