@@ -72,7 +72,6 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
 def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     """Returns the checks that need a connection."""
     from edge_runtime.capture import Cameras
-    from edge_runtime.capture.picture_checks import PictureError
     from edge_runtime.inference.backends import installed
     from edge_runtime.wire import topics
 
@@ -83,16 +82,15 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     _check_bundle(Path(board.bundle))
     if board.paradigm != "offload":
         installed(board.backend)
-    try:
-        for warning in Cameras(config.cameras).check():
-            print(f"warning: {warning}")
-    except PictureError as error:
-        raise ConfigError(str(error)) from error
+    cameras = Cameras(config.cameras)
+    for warning in cameras.check():
+        print(f"warning: {warning}")
     print(f"{path}: board {board.id} with {len(config.cameras)} camera(s) is in order")
     for_servers = [topics.reply(board.site, board.id), topics.server_statuses(board.site)]
     for_users = [topics.settings(board.site, board.id)]
-    if any(camera.source == "mqtt" for camera in config.cameras):
+    if cameras.mqtt_cameras():
         for_users.append(topics.frames(board.site, board.id))
+    for_users += cameras.topics()
     checks = [_broker("mqtt", settings, for_servers if near else for_servers + for_users)]
     if near_settings:
         checks.append(_broker("local", near_settings, for_users))

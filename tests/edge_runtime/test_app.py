@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from edge_runtime.app import Board, run_board
-from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.config import BoardConfig, CameraConfig, MetricsConfig, RuntimeConfig
+from edge_runtime.errors import ConfigError
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import INTER_TABLES, TABLES, Bundle, BundleError
 from edge_runtime.mqtt import Message, MqttConfig
@@ -324,7 +324,7 @@ def test_a_missing_or_altered_file_is_found_at_start(board_bundle, tmp_path, pho
 
 
 def test_a_source_that_can_never_work_ends_the_board_with_its_error(board_bundle, broker):
-    with pytest.raises(PictureError, match="is no tar"):
+    with pytest.raises(ConfigError, match="is no tar"):
         run_board(configuration(board_bundle, broker.port, __file__), threading.Event())
     assert status(broker.port)["state"] == "offline"
 

@@ -7,18 +7,13 @@ from pathlib import Path
 import cv2
 import pytest
 
-from edge_runtime.capture import Counters, Frame, readers
+from edge_runtime.capture import Counters, Frame
+from edge_runtime.capture import frame as frame_module
+from edge_runtime.capture.frame import CameraError, NewestFrame
+from edge_runtime.capture.live import ArrivalTimes, live_frames
+from edge_runtime.capture.mqtt_pictures import MqttPictures
 from edge_runtime.capture.picture_checks import PictureError
-from edge_runtime.capture.readers import (
-    ArrivalTimes,
-    CameraError,
-    MqttPictures,
-    NewestFrame,
-    file_frames,
-    live_frames,
-    reader_of,
-    video_frames,
-)
+from edge_runtime.capture.readers import file_frames, reader_of, video_frames
 from edge_runtime.config import CameraConfig
 from edge_runtime.shutdown import DriverThread
 from tests.edge_runtime.capture.helpers import (
@@ -208,6 +203,8 @@ def test_a_capture_thread_that_is_about_to_end_does_not_count_as_hanging(network
         ("rtsp://camera/1", live_frames),
         ("http://camera/clip.mp4", live_frames),
         ("/dev/video0", live_frames),
+        ("rpicam", live_frames),
+        ("nvargus", live_frames),
         ("clip.MP4", video_frames),
         ("photos", file_frames),
         ("photos.tar", file_frames),
@@ -235,7 +232,7 @@ def test_a_slot_keeps_the_newest_frame_and_counts_what_it_replaces(stop):
 
 @pytest.mark.parametrize("wake", [lambda slot: slot.put(Frame("door", grey(1), 0, 0)), NewestFrame.close])
 def test_a_frame_or_a_close_ends_the_waiting_at_a_slot(stop, monkeypatch, wake):
-    monkeypatch.setattr(readers, "POLL_S", 1e6)
+    monkeypatch.setattr(frame_module, "POLL_S", 1e6)
     slot = NewestFrame(Counters())
     threading.Timer(0.05, wake, [slot]).start()
     slot.take(1e6, stop)
@@ -268,7 +265,7 @@ def test_an_unreadable_picture_over_mqtt_is_counted_and_the_next_one_is_given(st
 
 def test_pictures_faster_than_the_interval_are_skipped_and_uneven_ones_are_not(stop, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(readers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(frame_module.time, "monotonic", lambda: now[0])
     counters = Counters()
     source = MqttPictures(CameraConfig("door", "mqtt", interval_s=1), counters)
     taken = in_background(source.frames(stop))
