@@ -188,6 +188,24 @@ def test_pictures_arrive_over_mqtt_and_garbage_is_counted(board_bundle, broker, 
     assert (summary["unreadable"], summary["reply"]["unreadable"]) == (1, 1)
 
 
+def test_a_camera_may_have_a_topic_of_other_software_whose_retained_pictures_are_ignored(board_bundle, broker):
+    topic = "frigate/front door/person/snapshot"
+    config = configuration(board_bundle, broker.port, "mqtt", paradigm="device")
+    own = msgspec.structs.replace(config, cameras=(CameraConfig("door", "mqtt", topic=topic),))
+    with Listener(broker.port) as frigate:
+        frigate.client.publish(topic, photo(1), retain=True)
+        with Running(own) as board:
+            until(lambda: status(broker.port)["state"] == "online")
+            frigate.client.publish(topic, photo(2), qos=0)
+            assert board.next("new").camera == "door"
+            frigate.client.publish(topics.frame(SITE, BOARD, "door"), photo(3), qos=0)  # not subscribed to
+            frigate.client.publish(topic, photo(4), qos=0)
+            board.next("new")
+            board.stop.set()
+            summary = board.wait_ended()
+    assert (summary["frames"], summary["rejected"]["retained"], summary["rejected"]["no_route"]) == (2, 1, 0)
+
+
 def test_what_a_broker_had_kept_is_neither_answered_as_captured_now_nor_taken_as_a_reply(board_bundle, broker, caplog):
     config = configuration(board_bundle, broker.port, "mqtt", paradigm="device")
     with Listener(broker.port, topics.setting(SITE, BOARD, "paused")) as user:

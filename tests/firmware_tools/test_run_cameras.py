@@ -6,15 +6,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.shutdown import SIGNALS
 from tests.brokers import Mosquitto
-from tests.listener import PATIENCE_S
+from tests.camera_programs import Programs
+from tests.edge_runtime.capture.helpers import large_jpeg
+from tests.http_camera import HttpCamera, Request, picture
+from tests.listener import PATIENCE_S, until
 from tests.rtsp_camera import RtspCamera
 
 CONFIG = """
@@ -127,3 +131,62 @@ def test_a_signal_ends_a_board_whose_camera_is_stalled(board: Callable[..., Boar
         camera.stalls.set()
         running.logs("camera stalled")
         assert_ended_in_order(running)
+
+
+# ---- over HTTP, from a folder, from a program ----
+
+
+def endless(request: Request) -> None:
+    """Headers that never end, as slowly as can be."""
+    with suppress(OSError):
+        request.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+        while not request.camera.closed.wait(0.1):
+            request.wfile.write(b"x")
+
+
+def slow(request: Request) -> None:
+    request.give(200, {"Content-Type": "image/jpeg"}, b"\xff\xd8\xff")
+    request.camera.closed.wait()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda _: picture(large_jpeg(100)), "camera live"),
+        (lambda _: (404, {}, b""), "camera lost"),
+        (lambda _: (200, {"Content-Type": "text/html"}, b"<html>"), "camera lost"),
+        (endless, ""),
+        (slow, ""),
+    ],
+)
+def test_a_signal_ends_a_board_whose_camera_answers_over_http(
+    board: Callable[..., Board], answer: Callable[[Request], Any], says: str
+) -> None:
+    """Its waits end at once, although the camera may take a minute."""
+    asked = threading.Event()
+    with HttpCamera(lambda request: asked.set() or answer(request)) as camera:
+        running = board(camera.url, stall_s=60)
+        assert asked.wait(PATIENCE_S)
+        running.logs(says)
+        assert_ended_in_order(running)
+        assert "threads left in a driver" not in running.log
+
+
+def test_a_signal_ends_a_board_that_watches_a_folder(board: Callable[..., Board], tmp_path: Path) -> None:
+    (tmp_path / "cam").mkdir()
+    running = board(f"watch:{tmp_path}/cam")
+    (tmp_path / "cam/a.jpg").write_bytes(large_jpeg(100))
+    running.logs("camera live")
+    assert_ended_in_order(running)
+
+
+@pytest.mark.parametrize("does", ["runs", "stops", "ignores signals"])
+def test_a_signal_ends_a_board_and_the_program_of_its_camera(
+    board: Callable[..., Board], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str
+) -> None:
+    programs = Programs(tmp_path, monkeypatch)
+    programs.do(does)
+    running = board("rpicam", stall_s=60)
+    running.logs("camera live")
+    assert_ended_in_order(running)
+    until(programs.all_gone)

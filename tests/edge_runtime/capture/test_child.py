@@ -1,11 +1,9 @@
 """A program that writes JPEGs into a pipe: it runs, chatters, writes garbage, stalls, dies, and never outlives us."""
 
-import os
 import shutil
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,41 +13,9 @@ from edge_runtime.capture.frame import CameraError
 from edge_runtime.capture.live import live_frames
 from edge_runtime.config import CameraConfig
 from edge_runtime.errors import ConfigError
-from tests.edge_runtime.capture.helpers import in_background, large_jpeg, shade_of
+from tests.camera_programs import PROGRAMS, Programs
+from tests.edge_runtime.capture.helpers import in_background, shade_of
 from tests.listener import PATIENCE_S, until
-
-PROGRAMS = {"rpicam": "rpicam-vid", "nvargus": "gst-launch-1.0"}
-
-
-class Programs:
-    """The fake programs, and what they were called with."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._log, self._patch = folder / "log", monkeypatch
-        (folder / "picture.jpg").write_bytes(large_jpeg(100))
-        for name in PROGRAMS.values():
-            script = folder / name
-            script.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent}/fake_program.py "$@"\n')
-            script.chmod(0o755)
-        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-        monkeypatch.setenv("FAKE_PICTURE", str(folder / "picture.jpg"))
-        monkeypatch.setenv("FAKE_LOG", str(self._log))
-
-    def do(self, what: str) -> None:
-        self._patch.setenv("FAKE_DOES", what)
-
-    def calls(self) -> list[list[str]]:
-        """The arguments of each call, after the process id."""
-        return [line.split() for line in self._log.read_text().splitlines()]
-
-    def all_gone(self) -> bool:
-        def runs(pid: int) -> bool:
-            with suppress(ProcessLookupError):
-                os.kill(pid, 0)
-                return True
-            return False
-
-        return not any(runs(int(call[0])) for call in self.calls())
 
 
 @pytest.fixture

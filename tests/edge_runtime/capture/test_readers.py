@@ -1,5 +1,7 @@
 """One source, read once: real files, a real video, real network cameras that speak MJPEG and H.264."""
 
+import hashlib
+import re
 import threading
 import time
 from pathlib import Path
@@ -122,6 +124,19 @@ def test_a_live_camera_gives_its_newest_frame_and_counts_the_skipped(network_cam
     network_camera.all[0].show(*range(20, 110, 10))
     until(lambda: counters.skipped >= skipped + 8)
     assert shade_of(next(frames)) >= 90
+
+
+def test_an_rtsp_camera_gets_the_login_that_is_in_the_files(stop, tmp_path):
+    (tmp_path / "password").write_text("p@ss/w:rd")
+    login = {"username": "viewer", "password_file": str(tmp_path / "password")}
+    with RtspCamera(challenge='Digest realm="camera", nonce="abc"') as camera:
+        next(live_frames(CameraConfig("door", camera.url, interval_s=0, **login), stop, Counters()))
+        values = dict(re.findall(r'(\w+)="([^"]*)"', camera.logins[0]))
+        stop.set()
+    first, second = (
+        hashlib.md5(text.encode()).hexdigest() for text in ("viewer:camera:p@ss/w:rd", f"DESCRIBE:{values['uri']}")
+    )
+    assert values["response"] == hashlib.md5(f"{first}:abc:{second}".encode()).hexdigest()
 
 
 def test_a_silent_stream_has_stalled_and_gives_no_older_frame_as_a_new_one(stop):
