@@ -118,7 +118,7 @@ def _capture(
 ) -> None:
     """Runs one try to its end. Adds what failed to errors."""
     try:
-        if not capture.run(slot, abandoned):
+        if not capture.run(slot, abandoned) and not abandoned.is_set():
             OpenCv(camera, counters).run(slot, abandoned)
     except AiflowError as error:
         errors.append(str(error))

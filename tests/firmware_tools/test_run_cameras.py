@@ -33,6 +33,7 @@ name = "door"
 source = "{source}"
 interval_s = 0
 stall_s = {stall_s}
+{more}
 """
 
 
@@ -70,9 +71,9 @@ def board(tmp_path: Path, board_bundle: Bundle, broker: Mosquitto) -> Iterator[C
     """A function that starts `aiflow run` with a camera at the given address."""
     with ExitStack() as stack:
 
-        def start(source: str, stall_s: float = 5) -> Board:
+        def start(source: str, stall_s: float = 5, more: str = "") -> Board:
             config = tmp_path / "board.toml"
-            text = CONFIG.format(bundle=board_bundle.path, port=broker.port, source=source, stall_s=stall_s)
+            text = CONFIG.format(bundle=board_bundle.path, port=broker.port, source=source, stall_s=stall_s, more=more)
             config.write_text(text)
             command = [sys.executable, "-m", "firmware_tools", "run", str(config)]
             process = stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
@@ -174,8 +175,8 @@ def test_a_signal_ends_a_board_whose_camera_answers_over_http(
 
 def test_a_signal_ends_a_board_that_watches_a_folder(board: Callable[..., Board], tmp_path: Path) -> None:
     (tmp_path / "cam").mkdir()
-    running = board(f"watch:{tmp_path}/cam")
     (tmp_path / "cam/a.jpg").write_bytes(large_jpeg(100))
+    running = board(f"watch:{tmp_path}/cam", more="existing = true")
     running.logs("camera live")
     assert_ended_in_order(running)
 
