@@ -24,6 +24,7 @@ COMMANDS = {
     "run": "run a board: camera -> head and draft -> MQTT -> events",
     "serve": "run an edge or cloud server",
     "validate": "check a configuration or a bundle without running it",
+    "doctor": "look at a board: system, cameras, brokers, bundle, speed, and what to do",
     "broker": "write the configuration of a site's broker: accounts, rights, certificates",
     "watch": "show live events of a site in the terminal",
     "teach": "teach a question with a few photos, such as whether a gate is open",

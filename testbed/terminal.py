@@ -43,6 +43,10 @@ def new_file(text: str) -> Path:
     return path
 
 
+def is_terminal() -> bool:
+    return Console().is_terminal
+
+
 def print_table(markdown: str) -> None:
     """Prints a table in Markdown, drawn if the output is a terminal."""
     if (console := Console()).is_terminal:
