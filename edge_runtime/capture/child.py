@@ -8,17 +8,19 @@ import selectors
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from edge_runtime.capture.frame import CameraError, NewestFrame, arrived
+from edge_runtime.capture.frame import CameraError, NewestFrame, arrived, stalled
 from edge_runtime.capture.jpeg_stream import JpegStream
 from edge_runtime.config import CameraConfig
 from edge_runtime.logs import printable
 
 READ_BYTES = 1 << 16  # what a pipe holds
 POLL_S = 0.2  # how often it looks whether it has been abandoned
+START_S = 8.0  # for the first picture, besides stall_s
 TERMINATE_S = 1.0  # for the program to end by itself
 MAX_LAST_WORDS = 200  # characters of the program's last line
 WIDTH, HEIGHT, FPS = 1280, 720, 10  # the defaults
@@ -114,7 +116,7 @@ class ChildPictures:
         self, process: "subprocess.Popen[bytes]", read_end: int, slot: NewestFrame, abandoned: threading.Event
     ) -> str:
         """Until the program closes its pipe. Returns the last line of its standard error."""
-        stream, said = JpegStream(), b""
+        stream, said, silent_at = JpegStream(), b"", time.monotonic() + START_S + self._camera.stall_s
         assert process.stderr is not None
         messages = process.stderr.fileno()
         with selectors.DefaultSelector() as selector:
@@ -132,6 +134,9 @@ class ChildPictures:
                         else:
                             for picture in stream.feed(data):
                                 slot.put(arrived(self._camera.name, picture))
+                                silent_at = time.monotonic() + self._camera.stall_s
+                if time.monotonic() > silent_at:  # seen here, since the board may wait for the next frame for hours
+                    raise stalled(self._camera.stall_s)
             with suppress(BlockingIOError):
                 said += os.read(messages, READ_BYTES)
         lines = said.decode(errors="replace").split("\n")

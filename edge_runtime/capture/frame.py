@@ -17,6 +17,11 @@ class CameraError(AiflowError, ValueError):
     """A camera cannot be opened, has ended or stalls. It will be opened again."""
 
 
+def stalled(stall_s: float) -> CameraError:
+    """The error of a live camera that worked until now."""
+    return CameraError(f"has ended, or shows no new frame for {stall_s:g} s")
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """One picture of one camera."""
@@ -56,7 +61,7 @@ class NewestFrame:
     def __init__(self, counters: Counters, interval_s: float = 0.0, not_before: float = -inf) -> None:
         """not_before: of the first frame's capture, time.monotonic()."""
         self._counters, self._interval_s = counters, interval_s
-        self._due, self._quiet_until = not_before, -inf
+        self._due, self._due_before, self._quiet_until = not_before, not_before, -inf
         self._frame: Frame | None = None
         self._closed = False
         self._changed = threading.Condition()
@@ -102,10 +107,16 @@ class NewestFrame:
             frame, self._frame = self._frame, None
             if frame:
                 # On a grid, so that a source whose frames do not fit the interval has the right rate on average.
+                self._due_before = self._due
                 self._due += self._interval_s
                 if self._due <= frame.captured:
                     self._due = frame.captured + self._interval_s
             return frame
+
+    def give_up(self) -> None:
+        """The frame that was just taken is of no use: the next one is due at once."""
+        with self._changed:
+            self._due = self._due_before
 
     def close(self) -> None:
         """Ends all waiting."""

@@ -14,7 +14,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from edge_runtime.camera_source import HTTP, PLACEHOLDERS
 from edge_runtime.capture.diagnosis import in_words, status_in_words
-from edge_runtime.capture.frame import CameraError, Counters, NewestFrame, arrived
+from edge_runtime.capture.frame import CameraError, Counters, NewestFrame, arrived, stalled
 from edge_runtime.capture.jpeg_stream import JpegStream
 from edge_runtime.capture.login import authorization, login_of, same_server, with_login
 from edge_runtime.capture.picture_checks import MAX_PICTURE_BYTES
@@ -75,12 +75,16 @@ class HttpPictures:
     def _read_stream(self, answer: http.client.HTTPResponse, slot: NewestFrame) -> None:
         stall_s, stream = self._camera.stall_s, JpegStream()
         self._wait_at_most(stall_s)
+        silent_at = time.monotonic() + stall_s
         try:
             while not self._abandoned.is_set() and (data := answer.read1(CHUNK_BYTES)):
                 for picture in stream.feed(data):
                     slot.put(arrived(self._camera.name, picture))
+                    silent_at = time.monotonic() + stall_s
+                if time.monotonic() > silent_at:  # bytes come, and no picture
+                    raise stalled(stall_s)
         except TimeoutError:
-            return  # nothing came for stall_s
+            raise stalled(stall_s) from None
 
     def _poll(self, slot: NewestFrame, first: bytes, asked: float) -> None:
         """Asks for a picture whenever one is due. One that has not changed is skipped."""

@@ -17,7 +17,7 @@ import cv2
 from edge_runtime.camera_source import HTTP, kind_of, scheme_of
 from edge_runtime.capture.child import ChildPictures
 from edge_runtime.capture.diagnosis import DIAGNOSIS_S, why_not_opened
-from edge_runtime.capture.frame import POLL_S, CameraError, Counters, Frame, NewestFrame
+from edge_runtime.capture.frame import POLL_S, CameraError, Counters, Frame, NewestFrame, stalled
 from edge_runtime.capture.http_pictures import HttpPictures
 from edge_runtime.capture.login import login_of, with_login
 from edge_runtime.capture.picture_checks import PictureError, decode_picture
@@ -76,9 +76,10 @@ def live_frames(
     capture = _capture_of(camera, counters)
     DriverThread(target=_capture, args=(capture, camera, slot, abandoned, errors, counters), name=name).start()
     patience_s, problem = OPEN_TIMEOUT_S + DIAGNOSIS_S + camera.stall_s, "is open, but shows nothing"
+    unreadable_since = 0.0  # 0: the last picture could be decoded
     try:
         while (frame := slot.take(patience_s, stop)) is not None:
-            patience_s, problem = camera.stall_s + GRACE_S, stalled(camera)
+            patience_s, problem = camera.stall_s + GRACE_S, str(stalled(camera.stall_s))
             if frame.encoded:
                 try:
                     frame = replace(frame, pixels=decode_picture(frame.encoded))
@@ -86,17 +87,17 @@ def live_frames(
                     counters.unreadable += 1
                     if is_told(counters.unreadable):
                         logger.warning("picture unreadable camera=%s error=%s", camera.name, error)
+                    if frame.captured - (unreadable_since := unreadable_since or frame.captured) > camera.stall_s:
+                        raise CameraError(f"sends only pictures that cannot be decoded: {error}") from error
+                    slot.give_up()
                     continue
+                unreadable_since = 0.0
             yield frame
     finally:
         abandoned.set()
         capture.hang_up()
     if not stop.is_set():
         raise CameraError(errors[0] if errors else problem)
-
-
-def stalled(camera: CameraConfig) -> str:
-    return f"has ended, or shows no new frame for {camera.stall_s:g} s"
 
 
 def _capture_of(camera: CameraConfig, counters: Counters) -> Capture:

@@ -67,6 +67,15 @@ def test_a_program_that_stalls_is_stopped_or_dies_is_started_again(stop, program
     until(programs.all_gone)
 
 
+def test_a_stall_is_seen_long_before_the_next_frame_is_due(stop, programs, no_pause):
+    programs.do("stalls")
+    cameras = Cameras([camera(interval_s=3600)])
+    in_background(cameras.frames(stop)).get(timeout=PATIENCE_S)
+    until(lambda: cameras.states()["door"].state == "stalled")
+    stop.set()
+    until(programs.all_gone)
+
+
 def test_the_last_words_of_a_program_that_fails_are_the_reason(stop, programs):
     programs.do("fails")
     with pytest.raises(CameraError, match=r"rpicam-vid has ended with code 255: ERROR: \*\*\* no cameras available"):

@@ -99,6 +99,24 @@ def test_a_damaged_picture_is_counted_and_the_next_one_is_given(stop):
     assert counters.unreadable == 1
 
 
+def test_a_damaged_picture_costs_no_interval(stop):
+    answers = iter([picture(b"\xff\xd8\xff no picture"), picture(jpeg(30))])
+    with HttpCamera(lambda _: next(answers)) as camera:
+        config = CameraConfig("door", camera.url, interval_s=1)
+        taken = in_background(live_frames(config, stop, Counters()))
+        assert shade_of(taken.get(timeout=PATIENCE_S)) == 30
+        stop.set()
+
+
+def test_a_camera_that_sends_only_damaged_pictures_has_failed(stop):
+    number = itertools.count()
+    with (
+        HttpCamera(lambda _: picture(b"\xff\xd8\xff no picture %d" % next(number))) as camera,
+        pytest.raises(CameraError, match="sends only pictures that cannot be decoded"),
+    ):
+        next(frames_of(camera, stop, Counters(), stall_s=1))
+
+
 # ---- logins and redirects ----
 
 
@@ -135,8 +153,8 @@ def test_a_refused_login_says_where_to_look_and_shows_no_password(stop, tmp_path
         cameras = Cameras([CameraConfig("door", camera.url, 0, **login)])
         in_background(cameras.frames(stop))
         until(lambda: cameras.states()["door"].state == "lost")
+        why = cameras.states()["door"].why
         stop.set()
-    why = cameras.states()["door"].why
     assert "check username and password_file" in why or "login that is not supported" in why
     assert "wr0ng" not in caplog.text
     assert USER not in caplog.text
@@ -275,6 +293,23 @@ def test_a_stream_that_is_no_mjpeg_is_read_by_opencv(stop, tmp_path):
     with HttpCamera(lambda _: (200, {"Content-Type": "video/x-msvideo"}, path.read_bytes())) as camera:
         assert shade_of(next(frames_of(camera, stop, Counters()))) == 100
         stop.set()
+
+
+def test_bytes_that_never_become_a_picture_are_a_stall(stop):
+    def trickle(request: Request) -> None:
+        request.send_response(200)
+        request.send_header("Content-Type", "multipart/x-mixed-replace; boundary=x")
+        request.end_headers()
+        with suppress(OSError):
+            request.wfile.write(jpeg(10))
+            while not request.camera.closed.wait(0.05):
+                request.wfile.write(b"x")
+
+    with HttpCamera(trickle) as camera:
+        frames = live_frames(CameraConfig("door", camera.url, 3600, stall_s=1), stop, Counters())
+        next(frames)
+        with pytest.raises(CameraError, match="no new frame for 1 s"):
+            next(frames)
 
 
 def test_a_camera_that_is_abandoned_hangs_up_at_once(stop, network_camera):
