@@ -65,6 +65,8 @@ class HttpPictures:
             return True
         except TimeoutError as error:
             raise CameraError(f"cannot be opened: no answer within {ANSWER_S:g} s: is the camera on?") from error
+        except http.client.InvalidURL as error:  # its text shows the address, which may contain a password
+            raise CameraError("cannot be opened: its address contains a space or a control character") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             if isinstance(error, CameraError):
                 raise
@@ -131,7 +133,8 @@ class HttpPictures:
             "If-None-Match": answer.headers.get("ETag"),
             "If-Modified-Since": answer.headers.get("Last-Modified"),
         }
-        self._unchanged_if = {name: value for name, value in unchanged.items() if value}
+        # Folded and foreign ones could not be sent back.
+        self._unchanged_if = {k: v for k, v in unchanged.items() if v and v.isascii() and v.isprintable()}
         return bytes(data)
 
     # ---- requests ----

@@ -180,6 +180,24 @@ def test_a_login_in_the_query_is_filled_in(stop, password_file):
         stop.set()
 
 
+def test_an_address_that_cannot_be_sent_is_not_shown_with_its_password(stop, password_file):
+    login = {"username": USER, "password_file": password_file}
+    with HttpCamera(shades(10)) as camera:
+        source = f"http://127.0.0.1:{camera.port}/my snap?pwd={{password}}"
+        with pytest.raises(CameraError, match="contains a space") as raised:
+            next(frames_of(camera, stop, Counters(), source=source, **login))
+    assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("etag", ['"1"\r\n folded', '"\xe9"', ""])
+def test_an_etag_that_cannot_be_sent_back_is_ignored(stop, etag):
+    number = itertools.count(1)
+    with HttpCamera(lambda _: picture(jpeg(10 * next(number)), ETag=etag)) as camera:
+        frames = frames_of(camera, stop, Counters())
+        assert [shade_of(next(frames)) for _ in range(3)] == [10, 20, 30]
+        stop.set()
+
+
 def test_a_redirect_is_followed_and_the_password_stays_at_its_server(stop, password_file):
     login = {"username": USER, "password_file": password_file}
     with (
