@@ -15,7 +15,7 @@ Answer = tuple[int, Mapping[str, str], bytes]
 
 
 class HttpCamera:
-    """Open while `with` lasts. `asked` has the requests that were answered."""
+    """Open while `with` lasts. `asked` has the requests as they came."""
 
     def __init__(self, answer: Callable[["Request"], Answer | None]) -> None:
         """answer: on a thread of its own. None: it has written the answer itself, if there is one."""
@@ -26,10 +26,10 @@ class HttpCamera:
         class Handler(Request):
             def do_GET(self) -> None:
                 self.camera = camera
+                camera.asked.put(self)
                 given = answer(self)
                 if given:
                     self.give(*given)
-                camera.asked.put(self)
 
         ThreadingHTTPServer.daemon_threads = True
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

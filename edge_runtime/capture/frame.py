@@ -34,9 +34,11 @@ class Frame:
     encoded: bytes = b""  # the picture as it arrived, if it arrived as a picture
 
 
-def arrived(camera: str, encoded: bytes) -> Frame:
-    """A picture that has just arrived, to be decoded when it is taken."""
-    return Frame(camera, NOT_DECODED, time.time(), time.monotonic(), "", encoded)
+def arrived(camera: str, encoded: bytes, captured: float | None = None) -> Frame:
+    """A picture that is decoded when it is taken. captured: time.monotonic(); None: it has just arrived."""
+    now = time.monotonic()
+    captured = now if captured is None else captured
+    return Frame(camera, NOT_DECODED, time.time() - (now - captured), captured, "", encoded)
 
 
 @dataclass(slots=True)

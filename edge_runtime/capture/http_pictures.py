@@ -60,8 +60,9 @@ class HttpPictures:
                     return True
                 if not (self._camera.snapshot or kind.startswith("image/")):
                     return False
+                answered = time.monotonic()  # the picture is no newer than this, however long it takes to arrive
                 picture = self._read_picture(answer, asked)
-            self._poll(slot, picture, asked)
+            self._poll(slot, picture, asked, answered)
             return True
         except TimeoutError as error:
             raise CameraError(f"cannot be opened: no answer within {ANSWER_S:g} s: is the camera on?") from error
@@ -88,14 +89,14 @@ class HttpPictures:
         except TimeoutError:
             raise stalled(stall_s) from None
 
-    def _poll(self, slot: NewestFrame, first: bytes, asked: float) -> None:
+    def _poll(self, slot: NewestFrame, first: bytes, asked: float, answered: float) -> None:
         """Asks for a picture whenever one is due. One that has not changed is skipped."""
         last = b""
         picture: bytes | None = first
         while True:
             if picture is None or picture == last:
                 self._counters.skipped += 1
-            elif slot.put(arrived(self._camera.name, picture)):
+            elif slot.put(arrived(self._camera.name, picture, answered)):
                 last = picture
             else:  # too early, so it has still to be answered
                 self._unchanged_if = {}
@@ -106,6 +107,7 @@ class HttpPictures:
                 return
             asked = time.monotonic()
             with self._get() as answer:
+                answered = time.monotonic()
                 if answer.status == http.client.OK and answer.headers.get_content_type().startswith(NOT_PICTURES):
                     raise CameraError(
                         "the camera answers with a page, not with a picture any more: does it want a login?"

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -81,6 +82,24 @@ def test_a_snapshot_is_asked_for_only_when_one_is_due(stop):
         in_background(frames)
         assert not stop.wait(3 * http_pictures.MIN_POLL_S)
         assert camera.asked.qsize() == 1
+        stop.set()
+
+
+def test_the_time_of_a_snapshot_is_no_later_than_the_beginning_of_its_answer(stop):
+    rest_sent = []
+
+    def answer(request: Request) -> None:
+        request.send_response(200)
+        request.send_header("Content-Type", "image/jpeg")
+        request.end_headers()
+        data = jpeg(10)
+        request.wfile.write(data[:100])
+        request.camera.closed.wait(1.5)  # long enough for a busy reader to see that the answer has begun
+        rest_sent.append(time.monotonic())
+        request.wfile.write(data[100:])
+
+    with HttpCamera(answer) as camera:
+        assert next(frames_of(camera, stop, Counters())).captured < rest_sent[0]
         stop.set()
 
 
