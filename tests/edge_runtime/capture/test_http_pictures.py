@@ -60,6 +60,15 @@ def test_a_picture_that_has_not_changed_is_not_given_again_and_is_no_stall(stop)
         stop.set()
 
 
+def test_a_picture_may_stay_unchanged_for_longer_than_a_stall(stop, monkeypatch):
+    monkeypatch.setattr(http_pictures, "MIN_POLL_S", 1.2)
+    monkeypatch.setattr("edge_runtime.capture.live.GRACE_S", 0.0)
+    with HttpCamera(shades(10, 10, 200)) as camera:
+        frames = frames_of(camera, stop, Counters(), stall_s=1)
+        assert [shade_of(next(frames)) for _ in range(2)] == [10, 200]
+        stop.set()
+
+
 def test_a_camera_that_knows_an_etag_is_not_asked_for_the_same_picture_again(stop):
     def answer(request: Request) -> Answer:
         if request.headers.get("If-None-Match") == '"1"':
