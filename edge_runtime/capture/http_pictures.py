@@ -94,16 +94,14 @@ class HttpPictures:
         last = b""
         picture: bytes | None = first
         while True:
+            pause_s = max(self._camera.min_interval_s, MIN_POLL_S)
             if picture is None or picture == last:
                 self._counters.skipped += 1
             elif slot.put(arrived(self._camera.name, picture, answered)):
                 last = picture
             else:  # too early, so it has still to be answered
-                self._unchanged_if = {}
-            # The slot knows when a frame is due only after the last one was taken.
-            following = max(slot.due, asked + max(self._camera.min_interval_s, MIN_POLL_S))
-            slot.quiet_until(following + ANSWER_S)
-            if self._abandoned.wait(max(0.0, following - time.monotonic())):
+                self._unchanged_if, pause_s = {}, MIN_POLL_S
+            if not self._wait_until_due(slot, asked + pause_s):
                 return
             asked = time.monotonic()
             with self._get() as answer:
@@ -113,6 +111,15 @@ class HttpPictures:
                         "the camera answers with a page, not with a picture any more: does it want a login?"
                     )
                 picture = None if answer.status == http.client.NOT_MODIFIED else self._read_picture(answer, asked)
+
+    def _wait_until_due(self, slot: NewestFrame, following: float) -> bool:
+        """Waits until this time, and until a frame is due. False: the camera is closed."""
+        # `due` moves when the last frame is taken, which may be while this waits.
+        while (left := max(following, slot.due) - time.monotonic()) > 0:
+            slot.quiet_until(time.monotonic() + left + ANSWER_S)
+            if self._abandoned.wait(left):
+                return False
+        return True
 
     def _read_picture(self, answer: http.client.HTTPResponse, asked: float) -> bytes:
         stall_s, data = self._camera.stall_s, bytearray()

@@ -112,6 +112,21 @@ def test_the_time_of_a_snapshot_is_no_later_than_the_beginning_of_its_answer(sto
         stop.set()
 
 
+def test_a_camera_that_answers_faster_than_before_loses_no_picture(stop):
+    """Its next picture would else come before it is due."""
+    delays, number, counters = iter([0.4, 0.2]), itertools.count(1), Counters()
+
+    def answer(request: Request) -> Answer:
+        request.camera.closed.wait(next(delays, 0))
+        return picture(jpeg(10 * next(number)))
+
+    with HttpCamera(answer) as camera:
+        frames = live_frames(CameraConfig("door", camera.url, interval_s=0.5), stop, counters)
+        assert [shade_of(next(frames)) for _ in range(4)] == [10, 20, 30, 40]
+        stop.set()
+    assert counters.skipped == 0
+
+
 def test_an_address_that_does_not_name_its_content_is_a_snapshot_if_the_user_says_so(stop):
     with HttpCamera(lambda _: (200, {}, jpeg(10))) as camera:
         assert shade_of(next(frames_of(camera, stop, Counters(), snapshot=True))) == 10
