@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line per check as it ends, a table on a terminal, or JSON. Returns the exit code."""
-    from testbed.terminal import is_terminal, markdown_table, print_table, track
+    from testbed.terminal import is_terminal, print_rows, track
 
     logging.getLogger("edge_runtime").setLevel(logging.CRITICAL)  # each failure is in the result
     checks = host(None) if args.config is None else _with_config(args.config)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"schema": SCHEMA, "status": worst, "checks": listed}, indent=2))
     elif as_table:
         rows = [(finding.status.upper(), name, finding.found, finding.advice) for name, finding in findings.items()]
-        print_table(markdown_table([("", "check", "found", "what to do"), *rows]))
+        print_rows(("", "check", "found", "what to do"), rows)
     return EXIT_CODES[worst]
 
 

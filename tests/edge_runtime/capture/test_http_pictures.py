@@ -142,15 +142,6 @@ def test_a_damaged_picture_is_counted_and_the_next_one_is_given(stop):
     assert counters.unreadable == 1
 
 
-def test_a_damaged_picture_costs_no_interval(stop):
-    answers = iter([picture(b"\xff\xd8\xff no picture"), picture(jpeg(30))])
-    with HttpCamera(lambda _: next(answers)) as camera:
-        config = CameraConfig("door", camera.url, interval_s=1)
-        taken = in_background(live_frames(config, stop, Counters()))
-        assert shade_of(taken.get(timeout=PATIENCE_S)) == 30
-        stop.set()
-
-
 def test_a_camera_that_sends_only_damaged_pictures_has_failed(stop):
     number = itertools.count()
     with (
@@ -343,6 +334,16 @@ def test_the_pictures_of_a_stream_are_decoded_only_when_they_are_due(stop, netwo
     connection.show(*range(20, 120, 10))
     until(lambda: counters.skipped == 10)
     assert decoded == [jpeg(10)]
+
+
+def test_a_damaged_picture_of_a_stream_costs_no_interval(stop, network_camera):
+    counters = Counters()
+    taken = in_background(live_frames(CameraConfig("door", network_camera.url, 3600), stop, counters))
+    connection = network_camera.connection()
+    connection.pictures.put(b"\xff\xd8\xff\xe0\0\4xx\xff\xd9")  # markers without a picture between them
+    until(lambda: counters.unreadable == 1)
+    connection.show(30)
+    assert shade_of(taken.get(timeout=PATIENCE_S)) == 30
 
 
 def test_a_stream_that_is_no_mjpeg_is_read_by_opencv(stop, tmp_path):
