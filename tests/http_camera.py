@@ -6,6 +6,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 USER, PASSWORD, REALM, NONCE = "viewer", "s3cret/@:", "camera", "abc"
@@ -58,10 +59,8 @@ class Request(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        try:
+        with suppress(OSError):  # the board has hung up
             self.wfile.write(body)
-        except OSError:  # the board has hung up
-            self.camera.closed.set()
 
     @property
     def is_authorized(self) -> bool:
