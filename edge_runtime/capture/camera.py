@@ -68,7 +68,7 @@ class Camera:
         login_of(config)
         kind = kind_of(config.source)
         self.mqtt_pictures = MqttPictures(config, self.counters) if kind == "mqtt" else None
-        self._watched_folder = WatchedFolder(config, self.counters) if kind == "watch" else None
+        self._watched_folder = WatchedFolder(config, self.counters, self._listed) if kind == "watch" else None
         is_live = kind not in ("watch", "video", "pictures")  # files may repeat a picture
         self._can_freeze = config.frozen_s > 0 and is_live
         self._not_before = -inf  # a camera that is opened again keeps its interval
@@ -169,6 +169,11 @@ class Camera:
         if (reader := reader_of(self.config)) is live_frames:
             return live_frames(self.config, closing, self.counters, self._not_before)
         return reader(self.config, closing, self.counters)
+
+    def _listed(self) -> None:
+        """A watched folder is back; its next picture may be hours away."""
+        if self._state[0] in ("stalled", "lost"):
+            self._become("starting")
 
     def _passes(self, frame: Frame) -> bool:
         passes = True

@@ -9,7 +9,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import inf
 from pathlib import Path
 
@@ -39,7 +39,9 @@ def folder_of(camera: CameraConfig) -> Path:
 class WatchedFolder:
     """The folder of one camera, and which of its files have been read. Links are followed."""
 
-    def __init__(self, camera: CameraConfig, counters: Counters) -> None:
+    def __init__(self, camera: CameraConfig, counters: Counters, on_listed: Callable[[], None] = lambda: None) -> None:
+        """on_listed: called on the thread of `frames` whenever the folder could be listed."""
+        self._on_listed = on_listed
         self._camera, self._counters, self._folder = camera, counters, folder_of(camera)
         self._is_first = not camera.existing  # the next listing only tells what is there already
         self._read: dict[str, Version] = {}  # path -> the version that was read or refused
@@ -52,6 +54,7 @@ class WatchedFolder:
         while not stop.is_set():
             started = time.monotonic()
             ready = self._ready(started)
+            self._on_listed()
             pause_s = max(POLL_S, (time.monotonic() - started) / SCAN_SHARE)
             for path, version in ready:
                 if stop.wait(max(0.0, due - time.monotonic())):
