@@ -54,9 +54,10 @@ def comments(text: str) -> dict[str, str]:
 
 
 def value_at(data: Any, path: str) -> Any:
-    """Raises KeyError for a key that is not there."""
+    """Raises KeyError for a key that is not there. Of a list, any table may have it: some keys exclude each other."""
     for name in path.split("."):
-        data = (data[0] if isinstance(data, list) else data)[name]
+        tables = data if isinstance(data, list) else [data]
+        data = next((table for table in tables if name in table), {})[name]
     return data
 
 

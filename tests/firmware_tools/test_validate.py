@@ -14,7 +14,7 @@ import pytest
 
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
-from firmware_tools import validate
+from firmware_tools import probes, validate
 from tests.brokers import PLAIN, Mosquitto
 
 
@@ -105,7 +105,7 @@ def test_a_refused_login_is_named(
 def test_a_camera_without_a_frame_is_named(
     board: Callable[..., Path], broker: Mosquitto, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validate, "FRAME_S", 1.0)
+    monkeypatch.setattr(probes, "FRAME_S", 1.0)
     with pytest.raises(AiflowError, match="1 of 2 connections failed: camera door"):
         connect(board(broker.port, source="0"))
     assert "FAILED  camera door: no frame within 1 s" in capsys.readouterr().out
