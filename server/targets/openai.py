@@ -200,10 +200,10 @@ class OpenAITarget(Target[PictureJob]):
         # Over the whole interval, since after an outage all calls return together. Brooker, "Exponential Backoff and
         # Jitter", 2015.
         wait_s: float = self._chance() * min(LAST_WAIT_S, FIRST_WAIT_S * 2 ** (tries - 1))
-        now = time.monotonic()
+        now, told_s = time.monotonic(), retry_after_s(error.retry_after, self._wall_clock())
         with self._lock:
-            told_s = retry_after_s(error.retry_after, self._wall_clock())
-            self._paused_until = max(self._paused_until, now + told_s)
+            if told_s:
+                self._paused_until = max(self._paused_until, now + told_s)
             return wait_s + max(0.0, self._paused_until - now)
 
     def _usage(self, counts: _TokenCounts | None, cost: float) -> Usage | None:
