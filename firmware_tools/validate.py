@@ -52,6 +52,7 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
 
     server = config.server
     settings = config.mqtt_settings()
+    config.check_target()
     above = config.upstream.settings(server.id) if config.upstream else None
     if server.bundle:
         bundle = _check_bundle(Path(server.bundle))

@@ -31,7 +31,7 @@ def load(config: ServerConfig) -> "tuple[Bundle, Engine]":
     from server.numerics import prove
 
     if config.bundle is None:
-        raise ConfigError("required key `bundle` is missing in [server]")
+        raise ConfigError("required key `bundle` is missing (in server)")
     bundle = open_bundle(Path(config.bundle))
     _ = bundle.tables, bundle.inter_tables, bundle.words  # a mistake in them is found at the start
     engine = load_engine(bundle, (config.tier,), config.device, config.threads)
@@ -46,6 +46,7 @@ def run_server(config: Config, stop: threading.Event) -> None:
     that is no mistake in the configuration, and the server is worth starting again.
     """
     settings, server = config.mqtt_settings(), config.server
+    config.check_target()
     target, on_questions = _target(config)
     upstream, bounds = None, None
     if config.upstream:

@@ -71,14 +71,12 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
     spent_file: str | None = None  # keeps over a restart what was spent today
     insecure: bool = False  # true allows plain http to a server that is not on this machine
 
-    def __post_init__(self) -> None:
+    def check(self, url: str) -> None:
+        """Raises ConfigError for what can never work, and for an address that would send pictures in the clear."""
         if self.budget_per_day and not (self.input_price or self.output_price):
-            raise ConfigError("budget_per_day without a price never ends: set input_price and output_price")
+            raise ConfigError("budget_per_day without a price never ends: set input_price and output_price in [openai]")
         if self.spent_file and not self.budget_per_day:
-            raise ConfigError("spent_file without budget_per_day is of no use: set both, or none")
-
-    def check_address(self, url: str) -> None:
-        """Raises ConfigError for an address that can never work, or that would send pictures and key in the clear."""
+            raise ConfigError("spent_file without budget_per_day is of no use: set both in [openai], or none")
         try:
             parts = urlsplit(url)
             host = parts.hostname
@@ -147,27 +145,6 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     upstream: UpstreamConfig | None = None
     metrics: MetricsConfig | None = None
 
-    def __post_init__(self) -> None:
-        """Checks what no single key can say. Raises ConfigError."""
-        server = self.server
-        if server.target == "bundle":
-            if server.bundle is None:
-                raise ConfigError('required key `bundle` is missing in [server], which has target = "bundle"')
-            if self.openai:
-                raise ConfigError(
-                    '[openai] is of no use with target = "bundle": set target = "openai:http://HOST:PORT/v1"'
-                )
-            return
-        if self.openai is None:
-            raise ConfigError(f'target = "{server.target}" needs the table [openai] with the model\'s name')
-        self.openai.check_address(server.target.removeprefix("openai:"))
-        if not server.pictures:
-            raise ConfigError("pictures = false, but this target answers pictures only: remove it")
-        if self.upstream or self.questions or server.questions_folder:
-            raise ConfigError(
-                'questions and [upstream] need features and tokens of the bundle: remove them, or set target = "bundle"'
-            )
-
     def mqtt_settings(self) -> MqttSettings:
         """Raises ConfigError if no connection can ever work."""
         queue = self.server.queue
@@ -178,3 +155,24 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             max_inbound_bytes=MAX_ENVELOPE + 1024,  # and its topic and properties
             receive_maximum=queue,  # requests are acknowledged when accepted, so the broker keeps the rest
         )
+
+    def check_target(self) -> None:
+        """Raises ConfigError if the target lacks what it needs, or has what it cannot use."""
+        server = self.server
+        if server.target == "bundle":
+            if server.bundle is None:
+                raise ConfigError('required key `bundle` is missing (in server), which has target = "bundle"')
+            if self.openai:
+                raise ConfigError(
+                    '[openai] is of no use with target = "bundle": set target = "openai:http://HOST:PORT/v1"'
+                )
+            return
+        if self.openai is None:
+            raise ConfigError(f'target = "{server.target}" needs the table [openai] with the model\'s name')
+        self.openai.check(server.target.removeprefix("openai:"))
+        if not server.pictures:
+            raise ConfigError("pictures = false, but this target answers pictures only: remove it")
+        if self.upstream or self.questions or server.questions_folder:
+            raise ConfigError(
+                'questions and [upstream] need features and tokens of the bundle: remove them, or set target = "bundle"'
+            )

@@ -38,7 +38,8 @@ class EventUsage(Struct, frozen=True, omit_defaults=True):
     input_tokens: Annotated[UInt32, Meta(description="Tokens of the prompt and of the picture.")]
     output_tokens: Annotated[UInt32, Meta(description="Tokens that the server's model wrote.")]
     cost: Annotated[
-        float | None, Meta(description="What they cost, in the currency. Left out if no prices are configured.")
+        Annotated[float, Meta(ge=0, le=1e9)] | None,
+        Meta(description="What they cost, in the currency. Left out if no prices are configured."),
     ] = None
     currency: Annotated[str, Meta(max_length=8, description="The currency of the cost.")] = ""
 
