@@ -63,10 +63,6 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
             from server.questions import Questions
 
             Questions(bundle, config.questions)
-    if config.openai:
-        from server.targets.openai import OpenAITarget
-
-        OpenAITarget(server.target.removeprefix("openai:"), config.openai)
     print(f"{path}: server {server.id} of site {server.site} is in order")
     # Not the share of requests: a member that does not answer would take some of them from the running servers.
     checks = [_broker("mqtt", settings, [topics.reply(server.site, server.id)])]

@@ -51,6 +51,7 @@ PROMPT = (
     "visible."
 )
 MAX_KEY_BYTES = 4096
+USUAL_INPUT_TOKENS = 1500  # of a picture and a prompt, to estimate a cost before there was a call
 
 
 class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,6 +76,11 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
         """Raises ConfigError for what can never work, and for an address that would send pictures in the clear."""
         if self.budget_per_day and not (self.input_price or self.output_price):
             raise ConfigError("budget_per_day without a price never ends: set input_price and output_price in [openai]")
+        if self.budget_per_day and self.estimate > self.budget_per_day:
+            raise ConfigError(
+                f"budget_per_day = {self.budget_per_day}, but one answer may cost {self.estimate:.6g} {self.currency}: "
+                "want more, or a lower max_tokens"
+            )
         if self.spent_file and not self.budget_per_day:
             raise ConfigError("spent_file without budget_per_day is of no use: set both in [openai], or none")
         try:
@@ -93,6 +99,17 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 f"target on {host} is not on this machine and its address is http: everybody on the way could read the "
                 "pictures and the key; use https, or set insecure = true in [openai] on a network that you trust"
             )
+
+        self.key()
+
+    @property
+    def estimate(self) -> float:
+        """What a call may cost, in the currency, before there was one."""
+        return self.cost(USUAL_INPUT_TOKENS, self.max_tokens)
+
+    def cost(self, input_tokens: int, output_tokens: int) -> float:
+        """In the currency."""
+        return (input_tokens * self.input_price + output_tokens * self.output_price) / 1e6
 
     def key(self) -> str | None:
         """The first line of key_file. Raises ConfigError, which never shows the key."""

@@ -39,7 +39,6 @@ MAX_PAUSE_S = 3600.0  # then one call is tried, whatever Retry-After said
 LONG_PAUSE_S = 10.0  # a server that is paused for longer leaves its share
 BUSY_RETRY_MS = 1000  # for a board, if nobody says how long
 MARGIN_S = 5.0  # that a call may take beyond its timeout before it counts as hanging
-USUAL_INPUT_TOKENS = 1500  # of a picture and a prompt, to estimate the cost of the first call
 
 
 class _Message(Struct):
@@ -70,20 +69,15 @@ class OpenAITarget(Target[PictureJob]):
         wall_clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """wall_clock: seconds, Unix time. chance: uniform in [0, 1). Raises ConfigError."""
+        """url, config: checked before, see `OpenAIConfig.check`. wall_clock: seconds, Unix time.
+
+        chance: uniform in [0, 1). Raises ConfigError if spent_file cannot be used.
+        """
         self.config, self._url, self._wall_clock, self._chance = config, url, wall_clock, chance
         self.limits = Limits(batch=1, calls=config.calls, call_s=TRIES * (config.timeout_s + LAST_WAIT_S) + MARGIN_S)
-        config.key()  # a mistake in it is found at the start
         self._endpoint = Endpoint(url)
-        estimate = self._cost(USUAL_INPUT_TOKENS, config.max_tokens)
-        if config.budget_per_day and estimate > config.budget_per_day:
-            raise ConfigError(
-                f"budget_per_day = {config.budget_per_day}, but one answer may cost {estimate:.6g} {config.currency}: "
-                "want more, or lower max_tokens"
-            )
-        self._spending = Spending(
-            config.budget_per_day, estimate, Path(config.spent_file) if config.spent_file else None
-        )
+        file = Path(config.spent_file) if config.spent_file else None
+        self._spending = Spending(config.budget_per_day, config.estimate, file)
         self._stop = threading.Event()
         self._lock = threading.Lock()  # over the next three
         self._calls: Counter[str] = Counter()  # by what became of them
@@ -162,7 +156,7 @@ class OpenAITarget(Target[PictureJob]):
         try:
             text, counts = self._call(body, deadline)
             if counts:
-                cost = self._cost(counts.prompt_tokens, counts.completion_tokens)
+                cost = self.config.cost(counts.prompt_tokens, counts.completion_tokens)
         except CallError as error:
             cost = cost if error.kind in MAY_BE_BILLED else 0.0
             raise
@@ -218,10 +212,6 @@ class OpenAITarget(Target[PictureJob]):
         if not (self.config.input_price or self.config.output_price):
             return Usage(counts.prompt_tokens, counts.completion_tokens)
         return Usage(counts.prompt_tokens, counts.completion_tokens, cost, self.config.currency)
-
-    def _cost(self, input_tokens: int, output_tokens: int) -> float:
-        """In the currency of the configuration."""
-        return (input_tokens * self.config.input_price + output_tokens * self.config.output_price) / 1e6
 
     def _count(self, what: str) -> None:
         with self._lock:

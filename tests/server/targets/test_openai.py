@@ -239,7 +239,7 @@ def test_a_key_is_read_again_for_each_call(other: ChatServer, tmp_path: Path) ->
 def test_a_key_that_is_none_is_found_at_the_start_and_not_shown(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "key").write_bytes(content)
     with pytest.raises(ConfigError, match="its first line is no key") as found:
-        OpenAITarget("http://127.0.0.1:9/v1", OpenAIConfig("fake", key_file=str(tmp_path / "key")))
+        OpenAIConfig("fake", key_file=str(tmp_path / "key")).check("http://127.0.0.1:9/v1")
     assert "words" not in str(found.value)
 
 
@@ -263,9 +263,9 @@ def test_a_spent_budget_makes_no_calls_until_the_next_day(other: ChatServer) -> 
     assert target.answer([job()])[0].error == ""
 
 
-def test_a_budget_for_less_than_one_answer_is_a_mistake(other: ChatServer) -> None:
+def test_a_budget_for_less_than_one_answer_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match=r"one answer may cost 0\.001 USD"):
-        target_of(other, output_price=10.0, max_tokens=100, budget_per_day=0.0005)
+        OpenAIConfig("fake", output_price=10.0, max_tokens=100, budget_per_day=0.0005).check("http://127.0.0.1/v1")
 
 
 @pytest.mark.parametrize(
