@@ -1,6 +1,7 @@
 """The server's configuration: one TOML file, read and checked as a whole at start, then passed on as frozen values."""
 
 import re
+import ssl
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -60,6 +61,7 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[str, Meta(min_length=1, max_length=256)]  # as that server calls it
     prompt: Annotated[str, Meta(min_length=1, max_length=16_384)] = PROMPT
     key_file: str | None = None  # its first line is the key; secrets come from files only
+    ca_file: str | None = None  # the authorities that sign its certificate; none: those of the system
     max_tokens: Annotated[int, Meta(ge=1, le=4096)] = 100  # longest text
     calls: Annotated[int, Meta(ge=1, le=64)] = 4  # at the same time
     timeout_s: Annotated[float, Meta(ge=0.1, le=600)] = 60.0  # of one call; a request's deadline may be sooner
@@ -101,6 +103,10 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
             )
 
         self.key()
+        try:
+            ssl.create_default_context(cafile=self.ca_file)
+        except OSError as error:  # ssl.SSLError is an OSError
+            raise ConfigError(f"ca_file = {self.ca_file}: cannot be read as PEM: {error.strerror or error}") from error
 
     @property
     def estimate(self) -> float:

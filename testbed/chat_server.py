@@ -6,12 +6,14 @@ A fake on real sockets for tests and benchmarks. It refuses every request that b
 
 import base64
 import json
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 MAX_REQUEST = 1 << 20  # bytes
@@ -87,6 +89,7 @@ Behaviour = Literal[
     "no_usage",  # an answer without token counts
     "stall",  # says nothing until the server ends
     "drip",  # a byte of the header now and then, until the server ends
+    "drip_body",  # the same in a body without a length
     "error_500",
     "error_503",
     "error_400",
@@ -132,11 +135,19 @@ class ChatServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, behave: Callable[[int], Behaviour] = lambda _: "answer") -> None:
-        """behave: what to do with the n-th request, from 0 on."""
+    def __init__(
+        self, behave: Callable[[int], Behaviour] = lambda _: "answer", certificate: tuple[Path, Path] | None = None
+    ) -> None:
+        """behave: what to do with the n-th request, from 0 on. certificate: it and its key, for https."""
         from jsonschema import Draft202012Validator
 
         super().__init__(("127.0.0.1", 0), _Handler)
+        self._scheme = "http"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+            self._scheme = "https"
         self._schema = Draft202012Validator(REQUEST)
         self.behave, self.retry_after = behave, "1"
         self.key: str | None = None  # requests with another one are refused; None: any
@@ -152,7 +163,7 @@ class ChatServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+        return f"{self._scheme}://127.0.0.1:{self.server_address[1]}/v1"
 
     def __enter__(self) -> "ChatServer":
         self._thread.start()
@@ -245,8 +256,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(completion(text, counts))
         elif behaviour == "stall":
             self.server.ended.wait()
-        elif behaviour == "drip":
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        elif behaviour in ("drip", "drip_body"):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: " + b"\r\n\r\n" * (behaviour == "drip_body"))
             while not self.server.ended.wait(0.05):
                 self.wfile.write(b"z")
         elif behaviour.startswith("error_"):

@@ -66,11 +66,14 @@ class CallError(AiflowError):
 class Endpoint:
     """Where calls go. Any number of threads may call at the same time."""
 
-    def __init__(self, url: str) -> None:
-        """url: http or https, with a host; it was checked with the configuration."""
+    def __init__(self, url: str, ca_file: str | None = None) -> None:
+        """url: http or https, with a host. ca_file: whose certificates are trusted; None: the system's authorities.
+
+        Both were checked with the configuration.
+        """
         parts = urlsplit(url)
         self._host, self._port, self._path = parts.hostname or "", parts.port, parts.path.rstrip("/")
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._tls = ssl.create_default_context(cafile=ca_file) if parts.scheme == "https" else None
         self._lock = threading.Lock()  # over the next two
         self._open: set[socket.socket] = set()
         self._is_closed = False
@@ -85,15 +88,17 @@ class Endpoint:
         timer.start()
         try:
             with self._listed(sock):
-                sock.settimeout(
-                    max(0.001, until - time.monotonic())
-                )  # a model may think all the time before it answers
+                # A model may think all the time before it answers.
+                sock.settimeout(max(0.001, until - time.monotonic()))
                 headers = {"Content-Type": "application/json", "Accept": "application/json", **headers}
                 connection.request("POST", self._path + path, body, {**headers, "Connection": "close"})
                 response = connection.getresponse()
                 _check_status(response)
                 sock.settimeout(max(0.001, min(STALL_S, until - time.monotonic())))
-                return _read(response)
+                received = _read(response)
+                if self._is_closed or time.monotonic() >= until:  # it may have been shut down in the middle
+                    raise CallError("cut_off", "the response was shut down")
+                return received
         except (CallError, OSError, http.client.HTTPException, ValueError) as error:
             # First, since a connection that this side shuts down looks as if it had ended by itself.
             if self._is_closed:

@@ -75,7 +75,7 @@ class OpenAITarget(Target[PictureJob]):
         """
         self.config, self._url, self._wall_clock, self._chance = config, url, wall_clock, chance
         self.limits = Limits(batch=1, calls=config.calls, call_s=TRIES * (config.timeout_s + LAST_WAIT_S) + MARGIN_S)
-        self._endpoint = Endpoint(url)
+        self._endpoint = Endpoint(url, config.ca_file)
         file = Path(config.spent_file) if config.spent_file else None
         self._spending = Spending(config.budget_per_day, config.estimate, file)
         self._stop = threading.Event()

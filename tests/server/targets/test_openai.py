@@ -12,6 +12,7 @@ import pytest
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire import Usage
+from firmware_tools.certificates import made
 from server.config import PROMPT, OpenAIConfig
 from server.targets import PictureJob
 from server.targets import openai as openai_module
@@ -45,6 +46,7 @@ TEMPORARY: dict[Behaviour, str] = {
     "chunk_lie": "cut_off",
     "stall": "timeout",
     "drip": "timeout",
+    "drip_body": "timeout",
 }
 
 
@@ -241,6 +243,29 @@ def test_a_key_that_is_none_is_found_at_the_start_and_not_shown(tmp_path: Path, 
     with pytest.raises(ConfigError, match="its first line is no key") as found:
         OpenAIConfig("fake", key_file=str(tmp_path / "key")).check("http://127.0.0.1:9/v1")
     assert "words" not in str(found.value)
+
+
+def test_only_a_certificate_of_a_trusted_authority_gets_the_key_and_the_picture(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    made(tmp_path / "other", "home", ["127.0.0.1"])
+    files = tmp_path / "cert.pem", tmp_path / "cert.key"
+    for file, content in zip(files, made(tmp_path, "home", ["127.0.0.1"]), strict=True):
+        file.write_bytes(content)
+    with ChatServer(certificate=files) as other:
+        trusting = target_of(other, ca_file=str(tmp_path / "ca.pem"))
+        assert trusting.answer([job()])[0].text == text_of(b"picture")
+        for foreign in (str(tmp_path / "other" / "ca.pem"), None):
+            (answer,) = target_of(other, ca_file=foreign).answer([job()])
+            assert "CERTIFICATE_VERIFY_FAILED" in answer.error.upper().replace(" ", "_")
+        assert len(other.asked) == 1
+
+
+@pytest.mark.parametrize("content", [None, b"no certificate"])
+def test_authorities_that_are_none_are_found_at_the_start(tmp_path: Path, content: bytes | None) -> None:
+    if content:
+        (tmp_path / "ca.pem").write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot be read as PEM"):
+        OpenAIConfig("fake", ca_file=str(tmp_path / "ca.pem")).check("https://127.0.0.1/v1")
 
 
 # ---- money ----
