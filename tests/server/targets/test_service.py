@@ -31,6 +31,7 @@ from edge_runtime.wire import (
     decode_reply,
     encode_request,
 )
+from server.accepted import Accepted
 from server.app import run_server
 from server.config import Config, OpenAIConfig, ServerConfig
 from server.counters import SERVER, values
@@ -326,3 +327,29 @@ def test_a_boards_picture_becomes_an_event_with_the_other_servers_text(
     assert update.answered_by == AnsweredBy("cloud", "s1")
     assert update.hops[0].usage.input_tokens == 300
     assert len(other.asked) == 1
+
+
+def test_several_calls_may_ask_at_once_whether_a_tier_above_is_wanted(other: ChatServer) -> None:
+    target = OpenAITarget(other.url, OpenAIConfig("fake"))
+    service, errors = Service(ServerConfig("s1", target="openai:x"), target, ReplyCache()), list[Exception]()
+    asked, own = offload(), Reply(id=bytes(8), status=Status.OK, confidence=0.5)
+    accepted = Accepted(Arrival("b1", b"", 0.0, lambda: None, lambda *_: None), asked, 1e9)
+
+    def ask() -> None:
+        try:
+            for _ in range(300):
+                assert not service.escalator.ask(accepted, own)
+        except Exception as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
