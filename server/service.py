@@ -1,10 +1,10 @@
-"""The path of a request, top to bottom: receive, admit, decode its picture, batch, run the engine, reply; and if the
+"""The path of a request, top to bottom: receive, admit, decode its picture, batch, ask the target, reply; and if the
 tier above may know better: reply, ask there, reply once more.
 
 `receive` runs on the MQTT client's thread and never waits. Pictures are decoded on threads of their own, each with a
-process of its own. `serve` runs on the thread that owns the engine. What the tier above says comes on a fourth thread.
-Between the threads are two queues, one before the pictures' threads and one before the engine, and the cache of
-replies. Every request ends in a status, which its board is told, and in a counter: received = last replies (by status)
+process of its own. `serve` runs on the thread that calls the target (targets/target.py), and starts more of them for a
+target that takes several calls at once. What the tier above says comes on another thread. Between the threads are two
+queues, one before the pictures' threads and one before the target, and the cache of replies. Every request ends in a status, which its board is told, and in a counter: received = last replies (by status)
 + repeated + joined + waiting + asked above.
 """
 

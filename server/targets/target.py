@@ -90,7 +90,7 @@ class Answer:
     answers: dict[str, dict[str, float]] = field(default_factory=dict)
     error: str = ""
     stages_ms: dict[str, float] = field(default_factory=dict)  # of the whole batch, by name
-    text: str = ""
+    text: str = ""  # at most envelope.MAX_TEXT characters
     unsure: bool = False  # the confidence is below what is usually right
     retry_after_ms: int | None = None  # with an error: another try may end otherwise, after this time. None: it may not
     usage: Usage | None = None  # what it cost at somebody else's server
