@@ -4,8 +4,9 @@ tier above may know better: reply, ask there, reply once more.
 `receive` runs on the MQTT client's thread and never waits. Pictures are decoded on threads of their own, each with a
 process of its own. `serve` runs on the thread that calls the target (targets/target.py), and starts more of them for a
 target that takes several calls at once. What the tier above says comes on another thread. Between the threads are two
-queues, one before the pictures' threads and one before the target, and the cache of replies. Every request ends in a status, which its board is told, and in a counter: received = last replies (by status)
-+ repeated + joined + waiting + asked above.
+queues, one before the pictures' threads and one before the target, and the cache of replies. Every request ends in a
+status, which its board is told, and in a counter: received = last replies (by status) + repeated + joined + waiting +
+asked above.
 """
 
 import logging
@@ -36,7 +37,7 @@ from edge_runtime.wire import (
     encode_reply,
     encode_tokens,
 )
-from edge_runtime.wire.envelope import Bytes8
+from edge_runtime.wire.envelope import MAX_TEXT, Bytes8
 from server.accepted import Accepted
 from server.batch_times import BatchTimes
 from server.batcher import Batch, Batcher
@@ -300,6 +301,9 @@ class Service:
         if answer.error:
             status = Status.FAILED if answer.retry_after_ms is None else Status.BUSY
             self._refuse(accepted, status, answer.error, answer.retry_after_ms)
+            return
+        if len(answer.text) > MAX_TEXT:
+            self._refuse(accepted, Status.FAILED, f"the target wrote {len(answer.text)} characters, want {MAX_TEXT}")
             return
         stages_ms = {"decode": 1e3 * (decoded - started) + accepted.picture_ms} | answer.stages_ms
         queued_ms = max(0.0, 1e3 * (started - accepted.arrival.at) - accepted.picture_ms)

@@ -109,6 +109,12 @@ def test_a_model_that_breaks_fails_its_batch_and_not_the_server(
     assert [reply.status for reply in lane.replies] == [Status.FAILED, Status.OK]
 
 
+def test_a_text_longer_than_any_reply_fails_by_name(service: Service, model: Model, bundle: Bundle) -> None:
+    lane, model.text = Lane(), "word5 " * 2000
+    serve(service, lane, picture(bundle, 0))
+    assert (lane.replies[0].status, "wrote 12000 characters" in lane.replies[0].error) == (Status.FAILED, True)
+
+
 def test_the_bundles_status_says_that_it_is_strict(bundle: Bundle, make_service) -> None:
     assert make_service().status()["target"] == {
         "name": "bundle",
