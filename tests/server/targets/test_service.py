@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,12 +28,13 @@ from edge_runtime.wire import (
     Reply,
     Request,
     Status,
+    Tier,
     decode_reply,
     encode_request,
 )
 from server.accepted import Accepted
 from server.app import run_server
-from server.config import Config, OpenAIConfig, ServerConfig
+from server.config import Config, OpenAIConfig, ServerConfig, UpstreamConfig
 from server.counters import SERVER, values
 from server.gateway import Arrival
 from server.reply_cache import ReplyCache
@@ -353,3 +354,40 @@ def test_several_calls_may_ask_at_once_whether_a_tier_above_is_wanted(other: Cha
     finally:
         sys.setswitchinterval(interval)
     assert errors == []
+
+
+def test_above_an_edge_server_it_answers_pictures_and_leaves_features_to_the_edge(
+    broker: Mosquitto, start_broker: Callable[[], Mosquitto], other: ChatServer, bundle
+) -> None:
+    above, stop = start_broker(), threading.Event()
+    cloud = ServerConfig("c1", target=f"openai:{other.url}", tier="cloud", site="hq")
+    edge = ServerConfig("s1", str(bundle.path), max_batch=1)
+    only_asked = UpstreamConfig(MqttConfig(port=above.port), "hq", min_confidence=0.0, max_share=1.0, explore=0.0)
+    configs = (
+        Config(cloud, MqttConfig(port=above.port), openai=OpenAIConfig("fake")),
+        Config(edge, MqttConfig(port=broker.port), upstream=only_asked),
+    )
+    threads = [threading.Thread(target=run_server, args=(config, stop)) for config in configs]
+    try:
+        with board_of(broker, "b1") as board:
+            for thread in threads:
+                thread.start()
+            status = board.wait_for_status(state="online", share_proven=True)
+            while status["upstream"]["state"] != "online":
+                status = board.wait_for_status(state="online")
+            wants_cloud = {"bundle": bundle.id, "options": Options(tier=Tier.CLOUD)}
+            for asked in (offload(1, **wants_cloud), latent(bundle, options=Options(tier=Tier.CLOUD))):
+                board.ask(asked)
+                first, last = board.reply(), board.reply()
+                assert (first.status, first.final, first.server) == (Status.OK, False, "s1")
+                assert (last.status, last.final) == (Status.OK, True)
+                if asked.content_kind is ContentKind.JPEG:
+                    assert (last.server, last.text, last.tokens) == ("c1", text_of(asked.content), b"")
+                    assert [hop.server for hop in last.hops] == ["s1", "c1"]
+                else:
+                    assert (last.server, last.tokens) == ("s1", first.tokens)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+    assert len(other.asked) == 1
