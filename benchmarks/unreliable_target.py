@@ -138,9 +138,11 @@ def measure(
             for _ in range(8):
                 lane.room.acquire(timeout=SETTLE_S)
         outcome = _outcome(lanes, asked)
-        _repeat(lanes, asked, other, outcome, rng)
+        billed = sum(other.billed.values())
+        _repeat(lanes, asked, outcome, rng)
         stop.set()
-        serving.join()
+        serving.join()  # it answers first what it has accepted
+        outcome.billed_for_repeats = sum(other.billed.values()) - billed
         for lane in lanes:
             lane.thread.close(Why("stopping", "the run is over"))
         outcome.calls = dict(sorted(target.status()["usage"]["calls"].items()))
@@ -167,11 +169,8 @@ def _outcome(lanes: Sequence[Board], asked: dict[bytes, Request]) -> Outcome:
     return outcome
 
 
-def _repeat(
-    lanes: Sequence[Board], asked: dict[bytes, Request], other: ChatServer, outcome: Outcome, rng: random.Random
-) -> None:
+def _repeat(lanes: Sequence[Board], asked: dict[bytes, Request], outcome: Outcome, rng: random.Random) -> None:
     """Asks some answered requests again, as a board does that has lost the reply."""
-    billed = sum(other.billed.values())
     for lane in lanes:
         for request_id, ends in lane.ends.items():
             if isinstance(ends[-1], Reply) and rng.random() < REPEAT_SHARE:
@@ -180,7 +179,6 @@ def _repeat(
                     lane.arrival(asked[request_id], lambda data, _, replies=replies: replies.append(decode_reply(data)))
                 )
                 outcome.changed_repeats += replies != [ends[-1]]
-    outcome.billed_for_repeats = sum(other.billed.values()) - billed
 
 
 def _request(request_id: bytes, picture: bytes, deadline_s: float) -> Request:
