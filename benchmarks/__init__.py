@@ -2,7 +2,7 @@
 
 - `quality`: captions and labels against what people wrote; `aiflow evaluate` runs it
 - `rate`: quality over bytes, against picture codecs
-- `codec`, `static`, `device`, `server`, `gateway`: the speed of one part
+- `codec`, `static`, `capture`, `device`, `server`, `gateway`: the speed of one part
 - `e2e`: the case study: board, brokers and servers over simulated links
 - `faults`: real processes, one fault after the other, and the outcome of every request
 """

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -32,7 +32,8 @@ from testbed.sample_photos import is_readable
 
 if TYPE_CHECKING:
     from models.questions import Question
-    from server.engine import Answer, Engine, Job
+    from server.engine import Engine, Job
+    from server.targets import Answer
 
 BATCH = 8
 LATENT_CHANNELS = 64
@@ -94,6 +95,7 @@ class Sent:
     symbols: np.ndarray  # int8 [64, 7, 7], decoded from the payload
     level: int = -1  # of the symbols; -1: the finest
     channels: int = LATENT_CHANNELS  # that were sent
+    labels: Mapping[int, float] = field(default_factory=dict)  # that were sent: class to probability
     draft_accepted: bool = False  # by the board's policy: the draft is the answer, and nothing was sent
 
 
@@ -118,8 +120,10 @@ class Chain:
         engine: "Engine | None",
         min_confidence: float | None = None,
         rate: RateLimit = RateLimit(),
+        sends_labels: bool = True,
     ) -> None:
         """min_confidence: accept a draft with at least this confidence without verification; None: verify all.
+        sends_labels: with the features, if the bundle has labels for a board.
 
         Raises EvaluationError for a rate that the bundle does not have.
         """
@@ -133,7 +137,7 @@ class Chain:
         self.bundle, self.engine, self.tier, self.rate = bundle, engine, tier, rate
         self.plan = Plan(paradigm, "evaluation", 60_000, min_confidence=min_confidence)  # type: ignore[arg-type]
         self.head = load_head(bundle, backend, 1)
-        self.backend = backend
+        self.backend, self.sends_labels = backend, sends_labels
 
     @cached_property
     def draft(self) -> Draft | None:
@@ -141,11 +145,9 @@ class Chain:
         return load_draft(self.bundle, self.backend, 1) if has_draft else None
 
     @cached_property
-    def labels(self) -> Labels:
-        """The board's. Raises EvaluationError."""
-        if labels := load_labels(self.bundle, self.head, self.backend, 1):
-            return labels
-        raise EvaluationError(f"bundle {self.bundle.manifest.name} has no labels for a board: want --paradigm split")
+    def labels(self) -> Labels | None:
+        """The board's."""
+        return load_labels(self.bundle, self.head, self.backend, 1)
 
     def send(self, picture: Picture) -> Sent:
         """Picture -> head -> draft -> envelope -> bytes -> envelope -> symbols. Raises EvaluationError."""
@@ -156,7 +158,11 @@ class Chain:
         if self.plan.paradigm == "device" or (drafted and self.plan.accepts(drafted.confidence)):
             return Sent(picture.name, 0, draft, latent.symbols(), draft_accepted=True)
         features = None if self.plan.paradigm == "offload" else self._features(picture, latent)
-        payload = wire.encode_request(build_request(self.bundle, bytes(8), self.plan, pixels, features, draft))
+        found = []
+        if features and self.sends_labels and self.labels and latent.backbone_map is not None:
+            found = self.labels.likeliest(latent.backbone_map)
+        asked = build_request(self.bundle, bytes(8), self.plan, pixels, features, draft, labels=found)
+        payload = wire.encode_request(asked)
         request = wire.decode_request(payload)
         draft = tuple(request.draft_ids)
         if features is None:
@@ -166,7 +172,8 @@ class Chain:
         decoded = wire.decode(request.content, self.bundle.tables)
         assert decoded.checked  # nothing on the way can have cut it
         level, channels = decoded.header.level, decoded.complete_channels
-        return Sent(picture.name, len(payload), draft, decoded.symbols, level, channels)
+        seen = request.seen_labels
+        return Sent(picture.name, len(payload), draft, decoded.symbols, level, channels, seen)
 
     def _features(self, picture: Picture, latent: Latent) -> RatedSymbols:
         rate = self.rate
@@ -183,7 +190,9 @@ class Chain:
         if self.engine is None:
             if question:
                 raise EvaluationError("boards answer no taught questions: want --paradigm split")
-            labels, rows = self.labels, []
+            rows, name = [], self.bundle.manifest.name
+            if (labels := self.labels) is None:
+                raise EvaluationError(f"bundle {name} has no labels for a board: want --paradigm split")
             for picture in pictures:
                 backbone_map = self.head.latent(to_input(decode_picture(picture.data))).backbone_map
                 assert backbone_map is not None  # a board with labels has a head that computes it
@@ -194,13 +203,16 @@ class Chain:
         if question:
             answers = [question.answer(row) for row in self.engine.pooled(jobs)]
             return np.array([[answer[name] for name in question.record.classes] for answer in answers]), sizes
+        from models.labels import with_seen
+
         logits = self.engine.label_logits(self.engine.features(jobs))
-        return np.stack([row.softmax(-1).cpu().numpy() for row in logits]), sizes
+        found = [with_seen(row.softmax(-1), sent.labels) for row, sent in zip(logits, batch, strict=True)]
+        return np.stack([row.cpu().numpy() for row in found]), sizes
 
     def job(self, sent: Sent, draft: tuple[int, ...] | None = None) -> "Job":
         from server.engine import Job
 
-        return Job(sent.symbols, sent.level, sent.channels, draft, self.tier)
+        return Job(sent.symbols, sent.level, sent.channels, draft, self.tier, labels=sent.labels)
 
 
 def proven_chain(
@@ -211,6 +223,7 @@ def proven_chain(
     quality_floor: float | None = None,
     rate: RateLimit = RateLimit(),
     threads: int = 2,
+    sends_labels: bool = True,
 ) -> Chain:
     """A chain whose engine has proven its numerics. quality_floor: of the paradigm `auto`, default: a board's."""
     min_confidence = None
@@ -225,7 +238,7 @@ def proven_chain(
 
     engine = load_engine(bundle, [tier] if tier else [], threads=threads)
     engine.proof = prove(engine)
-    return Chain(bundle, paradigm, backend, tier, engine, min_confidence, rate)
+    return Chain(bundle, paradigm, backend, tier, engine, min_confidence, rate, sends_labels)
 
 
 Progress = Callable[[Iterable[Picture]], Iterable[Picture]]  # shows progress while it passes the pictures on

@@ -27,10 +27,11 @@ from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture
 from edge_runtime.inference.bundle import BundleError
 from edge_runtime.inference.head import Latent
+from edge_runtime.inference.labels import worth_sending
 from edge_runtime.inference.preprocess import PIXELS, to_input
 from edge_runtime.inference.rate import RatedSymbols, choose_rate
 from edge_runtime.pipeline import build_request
-from edge_runtime.wire import bitstream, encode_request
+from edge_runtime.wire import bitstream, decode_labels, encode_labels, encode_request
 from edge_runtime.wire.tables import entropy_bytes
 from models.coded_pictures import SIZES, PictureCodec, picture_codecs, without_container
 from models.family import Tail
@@ -61,7 +62,7 @@ class Sender:
         self.bundle, self.tables, self.tier = chain.bundle, chain.bundle.tables, chain.tier
         self.finest = self.tables.levels - 1
         assert chain.engine is not None
-        self.symbols_of_picture = chain.engine.symbols
+        self.symbols_of_picture, self.labels = chain.engine.symbols, chain.labels
         nothing = np.zeros((PIXELS, PIXELS, 3), np.uint8)
         # Features and pictures have the same envelope.
         self._request = build_request(chain.bundle, bytes(8), chain.plan, nothing, None, ())
@@ -95,25 +96,30 @@ class Sender:
         self, _: Any, latent: Latent, level: int | None = None, groups: int | None = None, share: float = 1.0
     ) -> Sent:
         level = self.bundle.manifest.latent.default_level if level is None else level
-        return self._coded(RatedSymbols(latent.symbols(level), level, groups or self.tables.groups), share)
+        return self._coded(latent, RatedSymbols(latent.symbols(level), level, groups or self.tables.groups), share)
 
     def _within(self, _: Any, latent: Latent, budget: int) -> Sent:
-        return self._coded(self.choose(latent, budget))
+        return self._coded(latent, self.choose(latent, budget))
 
-    def _coded(self, features: RatedSymbols, share: float = 1.0) -> Sent:
+    def _coded(self, latent: Latent, features: RatedSymbols, share: float = 1.0) -> Sent:
+        """Features, and the labels that a board sends with them."""
         content = bitstream.encode(features.symbols, self.tables, features.level, features.groups)
         content = content[: round(share * len(content))]
         received = bitstream.decode(content, self.tables)
-        job = Job(received.symbols, features.level, received.complete_channels, tier=self.tier)
-        return Sent(self._payload_bytes(content), len(content), job)
+        labels = None
+        if self.labels and latent.backbone_map is not None:
+            labels = encode_labels(worth_sending(self.labels.likeliest(latent.backbone_map)))
+        channels, seen = received.complete_channels, decode_labels(labels or b"")
+        job = Job(received.symbols, features.level, channels, tier=self.tier, labels=seen)
+        return Sent(self._payload_bytes(content, labels), len(content), job)
 
     def _picture(self, pixels: NDArray[np.uint8], _: Latent, codec: PictureCodec, size: int, quality: int) -> Sent:
         data, received = codec.code(pixels, size, quality)
         job = Job(self.symbols_of_picture(received), self.finest, tier=self.tier)
         return Sent(self._payload_bytes(data), without_container(data), job)
 
-    def _payload_bytes(self, content: bytes) -> int:
-        return len(encode_request(msgspec.structs.replace(self._request, content=content)))
+    def _payload_bytes(self, content: bytes, labels: bytes | None = None) -> int:
+        return len(encode_request(msgspec.structs.replace(self._request, content=content, labels=labels)))
 
 
 def spread(pictures: Iterable[Picture], limit: int | None) -> list[Picture]:
@@ -154,7 +160,9 @@ def measure_captions(
 
 
 def measure_labels(chain: Chain, pictures: Sequence[Picture], **options: Any) -> dict[str, Any]:
-    """Accuracy of the labels of pictures named class/name, and what they tell, in bits. options: see `measure`."""
+    """Accuracy of the labels that the features or pictures themselves tell, and what they tell, in bits; without the
+    labels that a board sends besides. The pictures are named class/name. options: see `measure`.
+    """
     names = class_names(chain.bundle)
     wanted = [class_of(names, picture.name) for picture in pictures]
     candidates = np.unique(wanted)

@@ -88,10 +88,10 @@ def load_labels(bundle: Bundle, head: Head, backend: str, threads: int) -> Label
     def load(suffix: str) -> Labels:
         model = load_model(bundle.file(f"labels{suffix}"), threads)
         labels = Labels(model, manifest.classes, manifest.label_temperature)
-        labels.scores(backbone_map)  # finds a network that does not fit the head or the manifest
+        labels.likeliest(backbone_map)  # finds a network that does not fit the head or the manifest
         return labels
 
-    return load_fastest(backend, load, lambda labels: labels.scores(backbone_map))
+    return load_fastest(backend, load, lambda labels: labels.likeliest(backbone_map))
 
 
 class Board:
@@ -110,7 +110,9 @@ class Board:
         offloads = board.paradigm == "offload"
         head = None if offloads else load_head(bundle, board.backend, board.threads)
         draft = None if offloads else load_draft(bundle, board.backend, board.threads)
-        labels = load_labels(bundle, head, board.backend, board.threads) if head and board.labels else None
+        labels = None
+        if head and board.labels != "never":
+            labels = load_labels(bundle, head, board.backend, board.threads)
 
         # Where frames come from, and what users may change.
         self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
@@ -161,6 +163,7 @@ class Board:
             self.events,
             board.slowdown,
             labels,
+            board.labels == "send",
             self.answers,
             self.references,
         )
@@ -168,7 +171,7 @@ class Board:
     def run(self, stop: threading.Event) -> Values:
         """Handles frames until the sources end or `stop` is set; returns `summary`.
 
-        Raises PictureError for sources that can never work, and RuntimeError for anything that ends it later: that is
+        Raises ConfigError for sources that can never work, and RuntimeError for anything that ends it later: that is
         not a mistake in the configuration, and the board is worth starting again.
         """
         with ExitStack() as running:
@@ -233,6 +236,7 @@ class Board:
         for_users = [Route(self.settings.filter, lambda message: self.settings.message_arrived(message, self.local))]
         if self.cameras.mqtt_cameras():
             for_users.append(Route(topics.frames(site, board.id), self._picture_arrived, qos=0))
+        for_users += [Route(topic, self._picture_on_own_topic_arrived, qos=0) for topic in self.cameras.topics()]
         mqtt, near = self.config.mqtt, self.config.near_broker
         if near is None:
             both = self._client(mqtt, board.id, for_servers + for_users, self._connection_changed)
@@ -249,7 +253,9 @@ class Board:
         on_state: Callable[[State, str], None] | None = None,
     ) -> MqttClient:
         filters = {route.filter for route in routes}
-        has_pictures = topics.frames(self.config.board.site, self.config.board.id) in filters
+        has_pictures = not filters.isdisjoint(
+            {topics.frames(self.config.board.site, self.config.board.id), *self.cameras.topics()}
+        )
         settings = mqtt.settings(client_id, **({"max_inbound_bytes": MAX_PICTURE} if has_pictures else {}))
         states = self.settings.states if self.settings.filter in filters else list
         router = Router(routes)
@@ -285,6 +291,9 @@ class Board:
             return None
         wanted = " or ".join(topics.frame(self.config.board.site, self.config.board.id, name) for name in known)
         return "no_camera", f"publish pictures on {wanted}"
+
+    def _picture_on_own_topic_arrived(self, message: Message) -> None:
+        self.cameras[self.cameras.topics()[message.topic]].picture_arrived(message.payload)
 
     def _apply(self, setting: Setting) -> None:
         """A user has changed a run-time setting. Those that are not here are read for each frame."""

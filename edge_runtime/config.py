@@ -26,6 +26,7 @@ from msgspec.inspect import (
     VarTupleType,
 )
 
+from edge_runtime.camera_source import KEYS, check_source_keys, kind_of
 from edge_runtime.conditions import LABEL, MAX_CONDITION, parse_condition
 from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.settings import MqttConfig, is_loopback
@@ -115,14 +116,22 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """One source of frames."""
 
     name: CameraName
-    # A directory, tar, picture or video file, /dev/video0 or "0", rtsp://..., or "mqtt": pictures on down/frame.
-    source: Annotated[str, Meta(min_length=1)]
+    source: Annotated[str, Meta(min_length=1, max_length=2048)]  # docs/cameras.md has each kind
     interval_s: Annotated[float, Meta(ge=0, le=86400)] | None = None  # between frames; 0: as fast as the board can
     stall_s: Annotated[float, Meta(ge=1, le=600)] = 5.0  # a camera is opened again after this time without a new frame
     repeat: bool = False  # files start again when they end
     motion: MotionConfig = MotionConfig()  # which frames are processed; off: all
     max_interval_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0  # process a frame at least so often; 0: not
     frozen_s: Annotated[float, Meta(ge=0, le=86400)] = 30.0  # an unchanged picture is reported; 0: never
+    # These go only with some kinds of source, see camera_source.KEYS.
+    snapshot: bool = False  # an HTTP address whose answer is one picture, even if its content type does not say so
+    username: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    password_file: str | None = None  # its first line
+    topic: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # of "mqtt"; none: down/frame/<name>
+    existing: bool = False  # of "watch:": also the pictures that are in the folder at start
+    width: Annotated[int, Meta(ge=16, le=8192)] | None = None  # pixels
+    height: Annotated[int, Meta(ge=16, le=8192)] | None = None  # pixels
+    fps: Annotated[int, Meta(ge=1, le=120)] | None = None  # frames per second that the camera takes
     # Use the latest answer again and send nothing if the frame differs by at most this (inference/reuse.py); 0: never.
     reuse_distance: Annotated[float, Meta(ge=0, le=10)] = 0.0
     reuse_s: Annotated[float, Meta(gt=0, le=86400)] = 60.0  # an answer is used for at most this time
@@ -137,6 +146,10 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
         self._check_triggers()
         if re.fullmatch("[0-9]{1,3}", self.source):  # the number of a device, as OpenCV and FFmpeg users write it
             msgspec.structs.force_setattr(self, "source", f"/dev/video{int(self.source)}")
+        try:
+            check_source_keys(self.source, {key: getattr(self, key) for key in KEYS})
+        except ConfigError as error:
+            raise ConfigError(f"camera {self.name}: {error}") from error
 
     def _check_triggers(self) -> None:
         """Raises ConfigError: a question that is not asked never has an answer."""
@@ -150,10 +163,10 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def min_interval_s(self) -> float:
-        """Seconds between frames. The default is 1, and 0 over MQTT: there the sender chooses the rate."""
+        """Seconds between frames. The default is 1, and 0 if the sender of the pictures chooses the rate."""
         if self.interval_s is not None:
             return self.interval_s
-        return 0.0 if self.source == "mqtt" else 1.0
+        return 0.0 if kind_of(self.source) in ("mqtt", "watch") else 1.0
 
 
 class PolicyConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -192,7 +205,8 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     site: Id = "home"
     backend: Literal["auto", "onnx", "litert"] = "auto"
     threads: Annotated[int, Meta(ge=1, le=16)] = 1  # of the networks
-    labels: bool = True  # the device labels the frames that it answers alone, if the bundle can
+    # send: with the features, for ten bytes and better answers. alone: only for frames that no server verifies.
+    labels: Literal["send", "alone", "never"] = "send"
     paradigm: Literal["auto", "device", "split", "speculative", "offload"] = "auto"  # auto: chosen per frame
     tier: Literal["edge", "cloud"] | None = None  # the lowest tier that may answer; none: any server
     deadline_ms: Annotated[int, Meta(ge=50, le=600_000)] = 5000  # from capture; after it the draft is the final answer
@@ -205,6 +219,8 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     # A frame may be coded against an earlier one, and is coded alone after at most this time. 0: always alone.
     refresh_s: Annotated[float, Meta(ge=0, le=86400)] = 60.0
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # of offload, and of the JPEG size that events compare with
+    # Longest side of an offloaded picture, for servers with a model of another size. None: the head's input, 224 x 224.
+    picture_pixels: Annotated[int, Meta(ge=64, le=2048)] | None = None
     slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # simulates a slower board, by sleeping
 
 
@@ -236,6 +252,9 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         names = [camera.name for camera in self.cameras]
         if len(set(names)) < len(names):
             raise ConfigError(f"two cameras have the same name among {', '.join(names)}: give each its own")
+        topics = [camera.topic for camera in self.cameras if camera.topic]
+        if len(set(topics)) < len(topics):
+            raise ConfigError(f"two cameras have the same topic among {', '.join(topics)}: give each its own")
         where = [("[board]", self.board.paradigm)]
         where += [(f"camera {camera.name}", camera.paradigm or "auto") for camera in self.cameras]
         for place, paradigm in where:

@@ -8,7 +8,7 @@ planning/ decides which paradigm a frame takes, and why.
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from math import isfinite
@@ -24,8 +24,8 @@ from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Draft, Drafted
 from edge_runtime.inference.head import Head, Latent
-from edge_runtime.inference.labels import Labels
-from edge_runtime.inference.preprocess import to_input
+from edge_runtime.inference.labels import Labels, worth_sending
+from edge_runtime.inference.preprocess import shrunk, to_input
 from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.inference.references import ReferenceFrames, SentFrame
 from edge_runtime.inference.reuse import Answers
@@ -33,6 +33,7 @@ from edge_runtime.planning import Plan, Planner
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.wire import (
+    MAX_ENVELOPE,
     ContentKind,
     Options,
     Paradigm,
@@ -40,6 +41,7 @@ from edge_runtime.wire import (
     RequestIds,
     WireError,
     bitstream,
+    encode_labels,
     encode_request,
 )
 from edge_runtime.wire.envelope import encode_tokens
@@ -48,6 +50,7 @@ from edge_runtime.wire.event import AnsweredBy, Event, Rate, Reuse
 logger = logging.getLogger(__name__)
 
 REUSED = ("text", "tokens", "answered_by", "label", "scores", "confidence", "unsure", "answers")  # of an event
+MAX_PICTURE = MAX_ENVELOPE - 1024  # bytes, beside the other fields of a request; a larger picture is made smaller
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # for a request that contains features
 
 
@@ -78,6 +81,7 @@ class FrameInProgress:
     pixels: npt.NDArray[np.uint8]  # [H, W, 3], RGB, the input of the head
     latent: Latent | None = None  # the output of the head
     draft: Drafted | None = None
+    labels: list[tuple[int, float]] | None = None  # class and probability, the likeliest first
     rate: Rate | None = None  # of the features that were sent
     bytes_up: int = 0  # of the request that was sent
     jpeg_bytes: int = 0  # of the frame as a picture, sent or not
@@ -96,13 +100,15 @@ class Pipeline:
         events: Events,
         slowdown: float = 1.0,
         labels: Labels | None = None,
+        sends_labels: bool = True,
         answers: Answers | None = None,
         references: ReferenceFrames | None = None,
     ) -> None:
-        """Without a head, every plan must be to offload. labels: for the frames that nobody verifies. answers,
-        references: both are told what servers reply.
+        """Without a head, every plan must be to offload. sends_labels: with the features; otherwise there are only
+        labels on the device for frames that nobody verifies. answers, references: both are told what servers reply.
         """
         self.bundle, self.head, self.draft, self.labels, self.planner = bundle, head, draft, labels, planner
+        self.sends_labels = sends_labels
         self.tracker, self.events, self.slowdown = tracker, events, slowdown
         self.ids = RequestIds()
         self.answers, self.references = answers or Answers(), references or ReferenceFrames()
@@ -222,13 +228,10 @@ class Pipeline:
             work.draft = self.draft.write(work.latent.symbols())
             work.watch.lap("draft")
 
-    def _score_labels(self, work: FrameInProgress) -> dict[str, float]:
-        """The probabilities of the likeliest labels, if there is a network for them."""
-        if not self.labels or not work.latent or work.latent.backbone_map is None:
-            return {}
-        scores = self.labels.scores(work.latent.backbone_map)
-        work.watch.lap("labels")
-        return scores
+    def _find_labels(self, work: FrameInProgress) -> None:
+        if self.labels and work.labels is None and work.latent and work.latent.backbone_map is not None:
+            work.labels = self.labels.likeliest(work.latent.backbone_map)
+            work.watch.lap("labels")
 
     def _features(self, work: FrameInProgress) -> RatedSymbols | None:
         """The symbols that are sent, at the rate of the plan. None: its bytes do not hold even the coarsest ones."""
@@ -238,6 +241,8 @@ class Pipeline:
     def _send(self, work: FrameInProgress) -> str | None:
         """Sends the request. Returns None, or why it was not sent: it does not fit into the byte budget."""
         plan, captured = work.plan, work.frame.captured
+        if plan.paradigm != "offload" and self.sends_labels:
+            self._find_labels(work)
         features = self._features(work) if plan.paradigm != "offload" else None
         if features is None and plan.paradigm != "offload":
             return f"{plan.paradigm}: the coarsest features do not fit into {plan.max_bytes} bytes"
@@ -277,14 +282,17 @@ class Pipeline:
 
     def _request(self, work: FrameInProgress, plan: Plan, features: RatedSymbols | None) -> Request:
         age_ms, tokens = int(1e3 * (time.monotonic() - work.frame.captured)), work.draft.tokens if work.draft else ()
-        return build_request(self.bundle, work.request_id, plan, work.pixels, features, tokens, age_ms)
+        labels = work.labels or () if self.sends_labels else ()
+        pixels = work.pixels
+        if features is None and plan.picture_pixels:
+            pixels = shrunk(work.frame.pixels, plan.picture_pixels)
+        return build_request(self.bundle, work.request_id, plan, pixels, features, tokens, age_ms, labels)
 
     def _answer_on_device(self, work: FrameInProgress, why: str) -> Event:
         """Publishes the draft, with labels, as the only answer."""
-        scores = self._score_labels(work)
+        self._find_labels(work)
         self._count_jpeg_bytes(work)
-        label = next(iter(scores), None)
-        event = self._event(work, final=True, paradigm="device", why=why, label=label, scores=scores)
+        event = self._event(work, final=True, paradigm="device", why=why)
         self.events.publish(event)
         return event
 
@@ -317,6 +325,9 @@ class Pipeline:
             "timings_ms": dict(work.watch.ms),
             "after_ms": 1e3 * (time.monotonic() - frame.captured),
         }
+        if self.labels and work.labels:
+            scores = self.labels.scores(work.labels)
+            values |= {"scores": scores, "label": next(iter(scores))}
         if work.draft:
             text = self.bundle.text(list(work.draft.tokens))
             values |= {"text": text, "tokens": work.draft.tokens, "answered_by": AnsweredBy("device")}
@@ -345,16 +356,20 @@ def build_request(
     features: RatedSymbols | None,
     draft: tuple[int, ...],
     age_ms: int = 0,
+    labels: Sequence[tuple[int, float]] = (),
 ) -> Request:
     """The request of one frame; for a real board and for an evaluation. features: None sends the picture.
 
-    age_ms: since the capture.
+    age_ms: since the capture. labels: that the board has seen, class and probability; they go with features only.
     """
     if features:
         kind = ContentKind.LATENT
         content = bitstream.encode(features.symbols, bundle.tables, features.level, features.groups)
     else:
         kind, content = ContentKind.JPEG, to_jpeg(pixels, plan.jpeg_quality)
+        while len(content) > MAX_PICTURE:
+            pixels = shrunk(pixels, max(pixels.shape) // 2)
+            content = to_jpeg(pixels, plan.jpeg_quality)
     options = Options(tier=plan.tier, propose=plan.propose, questions=plan.questions)
     return Request(
         id=request_id,
@@ -366,6 +381,7 @@ def build_request(
         content=content,
         draft=encode_tokens(draft) if plan.paradigm == "speculative" else b"",
         options=options if options != Options() else None,
+        labels=encode_labels(worth_sending(labels)) or None if features else None,
     )
 
 

@@ -21,6 +21,7 @@ BACKENDS = ("onnx", "litert")
 PARTS = {
     "codec": "the entropy coder, on the photos' symbols",
     "static": "a static camera: bytes against an earlier frame, and frames that need no answer of their own",
+    "capture": "a live camera's CPU time: only frames that are due converted, against all of them",
     "device": "a board alone: stages, memory",
     "server": "a server's engine: texts per second, with drafts and without",
     "gateway": "a server behind a broker: requests per second",
@@ -99,6 +100,10 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
             f"  {row.name:26}{row.title}" for row in ROWS
         )
         return
+    if part == "capture":
+        parser.add_argument("--interval", type=float, default=10.0, metavar="S", help="of frames (default: 10)")
+        parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each stream (default: 20)")
+        return
     both = " (default: both)" if part == "device" else " (default: onnx)"
     parser.add_argument("--backend", choices=("auto", *BACKENDS), help=f"of head and draft{both}")
     if part == "device":
@@ -121,11 +126,17 @@ def run(args: argparse.Namespace) -> int:
         return end_to_end(args)
     if args.part == "rate":
         return rate(args)
-    figures = measure(args, open_bundle(args.bundle))
+    figures = capture(args) if args.part == "capture" else measure(args, open_bundle(args.bundle))
     print_figures(figures)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
+
+
+def capture(args: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import capture
+
+    return capture.run(list(frames(args.images, args.limit)), args.interval, args.seconds)
 
 
 def faults(args: argparse.Namespace) -> int:

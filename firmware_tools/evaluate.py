@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--level", type=int, metavar="N", help="finest level that is sent (default: the bundle's)")
         kind.add_argument("--groups", type=int, metavar="N", help="channel groups that are sent (default: all)")
         kind.add_argument("--bytes", type=number, metavar="N", help="longest features; coarser ones are sent if needed")
+        kind.add_argument("--no-labels", action="store_true", help="send features without the board's labels")
         kind.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR")
         kind.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="default: the shipped bundle")
         kind.add_argument("--backend", choices=["onnx", "litert"], default="onnx")
@@ -65,7 +66,15 @@ def _caption(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
 
     captions = captions_of(args.captions, args.split)
     photos = Photos(args.images, captions, args.limit)
-    chain = proven_chain(bundle, args.paradigm, args.tier, args.backend, args.quality_floor, rate_limit(args))
+    chain = proven_chain(
+        bundle,
+        args.paradigm,
+        args.tier,
+        args.backend,
+        args.quality_floor,
+        rate_limit(args),
+        sends_labels=not args.no_labels,
+    )
     title, count = f"{args.paradigm} {args.tier}", args.limit or len(captions)
     return measure_captions(chain, photos, captions, lambda pictures: track(pictures, title, count))
 
@@ -81,7 +90,9 @@ def _classify(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     else:
         class_names(bundle)
     tier = next(iter(bundle.manifest.targets), "")
-    chain = proven_chain(bundle, args.paradigm, tier, args.backend, rate=rate_limit(args))
+    chain = proven_chain(
+        bundle, args.paradigm, tier, args.backend, None, rate_limit(args), sends_labels=not args.no_labels
+    )
     photos = Photos(args.images, limit=args.limit)
     return measure_labels(chain, photos, lambda pictures: track(pictures, "classify", args.limit), question)
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edge_runtime.errors import AiflowError
-from edge_runtime.mqtt.settings import MAX_PASSWORD_BYTES
+from edge_runtime.password_file import MAX_PASSWORD_BYTES
 from edge_runtime.wire import MAX_ENVELOPE, TopicError, topics
 from firmware_tools import certificates
 

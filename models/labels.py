@@ -1,6 +1,6 @@
 """Labels as words: what a decoder sees of a classifier's guesses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,19 @@ def label_words(probabilities: Tensor, words: Sequence[tuple[int, ...]], count: 
     likely = [i for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True) if p >= MIN_PROBABILITY]
     found = list(dict.fromkeys(token for i in likely for token in words[i]))[:count]
     return found + [PAD] * (count - len(found))
+
+
+def with_seen(probabilities: Tensor, seen: Mapping[int, float]) -> Tensor:
+    """What the features say of the labels, float [classes], corrected by those that the board has seen: class to
+    probability. The features share out what these leave among the other classes.
+    """
+    if not seen:
+        return probabilities
+    corrected, classes = probabilities.clone(), list(seen)
+    corrected[classes] = 0.0
+    corrected *= max(0.0, 1.0 - sum(seen.values())) / corrected.sum().clamp_min(1e-9)
+    corrected[classes] = torch.tensor(list(seen.values()), dtype=corrected.dtype, device=corrected.device)
+    return corrected
 
 
 def some_words(rows: np.ndarray, rng: np.random.Generator) -> Tensor:

@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_runtime.inference.bundle import BOS, BundleError
+from edge_runtime.wire.labels import MAX_LABELS
 from models.family import LATENT, Classifier, Head, Memory, Tail, TextDecoder, arrived_groups
-from models.labels import label_words
+from models.labels import label_words, with_seen
 from models.lookahead import Lookahead
 from models.questions import Question
+from server.targets.target import Answer
 from server.verify import Text, new_text, next_block, propose_again, verify
 
 Shape = tuple[int, int]  # of a pass: rows, tokens per row
@@ -34,7 +36,6 @@ SIZES = (1, 4, 8)  # batch sizes, if proven
 LONE_BLOCK = 8  # tokens of the block if one row is left: measured best of 4 to 8, 10, 12 and 16
 SHARED_BLOCK = 4  # tokens of a block if several rows are left: measured best of 4, 8 and 16 at batch 8
 MAX_SYMBOL = 127
-MAX_LABELS = 5  # of an answer, the likeliest
 
 
 @dataclass(frozen=True)
@@ -50,24 +51,7 @@ class Job:
     max_tokens: int | None = None  # longest text, end token included; at most the bundle's
     wants_label: bool = False
     questions: Mapping[str, Question] = field(default_factory=dict)  # to answer, by name
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One text and how it was written. If the target computed no finite numbers: an `error` and no tokens."""
-
-    tokens: tuple[int, ...]  # without the end token
-    accepted: int = 0  # proposed tokens that the target chose as well
-    proposed: int = 0  # tokens of the draft that were usable
-    accepted_again: int = 0  # of the server's proposals that replaced the draft, tokens that the target chose as well
-    passes: int = 0  # forward passes of the target
-    confidence: float = 0.0  # geometric mean of the probabilities of its tokens, end token included
-    scores: dict[str, float] = field(default_factory=dict)  # probability of the likeliest labels, best first
-    answers: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # to each question: the probability of each class
-    error: str = ""
-    stages_ms: dict[str, float] = field(default_factory=dict)  # of the whole batch: tail, image, passes
+    labels: Mapping[int, float] = field(default_factory=dict)  # that the board has seen: class to probability
 
 
 @dataclass(frozen=True)
@@ -157,7 +141,7 @@ class Engine:
         started = time.perf_counter()
         is_asked = shape.label_words or any(job.wants_label for job in jobs)
         labels = self.label_logits(features) if self.classifier and is_asked else [torch.empty(0)] * len(jobs)
-        words = self.words_seen(decoder, labels)
+        words = self.words_seen(decoder, labels, jobs)
         memory = encode_image(decoder, features, self.proof.image_sizes, words)
         encoded = time.perf_counter()
         speculative = [i for i, draft in enumerate(drafts) if draft is not None]
@@ -172,7 +156,7 @@ class Engine:
                 answers.append(Answer((), error=f"target {tier} computed no finite numbers", stages_ms=stages))
                 continue
             confidence = math.exp(log_probability / len(text.tokens))
-            scores = self._likeliest(labels[i]) if job.wants_label else {}
+            scores = self._likeliest(labels[i], job.labels) if job.wants_label else {}
             asked: dict[str, dict[str, float]] = {}
             if job.questions:
                 pooled = _pooled(features[i])
@@ -196,17 +180,19 @@ class Engine:
             raise BundleError("this bundle has no classifier")
         return [self.classifier(row[None])[0] for row in features]
 
-    def words_seen(self, decoder: TextDecoder, logits: Sequence[Tensor]) -> Tensor | None:
+    def words_seen(self, decoder: TextDecoder, logits: Sequence[Tensor], jobs: Sequence[Job]) -> Tensor | None:
         """The words of the likeliest labels that a decoder sees, int64 [B, label_words]; None if it sees none."""
         if not (count := decoder.shape.label_words):
             return None
-        rows = [label_words(row.softmax(-1).cpu(), self.label_words, count) for row in logits]
+        found = [with_seen(row.softmax(-1), job.labels) for row, job in zip(logits, jobs, strict=True)]
+        rows = [label_words(row.cpu(), self.label_words, count) for row in found]
         return torch.tensor(rows, device=self.device)
 
-    def _likeliest(self, logits: Tensor) -> dict[str, float]:
+    def _likeliest(self, logits: Tensor, seen: Mapping[int, float]) -> dict[str, float]:
         if not len(logits):
             return {}
-        best = (logits / self.label_temperature).softmax(-1).topk(min(MAX_LABELS, len(self.classes)))
+        found = with_seen((logits / self.label_temperature).softmax(-1), seen)
+        best = found.topk(min(MAX_LABELS, len(self.classes)))
         return {self.classes[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
 
     @torch.inference_mode()

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track as rich_track
+from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -43,12 +45,24 @@ def new_file(text: str) -> Path:
     return path
 
 
+def is_terminal() -> bool:
+    return Console().is_terminal
+
+
 def print_table(markdown: str) -> None:
     """Prints a table in Markdown, drawn if the output is a terminal."""
     if (console := Console()).is_terminal:
         console.print(Markdown(markdown))
     else:
         print(markdown, end="")
+
+
+def print_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Draws a table on a terminal. Unlike in Markdown, no character of a cell has a meaning."""
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table)
 
 
 def print_figures(figures: dict[str, Any]) -> None:

@@ -21,11 +21,12 @@ SDP = (
 class RtspCamera:
     """Open while `with` lasts."""
 
-    def __init__(self, answer: str = "200 OK", hangs: bool = False, fps: float = 10) -> None:
-        """answer: to DESCRIBE; hangs: takes connections and says nothing."""
+    def __init__(self, answer: str = "200 OK", hangs: bool = False, fps: float = 10, challenge: str = "") -> None:
+        """answer: to DESCRIBE; hangs: takes connections and says nothing; challenge: to a DESCRIBE without a login."""
         self.stalls = threading.Event()  # sends nothing while set, and keeps its connections open
         self.sent_at: list[float] = []  # of each frame, time.monotonic(); sent in the order of decoding
         self.asked: list[str] = []  # requests, without their headers
+        self.logins: list[str] = []  # headers with which clients answered the challenge
         self.connected, self.playing = threading.Semaphore(0), threading.Event()
         self._silent = threading.Event()
         self._closed = threading.Event()
@@ -41,7 +42,10 @@ class RtspCamera:
                         method, number = request.split(" ", 1)[0], re.findall(r"CSeq: (\d+)", request)[0]
                         camera.asked.append(request.splitlines()[0])
                         status, headers, body = "200 OK", "Session: 1\r\n", ""
-                        if method == "DESCRIBE":
+                        if method == "DESCRIBE" and challenge and "Authorization: " not in request:
+                            status, headers = "401 Unauthorized", f"WWW-Authenticate: {challenge}\r\n"
+                        elif method == "DESCRIBE":
+                            camera.logins += re.findall(r"Authorization: (.*?)\r", request)
                             status, body = answer, SDP if answer.startswith("200") else ""
                             headers = f"Content-Type: application/sdp\r\nContent-Length: {len(body)}\r\n"
                         elif method == "SETUP":

@@ -10,10 +10,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Literal
 
+from edge_runtime.camera_source import kind_of
+from edge_runtime.capture.frame import Counters, Frame
+from edge_runtime.capture.live import live_frames
+from edge_runtime.capture.login import login_of
 from edge_runtime.capture.motion_gate import MotionGate, shrink
-from edge_runtime.capture.readers import Counters, Frame, MqttPictures, live_frames, reader_of
+from edge_runtime.capture.mqtt_pictures import MqttPictures
+from edge_runtime.capture.readers import reader_of
+from edge_runtime.capture.watched_folder import WatchedFolder
 from edge_runtime.config import CameraConfig
 from edge_runtime.errors import ConfigError
 from edge_runtime.logs import printable
@@ -44,20 +51,27 @@ class Camera:
     States: starting: no frame yet. live. stalled: worked until now, and is opened again. lost: the last try brought no
     frame, and more tries follow. frozen: live, but always the same picture; opening it again would not change that.
     ended: the files have been read. off: switched off or paused.
-    A camera whose pictures come over MQTT never stalls, since nobody knows when its next picture is due. Switching a
-    camera off closes it; files start from the beginning when they are switched on again.
+    A camera whose pictures come over MQTT or into a folder does not stall, since nobody knows when its next one is due.
+    Switching a camera off closes it; files start from the beginning when they are switched on again.
     """
 
     def __init__(self, config: CameraConfig, on_change: Callable[[], None] = lambda: None) -> None:
-        """on_change: called on any thread after each change of state. Raises ConfigError for the motion mask."""
+        """on_change: called on any thread after each change of state.
+
+        Raises ConfigError for the motion mask and for a password file that cannot be used.
+        """
         self.config, self.counters, self._on_change = config, Counters(), on_change
         try:
             self.gate = MotionGate(config.motion, config.max_interval_s)
         except ConfigError as error:
             raise ConfigError(f"camera {config.name}: {error}") from error
-        self.mqtt_pictures = MqttPictures(config, self.counters) if config.source == "mqtt" else None
-        is_live = self.mqtt_pictures is not None or reader_of(config) is live_frames  # files may repeat a picture
+        login_of(config)
+        kind = kind_of(config.source)
+        self.mqtt_pictures = MqttPictures(config, self.counters) if kind == "mqtt" else None
+        self._watched_folder = WatchedFolder(config, self.counters, self._listed) if kind == "watch" else None
+        is_live = kind not in ("watch", "video", "pictures")  # files may repeat a picture
         self._can_freeze = config.frozen_s > 0 and is_live
+        self._not_before = -inf  # a camera that is opened again keeps its interval
         self._state: tuple[StateName, str, float] = ("starting", "", time.time())
         self._enabled, self._paused, self._closed = True, False, False
         self._switched = threading.Condition()
@@ -127,6 +141,7 @@ class Camera:
             try:
                 for frame in self._read(closing):
                     failed_state, pause = "stalled", MIN_PAUSE_S
+                    self._not_before = frame.captured + self.config.min_interval_s
                     if self._passes(frame):
                         yield frame
                 if not closing.is_set():
@@ -149,9 +164,16 @@ class Camera:
             return None if self._closed else self._closing
 
     def _read(self, closing: threading.Event) -> Iterator[Frame]:
-        if self.mqtt_pictures:
-            return self.mqtt_pictures.frames(closing)
-        return reader_of(self.config)(self.config, closing, self.counters)
+        if remembering := self.mqtt_pictures or self._watched_folder:
+            return remembering.frames(closing)
+        if (reader := reader_of(self.config)) is live_frames:
+            return live_frames(self.config, closing, self.counters, self._not_before)
+        return reader(self.config, closing, self.counters)
+
+    def _listed(self) -> None:
+        """A watched folder is back; its next picture may be hours away."""
+        if self._state[0] in ("stalled", "lost"):
+            self._become("starting")
 
     def _passes(self, frame: Frame) -> bool:
         passes = True

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 from edge_runtime.capture.camera import Camera, CameraState
-from edge_runtime.capture.picture_checks import PictureError
-from edge_runtime.capture.readers import POLL_S, Counters, Frame, check_source
+from edge_runtime.capture.frame import POLL_S, Counters, Frame
+from edge_runtime.capture.readers import check_source
 from edge_runtime.config import CameraConfig
+from edge_runtime.errors import ConfigError
 from edge_runtime.logs import printable
 from edge_runtime.shutdown import DriverThread, threads_in_driver
 
@@ -23,7 +24,7 @@ class Cameras:
     def __init__(self, configs: Sequence[CameraConfig], on_change: Callable[[], None] = lambda: None) -> None:
         """Opens nothing yet. on_change: called on any thread after each change of a camera's state.
 
-        Raises ConfigError for a motion mask that can never work.
+        Raises ConfigError for a motion mask or a password file that can never work.
         """
         self._cameras = {config.name: Camera(config, on_change) for config in configs}
 
@@ -34,8 +35,12 @@ class Cameras:
         return iter(self._cameras.values())
 
     def mqtt_cameras(self) -> list[str]:
-        """Names of the cameras whose pictures come over MQTT."""
-        return [camera.config.name for camera in self if camera.mqtt_pictures]
+        """Names of the cameras whose pictures come over MQTT, on the board's own topics."""
+        return [camera.config.name for camera in self if camera.mqtt_pictures and not camera.config.topic]
+
+    def topics(self) -> dict[str, str]:
+        """The topics that cameras have instead, and the name of the camera of each."""
+        return {camera.config.topic: camera.config.name for camera in self if camera.config.topic}
 
     def arrived(self, name: str | None, data: bytes) -> bool:
         """A picture over MQTT for the camera of this name. Never blocks. False if no such camera waits for pictures.
@@ -69,13 +74,13 @@ class Cameras:
     def check(self) -> list[str]:
         """Looks at every source before the start; does not contact streams.
 
-        Raises PictureError, naming each camera, for sources that can never work: an unknown kind of stream, a file that
-        is no picture, video or tar. Returns warnings about what may pass by itself, since `frames` tries it again: a
-        path that does not exist yet or cannot be read, a directory without a picture.
+        Raises ConfigError, naming each camera, for sources that can never work: an unknown kind of stream, a missing
+        program, a file that is no picture, video or tar. Returns warnings about what may pass by itself, since `frames`
+        tries it again: a path that does not exist yet or cannot be read, a directory without a picture.
         """
         found = {name: check_source(camera.config) for name, camera in self._cameras.items()}
         if errors := [f"camera {name}: {printable(error)}" for name, (error, _) in found.items() if error]:
-            raise PictureError("; ".join(errors))
+            raise ConfigError("; ".join(errors))
         return [f"camera {name}: {printable(warning)}" for name, (_, warning) in found.items() if warning]
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:

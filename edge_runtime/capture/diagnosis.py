@@ -1,18 +1,12 @@
 """Why a source cannot be opened. OpenCV does not say, so this asks the source itself, once, with bounded waits."""
 
-import base64
 import http.client
 import os
 import socket
 import ssl
 from urllib.parse import SplitResult, unquote, urlsplit
-from urllib.request import (
-    AbstractDigestAuthHandler,
-    HTTPPasswordMgrWithDefaultRealm,
-    Request,
-    parse_http_list,
-    parse_keqv_list,
-)
+
+from edge_runtime.capture.login import Login, authorization
 
 DIAGNOSIS_S = 3.0  # for each wait of the network
 MAX_STATUS_BYTES = 256
@@ -25,8 +19,8 @@ WORDS: dict[type[OSError], str] = {
 }
 HINTS = {  # by status code of HTTP and RTSP
     400: "the address may be wrong",
-    401: "check the user name and the password in its address",
-    403: "check the user name and the password in its address",
+    401: "check username and password_file",
+    403: "check username and password_file",
     404: "check the path in its address",
     454: "check the path in its address",
 }
@@ -39,11 +33,20 @@ def why_not_opened(source: str) -> str:
     """
     try:
         return _path(source) if "://" not in source else _address(urlsplit(source))
-    except OSError as error:
-        known = next((words for kind, words in WORDS.items() if isinstance(error, kind)), None)
-        return known or error.strerror or str(error)
-    except (ValueError, http.client.HTTPException) as error:  # an address or an answer that cannot be understood
-        return str(error) or type(error).__name__
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return in_words(error)
+
+
+def in_words(error: Exception) -> str:
+    """The reason of an error of the system, of an address or of an answer, as an operator understands it."""
+    known = next((words for kind, words in WORDS.items() if isinstance(error, kind)), None)
+    return known or getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def status_in_words(code: int, reason: str) -> str:
+    """What an HTTP or RTSP status other than success means."""
+    hint = HINTS.get(code)
+    return f"the camera answers {code} {reason[:MAX_STATUS_BYTES]}".strip() + (f": {hint}" if hint else "")
 
 
 def _path(source: str) -> str:
@@ -72,10 +75,11 @@ def _connect(parts: SplitResult) -> socket.socket:
 def _status(parts: SplitResult) -> str:
     """What an HTTP or RTSP server answers to a request for this address."""
     code, reason, headers = _ask(parts, "")
-    if code == 401 and parts.username is not None and (challenge := headers.get("WWW-Authenticate")):
-        code, reason, _ = _ask(parts, _authorization(parts, challenge))
-    hint = HINTS.get(code, "but it sends no video that OpenCV can decode" if code == 200 else "")
-    return f"the camera answers {code} {reason}" + (f": {hint}" if hint else "")
+    if code == 401 and parts.username is not None and "WWW-Authenticate" in headers:
+        login = Login(unquote(parts.username), unquote(parts.password or ""))
+        code, reason, _ = _ask(parts, authorization(login, headers, *_request(parts)))
+    said = status_in_words(code, reason)
+    return f"{said}: but it sends no video that OpenCV can decode" if code == 200 else said
 
 
 def _ask(parts: SplitResult, authorization: str) -> tuple[int, str, http.client.HTTPMessage]:
@@ -99,18 +103,3 @@ def _request(parts: SplitResult) -> tuple[str, str]:
     if parts.scheme.startswith("http"):
         return "GET", path
     return "DESCRIBE", f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
-
-
-def _authorization(parts: SplitResult, challenge: str) -> str:
-    """The header that answers a challenge: RFC 7617 (Basic) or RFC 7616 (Digest)."""
-    user, password = unquote(parts.username or ""), unquote(parts.password or "")
-    scheme, _, values = challenge.partition(" ")
-    if scheme.lower() != "digest":
-        return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-    passwords = HTTPPasswordMgrWithDefaultRealm()
-    passwords.add_password(None, "http://camera/", user, password)
-    method, target = _request(parts)
-    request = Request("http://camera/", method=method)
-    request.selector = target
-    answer = AbstractDigestAuthHandler(passwords).get_authorization(request, parse_keqv_list(parse_http_list(values)))
-    return f"Digest {answer}"

@@ -1,6 +1,7 @@
 """Labels on the board: the rest of the pretrained backbone, which reads a map that the head computes anyway.
 
-It takes a fraction of the head's time. The board runs it only for a frame that no server verifies.
+It takes a fraction of the head's time. It sees the whole photo and not only the bits that are sent, so its labels are
+better than a server's, and they take ten bytes of a request.
 """
 
 import math
@@ -11,8 +12,9 @@ import numpy.typing as npt
 
 from edge_runtime.inference.backends import BackendError, Model
 from edge_runtime.inference.head import Codes
+from edge_runtime.wire.labels import MAX_LABELS
 
-MAX_LABELS = 5  # of an answer, the likeliest; as on a server
+MIN_SENT = 0.02  # probability of a label that is worth its bytes
 
 
 class Labels:
@@ -24,14 +26,18 @@ class Labels:
             raise BackendError(f"a code of the labels is {model.scale:g} units, want above 0: install the bundle again")
         self._model, self._names, self._scale = model, names, model.scale / temperature
 
-    def scores(self, backbone_map: Codes) -> dict[str, float]:
-        """The head's map [14, 14, 80] to the probability of the likeliest labels, best first. Raises BackendError."""
+    def likeliest(self, backbone_map: Codes) -> list[tuple[int, float]]:
+        """The head's map [14, 14, 80] to (class, probability) of the likeliest, best first. Raises BackendError."""
         probabilities = self.probabilities(backbone_map)
         best = np.argsort(-probabilities, kind="stable")[:MAX_LABELS]
-        return {self._names[i]: float(probabilities[i]) for i in best}
+        return [(int(i), float(probabilities[i])) for i in best]
+
+    def scores(self, likeliest: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """The same with the labels' names."""
+        return {self._names[i]: probability for i, probability in likeliest}
 
     def probabilities(self, backbone_map: Codes) -> npt.NDArray[np.float32]:
-        """The same of all labels, float32 [classes]."""
+        """The probabilities of all labels, float32 [classes]."""
         codes = self._model.run(backbone_map[None])[0].ravel()
         if len(codes) != len(self._names):
             raise BackendError(
@@ -42,3 +48,8 @@ class Labels:
         powers = np.exp((codes.astype(np.float32) - codes.max()) * self._scale)
         probabilities: npt.NDArray[np.float32] = powers / powers.sum()
         return probabilities
+
+
+def worth_sending(likeliest: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Those that tell a server something."""
+    return [(number, probability) for number, probability in likeliest if probability >= MIN_SENT]

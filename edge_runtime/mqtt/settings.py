@@ -4,15 +4,13 @@ import ipaddress
 import re
 import ssl
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.errors import ConfigError
-
-MAX_PASSWORD_BYTES = 4096
+from edge_runtime.password_file import read_password
 
 
 class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -83,16 +81,7 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
 
     def password(self) -> str | None:
         """The first line of the file, without a byte order mark. Raises OSError and ConfigError."""
-        if self.password_file is None:
-            return None
-        with Path(self.password_file).open("rb") as file:
-            lines = file.read(MAX_PASSWORD_BYTES).removeprefix(b"\xef\xbb\xbf").splitlines()
-        if not lines or not lines[0]:
-            raise ConfigError(f"mqtt password_file = {self.password_file}: its first line is empty, want the password")
-        try:
-            return lines[0].decode()
-        except UnicodeDecodeError:  # its text would show a part of the password
-            raise ConfigError(f"mqtt password_file = {self.password_file}: not UTF-8, save it as plain text") from None
+        return None if self.password_file is None else read_password(self.password_file, "mqtt")
 
     def tls_context(self) -> ssl.SSLContext | None:
         """TLS 1.2 or newer; certificate and host name are always checked. Raises OSError for files that do not fit."""

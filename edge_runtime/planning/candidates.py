@@ -60,7 +60,7 @@ def candidate(
         work_ms = known(server.picture_server_ms, latent_ms + PICTURE_EXTRA_MS)
         best_work_ms = known(server.picture_server_ms, latent_ms)
     else:
-        before = resize + head
+        before, encode = resize + head, encode + known(board.labels_ms, 0.0)  # labels are found before encoding
         work_ms = best_work_ms = server.kind_server_ms.get(decoding, latent_ms)
     sent_share = 1.0
     if paradigm == "speculative":

@@ -42,6 +42,13 @@ class ThermalReader:
             self._read_at, self._state = now, ThermalState(self._temperature(), self._throttled())
         return self._state
 
+    def firmware_flags(self) -> int | None:
+        """get_throttled of a Raspberry Pi: bits 0 to 3 say what is now, bits 16 to 19 what has been since the start."""
+        for firmware in _folders(self._platform, "soc*/soc*:firmware"):  # soc@107c000000 on a Raspberry Pi 5
+            if (flags := _number(firmware / "get_throttled", base=16)) is not None:
+                return flags
+        return None
+
     def _temperature(self) -> float | None:
         zones = _folders(self._thermal, "thermal_zone*")
         # A Jetson's PMIC zone always reports 100 °C.
@@ -50,9 +57,8 @@ class ThermalReader:
         return max((c for c in celsius if PLAUSIBLE_C[0] < c < PLAUSIBLE_C[1]), default=None)
 
     def _throttled(self) -> bool | None:
-        for firmware in _folders(self._platform, "soc*/soc*:firmware"):  # soc@107c000000 on a Raspberry Pi 5
-            if (flags := _number(firmware / "get_throttled", base=16)) is not None:
-                return bool(flags & THROTTLED_NOW)
+        if (flags := self.firmware_flags()) is not None:
+            return bool(flags & THROTTLED_NOW)
         coolers = _folders(self._thermal, "cooling_device*")
         states = [_number(cooler / "cur_state") for cooler in coolers if "cpufreq" in (_text(cooler / "type") or "")]
         known = [state for state in states if state is not None]

@@ -43,8 +43,10 @@ BOARD = {
     "frames": Meaning("Frames read from cameras, files and MQTT"),
     "still": Meaning("Frames held back by the motion gate"),
     "lightning": Meaning("Frames held back because the whole picture changed at once"),
-    "skipped": Meaning("Frames that a newer one replaced before they were handled, or that came too early"),
-    "unreadable": Meaning("Pictures that could not be decoded"),
+    "skipped": Meaning(
+        "Frames that a newer one replaced before they were handled, that came too early, or that had not changed"
+    ),
+    "unreadable": Meaning("Pictures that could not be decoded, and files of a watched folder that were refused"),
     "reopened": Meaning("Cameras opened again after a stall, an end or an error"),
     "setting": Meaning("Messages to run-time settings: set, refused (not a value), unknown (no such setting)", "what"),
     "rejected": Meaning(

@@ -1,7 +1,7 @@
 """The messages between boards, servers and users, as values and functions of values. See docs/protocol.md.
 
 - `tables`, `entropy`, `bitstream`: a latent's symbols as a few hundred bytes
-- `envelope`: request and reply, msgpack
+- `envelope`: request and reply, msgpack; `labels`: those in a request
 - `event`: what users of a board receive, JSON
 - `topics`: the MQTT topic of each; used as `topics.request(site, board)`
 
@@ -21,6 +21,7 @@ from edge_runtime.wire.envelope import (
     RequestIds,
     Status,
     Tier,
+    Usage,
     aged,
     decode_reply,
     decode_request,
@@ -38,6 +39,7 @@ from edge_runtime.wire.errors import (
     WireError,
 )
 from edge_runtime.wire.event import AnsweredBy, Event, EventHop, Explain, decode_event, encode_event
+from edge_runtime.wire.labels import decode_labels, encode_labels
 from edge_runtime.wire.tables import Tables, cost_bits, count_tables
 
 __all__ = [
@@ -64,17 +66,20 @@ __all__ = [
     "TablesError",
     "Tier",
     "TopicError",
+    "Usage",
     "WireError",
     "aged",
     "cost_bits",
     "count_tables",
     "decode",
     "decode_event",
+    "decode_labels",
     "decode_reply",
     "decode_request",
     "decode_tokens",
     "encode",
     "encode_event",
+    "encode_labels",
     "encode_reply",
     "encode_request",
     "encode_tokens",

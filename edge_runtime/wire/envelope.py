@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.wire.errors import EnvelopeError
+from edge_runtime.wire.labels import LABEL_BYTES, MAX_LABELS, decode_labels
 
 VERSION = 1
 MAX_ENVELOPE = 256 * 1024  # bytes; enough for a full-size JPEG; checked before anything is parsed
@@ -65,7 +66,8 @@ UInt32 = Annotated[int, Meta(ge=0, le=MAX_UINT32)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Millis = Annotated[float, Meta(ge=0, le=1e9)]
 Name = Annotated[str, Meta(max_length=64)]
-Text = Annotated[str, Meta(max_length=8192)]  # characters; twice what 1024 tokens usually spell
+MAX_TEXT = 8192  # characters; twice what 1024 tokens usually spell
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 
 
 # To taught questions: the probability of each class.
@@ -85,7 +87,7 @@ class Options(Struct, frozen=True, omit_defaults=True):
 
 
 class Request(Struct, array_like=True, frozen=True, kw_only=True):
-    """From a board to a server, or to the tier above. At most 40 bytes besides content, draft and options."""
+    """From a board to a server, or to the tier above. At most 40 bytes besides content, draft, options and labels."""
 
     version: int = VERSION
     id: Bytes8  # unique per board, increases with time; a resend has the same id
@@ -97,17 +99,32 @@ class Request(Struct, array_like=True, frozen=True, kw_only=True):
     content: bytes
     draft: Varints = b""  # token ids, see draft_ids
     options: Options | None = None
+    labels: Annotated[bytes, Meta(max_length=LABEL_BYTES * MAX_LABELS)] | None = None  # that the board has seen
 
     @property
     def draft_ids(self) -> list[int]:
         """Token ids proposed by the board or a lower tier."""
         return decode_tokens(self.draft)
 
+    @property
+    def seen_labels(self) -> dict[int, float]:
+        """Class to probability of the labels that the board has seen."""
+        return decode_labels(self.labels or b"")
+
 
 def aged(request: Request, waited_s: float, left_s: float) -> Request:
     """The request as it is sent waited_s seconds later, with left_s seconds left for its reply."""
     age_ms = min(request.age_ms + int(1e3 * waited_s), MAX_UINT32)  # a board may claim any age
     return msgspec.structs.replace(request, age_ms=age_ms, budget_ms=max(0, int(1e3 * left_s)))
+
+
+class Usage(Struct, array_like=True, frozen=True):
+    """What an answer used at somebody else's server, as that server says."""
+
+    input_tokens: UInt32
+    output_tokens: UInt32
+    cost: Annotated[float, Meta(ge=0, le=1e9)] | None = None  # in the currency; none: its operator has set no prices
+    currency: Annotated[str, Meta(max_length=8)] = ""
 
 
 class Hop(Struct, array_like=True, frozen=True):
@@ -118,6 +135,7 @@ class Hop(Struct, array_like=True, frozen=True):
     queue_ms: Millis
     compute_ms: Millis
     stages_ms: Annotated[dict[Name, Millis], Meta(max_length=32)] | None = None  # parts of compute_ms, by name
+    usage: Usage | None = None  # if the station asked somebody else's server
 
 
 class Reply(Struct, array_like=True, frozen=True, kw_only=True):
@@ -168,6 +186,7 @@ def decode_request(data: bytes) -> Request:
     """Raises EnvelopeError for anything that is not a request of this version within its bounds."""
     request = _decode(data, _request)
     decode_tokens(request.draft)
+    decode_labels(request.labels or b"")
     return request
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from edge_runtime.inference import draft_calibration
 from edge_runtime.inference.backends import load_model
@@ -78,9 +77,10 @@ def measure_head(work: Workspace) -> Measured:
     """What can be measured without texts."""
     exact = float_symbols(float_head(work), work.array("photos-dev")[:FLOAT_CHECK], GAINS[REFERENCE])
     sent = stage5_symbols.symbols(work, work.array("codes-dev")[:FLOAT_CHECK], REFERENCE)
-    temperature, quality = label_temperature(work)
+    temperature = work.figures(stage5_symbols.NAME)["label_temperature"]
+    quality = label_accuracy(work)
     quality["head_int8_equal_symbols"] = float((exact == sent).mean())
-    return Measured({name: round(value, 4) for name, value in quality.items()}, (), {}, round(temperature, 4))
+    return Measured({name: round(value, 4) for name, value in quality.items()}, (), {}, temperature)
 
 
 def scored(work: Workspace, confidences: Sequence[float], texts: list[list[int]]) -> Scored:
@@ -129,25 +129,17 @@ def unsure_below(confidences: np.ndarray, scores: np.ndarray) -> float:
 
 
 @torch.inference_mode()
-def label_temperature(work: Workspace) -> tuple[float, dict[str, float]]:
-    """What the labels' logits must be divided by, so that a probability is the share of photos that it is right for.
-
-    It is the one of a grid with the least cross-entropy on labelled dev photos (Guo et al., arXiv 1706.04599, section
-    4.2). Also the labels' accuracy among the classes of these photos.
-    """
+def label_accuracy(work: Workspace) -> dict[str, float]:
+    """Of the labels that the features alone tell, on labelled dev photos, among the classes of these."""
     labels = torch.from_numpy(np.load(work / "labels-labelled.npy"))
     if not len(labels):
-        return 1.0, {}
+        return {}
     net, classifier = stage6_targets.new_target(work, "edge"), pretrained_lite0().classifier
     codes, parts = work.array("codes-labelled"), []
     for at in range(0, len(labels), 100):
         rates = complete_rates(len(codes[at : at + 100]), REFERENCE)
         symbols = stage6_targets.rated_symbols(work, codes[at : at + 100], rates)
         parts.append(classifier(net.tail(symbols, rates.level, rates.arrived).mean(1)))
-    logits = torch.cat(parts)
-    grid = [0.5 * 1.05**step for step in range(40)]
-    best = min(grid, key=lambda temperature: F.cross_entropy(logits / temperature, labels).item())
-    among = torch.unique(labels)
+    logits, among = torch.cat(parts), torch.unique(labels)
     places = among[logits[:, among].topk(min(5, len(among))).indices] == labels[:, None]
-    figures = {"label_top1": places[:, 0].float().mean().item(), "label_top5": places.any(1).float().mean().item()}
-    return best, figures
+    return {"label_top1": places[:, 0].float().mean().item(), "label_top5": places.any(1).float().mean().item()}

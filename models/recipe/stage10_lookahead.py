@@ -15,6 +15,7 @@ from edge_runtime.inference.bundle import PAD
 from models.lookahead import LookaheadNet, lookahead_file, tensors_of
 from models.recipe import stage6_targets as targets
 from models.recipe import stage7_critic as critic
+from models.recipe.precision import autocast
 from models.recipe.stage8_texts import written
 from models.recipe.training import Training
 from models.recipe.workspace import Workspace, blocks
@@ -31,7 +32,7 @@ CHECKPOINT_EVERY = 500
 class Settings:
     """Length of training, learning rate and dropout."""
 
-    steps: int = 3400
+    steps: int = 800
     learning_rate: float = 3e-3
     dropout: float = 0.1
 
@@ -88,9 +89,9 @@ def texts_of(work: Workspace, net: targets.Target, tier: str, part: str) -> Text
     hidden = np.zeros((*tokens.shape, net.decoder.shape.width), np.float16)
     states: list[Tensor] = []
     hook = net.decoder.norm.register_forward_hook(lambda _, __, state: states.append(state))
-    for at in blocks(f"states of {part}", len(maps), READ):
+    for at in blocks(f"states of {part}", len(tokens), READ):
         states.clear()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             words = torch.from_numpy(labels[at].astype(np.int64))
             memory = net.decoder.encode_image(net.features(targets.maps_of(maps, at)), words)
             net.decoder(torch.from_numpy(tokens[at, :-1].astype(np.int64)), memory)

@@ -28,8 +28,9 @@ from models.family import (
     decoder_shapes,
 )
 from models.imagenet import imagenet_classes
-from models.labels import label_words, some_words, words_of_labels
+from models.labels import label_words, some_words, with_seen, words_of_labels
 from models.recipe import stage5_symbols
+from models.recipe.precision import autocast, fastest
 from models.recipe.scores import cider
 from models.recipe.stage3_bottleneck import (
     GAINS,
@@ -46,7 +47,7 @@ from models.recipe.workspace import Workspace, blocks, channels_last
 
 NAME, MAPS = "6-targets", "6-maps"
 PHOTOS, SENTENCES = 64, 64  # per step
-CAPTIONS = 5  # of a photo per step, if it has as many
+CAPTIONS = 3  # of a photo per step, if it has as many
 SENTENCE_WEIGHT = 0.7
 MAX_NOUNS = 4  # of a sentence that stand in for labels
 USUAL = 0.6  # share of the views that are complete and of the reference level
@@ -57,9 +58,10 @@ CHECKPOINT_EVERY = 300
 class Settings:
     """Lengths of training, rates and dropout."""
 
-    cloud_steps: int = 6000
-    edge_steps: int = 3000
-    learning_rate: float = 6e-4
+    cloud_steps: int = 1750
+    edge_steps: int = 650
+    cloud_learning_rate: float = 6e-4
+    edge_learning_rate: float = 1.2e-3
     dropout: float = 0.15
 
 
@@ -77,8 +79,8 @@ class Target(nn.Module):
 
 
 def maps_of(maps: np.ndarray, chosen: np.ndarray | slice) -> Tensor:
-    """Rows of a cache of maps as bfloat16 [B, 320, 7, 7]."""
-    return torch.from_numpy(np.array(maps[chosen])).permute(0, 3, 1, 2).to(torch.bfloat16)
+    """Rows of a cache of maps, [B, 320, 7, 7], in the format of training."""
+    return torch.from_numpy(np.array(maps[chosen])).permute(0, 3, 1, 2).to(fastest())
 
 
 def run(work: Workspace, settings: Settings, tier: str) -> None:
@@ -127,17 +129,17 @@ def cache_maps(work: Workspace, batch: int = 200) -> None:
     net = new_target(work, "edge")
     classifier = pretrained_lite0().classifier
     for seed, part in enumerate(("train", "unlabelled", "dev")):
-        codes = work.array(f"codes-{part}")
+        codes, seen = work.array(f"codes-{part}"), np.load(work / f"seen-{part}.npy")
         rates = complete_rates(len(codes), REFERENCE) if part == "dev" else view_rates(len(codes), seed)
         maps = work.new_array(f"maps-{part}", (len(codes), *LATENT[1:], MAP_CHANNELS), np.float16)
         words = np.zeros((len(codes), LABEL_WORDS), np.int16)
         for rows in blocks(f"maps of {part}", len(codes), batch):
             rates_of = Rates(rates.level[rows], rates.channels[rows])
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 last = net.tail.last_map(rated_symbols(work, codes[rows], rates_of), rates_of.level, rates_of.arrived)
                 features = net.features(last)
             maps[rows] = last.permute(0, 2, 3, 1).to(torch.float16).numpy()
-            words[rows] = words_seen(work, classifier(features.float().mean(1)))
+            words[rows] = words_seen(work, classifier(features.float().mean(1)), seen[rows])
         np.save(work / f"labels-{part}.npy", words)
     work.finish(MAPS, {part: len(work.array(f"maps-{part}")) for part in ("train", "unlabelled", "dev")})
 
@@ -149,15 +151,16 @@ def class_words(work: Workspace) -> list[tuple[int, ...]]:
     return words_of_labels([known.name for known in imagenet_classes()], vocabulary)
 
 
-def words_seen(work: Workspace, logits: Tensor) -> list[list[int]]:
-    """The label words that a decoder sees, from ImageNet logits [B, 1000]."""
-    return [label_words(row, class_words(work), LABEL_WORDS) for row in logits.softmax(-1)]
+def words_seen(work: Workspace, logits: Tensor, seen: np.ndarray) -> list[list[int]]:
+    """The label words that a decoder sees, from ImageNet logits [B, 1000] and the labels that the board sends."""
+    rows = [with_seen(row, stage5_symbols.labels_of(sent)) for row, sent in zip(logits.softmax(-1), seen, strict=True)]
+    return [label_words(row, class_words(work), LABEL_WORDS) for row in rows]
 
 
-def training_of(work: Workspace, net: Target, tier: str, total: int, settings: Settings) -> Training:
+def training_of(work: Workspace, net: Target, tier: str, total: int, learning_rate: float) -> Training:
     """Trains the decoder only."""
     weights = list(net.decoder.parameters())
-    optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
+    optimiser = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.02, betas=(0.9, 0.98))
     quality = partial(evaluate, work, tier)
     return Training(work, f"{NAME}-{tier}", net, optimiser, total, CHECKPOINT_EVERY, evaluate=quality)
 
@@ -170,13 +173,13 @@ def train_cloud(work: Workspace, net: Target, settings: Settings) -> None:
     chances = sampling_chances(np.load(work / "collections-train.npy"))
     views = len(maps) // len(captions)
     is_noun = np.load(work / "nouns.npy")
-    training = training_of(work, net, "cloud", settings.cloud_steps, settings)
+    training = training_of(work, net, "cloud", settings.cloud_steps, settings.cloud_learning_rate)
     drop = Dropout(settings.dropout)
     for _ in training.steps():
         photos = np.sort(rng.choice(len(captions), PHOTOS, p=chances))
         chosen = photos + len(captions) * rng.integers(0, views, PHOTOS)
         texts, of_photo = some_captions(captions[photos], CAPTIONS, rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             features = net.features(maps_of(maps, chosen))
             memory = net.decoder.encode_image(features, some_words(labels[chosen], rng), drop)
             loss = text_loss(net.decoder, texts, select_memory(memory, of_photo), drop)
@@ -228,7 +231,7 @@ def train_edge(work: Workspace, net: Target, settings: Settings) -> None:
         (work.array(f"maps-{part}"), np.load(work / f"labels-{part}.npy"), np.load(work / f"texts-{part}.npy"))
         for part in ("train", "unlabelled")
     ]
-    training = training_of(work, net, "edge", settings.edge_steps, settings)
+    training = training_of(work, net, "edge", settings.edge_steps, settings.edge_learning_rate)
     drop = Dropout(settings.dropout / 2)
     sizes = [len(texts) for _, _, texts in parts]
     for _ in training.steps():
@@ -240,7 +243,7 @@ def train_edge(work: Workspace, net: Target, settings: Settings) -> None:
             chosen = np.sort(rng.integers(0, len(texts), count))
             rows = torch.from_numpy(texts[chosen].astype(np.int64))
             rows = rows[:, : int((rows != PAD).sum(1).max())]
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 words = torch.from_numpy(labels[chosen].astype(np.int64))
                 memory = net.decoder.encode_image(net.features(maps_of(maps, chosen)), words, drop)
                 loss = loss + text_loss(net.decoder, rows, memory, drop, 0.02) * count / counts.sum()
@@ -258,12 +261,12 @@ def evaluate(work: Workspace, tier: str, weights: dict[str, Tensor], limit: int 
 
 @torch.inference_mode()
 def write(net: Target, maps: np.ndarray, labels: np.ndarray) -> list[list[int]]:
-    """Greedy texts of many photos in bfloat16, one token at a time: fast, for evaluation only."""
+    """Greedy texts of many photos in the format of training, one token at a time: fast, for evaluation only."""
     out: list[list[int]] = []
     for at in range(0, len(maps), 250):
         rows = maps_of(maps, slice(at, at + 250))
         words = torch.from_numpy(labels[at : at + 250].astype(np.int64))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             memory = net.decoder.encode_image(net.features(rows), words)
             cache = net.decoder.new_cache(len(rows), 1)
             token = torch.full((len(rows), 1), BOS)

@@ -17,6 +17,7 @@ from edge_runtime.inference.bundle import BOS, EOS, PAD
 from models.family import NEVER_EMITTED, Dropout
 from models.labels import some_words
 from models.recipe import stage6_targets as targets
+from models.recipe.precision import autocast
 from models.recipe.scores import Cider, references
 from models.recipe.stage3_bottleneck import select_memory, some_captions
 from models.recipe.training import Training, cosine
@@ -31,8 +32,8 @@ CHECKPOINT_EVERY = 200
 class Settings:
     """Length of training, learning rate and weights."""
 
-    steps: int = 1200
-    learning_rate: float = 1e-4
+    steps: int = 650
+    learning_rate: float = 1.5e-4
     caption_weight: float = 0.1  # weight of the cross-entropy, which keeps the texts fluent
 
 
@@ -65,7 +66,7 @@ def run(work: Workspace, settings: Settings) -> None:
         photos = np.sort(rng.choice(len(captions), PHOTOS, p=chances))
         chosen = photos + len(captions) * rng.integers(0, views, PHOTOS)
         words = some_words(labels[chosen], rng)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast():
             features = net.features(targets.maps_of(maps, chosen))
             texts = sample(net, features, words)
         lists = [cut(row) for row in texts[:, 1:].tolist()]
@@ -74,7 +75,7 @@ def run(work: Workspace, settings: Settings) -> None:
         )
         advantage = (rewards - rewards.mean(1, keepdims=True)) * SAMPLES / (SAMPLES - 1)
         human, of_photo = some_captions(captions[photos], 1, rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             memory = net.decoder.encode_image(features, words)
             each = select_memory(memory, torch.arange(PHOTOS).repeat_interleave(SAMPLES))
             logits = net.decoder(texts[:, :-1], each).float()

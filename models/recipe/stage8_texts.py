@@ -1,4 +1,4 @@
-"""The cloud's texts about every view, from which the edge and the draft learn.
+"""The cloud's texts about several views of every photo, from which the edge and the draft learn.
 
 Sequence-level distillation (Kim & Rush, arXiv 1606.07947): a small decoder learns the texts of one good decoder better
 than those of five people.
@@ -13,6 +13,7 @@ from models.recipe.workspace import Workspace, blocks
 
 NAME = "8-texts"
 BLOCK = 1000  # views
+VIEWS = {"train": 4, "unlabelled": 3, "dev": 1}  # of each photo, the first ones
 
 
 def run(work: Workspace) -> None:
@@ -26,8 +27,9 @@ def run(work: Workspace) -> None:
 
 
 def written(work: Workspace, net: targets.Target, part: str) -> np.ndarray:
-    """A target's greedy texts about the views of a part, int16 [N, T + 1]: BOS first, PAD after EOS."""
-    maps, labels = work.array(f"maps-{part}"), np.load(work / f"labels-{part}.npy")
+    """A target's greedy texts about the first views of a part, int16 [N, T + 1]: BOS first, PAD after EOS."""
+    count = VIEWS[part] * len(work.array(f"photos-{part}"))
+    maps, labels = work.array(f"maps-{part}")[:count], np.load(work / f"labels-{part}.npy")
     rows = np.full((len(maps), net.decoder.shape.max_tokens + 1), PAD, np.int16)
     for block in blocks(f"texts of {part}", len(maps), BLOCK):
         for row, text in zip(rows[block], targets.write(net, maps[block], labels[block]), strict=True):

@@ -13,6 +13,7 @@ from torch import Tensor
 from edge_runtime.inference.bundle import BOS, EOS, PAD, UNKNOWN
 from models.family import DraftDecoder
 from models.recipe import stage5_symbols
+from models.recipe.precision import autocast
 from models.recipe.scores import cider
 from models.recipe.stage3_bottleneck import GAINS, caption_loss
 from models.recipe.training import Training
@@ -28,7 +29,7 @@ CHECKPOINT_EVERY = 150
 class Settings:
     """Length of training."""
 
-    steps: int = 4000
+    steps: int = 750
     learning_rate: float = 2e-3
     dropout: float = 0.1
 
@@ -38,10 +39,9 @@ def run(work: Workspace, settings: Settings) -> None:
     torch.manual_seed(9)
     rng = np.random.default_rng(9)
     # A board drafts from the finest level, whatever it sends.
-    codes, texts = (
-        np.concatenate([np.load(work / f"{kind}-{part}.npy") for part in ("train", "unlabelled")])
-        for kind in ("codes", "texts")
-    )
+    parts = [(np.load(work / f"texts-{part}.npy"), work.array(f"codes-{part}")) for part in ("train", "unlabelled")]
+    texts = np.concatenate([its for its, _ in parts])
+    codes = np.concatenate([codes[: len(its)] for its, codes in parts])
     texts[texts >= DRAFT_WORDS] = UNKNOWN
     net = DraftDecoder(min(work.vocabulary, DRAFT_WORDS))
     optimiser = torch.optim.AdamW(net.parameters(), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
@@ -51,7 +51,7 @@ def run(work: Workspace, settings: Settings) -> None:
         chosen = np.sort(rng.integers(0, len(texts), BATCH))
         rows = torch.from_numpy(texts[chosen].astype(np.int64))
         rows = rows[:, : int((rows != PAD).sum(1).max())]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             memory = net.encode_image(finest(work, codes[chosen]))
             logits = net(rows[:, :-1], memory, settings.dropout)
         loss = caption_loss(logits, rows[:, 1:], smoothing=0.02)

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from edge_runtime.app import Board, run_board
-from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.config import BoardConfig, CameraConfig, MetricsConfig, RuntimeConfig
+from edge_runtime.errors import ConfigError
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import INTER_TABLES, TABLES, Bundle, BundleError
 from edge_runtime.mqtt import Message, MqttConfig
@@ -120,11 +120,12 @@ def test_photos_become_drafts_and_verified_texts_and_the_board_ends(board_bundle
     assert status(broker.port)["state"] == "offline"
 
 
-@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("labels", ["send", "alone", "never"])
 def test_a_board_alone_labels_its_frames_unless_it_is_told_not_to(board_bundle, broker, photos, labels):
     with Running(configuration(board_bundle, broker.port, photos, paradigm="device", labels=labels)) as board:
         event = board.next("new")
-    assert (event.label in board_bundle.manifest.classes, "labels" in event.timings_ms) == (labels, labels)
+    has_labels = labels != "never"
+    assert (event.label in board_bundle.manifest.classes, "labels" in event.timings_ms) == (has_labels, has_labels)
 
 
 def test_a_running_board_is_online_and_says_what_it_is(board_bundle, broker, photos):
@@ -186,6 +187,24 @@ def test_pictures_arrive_over_mqtt_and_garbage_is_counted(board_bundle, broker, 
         summary = board.wait_ended()
     assert summary["accepted"] == summary["answered"] == 2
     assert (summary["unreadable"], summary["reply"]["unreadable"]) == (1, 1)
+
+
+def test_a_camera_may_have_a_topic_of_other_software_whose_retained_pictures_are_ignored(board_bundle, broker):
+    topic = "frigate/front door/person/snapshot"
+    config = configuration(board_bundle, broker.port, "mqtt", paradigm="device")
+    own = msgspec.structs.replace(config, cameras=(CameraConfig("door", "mqtt", topic=topic),))
+    with Listener(broker.port) as frigate:
+        frigate.client.publish(topic, photo(1), retain=True)
+        with Running(own) as board:
+            until(lambda: status(broker.port)["state"] == "online")
+            frigate.client.publish(topic, photo(2), qos=0)
+            assert board.next("new").camera == "door"
+            frigate.client.publish(topics.frame(SITE, BOARD, "door"), photo(3), qos=0)  # not subscribed to
+            frigate.client.publish(topic, photo(4), qos=0)
+            board.next("new")
+            board.stop.set()
+            summary = board.wait_ended()
+    assert (summary["frames"], summary["rejected"]["retained"], summary["rejected"]["no_route"]) == (2, 1, 0)
 
 
 def test_what_a_broker_had_kept_is_neither_answered_as_captured_now_nor_taken_as_a_reply(board_bundle, broker, caplog):
@@ -324,7 +343,7 @@ def test_a_missing_or_altered_file_is_found_at_start(board_bundle, tmp_path, pho
 
 
 def test_a_source_that_can_never_work_ends_the_board_with_its_error(board_bundle, broker):
-    with pytest.raises(PictureError, match="is no tar"):
+    with pytest.raises(ConfigError, match="is no tar"):
         run_board(configuration(board_bundle, broker.port, __file__), threading.Event())
     assert status(broker.port)["state"] == "offline"
 

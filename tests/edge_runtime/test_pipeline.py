@@ -17,6 +17,7 @@ from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, Runtime
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted
 from edge_runtime.inference.draft_calibration import Calibration
+from edge_runtime.inference.labels import MIN_SENT
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols
 from edge_runtime.inference.references import ReferenceFrames
@@ -103,7 +104,7 @@ class Board:
         draft = load_draft(bundle, "onnx", 1) if plan.paradigm in ("device", "speculative") else None
         labels = load_labels(bundle, head, "onnx", 1) if head else None
         self.pipeline = Pipeline(
-            bundle, head, draft, FixedPlanner(plan), self.tracker, events, 1.0, labels, answers, references
+            bundle, head, draft, FixedPlanner(plan), self.tracker, events, 1.0, labels, True, answers, references
         )
         stack.enter_context(self.client)
         stack.enter_context(self.tracker)
@@ -279,6 +280,18 @@ def test_offload_sends_the_picture_and_needs_no_head(start, server):
     assert decode_picture(request.content).shape == (224, 224, 3)
 
 
+@pytest.mark.parametrize(("longest", "shape"), [(200, (150, 200, 3)), (1000, (240, 320, 3))])
+def test_an_offloaded_picture_may_keep_its_proportions(start, server, longest, shape):
+    start("offload", picture_pixels=longest).pipeline.handle(frame())
+    assert decode_picture(decode_request(server.next()).content).shape == shape
+
+
+def test_a_picture_that_no_request_can_hold_is_made_smaller(start, server):
+    noise = replace(frame(), pixels=np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8))
+    start("offload", picture_pixels=800, jpeg_quality=100).pipeline.handle(noise)
+    assert decode_picture(decode_request(server.next()).content).shape == (300, 400, 3)
+
+
 def test_device_sends_nothing_and_its_event_is_final(start):
     board = start("device")
     seen = board.pipeline.handle(frame())
@@ -427,10 +440,23 @@ def test_a_frame_that_the_device_answers_alone_has_labels(start, board_bundle, p
     assert event.timings_ms["labels"] > 0
 
 
-@pytest.mark.parametrize("paradigm", ["speculative", "split", "offload"])
-def test_a_frame_that_a_server_verifies_costs_the_board_no_labels(start, paradigm, monkeypatch):
+@pytest.mark.parametrize("paradigm", ["speculative", "split"])
+def test_labels_go_with_the_features_and_into_the_event(start, server, board_bundle, paradigm):
     board = start(paradigm)
-    monkeypatch.setattr("edge_runtime.inference.labels.Labels.scores", lambda *_: pytest.fail("was run"))
+    event = board.pipeline.handle(frame())
+    assert not event.final
+    assert event.label == next(iter(event.scores)) == max(event.scores, key=event.scores.get)
+    labels = decode_request(server.next()).seen_labels
+    for number, probability in labels.items():
+        assert event.scores[board_bundle.manifest.classes[number]] == pytest.approx(probability, abs=1 / 255)
+    assert len(labels) == sum(probability >= MIN_SENT for probability in event.scores.values()) > 0
+
+
+@pytest.mark.parametrize("paradigm", ["speculative", "split", "offload"])
+def test_a_frame_that_a_server_verifies_costs_a_board_that_sends_none_no_labels(start, paradigm, monkeypatch):
+    board = start(paradigm)
+    board.pipeline.sends_labels = False
+    monkeypatch.setattr("edge_runtime.inference.labels.Labels.likeliest", lambda *_: pytest.fail("was run"))
     event = board.pipeline.handle(frame())
     assert (event.final, event.label, event.scores) == (False, None, {})
 

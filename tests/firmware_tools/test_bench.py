@@ -53,6 +53,12 @@ def test_static_compares_frames_of_a_scene(tmp_path: Path, photos: Path) -> None
     assert figures["cut"]["ratio"] <= 1
 
 
+def test_capture_compares_a_camera_s_frames_that_are_due_with_all_of_them(bundle: Path, photos: Path) -> None:
+    figures = bench(bundle, photos, "capture", "--seconds", "1", "--interval", "5")
+    for stream in ("mjpeg", "video"):
+        assert min(figures[stream].values()) >= 0
+
+
 @pytest.mark.parametrize("backend", ["onnx", "litert"])
 def test_device_times_stages_and_watches_a_board(bundle: Path, photos: Path, backend: str) -> None:
     figures = bench(bundle, photos, "device", "--backend", backend, "--frames", "5")[backend]

@@ -6,15 +6,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.shutdown import SIGNALS
 from tests.brokers import Mosquitto
-from tests.listener import PATIENCE_S
+from tests.camera_programs import Programs
+from tests.edge_runtime.capture.helpers import large_jpeg
+from tests.http_camera import HttpCamera, Request, picture
+from tests.listener import PATIENCE_S, until
 from tests.rtsp_camera import RtspCamera
 
 CONFIG = """
@@ -29,6 +33,7 @@ name = "door"
 source = "{source}"
 interval_s = 0
 stall_s = {stall_s}
+{more}
 """
 
 
@@ -66,9 +71,9 @@ def board(tmp_path: Path, board_bundle: Bundle, broker: Mosquitto) -> Iterator[C
     """A function that starts `aiflow run` with a camera at the given address."""
     with ExitStack() as stack:
 
-        def start(source: str, stall_s: float = 5) -> Board:
+        def start(source: str, stall_s: float = 5, more: str = "") -> Board:
             config = tmp_path / "board.toml"
-            text = CONFIG.format(bundle=board_bundle.path, port=broker.port, source=source, stall_s=stall_s)
+            text = CONFIG.format(bundle=board_bundle.path, port=broker.port, source=source, stall_s=stall_s, more=more)
             config.write_text(text)
             command = [sys.executable, "-m", "firmware_tools", "run", str(config)]
             process = stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
@@ -127,3 +132,62 @@ def test_a_signal_ends_a_board_whose_camera_is_stalled(board: Callable[..., Boar
         camera.stalls.set()
         running.logs("camera stalled")
         assert_ended_in_order(running)
+
+
+# ---- over HTTP, from a folder, from a program ----
+
+
+def endless(request: Request) -> None:
+    """Headers that never end, as slowly as can be."""
+    with suppress(OSError):
+        request.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+        while not request.camera.closed.wait(0.1):
+            request.wfile.write(b"x")
+
+
+def slow(request: Request) -> None:
+    request.give(200, {"Content-Type": "image/jpeg"}, b"\xff\xd8\xff")
+    request.camera.closed.wait()
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda _: picture(large_jpeg(100)), "camera live"),
+        (lambda _: (404, {}, b""), "camera lost"),
+        (lambda _: (200, {"Content-Type": "text/html"}, b"<html>"), "camera lost"),
+        (endless, ""),
+        (slow, ""),
+    ],
+)
+def test_a_signal_ends_a_board_whose_camera_answers_over_http(
+    board: Callable[..., Board], answer: Callable[[Request], Any], says: str
+) -> None:
+    """Its waits end at once, although the camera may take a minute."""
+    asked = threading.Event()
+    with HttpCamera(lambda request: asked.set() or answer(request)) as camera:
+        running = board(camera.url, stall_s=60)
+        assert asked.wait(PATIENCE_S)
+        running.logs(says)
+        assert_ended_in_order(running)
+        assert "threads left in a driver" not in running.log
+
+
+def test_a_signal_ends_a_board_that_watches_a_folder(board: Callable[..., Board], tmp_path: Path) -> None:
+    (tmp_path / "cam").mkdir()
+    (tmp_path / "cam/a.jpg").write_bytes(large_jpeg(100))
+    running = board(f"watch:{tmp_path}/cam", more="existing = true")
+    running.logs("camera live")
+    assert_ended_in_order(running)
+
+
+@pytest.mark.parametrize("does", ["runs", "stops", "ignores signals"])
+def test_a_signal_ends_a_board_and_the_program_of_its_camera(
+    board: Callable[..., Board], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str
+) -> None:
+    programs = Programs(tmp_path, monkeypatch)
+    programs.do(does)
+    running = board("rpicam", stall_s=60)
+    running.logs("camera live")
+    assert_ended_in_order(running)
+    until(programs.all_gone)

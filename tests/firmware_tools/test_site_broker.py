@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edge_runtime import app
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
-from edge_runtime.mqtt.settings import MAX_PASSWORD_BYTES
+from edge_runtime.password_file import MAX_PASSWORD_BYTES
 from edge_runtime.reporting import board_settings
 from firmware_tools import certificates
 from firmware_tools.certificates import CertificateError

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_runtime.errors import AiflowError
+from edge_runtime.errors import AiflowError, ConfigError
 from edge_runtime.inference.bundle import Bundle
-from firmware_tools import validate
+from firmware_tools import probes, validate
 from tests.brokers import PLAIN, Mosquitto
 
 
@@ -105,7 +105,7 @@ def test_a_refused_login_is_named(
 def test_a_camera_without_a_frame_is_named(
     board: Callable[..., Path], broker: Mosquitto, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(validate, "FRAME_S", 1.0)
+    monkeypatch.setattr(probes, "FRAME_S", 1.0)
     with pytest.raises(AiflowError, match="1 of 2 connections failed: camera door"):
         connect(board(broker.port, source="0"))
     assert "FAILED  camera door: no frame within 1 s" in capsys.readouterr().out
@@ -123,3 +123,17 @@ def test_a_server_connects_without_joining_the_share(
     ways = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[-2:]]
     assert ways == ["OK      [mqtt] 127.0.0.1", "OK      [upstream.mqtt] 127.0.0.1"]
     assert "$share" not in broker.said()
+
+
+def test_a_server_with_another_server_as_target_is_in_order_without_a_bundle_and_its_key_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, key = tmp_path / "server.toml", tmp_path / "key"
+    path.write_text(
+        f'[server]\nid = "s1"\ntarget = "openai:http://127.0.0.1:8080/v1"\n[openai]\nmodel = "m"\nkey_file = "{key}"\n'
+    )
+    with pytest.raises(ConfigError, match="key: cannot be read: No such file"):
+        validate.run(argparse.Namespace(path=path, connect=False))
+    key.write_text("sk-secret\n")
+    validate.run(argparse.Namespace(path=path, connect=False))
+    assert "server s1 of site home is in order" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from edge_runtime.inference.bundle import BOS, EOS, Bundle, BundleError, FileRecord, file_hash
+from edge_runtime.inference.bundle import BOS, EOS, PAD, Bundle, BundleError, FileRecord, file_hash
 from models.family import LATENT, DecoderShape, Tail, TextDecoder
 from models.lookahead import Lookahead, LookaheadNet
 from models.recipe.stage10_lookahead import Texts, loss_of
@@ -290,6 +290,15 @@ def test_labels_are_sorted_probabilities(alone: dict[str, list[Answer]]) -> None
     assert set(scores) == set(CLASSES)
     assert list(scores.values()) == sorted(scores.values(), reverse=True)
     assert sum(scores.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_decoder_sees_the_words_of_the_labels_that_the_board_has_seen(engine: Engine) -> None:
+    decoder = TextDecoder(DecoderShape(VOCABULARY, 16, 2, label_words=3))
+    names = [(5 + number, 30 + number) for number in range(len(CLASSES))]
+    seeing = Engine(engine.tail, {"edge": decoder}, engine.classifier, CLASSES, label_words=names)
+    jobs = [Job(SYMBOLS[0], labels={number: 1.0}) for number in range(len(CLASSES))]
+    words = seeing.words_seen(decoder, seeing.label_logits(seeing.features(jobs)), jobs)
+    assert words.tolist() == [[*name, PAD] for name in names]
 
 
 def test_the_float_head_gives_symbols_of_a_picture(engine: Engine) -> None:

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_runtime.capture import Cameras, readers
+from edge_runtime.capture import Cameras, live
 from edge_runtime.config import CameraConfig, ConfigError, MotionConfig
 from tests.edge_runtime.capture.helpers import MjpegCamera, in_background, shade_of, write_photos
 from tests.listener import PATIENCE_S, until
@@ -46,7 +46,7 @@ def test_an_error_of_a_driver_is_the_reason_and_the_camera_is_opened_again(stop,
     def broken(_: CameraConfig) -> None:
         raise ValueError("no such register")
 
-    monkeypatch.setattr(readers, "_open", broken)
+    monkeypatch.setattr(live, "open_capture", broken)
     cameras = Cameras([CameraConfig("door", "/dev/video0")])
     in_background(cameras.frames(stop))
     until(lambda: cameras["door"].counters.reopened >= 2)
@@ -55,8 +55,8 @@ def test_an_error_of_a_driver_is_the_reason_and_the_camera_is_opened_again(stop,
 
 def test_a_driver_that_hangs_has_one_thread_after_any_number_of_tries(stop, no_pause, monkeypatch):
     let_go = threading.Event()
-    monkeypatch.setattr(readers, "OPEN_TIMEOUT_S", -3.9)  # with DIAGNOSIS_S and stall_s: a tenth of a second
-    monkeypatch.setattr(readers, "_open", lambda _: let_go.wait() and None)
+    monkeypatch.setattr(live, "OPEN_TIMEOUT_S", -3.9)  # with DIAGNOSIS_S and stall_s: a tenth of a second
+    monkeypatch.setattr(live, "open_capture", lambda _: let_go.wait() and None)
     cameras = Cameras([CameraConfig("hung", "/dev/video0", stall_s=1)])
     in_background(cameras.frames(stop))
     until(lambda: cameras["hung"].counters.reopened >= 4)

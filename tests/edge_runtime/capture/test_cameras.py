@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from edge_runtime.capture import Cameras, Frame, camera
-from edge_runtime.capture.picture_checks import PictureError
-from edge_runtime.capture.readers import MqttPictures
+from edge_runtime.capture.mqtt_pictures import MqttPictures
 from edge_runtime.config import CameraConfig
+from edge_runtime.errors import ConfigError
 from tests.edge_runtime.capture.helpers import in_background, jpeg, shade_of, write_photos
 from tests.listener import PATIENCE_S, until
 from tests.rtsp_camera import RtspCamera
@@ -61,7 +61,7 @@ def test_every_source_that_can_never_work_is_named_before_any_is_opened(tmp_path
         "tar": str(tmp_path / "notes"),
         "typo": "rtps://camera/1",
     }
-    with pytest.raises(PictureError) as raised:
+    with pytest.raises(ConfigError) as raised:
         Cameras([CameraConfig(*pair) for pair in sources.items()]).check()
     for name, fault in {
         "video": "v.avi cannot be opened: the file is no video",

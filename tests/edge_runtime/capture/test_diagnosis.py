@@ -110,7 +110,7 @@ def test_a_server_that_says_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("status", "hint"), [(401, "user name and the password"), (404, "check the path"), (503, ""), (200, "no video")]
+    ("status", "hint"), [(401, "username and password_file"), (404, "check the path"), (503, ""), (200, "no video")]
 )
 def test_what_an_http_camera_answers(status, hint):
     with http_camera(status) as url:
@@ -122,7 +122,7 @@ def test_what_an_http_camera_answers(status, hint):
 @pytest.mark.parametrize("answer", ["401 Unauthorized", "404 Not Found", "454 Session Not Found"])
 def test_what_an_rtsp_camera_answers(answer):
     with RtspCamera(answer) as camera:
-        assert why_not_opened(camera.url).startswith(f"the camera answers {answer}: check the ")
+        assert why_not_opened(camera.url).startswith(f"the camera answers {answer}: check ")
 
 
 @pytest.mark.parametrize("challenge", [f'Basic realm="{REALM}"', f'Digest realm="{REALM}", nonce="{NONCE}"'])

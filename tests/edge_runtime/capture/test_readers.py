@@ -1,5 +1,7 @@
 """One source, read once: real files, a real video, real network cameras that speak MJPEG and H.264."""
 
+import hashlib
+import re
 import threading
 import time
 from pathlib import Path
@@ -7,18 +9,13 @@ from pathlib import Path
 import cv2
 import pytest
 
-from edge_runtime.capture import Counters, Frame, readers
+from edge_runtime.capture import Cameras, Counters, Frame
+from edge_runtime.capture import frame as frame_module
+from edge_runtime.capture.frame import CameraError, NewestFrame
+from edge_runtime.capture.live import ArrivalTimes, live_frames
+from edge_runtime.capture.mqtt_pictures import MqttPictures
 from edge_runtime.capture.picture_checks import PictureError
-from edge_runtime.capture.readers import (
-    ArrivalTimes,
-    CameraError,
-    MqttPictures,
-    NewestFrame,
-    file_frames,
-    live_frames,
-    reader_of,
-    video_frames,
-)
+from edge_runtime.capture.readers import file_frames, reader_of, video_frames
 from edge_runtime.config import CameraConfig
 from edge_runtime.shutdown import DriverThread
 from tests.edge_runtime.capture.helpers import (
@@ -129,6 +126,19 @@ def test_a_live_camera_gives_its_newest_frame_and_counts_the_skipped(network_cam
     assert shade_of(next(frames)) >= 90
 
 
+def test_an_rtsp_camera_gets_the_login_that_is_in_the_files(stop, tmp_path):
+    (tmp_path / "password").write_text("p@ss/w:rd")
+    login = {"username": "viewer", "password_file": str(tmp_path / "password")}
+    with RtspCamera(challenge='Digest realm="camera", nonce="abc"') as camera:
+        next(live_frames(CameraConfig("door", camera.url, interval_s=0, **login), stop, Counters()))
+        values = dict(re.findall(r'(\w+)="([^"]*)"', camera.logins[0]))
+        stop.set()
+    first, second = (
+        hashlib.md5(text.encode()).hexdigest() for text in ("viewer:camera:p@ss/w:rd", f"DESCRIBE:{values['uri']}")
+    )
+    assert values["response"] == hashlib.md5(f"{first}:abc:{second}".encode()).hexdigest()
+
+
 def test_a_silent_stream_has_stalled_and_gives_no_older_frame_as_a_new_one(stop):
     """The decoder keeps some frames. After a read timeout FFmpeg returns them, one for each further timeout."""
     with RtspCamera() as camera:
@@ -208,6 +218,8 @@ def test_a_capture_thread_that_is_about_to_end_does_not_count_as_hanging(network
         ("rtsp://camera/1", live_frames),
         ("http://camera/clip.mp4", live_frames),
         ("/dev/video0", live_frames),
+        ("rpicam", live_frames),
+        ("nvargus", live_frames),
         ("clip.MP4", video_frames),
         ("photos", file_frames),
         ("photos.tar", file_frames),
@@ -235,7 +247,7 @@ def test_a_slot_keeps_the_newest_frame_and_counts_what_it_replaces(stop):
 
 @pytest.mark.parametrize("wake", [lambda slot: slot.put(Frame("door", grey(1), 0, 0)), NewestFrame.close])
 def test_a_frame_or_a_close_ends_the_waiting_at_a_slot(stop, monkeypatch, wake):
-    monkeypatch.setattr(readers, "POLL_S", 1e6)
+    monkeypatch.setattr(frame_module, "POLL_S", 1e6)
     slot = NewestFrame(Counters())
     threading.Timer(0.05, wake, [slot]).start()
     slot.take(1e6, stop)
@@ -268,7 +280,7 @@ def test_an_unreadable_picture_over_mqtt_is_counted_and_the_next_one_is_given(st
 
 def test_pictures_faster_than_the_interval_are_skipped_and_uneven_ones_are_not(stop, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(readers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(frame_module.time, "monotonic", lambda: now[0])
     counters = Counters()
     source = MqttPictures(CameraConfig("door", "mqtt", interval_s=1), counters)
     taken = in_background(source.frames(stop))
@@ -277,3 +289,82 @@ def test_pictures_faster_than_the_interval_are_skipped_and_uneven_ones_are_not(s
         source.put(jpeg(10 * number))
         until(lambda n=number: taken.qsize() + counters.skipped == n + 1)
     assert [shade_of(taken.get_nowait()) // 10 for _ in range(taken.qsize())] == [0, 1, 2, 3, 7, 8]
+
+
+# ---- only what is due ----
+
+
+def put_all(slot: NewestFrame, stop: threading.Event, times: list[float]) -> list[float]:
+    """Shows frames of these times to somebody who waits for each. Returns the times of those that were taken."""
+    taken = []
+    for captured in times:
+        if slot.is_due(captured):
+            assert slot.put(Frame("door", grey(1), 0, captured))
+            frame = slot.take(0, stop)
+            assert frame is not None
+            taken.append(frame.captured)
+    return taken
+
+
+def test_frames_that_are_not_due_are_skipped_and_the_rate_is_right_on_average(stop):
+    counters = Counters()
+    taken = put_all(NewestFrame(counters, interval_s=1), stop, [100 + 0.4 * number for number in range(26)])
+    assert taken == pytest.approx([100, 101.2, 102, 103.2, 104, 105.2, 106, 107.2, 108, 109.2, 110])
+    assert counters.skipped == 26 - len(taken)
+
+
+def test_after_a_gap_frames_do_not_come_faster_to_make_up_for_it(stop):
+    assert put_all(NewestFrame(Counters(), interval_s=1), stop, [0, 10.5, 10.9, 11.4, 11.6]) == [0, 10.5, 11.6]
+
+
+def test_a_frame_that_was_captured_before_it_was_due_is_never_kept(stop):
+    """It would be old when it is taken."""
+    slot = NewestFrame(Counters(), interval_s=10)
+    assert slot.put(Frame("door", grey(1), 0, 100))
+    assert slot.take(0, stop)
+    assert not slot.put(Frame("door", grey(1), 0, 101))
+    assert slot.take(-1e6, stop) is None
+
+
+def test_opencv_converts_only_frames_that_are_due(stop, monkeypatch):
+    class Device:
+        """Counts what it is asked for."""
+
+        grabbed = retrieved = 0
+
+        def grab(self) -> bool:
+            Device.grabbed += 1
+            return not stop.wait(0.001)
+
+        def retrieve(self):
+            Device.retrieved += 1
+            return True, grey(50)
+
+        def get(self, _: int) -> float:
+            return 0.0
+
+        def release(self) -> None:
+            pass
+
+    monkeypatch.setattr("edge_runtime.capture.live.open_capture", lambda _: Device())
+    counters = Counters()
+    frames = live_frames(CameraConfig("door", "/dev/video0", interval_s=3600), stop, counters)
+    next(frames)
+    in_background(frames)
+    until(lambda: Device.grabbed >= 50)
+    assert Device.retrieved <= 2  # the first one may be replaced before it is taken
+    assert counters.skipped >= 40
+
+
+def test_a_camera_that_is_opened_again_keeps_its_interval(stop, no_pause):
+    with MjpegCamera() as camera:
+        cameras = Cameras([CameraConfig("door", camera.url, interval_s=3600)])
+        taken = in_background(cameras.frames(stop))
+        first = camera.connection()
+        first.show(10)
+        taken.get(timeout=PATIENCE_S)
+        first.pictures.put(None)
+        camera.connection().show(20, 30)
+        until(lambda: cameras["door"].counters.skipped == 2)
+        assert taken.empty()
+        stop.set()

@@ -27,6 +27,7 @@ from edge_runtime.wire import (
     decode_reply,
     decode_request,
     encode,
+    encode_labels,
     encode_reply,
     encode_request,
     encode_tokens,
@@ -177,6 +178,7 @@ def test_the_worked_example_of_the_protocol_is_right():
         content_kind=ContentKind.LATENT,
         content=latent,
         draft=encode_tokens([2, 300, 70000]),
+        labels=encode_labels([(282, 176 / 255)]),
     )
     reply = Reply(
         id=request.id,

@@ -1,0 +1,205 @@
+"""What `aiflow doctor` looks at on the board itself: Python, packages, processor, memory, heat, power, disk, clock.
+
+One function per check. Each returns a Finding; `root` replaces / in tests.
+"""
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from edge_runtime.packages import how_to_install
+from edge_runtime.planning.thermal import ThermalReader
+
+Status = Literal["ok", "warning", "failure"]
+
+OLDEST = (3, 10)
+IMPORT_S = 60.0  # a slow SD card takes long to read OpenCV
+NEEDED_MB, SCARCE_MB = 120, 250  # memory; a board with onnxruntime takes about 115 MB
+FULL_MB, NEARLY_FULL_MB = 10, 200  # free on a disk
+HOT_C = 80.0  # a Raspberry Pi slows itself down from here
+FIRST_YEAR = 2026  # a clock before this has lost its time
+# In the order of preference; a CPU without any of them works, and is slower.
+CPU_FEATURES = ("asimddp", "i8mm", "asimd", "avx512_vnni", "avx_vnni", "avx2", "avx", "sse4_1")
+UNDER_VOLTAGE, SINCE_START = 0b1, 16  # bits of the Raspberry Pi's flags, see planning/thermal.py
+TIME_ERROR = 5  # what adjtimex(2) returns while no time service has set the clock
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check."""
+
+    status: Status
+    found: str
+    advice: str = ""  # what to do; empty if nothing
+
+
+def ok(found: str) -> Finding:
+    return Finding("ok", found)
+
+
+def check_python() -> Finding:
+    version, bits = platform.python_version(), 64 if sys.maxsize > 1 << 32 else 32
+    found = f"Python {version}, {bits} bit, on {platform.machine()}"
+    if sys.version_info < OLDEST:
+        return Finding("failure", found, "install Python 3.10 or newer")
+    if bits == 32:
+        return Finding("failure", found, "install a 64-bit system: onnxruntime and LiteRT have no 32-bit packages")
+    return ok(found)
+
+
+def check_packages() -> Finding:
+    """OpenCV and the runtimes, each imported in a process of its own: one that does not fit the processor crashes."""
+    versions, broken = {}, {}
+    for module in ("cv2", "onnxruntime", "ai_edge_litert", "tflite_runtime"):
+        version, why = _import(module)
+        if version:
+            versions[module] = version
+        elif why:
+            broken[module] = why
+    found = ", ".join(f"{module} {version}" for module, version in versions.items()) or "none"
+    if "cv2" not in versions:
+        return Finding("failure", f"{found}; cv2: {broken.get('cv2', 'not installed')}", how_to_install("cv2"))
+    problems = "".join(f"; {module}: {why}" for module, why in broken.items())
+    if len(versions) == 1:
+        return Finding("failure", f"{found}, no runtime for the networks{problems}", how_to_install("onnxruntime"))
+    if broken:
+        return Finding("warning", found + problems, "remove or reinstall what is broken; the board uses the other one")
+    return ok(found)
+
+
+def _import(module: str) -> tuple[str, str]:
+    """A module's version, or why it cannot be imported; both empty if it is not installed."""
+    code = f"import {module} as m; print(getattr(m, '__version__', 'installed'))"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=IMPORT_S,
+            check=False,
+            errors="replace",
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"not imported within {IMPORT_S:.0f} s"
+    if done.returncode == 0:
+        return done.stdout.split()[-1], ""
+    if done.returncode < 0:
+        return "", f"ends with {signal.Signals(-done.returncode).name}: it was built for another processor"
+    last = (done.stderr.strip().splitlines() or ["unknown error"])[-1]
+    return "", "" if last == f"ModuleNotFoundError: No module named '{module}'" else last[:120]
+
+
+def check_cpu(root: Path = Path("/")) -> Finding:
+    text = _text(root / "proc/cpuinfo")
+    words = set(" ".join(re.findall(r"(?m)^(?:flags|Features)\s*:(.*)$", text)).split())
+    features = [name for name in CPU_FEATURES if name in words]
+    model = _text(root / "proc/device-tree/model").strip("\0 \n") or next(
+        iter(re.findall(r"(?m)^model name\s*:\s*(.*)$", text)), "unknown model"
+    )
+    cores = len(os.sched_getaffinity(0))
+    return ok(f"{model}, {cores} core(s), {' '.join(features[:4]) or 'no known vector instructions'}")
+
+
+def check_memory(root: Path = Path("/")) -> Finding:
+    sizes = dict(re.findall(r"(?m)^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo")))
+    if "MemAvailable" not in sizes:
+        return ok("this system does not say")
+    total, available = (int(sizes[name]) // 1024 for name in ("MemTotal", "MemAvailable"))
+    found = f"{available} of {total} MB available"
+    if available < NEEDED_MB:
+        return Finding("failure", found, f"end other programs: a board needs about {NEEDED_MB} MB")
+    if available < SCARCE_MB:
+        return Finding("warning", found, "a board may be ended if other programs need more")
+    return ok(found)
+
+
+def check_temperature(root: Path = Path("/")) -> Finding:
+    state = ThermalReader(root).read(0.0)
+    if state.temperature_c is None:
+        return ok("this board does not say")
+    found = f"{state.temperature_c:.0f} °C" + (", slowed down" if state.throttled else "")
+    if state.throttled or state.temperature_c >= HOT_C:
+        return Finding("warning", found, "cool the board: a hot one slows itself down")
+    return ok(found)
+
+
+def check_power(root: Path = Path("/")) -> Finding:
+    """Under-voltage, as a Raspberry Pi's firmware reports it."""
+    flags = ThermalReader(root).firmware_flags()
+    if flags is None:
+        flags = _vcgencmd()
+    advice = "use the official power supply and a short cable: too little voltage damages SD cards"
+    if flags is None:
+        return ok("this board does not say")
+    if flags & UNDER_VOLTAGE:
+        return Finding("failure", "the voltage is too low now", advice)
+    if flags >> SINCE_START & UNDER_VOLTAGE:
+        return Finding("warning", "the voltage has been too low since the start", advice)
+    return ok("no under-voltage since the start")
+
+
+def _vcgencmd() -> int | None:
+    if not (program := shutil.which("vcgencmd")):
+        return None
+    try:
+        done = subprocess.run([program, "get_throttled"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    flags = re.fullmatch(r"throttled=0x([0-9a-fA-F]+)\s*", done.stdout)
+    return int(flags[1], 16) if flags else None
+
+
+def check_disk(folder: Path, is_needed: bool) -> Finding:
+    """Whether a folder can be written to, and its disk has room. is_needed: the board keeps an outbox there."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    state = os.statvfs(existing)
+    free_mb = state.f_bavail * state.f_frsize >> 20
+    found = f"{existing}: {free_mb} MB free"
+    if state.f_flag & os.ST_RDONLY or not os.access(existing, os.W_OK):
+        why = "read-only" if state.f_flag & os.ST_RDONLY else "not writable for this user"
+        if not is_needed:
+            return ok(f"{existing}: {why}; a board without an outbox writes nothing")
+        return Finding("failure", f"{existing}: {why}", "mount it writable, or name another file in [outbox]")
+    if free_mb < FULL_MB:
+        return Finding("failure" if is_needed else "warning", found, "delete files: the disk is full")
+    if free_mb < NEARLY_FULL_MB:
+        return Finding("warning", found, "delete files: the disk is nearly full")
+    return ok(found)
+
+
+def check_clock() -> Finding:
+    now = time.gmtime()
+    found = time.strftime("%Y-%m-%d %H:%M UTC", now)
+    advice = "connect the board to a network, and start a time service: sudo timedatectl set-ntp true"
+    if now.tm_year < FIRST_YEAR:
+        return Finding("failure", f"{found} is in the past: TLS refuses every certificate", advice)
+    is_synchronised = _is_synchronised()
+    if is_synchronised is False:
+        return Finding("warning", f"{found}, not synchronised", advice)
+    return ok(f"{found}, synchronised" if is_synchronised else found)
+
+
+def _is_synchronised() -> bool | None:
+    """What the kernel knows, whichever time service runs: adjtimex(2) with nothing to set. None: it does not say."""
+    try:
+        state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(1024))  # struct timex has 208 bytes
+    except (OSError, AttributeError):
+        return None
+    return None if state < 0 else state != TIME_ERROR
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open(errors="replace") as file:
+            return file.read(1 << 20)
+    except OSError:
+        return ""

@@ -1,0 +1,274 @@
+"""`aiflow doctor`: what is wrong with a board is named, with what to do, and nothing makes it hang."""
+
+import json
+import re
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edge_runtime.errors import AiflowError
+from edge_runtime.inference.bundle import Bundle
+from firmware_tools import cli, host_checks, probes
+from firmware_tools.doctor import Check, bounded
+from firmware_tools.host_checks import Finding, ok
+from tests.brokers import Mosquitto
+from tests.edge_runtime.capture.helpers import large_jpeg, write_photos
+from tests.http_camera import HttpCamera, picture
+
+HOST = ["python", "packages", "cpu", "memory", "temperature", "power", "disk", "clock"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, board_bundle: Bundle) -> Callable[..., Path]:
+    """A function that writes board.toml with one camera."""
+
+    def write(source: str, port: int = 1, more: str = "") -> Path:
+        path = tmp_path / "board.toml"
+        path.write_text(
+            f'[board]\nid = "b1"\nbundle = "{board_bundle.path}"\nbackend = "onnx"\n'
+            f'[[cameras]]\nname = "door"\nsource = "{source}"\n[mqtt]\nport = {port}\n{more}'
+        )
+        return path
+
+    return write
+
+
+def examine(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The exit code and the findings by name."""
+    code = cli.main(["doctor", "--json", *(str(argument) for argument in arguments)])
+    result = json.loads(capsys.readouterr().out)
+    assert result["schema"] == 1
+    assert all(set(check) == {"name", "status", "found", "advice"} for check in result["checks"])
+    statuses = [check["status"] for check in result["checks"]]
+    assert result["status"] == next(word for word in ("failure", "warning", "ok") if word in statuses)
+    assert code == {"ok": 0, "warning": 1, "failure": 2}[result["status"]]
+    return code, {check["name"]: check for check in result["checks"]}
+
+
+# ---- the whole ----
+
+
+def test_a_board_without_a_configuration_has_its_system_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    code, checks = examine(capsys)
+    assert list(checks) == HOST
+    assert code in (0, 1)  # the clock of this machine may not be synchronised
+
+
+def test_everything_of_a_board_in_order_has_a_line(
+    config: Callable[..., Path], broker: Mosquitto, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shade = iter(range(10, 250))
+    with HttpCamera(lambda _: picture(large_jpeg(next(shade)))) as camera:
+        assert cli.main(["doctor", "--config", str(config(camera.url, broker.port))]) in (0, 1)
+    lines = dict(re.findall(r"(?m)^\w+ +(.+?): (.*)", capsys.readouterr().out))
+    assert list(lines) == [*HOST, "configuration", "bundle", "broker mqtt", "camera door", "self-test"]
+    assert re.fullmatch(r"frames of 160 x 160 pixels, [0-9.]+ per second", lines["camera door"])
+    assert re.fullmatch(r"20 frames: head [0-9.]+ ms, draft [0-9.]+ ms \(medians\)", lines["self-test"])
+    assert "connected in plain text" in lines["broker mqtt"]
+
+
+def test_what_is_broken_is_named_and_the_rest_is_checked(
+    config: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "FRAME_S", 1.0)
+    with HttpCamera(lambda _: (404, {}, b"")) as camera:
+        code, checks = examine(capsys, "--config", config(camera.url))
+    assert (code, [name for name, check in checks.items() if check["status"] == "failure"]) == (
+        2,
+        ["broker mqtt", "camera door"],
+    )
+    assert "answers 404 Not Found: check the path" in checks["camera door"]["found"]
+    assert "does a broker listen at 127.0.0.1:1?" in checks["broker mqtt"]["found"]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [("watch:{folder}/no", "does not exist"), ("rpicam", "needs the program"), ("x://h", "unknown")],
+)
+def test_a_camera_that_can_never_work_says_what_to_do(
+    config: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    found: str,
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    _, checks = examine(capsys, "--config", config(source.format(folder=tmp_path)))
+    assert found in checks["camera door"]["found"]
+
+
+def test_a_configuration_that_cannot_be_read_is_a_failure_and_the_system_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "board.toml").write_text("[bord]\n")
+    code, checks = examine(capsys, "--config", tmp_path / "board.toml")
+    assert (code, list(checks)) == (2, [*HOST, "configuration"])
+    assert "did you mean board?" in checks["configuration"]["found"]
+
+
+def test_a_damaged_bundle_is_named(
+    config: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path, board_bundle: Bundle
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in board_bundle.path.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "head.onnx").write_bytes(b"x")
+    path = config(write_photos(tmp_path / "p", 10))
+    path.write_text(path.read_text().replace(str(board_bundle.path), str(copy)))
+    _, checks = examine(capsys, "--config", path)
+    assert checks["bundle"]["status"] == "failure"
+    assert "head.onnx" in checks["bundle"]["found"]
+
+
+def test_it_starts_without_torch() -> None:
+    code = "import sys, firmware_tools.doctor; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- a check ----
+
+
+def test_a_check_that_hangs_is_a_failure_after_its_limit() -> None:
+    hang = threading.Event()
+    finding = bounded(Check("disk", lambda: hang.wait() and ok(""), limit_s=0.05))
+    hang.set()
+    assert (finding.status, finding.found) == ("failure", "no result within 0.05 s")
+
+
+def test_a_named_error_is_a_failure_and_any_other_is_a_bug() -> None:
+    def named() -> Finding:
+        raise AiflowError("plug it in")
+
+    assert bounded(Check("camera", named)) == Finding("failure", "plug it in")
+    with pytest.raises(ZeroDivisionError):
+        bounded(Check("bug", lambda: ok(str(1 / 0))))
+
+
+# ---- the system ----
+
+
+def file(root: Path, path: str, text: str) -> Path:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(("available_mb", "status"), [(100, "failure"), (200, "warning"), (900, "ok")])
+def test_little_memory_is_found(tmp_path: Path, available_mb: int, status: str) -> None:
+    root = file(tmp_path, "proc/meminfo", f"MemTotal: 1000000 kB\nMemAvailable: {available_mb * 1024} kB\n")
+    assert host_checks.check_memory(root).status == status
+
+
+@pytest.mark.parametrize(("milli", "status"), [(45_000, "ok"), (85_000, "warning")])
+def test_heat_is_found(tmp_path: Path, milli: int, status: str) -> None:
+    assert (
+        host_checks.check_temperature(file(tmp_path, "sys/class/thermal/thermal_zone0/temp", f"{milli}")).status
+        == status
+    )
+
+
+@pytest.mark.parametrize(("flags", "status"), [("0", "ok"), ("50000", "warning"), ("50005", "failure"), ("2", "ok")])
+def test_under_voltage_of_a_raspberry_pi_is_found_now_and_since_the_start(
+    tmp_path: Path, flags: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = file(tmp_path, "sys/devices/platform/soc/soc:firmware/get_throttled", f"{flags}\n")
+    assert host_checks.check_power(root).status == status
+    program = tmp_path / "vcgencmd"  # on systems whose kernel does not have the file
+    program.write_text(f'#!/bin/sh\n[ "$1" = get_throttled ] && echo throttled=0x{flags}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert host_checks.check_power(tmp_path / "none").status == status
+
+
+def test_what_a_board_does_not_say_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for check in (
+        host_checks.check_memory,
+        host_checks.check_temperature,
+        host_checks.check_power,
+        host_checks.check_cpu,
+    ):
+        assert check(tmp_path).status == "ok"
+
+
+def test_a_processor_is_named_with_its_features(tmp_path: Path) -> None:
+    file(tmp_path, "proc/cpuinfo", "processor : 0\nFeatures : fp asimd asimddp crc32\n")
+    found = host_checks.check_cpu(file(tmp_path, "proc/device-tree/model", "Raspberry Pi 5 Model B\0")).found
+    assert found.startswith("Raspberry Pi 5 Model B, ")
+    assert found.endswith("asimddp asimd")
+
+
+@pytest.mark.parametrize(
+    ("free_mb", "read_only", "needed", "status"),
+    [
+        (1000, False, True, "ok"),
+        (100, False, True, "warning"),
+        (1, False, True, "failure"),
+        (1, False, False, "warning"),
+        (1000, True, True, "failure"),
+        (1000, True, False, "ok"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_mb: int, read_only: bool, needed: bool, status: str
+) -> None:
+    state = SimpleNamespace(f_bavail=free_mb, f_frsize=1 << 20, f_flag=int(read_only))
+    monkeypatch.setattr(host_checks.os, "statvfs", lambda _: state)
+    assert host_checks.check_disk(tmp_path / "not/there/yet", needed).status == status
+
+
+@pytest.mark.parametrize(
+    ("year", "synchronised", "status"),
+    [(1970, None, "failure"), (2027, False, "warning"), (2027, True, "ok"), (2027, None, "ok")],
+)
+def test_a_clock_that_is_wrong_or_not_set_is_found(
+    monkeypatch: pytest.MonkeyPatch, year: int, synchronised: bool | None, status: str
+) -> None:
+    now = host_checks.time.struct_time((year, 1, 1, 0, 0, 0, 0, 1, 0))
+    monkeypatch.setattr(host_checks, "time", SimpleNamespace(gmtime=lambda: now, strftime=host_checks.time.strftime))
+    monkeypatch.setattr(host_checks, "_is_synchronised", lambda: synchronised)
+    assert host_checks.check_clock().status == status
+
+
+def fake_python(folder: Path, monkeypatch: pytest.MonkeyPatch, cases: str) -> None:
+    """A Python that does what a shell's `case` says for the code of an import."""
+    program = folder / "python"
+    program.write_text(f'#!/bin/sh\ncase "$2" in\n{cases}\nesac\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(host_checks.sys, "executable", str(program))
+
+
+MISSING = "*) m=${2#import }; m=${m%% *}; echo \"ModuleNotFoundError: No module named '$m'\" >&2; exit 1;;"
+
+
+@pytest.mark.parametrize(
+    ("cases", "status", "found"),
+    [
+        ("*cv2*|*onnxruntime*) echo 1.0;;", "ok", "cv2 1.0, onnxruntime 1.0"),
+        ("*cv2*|*ai_edge*) echo 1.0;;\n*onnxruntime*) kill -ILL $$;;", "warning", "ends with SIGILL: it was built for"),
+        ("*cv2*) echo 1.0;;\n*onnxruntime*) kill -ILL $$;;", "failure", "no runtime"),
+        (
+            "*cv2*) echo 'ImportError: libGL' >&2; exit 1;;\n*onnxruntime*) echo 1;;",
+            "failure",
+            "cv2: ImportError: libGL",
+        ),
+        ("*onnxruntime*) echo 1;;", "failure", "cv2: not installed"),
+    ],
+)
+def test_packages_that_are_missing_or_do_not_fit_the_processor_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: str, status: str, found: str
+) -> None:
+    fake_python(tmp_path, monkeypatch, f"{cases}\n{MISSING}")
+    finding = host_checks.check_packages()
+    assert finding.status == status
+    assert found in finding.found
+    assert (finding.advice != "") == (status != "ok")

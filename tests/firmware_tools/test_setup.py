@@ -1,0 +1,109 @@
+"""`aiflow setup`: a board.toml from flags or answers, which loads; a wrong answer writes nothing."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edge_runtime.config import RuntimeConfig, load_toml
+from edge_runtime.inference.bundle import Bundle
+from firmware_tools import cli
+from tests.brokers import Mosquitto
+from tests.edge_runtime.capture.helpers import write_photos
+
+FLAGS = ["--id", "porch", "--camera", "rtsp://camera.lan/x", "--broker", "broker.lan", "--username", "porch"]
+
+
+def setup(folder: Path, *flags: str) -> int:
+    return cli.main(["setup", "--out", str(folder / "board.toml"), *flags])
+
+
+def test_flags_make_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        setup(
+            tmp_path,
+            *FLAGS,
+            "--ca-file",
+            "/etc/aiflow/ca.pem",
+            "--camera-username",
+            "v",
+            "--camera-password-file",
+            "/etc/aiflow/camera",
+        )
+        == 0
+    )
+    config = load_toml(tmp_path / "board.toml", RuntimeConfig)
+    assert (config.board.id, config.mqtt.host, config.mqtt.port) == ("porch", "broker.lan", 8883)
+    assert (config.mqtt.password_file, config.mqtt.ca_file) == ("/etc/aiflow/password", "/etc/aiflow/ca.pem")
+    assert (config.cameras[0].source, config.cameras[0].username) == ("rtsp://camera.lan/x", "v")
+    assert "aiflow doctor --config" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["board.toml"]
+
+
+def test_a_broker_elsewhere_has_tls_and_one_on_this_machine_needs_none(tmp_path: Path) -> None:
+    assert setup(tmp_path, *FLAGS, "--ca-file", "") == 0
+    assert load_toml(tmp_path / "board.toml", RuntimeConfig).mqtt.tls
+    assert setup(tmp_path, "--force", "--id", "b", "--camera", "0", "--broker", "localhost", "--username", "") == 0
+    mqtt = load_toml(tmp_path / "board.toml", RuntimeConfig).mqtt
+    assert (mqtt.tls, mqtt.port, mqtt.username) == (False, 1883, None)
+
+
+def test_the_doctor_approves_of_what_it_writes(tmp_path: Path, board_bundle: Bundle, broker: Mosquitto) -> None:
+    photos = write_photos(tmp_path / "p", 10)
+    flags = ["--id", "b1", "--camera", photos, "--broker", "127.0.0.1", "--username", "", "--port", str(broker.port)]
+    assert setup(tmp_path, *flags, "--bundle", str(board_bundle.path)) == 0
+    assert cli.main(["doctor", "--config", str(tmp_path / "board.toml")]) in (0, 1)  # 1: this machine's clock
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--camera", "rtsp://v:pa55@camera.lan/"], "username = "),
+        (["--id", "Porch!"], "these answers make no configuration: board.id"),
+        (["--camera", 'a"b\n'], ""),
+    ],
+)
+def test_a_wrong_answer_says_what_to_write_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    code = setup(tmp_path, *FLAGS, "--ca-file", "", *flags)
+    captured = capsys.readouterr().err
+    assert says in captured
+    assert "pa55" not in captured
+    assert os.listdir(tmp_path) == ([] if code else ["board.toml"])
+    assert code == (cli.EXIT_CONFIG if says else 0)
+
+
+def test_a_file_that_exists_and_a_folder_that_does_not_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "board.toml").write_text("mine")
+    assert setup(tmp_path, *FLAGS, "--ca-file", "") == cli.EXIT_FAILED
+    assert (tmp_path / "board.toml").read_text() == "mine"
+    assert setup(tmp_path / "no", *FLAGS, "--ca-file", "") == cli.EXIT_FAILED
+    assert "cannot be written: No such file" in capsys.readouterr().err
+
+
+def command(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "firmware_tools", "setup", "--out", str(folder / "board.toml")]
+
+
+def test_without_a_terminal_a_missing_flag_is_named(tmp_path: Path) -> None:
+    done = subprocess.run(command(tmp_path), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == cli.EXIT_FAILED
+    assert "--id is missing" in done.stderr
+
+
+def test_on_a_terminal_it_asks_and_an_empty_answer_is_the_default(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command(tmp_path), stdin=theirs, stdout=subprocess.PIPE) as process:
+        os.close(theirs)
+        os.write(ours, b"attic\n\nbroker.lan\n\n\n")
+        out, _ = process.communicate()
+    os.close(ours)
+    config = load_toml(tmp_path / "board.toml", RuntimeConfig)
+    assert out.count(b"[") >= 3
+    assert (config.board.id, config.cameras[0].source, config.mqtt.host) == ("attic", "/dev/video0", "broker.lan")
