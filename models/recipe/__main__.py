@@ -43,7 +43,11 @@ def main() -> None:
     parser.add_argument("--terms", default="not stated", help="terms of what is trained on, for the model card")
     parser.add_argument("--work", type=Path, default=Path("work/recipe"), help="checkpoints and figures (10 GB)")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's directory, named as the bundle")
-    parser.add_argument("--head", type=Path, metavar="BUNDLE", help="train decoders only, for this bundle's head")
+    head = parser.add_mutually_exclusive_group()
+    head.add_argument("--head", type=Path, metavar="BUNDLE", help="train decoders only, for this bundle's head")
+    head.add_argument(
+        "--fine-tune", type=Path, metavar="BUNDLE", help="the same, beginning with its decoders and its vocabulary"
+    )
     parser.add_argument("--head-only", action="store_true", help="train no decoders: a bundle that only tells labels")
     parser.add_argument(
         "--quick", action="store_true", help="a tenth of the training: to try the chain, not for quality"
@@ -53,14 +57,17 @@ def main() -> None:
     work = Workspace(args.work)
     share = 0.1 if args.quick else 1.0
     licences = {"backbone": BACKBONE, "photos and texts": args.terms}
-    sources = stage1_photos.Sources(args.images, args.captions, args.unlabelled, args.texts, args.labelled)
+    source = args.head or args.fine_tune
+    reused = open_bundle(source) if source else None
+    words = reused.words if reused and args.fine_tune else ()
+    sources = stage1_photos.Sources(args.images, args.captions, args.unlabelled, args.texts, args.labelled, words)
 
     def trained(stage: ModuleType, *tier: str) -> tuple[str, Callable[[], None]]:
         return "-".join([stage.NAME, *tier]), partial(stage.run, work, shortened(stage.Settings(), share), *tier)
 
     stages: list[tuple[str, Callable[[], None]]] = [(stage1_photos.NAME, partial(stage1_photos.run, work, sources))]
-    if args.head:
-        stages.append((stage4_head.NAME, partial(stage_reuse.run, work, open_bundle(args.head))))
+    if reused:
+        stages.append((stage4_head.NAME, partial(stage_reuse.run, work, reused, args.fine_tune is not None)))
     else:
         stages += [
             (stage2_views.NAME, partial(stage2_views.run, work)),

@@ -8,7 +8,7 @@ measuring labels, and are not trained on.
 
 import collections
 import gzip
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class Sources:
     unlabelled: list[Path]  # directories or tars
     texts: list[Path]  # a sentence a line; .gz may be compressed
     labelled: list[Path]  # directories or tars: wordnet id/name.jpg
+    vocabulary: Sequence[str] = ()  # of a bundle whose decoders are trained further; none: the most frequent words
 
 
 def run(work: Workspace, sources: Sources) -> None:
@@ -59,7 +60,7 @@ def run(work: Workspace, sources: Sources) -> None:
         collection |= dict.fromkeys(of_this, number)
     sentences = [words_of(line) for path in sources.texts for line in lines_of(path)]
     captioned = [words_of(text) for split, texts in captions.values() if split == "train" for text in texts]
-    ids = write_vocabulary(work, captioned + sentences)
+    ids = write_vocabulary(work, sources.vocabulary or frequent_words(captioned + sentences))
     named = nouns(captioned + sentences)
     np.save(work / "nouns.npy", np.array([word in named for word in ids]))
     figures = {"vocabulary": len(ids), "sentences": len(sentences)}
@@ -89,11 +90,15 @@ def lines_of(path: Path) -> Iterator[str]:
         raise RecipeError(f"{path}: {error}: name a text file in UTF-8, a sentence a line") from error
 
 
-def write_vocabulary(work: Workspace, texts: list[list[str]]) -> dict[str, int]:
-    """Writes the words of enough texts, the most frequent first, so that the first N are the best N."""
+def frequent_words(texts: list[list[str]]) -> list[str]:
+    """The words of enough texts, the most frequent first, so that the first N are the best N."""
     counts = collections.Counter(word for text in texts for word in set(text))
     by_count = sorted((word for word, count in counts.items() if count >= MIN_COUNT), key=lambda w: (-counts[w], w))
-    words = [*SPECIAL, *by_count[: MAX_WORDS - len(SPECIAL)]]
+    return [*SPECIAL, *by_count[: MAX_WORDS - len(SPECIAL)]]
+
+
+def write_vocabulary(work: Workspace, words: Sequence[str]) -> dict[str, int]:
+    """Writes vocabulary.txt. Returns the number of each word."""
     (work / "vocabulary.txt").write_text("\n".join(words) + "\n")
     return {word: i for i, word in enumerate(words)}
 

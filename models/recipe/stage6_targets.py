@@ -7,7 +7,7 @@ own texts from the same features (sequence-level distillation: Kim & Rush, arXiv
 captions, too. So one pass of the tail serves every tier.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
@@ -52,6 +52,7 @@ SENTENCE_WEIGHT = 0.7
 MAX_NOUNS = 4  # of a sentence that stand in for labels
 USUAL = 0.6  # share of the views that are complete and of the reference level
 CHECKPOINT_EVERY = 300
+FINE_TUNING = 0.4  # of the learning rate, for decoders that were trained before
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,14 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
     """Writes 6-targets-<tier>.pt; the edge's needs the cloud's texts of stage 8."""
     torch.manual_seed(6)
     net = new_target(work, tier)
+    if (first := work / f"first-{tier}.pt").is_file():
+        net.decoder.load_state_dict(torch.load(first, weights_only=True))
+        share = FINE_TUNING
+        settings = replace(
+            settings,
+            cloud_learning_rate=share * settings.cloud_learning_rate,
+            edge_learning_rate=share * settings.edge_learning_rate,
+        )
     if tier == "cloud":
         if not work.is_done(MAPS):
             cache_maps(work)

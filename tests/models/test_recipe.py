@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from edge_runtime.app import load_draft, load_head
 from edge_runtime.capture.picture_checks import decode_picture
@@ -153,3 +154,16 @@ def test_decoders_alone_are_trained_for_the_head_of_another_bundle(
     for name in ("head.onnx", "head.tflite", "head.safetensors", "tables.bin", "tail.safetensors"):
         assert whole.manifest.files[name] == head.manifest.files[name]
     assert whole.manifest.latent == head.manifest.latent
+
+
+def test_the_decoders_of_a_bundle_are_trained_further(
+    interruptions: list[str], make_bundle: Callable[..., None], folder: Path, tmp_path: Path
+) -> None:
+    first = folder / "bundle"
+    make_bundle("--fine-tune", first, "--work", tmp_path / "work", "--out", tmp_path / "further")
+    further, weights = open_bundle(tmp_path / "further"), {}
+    assert further.words == open_bundle(first).words
+    for path in (first, tmp_path / "further"):
+        weights[path] = load_file(path / "cloud.safetensors")["tokens.weight"].float()
+    one, other = weights.values()
+    assert 0 < (one - other).abs().max() < 0.01  # after one step with a rate that begins low
