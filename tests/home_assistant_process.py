@@ -1,5 +1,7 @@
 """Home Assistant itself, without its pages: `python home_assistant_process.py FOLDER PORT`, with the broker's port.
 
+FOLDER/automations.json may hold automations; they find the blueprints of examples/ and an input_text `notified`.
+
 It runs with the interpreter of an environment of its own, which has the packages homeassistant and paho-mqtt. For each
 line on standard input it writes one line of JSON: entity id to state and attributes, and what it has logged as wrong.
 """
@@ -7,9 +9,11 @@ line on standard input it writes one line of JSON: entity id to state and attrib
 import asyncio
 import json
 import logging
+import shutil
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 from homeassistant import bootstrap, runner
 from homeassistant.helpers import entity_registry
@@ -21,15 +25,20 @@ class Faults(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "mqtt" in record.name or "template" in record.name:
+        if any(word in record.name for word in ("mqtt", "template", "automation", "blueprint")):
             self.lines.append(f"{record.name}: {record.getMessage()}"[:500])
 
 
 def configure(folder: Path, port: int) -> None:
     """One integration, MQTT, with what its dialog asks for."""
     with socket.create_server(("127.0.0.1", 0)) as free:
-        page = f"http:\n  server_host: 127.0.0.1\n  server_port: {free.getsockname()[1]}\n"
-    (folder / "configuration.yaml").write_text(page)
+        page = {"server_host": "127.0.0.1", "server_port": free.getsockname()[1]}
+    configuration: dict[str, Any] = {"http": page, "input_text": {"notified": {"max": 255}}}
+    if (automations := folder / "automations.json").exists():
+        configuration["automation"] = json.loads(automations.read_text())
+    (folder / "configuration.yaml").write_text(json.dumps(configuration))  # JSON is YAML
+    blueprints = Path(__file__).parents[1] / "examples" / "homeassistant"
+    shutil.copytree(blueprints, folder / "blueprints" / "automation" / "aiflow", dirs_exist_ok=True)
     storage = folder / ".storage"
     storage.mkdir(exist_ok=True)
     entry = {
