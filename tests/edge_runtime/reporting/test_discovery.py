@@ -1,6 +1,7 @@
 """A real board announces itself over a real Mosquitto, and its entities show what its events say."""
 
 import json
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,16 @@ import pytest
 from edge_runtime.app import Board
 from edge_runtime.config import BoardConfig, CameraConfig, HomeAssistantConfig, RuntimeConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.mqtt import Message, MqttConfig, Publish
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Outcome, Publish, State
 from edge_runtime.reporting.discovery import MAX_DELAY_S, Discovery
 from edge_runtime.reporting.images import MAX_IMAGE, MAX_SIDE, small_jpeg
 from edge_runtime.wire import Event, Reply, Status, decode_request, encode_reply, topics
+from firmware_tools.site_broker import Board as BrokerBoard
+from firmware_tools.site_broker import Site
 from tests.brokers import Mosquitto
 from tests.home_assistant import Entity, check
 from tests.listener import PATIENCE_S, Listener, until
+from tests.sites import login, site_broker
 
 SITE, BOARD = "home", "porch"
 TOPIC, HA_STATUS = topics.discovery("homeassistant", SITE, BOARD), topics.discovery_status("homeassistant")
@@ -278,3 +282,50 @@ def test_a_picture_has_the_colours_of_its_frame():
     red = np.full((8, 8, 3), (255, 0, 0), np.uint8)
     blue, _, most = cv2.imdecode(np.frombuffer(small_jpeg(red), np.uint8), cv2.IMREAD_COLOR)[4, 4]
     assert most > 200 > blue
+
+
+# ---- rights ----
+
+
+def test_a_brokers_generated_rights_are_enough_and_let_no_board_announce_another(board_bundle, tmp_path, photos):
+    site = Site(
+        SITE,
+        [BrokerBoard(BOARD, ["front"]), BrokerBoard("gate")],
+        ["attic"],
+        takes_pictures=True,
+        home_assistants=["hass"],
+    )
+    image = topics.image(SITE, BOARD, "front")
+    with site_broker(tmp_path, site) as broker:
+        settings = {name: login(tmp_path, name, broker.port).settings(name) for name in ("hass", "gate")}
+        heard: queue.Queue[Message] = queue.Queue()
+        filters = [("homeassistant/#", 1), (image, 0)]
+        config = configuration(board_bundle, broker.port, photos, images=True)
+        config = msgspec.structs.replace(config, mqtt=login(tmp_path, BOARD, broker.port))
+        with MqttClient(settings["hass"], subscriptions=filters, on_message=heard.put) as home:
+            assert home.wait_online(PATIENCE_S)
+            with MqttClient(settings["gate"]) as gate:
+                refused: queue.Queue[Outcome] = queue.Queue()
+                gate.publish(TOPIC, b"{}", retain=True, on_outcome=refused.put)
+                gate.publish(image, b"x", on_outcome=refused.put)
+                assert [refused.get(timeout=PATIENCE_S) for _ in range(2)] == [Outcome.REFUSED] * 2
+            with running(waiting(config)) as board:
+                assert board.discovery
+                board.discovery._delay_s = lambda: 0.0
+                first = heard.get(timeout=PATIENCE_S)
+                assert (first.topic, set(check(first.payload)["cmps"]) > {"camera.front.image"}) == (TOPIC, True)
+                home.publish(HA_STATUS, b"online", qos=0)
+                assert {heard.get(timeout=PATIENCE_S).topic for _ in range(2)} == {HA_STATUS, TOPIC}
+                assert board.images
+                board.images.show("front", np.zeros((8, 8, 3), np.uint8))
+                assert heard.get(timeout=PATIENCE_S).topic == image
+                home.publish(TOPIC, b"", retain=True)  # as Home Assistant does when somebody deletes the device there
+                assert heard.get(timeout=PATIENCE_S).payload == b""
+
+
+def test_a_broker_that_allows_no_announcement_costs_the_board_nothing_else(board_bundle, tmp_path, photos):
+    with site_broker(tmp_path, Site(SITE, [BrokerBoard(BOARD, ["front"])], ["attic"], takes_pictures=True)) as broker:
+        config = waiting(configuration(board_bundle, broker.port, photos))
+        with running(msgspec.structs.replace(config, mqtt=login(tmp_path, BOARD, broker.port))) as board:
+            until(lambda: board.local.stats()["refused"] == 1)
+            assert board.local.state is State.ONLINE
