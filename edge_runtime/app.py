@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from edge_runtime import __version__
+from edge_runtime.capture import Frame
 from edge_runtime.capture.cameras import Cameras
 from edge_runtime.config import RuntimeConfig
 from edge_runtime.inference.backends import SUFFIXES, load_fastest, load_model
@@ -36,6 +37,9 @@ from edge_runtime.mqtt.routes import Rejection, Route, Router
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import BoardPlanner, Measurements
 from edge_runtime.reporting import BOARD, Events, RemoteSettings, Setting, Values, board_settings, not_zero
+from edge_runtime.reporting.discovery import Discovery
+from edge_runtime.reporting.home_assistant import device_message
+from edge_runtime.reporting.images import Images
 from edge_runtime.reporting.trigger import Trigger
 from edge_runtime.requests import ByteBudget, RequestTracker
 from edge_runtime.wire import Event, topics
@@ -117,7 +121,9 @@ class Board:
         # Where frames come from, and what users may change.
         self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
         self.cameras = Cameras(config.cameras, self.publish_status)
-        self.settings = RemoteSettings(site, board.id, board_settings(config), self._apply)
+        settings = board_settings(config)
+        self.settings = RemoteSettings(site, board.id, settings, self._apply)
+        self.discovery = self._discovery(settings) if config.homeassistant else None
 
         # The network: requests and replies with `servers`, everything for users with `local`.
         byte_budget = ByteBudget(config.policy.bytes_per_minute)
@@ -126,6 +132,8 @@ class Board:
         self.routers: list[Router] = []
         self.servers, self.local = self._clients()
         triggers = {camera.name: [Trigger(trigger.when) for trigger in camera.triggers] for camera in config.cameras}
+        shows_images = config.homeassistant and config.homeassistant.images
+        self.images = Images(self.local, site, board.id) if shows_images else None
         self.events = Events(self.local, site, board.id, self._event_published, triggers)
         self.answers, self._listener = Answers(), listener
         self.tracker = RequestTracker(
@@ -179,10 +187,12 @@ class Board:
                 running.enter_context(client)
             for client in clients:
                 running.callback(client.finish)  # all of them, before the first one is waited for
+            if self.discovery:
+                running.callback(self.discovery.close)
             running.enter_context(self.tracker)
             self.cameras.check()
             try:
-                self.pipeline.run(self.cameras.frames(stop))
+                self.pipeline.run(self._frames(stop))
             except Exception as error:
                 raise RuntimeError("the board broke while it ran") from error
             # Sources that end, such as files, leave requests open: wait for their answers until the deadline.
@@ -191,6 +201,12 @@ class Board:
         summary = self.summary()
         logger.info("board stopped %s", not_zero(summary))
         return summary
+
+    def _frames(self, stop: threading.Event) -> Iterator[Frame]:
+        for frame in self.cameras.frames(stop):
+            yield frame
+            if self.images:  # the frame has been handled
+                self.images.show(frame.camera, frame.pixels)
 
     def summary(self) -> Values:
         """Every number of the board, with the names of reporting/counters.py; any thread."""
@@ -237,6 +253,8 @@ class Board:
         if self.cameras.mqtt_cameras():
             for_users.append(Route(topics.frames(site, board.id), self._picture_arrived, qos=0))
         for_users += [Route(topic, self._picture_on_own_topic_arrived, qos=0) for topic in self.cameras.topics()]
+        if self.discovery:
+            for_users += self.discovery.routes()
         mqtt, near = self.config.mqtt, self.config.near_broker
         if near is None:
             both = self._client(mqtt, board.id, for_servers + for_users, self._connection_changed)
@@ -257,18 +275,37 @@ class Board:
             {topics.frames(self.config.board.site, self.config.board.id), *self.cameras.topics()}
         )
         settings = mqtt.settings(client_id, **({"max_inbound_bytes": MAX_PICTURE} if has_pictures else {}))
-        states = self.settings.states if self.settings.filter in filters else list
+        has_users = self.settings.filter in filters
+        states = self.settings.states if has_users else list
+        announce = self.discovery.birth if self.discovery and has_users else list
         router = Router(routes)
         self.routers.append(router)
+        # Without the servers' statuses replies tell the same, later. Without Home Assistant everything else works.
+        optional = [topics.server_statuses(self.config.board.site)]
+        optional += [route.filter for route in self.discovery.routes()] if self.discovery else []
         return MqttClient(
             settings,
             subscriptions=router.subscriptions,
-            optional=[topics.server_statuses(self.config.board.site)],  # replies tell the same, later
+            optional=optional,
             on_message=router.message_arrived,
             will=self._status("offline"),
-            birth=lambda: [self._status("online"), *states()],
+            birth=lambda: [self._status("online"), *states(), *announce()],
             on_state=on_state,
         )
+
+    def _discovery(self, settings: Sequence[Setting]) -> Discovery:
+        config, board = self.config, self.config.board
+        assert config.homeassistant is not None
+        message = device_message(
+            config,
+            settings,
+            has_labels=bool(self.bundle.manifest.classes),
+            has_link=config.near_broker is not None,
+        )
+        return Discovery(config.homeassistant, board.site, board.id, message, self._tell_users)
+
+    def _tell_users(self, message: Publish) -> None:
+        self.local.publish(message.topic, message.payload, qos=message.qos, retain=message.retain)
 
     def _event_published(self, event: Event) -> None:
         self.answers.published(event)
@@ -278,6 +315,10 @@ class Board:
     def _connection_changed(self, state: State, _: str) -> None:
         if state is not State.ONLINE:
             self.references.disconnected()
+        if self.config.near_broker and state in (State.ONLINE, State.BACKOFF):
+            mqtt = self.config.mqtt
+            lost = f"no connection to {mqtt.host}:{mqtt.port}" if state is State.BACKOFF else ""
+            self.report_problem("link", lost)
         if state is not State.CONNECTING:  # the first frames need not wait for the first connection
             self.measurements.connected(state in (State.ONLINE, State.DEGRADED))
 

@@ -63,6 +63,13 @@ QuestionName = Annotated[
     str,
     Meta(pattern=QUESTION, description='a name: 1 to 32 of the characters A-Z, a-z, 0-9, _ and -, but not "label"'),
 ]
+DiscoveryPrefix = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?=.{1,64}\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\Z",
+        description='a prefix of topics such as "homeassistant": up to 64 of the characters A-Z, a-z, 0-9, _, - and /',
+    ),
+]
 Config = TypeVar("Config")
 
 
@@ -197,6 +204,14 @@ class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
 
 
+class HomeAssistantConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """How the board announces itself to Home Assistant; docs/homeassistant.md."""
+
+    discovery: bool = True  # false: the board removes itself from Home Assistant
+    prefix: DiscoveryPrefix = "homeassistant"  # as in the settings of Home Assistant's MQTT integration
+    images: bool = False  # the users' broker gets small pictures of the frames
+
+
 class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The board and how it answers."""
 
@@ -234,6 +249,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     policy: PolicyConfig = PolicyConfig()
     outbox: OutboxConfig | None = None
     metrics: MetricsConfig | None = None
+    homeassistant: HomeAssistantConfig | None = None
 
     @property
     def near_broker(self) -> MqttConfig | None:
@@ -263,6 +279,11 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
                     f'{place} has paradigm = "offload", but [policy] has may_offload = false: pictures may not leave '
                     "this board; choose another paradigm, or set may_offload = true"
                 )
+        if self.homeassistant and self.homeassistant.images and not self.policy.may_offload:
+            raise ConfigError(
+                "[homeassistant] has images = true, but [policy] has may_offload = false: pictures may not leave this "
+                "board; set one of them differently"
+            )
         for camera in self.cameras:
             if (camera.questions or camera.triggers) and (camera.paradigm or self.board.paradigm) == "device":
                 raise ConfigError(

@@ -23,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument(
         "--people", default=[], type=_names, metavar="NAME,...", help="who watches; one name for each program"
     )
+    config.add_argument(
+        "--homeassistant", default=[], type=_names, metavar="NAME,...", help="accounts of Home Assistant, one for each"
+    )
+    config.add_argument("--discovery-prefix", default="homeassistant", metavar="PREFIX", help="default: homeassistant")
     config.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the files go")
     config.add_argument("--remove", default=[], type=_names, metavar="NAME,...", help="accounts that lose access")
     tls = config.add_mutually_exclusive_group()
@@ -55,6 +59,8 @@ def run(args: argparse.Namespace) -> None:
         args.people,
         pool=args.pool,
         takes_pictures=args.pictures,
+        home_assistants=args.homeassistant,
+        discovery_prefix=args.discovery_prefix,
     )
     if bool(args.tls_cert) != bool(args.tls_key):
         raise site_broker.BrokerConfigError("--tls-cert and --tls-key: want both or neither")

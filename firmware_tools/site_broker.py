@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from edge_runtime.config import DiscoveryPrefix
 from edge_runtime.errors import AiflowError
 from edge_runtime.password_file import MAX_PASSWORD_BYTES
 from edge_runtime.wire import MAX_ENVELOPE, TopicError, topics
@@ -68,6 +69,8 @@ class Site:
     people: Sequence[str] = ()  # people and programs that watch events and change boards' settings
     pool: str = "servers"
     takes_pictures: bool = False  # people may publish pictures for boards to answer, of up to 8 MB
+    home_assistants: Sequence[str] = ()  # people who also see the boards' announcements and pictures
+    discovery_prefix: str = "homeassistant"  # of these announcements
 
     def __post_init__(self) -> None:
         """Raises BrokerConfigError."""
@@ -81,6 +84,13 @@ class Site:
         except TopicError as error:
             raise BrokerConfigError(
                 f"{error}; want names of 1 to 32 characters a-z, 0-9 and -, and none that is called server"
+            ) from error
+        try:
+            msgspec.convert(self.discovery_prefix, DiscoveryPrefix)
+        except msgspec.ValidationError as error:
+            raise BrokerConfigError(
+                f"discovery prefix {self.discovery_prefix[:64]!r}: want up to 64 of the characters A-Z, a-z, 0-9, _, - "
+                "and /, as in Home Assistant's MQTT settings"
             ) from error
         if twice := sorted({name for name in accounts if accounts.count(name) > 1}):
             raise BrokerConfigError(
@@ -96,6 +106,7 @@ class Site:
         yield from (board.name for board in self.boards)
         yield from self.servers
         yield from self.people
+        yield from self.home_assistants
 
     def rights(self) -> dict[str, "Rights"]:
         """By account."""
@@ -103,6 +114,7 @@ class Site:
             {board.name: self._board(board) for board in self.boards}
             | {server: self._server(server) for server in self.servers}
             | dict.fromkeys(self.people, self._person())
+            | dict.fromkeys(self.home_assistants, self._home_assistant())
         )
 
     def _board(self, board: Board) -> "Rights":
@@ -112,6 +124,10 @@ class Site:
         subscribes = [topics.reply(site, name), topics.server_statuses(site), f"{topics.ROOT}/{site}/{name}/down/set/+"]
         if self.takes_pictures:
             subscribes += [topics.frame(site, name), f"{topics.frame(site, name)}/#"]
+        if self.home_assistants:
+            announcement = topics.discovery(self.discovery_prefix, site, name)
+            writes += [announcement, *(topics.image(site, name, camera) for camera in board.cameras)]
+            subscribes += [announcement, topics.discovery_status(self.discovery_prefix)]
         return Rights(tuple(writes), tuple(subscribes))
 
     def _server(self, server: str) -> "Rights":
@@ -133,6 +149,15 @@ class Site:
         any_board = f"{topics.ROOT}/{site}/+/up"
         reads = [f"{any_board}/{kind}" for kind in ("event", "last", "status", "state/+")]
         return Rights(tuple(writes), (*reads, topics.server_statuses(site)), may_narrow=True)
+
+    def _home_assistant(self) -> "Rights":
+        """A person's, and Home Assistant's own topics. It deletes the announcement of a board that is removed there."""
+        person, prefix = self._person(), self.discovery_prefix
+        writes = [topics.discovery(prefix, self.name, board.name) for board in self.boards]
+        reads = (f"{prefix}/#", f"{topics.ROOT}/{self.name}/+/up/image/+")
+        return Rights(
+            (*person.writes, *writes, topics.discovery_status(prefix)), (*person.subscribes, *reads), may_narrow=True
+        )
 
 
 def _switches(board: Board) -> list[str]:
@@ -288,6 +313,10 @@ def instructions(out: Path, site: Site, result: Result, folder: str, *, has_auth
     for name, kind in stations:
         lines.append(f"  passwords/{name:<7} -> /etc/aiflow/password on {kind} {name}; username there: {name}")
     lines += [f"  passwords/{name:<7} -> {name}; username: {name}, one connection at a time" for name in site.people]
+    lines += [
+        f"  passwords/{name:<7} -> Home Assistant, MQTT integration; username there: {name}"
+        for name in site.home_assistants
+    ]
     if site.pool != "servers":
         lines.append(f'  on each server, in [server] of server.toml: pool = "{site.pool}"')
     return "\n".join(

@@ -9,16 +9,21 @@ from paho.mqtt.client import topic_matches_sub
 from firmware_tools.site_broker import Board, Site
 
 PAGE = Path(__file__).parents[1] / "docs" / "protocol.md"
-SITE = Site("home", [Board("porch", ["front"])], ["attic"], ["anna"], takes_pictures=True)
-IDS = {"<site>": "home", "<board>": "porch", "<server>": "attic", "<pool>": "servers"}
-ACCOUNTS = {"board": "porch", "server": "attic", "person": "anna"}
+SITE = Site("home", [Board("porch", ["front"])], ["attic"], ["anna"], takes_pictures=True, home_assistants=["hass"])
+IDS = {"<site>": "home", "<board>": "porch", "<server>": "attic", "<pool>": "servers", "<prefix>": "homeassistant"}
+ACCOUNTS = {"board": "porch", "server": "attic", "person": "anna", "Home Assistant": "hass"}
 
 
 def listed() -> dict[str, tuple[list[str], list[str]]]:
     """Who writes and reads what, as the page says."""
     table = PAGE.read_text().split("<!-- rights -->")[1].split("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
-    return {who: (_topics(writes), _topics(reads)) for who, writes, reads in rows}
+    found = {who: (_topics(writes), _topics(reads)) for who, writes, reads in rows}
+    for who, *cells in rows:
+        for kind, cell in enumerate(cells):
+            if "a person's" in cell:
+                found[who][kind].extend(found["person"][kind])
+    return found
 
 
 def _topics(cell: str) -> list[str]:

@@ -36,6 +36,7 @@ class Setting:
     value: str  # in force
     parse: Callable[[str], str]  # the stripped text of a message to a value; raises SettingError
     camera: str = ""  # if it is one camera's
+    words: tuple[str, ...] = ()  # the values, if these are few
 
     @property
     def name(self) -> str:
@@ -78,7 +79,7 @@ def board_settings(config: RuntimeConfig) -> list[Setting]:
     if board.paradigm == "offload":  # it has loaded no head
         paradigms = PARADIGMS[-1:]
     settings = [
-        Setting("paradigm", board.paradigm, choice(paradigms)),
+        Setting("paradigm", board.paradigm, choice(paradigms), words=paradigms),
         Setting("quality_floor", f"{config.policy.quality_floor:g}", number(0, 1)),
         Setting("paused", "OFF", choice(ON_OFF)),
     ]

@@ -19,6 +19,8 @@ MAX_EVENT = 64 * 1024  # bytes of JSON; a caption takes 1 KB, 1024 tokens and th
 
 TierName = Literal["device", "edge", "cloud"]
 ParadigmName = Literal["device", "split", "speculative", "offload"]
+TypeName = Literal["new", "update", "lost", "trigger"]
+EVENT_TYPES: tuple[TypeName, ...] = get_args(TypeName)
 PARADIGMS: tuple[ParadigmName, ...] = get_args(ParadigmName)  # by the envelope's number
 Stages = Annotated[dict[Name, Millis], Meta(max_length=32)]
 FrameName = Annotated[str, Meta(max_length=64)]
@@ -111,7 +113,7 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
         ),
     ] = msgspec.field(default_factory=lambda: VERSION)
     type: Annotated[
-        Literal["new", "update", "lost", "trigger"],
+        TypeName,
         Meta(
             description="new: the board's draft, or an earlier answer that holds. update: a server's answer, or why "
             "there is none yet. lost: no answer came, see `why`. trigger: a camera's condition has become true."

@@ -111,6 +111,26 @@ def state(site: str, board: str, name: str) -> str:
     return f"{_board(site, board)}/up/state/{_id('name', name, _NAME)}"
 
 
+def image(site: str, board: str, camera: str) -> str:
+    """Board to users: a small JPEG of a camera's last frame, QoS 0, not retained."""
+    return f"{_board(site, board)}/up/image/{_id('camera', camera, _NAME)}"
+
+
+def device_id(site: str, board: str) -> str:
+    """What Home Assistant knows a board by. Ids have no underscore, so two boards never have the same."""
+    return _board(site, board).replace("/", "_")
+
+
+def discovery(prefix: str, site: str, board: str) -> str:
+    """Board to Home Assistant: what the board has, JSON, retained. prefix: Home Assistant's, a checked setting."""
+    return f"{prefix}/device/{device_id(site, board)}/config"
+
+
+def discovery_status(prefix: str) -> str:
+    """Home Assistant to all: online, when it has started."""
+    return f"{prefix}/status"
+
+
 def _id(what: str, value: str, pattern: re.Pattern[str] = _ID) -> str:
     if not pattern.fullmatch(value):
         raise TopicError(f"{what} {value[:64]!r} must match {pattern.pattern}: it becomes a level of MQTT topics")

@@ -1,0 +1,43 @@
+"""Small pictures of the cameras' frames for users, if the configuration lets pictures leave the board."""
+
+import time
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+from edge_runtime.mqtt import MqttClient
+from edge_runtime.wire import topics
+
+PERIOD_S = 5.0  # between two pictures of a camera; encoding one takes milliseconds
+MAX_SIDE = 640  # pixels
+MAX_IMAGE = 128 * 1024  # bytes
+QUALITIES = (75, 50, 25, 5)  # of a JPEG; even noise of 640 x 640 pixels fits with the last one
+
+
+class Images:
+    """Publishes pictures on `up/image/<camera>`. They are not retained: no broker keeps them."""
+
+    def __init__(self, client: MqttClient, site: str, board: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._client, self._site, self._board, self._clock = client, site, board, clock
+        self._due: dict[str, float] = {}  # by camera
+
+    def show(self, camera: str, pixels: np.ndarray) -> None:
+        """A frame that was handled, uint8 RGB [H, W, 3]. Never waits for the network."""
+        now = self._clock()
+        if now < self._due.get(camera, now):
+            return
+        self._due[camera] = now + PERIOD_S
+        self._client.publish(topics.image(self._site, self._board, camera), small_jpeg(pixels), qos=0)
+
+
+def small_jpeg(pixels: np.ndarray) -> bytes:
+    """uint8 RGB [H, W, 3] to a JPEG with sides of at most MAX_SIDE pixels and at most MAX_IMAGE bytes."""
+    scale = min(1.0, MAX_SIDE / max(pixels.shape[:2]))
+    height, width = (max(1, round(scale * side)) for side in pixels.shape[:2])
+    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA) if scale < 1 else pixels
+    for quality in QUALITIES:
+        data = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        if len(data) <= MAX_IMAGE:
+            break
+    return bytes(data)
