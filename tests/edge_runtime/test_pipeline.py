@@ -271,6 +271,12 @@ def test_a_plan_that_lets_the_server_propose_says_so(start, server):
     assert decode_request(server.next()).options == Options(propose=True)
 
 
+def test_a_plan_with_a_prompt_sends_its_name(start, server):
+    board = start("offload", prompt="drive")
+    board.pipeline.handle(frame())
+    assert decode_request(server.next()).options == Options(prompt="drive")
+
+
 def test_offload_sends_the_picture_and_needs_no_head(start, server):
     board = start("offload", jpeg_quality=90)
     assert board.pipeline.head is None
