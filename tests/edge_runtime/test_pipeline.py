@@ -334,6 +334,16 @@ def test_a_frame_like_an_answered_one_gets_its_answer_and_nothing_is_sent(start,
     assert (other.reuse, other.bytes_up > 0, board.pipeline.reused) == (None, True, 1)
 
 
+def test_an_answer_to_another_prompt_is_not_used_again(start, server):
+    board = start("speculative", reuse_distance=0.15, prompt="drive")
+    board.pipeline.handle(frame())
+    while not board.next_event().final:
+        pass
+    assert board.pipeline.handle(frame()).reuse is not None
+    board.pipeline.planner = FixedPlanner(replace(board.pipeline.planner.plan("door"), prompt="gate"))
+    assert board.pipeline.handle(frame()).reuse is None
+
+
 def test_a_frame_is_sent_while_the_one_like_it_has_no_answer(start, broker):
     board = start("speculative", reuse_distance=0.15)
     with Listener(broker.port, topics.request(SITE, BOARD)) as server:

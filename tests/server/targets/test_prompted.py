@@ -135,16 +135,27 @@ def test_a_repair_that_fails_leaves_the_first_text_and_is_tried_once(other: Chat
     assert calls(target)["invalid"] == 1
 
 
-def test_a_repair_that_stalls_ends_before_the_deadline_of_its_request(
-    other: ChatServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(openai_module, "REPLY_S", 5.0)
+def test_a_repair_leaves_time_for_its_reply(other: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    other.say, target, limits_s = lambda _: BAD, target_of(other), list[float]()
+    post = target._endpoint.post
+
+    def noted(path: str, body: bytes, headers: dict[str, str], timeout_s: float) -> bytes:
+        limits_s.append(timeout_s)
+        return post(path, body, headers, timeout_s)
+
+    monkeypatch.setattr(target._endpoint, "post", noted)
+    monkeypatch.setattr(openai_module, "REPLY_S", 0.5 * PATIENCE_S)
+    target.answer([job()])
+    first_s, second_s = limits_s
+    assert second_s <= first_s - 0.5 * PATIENCE_S
+
+
+def test_a_repair_that_stalls_leaves_the_first_text(other: ChatServer) -> None:
     other.say, other.behave = lambda _: BAD, lambda call: "stall" if call else "answer"
-    target, asked = target_of(other), job(left_s=8.0)
-    (answer,) = target.answer([asked])
+    target = target_of(other, timeout_s=0.5)
+    (answer,) = target.answer([job()])
     assert (answer.text, answer.checked) == (BAD, CheckedObject("count", False))
-    assert time.monotonic() < asked.deadline
-    assert calls(target)["timeout"] == 1
+    assert calls(target) == {"answered": 1, "repair": 1, "timeout": 1, "invalid": 1}
 
 
 def test_without_time_for_it_no_repair_is_paid_for(other: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
