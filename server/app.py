@@ -82,6 +82,8 @@ def _target(config: Config) -> tuple[Target[Any], Any]:
 
         url = server.target.removeprefix("openai:")
         return OpenAITarget(url, config.openai, prompts=read_prompts(config.prompts)), None
+    if server.target.startswith("hf:"):
+        return _picture_model(config), None
     from server.questions import Questions
     from server.targets.bundle import BundleTarget
 
@@ -90,3 +92,15 @@ def _target(config: Config) -> tuple[Target[Any], Any]:
     logger.info("bundle loaded id=%s numerics=%s", bundle.id.hex(), engine.proof.numerics)
     target = BundleTarget(bundle, engine, server.tier, server.max_batch, questions)
     return target, questions.message_arrived if server.questions_folder else None
+
+
+def _picture_model(config: Config) -> Target[Any]:
+    server = config.server
+    try:
+        from server.targets.huggingface import HuggingFaceTarget
+        from server.targets.huggingface_target import PictureModel
+    except ImportError as error:
+        raise ConfigError(f'target = "{server.target}" needs transformers: pip install "aiflow-edge[hf]"') from error
+    name, hf = server.target.removeprefix("hf:"), config.hf
+    model = HuggingFaceTarget.load(name, hf.dtype, server.device, server.threads, hf.offline)
+    return PictureModel(model, hf, open_bundle(Path(server.bundle)) if server.bundle else None)

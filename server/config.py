@@ -16,7 +16,7 @@ from edge_runtime.mqtt.settings import is_loopback
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
 from server.escalation import Bounds
-from server.prompts import DEFAULT, Prompt, PromptConfig, read_prompts
+from server.prompts import DEFAULT, QUESTION, Prompt, PromptConfig, read_prompts
 
 MAX_REPLY = 64 * 1024  # bytes from the tier above: the longest text, scores and hops; they fit an envelope again
 
@@ -25,13 +25,14 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The server and what it answers with."""
 
     id: StationId
-    bundle: str | None = None  # directory of the bundle; with the target "bundle"
+    bundle: str | None = None  # directory of the bundle; with the target "bundle", and for drafts with "hf:..."
     target: Annotated[
         str,
         Meta(
-            pattern=r"^(bundle|openai:https?://[!-~]{1,512})\Z", description='"bundle" or "openai:http://HOST:PORT/v1"'
+            pattern=r"^(bundle|openai:https?://[!-~]{1,512}|hf:[!-~]{1,512})\Z",
+            description='"bundle", "openai:http://HOST:PORT/v1" or "hf:FOLDER_OR_NAME"',
         ),
-    ] = "bundle"  # what answers: the bundle's networks, or another server with the API of OpenAI
+    ] = "bundle"  # what answers: the bundle's networks, another server with the API of OpenAI, or a transformers model
     site: Id = "home"
     pool: Id = "servers"  # the servers of a pool share the requests of the site
     tier: Literal["edge", "cloud"] = "edge"  # which target of the bundle it answers with
@@ -132,6 +133,15 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
         return first.decode()
 
 
+class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """A model of Hugging Face transformers in this process."""
+
+    prompt: Annotated[str, Meta(min_length=1, max_length=16_384)] = QUESTION
+    max_tokens: Annotated[int, Meta(ge=1, le=1024)] = 60  # longest text
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    offline: bool = True  # false: a model that is not on this machine is downloaded at the first start
+
+
 class UpstreamConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The tier above. An edge server asks it as a board would, with its own id as the id of the board."""
 
@@ -167,6 +177,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     questions: dict[str, str] = {}  # taught ones, which boards ask by name: name to file
     prompts: dict[str, PromptConfig] = {}  # which boards ask by name, besides `door`
     openai: OpenAIConfig | None = None  # with the target "openai:..."
+    hf: HuggingFaceConfig = HuggingFaceConfig()  # with the target "hf:..."
     upstream: UpstreamConfig | None = None
     metrics: MetricsConfig | None = None
 
@@ -183,23 +194,26 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
     def check_target(self) -> None:
         """Raises ConfigError if the target lacks what it needs, or has what it cannot use."""
-        server = self.server
-        if server.target == "bundle":
+        server, (kind, _, where) = self.server, self.server.target.partition(":")
+        if self.openai and kind != "openai":
+            raise ConfigError(
+                f'[openai] is of no use with target = "{kind}": set target = "openai:http://HOST:PORT/v1", or remove it'
+            )
+        if self.prompts and kind != "openai":
+            raise ConfigError(
+                f'[prompts] is of no use with target = "{kind}", which reads no named prompts: remove it, or set '
+                'target = "openai:http://HOST:PORT/v1"'
+            )
+        if self.hf != HuggingFaceConfig() and kind != "hf":
+            raise ConfigError(f'[hf] is of no use with target = "{kind}": set target = "hf:FOLDER", or remove it')
+        if kind == "bundle":
             if server.bundle is None:
                 raise ConfigError('required key `bundle` is missing (in server), which has target = "bundle"')
-            if self.openai:
-                raise ConfigError(
-                    '[openai] is of no use with target = "bundle": set target = "openai:http://HOST:PORT/v1"'
-                )
-            if self.prompts:
-                raise ConfigError(
-                    '[prompts] is of no use with target = "bundle", whose networks read no prompts: remove it, or set '
-                    'target = "openai:http://HOST:PORT/v1"'
-                )
             return
-        if self.openai is None:
-            raise ConfigError(f'target = "{server.target}" needs the table [openai] with the model\'s name')
-        self.openai.check(server.target.removeprefix("openai:"), read_prompts(self.prompts))
+        if kind == "openai":
+            if self.openai is None:
+                raise ConfigError(f'target = "{server.target}" needs the table [openai] with the model\'s name')
+            self.openai.check(where, read_prompts(self.prompts))
         if not server.pictures:
             raise ConfigError("pictures = false, but this target answers pictures only: remove it")
         if self.upstream or self.questions or server.questions_folder:

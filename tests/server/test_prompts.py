@@ -84,7 +84,7 @@ def test_the_usual_prompt_must_be_there(tmp_path: Path) -> None:
 
 def test_prompts_for_networks_that_read_none_are_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "server.toml").write_text('[server]\nid = "s1"\nbundle = "one"\n[prompts.a]\n')
-    with pytest.raises(ConfigError, match="whose networks read no prompts"):
+    with pytest.raises(ConfigError, match="which reads no named prompts"):
         load_toml(tmp_path / "server.toml", Config).check_target()
 
 
