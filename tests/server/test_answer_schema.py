@@ -62,7 +62,7 @@ def inside(depth: int) -> dict[str, Any]:
             "is recursive: b -> c -> b",
         ),
         (with_definitions({"b": {}}, {"$ref": "#/$defs/b", "type": "string"}), r"has type beside a \$ref"),
-        (doubled(30), f"more than {MAX_PARTS} parts"),
+        (doubled(12), f"more than {MAX_PARTS} parts"),
         (inside(MAX_DEPTH), "inside one another"),
         (inside(400), "inside one another"),
         ({"type": "object", "enum": list(range(5000))}, "more than 4096 values"),
