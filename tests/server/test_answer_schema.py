@@ -1,6 +1,7 @@
 """The schema of a prompt's answers: a bad one is named at start, and no text takes long to check."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,12 @@ def test_a_file_without_a_schema_is_named(tmp_path: Path, content: bytes | None,
         (tmp_path / "door.json").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         AnswerSchema("door", str(tmp_path / "door.json"))
+
+
+def test_without_jsonschema_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    with pytest.raises(ConfigError, match=r"pip install '\.\[json\]'"):
+        AnswerSchema("door", DOOR)
 
 
 def test_a_schema_may_be_in_a_file_and_use_its_own_definitions(tmp_path: Path) -> None:
