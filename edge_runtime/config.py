@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.inspect import (
     BoolType,
+    DictType,
     FloatType,
     IntType,
     LiteralType,
@@ -69,6 +70,11 @@ DiscoveryPrefix = Annotated[
         pattern=r"^(?=.{1,64}\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\Z",
         description='a prefix of topics such as "homeassistant": up to 64 of the characters A-Z, a-z, 0-9, _, - and /',
     ),
+]
+PROMPT_NAME = r"^(?!none\Z)[A-Za-z0-9_-]{1,32}\Z"  # "none" is a value of the run-time setting
+PromptName = Annotated[
+    str,
+    Meta(pattern=PROMPT_NAME, description='a name: 1 to 32 of the characters A-Z, a-z, 0-9, _ and -, but not "none"'),
 ]
 Config = TypeVar("Config")
 
@@ -147,6 +153,7 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     paradigm: Literal["auto", "device", "split", "speculative", "offload"] | None = None
     tier: Literal["edge", "cloud"] | None = None
     questions: Annotated[tuple[QuestionName, ...], Meta(max_length=MAX_QUESTIONS)] = ()  # taught ones, for each frame
+    prompt: PromptName | None = None  # what servers ask of its pictures, by their name for it; None: their usual one
     triggers: Annotated[tuple[TriggerConfig, ...], Meta(max_length=16)] = ()
 
     def __post_init__(self) -> None:
@@ -285,10 +292,11 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 "board; set one of them differently"
             )
         for camera in self.cameras:
-            if (camera.questions or camera.triggers) and (camera.paradigm or self.board.paradigm) == "device":
+            needs_server = camera.questions or camera.triggers or camera.prompt
+            if needs_server and (camera.paradigm or self.board.paradigm) == "device":
                 raise ConfigError(
-                    f"camera {camera.name} has questions or triggers, which need answers of a server, and paradigm = "
-                    '"device", which asks none: choose another paradigm, or remove them'
+                    f"camera {camera.name} has questions, triggers or a prompt, which need answers of a server, and "
+                    'paradigm = "device", which asks none: choose another paradigm, or remove them'
                 )
         if self.board.paradigm != "offload":
             return
@@ -378,9 +386,20 @@ def _at(path: str, data: Any, info: Any) -> tuple[Any, Any]:
             data, info = data[step], next(field.type for field in info.fields if field.encode_name == step)
         else:
             break
+        if isinstance(info, DictType) and isinstance(data, dict) and isinstance(info.value_type, StructType):
+            info = info.value_type  # msgspec does not say under which name
+            data = next((table for table in data.values() if _is_wrong(table, info)), data)
         if isinstance(info, UnionType):  # an optional key
             info = next(option for option in info.types if not isinstance(option, NoneType))
     return data, info
+
+
+def _is_wrong(table: Any, info: StructType) -> bool:
+    try:
+        msgspec.convert(table, info.cls, str_keys=True)
+    except msgspec.ValidationError:
+        return True
+    return False
 
 
 def _rule(info: Any) -> str:

@@ -49,7 +49,10 @@ from edge_runtime.wire.event import AnsweredBy, Event, Rate, Reuse
 
 logger = logging.getLogger(__name__)
 
-REUSED = ("text", "tokens", "answered_by", "label", "scores", "confidence", "unsure", "answers")  # of an event
+REUSED = (  # of an event
+    *("text", "tokens", "answered_by", "label", "scores", "confidence", "unsure", "answers"),
+    *("object", "schema", "valid"),
+)
 MAX_PICTURE = MAX_ENVELOPE - 1024  # bytes, beside the other fields of a request; a larger picture is made smaller
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # for a request that contains features
 
@@ -339,7 +342,7 @@ class Pipeline:
 
 def wanted(plan: Plan) -> Options:
     """What decides an answer, besides the frame."""
-    return Options(tier=plan.tier, questions=plan.questions)
+    return Options(tier=plan.tier, questions=plan.questions, prompt=plan.prompt)
 
 
 def is_accepted(event: Event, plan: Plan) -> bool:
@@ -370,7 +373,7 @@ def build_request(
         while len(content) > MAX_PICTURE:
             pixels = shrunk(pixels, max(pixels.shape) // 2)
             content = to_jpeg(pixels, plan.jpeg_quality)
-    options = Options(tier=plan.tier, propose=plan.propose, questions=plan.questions)
+    options = Options(tier=plan.tier, propose=plan.propose, questions=plan.questions, prompt=plan.prompt)
     return Request(
         id=request_id,
         bundle=bundle.id,

@@ -34,7 +34,7 @@ from edge_runtime.wire import MAX_ENVELOPE, TopicError, topics
 from firmware_tools import certificates
 
 BOARD_SWITCHES = ("paradigm", "quality_floor", "paused")
-CAMERA_SWITCHES = ("{}_enabled", "{}_motion")
+CAMERA_SWITCHES = ("{}_enabled", "{}_motion", "{}_prompt")
 BROKER_FOLDER = "/etc/mosquitto/aiflow"  # on the broker's machine
 PLUGIN = "mosquitto_dynamic_security.so"  # the loader finds it in the system's library folders
 MAX_ACCOUNTS = 1000

@@ -12,6 +12,7 @@ from edge_runtime.reporting.metrics import exported
 from server.config import Config, ServerConfig
 from server.counters import SERVER, values
 from server.gateway import Gateway
+from server.prompts import read_prompts
 from server.reply_cache import MAX_AGE_S, ReplyCache
 from server.service import Service
 from server.targets import Target
@@ -79,7 +80,8 @@ def _target(config: Config) -> tuple[Target[Any], Any]:
     if config.openai:
         from server.targets.openai import OpenAITarget
 
-        return OpenAITarget(server.target.removeprefix("openai:"), config.openai), None
+        url = server.target.removeprefix("openai:")
+        return OpenAITarget(url, config.openai, prompts=read_prompts(config.prompts)), None
     if server.target.startswith("hf:"):
         return _picture_model(config), None
     from server.questions import Questions

@@ -2,19 +2,21 @@
 
 import re
 import ssl
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
-from edge_runtime.config import Id, MetricsConfig, StationId
+from edge_runtime.config import Id, MetricsConfig, PromptName, StationId
 from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt import MqttConfig, MqttSettings
 from edge_runtime.mqtt.settings import is_loopback
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
 from server.escalation import Bounds
+from server.prompts import DEFAULT, QUESTION, Prompt, PromptConfig, read_prompts
 
 MAX_REPLY = 64 * 1024  # bytes from the tier above: the longest text, scores and hops; they fit an envelope again
 
@@ -46,12 +48,6 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     stop_s: Annotated[float, Meta(ge=0, le=600)] = 10.0  # to finish accepted requests when told to stop
 
 
-# Asked with each picture, unless the configuration has another one. Good for a camera at a door.
-PROMPT = (
-    "This picture is from a fixed camera at a door. Say in one short sentence what can be seen: people, animals, "
-    "vehicles, parcels, and what they do. If there are none, say that nothing happens. Do not guess what is not "
-    "visible."
-)
 MAX_KEY_BYTES = 4096
 USUAL_INPUT_TOKENS = 1500  # of a picture and a prompt, to estimate a cost before there was a call
 
@@ -60,10 +56,10 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Another server that answers pictures, with the chat completions of OpenAI's API."""
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]  # as that server calls it
-    prompt: Annotated[str, Meta(min_length=1, max_length=16_384)] = PROMPT
+    prompt: PromptName = DEFAULT  # for requests that name none
     key_file: str | None = None  # its first line is the key; secrets come from files only
     ca_file: str | None = None  # the authorities that sign its certificate; none: those of the system
-    max_tokens: Annotated[int, Meta(ge=1, le=4096)] = 100  # longest text
+    max_tokens: Annotated[int, Meta(ge=1, le=4096)] = 100  # longest text, unless the prompt says otherwise
     calls: Annotated[int, Meta(ge=1, le=64)] = 4  # at the same time
     timeout_s: Annotated[float, Meta(ge=0.1, le=600)] = 60.0  # of one call; a request's deadline may be sooner
     input_price: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # per million tokens of prompt and picture
@@ -75,13 +71,19 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
     spent_file: str | None = None  # keeps over a restart what was spent today
     insecure: bool = False  # true allows plain http to a server that is not on this machine
 
-    def check(self, url: str) -> None:
+    def check(self, url: str, prompts: Mapping[str, Prompt]) -> None:
         """Raises ConfigError for what can never work, and for an address that would send pictures in the clear."""
+        if self.prompt not in prompts:
+            raise ConfigError(
+                f'prompt = "{self.prompt}" in [openai] is none of the prompts {", ".join(sorted(prompts))}: '
+                f"write a table [prompts.{self.prompt}], or name one of them"
+            )
         if self.budget_per_day and not (self.input_price or self.output_price):
             raise ConfigError("budget_per_day without a price never ends: set input_price and output_price in [openai]")
-        if self.budget_per_day and self.estimate > self.budget_per_day:
+        estimate = self.estimate(prompts.values())
+        if self.budget_per_day and estimate > self.budget_per_day:
             raise ConfigError(
-                f"budget_per_day = {self.budget_per_day}, but one answer may cost {self.estimate:.6g} {self.currency}: "
+                f"budget_per_day = {self.budget_per_day}, but one answer may cost {estimate:.6g} {self.currency}: "
                 "want more, or a lower max_tokens"
             )
         if self.spent_file and not self.budget_per_day:
@@ -109,10 +111,9 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
         except OSError as error:  # ssl.SSLError is an OSError
             raise ConfigError(f"ca_file = {self.ca_file}: cannot be read as PEM: {error.strerror or error}") from error
 
-    @property
-    def estimate(self) -> float:
+    def estimate(self, prompts: Iterable[Prompt] = ()) -> float:
         """What a call may cost, in the currency, before there was one."""
-        return self.cost(USUAL_INPUT_TOKENS, self.max_tokens)
+        return self.cost(USUAL_INPUT_TOKENS, max(self.max_tokens, *(prompt.max_tokens or 0 for prompt in prompts), 0))
 
     def cost(self, input_tokens: int, output_tokens: int) -> float:
         """In the currency."""
@@ -135,7 +136,7 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """A model of Hugging Face transformers in this process."""
 
-    prompt: Annotated[str, Meta(min_length=1, max_length=16_384)] = PROMPT
+    prompt: Annotated[str, Meta(min_length=1, max_length=16_384)] = QUESTION
     max_tokens: Annotated[int, Meta(ge=1, le=1024)] = 60  # longest text
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     offline: bool = True  # false: a model that is not on this machine is downloaded at the first start
@@ -174,6 +175,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     server: ServerConfig
     mqtt: MqttConfig = MqttConfig()
     questions: dict[str, str] = {}  # taught ones, which boards ask by name: name to file
+    prompts: dict[str, PromptConfig] = {}  # which boards ask by name, besides `door`
     openai: OpenAIConfig | None = None  # with the target "openai:..."
     hf: HuggingFaceConfig = HuggingFaceConfig()  # with the target "hf:..."
     upstream: UpstreamConfig | None = None
@@ -197,6 +199,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 f'[openai] is of no use with target = "{kind}": set target = "openai:http://HOST:PORT/v1", or remove it'
             )
+        if self.prompts and kind != "openai":
+            raise ConfigError(
+                f'[prompts] is of no use with target = "{kind}", which reads no named prompts: remove it, or set '
+                'target = "openai:http://HOST:PORT/v1"'
+            )
         if self.hf != HuggingFaceConfig() and kind != "hf":
             raise ConfigError(f'[hf] is of no use with target = "{kind}": set target = "hf:FOLDER", or remove it')
         if kind == "bundle":
@@ -206,7 +213,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         if kind == "openai":
             if self.openai is None:
                 raise ConfigError(f'target = "{server.target}" needs the table [openai] with the model\'s name')
-            self.openai.check(where)
+            self.openai.check(where, read_prompts(self.prompts))
         if not server.pictures:
             raise ConfigError("pictures = false, but this target answers pictures only: remove it")
         if self.upstream or self.questions or server.questions_folder:

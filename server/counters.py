@@ -20,9 +20,11 @@ SERVER = {
     "questions": Meaning(
         "Taught questions in requests: asked, and unknown (this server has none of that name)", "what"
     ),
+    "prompts": Meaning("Prompts in requests: asked, and unknown (this server has none of that name)", "what"),
     "target_calls": Meaning(
         "Calls to another server as the target, by what became of them: answered, retried (called once more), "
-        "usage_unknown (answered without token counts); paused and over_budget were not made",
+        "usage_unknown (answered without token counts), repair (called since the answer does not match its schema), "
+        "invalid (no text matched it); paused and over_budget were not made",
         "what",
     ),
     "target_tokens": Meaning("Tokens of those calls, as the other server counts them: input, output", "what"),

@@ -121,6 +121,8 @@ class Service:
                 reply(first, request.budget_ms / 1e3)
         elif request.content_kind is ContentKind.LATENT and request.bundle != self.target.abilities.bundle:
             self._refuse(accepted, Status.UNKNOWN_BUNDLE, self._unknown_bundle(request), ELSEWHERE_RETRY_MS)
+        elif unknown_prompt := self._unknown_prompt(request):
+            self._refuse(accepted, Status.UNKNOWN_BUNDLE, unknown_prompt, ELSEWHERE_RETRY_MS)
         elif objection := self._objection(request):
             self._refuse(accepted, Status.BAD_REQUEST, objection)
         elif request.content_kind is ContentKind.LATENT:
@@ -134,6 +136,17 @@ class Service:
         if ours is None:
             return f"the target of this server takes pictures only, no latents of bundle {theirs}: send pictures"
         return f"bundle {theirs} is not here, {ours.hex()} is: ask again for another server, or install one"
+
+    def _unknown_prompt(self, request: Request) -> str | None:
+        """Why it cannot ask in these words; another server of the pool may have the prompt."""
+        name, known = request.options.prompt if request.options else "", self.target.abilities.prompts
+        if not name:
+            return None
+        self._count("prompts", "asked" if name in known else "unknown")
+        if name in known:
+            return None
+        have = f"it has {', '.join(known)}" if known else "its target reads no prompts"
+        return f"prompt {name!r} is not here, {have}: write it into [prompts] of a server whose target reads prompts"
 
     def _objection(self, request: Request) -> str | None:
         """What is wrong with a request that this server can never answer."""
@@ -323,6 +336,7 @@ class Service:
             scores=answer.scores or None,
             answers=answer.answers or None,
             is_reference=accepted.pixels is None and self.target.abilities.references,
+            checked=answer.checked,
         )
         above = self.target.request_above(accepted, job) if self.upstream else accepted
         if not self.escalator.ask(above, reply):

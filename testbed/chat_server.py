@@ -31,6 +31,23 @@ REQUEST: dict[str, Any] = {
         "model": {"type": "string", "minLength": 1},
         "max_tokens": {"type": "integer", "minimum": 1},
         "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+        "response_format": {
+            "type": "object",
+            "required": ["type", "json_schema"],
+            "additionalProperties": False,
+            "properties": {
+                "type": {"const": "json_schema"},
+                "json_schema": {
+                    "type": "object",
+                    "required": ["name", "schema"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+                        "schema": {"$ref": "https://json-schema.org/draft/2020-12/schema"},
+                    },
+                },
+            },
+        },
         "messages": {
             "type": "array",
             "minItems": 1,
@@ -120,7 +137,7 @@ class Asked:
     """One request that reached the server."""
 
     picture: bytes
-    prompt: str
+    prompt: str  # beside the picture
     body: dict[str, Any]
     headers: dict[str, str]  # names in lower case
     behaviour: Behaviour
@@ -150,6 +167,7 @@ class ChatServer(ThreadingHTTPServer):
             self._scheme = "https"
         self._schema = Draft202012Validator(REQUEST)
         self.behave, self.retry_after = behave, "1"
+        self.say: Callable[[Asked], str] = lambda asked: text_of(asked.picture)  # the text of an answer
         self.key: str | None = None  # requests with another one are refused; None: any
         self.objections: list[str] = []  # what was wrong with requests that broke the schema
         self.asked: list[Asked] = []
@@ -190,7 +208,7 @@ class ChatServer(ThreadingHTTPServer):
             self.objections += found
             if found:
                 return None
-            text, image = read["messages"][0]["content"]
+            text, image = next(message["content"] for message in read["messages"] if message["role"] == "user")
             picture = base64.b64decode(image["image_url"]["url"].partition(",")[2], validate=True)
             asked = Asked(picture, text["text"], read, headers, self.behave(len(self.asked)))
             self.asked.append(asked)
@@ -248,7 +266,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._behave(asked)
 
     def _behave(self, asked: Asked) -> None:
-        text, behaviour = text_of(asked.picture), asked.behaviour
+        text, behaviour = self.server.say(asked), asked.behaviour
         if behaviour in ("answer", "no_usage", "odd_usage"):
             self.server.hold.wait()
             self.server.bill(text)

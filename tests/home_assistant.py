@@ -54,6 +54,7 @@ ENTITIES = [
     _entity("binary_sensor", READS | {"dev_cla": {"enum": ["problem", "connectivity"]}}),
     _entity("switch", WRITES),
     _entity("select", WRITES | {"ops": WORDS}),
+    _entity("text", WRITES | {"max": {"type": "integer", "minimum": 1, "maximum": 255}}),
     _entity(
         "number",
         WRITES,

@@ -257,7 +257,7 @@ def test_when_all_memory_is_taken_the_board_that_takes_it_is_cut_off_and_no_othe
 
 def test_people_set_switches_and_see_what_boards_say(site: Running) -> None:
     heard: Queue[Message] = Queue()
-    names = ("front_enabled", "front_motion", "paused", "paradigm", "quality_floor")
+    names = ("front_enabled", "front_motion", "front_prompt", "paused", "paradigm", "quality_floor")
     filters = [topics.reply("home", "porch"), topics.server_statuses("home"), "aiflow/home/porch/down/set/+"]
 
     def obey(message: Message) -> None:

@@ -13,6 +13,7 @@ from edge_runtime.errors import ConfigError
 from server.config import Config, ServerConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "CONFIGURATION.md").read_text()
+EXAMPLE = "driveway"  # the page's name for a table that a user names
 BUNDLE = "models/zoo/flickr8k-lite0"
 CAMERA = CameraConfig("front", "rtsp://camera.lan/stream")
 LEAST = {
@@ -38,6 +39,8 @@ def fields(kind: msgspec.inspect.StructType, path: str = "") -> Iterator[tuple[s
         inner = next(t for t in types if not isinstance(t, msgspec.inspect.NoneType))
         yield f"{path}{field.name}", field, inner
         element = getattr(inner, "item_type", inner)
+        if isinstance(value := getattr(inner, "value_type", None), msgspec.inspect.StructType):
+            yield from fields(value, f"{path}{field.name}.{EXAMPLE}.")
         if isinstance(element, msgspec.inspect.StructType):
             yield from fields(element, f"{path}{field.name}.")
 

@@ -17,6 +17,7 @@ from msgspec import inspect
 
 from edge_runtime.wire import EnvelopeError, Event, decode_event, encode_event, topics
 from edge_runtime.wire.event_schema import event_schema
+from edge_runtime.wire.json_object import MAX_INTEGER
 from testbed.processes import read_event
 from tests import event_contract
 from tests.event_contract import SCHEMA, VALIDATOR
@@ -44,6 +45,14 @@ STRATEGIES: dict[type[inspect.Type], Callable[[Any], st.SearchStrategy[Any]]] = 
     inspect.DateTimeType: lambda t: st.datetimes(timezones=st.just(timezone.utc)),
     inspect.BoolType: lambda t: st.booleans(),
     inspect.NoneType: lambda t: st.none(),
+    inspect.AnyType: lambda t: (
+        st.none()
+        | st.booleans()
+        | st.integers(-MAX_INTEGER, MAX_INTEGER)
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text()
+        | st.lists(st.text())
+    ),
     inspect.Metadata: lambda t: values(t.type),
 }
 

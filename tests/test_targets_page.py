@@ -19,7 +19,7 @@ DECISION = (ROOT / "docs" / "adr" / "0019-lossless-for-whom.md").read_text()
 
 
 def test_its_server_works_as_it_stands() -> None:
-    server, _ = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    server, *_ = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     config = convert(Path("server.toml"), msgspec.toml.decode(server), Config)
     config.check_target()
     assert config.server.bundle is None

@@ -30,6 +30,7 @@ class Plan:
     reuse_s: float = 60.0  # seconds between the two frames, at most
     keep: bool = False  # the link is away: store the request in the outbox, do not send it now
     questions: tuple[str, ...] = ()  # taught ones, which the server is to answer
+    prompt: str = ""  # what a server is to ask, by its name; empty: its usual prompt
     propose: bool = False  # the server may propose tokens itself if the request contains no draft
 
     def accepts(self, confidence: float) -> bool:

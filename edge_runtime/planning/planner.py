@@ -17,7 +17,7 @@ from edge_runtime.planning.measurements import Measurements
 from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.policy import Policy
 from edge_runtime.planning.thermal import ThermalReader
-from edge_runtime.reporting.remote_settings import RemoteSettings
+from edge_runtime.reporting.remote_settings import NO_PROMPT, RemoteSettings
 from edge_runtime.wire import Tier
 from edge_runtime.wire.event import Explain, ParadigmName
 
@@ -55,6 +55,7 @@ class BoardPlanner:
         """The camera's own settings take precedence over the board's. Raises KeyError for an unknown camera."""
         board, own = self._board, self._cameras[camera].config
         paradigm, tier = own.paradigm or self._settings["paradigm"], own.tier or board.tier
+        prompt = self._settings[f"{camera}_prompt"]
         plan = Plan(
             "device",
             "configured",
@@ -66,6 +67,7 @@ class BoardPlanner:
             jpeg_quality=board.jpeg_quality,
             picture_pixels=board.picture_pixels,
             questions=own.questions,
+            prompt="" if prompt == NO_PROMPT else prompt,
             reuse_distance=own.reuse_distance,
             reuse_s=own.reuse_s,
         )
@@ -89,7 +91,7 @@ class BoardPlanner:
     def _choose(self, plan: Plan, camera: str, now: float) -> Plan:
         """As the policy chooses."""
         self._measurements.thermal_read(self._thermal.read(now))
-        decision = self._policies[camera].choose(self._measurements.snapshot(now), now, plan.budget_ms)
+        decision = self._policies[camera].choose(self._measurements.snapshot(now, plan.prompt), now, plan.budget_ms)
         chosen = replace(
             plan,
             paradigm=decision.paradigm,
@@ -97,9 +99,9 @@ class BoardPlanner:
             explain=decision.explain,
             writes_draft=decision.writes_draft,
             max_bytes=smaller(plan.max_bytes, decision.max_feature_bytes),
-            # With a tier or with questions in the configuration, a server shall answer every frame.
+            # With a tier, questions or a prompt, a server shall answer every frame.
             min_confidence=None
-            if plan.tier or plan.questions
+            if plan.tier or plan.questions or plan.prompt
             else self._min_confidence(float(self._settings["quality_floor"])),
             # Whoever configures split or offload wants to measure the target alone. Here only the time counts.
             propose=decision.paradigm in ("split", "offload"),

@@ -151,6 +151,9 @@ class Policy:
         return f"{spent} bytes sent in the last minute, {needed:.0f} more do not fit into {budget} now"
 
     def _why_nothing_is_possible(self, snapshot: Snapshot) -> str:
+        takes = snapshot.takes
+        if takes.prompt and not takes.latents and not takes.pictures:
+            return f"no server has the prompt {takes.prompt}"
         features = "no server takes features" if self._has_head else "the board has no head"
         return (
             f"{features}, and {'no server takes pictures' if self.config.may_offload else 'pictures may not leave it'}"

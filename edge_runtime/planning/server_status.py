@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 MAX_STATUS = 16 * 1024  # bytes of JSON; a server writes 1 KB
 SERVERS = 16  # whose statuses are remembered
 CONTRADICTION_RATIO = 8.0  # a claimed price that differs by this factor from the measured one is counted
+MAX_PROMPTS = 64  # that a server may have
 CLAIM_AGE_S = 60.0  # a server publishes its status every 10 s
 
 
@@ -39,6 +40,7 @@ class _Price(Struct, frozen=True):
 
 class _Target(Struct, frozen=True):
     latents: bool = True  # False: it takes pictures only
+    prompts: Annotated[tuple[Name, ...], Meta(max_length=MAX_PROMPTS)] = ()  # by name
 
 
 class ServerStatus(Struct, frozen=True):
@@ -87,6 +89,7 @@ class Takes(NamedTuple):
 
     latents: bool = True
     pictures: bool = True
+    prompt: str = ""  # only servers that have it count; empty: all
 
 
 class _Received(NamedTuple):
@@ -149,12 +152,14 @@ class ServerStatuses:
         pass_ms = [status.price_ms.one_pass for status in online if status.price_ms.one_pass]
         return Claims(*(statistics.median(values) if values else None for values in (queue_ms, pass_ms)))
 
-    def takes(self, now: float) -> Takes:
-        """By the servers that take requests."""
+    def takes(self, now: float, prompt: str = "") -> Takes:
+        """By the servers that take requests; with the name of a prompt, by those that have it."""
         received = [each.status for each in self._received.values() if abs(now - each.at) <= CLAIM_AGE_S]
         if not (taking := [status for status in received if status.takes_requests]):
             return Takes()
-        return Takes(any(status.target.latents for status in taking), any(status.pictures for status in taking))
+        if prompt:
+            taking = [status for status in taking if prompt in status.target.prompts]
+        return Takes(any(status.target.latents for status in taking), any(status.pictures for status in taking), prompt)
 
     def all_refuse(self, now: float, answered_at: float) -> bool:
         """All servers say that they take no requests, and no server has answered since they said so.

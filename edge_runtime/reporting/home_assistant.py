@@ -18,6 +18,7 @@ from edge_runtime.wire import topics
 from edge_runtime.wire.event import EVENT_TYPES, PARADIGMS
 
 MAX_STATE = 255  # characters of a state in Home Assistant
+MAX_PROMPT_NAME = 32  # characters
 CAMERA_STATES = ("starting", "live", "stalled", "frozen", "lost", "ended", "off")
 CAPTION_FIELDS = {"text": templates.TEXT} | templates.fields(
     "camera", "frame", "captured", final="false", confidence="none", unsure="false", answered_by="none"
@@ -90,6 +91,7 @@ def _setting_entity(site: str, board: str, setting: Setting) -> Entity:
         "paused": {"p": "switch", "name": "Paused"},
         "enabled": {"p": "switch", "name": f"{setting.camera} enabled"},
         "motion": {"p": "switch", "name": f"{setting.camera} only with motion"},
+        "prompt": {"p": "text", "name": f"{setting.camera} prompt", "max": MAX_PROMPT_NAME},
     }
     return f"setting.{setting.name}", kinds[setting.kind] | {
         "ent_cat": "config",

@@ -7,12 +7,13 @@ This module decides what changes; app.py applies it to the parts of the board.
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edge_runtime.config import RuntimeConfig
+from edge_runtime.config import PROMPT_NAME, RuntimeConfig
 from edge_runtime.errors import AiflowError
 from edge_runtime.logs import is_told, printable
 from edge_runtime.mqtt import Message, MqttClient, Outcome, Publish
@@ -22,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 MAX_SETTING_BYTES = 256
 PARADIGMS = ("auto", *event.PARADIGMS)
+NO_PROMPT = "none"  # the servers' usual one; an empty text would remove the retained state
 ON_OFF = ("OFF", "ON")  # as Home Assistant says it; by truth value
-Kind = Literal["paradigm", "quality_floor", "paused", "enabled", "motion"]
+Kind = Literal["paradigm", "quality_floor", "paused", "enabled", "motion", "prompt"]
 
 
 class SettingError(AiflowError, ValueError):
@@ -71,8 +73,17 @@ def number(low: float, high: float) -> Callable[[str], str]:
     return parse
 
 
+def prompt_name(text: str) -> str:
+    """The name of a prompt, which a server may have, or "none"."""
+    if text.lower() == NO_PROMPT:
+        return NO_PROMPT
+    if not re.fullmatch(PROMPT_NAME, text):
+        raise SettingError(f"{printable(text, 32)!r} is neither a prompt's name nor {NO_PROMPT!r}")
+    return text
+
+
 def board_settings(config: RuntimeConfig) -> list[Setting]:
-    """paradigm, quality_floor, paused, and for each camera <camera>_enabled and <camera>_motion."""
+    """paradigm, quality_floor, paused, and for each camera <camera>_enabled, <camera>_motion and <camera>_prompt."""
     board = config.board
     # Users may not make a board send pictures if its configuration forbids that.
     paradigms: tuple[str, ...] = PARADIGMS if config.policy.may_offload else PARADIGMS[:-1]
@@ -86,6 +97,7 @@ def board_settings(config: RuntimeConfig) -> list[Setting]:
     for camera in config.cameras:
         settings.append(Setting("enabled", "ON", choice(ON_OFF), camera.name))
         settings.append(Setting("motion", ON_OFF[camera.motion.enabled], choice(ON_OFF), camera.name))
+        settings.append(Setting("prompt", camera.prompt or NO_PROMPT, prompt_name, camera.name))
     return settings
 
 

@@ -46,6 +46,7 @@ from edge_runtime.wire import (
     WireError,
     aged,
     decode_event,
+    decode_object,
     decode_request,
     encode_event,
     encode_request,
@@ -331,8 +332,8 @@ class RequestTracker:
         tracked = answer.content
         if self._observer and answer.is_first:
             self._observer.answered(answer.reply, now, tracked.event.tokens)
-        update = self._update(tracked, answer.reply, now)
         try:
+            update = self._update(tracked, answer.reply, now)
             self._events.publish(update)
         except WireError as error:  # a late reply to a kept request; others are checked before they are counted
             why = f"server {answer.reply.server}: {error}"
@@ -342,8 +343,8 @@ class RequestTracker:
         return ()
 
     def _update(self, tracked: _Tracked, reply: Reply, now: float) -> Event:
-        """The event that a reply is to the board's users."""
-        event = tracked.event
+        """The event that a reply is to the board's users. Raises WireError if it claims an object that is none."""
+        event, checked = tracked.event, reply.checked
         # Unknown for a late reply to a request that an earlier run has sent.
         answer_ms = {} if tracked.sent_at is None else {"answer": round(1e3 * (now - tracked.sent_at), 1)}
         changes: dict[str, Any] = {
@@ -361,6 +362,9 @@ class RequestTracker:
             "confidence": reply.confidence,
             "unsure": reply.unsure,
             "answers": reply.answers or {},
+            "object": decode_object(reply.text) if checked and checked.valid else None,
+            "schema": checked.schema if checked else "",
+            "valid": checked.valid if checked else None,
             "bytes_up": tracked.bytes_up,
             "timings_ms": event.timings_ms | answer_ms,
             "after_ms": _after_ms(now - tracked.captured),

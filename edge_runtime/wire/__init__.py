@@ -2,6 +2,7 @@
 
 - `tables`, `entropy`, `bitstream`: a latent's symbols as a few hundred bytes
 - `envelope`: request and reply, msgpack; `labels`: those in a request
+- `json_object`: a text that is an answer as JSON
 - `event`: what users of a board receive, JSON
 - `topics`: the MQTT topic of each; used as `topics.request(site, board)`
 
@@ -12,6 +13,7 @@ from edge_runtime.wire import topics
 from edge_runtime.wire.bitstream import Header, Inter, Reference, decode, encode
 from edge_runtime.wire.envelope import (
     MAX_ENVELOPE,
+    CheckedObject,
     ContentKind,
     Hop,
     Options,
@@ -39,6 +41,7 @@ from edge_runtime.wire.errors import (
     WireError,
 )
 from edge_runtime.wire.event import AnsweredBy, Event, EventHop, Explain, decode_event, encode_event
+from edge_runtime.wire.json_object import decode_object
 from edge_runtime.wire.labels import decode_labels, encode_labels
 from edge_runtime.wire.tables import Tables, cost_bits, count_tables
 
@@ -46,6 +49,7 @@ __all__ = [
     "MAX_ENVELOPE",
     "AnsweredBy",
     "BitstreamError",
+    "CheckedObject",
     "ContentKind",
     "EnvelopeError",
     "Event",
@@ -74,6 +78,7 @@ __all__ = [
     "decode",
     "decode_event",
     "decode_labels",
+    "decode_object",
     "decode_reply",
     "decode_request",
     "decode_tokens",

@@ -84,6 +84,7 @@ class Options(Struct, frozen=True, omit_defaults=True):
     via: Annotated[tuple[Name, ...], Meta(max_length=MAX_VIA)] = ()  # servers that passed the request up, in order
     propose: bool = False  # the server may draft by itself if there is no draft: the same text, sooner
     questions: Annotated[tuple[Name, ...], Meta(max_length=MAX_QUESTIONS)] = ()  # taught ones, by name
+    prompt: Name = ""  # what to ask of the picture, by the server's name for it; empty: the server's usual prompt
 
 
 class Request(Struct, array_like=True, frozen=True, kw_only=True):
@@ -138,6 +139,13 @@ class Hop(Struct, array_like=True, frozen=True):
     usage: Usage | None = None  # if the station asked somebody else's server
 
 
+class CheckedObject(Struct, array_like=True, frozen=True):
+    """The prompt wanted a JSON object: whether the text is one."""
+
+    schema: Name  # the server's name for the schema that it was checked with
+    valid: bool  # True: the text is an object within the bounds of json_object.py, and matches
+
+
 class Reply(Struct, array_like=True, frozen=True, kw_only=True):
     """From a server to a board, one per request."""
 
@@ -161,6 +169,7 @@ class Reply(Struct, array_like=True, frozen=True, kw_only=True):
     answers: Answers | None = None  # to the questions that were asked
     unsure: bool = False  # the confidence is below what is usually right
     is_reference: bool = False  # the first server of the hops keeps the symbols: later frames may be coded against them
+    checked: CheckedObject | None = None  # None: the prompt wanted no JSON object
 
     @property
     def token_ids(self) -> list[int]:

@@ -6,13 +6,14 @@ Enumerations are the lower-case names of the envelope's members, since people re
 
 from datetime import datetime, timedelta
 from math import isfinite
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.wire.envelope import MAX_TOKEN, MAX_TOKENS, Answers, Hop, Millis, Name, Share, Text, UInt32, Usage
 from edge_runtime.wire.errors import EnvelopeError
+from edge_runtime.wire.json_object import check_object
 
 VERSION: Final = 1
 MAX_EVENT = 64 * 1024  # bytes of JSON; a caption takes 1 KB, 1024 tokens and their text some 12 KB
@@ -179,6 +180,17 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     answers: Annotated[
         Answers, Meta(description="Answers to taught questions: question to class to probability, 0..1.")
     ] = {}
+    object: Annotated[
+        dict[str, Any] | None,
+        Meta(description="The text as a JSON object, if the camera's prompt wants one and the text is valid."),
+    ] = None
+    schema: Annotated[
+        Name, Meta(description="The server's name for the schema of the object, if the camera's prompt has one.")
+    ] = ""
+    valid: Annotated[
+        bool | None,
+        Meta(description="With a schema. True: the text matches it. False: it does not, and there is no `object`."),
+    ] = None
     rate: Annotated[Rate | None, Meta(description="How finely the frame's features were sent.")] = None
     reuse: Annotated[
         Reuse | None, Meta(description="The answer of an earlier frame is used again, and nothing was sent.")
@@ -210,6 +222,9 @@ def decode_event(data: bytes) -> Event:
     if len(data) > MAX_EVENT:
         raise EnvelopeError(f"event of {len(data)} bytes, at most {MAX_EVENT} are read: shorten its text")
     try:
-        return _event.decode(data)
+        event = _event.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise EnvelopeError(f"not an event: {error}") from error
+    if event.object is not None:
+        check_object(event.object)
+    return event

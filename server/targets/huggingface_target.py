@@ -32,13 +32,13 @@ class PictureModel(Target[PictureJob]):
         return Abilities(name, verified, drafts=uses_drafts and self.bundle is not None)
 
     def job(self, accepted: Accepted) -> PictureJob:
-        return picture_job(accepted, self.bundle, self.config.prompt)
+        return picture_job(accepted, self.bundle)
 
     def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
         # Decoded once before, within limits; here in its own size and proportions.
         asked = [
             Job(
-                job.prompt,
+                self.config.prompt,
                 decode_picture(job.picture),
                 job.draft,
                 min(job.max_tokens or self.config.max_tokens, self.config.max_tokens),

@@ -5,28 +5,31 @@ the text: it is what that server says. API: https://platform.openai.com/docs/api
 
 A call that fails for a while is made again within the request's deadline, after a random time that doubles with each
 try. What does not get better (any other status, a response that is none) is an error at once.
+
+If the prompt has a schema, the answer is checked here, whatever the other server promises. An answer that does not
+match goes back once with what is wrong, within the same deadline and budget.
 """
 
-import base64
 import logging
 import math
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Annotated, Any
-
-import msgspec
-from msgspec import Meta, Struct
+from typing import Any
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.wire import Usage
-from edge_runtime.wire.envelope import MAX_TEXT, UInt32
+from edge_runtime.wire import CheckedObject, Usage
+from edge_runtime.wire.envelope import MAX_UINT32
 from server.accepted import Accepted
+from server.answer_schema import AnswerError, AnswerSchema
 from server.config import OpenAIConfig
+from server.prompts import Prompt, read_prompts
+from server.targets import chat
 from server.targets.http_call import MAY_BE_BILLED, PERMANENT, TEMPORARY, CallError, Endpoint
 from server.targets.spending import Spending, next_day
 from server.targets.target import Abilities, Answer, Limits, PictureJob, Target, picture_job
@@ -38,25 +41,8 @@ FIRST_WAIT_S, LAST_WAIT_S = 0.5, 8.0  # at most, before the second try and befor
 MAX_PAUSE_S = 3600.0  # then one call is tried, whatever Retry-After said
 LONG_PAUSE_S = 10.0  # a server that is paused for longer leaves its share
 BUSY_RETRY_MS = 1000  # for a board, if nobody says how long
+REPLY_S = 1.0  # before the deadline, for the reply's way to the board
 MARGIN_S = 5.0  # that a call may take beyond its timeout before it counts as hanging
-
-
-class _Message(Struct):
-    content: str | None = None
-
-
-class _Choice(Struct):
-    message: _Message
-
-
-class _Completion(Struct):
-    choices: Annotated[tuple[_Choice, ...], Meta(min_length=1)]
-    usage: Any = None
-
-
-class _TokenCounts(Struct):
-    prompt_tokens: UInt32
-    completion_tokens: UInt32
 
 
 class OpenAITarget(Target[PictureJob]):
@@ -68,16 +54,21 @@ class OpenAITarget(Target[PictureJob]):
         config: OpenAIConfig,
         wall_clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
+        prompts: Mapping[str, Prompt] | None = None,
     ) -> None:
-        """url, config: checked before, see `OpenAIConfig.check`. wall_clock: seconds, Unix time.
+        """url, config, prompts: checked before, see `Config.check_target`. wall_clock: seconds, Unix time.
 
-        chance: uniform in [0, 1). Raises ConfigError if spent_file cannot be used.
+        chance: uniform in [0, 1). prompts: by name; None: `door` alone. Raises ConfigError for a spent_file that cannot
+        be used.
         """
         self.config, self._url, self._wall_clock, self._chance = config, url, wall_clock, chance
-        self.limits = Limits(batch=1, calls=config.calls, call_s=TRIES * (config.timeout_s + LAST_WAIT_S) + MARGIN_S)
+        self._prompts = read_prompts({}) if prompts is None else prompts
+        call_s = (TRIES + 1) * (config.timeout_s + LAST_WAIT_S) + MARGIN_S  # one more, to repair an answer
+        self.limits = Limits(batch=1, calls=config.calls, call_s=call_s)
         self._endpoint = Endpoint(url, config.ca_file)
         file = Path(config.spent_file) if config.spent_file else None
-        self._spending = Spending(config.budget_per_day, config.estimate, file)
+        estimate = config.estimate(self._prompts.values())
+        self._spending = Spending(config.budget_per_day, estimate, file)
         self._stop = threading.Event()
         self._lock = threading.Lock()  # over the next three
         self._calls: Counter[str] = Counter()  # by what became of them
@@ -86,7 +77,7 @@ class OpenAITarget(Target[PictureJob]):
 
     @property
     def abilities(self) -> Abilities:
-        return Abilities(name=f"openai:{self._url}", verified="none")
+        return Abilities(name=f"openai:{self._url}", verified="none", prompts=tuple(sorted(self._prompts)))
 
     def job(self, accepted: Accepted) -> PictureJob:
         return picture_job(accepted)
@@ -123,22 +114,62 @@ class OpenAITarget(Target[PictureJob]):
     # ---- one request ----
 
     def _answer(self, job: PictureJob) -> Answer:
-        started, body, tries = time.monotonic(), self._body(job), 0
+        prompt = self._prompts[job.prompt or self.config.prompt]
+        asked = chat.messages(prompt, job)
+        answer = self._ask(self._body(asked, prompt, job), job.deadline)
+        if answer.error or prompt.schema is None:
+            return answer
+        try:
+            return _as_object(answer, prompt.schema)
+        except AnswerError as error:
+            body = self._body(chat.repair(asked, answer.text, str(error)), prompt, job)
+            return self._repaired(answer, prompt.schema, body, job.deadline)
+
+    def _ask(self, body: bytes, deadline: float) -> Answer:
+        """The first text, after as many tries as it takes."""
+        started, tries = time.monotonic(), 0
         while True:
             tries += 1
             try:
-                text, usage = self._paid_call(body, job.deadline)
+                text, usage = self._paid_call(body, deadline)
             except CallError as error:
                 self._count(error.kind)
                 wait_s = self._wait_s(error, tries)
                 if error.kind in PERMANENT:
                     return Answer(error=str(error))
-                if error.kind not in TEMPORARY or tries == TRIES or not self._wait(wait_s, job.deadline):
+                if error.kind not in TEMPORARY or tries == TRIES or not self._wait(wait_s, deadline):
                     return Answer(error=str(error), retry_after_ms=max(BUSY_RETRY_MS, math.ceil(1e3 * wait_s)))
                 self._count("retried")
             else:
                 stages_ms = {"call": 1e3 * (time.monotonic() - started)}
                 return Answer(text=text, confidence=None, stages_ms=stages_ms, usage=usage)
+
+    def _repaired(self, first: Answer, schema: AnswerSchema, body: bytes, deadline: float) -> Answer:
+        """The answer to one more call, or the first text as it is. body: of that call."""
+        raw = replace(first, checked=CheckedObject(schema.name, valid=False))
+        started, until = time.monotonic(), deadline - REPLY_S
+        # The second call is likely to take as long as the first. One that has no time is paid for in vain.
+        if started + first.stages_ms["call"] / 1e3 >= until:
+            self._count("invalid")
+            return raw
+        self._count("repair")
+        try:
+            text, usage = self._paid_call(body, until)
+        except CallError as error:
+            self._count(error.kind)
+            self._count("invalid")
+            return raw
+        stages_ms = {**first.stages_ms, "repair": 1e3 * (time.monotonic() - started)}
+        raw = replace(raw, stages_ms=stages_ms, usage=_sum(first.usage, usage))
+        try:
+            return _as_object(replace(raw, text=text), schema)
+        except AnswerError:
+            self._count("invalid")
+            return raw
+
+    def _body(self, asked: Sequence[chat.Message], prompt: Prompt, job: PictureJob) -> bytes:
+        limit = prompt.max_tokens or self.config.max_tokens
+        return chat.body(self.config.model, asked, prompt, min(limit, job.max_tokens or limit))
 
     def _wait(self, seconds: float, deadline: float) -> bool:
         """False: not so long, since the deadline is sooner, or this server stops."""
@@ -164,7 +195,7 @@ class OpenAITarget(Target[PictureJob]):
             self._spending.end(set_aside, cost, self._wall_clock())
         return text, self._usage(counts, cost)
 
-    def _call(self, body: bytes, deadline: float) -> tuple[str, _TokenCounts | None]:
+    def _call(self, body: bytes, deadline: float) -> tuple[str, chat.TokenCounts | None]:
         """The text, and its tokens if the other server counts them. Raises CallError."""
         try:
             key = self.config.key()  # read each time: it may be replaced while the server runs
@@ -172,22 +203,7 @@ class OpenAITarget(Target[PictureJob]):
             raise CallError("no_connection", str(error)) from error
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout_s = max(0.001, min(self.config.timeout_s, deadline - time.monotonic()))
-        return _read(self._endpoint.post("/chat/completions", body, headers, timeout_s))
-
-    def _body(self, job: PictureJob) -> bytes:
-        picture = f"data:{job.media_type};base64,{base64.b64encode(job.picture).decode()}"
-        content = [
-            {"type": "text", "text": job.prompt or self.config.prompt},
-            {"type": "image_url", "image_url": {"url": picture}},
-        ]
-        return msgspec.json.encode(
-            {
-                "model": self.config.model,
-                "messages": [{"role": "user", "content": content}],
-                "max_tokens": min(self.config.max_tokens, job.max_tokens or self.config.max_tokens),
-                "temperature": 0,
-            }
-        )
+        return chat.read(self._endpoint.post("/chat/completions", body, headers, timeout_s))
 
     def _wait_s(self, error: CallError, tries: int) -> float:
         """Before the next try. If the other server says how long, all calls wait."""
@@ -200,7 +216,7 @@ class OpenAITarget(Target[PictureJob]):
                 self._paused_until = max(self._paused_until, now + told_s)
             return wait_s + max(0.0, self._paused_until - now)
 
-    def _usage(self, counts: _TokenCounts | None, cost: float) -> Usage | None:
+    def _usage(self, counts: chat.TokenCounts | None, cost: float) -> Usage | None:
         """Counts an answer, and says what it used."""
         self._count("answered")
         if counts is None:
@@ -218,24 +234,18 @@ class OpenAITarget(Target[PictureJob]):
             self._calls[what] += 1
 
 
-def _read(response: bytes) -> tuple[str, _TokenCounts | None]:
-    """The text of a chat completion, and its tokens if they were counted. Raises CallError."""
-    try:
-        completion = msgspec.json.decode(response, type=_Completion)
-        text = (completion.choices[0].message.content or "").strip()
-        text.encode()  # JSON can hold halves of characters, which no reply can
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        kind = "HTML" if response.lstrip()[:1] == b"<" else f"{len(response)} bytes"
-        raise CallError("no_answer", f"the response is no chat completion but {kind}: is the address right?") from error
-    if not text:
-        raise CallError("no_answer", "the model wrote no text: does it think longer than max_tokens?")
-    if len(text) > MAX_TEXT:
-        raise CallError("no_answer", f"a text of {len(text)} characters, at most {MAX_TEXT}: lower max_tokens")
-    try:
-        counts = msgspec.convert(completion.usage, _TokenCounts)
-    except msgspec.ValidationError:
-        return text, None
-    return text, counts
+def _as_object(answer: Answer, schema: AnswerSchema) -> Answer:
+    """The answer with the object alone as its text. Raises AnswerError."""
+    return replace(answer, text=schema.object_in(answer.text), checked=CheckedObject(schema.name, valid=True))
+
+
+def _sum(one: Usage | None, other: Usage | None) -> Usage | None:
+    """What two calls used; None: one of them did not say."""
+    if one is None or other is None:
+        return None
+    cost = None if one.cost is None or other.cost is None else one.cost + other.cost
+    inputs, outputs = one.input_tokens + other.input_tokens, one.output_tokens + other.output_tokens
+    return Usage(min(inputs, MAX_UINT32), min(outputs, MAX_UINT32), cost, one.currency)
 
 
 def retry_after_s(header: str | None, now: float) -> float:

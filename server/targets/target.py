@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.wire import ContentKind, Usage
+from edge_runtime.wire import CheckedObject, ContentKind, Usage
 from server.accepted import Accepted
 
 MediaType = Literal["image/jpeg", "image/webp"]
@@ -36,6 +36,7 @@ class Abilities:
     drafts: bool = False  # a draft saves it work
     labels: bool = False  # its answers have labels
     references: bool = False  # it keeps latents, so that later frames may be coded against them
+    prompts: tuple[str, ...] = ()  # names of the prompts that it answers
     tokenizer: str = ""  # identity of the vocabulary of its token ids; empty: it answers with a text alone
 
     def status(self) -> dict[str, Any]:
@@ -48,6 +49,7 @@ class Abilities:
             "labels": self.labels,
             "verified": self.verified,
             "tokenizer": self.tokenizer,
+            "prompts": self.prompts,
         }
 
 
@@ -70,7 +72,7 @@ class PictureJob:
     deadline: float  # seconds, time.monotonic(): an answer is of no use later
     draft: str = ""  # text of the board or of a lower tier
     max_tokens: int | None = None  # longest text, as the request wants it
-    prompt: str = ""  # empty: the target's own
+    prompt: str = ""  # name of one of the target's prompts; empty: its usual one
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Answer:
     unsure: bool = False  # the confidence is below what is usually right
     retry_after_ms: int | None = None  # with an error: another try may end otherwise, after this time. None: it may not
     usage: Usage | None = None  # what it cost at somebody else's server
+    checked: CheckedObject | None = None  # with a prompt that wants a JSON object: whether the text is one
 
 
 class Target(ABC, Generic[Job]):
@@ -141,7 +144,7 @@ class Target(ABC, Generic[Job]):
         """Ends calls of `answer` early: each returns soon, with an error."""
 
 
-def picture_job(accepted: Accepted, bundle: Bundle | None = None, prompt: str = "") -> PictureJob:
+def picture_job(accepted: Accepted, bundle: Bundle | None = None) -> PictureJob:
     """The job of a request that has a picture. bundle: whose vocabulary spells the draft; None: there is no draft."""
     request = accepted.request
     assert accepted.pixels is not None  # the service decodes a picture before it asks for a job
@@ -153,5 +156,5 @@ def picture_job(accepted: Accepted, bundle: Bundle | None = None, prompt: str = 
         accepted.deadline,
         draft,
         request.options.max_tokens if request.options else None,
-        prompt,
+        request.options.prompt if request.options else "",
     )

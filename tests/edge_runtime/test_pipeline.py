@@ -202,7 +202,7 @@ def test_the_new_event_has_the_draft_and_what_it_took(start, board_bundle):
     assert event.answered_by.tier == "device"
     assert event.captured.timestamp() == 1.6e9
     assert event.jpeg_bytes > 1000
-    assert {"resize", "head", "draft", "encode"} == set(event.timings_ms)
+    assert {"resize", "head", "draft", "labels", "encode"} == set(event.timings_ms)
     assert event.after_ms >= sum(event.timings_ms.values())
 
 
@@ -271,6 +271,12 @@ def test_a_plan_that_lets_the_server_propose_says_so(start, server):
     assert decode_request(server.next()).options == Options(propose=True)
 
 
+def test_a_plan_with_a_prompt_sends_its_name(start, server):
+    board = start("offload", prompt="drive")
+    board.pipeline.handle(frame())
+    assert decode_request(server.next()).options == Options(prompt="drive")
+
+
 def test_offload_sends_the_picture_and_needs_no_head(start, server):
     board = start("offload", jpeg_quality=90)
     assert board.pipeline.head is None
@@ -326,6 +332,16 @@ def test_a_frame_like_an_answered_one_gets_its_answer_and_nothing_is_sent(start,
     assert "draft" not in again.timings_ms
     other = board.pipeline.handle(frame(1))
     assert (other.reuse, other.bytes_up > 0, board.pipeline.reused) == (None, True, 1)
+
+
+def test_an_answer_to_another_prompt_is_not_used_again(start, server):
+    board = start("speculative", reuse_distance=0.15, prompt="drive")
+    board.pipeline.handle(frame())
+    while not board.next_event().final:
+        pass
+    assert board.pipeline.handle(frame()).reuse is not None
+    board.pipeline.planner = FixedPlanner(replace(board.pipeline.planner.plan("door"), prompt="gate"))
+    assert board.pipeline.handle(frame()).reuse is None
 
 
 def test_a_frame_is_sent_while_the_one_like_it_has_no_answer(start, broker):
@@ -486,7 +502,7 @@ def test_without_cpu_time_for_a_draft_only_what_the_request_needs_is_computed(st
     board.pipeline.planner.learn = lambda plan, timings_ms, confidence: told.append(timings_ms)
     board.pipeline.handle(frame())
     assert board.next_event().type == "update"
-    assert set(told[0]) == {"resize", "encode", "publish"} | ({"head"} if paradigm == "split" else set())
+    assert set(told[0]) == {"resize", "encode", "publish"} | ({"head", "labels"} if paradigm == "split" else set())
 
 
 @pytest.mark.parametrize("paradigm", ["offload", "split", "speculative"])

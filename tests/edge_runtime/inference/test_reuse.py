@@ -68,7 +68,7 @@ def test_an_answer_holds_for_its_camera_its_question_and_its_time_only():
     assert find(answers, latent(), at=60.0) == "answer to f1"
     assert find(answers, latent(), at=60.1) is None
     assert find(answers, latent(), camera="yard") is None
-    for options in (Options(tier=Tier.CLOUD), Options(questions=("door",))):
+    for options in (Options(tier=Tier.CLOUD), Options(questions=("door",)), Options(prompt="door")):
         assert find(answers, latent(), options=options) is None
 
 

@@ -1,5 +1,7 @@
 """Which setting counts: the camera's, the switch's or the board's; and the plans of the policy."""
 
+import json
+import time
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ class Board:
     """A planner and what it needs, without a head, a broker and a camera."""
 
     def __init__(self, outbox: OutboxConfig | None = None, has_room: bool = True, **board: Any) -> None:
-        own = CameraConfig("own", "mqtt", deadline_ms=100, paradigm="split", tier="edge")
+        own = CameraConfig("own", "mqtt", deadline_ms=100, paradigm="split", tier="edge", prompt="drive")
         cameras = CameraConfig("plain", "mqtt"), own
         config = RuntimeConfig(BoardConfig("b1", "bundle", **{"tier": "cloud", **board}), cameras, outbox=outbox)
         self.measurements = Measurements()
@@ -66,6 +68,22 @@ def test_a_switch_replaces_the_boards_setting():
     board.set("paradigm", "device")
     assert board.planner.plan("plain").paradigm == "device"
     assert board.planner.plan("own").paradigm == "split"
+
+
+def test_a_cameras_prompt_is_planned_for_and_can_be_switched():
+    board = Board(tier=None)
+    assert (board.planner.plan("plain").prompt, board.planner.plan("own").prompt) == ("", "drive")
+    board.set("plain_prompt", "gate")
+    board.set("own_prompt", "none")
+    plan = board.planner.plan("plain")
+    assert (plan.prompt, board.planner.plan("own").prompt) == ("gate", "")
+    assert plan.min_confidence is None  # a draft answers no prompt
+    status = {"state": "online", "server": "s1", "target": {"latents": False, "prompts": ["gate"]}}
+    board.measurements.status_arrived(topics.server_status("home", "s1"), json.dumps(status).encode(), time.monotonic())
+    assert board.planner.plan("plain").paradigm == "offload"
+    board.set("plain_prompt", "drive")
+    plan = board.planner.plan("plain")
+    assert (plan.paradigm, plan.why) == ("device", "device: no server has the prompt drive")
 
 
 def test_every_plan_of_the_policy_explains_itself():

@@ -148,6 +148,18 @@ def test_what_one_server_takes_is_possible_whatever_the_others_take():
     assert statuses.takes(2.0) == Takes()
 
 
+def test_with_a_prompt_only_servers_that_have_it_count():
+    statuses = Statuses()
+    assert statuses.takes(0.0, "gate") == Takes()  # nobody has said anything
+    statuses.receive("bundle", 1.0)
+    statuses.receive("one", 1.0, target={"latents": False, "prompts": ["door", "drive"]})
+    assert statuses.takes(1.0, "drive") == Takes(latents=False, prompt="drive")
+    assert statuses.takes(1.0, "gate") == Takes(False, False, "gate")
+    assert statuses.takes(1.0) == Takes()
+    statuses.receive("one", 2.0, target={"latents": False, "prompts": ["drive"]}, accepting=False)
+    assert statuses.takes(2.0, "drive") == Takes(False, False, "drive")
+
+
 def test_what_servers_took_a_minute_ago_counts_no_more():
     statuses = Statuses()
     statuses.receive("a", 0.0, target={"latents": False})

@@ -52,7 +52,10 @@ def test_each_camera_has_an_event_sensors_and_switches_and_the_board_its_setting
     assert set(message(configuration(FRONT))["cmps"]) == {
         "problem",
         "link",
-        *(f"setting.{name}" for name in ("paradigm", "quality_floor", "paused", "front_enabled", "front_motion")),
+        *(
+            f"setting.{name}"
+            for name in ("paradigm", "quality_floor", "paused", "front_enabled", "front_motion", "front_prompt")
+        ),
         *(f"camera.front.{kind}" for kind in ("event", "caption", "label", "question.gate", "paradigm")),
         *(f"camera.front.{kind}" for kind in ("bytes", "after", "state", "image")),
     }
@@ -73,7 +76,7 @@ def test_cameras_and_questions_with_similar_names_have_entities_of_their_own():
     questions = ("event", "caption", "label")
     cameras = [CameraConfig(name, "mqtt", questions=questions) for name in ("a", "a_question", "a-question", "A")]
     entities = message(configuration(*cameras))["cmps"]
-    assert len(entities) == 2 + 3 + len(cameras) * (2 + 8 + len(questions))
+    assert len(entities) == 2 + 3 + len(cameras) * (3 + 8 + len(questions))
 
 
 def discovery(cameras: int, questions: int) -> Discovery:

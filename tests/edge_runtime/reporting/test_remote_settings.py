@@ -66,15 +66,19 @@ START = {
     "paused": "OFF",
     "door_enabled": "ON",
     "door_motion": "OFF",
+    "door_prompt": "none",
     "back-yard_enabled": "ON",
     "back-yard_motion": "OFF",
+    "back-yard_prompt": "none",
 }
 
 
 def test_the_state_at_start_is_the_configuration():
     assert Board().in_force == START
     config = configuration(
-        CameraConfig("door", "mqtt", motion=MotionConfig(enabled=True)), paradigm="split", may_offload=False
+        CameraConfig("door", "mqtt", motion=MotionConfig(enabled=True), prompt="gate"),
+        paradigm="split",
+        may_offload=False,
     )
     assert Board(config).in_force == {
         "paradigm": "split",
@@ -82,6 +86,7 @@ def test_the_state_at_start_is_the_configuration():
         "paused": "OFF",
         "door_enabled": "ON",
         "door_motion": "ON",
+        "door_prompt": "gate",
     }
 
 
@@ -95,6 +100,8 @@ def test_the_state_at_start_is_the_configuration():
         ("paused", b"ON", "ON"),
         ("door_motion", b"on", "ON"),
         ("back-yard_enabled", b"OFF", "OFF"),
+        ("door_prompt", b"drive-way_2", "drive-way_2"),
+        ("door_prompt", b"None", "none"),
     ],
 )
 def test_a_setting_takes_a_value_and_publishes_it_retained(name, payload, value):
@@ -128,6 +135,9 @@ def test_a_new_value_is_applied_and_the_value_in_force_is_not_applied_again():
         ("quality_floor", b"-0.1", "-0.1 is not from 0 to 1"),
         ("quality_floor", b"0,5", "'0,5' is not a number"),
         ("quality_floor", b"9" * 256, "is not from 0 to 1"),
+        ("door_prompt", b"", "'' is neither a prompt's name nor 'none'"),
+        ("door_prompt", b"Is the gate open?", "is neither a prompt's name"),
+        ("door_prompt", b"x" * 33, "is neither a prompt's name"),
     ],
 )
 def test_a_value_that_a_setting_does_not_take_is_named_counted_and_changes_nothing(name, payload, why, caplog):
@@ -255,14 +265,14 @@ def test_the_states_of_sixteen_cameras_are_kept_by_the_broker_at_every_connectio
     config = configuration(*(CameraConfig(f"camera-{n}", "mqtt") for n in range(16)))
     with Running(broker.port, config) as board:
         until(lambda: board.client.stats()["pending"] == 0)
-        kept = states(broker.port, 35)
-        assert (len(kept), kept["camera-15_enabled"], kept["paused"]) == (35, "ON", "OFF")
+        kept = states(broker.port, 51)
+        assert (len(kept), kept["camera-15_enabled"], kept["paused"]) == (51, "ON", "OFF")
         board.client.publish(topics.setting(SITE, BOARD, "paused"), b"ON")
         until(lambda: board.settings["paused"] == "ON")
         broker.kill()
         broker.start()  # with nothing kept
         until(lambda: board.client.stats()["connects"] == 2 and board.client.stats()["pending"] == 0)
-        assert states(broker.port, 35)["paused"] == "ON"
+        assert states(broker.port, 51)["paused"] == "ON"
         assert board.client.stats()["connects"] == 2
 
 

@@ -25,6 +25,7 @@ from edge_runtime.requests.outbox import Outbox, Row
 from edge_runtime.requests.thread import QUEUE
 from edge_runtime.wire import (
     AnsweredBy,
+    CheckedObject,
     ContentKind,
     Event,
     Hop,
@@ -389,6 +390,30 @@ def test_a_reply_to_nothing_we_asked_is_counted_and_changes_nothing(board, serve
         server.say(encode_reply(Reply(id=b"stranger", status=status, server="s1")))
     answer_one_more(board, server)
     assert board.tracker.summary()["unknown"] == len(Status)
+
+
+def test_a_valid_reply_becomes_an_object_and_an_invalid_one_stays_a_text(board, server):
+    for text, valid, found in (('{"people": 2}', True, {"people": 2}), ("two", False, None)):
+        board.ask()
+        server.reply(server.request(), text=text, checked=CheckedObject("door", valid))
+        event = board.next_event()
+        assert (event.type, event.text, event.object, event.schema, event.valid) == (
+            "update",
+            text,
+            found,
+            "door",
+            valid,
+        )
+
+
+@pytest.mark.parametrize("text", ["two", "[2]", '{"a":' * 20 + "1" + "}" * 20, "", '{"a": 1e999}'])
+def test_a_reply_that_claims_an_object_and_has_none_loses_its_question_and_no_other(board, server, text):
+    board.ask()
+    server.reply(server.request(), text=text, checked=CheckedObject("door", True))
+    event = board.next_event()
+    assert (event.type, event.final, event.object) == ("lost", True, None)
+    assert "server s1: " in event.why
+    answer_one_more(board, server)
 
 
 def test_a_reply_too_large_for_an_event_loses_its_question_and_no_other(board, server):

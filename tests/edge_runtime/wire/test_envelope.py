@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.wire import (
     MAX_ENVELOPE,
+    CheckedObject,
     ContentKind,
     EnvelopeError,
     Hop,
@@ -41,6 +42,7 @@ options = st.builds(
     max_tokens=st.none() | st.integers(1, 1024),
     temperature=st.none() | st.floats(0, 100),
     propose=st.booleans(),
+    prompt=name,
 )
 requests = st.builds(
     Request,
@@ -74,6 +76,7 @@ replies = st.builds(
     retry_after_ms=st.none() | uint32,
     label=st.none() | name,
     scores=st.none() | st.dictionaries(name, st.floats(0, 1), max_size=3),
+    checked=st.none() | st.builds(CheckedObject, name, st.booleans()),
 )
 
 REQUEST = Request(

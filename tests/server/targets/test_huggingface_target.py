@@ -66,7 +66,7 @@ def test_a_picture_is_answered_with_the_models_own_text_whatever_the_draft(model
 
 def test_a_draft_that_the_model_would_have_written_costs_one_pass(model, bundle: Bundle) -> None:
     target, asked = PictureModel(model, ASKED, bundle), picture(bundle, 0)
-    job = PictureJob(asked.content, "image/webp", np.zeros((224, 224, 3), np.uint8), 0.0, prompt=ASKED.prompt)
+    job = PictureJob(asked.content, "image/webp", np.zeros((224, 224, 3), np.uint8), 0.0)
     (alone,) = target.answer([job])
     (verified,) = target.answer([replace(job, draft=alone.text)])
     assert verified.text == alone.text

@@ -13,7 +13,8 @@ import pytest
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire import Usage
 from firmware_tools.certificates import made
-from server.config import PROMPT, OpenAIConfig
+from server.config import OpenAIConfig
+from server.prompts import QUESTION, PromptConfig, read_prompts
 from server.targets import PictureJob
 from server.targets import openai as openai_module
 from server.targets.http_call import MAX_RESPONSE, CallError, Endpoint
@@ -83,14 +84,14 @@ def test_the_other_server_gets_the_picture_as_it_was_sent_and_the_prompt(other: 
     assert (answer.text, answer.tokens, answer.error, answer.confidence) == (text_of(b"\xff\xd8 bytes"), (), "", None)
     assert set(answer.stages_ms) == {"call"}
     (asked,) = other.asked
-    assert (asked.picture, asked.prompt) == (b"\xff\xd8 bytes", PROMPT)
+    assert (asked.picture, asked.prompt) == (b"\xff\xd8 bytes", QUESTION)
     assert {name: asked.body[name] for name in ("model", "max_tokens", "temperature")} == {
         "model": "fake",
         "max_tokens": 9,
         "temperature": 0,
     }
-    target.answer([job(prompt="Is the gate open?")])
-    assert (other.asked[1].prompt, other.asked[1].body["max_tokens"]) == ("Is the gate open?", 50)
+    target.answer([job()])
+    assert other.asked[1].body["max_tokens"] == 50
 
 
 def test_a_field_that_the_api_does_not_have_would_be_seen() -> None:
@@ -241,7 +242,7 @@ def test_a_key_is_read_again_for_each_call(other: ChatServer, tmp_path: Path) ->
 def test_a_key_that_is_none_is_found_at_the_start_and_not_shown(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "key").write_bytes(content)
     with pytest.raises(ConfigError, match="its first line is no key") as found:
-        OpenAIConfig("fake", key_file=str(tmp_path / "key")).check("http://127.0.0.1:9/v1")
+        OpenAIConfig("fake", key_file=str(tmp_path / "key")).check("http://127.0.0.1:9/v1", read_prompts({}))
     assert "words" not in str(found.value)
 
 
@@ -265,7 +266,7 @@ def test_authorities_that_are_none_are_found_at_the_start(tmp_path: Path, conten
     if content:
         (tmp_path / "ca.pem").write_bytes(content)
     with pytest.raises(ConfigError, match="cannot be read as PEM"):
-        OpenAIConfig("fake", ca_file=str(tmp_path / "ca.pem")).check("https://127.0.0.1/v1")
+        OpenAIConfig("fake", ca_file=str(tmp_path / "ca.pem")).check("https://127.0.0.1/v1", read_prompts({}))
 
 
 # ---- money ----
@@ -290,7 +291,17 @@ def test_a_spent_budget_makes_no_calls_until_the_next_day(other: ChatServer) -> 
 
 def test_a_budget_for_less_than_one_answer_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match=r"one answer may cost 0\.001 USD"):
-        OpenAIConfig("fake", output_price=10.0, max_tokens=100, budget_per_day=0.0005).check("http://127.0.0.1/v1")
+        OpenAIConfig("fake", output_price=10.0, max_tokens=100, budget_per_day=0.0005).check(
+            "http://127.0.0.1/v1", read_prompts({})
+        )
+
+
+def test_the_first_estimate_is_of_the_prompt_with_the_longest_answer() -> None:
+    prompts = read_prompts({"long": PromptConfig(max_tokens=1000), "short": PromptConfig(max_tokens=10)})
+    config = OpenAIConfig("fake", output_price=10.0, max_tokens=100, budget_per_day=0.005)
+    config.check("http://127.0.0.1/v1", read_prompts({}))
+    with pytest.raises(ConfigError, match=r"one answer may cost 0\.01 USD"):
+        config.check("http://127.0.0.1/v1", prompts)
 
 
 @pytest.mark.parametrize(

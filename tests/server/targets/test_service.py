@@ -270,6 +270,7 @@ def test_its_status_says_what_it_takes_and_what_it_has_used(other: ChatServer) -
         "labels": False,
         "verified": "none",
         "tokenizer": "",
+        "prompts": ["door"],
     }
     assert (status["strict"], status["bundles"], status["pictures"]) == (False, {}, True)
     assert status["usage"]["budget_per_day"] == 5.0

@@ -1,0 +1,153 @@
+"""The JSON Schema (draft 2020-12) of a prompt's answers: checked at start, then answers are checked with it.
+
+Its keywords are a list. What is not on it is refused at start, since the time of a check must have a bound: `pattern`
+runs a regular expression on a stranger's text, and `unevaluated...` checks the same parts again and again. `$ref` leads
+only to the schema's own `$defs` and is replaced by what it names, so nothing is recursive and nothing is fetched.
+Validation is jsonschema's (the extra `json`).
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_runtime.errors import AiflowError, ConfigError
+from edge_runtime.wire import EnvelopeError, decode_object
+from edge_runtime.wire.json_object import check_object
+
+MAX_SCHEMA = 64 * 1024  # bytes of its file; it goes along with each picture, so useful ones are far smaller
+MAX_VALUES = 4096  # of the schema as it is written
+MAX_DEPTH, MAX_PARTS = 32, 512  # of its subschemas, when each `$ref` is replaced
+MAX_OBJECTIONS, MAX_OBJECTION = 3, 200  # that are told, and characters of each
+
+ANNOTATIONS = {"$schema", "$comment", "title", "description", "default", "examples", "format"}
+ASSERTIONS = {
+    *("type", "enum", "const", "required", "multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    *("minLength", "maxLength", "minItems", "maxItems", "uniqueItems", "minProperties", "maxProperties"),
+}
+WITH_ONE = {"items", "additionalProperties", "not"}  # their value is a schema
+WITH_LIST = {"allOf", "anyOf", "oneOf", "prefixItems"}  # a list of schemas
+WITH_NAMES = {"properties"}  # names to schemas
+DEFINITIONS = "$defs"
+
+
+class AnswerError(AiflowError, ValueError):
+    """A text that is not the object that was asked for. Its message is for the model that wrote the text."""
+
+
+class AnswerSchema:
+    """Any number of threads."""
+
+    def __init__(self, name: str, given: Mapping[str, Any] | str) -> None:
+        """name: what answers call it. given: the schema, or the path of a file with it. Raises ConfigError."""
+        self.name = name
+        try:
+            self.schema = _checked(_read(given) if isinstance(given, str) else dict(given))
+        except ConfigError as error:
+            raise ConfigError(f"schema of the prompt {name}: {error}") from error
+        from jsonschema import Draft202012Validator
+
+        self._validator = Draft202012Validator(self.schema)
+
+    def object_in(self, text: str) -> str:
+        """The JSON of the object that a model wrote. Raises AnswerError if there is none, or if it does not match.
+
+        What is written around the object is left out: many models put it between fences, or explain it.
+        """
+        begin, end = text.find("{"), text.rfind("}")
+        if not 0 <= begin < end:
+            raise AnswerError("there is no JSON object in it")
+        found = text[begin : end + 1]
+        try:
+            value = decode_object(found)
+        except EnvelopeError as error:
+            raise AnswerError(str(error)[:MAX_OBJECTION]) from error
+        wrong = list(islice(self._validator.iter_errors(value), MAX_OBJECTIONS))
+        if wrong:
+            raise AnswerError("; ".join(f"{each.json_path}: {each.message}"[:MAX_OBJECTION] for each in wrong))
+        return found
+
+
+def _read(path: str) -> Any:
+    """The JSON in a file. Raises ConfigError."""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_SCHEMA + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(data) > MAX_SCHEMA:
+        raise ConfigError(f"{path}: larger than {MAX_SCHEMA} bytes: want a smaller one, models forget such a long one")
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: is not JSON: {error}") from error
+
+
+def _checked(given: Any) -> dict[str, Any]:
+    """The same schema without `$ref`. Raises ConfigError."""
+    if not isinstance(given, dict):
+        raise ConfigError('is no JSON Schema: want an object such as { type = "object", properties = ... }')
+    try:
+        check_object(given, 2 * MAX_DEPTH, MAX_VALUES)
+    except EnvelopeError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        from jsonschema import Draft202012Validator, SchemaError
+    except ImportError as error:
+        raise ConfigError("needs the package jsonschema: pip install '.[json]'") from error
+    try:
+        Draft202012Validator.check_schema(given)
+    except SchemaError as error:
+        raise ConfigError(f"is no JSON Schema: {error.json_path}: {error.message[:MAX_OBJECTION]}") from error
+    definitions = given.get(DEFINITIONS, {})
+    schema = _Expansion(definitions).of({name: value for name, value in given.items() if name != DEFINITIONS})
+    if not isinstance(schema, dict) or schema.get("type") != "object":
+        raise ConfigError('its type must be "object": events carry an object')
+    return schema
+
+
+class _Expansion:
+    """Replaces each `$ref` by what it names, as long as the result is of a bearable size."""
+
+    def __init__(self, definitions: Mapping[str, Any]) -> None:
+        self._definitions, self._parts = definitions, 0
+
+    def of(self, schema: Any, depth: int = 0, inside: Sequence[str] = ()) -> Any:
+        """depth: of subschemas around it. inside: the definitions that are being replaced. Raises ConfigError."""
+        self._parts += 1
+        if depth > MAX_DEPTH or self._parts > MAX_PARTS:
+            raise ConfigError(
+                f"has more than {MAX_PARTS} parts, or {MAX_DEPTH} inside one another, counted where `$ref` uses them: "
+                "want a smaller one"
+            )
+        if isinstance(schema, bool):
+            return schema
+        if (reference := schema.get("$ref")) is not None:
+            return self._replaced(reference, schema, depth, inside)
+        return {keyword: self._value(keyword, value, depth + 1, inside) for keyword, value in schema.items()}
+
+    def _value(self, keyword: str, value: Any, depth: int, inside: Sequence[str]) -> Any:
+        if keyword in ANNOTATIONS | ASSERTIONS:
+            return value
+        if keyword in WITH_ONE:
+            return self.of(value, depth, inside)
+        if keyword in WITH_LIST:
+            return [self.of(each, depth, inside) for each in value]
+        if keyword in WITH_NAMES:
+            return {name: self.of(each, depth, inside) for name, each in value.items()}
+        known = ", ".join(sorted(ASSERTIONS | WITH_ONE | WITH_LIST | WITH_NAMES))
+        raise ConfigError(f"has the keyword {keyword[:64]!r}, which is not supported: want some of {known}")
+
+    def _replaced(self, reference: str, schema: Mapping[str, Any], depth: int, inside: Sequence[str]) -> Any:
+        beside = {name: value for name, value in schema.items() if name != "$ref"}
+        name = reference.removeprefix(f"#/{DEFINITIONS}/")
+        if name == reference or name not in self._definitions:
+            raise ConfigError(f"refers to {reference[:64]!r}: want #/$defs/NAME with a NAME of its own $defs")
+        if name in inside:
+            raise ConfigError(f"is recursive: {' -> '.join((*inside, name))}: want one without a circle")
+        if not beside.keys() <= ANNOTATIONS:
+            raise ConfigError(f"has {', '.join(sorted(beside))} beside a $ref: want them in the definition {name!r}")
+        found = self.of(self._definitions[name], depth + 1, (*inside, name))
+        return found if isinstance(found, bool) else found | beside

@@ -1,0 +1,50 @@
+"""docs/prompts.md: its files work as they stand, and its lists and bounds are those of the code."""
+
+import json
+import re
+from datetime import datetime, timezone
+from pathlib import Path
+
+import msgspec
+
+from edge_runtime.config import RuntimeConfig, convert
+from edge_runtime.wire import Event, decode_event, decode_object, encode_event
+from edge_runtime.wire.json_object import MAX_DEPTH, MAX_OBJECT, MAX_VALUES
+from server.answer_schema import ASSERTIONS, MAX_SCHEMA, WITH_LIST, WITH_NAMES, WITH_ONE
+from server.config import Config
+from server.prompts import read_prompts
+
+PAGE = (Path(__file__).parents[1] / "docs" / "prompts.md").read_text()
+TEXT = " ".join(PAGE.split())
+SERVER, BOARD, JSON_SERVER = (msgspec.toml.decode(file) for file in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL))
+
+
+def test_its_files_work_as_they_stand_and_know_each_others_prompt() -> None:
+    servers = [convert(Path("server.toml"), file, Config) for file in (SERVER, JSON_SERVER)]
+    for server in servers:
+        server.check_target()
+    drive, front = convert(Path("board.toml"), BOARD, RuntimeConfig).cameras
+    assert drive.prompt in read_prompts(servers[0].prompts)
+    assert front.prompt is None
+
+
+def test_its_event_is_what_its_schema_makes_of_its_text() -> None:
+    (shown,) = (json.loads(example) for example in re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL))
+    schema = read_prompts(convert(Path("server.toml"), JSON_SERVER, Config).prompts)["door"].schema
+    assert schema is not None
+    assert shown["object"] == decode_object(schema.object_in(shown["text"]))
+    captured = datetime(2026, 3, 1, tzinfo=timezone.utc)
+    event = Event(type="update", frame="0", camera="front", captured=captured, **shown)
+    assert decode_event(encode_event(event)) == event
+
+
+def test_its_lists_and_bounds_are_those_of_the_code() -> None:
+    listed = set(re.findall(r"`(\$?\w+)`", PAGE.split("**What a schema may have.**")[1].split("**What an object")[0]))
+    keywords = ASSERTIONS | WITH_ONE | WITH_LIST | WITH_NAMES
+    assert keywords == listed - {"$ref", "$defs", "description", "object"}
+    assert f"at most {MAX_SCHEMA:,} bytes" in TEXT
+    said = f"{MAX_OBJECT:,} bytes, {MAX_DEPTH} objects and lists inside one another, {MAX_VALUES:,} values"
+    assert said in TEXT
+    protocol = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
+    said = f"{MAX_OBJECT:,} bytes of UTF-8, {MAX_DEPTH} objects and lists inside one another, {MAX_VALUES:,} values"
+    assert said in " ".join(protocol.split())
