@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from edge_runtime import __version__
 from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.sd_notify import Notifier
 from edge_runtime.wire import (
     BitstreamError,
     ContentKind,
@@ -226,11 +227,18 @@ class Service:
 
     # ---- the thread that owns the engine ----
 
-    def serve(self, stop: threading.Event) -> None:
-        """Answers until `stop` is set, then finishes what was accepted, as far as `stop_s` allows."""
+    def serve(self, stop: threading.Event, notifier: Notifier | None = None) -> None:
+        """Answers until `stop` is set, then finishes what was accepted, as far as `stop_s` allows.
+
+        notifier: hears of each batch, of each pass of the decoder, and that there is nothing to do.
+        """
+        notifier = notifier or Notifier()
+        self.engine.on_step = notifier.progress
         with self._picture_threads():
             while not stop.is_set():
                 self.answer(self.batcher.take(TAKE_S))
+                notifier.progress()
+            notifier.stopping()
             with self._lock:
                 self._is_stopping = True
             give_up = time.monotonic() + self.config.stop_s
