@@ -93,11 +93,12 @@ def run(args: argparse.Namespace, system: System | None = None) -> int:
     """Raises ConfigError for a configuration that a service cannot use, and ServiceError for what the system lacks."""
     system = system or System()
     if args.action == "install":
-        from firmware_tools.systemd_units import check_paths, program, service_of
+        from firmware_tools.systemd_units import check_files, check_program, program, service_of
 
         aiflow = program()
+        check_program(aiflow)
         service = service_of(args.config, aiflow)
-        check_paths(service, aiflow)
+        check_files(service)
         install(service, aiflow, system, dry_run=args.dry_run)
         return 0
     if args.action == "uninstall":

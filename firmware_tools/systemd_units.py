@@ -140,13 +140,9 @@ def _unit(role: Role, config: Path, aiflow: Path, stop_s: float, devices: str) -
     )
 
 
-def check_paths(service: Service, aiflow: Path) -> None:
-    """Finds what works on a terminal, and not for a service. Raises ConfigError or ServiceError."""
-    for path in (aiflow, service.config):
-        if odd := set(str(path)) - PLAIN:
-            raise ServiceError(
-                f"{path}: systemd gives {printed(odd)} a meaning: use a path of letters, digits and /._+@:,=-"
-            )
+def check_program(aiflow: Path) -> None:
+    """Raises ServiceError for a program that works on a terminal, and not as a service."""
+    _check_plain(aiflow)
     code = Path(edge_runtime.__file__).parent  # of a checkout, if it is installed with pip -e
     for what, place in (("the virtual environment", aiflow), ("its Python", Path(sys.executable)), ("its code", code)):
         if (folder := hidden_below(place)) is not None:
@@ -154,6 +150,11 @@ def check_paths(service: Service, aiflow: Path) -> None:
                 f"{what}, {place.resolve()}, is in {folder}, which a service does not see: make a virtual environment "
                 "such as /opt/aiflow with the system's Python, install the program there without -e, and run its aiflow"
             )
+
+
+def check_files(service: Service) -> None:
+    """Raises ConfigError or ServiceError for files that a service would not find, or could not write."""
+    _check_plain(service.config)
     for what, text in (("the configuration", str(service.config)), *service.files):
         path = Path(text)
         if not path.is_absolute():
@@ -172,10 +173,12 @@ def check_paths(service: Service, aiflow: Path) -> None:
         )
 
 
+def _check_plain(path: Path) -> None:
+    if odd := set(str(path)) - PLAIN:
+        shown = ", ".join(repr(character) for character in sorted(odd))
+        raise ServiceError(f"{path}: systemd gives {shown} a meaning: use letters, digits and /._+@:,=- only")
+
+
 def hidden_below(path: Path) -> Path | None:
     """The directory that a service does not see, and that has this path or the file to which it links."""
     return next((folder for folder in HIDDEN for p in (path, path.resolve()) if folder in (p, *p.parents)), None)
-
-
-def printed(characters: set[str]) -> str:
-    return ", ".join(repr(character) for character in sorted(characters))

@@ -19,7 +19,7 @@ from edge_runtime.shutdown import SLACK_S
 from firmware_tools import cli, systemd_units
 from firmware_tools import service as command
 from firmware_tools.service import EXIT_NOT_INSTALLED, EXIT_RUNNING, EXIT_STOPPED, System, run_command
-from firmware_tools.systemd_units import ServiceError, check_paths, service_of
+from firmware_tools.systemd_units import ServiceError, check_files, check_program, service_of
 
 AIFLOW = Path("/opt/aiflow/bin/aiflow")
 BOARD = """
@@ -178,28 +178,29 @@ def test_a_file_that_a_service_would_not_find_is_named(
     path = written(text, source, more)
     path.write_text(path.read_text().replace("HOME", str(tmp_path / "home")))
     with pytest.raises(ConfigError, match=says):
-        check_paths(service_of(path, AIFLOW), AIFLOW)
+        check_files(service_of(path, AIFLOW))
 
 
 @pytest.mark.parametrize("outbox", ["outbox.sqlite", "/var/lib/aiflow/outbox.sqlite", "/var/lib/aiflow/a/o.sqlite"])
 def test_an_outbox_in_the_state_directory_is_accepted(written: Callable[..., Path], outbox: str) -> None:
-    check_paths(service_of(written(more=f'[outbox]\nfile = "{outbox}"\n'), AIFLOW), AIFLOW)
+    check_files(service_of(written(more=f'[outbox]\nfile = "{outbox}"\n'), AIFLOW))
 
 
 def test_a_virtual_environment_in_a_home_directory_is_named_also_behind_a_link(
-    written: Callable[..., Path], tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(systemd_units, "HIDDEN", (tmp_path / "home",))
     (tmp_path / "home/bin").mkdir(parents=True)
     (tmp_path / "opt").symlink_to(tmp_path / "home")
     for place in (tmp_path / "home/bin/aiflow", tmp_path / "opt/bin/aiflow"):
         with pytest.raises(ServiceError, match=r"the virtual environment, .* which a service does not see"):
-            check_paths(service_of(written(), place), place)
+            check_program(place)
 
 
-def test_a_path_that_systemd_would_expand_is_refused(written: Callable[..., Path]) -> None:
+def test_a_path_that_systemd_would_expand_is_refused() -> None:
     odd = Path("/opt/100% mine/aiflow")
     with pytest.raises(ServiceError, match=r"gives ' ', '%' a meaning"):
-        check_paths(service_of(written(), odd), odd)
+        check_program(odd)
 
 
 def test_the_places_that_the_units_hide_are_the_ones_that_are_checked() -> None:
