@@ -165,17 +165,22 @@ def uninstall(role: "Role", system: System, *, dry_run: bool) -> None:
     if _installed(path, role) is None:
         raise ServiceError(f"{path} does not exist: the {role} is not installed as a service")
     stop = ["systemctl", "disable", "--now", path.name]
-    reload = ["systemctl", "daemon-reload"]
+    # systemd lists a failed service even after its unit is gone. As a pattern, since it is no error if that finds none.
+    afterwards = [["systemctl", "daemon-reload"], ["systemctl", "reset-failed", f"{path.name}*"]]
     if dry_run:
-        print(f"{shlex.join(stop)}\nrm {path}\n{shlex.join(reload)}")
+        print("\n".join([shlex.join(stop), f"rm {path}", *map(shlex.join, afterwards)]))
         return
     system.check(changes=True)
     system.run(stop)
-    path.unlink()
-    system.run(reload)
+    try:
+        path.unlink()
+    except OSError as error:
+        raise ServiceError(f"{path} cannot be removed: {error.strerror}: is the file system read-only?") from error
+    for command in afterwards:
+        system.run(command)
     print(
         f"{path} is removed. The configuration, {STATE} and the account {USER} stay. "
-        f"If you need none of them: userdel {USER}; rm -r {STATE}"
+        f"If nothing needs them: userdel {USER}; rm -r {STATE}"
     )
 
 
@@ -199,7 +204,7 @@ def status_rows(values: dict[str, str]) -> list[tuple[str, str]]:
     """What `systemctl show` says of a service, for people; without what is not known."""
     extras = {
         "ActiveState": f" ({values.get('SubState', '')})",
-        "WatchdogTimestamp": f" (restarted after {values.get('WatchdogUSec', '')} without any)",
+        "WatchdogTimestamp": f" (after {values.get('WatchdogUSec', '')} without any it starts again)",
     }
     rows = []
     for key, name in SHOWN.items():

@@ -375,7 +375,11 @@ def test_uninstall_removes_exactly_what_install_wrote(
     recorder.taken()
     act(system, "uninstall", role=role)
     assert tree(recorder.root) == before
-    assert recorder.taken() == [f"systemctl disable --now aiflow-{role}.service", "systemctl daemon-reload"]
+    assert recorder.taken() == [
+        f"systemctl disable --now aiflow-{role}.service",
+        "systemctl daemon-reload",
+        f"systemctl reset-failed aiflow-{role}.service*",
+    ]
     with pytest.raises(ServiceError, match="is not installed as a service"):
         act(system, "uninstall", role=role)
 
@@ -408,7 +412,7 @@ def test_status_has_a_line_for_what_is_known_and_an_exit_code(
         "at boot": "enabled",
         "since": "Sun 2026-11-29 07:00:00 UTC",
         "says": "broker broker.lan:8883 backoff: why = because",
-        "last progress": "Sun 2026-11-29 07:10:00 UTC (restarted after 20s without any)",
+        "last progress": "Sun 2026-11-29 07:10:00 UTC (after 20s without any it starts again)",
         "restarts": "2",
         "last result": "success",
         "last exit code": "0",
