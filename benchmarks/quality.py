@@ -32,7 +32,8 @@ from testbed.sample_photos import is_readable
 
 if TYPE_CHECKING:
     from models.questions import Question
-    from server.engine import Answer, Engine, Job
+    from server.engine import Engine, Job
+    from server.targets import Answer
 
 BATCH = 8
 LATENT_CHANNELS = 64

@@ -20,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from edge_runtime.inference.bundle import Bundle
-from server.engine import SIZES, Answer, Engine, Job, Proof
+from server.engine import SIZES, Engine, Job, Proof
 from server.loading import load_engine
 from server.numerics import prove
+from server.targets import Answer
 
 Drafts = Sequence[Sequence[int]]
 

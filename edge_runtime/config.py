@@ -219,6 +219,8 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     # A frame may be coded against an earlier one, and is coded alone after at most this time. 0: always alone.
     refresh_s: Annotated[float, Meta(ge=0, le=86400)] = 60.0
     jpeg_quality: Annotated[int, Meta(ge=1, le=100)] = 75  # of offload, and of the JPEG size that events compare with
+    # Longest side of an offloaded picture, for servers with a model of another size. None: the head's input, 224 x 224.
+    picture_pixels: Annotated[int, Meta(ge=64, le=2048)] | None = None
     slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # simulates a slower board, by sleeping
 
 

@@ -25,7 +25,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Draft, Drafted
 from edge_runtime.inference.head import Head, Latent
 from edge_runtime.inference.labels import Labels, worth_sending
-from edge_runtime.inference.preprocess import to_input
+from edge_runtime.inference.preprocess import shrunk, to_input
 from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.inference.references import ReferenceFrames, SentFrame
 from edge_runtime.inference.reuse import Answers
@@ -33,6 +33,7 @@ from edge_runtime.planning import Plan, Planner
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.wire import (
+    MAX_ENVELOPE,
     ContentKind,
     Options,
     Paradigm,
@@ -49,6 +50,7 @@ from edge_runtime.wire.event import AnsweredBy, Event, Rate, Reuse
 logger = logging.getLogger(__name__)
 
 REUSED = ("text", "tokens", "answered_by", "label", "scores", "confidence", "unsure", "answers")  # of an event
+MAX_PICTURE = MAX_ENVELOPE - 1024  # bytes, beside the other fields of a request; a larger picture is made smaller
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # for a request that contains features
 
 
@@ -281,7 +283,10 @@ class Pipeline:
     def _request(self, work: FrameInProgress, plan: Plan, features: RatedSymbols | None) -> Request:
         age_ms, tokens = int(1e3 * (time.monotonic() - work.frame.captured)), work.draft.tokens if work.draft else ()
         labels = work.labels or () if self.sends_labels else ()
-        return build_request(self.bundle, work.request_id, plan, work.pixels, features, tokens, age_ms, labels)
+        pixels = work.pixels
+        if features is None and plan.picture_pixels:
+            pixels = shrunk(work.frame.pixels, plan.picture_pixels)
+        return build_request(self.bundle, work.request_id, plan, pixels, features, tokens, age_ms, labels)
 
     def _answer_on_device(self, work: FrameInProgress, why: str) -> Event:
         """Publishes the draft, with labels, as the only answer."""
@@ -362,6 +367,9 @@ def build_request(
         content = bitstream.encode(features.symbols, bundle.tables, features.level, features.groups)
     else:
         kind, content = ContentKind.JPEG, to_jpeg(pixels, plan.jpeg_quality)
+        while len(content) > MAX_PICTURE:
+            pixels = shrunk(pixels, max(pixels.shape) // 2)
+            content = to_jpeg(pixels, plan.jpeg_quality)
     options = Options(tier=plan.tier, propose=plan.propose, questions=plan.questions)
     return Request(
         id=request_id,

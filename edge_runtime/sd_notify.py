@@ -36,7 +36,7 @@ class Notifier:
                 f"begins with @, at most {MAX_ADDRESS} bytes; unset it if no service manager started this"
             )
         self._address = b"\0" + os.fsencode(address[1:]) if address.startswith("@") else os.fsencode(address)
-        self._ping_s, self._clock = watchdog_s / PINGS, clock
+        self._watchdog_s, self._ping_s, self._clock = watchdog_s, watchdog_s / PINGS, clock
         self._next_ping = 0.0
         self.failed = 0  # messages that could not be sent
 
@@ -66,6 +66,11 @@ class Notifier:
     def status(self, text: str) -> None:
         """One line for `systemctl status`."""
         self._send(f"STATUS={printable(text, MAX_STATUS)}")
+
+    def allow(self, silent_s: float) -> None:
+        """One piece of work may take so long: systemd waits longer than its WatchdogSec= from now on."""
+        if self._watchdog_s and silent_s:
+            self._send(f"WATCHDOG_USEC={round((silent_s + self._watchdog_s) * 1e6)}", WAIT_S)
 
     def progress(self) -> None:
         """A piece of work is done, or none was there to do. Call it as often as you like: most calls send nothing."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Role = Literal["board", "server"]
 
-USER = "aiflow"  # a system account; docs/adr/0022-a-system-account.md
+USER = "aiflow"  # a system account; docs/adr/0023-a-system-account.md
 STATE = Path("/var/lib/aiflow")  # StateDirectory=: the only directory, besides a private /tmp, that a service may write
 MARK = "# Written by `aiflow service install`, which writes it again. Your own changes: systemctl edit "
 HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # ProtectHome= and PrivateTmp=
@@ -58,7 +58,7 @@ class Service:
     config: Path  # absolute
     unit: str  # the text of its unit
     files: tuple[tuple[str, str], ...]  # what the configuration names, and the path
-    outbox: str | None = None
+    writes: tuple[tuple[str, str], ...] = ()  # likewise, what the service writes
 
     @property
     def uses_credentials(self) -> bool:
@@ -105,24 +105,31 @@ def _board(path: Path, config: RuntimeConfig, aiflow: Path) -> Service:
             files.append((f"camera {camera.name} password_file", camera.password_file))
         if kind_of(camera.source) in ("watch", "video", "pictures"):
             files.append((f"camera {camera.name} source", camera.source.removeprefix(WATCH)))
-    outbox = config.outbox.file if config.outbox else None
-    return Service("board", path, _unit("board", path, aiflow, STOP_S, devices), tuple(files), outbox)
+    unit = _unit("board", path, aiflow, STOP_S, devices)
+    return Service("board", path, unit, tuple(files), tuple(_named("outbox", config.outbox, "file")))
 
 
 def _server(path: Path, config: "Config", aiflow: Path) -> Service:
     server = config.server
     devices = GPU if server.device.startswith("cuda") else NO_DEVICES_NOR_USERS
-    files = [("[server] bundle", server.bundle), *_broker_files("mqtt", config.mqtt)]
+    files = [*_broker_files("mqtt", config.mqtt), *_named("server", server, "bundle", "questions_folder")]
+    files += _named("openai", config.openai, "key_file", "ca_file")
+    if (model := server.target.removeprefix("hf:")).startswith("/"):  # a folder; others are names
+        files.append(("[server] target", model))
     files += _broker_files("upstream.mqtt", config.upstream.mqtt if config.upstream else None)
     files += [(f"[questions] {name}", file) for name, file in config.questions.items()]
-    if server.questions_folder:
-        files.append(("[server] questions_folder", server.questions_folder))
-    return Service("server", path, _unit("server", path, aiflow, server.stop_s, devices), tuple(files))
+    unit = _unit("server", path, aiflow, server.stop_s, devices)
+    return Service("server", path, unit, tuple(files), tuple(_named("openai", config.openai, "spent_file")))
 
 
 def _broker_files(table: str, broker: MqttConfig | None) -> Iterator[tuple[str, str]]:
-    for key in ("password_file", "ca_file", "cert_file", "key_file"):
-        if broker and (path := getattr(broker, key)):
+    return _named(table, broker, "password_file", "ca_file", "cert_file", "key_file")
+
+
+def _named(table: str, values: object, *keys: str) -> Iterator[tuple[str, str]]:
+    """The keys of a table that have a value, as messages call them."""
+    for key in keys:
+        if path := getattr(values, key, None):
             yield f"[{table}] {key}", path
 
 
@@ -166,11 +173,11 @@ def check_files(service: Service) -> None:
                 f"{service.config}: {what} = {text} is in {folder}, which a service does not see: move it to "
                 "/etc/aiflow, /opt/aiflow, /srv or another place, and name it in the configuration"
             )
-    if service.outbox and STATE not in (STATE / service.outbox).resolve().parents:
-        raise ConfigError(
-            f"{service.config}: [outbox] file = {service.outbox}: a service may write only in {STATE}: "
-            f'set file = "{STATE}/outbox.sqlite"'
-        )
+    for what, text in service.writes:
+        if STATE not in (STATE / text).resolve().parents:
+            raise ConfigError(
+                f"{service.config}: {what} = {text}: a service may write only in {STATE}: name a file there"
+            )
 
 
 def _check_plain(path: Path) -> None:

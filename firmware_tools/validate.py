@@ -47,15 +47,17 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
 
     server = config.server
     settings = config.mqtt_settings()
+    config.check_target()
     above = config.upstream.settings(server.id) if config.upstream else None
-    bundle = _check_bundle(Path(server.bundle))
-    targets = bundle.manifest.targets
-    if server.tier not in targets:
-        raise ConfigError(f'{path}: tier = "{server.tier}", but the bundle has {", ".join(targets)}')
-    if config.questions:
-        from server.questions import Questions
+    if server.bundle:
+        bundle = _check_bundle(Path(server.bundle))
+        targets = bundle.manifest.targets
+        if server.target == "bundle" and server.tier not in targets:
+            raise ConfigError(f'{path}: tier = "{server.tier}", but the bundle has {", ".join(targets)}')
+        if config.questions:
+            from server.questions import Questions
 
-        Questions(bundle, config.questions)
+            Questions(bundle, config.questions)
     print(f"{path}: server {server.id} of site {server.site} is in order")
     # Not the share of requests: a member that does not answer would take some of them from the running servers.
     checks = [_broker("mqtt", settings, [topics.reply(server.site, server.id)])]

@@ -4,28 +4,36 @@ import logging
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.mqtt import connection_text
 from edge_runtime.reporting.metrics import exported
 from edge_runtime.sd_notify import Notifier
 from server.config import Config, ServerConfig
 from server.counters import SERVER, values
-from server.engine import SIZES, Engine
 from server.gateway import Gateway
-from server.loading import load_engine
-from server.numerics import prove
-from server.questions import Questions
-from server.reply_cache import ReplyCache
+from server.reply_cache import MAX_AGE_S, ReplyCache
 from server.service import Service
+from server.targets import Target
 from server.upstream import Upstream
 from server.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from server.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 
-def load(config: ServerConfig) -> tuple[Bundle, Engine]:
+def load(config: ServerConfig) -> "tuple[Bundle, Engine]":
     """Opens the bundle, loads the tier's networks and runs the start test. Raises BundleError."""
+    from server.engine import SIZES
+    from server.loading import load_engine
+    from server.numerics import prove
+
+    if config.bundle is None:
+        raise ConfigError("required key `bundle` is missing (in server)")
     bundle = open_bundle(Path(config.bundle))
     _ = bundle.tables, bundle.inter_tables, bundle.words  # a mistake in them is found at the start
     engine = load_engine(bundle, (config.tier,), config.device, config.threads)
@@ -42,15 +50,16 @@ def run_server(config: Config, stop: threading.Event, notifier: Notifier | None 
     that is no mistake in the configuration, and the server is worth starting again.
     """
     settings, server, notifier = config.mqtt_settings(), config.server, notifier or Notifier()
-    bundle, engine = load(server)
-    questions = Questions(bundle, config.questions, server.questions_folder)
+    config.check_target()
+    target, on_questions = _target(config)
     upstream, bounds = None, None
     if config.upstream:
         upstream, bounds = Upstream(config.upstream, server.id), config.upstream.bounds()
-    service = Service(server, bundle, engine, ReplyCache(), upstream, bounds, questions=questions)
-    logger.info("server ready id=%s bundle=%s numerics=%s", server.id, bundle.id.hex(), engine.proof.numerics)
+    # At somebody else's server, a repeat that counted as new while the first copy waits would be paid for twice.
+    replies = ReplyCache(max_flight_s=MAX_AGE_S) if config.openai else ReplyCache()
+    service = Service(server, target, replies, upstream, bounds)
+    logger.info("server ready id=%s target=%s tokenizer=%s", server.id, server.target, target.abilities.tokenizer)
     with ExitStack() as stack:
-        on_questions = questions.message_arrived if server.questions_folder else None
         gateway = Gateway(
             settings,
             server.site,
@@ -76,3 +85,34 @@ def run_server(config: Config, stop: threading.Event, notifier: Notifier | None 
         except Exception as error:
             raise RuntimeError("the server broke while it served") from error
     logger.info("server stopped id=%s counts=%s", server.id, service.status()["counts"])
+
+
+def _target(config: Config) -> tuple[Target[Any], Any]:
+    """The target, and what hears of a message that sets its questions, if anything does."""
+    server = config.server
+    if config.openai:
+        from server.targets.openai import OpenAITarget
+
+        return OpenAITarget(server.target.removeprefix("openai:"), config.openai), None
+    if server.target.startswith("hf:"):
+        return _picture_model(config), None
+    from server.questions import Questions
+    from server.targets.bundle import BundleTarget
+
+    bundle, engine = load(server)
+    questions = Questions(bundle, config.questions, server.questions_folder)
+    logger.info("bundle loaded id=%s numerics=%s", bundle.id.hex(), engine.proof.numerics)
+    target = BundleTarget(bundle, engine, server.tier, server.max_batch, questions)
+    return target, questions.message_arrived if server.questions_folder else None
+
+
+def _picture_model(config: Config) -> Target[Any]:
+    server = config.server
+    try:
+        from server.targets.huggingface import HuggingFaceTarget
+        from server.targets.huggingface_target import PictureModel
+    except ImportError as error:
+        raise ConfigError(f'target = "{server.target}" needs transformers: pip install "aiflow-edge[hf]"') from error
+    name, hf = server.target.removeprefix("hf:"), config.hf
+    model = HuggingFaceTarget.load(name, hf.dtype, server.device, server.threads, hf.offline)
+    return PictureModel(model, hf, open_bundle(Path(server.bundle)) if server.bundle else None)

@@ -1,6 +1,6 @@
 """How long the engine's batches take: the prices that a server publishes, and when the present batch takes too long.
 
-Written by the engine's thread, read by any. Its clock is the caller's.
+Written by the threads that call the target, read by any. Its clock is the caller's.
 """
 
 import statistics
@@ -15,17 +15,21 @@ LATE_BATCHES = 20
 class BatchTimes:
     """All times are in milliseconds, except those of the clock, which are in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, call_s: float = 0.0) -> None:
+        """call_s: a batch that takes no longer than this does not hang, whatever batches usually take."""
+        self._call_s = call_s
         self._recent = {name: deque[float]([], RECENT) for name in ("batch", "pass")}
-        self._began: float | None = None  # when the present batch began
+        self._began: dict[int, float] = {}  # by thread: when its present batch began
         self._lock = threading.Lock()
 
     def begin(self, now: float) -> None:
-        self._began = now
+        with self._lock:
+            self._began[threading.get_ident()] = now
 
     def end(self) -> None:
-        """The batch has ended, whatever became of it."""
-        self._began = None
+        """This thread's batch has ended, whatever became of it."""
+        with self._lock:
+            self._began.pop(threading.get_ident(), None)
 
     def add(self, batch_ms: float, pass_ms: float) -> None:
         """What a batch took that was served, and each pass of it."""
@@ -39,11 +43,11 @@ class BatchTimes:
             return {name: round(statistics.median(recent or [0.0]), 2) for name, recent in self._recent.items()}
 
     def busy_s(self, now: float) -> float:
-        """For how long the engine has been in its present batch; 0: it waits for work."""
-        began = self._began
-        return 0.0 if began is None else now - began
+        """For how long the oldest present batch has been running; 0: there is none."""
+        with self._lock:
+            return now - min(self._began.values(), default=now)
 
     def is_late(self, now: float) -> bool:
         """The engine seems to hang: its present batch takes far longer than batches do."""
         busy_s = self.busy_s(now)
-        return busy_s > LATE_S and busy_s > LATE_BATCHES * self.medians_ms()["batch"] / 1e3
+        return busy_s > max(LATE_S, self._call_s) and busy_s > LATE_BATCHES * self.medians_ms()["batch"] / 1e3

@@ -37,8 +37,12 @@ class Batcher(Generic[Item]):
     Suter et al., "Buffer management schemes for supporting TCP in gigabit routers with per-flow queueing", 1999).
     """
 
-    def __init__(self, capacity: int, max_batch: int, wait_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, capacity: int, max_batch: int, wait_s: float, clock: Callable[[], float], per_board: int = 1
+    ) -> None:
+        """per_board: with several threads that take, how many of them one board may occupy."""
         self.capacity, self.max_batch, self.wait_s, self._clock = capacity, max_batch, wait_s, clock
+        self._per_board = per_board
         self._queues: dict[str, deque[tuple[Item, float]]] = {}  # by board, with deadlines; none is empty
         self._count = 0
         # What the boards of requests that were taken and are not done have been charged for them.
@@ -83,9 +87,9 @@ class Batcher(Generic[Item]):
     def take(self, timeout_s: float) -> Batch[Item]:
         """Waits for a first item, then shortly for more, and takes at most one batch. Call `done` for each item of it.
 
-        A board with requests in service is not taken before they are done: with several threads that take, one board
-        occupies one of them. A request that is alone does not wait for more if the last one was alone too: the requests
-        of a single camera are, and each would wait in vain.
+        A board with `per_board` requests in service is not taken before one of them is done, so with several threads
+        that take, the other boards find some free. A request that is alone does not wait for more if the last one was
+        alone too: the requests of a single camera are, and each would wait in vain.
         """
         with self._changed:
             if not self._changed.wait_for(self._ready, timeout_s):
@@ -133,7 +137,7 @@ class Batcher(Generic[Item]):
 
     def _ready(self) -> list[str]:
         """Boards of which a request may be taken. Under the lock."""
-        return [board for board in self._queues if board not in self._in_service]
+        return [board for board in self._queues if len(self._in_service.get(board, ())) < self._per_board]
 
     def _pop(self, board: str, newest: bool = False) -> tuple[Item, float]:
         """Under the lock."""

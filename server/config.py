@@ -1,11 +1,17 @@
 """The server's configuration: one TOML file, read and checked as a whole at start, then passed on as frozen values."""
 
+import re
+import ssl
+from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
 from edge_runtime.config import Id, MetricsConfig, StationId
+from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt import MqttConfig, MqttSettings
+from edge_runtime.mqtt.settings import is_loopback
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
 from server.escalation import Bounds
@@ -17,7 +23,14 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The server and what it answers with."""
 
     id: StationId
-    bundle: str  # directory of the bundle
+    bundle: str | None = None  # directory of the bundle; with the target "bundle", and for drafts with "hf:..."
+    target: Annotated[
+        str,
+        Meta(
+            pattern=r"^(bundle|openai:https?://[!-~]{1,512}|hf:[!-~]{1,512})\Z",
+            description='"bundle", "openai:http://HOST:PORT/v1" or "hf:FOLDER_OR_NAME"',
+        ),
+    ] = "bundle"  # what answers: the bundle's networks, another server with the API of OpenAI, or a transformers model
     site: Id = "home"
     pool: Id = "servers"  # the servers of a pool share the requests of the site
     tier: Literal["edge", "cloud"] = "edge"  # which target of the bundle it answers with
@@ -31,6 +44,101 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     pictures: bool = True  # false: requests with a picture are refused, only latents are answered
     questions_folder: Annotated[str, Meta(min_length=1)] | None = None  # whose files a message may load; none: none
     stop_s: Annotated[float, Meta(ge=0, le=600)] = 10.0  # to finish accepted requests when told to stop
+
+
+# Asked with each picture, unless the configuration has another one. Good for a camera at a door.
+PROMPT = (
+    "This picture is from a fixed camera at a door. Say in one short sentence what can be seen: people, animals, "
+    "vehicles, parcels, and what they do. If there are none, say that nothing happens. Do not guess what is not "
+    "visible."
+)
+MAX_KEY_BYTES = 4096
+USUAL_INPUT_TOKENS = 1500  # of a picture and a prompt, to estimate a cost before there was a call
+
+
+class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Another server that answers pictures, with the chat completions of OpenAI's API."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=256)]  # as that server calls it
+    prompt: Annotated[str, Meta(min_length=1, max_length=16_384)] = PROMPT
+    key_file: str | None = None  # its first line is the key; secrets come from files only
+    ca_file: str | None = None  # the authorities that sign its certificate; none: those of the system
+    max_tokens: Annotated[int, Meta(ge=1, le=4096)] = 100  # longest text
+    calls: Annotated[int, Meta(ge=1, le=64)] = 4  # at the same time
+    timeout_s: Annotated[float, Meta(ge=0.1, le=600)] = 60.0  # of one call; a request's deadline may be sooner
+    input_price: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # per million tokens of prompt and picture
+    output_price: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # per million tokens of the text
+    currency: Annotated[str, Meta(min_length=1, max_length=8)] = "USD"  # of prices and budget
+    budget_per_day: Annotated[float, Meta(gt=0, le=1e6)] | None = (
+        None  # no calls when it is spent, until the next day in UTC
+    )
+    spent_file: str | None = None  # keeps over a restart what was spent today
+    insecure: bool = False  # true allows plain http to a server that is not on this machine
+
+    def check(self, url: str) -> None:
+        """Raises ConfigError for what can never work, and for an address that would send pictures in the clear."""
+        if self.budget_per_day and not (self.input_price or self.output_price):
+            raise ConfigError("budget_per_day without a price never ends: set input_price and output_price in [openai]")
+        if self.budget_per_day and self.estimate > self.budget_per_day:
+            raise ConfigError(
+                f"budget_per_day = {self.budget_per_day}, but one answer may cost {self.estimate:.6g} {self.currency}: "
+                "want more, or a lower max_tokens"
+            )
+        if self.spent_file and not self.budget_per_day:
+            raise ConfigError("spent_file without budget_per_day is of no use: set both in [openai], or none")
+        try:
+            parts = urlsplit(url)
+            host = parts.hostname
+            _ = parts.port  # raises ValueError if it is no number
+        except ValueError:
+            host = None
+        if not host or parts.username is not None or parts.query or parts.fragment:
+            raise ConfigError(
+                'target = "openai:..." wants an address such as http://127.0.0.1:8080/v1, with a host, without a login '
+                "and without ? or #; a key belongs into key_file of [openai]"
+            )
+        if parts.scheme == "http" and not self.insecure and not is_loopback(host):
+            raise ConfigError(
+                f"target on {host} is not on this machine and its address is http: everybody on the way could read the "
+                "pictures and the key; use https, or set insecure = true in [openai] on a network that you trust"
+            )
+
+        self.key()
+        try:
+            ssl.create_default_context(cafile=self.ca_file)
+        except OSError as error:  # ssl.SSLError is an OSError
+            raise ConfigError(f"ca_file = {self.ca_file}: cannot be read as PEM: {error.strerror or error}") from error
+
+    @property
+    def estimate(self) -> float:
+        """What a call may cost, in the currency, before there was one."""
+        return self.cost(USUAL_INPUT_TOKENS, self.max_tokens)
+
+    def cost(self, input_tokens: int, output_tokens: int) -> float:
+        """In the currency."""
+        return (input_tokens * self.input_price + output_tokens * self.output_price) / 1e6
+
+    def key(self) -> str | None:
+        """The first line of key_file. Raises ConfigError, which never shows the key."""
+        if self.key_file is None:
+            return None
+        try:
+            with Path(self.key_file).open("rb") as file:
+                first = file.read(MAX_KEY_BYTES).removeprefix(b"\xef\xbb\xbf").split(b"\n")[0].strip()
+        except OSError as error:
+            raise ConfigError(f"key_file = {self.key_file}: cannot be read: {error.strerror}") from error
+        if not re.fullmatch(rb"[!-~]+", first):  # it goes into a header
+            raise ConfigError(f"key_file = {self.key_file}: its first line is no key: want ASCII without spaces")
+        return first.decode()
+
+
+class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """A model of Hugging Face transformers in this process."""
+
+    prompt: Annotated[str, Meta(min_length=1, max_length=16_384)] = PROMPT
+    max_tokens: Annotated[int, Meta(ge=1, le=1024)] = 60  # longest text
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    offline: bool = True  # false: a model that is not on this machine is downloaded at the first start
 
 
 class UpstreamConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -66,6 +174,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     server: ServerConfig
     mqtt: MqttConfig = MqttConfig()
     questions: dict[str, str] = {}  # taught ones, which boards ask by name: name to file
+    openai: OpenAIConfig | None = None  # with the target "openai:..."
+    hf: HuggingFaceConfig = HuggingFaceConfig()  # with the target "hf:..."
     upstream: UpstreamConfig | None = None
     metrics: MetricsConfig | None = None
 
@@ -79,3 +189,27 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             max_inbound_bytes=MAX_ENVELOPE + 1024,  # and its topic and properties
             receive_maximum=queue,  # requests are acknowledged when accepted, so the broker keeps the rest
         )
+
+    def check_target(self) -> None:
+        """Raises ConfigError if the target lacks what it needs, or has what it cannot use."""
+        server, (kind, _, where) = self.server, self.server.target.partition(":")
+        if self.openai and kind != "openai":
+            raise ConfigError(
+                f'[openai] is of no use with target = "{kind}": set target = "openai:http://HOST:PORT/v1", or remove it'
+            )
+        if self.hf != HuggingFaceConfig() and kind != "hf":
+            raise ConfigError(f'[hf] is of no use with target = "{kind}": set target = "hf:FOLDER", or remove it')
+        if kind == "bundle":
+            if server.bundle is None:
+                raise ConfigError('required key `bundle` is missing (in server), which has target = "bundle"')
+            return
+        if kind == "openai":
+            if self.openai is None:
+                raise ConfigError(f'target = "{server.target}" needs the table [openai] with the model\'s name')
+            self.openai.check(where)
+        if not server.pictures:
+            raise ConfigError("pictures = false, but this target answers pictures only: remove it")
+        if self.upstream or self.questions or server.questions_folder:
+            raise ConfigError(
+                'questions and [upstream] need features and tokens of the bundle: remove them, or set target = "bundle"'
+            )

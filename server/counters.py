@@ -20,6 +20,13 @@ SERVER = {
     "questions": Meaning(
         "Taught questions in requests: asked, and unknown (this server has none of that name)", "what"
     ),
+    "target_calls": Meaning(
+        "Calls to another server as the target, by what became of them: answered, retried (called once more), "
+        "usage_unknown (answered without token counts); paused and over_budget were not made",
+        "what",
+    ),
+    "target_tokens": Meaning("Tokens of those calls, as the other server counts them: input, output", "what"),
+    "target_cost": Meaning("Cost of those calls in the configured currency, estimated if one broke off"),
     "setting": Meaning("Messages that set the questions: set, refused (nothing has changed)", "what"),
     "late": Meaning("How often the engine was found to hang: the server leaves its share until it works again"),
     "escalated": Meaning("Requests passed up, by reason", "reason"),
@@ -64,6 +71,8 @@ def values(status: Mapping[str, Any]) -> Values:
     numbers: dict[str, Any] = dict.fromkeys(UNLABELLED, 0) | status["counts"]
     numbers |= {"waiting": status["queue"]["waiting"], "asked_above": status["asked_above"]}
     numbers |= status.get("gateway", {})
+    if usage := status.get("usage"):
+        numbers |= {"target_calls": usage["calls"], "target_tokens": usage["tokens"], "target_cost": usage["cost"]}
     if above := status.get("upstream"):
         requests = {name: count for name, count in above["requests"].items() if name != "open"}
         numbers["upstream"] = requests | {f"reply_{name}": count for name, count in above["replies"].items()}

@@ -25,6 +25,7 @@ from models.family import LATENT, Classifier, Head, Memory, Tail, TextDecoder, a
 from models.labels import label_words, with_seen
 from models.lookahead import Lookahead
 from models.questions import Question
+from server.targets.target import Answer
 from server.verify import Text, new_text, next_block, propose_again, verify
 
 Shape = tuple[int, int]  # of a pass: rows, tokens per row
@@ -51,24 +52,6 @@ class Job:
     wants_label: bool = False
     questions: Mapping[str, Question] = field(default_factory=dict)  # to answer, by name
     labels: Mapping[int, float] = field(default_factory=dict)  # that the board has seen: class to probability
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One text and how it was written. If the target computed no finite numbers: an `error` and no tokens."""
-
-    tokens: tuple[int, ...]  # without the end token
-    accepted: int = 0  # proposed tokens that the target chose as well
-    proposed: int = 0  # tokens of the draft that were usable
-    accepted_again: int = 0  # of the server's proposals that replaced the draft, tokens that the target chose as well
-    passes: int = 0  # forward passes of the target
-    confidence: float = 0.0  # geometric mean of the probabilities of its tokens, end token included
-    scores: dict[str, float] = field(default_factory=dict)  # probability of the likeliest labels, best first
-    answers: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # to each question: the probability of each class
-    error: str = ""
-    stages_ms: dict[str, float] = field(default_factory=dict)  # of the whole batch: tail, image, passes
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,7 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
     Sets torch's thread count for the whole process, since bits depend on it. Raises BundleError, and ConfigError if the
     device is not there.
     """
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f'device = "{device}", but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices: '
-            'want device = "cpu", or a driver and a PyTorch that fit the GPU'
-        )
-    torch.set_num_threads(threads)
-    # On a GPU: float32 everywhere, and no algorithm that sums in another order at each run.
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    prepare_device(device, threads)
     manifest = bundle.manifest
     if (manifest.latent.channels, manifest.latent.height, manifest.latent.width) != LATENT:
         raise BundleError(f"bundle {manifest.name} codes {manifest.latent}, this version's networks read {LATENT}")
@@ -59,6 +52,18 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
     return Engine(
         tail, decoders, classifier, manifest.classes, head, lookaheads, label_words, manifest.label_temperature, device
     )
+
+
+def prepare_device(device: str, threads: int) -> None:
+    """Settings of the whole process that bits depend on. Raises ConfigError if the device is not there."""
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f'device = "{device}", but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices: '
+            'want device = "cpu", or a driver and a PyTorch that fit the GPU'
+        )
+    torch.set_num_threads(threads)
+    # On a GPU: float32 everywhere, and no algorithm that sums in another order at each run.
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
 
 
 def _decoder(bundle: Bundle, tier: str) -> TextDecoder:

@@ -1,11 +1,12 @@
-"""The path of a request, top to bottom: receive, admit, decode its picture, batch, run the engine, reply; and if the
+"""The path of a request, top to bottom: receive, admit, decode its picture, batch, ask the target, reply; and if the
 tier above may know better: reply, ask there, reply once more.
 
 `receive` runs on the MQTT client's thread and never waits. Pictures are decoded on threads of their own, each with a
-process of its own. `serve` runs on the thread that owns the engine. What the tier above says comes on a fourth thread.
-Between the threads are two queues, one before the pictures' threads and one before the engine, and the cache of
-replies. Every request ends in a status, which its board is told, and in a counter: received = last replies (by status)
-+ repeated + joined + waiting + asked above.
+process of its own. `serve` runs on the thread that calls the target (targets/target.py), and starts more of them for a
+target that takes several calls at once. What the tier above says comes on another thread. Between the threads are two
+queues, one before the pictures' threads and one before the target, and the cache of replies. Every request ends in a
+status, which its board is told, and in a counter: received = last replies (by status) + repeated + joined + waiting +
+asked above.
 """
 
 import logging
@@ -16,51 +17,39 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from edge_runtime import __version__
 from edge_runtime.capture.picture_checks import PictureError
-from edge_runtime.inference.bundle import Bundle
 from edge_runtime.sd_notify import Notifier
 from edge_runtime.wire import (
-    BitstreamError,
     ContentKind,
     EnvelopeError,
-    Header,
     Hop,
-    Inter,
-    Paradigm,
     ReferenceLostError,
     Reply,
     Request,
     Status,
     Tier,
-    decode,
+    WireError,
     decode_request,
-    encode,
     encode_reply,
     encode_tokens,
 )
-from edge_runtime.wire.envelope import Bytes8
-from models.questions import Question
+from edge_runtime.wire.envelope import MAX_TEXT, Bytes8
 from server.accepted import Accepted
 from server.batch_times import BatchTimes
 from server.batcher import Batch, Batcher
 from server.config import ServerConfig
 from server.counters import by_label
-from server.engine import Answer, Engine, Job
 from server.escalation import Bounds, is_loop
 from server.escalator import Escalator
 from server.gateway import Arrival
 from server.pictures import PictureCostError, PictureDecoder, PictureWorkerError
-from server.questions import Questions
-from server.references import References
 from server.reply_cache import ReplyCache, Seen
+from server.targets import Answer, Target
 from server.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -81,25 +70,21 @@ class Service:
     def __init__(
         self,
         config: ServerConfig,
-        bundle: Bundle,
-        engine: Engine,
+        target: Target[Any],
         replies: ReplyCache,
         upstream: Upstream | None = None,
         bounds: Bounds | None = None,
         chance: Callable[[], float] = random.random,
-        questions: Questions | None = None,
     ) -> None:
-        self.config, self.bundle, self.engine, self.replies = config, bundle, engine, replies
-        self.upstream = upstream
-        self.questions = questions or Questions(bundle)
-        self.references = References()
-        self.tier = Tier[config.tier.upper()]
-        self.takes_pictures = config.pictures and engine.head is not None
+        self.config, self.target, self.replies, self.upstream = config, target, replies, upstream
+        self.tier, limits = Tier[config.tier.upper()], target.limits
+        self.takes_pictures = config.pictures and target.abilities.pictures
         self.pictures: Batcher[Accepted] = Batcher(config.queue, 1, 0.0, time.monotonic)
+        # With several calls at once, one board may occupy half of them, so that the others always get some.
         self.batcher: Batcher[Accepted] = Batcher(
-            config.queue, config.max_batch, config.batch_wait_ms / 1e3, time.monotonic
+            config.queue, limits.batch, config.batch_wait_ms / 1e3, time.monotonic, (limits.calls + 1) // 2
         )
-        self.batch_times = BatchTimes()
+        self.batch_times = BatchTimes(limits.call_s)
         self.counts: Counter[tuple[str, str]] = Counter()  # by name and label, see counters.py
         self._lock = threading.Lock()  # over counts and _is_stopping; held for a few statements
         self._is_stopping = False
@@ -135,16 +120,21 @@ class Service:
             self._count("joined")  # its reply is on the way
             if first:
                 reply(first, request.budget_ms / 1e3)
-        elif request.content_kind is ContentKind.LATENT and request.bundle != self.bundle.id:
-            ours = self.bundle.id.hex()
-            why = f"bundle {request.bundle.hex()} is not here, {ours} is: ask again for another server, or install one"
-            self._refuse(accepted, Status.UNKNOWN_BUNDLE, why, ELSEWHERE_RETRY_MS)
+        elif request.content_kind is ContentKind.LATENT and request.bundle != self.target.abilities.bundle:
+            self._refuse(accepted, Status.UNKNOWN_BUNDLE, self._unknown_bundle(request), ELSEWHERE_RETRY_MS)
         elif objection := self._objection(request):
             self._refuse(accepted, Status.BAD_REQUEST, objection)
         elif request.content_kind is ContentKind.LATENT:
             self._enqueue(accepted, self.batcher)
         else:
             self._enqueue(accepted, self.pictures)
+
+    def _unknown_bundle(self, request: Request) -> str:
+        """What is wrong with a latent that another server of the pool may be able to read."""
+        theirs, ours = request.bundle.hex(), self.target.abilities.bundle
+        if ours is None:
+            return f"the target of this server takes pictures only, no latents of bundle {theirs}: send pictures"
+        return f"bundle {theirs} is not here, {ours.hex()} is: ask again for another server, or install one"
 
     def _objection(self, request: Request) -> str | None:
         """What is wrong with a request that this server can never answer."""
@@ -181,7 +171,9 @@ class Service:
     def _expected_ms(self, accepted: Accepted) -> float:
         """From now until the engine has answered, as batches take lately; 0 while nobody is ahead of it."""
         ahead = self.batcher.ahead_of(accepted.arrival.board)
-        return self.batch_times.medians_ms()["batch"] * (1 + ahead / self.config.max_batch) if ahead else 0.0
+        limits = self.target.limits
+        batches = 1 + ahead / (limits.batch * limits.calls)
+        return self.batch_times.medians_ms()["batch"] * batches if ahead else 0.0
 
     # ---- the pictures' threads ----
 
@@ -205,36 +197,17 @@ class Service:
             finally:
                 self.pictures.done(accepted.arrival.board, 1e3 * (time.monotonic() - started))
 
-    @contextmanager
-    def _picture_threads(self) -> Iterator[None]:
-        done = threading.Event()
-
-        def run(decoder: PictureDecoder) -> None:
-            with decoder:
-                while not done.is_set():
-                    self.decode_picture(decoder)
-
-        threads = [
-            threading.Thread(target=run, args=(decoder,), name=f"pictures-{i}", daemon=True)
-            for i, decoder in enumerate(self._decoders)
-        ]
-        for thread in threads:
-            thread.start()
-        yield
-        done.set()
-        for thread in threads:
-            thread.join()
-
-    # ---- the thread that owns the engine ----
+    # ---- the thread that owns the target, and more of them if it takes several calls at once ----
 
     def serve(self, stop: threading.Event, notifier: Notifier | None = None) -> None:
         """Answers until `stop` is set, then finishes what was accepted, as far as `stop_s` allows.
 
-        notifier: hears of each batch, of each pass of the decoder, and that there is nothing to do.
+        notifier: hears of each batch, of each step of the target, and that there is nothing to do.
         """
         notifier = notifier or Notifier()
-        self.engine.on_step = notifier.progress
-        with self._picture_threads():
+        notifier.allow(self.target.limits.silent_s)
+        self.target.on_step(notifier.progress)
+        with self._threads():
             while not stop.is_set():
                 self.answer(self.batcher.take(TAKE_S))
                 notifier.progress()
@@ -243,12 +216,41 @@ class Service:
                 self._is_stopping = True
             give_up = time.monotonic() + self.config.stop_s
             # In this order: a picture goes from the first to the second.
-            while not self.pictures.is_idle or len(self.batcher):
+            while not self.pictures.is_idle or not self.batcher.is_idle:
                 if time.monotonic() >= give_up:
                     self._hand_back("this server stops before it could answer: another one may")
+                    self.target.close()
                     for decoder in self._decoders:
                         decoder.kill()
                 self.answer(self.batcher.take(TAKE_S))
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Those that decode pictures, and those besides this one that call the target."""
+        done = threading.Event()
+
+        def decode(decoder: PictureDecoder) -> None:
+            with decoder:
+                while not done.is_set():
+                    self.decode_picture(decoder)
+
+        def answer() -> None:
+            while not done.is_set():
+                self.answer(self.batcher.take(TAKE_S))
+
+        threads = [
+            threading.Thread(target=decode, args=(decoder,), name=f"pictures-{i}", daemon=True)
+            for i, decoder in enumerate(self._decoders)
+        ]
+        threads += [
+            threading.Thread(target=answer, name=f"target-{i}", daemon=True) for i in range(1, self.target.limits.calls)
+        ]
+        for thread in threads:
+            thread.start()
+        yield
+        done.set()
+        for thread in threads:
+            thread.join()
 
     def answer(self, batch: Batch[Accepted]) -> None:
         """One batch, from contents to replies. What each request costs is charged to its board."""
@@ -259,85 +261,58 @@ class Service:
         self.batch_times.begin(started)
         costs_ms = [0.0] * len(batch.items)
         try:
-            jobs: dict[int, Job] = {}  # by place in the batch
+            jobs: dict[int, Any] = {}  # by place in the batch
             for i, accepted in enumerate(batch.items):
                 began = time.monotonic()
-                if job := self._job(accepted):
+                if (job := self._job(accepted)) is not None:
                     jobs[i] = job
                 costs_ms[i] = 1e3 * (time.monotonic() - began)
             if jobs:
                 decoded = time.monotonic()
                 answers = self._compute(list(jobs.values()))
                 done = time.monotonic()
-                passes = sum(answer.passes for answer in answers) or 1
-                for i, answer in zip(jobs, answers, strict=True):
-                    costs_ms[i] += 1e3 * (done - decoded) * answer.passes / passes
+                shares = [answer.passes or 1 for answer in answers]  # a target may count no passes
+                for i, answer, share in zip(jobs, answers, shares, strict=True):
+                    costs_ms[i] += 1e3 * (done - decoded) * share / sum(shares)
                     self._reply(batch.items[i], jobs[i], answer, started, decoded, done)
         finally:
             self.batch_times.end()
             for accepted, cost_ms in zip(batch.items, costs_ms, strict=True):
                 self.batcher.done(accepted.arrival.board, cost_ms)
 
-    def _job(self, accepted: Accepted) -> Job | None:
-        """What the engine is asked; None: the request was refused, its content is not readable."""
-        request = accepted.request
+    def _job(self, accepted: Accepted) -> Any:
+        """What the target is asked; None: the request was refused, its content is not readable."""
+        options, known = accepted.request.options, self.target.question_names()
+        for name in options.questions if options else ():
+            self._count("questions", "asked" if name in known else "unknown")
         try:
-            symbols, level, channels = self._symbols(accepted)
-        except BitstreamError as error:
+            return self.target.job(accepted)
+        except WireError as error:
             is_lost = isinstance(error, ReferenceLostError)
             self._refuse(accepted, Status.REFERENCE_LOST if is_lost else Status.BAD_REQUEST, str(error))
             return None
-        max_tokens = request.options.max_tokens if request.options else None
-        labels = request.seen_labels
-        if max(labels, default=-1) >= (classes := len(self.bundle.manifest.classes)):
-            why = f"label {max(labels)} of {classes}: want a class of the bundle"
-            self._refuse(accepted, Status.BAD_REQUEST, why)
-            return None
-        # A board without a draft that asks for speculation gets the server's; "split" is the target alone.
-        proposes = request.options is not None and request.options.propose
-        is_speculative = request.draft or request.paradigm is Paradigm.SPECULATIVE or proposes
-        draft = tuple(request.draft_ids) if is_speculative else None
-        questions = self._questions(request)
-        return Job(symbols, level, channels, draft, self.config.tier, max_tokens, classes > 0, questions, labels)
 
-    def _questions(self, request: Request) -> dict[str, Question]:
-        """Those that the request asks and this server has."""
-        names, known = request.options.questions if request.options else (), self.questions.known
-        for name in names:
-            self._count("questions", "asked" if name in known else "unknown")
-        return {name: known[name] for name in names if name in known}
-
-    def _symbols(self, accepted: Accepted) -> tuple[NDArray[np.int8], int, int]:
-        """The latent's symbols, their level, and how many channels of them were sent. Raises BitstreamError."""
-        tables = self.bundle.tables
-        if accepted.pixels is not None:
-            return self.engine.symbols(accepted.pixels), tables.levels - 1, tables.channels
-        board, inter = accepted.arrival.board, self.bundle.inter_tables
-        find = partial(self.references.find, board)
-        decoded = decode(accepted.request.content, tables, Inter(inter, find) if inter else None)
-        if not decoded.checked:  # a cut message and a damaged one look alike, and MQTT cuts none
-            raise BitstreamError("bitstream ends early, so its check is missing: send it whole")
-        if inter:
-            self.references.keep(board, accepted.request.id, decoded.header, decoded.symbols)
-        return decoded.symbols, decoded.header.level, decoded.complete_channels
-
-    def _compute(self, jobs: list[Job]) -> list[Answer]:
-        """The engine's answers, and their times into the prices."""
+    def _compute(self, jobs: list[Any]) -> list[Answer]:
+        """The target's answers, and their times into the prices."""
         started = time.monotonic()
         try:
-            answers = self.engine.answer(jobs)
+            answers = self.target.answer(jobs)
         except Exception as error:  # whatever it is, the boards must be told and the server must go on
             logger.exception("batch failed rows=%d", len(jobs))
-            return [Answer((), error=f"{type(error).__name__} in the engine, see the server's log")] * len(jobs)
+            return [Answer(error=f"{type(error).__name__} in the engine, see the server's log")] * len(jobs)
         passes_ms = max(answer.stages_ms.get("passes", 0.0) for answer in answers)
         passes = max(1, *(answer.passes for answer in answers))
         self.batch_times.add(1e3 * (time.monotonic() - started), passes_ms / passes)
         return answers
 
-    def _reply(self, accepted: Accepted, job: Job, answer: Answer, started: float, decoded: float, done: float) -> None:
+    def _reply(self, accepted: Accepted, job: Any, answer: Answer, started: float, decoded: float, done: float) -> None:
         """From an answer to a reply; the times are of its batch."""
         if answer.error:
-            self._refuse(accepted, Status.FAILED, answer.error)
+            status = Status.FAILED if answer.retry_after_ms is None else Status.BUSY
+            self._refuse(accepted, status, answer.error, answer.retry_after_ms)
+            return
+        if len(answer.text) > MAX_TEXT:
+            self._refuse(accepted, Status.FAILED, f"the target wrote {len(answer.text)} characters, want {MAX_TEXT}")
             return
         stages_ms = {"decode": 1e3 * (decoded - started) + accepted.picture_ms} | answer.stages_ms
         queued_ms = max(0.0, 1e3 * (started - accepted.arrival.at) - accepted.picture_ms)
@@ -346,56 +321,53 @@ class Service:
             accepted.request.id,
             Status.OK,
             tokens=encode_tokens(answer.tokens),
-            text=self.bundle.text(list(answer.tokens)),
+            text=answer.text,
             accepted=answer.accepted,
             proposed=answer.proposed,
             passes=answer.passes,
-            confidence=min(answer.confidence, 1.0),
-            unsure=answer.confidence < self.bundle.manifest.unsure_below.get(self.config.tier, 0.0),
-            hops=(Hop(self.tier, self.config.id, queued_ms, compute_ms, stages_ms),),
+            confidence=None if answer.confidence is None else min(answer.confidence, 1.0),
+            unsure=answer.unsure,
+            hops=(Hop(self.tier, self.config.id, queued_ms, compute_ms, stages_ms, answer.usage),),
             label=next(iter(answer.scores), None),
             scores=answer.scores or None,
             answers=answer.answers or None,
-            is_reference=accepted.pixels is None and self.bundle.inter_tables is not None,
+            is_reference=accepted.pixels is None and self.target.abilities.references,
         )
-        if not self.escalator.ask(self._without_reference(accepted, job), reply):
+        above = self.target.request_above(accepted, job) if self.upstream else accepted
+        if not self.escalator.ask(above, reply):
             self._finish(accepted, reply)
-
-    def _without_reference(self, accepted: Accepted, job: Job) -> Accepted:
-        """The request as the tier above can read it: that one has no earlier frames of the board."""
-        request, tables = accepted.request, self.bundle.tables
-        if not self.upstream or accepted.pixels is not None or Header.from_bytes(request.content).reference is None:
-            return accepted
-        content = encode(job.symbols, tables, job.level, job.channels * tables.groups // tables.channels)
-        return replace(accepted, request=msgspec.structs.replace(request, content=content))
 
     # ---- any thread ----
 
     def status(self) -> dict[str, Any]:
         """For everybody who watches servers."""
-        proof, now = self.engine.proof, time.monotonic()
+        can, now = self.target.abilities, time.monotonic()
         with self._lock:
             counts = by_label(self.counts)
         return {
             "version": __version__,
             "tier": self.config.tier,
-            "bundles": {self.bundle.id.hex(): self.bundle.manifest.name},
+            "bundles": {},
+            "target": can.status(),
             "pictures": self.takes_pictures,
             "queue": {"waiting": len(self.batcher) + len(self.pictures), "capacity": self.config.queue},
             "engine": {"busy_s": round(self.batch_times.busy_s(now), 1), "late": self.batch_times.is_late(now)},
             "asked_above": len(self.escalator),
             "upstream": self.upstream.status() if self.upstream else None,
             "price_ms": self.batch_times.medians_ms(),  # without a draft a text takes a pass per token
-            "strict": proof.may_speculate,  # a text's bits do not depend on drafts, batches and neighbours
-            "numerics": proof.numerics,
-            "shapes": {"tail": proof.tail_sizes, "image": proof.image_sizes, "pass": proof.shapes},
-            **self.questions.status(),
+            "strict": can.verified == "strict",  # a text's bits do not depend on drafts, batches and neighbours
+            "numerics": "",
+            "shapes": {},
+            "questions": {},
+            "questions_error": "",
+            "usage": None,
+            **self.target.status(),
             "counts": counts,
         }
 
     def load_questions(self) -> bool:
         """Reads the files of the newest message to set questions, for one thread. Whether there was a message."""
-        is_set = self.questions.load()
+        is_set = self.target.load_questions()
         if is_set is not None:
             self._count("setting", "set" if is_set else "refused")
         return is_set is not None

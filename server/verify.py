@@ -13,6 +13,10 @@ from itertools import takewhile
 
 from edge_runtime.inference.bundle import BOS, EOS, UNKNOWN
 
+# Of a bundle's vocabulary. The tokenizer of another target has others.
+ENDS = frozenset((EOS,))
+SPECIAL = frozenset(range(UNKNOWN + 1))
+
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -27,11 +31,13 @@ class Text:
     passes: int = 0
     has_diverged: bool = False  # the target chose another token, so the rest was meant to follow another history
     is_proposed_again: bool = False  # other proposals have replaced the draft
+    ends: frozenset[int] = ENDS  # tokens that end the text
+    special: frozenset[int] = SPECIAL  # tokens that are never proposed, ends included
 
     @property
     def is_done(self) -> bool:
         """The text has ended, or is as long as it may be."""
-        return self.tokens[-1:] == (EOS,) or len(self.tokens) >= self.limit
+        return not self.ends.isdisjoint(self.tokens[-1:]) or len(self.tokens) >= self.limit
 
     @property
     def needs_proposals(self) -> bool:
@@ -41,23 +47,30 @@ class Text:
     @property
     def without_end(self) -> tuple[int, ...]:
         """The tokens without the end token."""
-        return self.tokens[:-1] if self.tokens[-1:] == (EOS,) else self.tokens
+        return self.tokens if self.ends.isdisjoint(self.tokens[-1:]) else self.tokens[:-1]
 
 
-def new_text(draft: Sequence[int], vocabulary: int, limit: int) -> Text:
+def new_text(
+    draft: Sequence[int],
+    vocabulary: int,
+    limit: int,
+    ends: frozenset[int] = ENDS,
+    special: frozenset[int] = SPECIAL,
+) -> Text:
     """A text of at most `limit` tokens before its first pass.
 
     The draft is cut to that length, and before the first special token or id outside the vocabulary. Proposing an end
     saves no pass, and no text contains the other special tokens. So a hostile draft, or one of another tokenizer, costs
     passes but never reaches an embedding.
     """
-    usable = tuple(takewhile(lambda token: UNKNOWN < token < vocabulary, draft[: limit - 1]))
-    return Text(limit, rest=usable, proposed=len(usable))
+    usable = tuple(takewhile(lambda token: 0 <= token < vocabulary and token not in special, draft[: limit - 1]))
+    return Text(limit, rest=usable, proposed=len(usable), ends=ends, special=special)
 
 
 def propose_again(text: Text, proposals: Sequence[int]) -> Text:
     """The text with other proposals, up to their first special token."""
-    usable = tuple(takewhile(lambda token: token > UNKNOWN, proposals[: text.limit - len(text.tokens) - 1]))
+    left = text.limit - len(text.tokens) - 1
+    usable = tuple(takewhile(lambda token: token >= 0 and token not in text.special, proposals[:left]))
     return replace(text, rest=usable, has_diverged=False, is_proposed_again=True)
 
 
@@ -71,7 +84,7 @@ def verify(text: Text, choices: Sequence[int]) -> Text:
     tokens, rest, chosen, has_diverged = list(text.tokens), text.rest, 0, text.has_diverged
     for token in choices:
         tokens.append(token)
-        if token == EOS or len(tokens) == text.limit:  # in this order: an end token at the limit is an end
+        if token in text.ends or len(tokens) == text.limit:  # in this order: an end token at the limit is an end
             rest = ()
             break
         if rest[:1] != (token,):

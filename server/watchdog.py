@@ -1,7 +1,8 @@
 """A thread that tells a server's status, watches its engine, and reads new questions from disk.
 
 It is not the engine's thread, so the status is told while the engine hangs, and says so. A server whose engine hangs
-leaves the share, since the broker would go on giving it requests; it comes back when the engine does.
+leaves the share, since the broker would go on giving it requests; it comes back when the engine does. So does a server
+whose target answers nothing for a while, such as one whose budget of the day is spent.
 """
 
 import logging
@@ -22,7 +23,8 @@ class Watchdog:
 
     def __init__(self, service: Service, gateway: Gateway) -> None:
         self._service, self._gateway = service, gateway
-        self._is_late = False
+        self._hangs = ""  # for how long the engine did when this was noticed; empty: it works
+        self._why = ""  # why the server takes no requests; empty: it does
         self._next_beat = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -44,16 +46,22 @@ class Watchdog:
     def check(self, now: float) -> None:
         """Does what is due at this time (seconds, time.monotonic())."""
         is_late = self._service.batch_times.is_late(now)
-        if is_late != self._is_late:
-            self._is_late, self._next_beat = is_late, now
-            busy_s = self._service.batch_times.busy_s(now)
-            if is_late:
-                logger.error("engine hangs server=%s busy_s=%.1f", self._service.config.id, busy_s)
-                self._gateway.suspend(f"the engine has been busy with one batch for {busy_s:.0f} s")
-                self._service.engine_hangs()
+        starts_to_hang = is_late and not self._hangs
+        if starts_to_hang:
+            self._hangs = f"the engine has been busy with one batch for {self._service.batch_times.busy_s(now):.0f} s"
+            logger.error("engine hangs server=%s why=%s", self._service.config.id, self._hangs)
+        elif self._hangs and not is_late:
+            self._hangs = ""
+            logger.warning("engine works again server=%s", self._service.config.id)
+        why = self._hangs or self._service.target.why_closed(now)
+        if why != self._why:
+            self._why, self._next_beat = why, now
+            if why:
+                self._gateway.suspend(why)
             else:
-                logger.warning("engine works again server=%s", self._service.config.id)
                 self._gateway.resume()
+        if starts_to_hang:
+            self._service.engine_hangs()
         if self._service.load_questions():
             self._next_beat = now  # the status says at once what became of the message
         if now >= self._next_beat:

@@ -108,7 +108,7 @@ def test_it_says_the_range_or_the_words_of_each_key(name, kind):
     for path, _, inner in fields(msgspec.inspect.type_info(kind)):
         low, high = getattr(inner, "ge", None), getattr(inner, "le", None)
         if high is not None:
-            wanted = f"above {inner.gt}, to {high}" if low is None else f"{low:g} to {high:.0f}"
+            wanted = f"above {inner.gt}, to {high:.0f}" if low is None else f"{low:g} to {high:.0f}"
             assert wanted in said[path], path
         for word in getattr(inner, "values", ()):
             assert word in said[path], path
@@ -118,7 +118,8 @@ def test_it_says_the_range_or_the_words_of_each_key(name, kind):
 def test_what_it_shows_as_required_is(tmp_path, name, kind):
     text = uncommented(file(name))
     required = [line for line in text.splitlines() if re.search(r"# required(;|:| in)", line)]
-    # Of each file: id, bundle; name and source of a camera, its trigger; the outbox's file; the metrics' port.
+    # Of each file: id, bundle; name and source of a camera, its trigger; the outbox's file; the metrics' port;
+    # the model of another server.
     assert len(required) == {"board": 7, "server": 3}[name]
     for line in required:
         (tmp_path / "cut.toml").write_text(text.replace(f"\n{line}\n", "\n"))

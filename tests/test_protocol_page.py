@@ -17,6 +17,7 @@ from server.engine import Proof
 from server.gateway import Gateway
 from server.reply_cache import ReplyCache
 from server.service import Service
+from server.targets.bundle import BundleTarget
 from server.watchdog import STATUS_PERIOD_S
 
 PAGE = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
@@ -46,7 +47,8 @@ def test_a_boards_status_has_the_listed_fields(board_bundle):
 
 def test_a_servers_status_has_the_listed_fields_and_a_board_reads_it(board_bundle):
     config = Config(ServerConfig("attic", str(board_bundle.path)))
-    service = Service(config.server, board_bundle, SimpleNamespace(proof=Proof(), head=None), ReplyCache())
+    target = BundleTarget(board_bundle, SimpleNamespace(proof=Proof(), head=None))
+    service = Service(config.server, target, ReplyCache())
     gateway = Gateway(config.mqtt_settings(), "home", "attic", "servers", service.receive, service.status)
     payload = gateway._status_message().payload
     gateway.client.close()

@@ -9,6 +9,15 @@ import numpy as np
 PIXELS = 224  # width and height of the head's input
 
 
+def shrunk(pixels: np.ndarray, longest: int) -> np.ndarray:
+    """uint8 RGB [H, W, 3] in its proportions, with a longest side of at most so many pixels."""
+    height, width = pixels.shape[:2]
+    if (scale := longest / max(height, width)) >= 1.0:
+        return pixels
+    size = max(1, round(scale * width)), max(1, round(scale * height))
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+
+
 def to_input(pixels: np.ndarray) -> np.ndarray:
     """uint8 RGB [H, W, 3] to the head's input, uint8 [224, 224, 3]: the whole frame, squashed."""
     if pixels.shape[:2] == (PIXELS, PIXELS):

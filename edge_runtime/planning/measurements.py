@@ -13,7 +13,7 @@ from math import isfinite
 from edge_runtime.planning.board_estimator import STAGES, BoardEstimator, BoardSnapshot
 from edge_runtime.planning.link_estimator import LinkEstimator, LinkSnapshot
 from edge_runtime.planning.server_estimator import ServerEstimator, ServerSnapshot
-from edge_runtime.planning.server_status import ServerStatuses
+from edge_runtime.planning.server_status import ServerStatuses, Takes
 from edge_runtime.planning.thermal import ThermalState
 from edge_runtime.wire import Reply
 from edge_runtime.wire.event import ParadigmName
@@ -40,6 +40,7 @@ class Snapshot:
     link: LinkSnapshot = field(default_factory=LinkSnapshot)
     server: ServerSnapshot = field(default_factory=ServerSnapshot)
     board: BoardSnapshot = field(default_factory=BoardSnapshot)
+    takes: Takes = field(default_factory=Takes)  # what the servers take
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,7 @@ class Measurements:
             link=self._link.snapshot(now, self._server.usual_ms(now), last_minute, last_quarter),
             server=self._server.snapshot(now, self._statuses.claims(now)),
             board=self._board.snapshot(now),
+            takes=self._statuses.takes(now),
         )
 
     def _apply(self, message: RequestSent | RequestAnswered | RequestLost) -> None:

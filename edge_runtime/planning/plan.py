@@ -20,6 +20,7 @@ class Plan:
     groups: int | None = None  # of the latent's channels; None: all
     max_bytes: int | None = None  # of the features; a coarser level is sent if they are longer. None: no limit
     jpeg_quality: int = 75  # 1..100, of the picture that offload sends
+    picture_pixels: int | None = None  # its longest side; None: it is the head's input
     explain: Explain | None = None  # the same as `why` for programs, with the numbers behind the decision
     writes_draft: bool = True  # False: no CPU time for a draft that is only shown, not sent
     # Accept a draft with at least this confidence without verification. None: verify every draft.

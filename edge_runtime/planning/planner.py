@@ -64,6 +64,7 @@ class BoardPlanner:
             groups=board.groups,
             max_bytes=board.max_bytes,
             jpeg_quality=board.jpeg_quality,
+            picture_pixels=board.picture_pixels,
             questions=own.questions,
             reuse_distance=own.reuse_distance,
             reuse_s=own.reuse_s,

@@ -113,11 +113,11 @@ class Policy:
         return limit if limit < LONG_FEATURES * self._level_bytes[-1] else inf
 
     def _possible(self, snapshot: Snapshot, limit: float) -> list[Candidate]:
-        """What the board can do, and has CPU time for."""
+        """What the board can do and has CPU time for, and a server takes."""
         names: list[ParadigmName] = []
-        if self._has_head:
+        if self._has_head and snapshot.takes.latents:
             names += ["speculative", "split"] if self._has_draft else ["split"]
-        if self.config.may_offload:
+        if self.config.may_offload and snapshot.takes.pictures:
             names.append("offload")
         possible = [candidate(name, snapshot, self._has_draft, limit) for name in names]
         interval_ms = snapshot.board.interval_ms
@@ -145,10 +145,16 @@ class Policy:
 
     def _why_not_affordable(self, possible: Sequence[Candidate], snapshot: Snapshot) -> str:
         if not possible:
-            return "the board has no head, and pictures may not leave it"
+            return self._why_nothing_is_possible(snapshot)
         needed = min(BUDGET_MARGIN * each.size for each in possible)
         spent, budget = snapshot.link.bytes_last_minute, self.config.bytes_per_minute
         return f"{spent} bytes sent in the last minute, {needed:.0f} more do not fit into {budget} now"
+
+    def _why_nothing_is_possible(self, snapshot: Snapshot) -> str:
+        features = "no server takes features" if self._has_head else "the board has no head"
+        return (
+            f"{features}, and {'no server takes pictures' if self.config.may_offload else 'pictures may not leave it'}"
+        )
 
     # ---- a link that is not usable ----
 

@@ -37,6 +37,10 @@ class _Price(Struct, frozen=True):
     one_pass: Millis = msgspec.field(default=0.0, name="pass")
 
 
+class _Target(Struct, frozen=True):
+    latents: bool = True  # False: it takes pictures only
+
+
 class ServerStatus(Struct, frozen=True):
     """The fields that a board reads; it ignores all others."""
 
@@ -46,6 +50,8 @@ class ServerStatus(Struct, frozen=True):
     price_ms: _Price = _Price()
     share_proven: bool = True  # False: requests do not reach this server
     accepting: bool = True  # False: it takes no requests at present
+    target: _Target = _Target()
+    pictures: bool = True  # False: it takes latents only
 
     @property
     def takes_requests(self) -> bool:
@@ -70,6 +76,17 @@ class Claims(NamedTuple):
 
     queue_ms: float | None
     pass_ms: float | None
+
+
+class Takes(NamedTuple):
+    """What at least one of the servers takes, by what they say of themselves. If they say nothing: everything.
+
+    A request that meets another server of the pool is refused and sent again, until it meets one that takes it. And a
+    single false claim takes nothing away from the others.
+    """
+
+    latents: bool = True
+    pictures: bool = True
 
 
 class _Received(NamedTuple):
@@ -131,6 +148,13 @@ class ServerStatuses:
         queue_ms = [status.price_ms.batch if status.queue.waiting else 0.0 for status in online]
         pass_ms = [status.price_ms.one_pass for status in online if status.price_ms.one_pass]
         return Claims(*(statistics.median(values) if values else None for values in (queue_ms, pass_ms)))
+
+    def takes(self, now: float) -> Takes:
+        """By the servers that take requests."""
+        received = [each.status for each in self._received.values() if abs(now - each.at) <= CLAIM_AGE_S]
+        if not (taking := [status for status in received if status.takes_requests]):
+            return Takes()
+        return Takes(any(status.target.latents for status in taking), any(status.pictures for status in taking))
 
     def all_refuse(self, now: float, answered_at: float) -> bool:
         """All servers say that they take no requests, and no server has answered since they said so.

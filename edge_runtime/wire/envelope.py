@@ -66,7 +66,8 @@ UInt32 = Annotated[int, Meta(ge=0, le=MAX_UINT32)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Millis = Annotated[float, Meta(ge=0, le=1e9)]
 Name = Annotated[str, Meta(max_length=64)]
-Text = Annotated[str, Meta(max_length=8192)]  # characters; twice what 1024 tokens usually spell
+MAX_TEXT = 8192  # characters; twice what 1024 tokens usually spell
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 
 
 # To taught questions: the probability of each class.
@@ -117,6 +118,15 @@ def aged(request: Request, waited_s: float, left_s: float) -> Request:
     return msgspec.structs.replace(request, age_ms=age_ms, budget_ms=max(0, int(1e3 * left_s)))
 
 
+class Usage(Struct, array_like=True, frozen=True):
+    """What an answer used at somebody else's server, as that server says."""
+
+    input_tokens: UInt32
+    output_tokens: UInt32
+    cost: Annotated[float, Meta(ge=0, le=1e9)] | None = None  # in the currency; none: its operator has set no prices
+    currency: Annotated[str, Meta(max_length=8)] = ""
+
+
 class Hop(Struct, array_like=True, frozen=True):
     """One station's record in a reply."""
 
@@ -125,6 +135,7 @@ class Hop(Struct, array_like=True, frozen=True):
     queue_ms: Millis
     compute_ms: Millis
     stages_ms: Annotated[dict[Name, Millis], Meta(max_length=32)] | None = None  # parts of compute_ms, by name
+    usage: Usage | None = None  # if the station asked somebody else's server
 
 
 class Reply(Struct, array_like=True, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from edge_runtime.wire.envelope import MAX_TOKEN, MAX_TOKENS, Answers, Hop, Millis, Name, Share, Text, UInt32
+from edge_runtime.wire.envelope import MAX_TOKEN, MAX_TOKENS, Answers, Hop, Millis, Name, Share, Text, UInt32, Usage
 from edge_runtime.wire.errors import EnvelopeError
 
 VERSION: Final = 1
@@ -32,6 +32,22 @@ class AnsweredBy(Struct, frozen=True, omit_defaults=True):
     server: Annotated[Name, Meta(description="The server's id. Left out if the board wrote the text.")] = ""
 
 
+class EventUsage(Struct, frozen=True, omit_defaults=True):
+    """What the answer used at somebody else's server, as that server says."""
+
+    input_tokens: Annotated[UInt32, Meta(description="Tokens of the prompt and of the picture.")]
+    output_tokens: Annotated[UInt32, Meta(description="Tokens that the server's model wrote.")]
+    cost: Annotated[
+        Annotated[float, Meta(ge=0, le=1e9)] | None,
+        Meta(description="What they cost, in the currency. Left out if no prices are configured."),
+    ] = None
+    currency: Annotated[str, Meta(max_length=8, description="The currency of the cost.")] = ""
+
+    @classmethod
+    def from_usage(cls, usage: Usage) -> "EventUsage":
+        return cls(usage.input_tokens, usage.output_tokens, usage.cost, usage.currency)
+
+
 class EventHop(Struct, frozen=True, omit_defaults=True):
     """One server's part in the answer."""
 
@@ -40,11 +56,15 @@ class EventHop(Struct, frozen=True, omit_defaults=True):
     queue_ms: Annotated[Millis, Meta(description="Milliseconds that the request waited at this server.")]
     compute_ms: Annotated[Millis, Meta(description="Milliseconds that this server computed.")]
     stages_ms: Annotated[Stages, Meta(description="Parts of compute_ms: stage to milliseconds.")] = {}
+    usage: Annotated[
+        EventUsage | None, Meta(description="What the answer used, if this server asked somebody else's.")
+    ] = None
 
     @classmethod
     def from_hop(cls, hop: Hop) -> "EventHop":
         tier: TierName = ("device", "edge", "cloud")[hop.tier]
-        return cls(tier, hop.server, hop.queue_ms, hop.compute_ms, hop.stages_ms or {})
+        usage = EventUsage.from_usage(hop.usage) if hop.usage else None
+        return cls(tier, hop.server, hop.queue_ms, hop.compute_ms, hop.stages_ms or {}, usage)
 
 
 class Explain(Struct, frozen=True, omit_defaults=True):

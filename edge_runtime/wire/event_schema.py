@@ -11,7 +11,7 @@ def event_schema() -> bytes:
     """JSON Schema (draft 2020-12) of what `encode_event` writes, as indented JSON."""
     _, structs = msgspec.json.schema_components([Event], ref_template="#/$defs/{name}")
     event = structs.pop("Event")
-    for field in event["properties"].values():
+    for field in (each for struct in (event, *structs.values()) for each in struct["properties"].values()):
         if "anyOf" in field:  # with null, which is never written
             field.update(next(kind for kind in field.pop("anyOf") if kind != {"type": "null"}))
             del field["default"]

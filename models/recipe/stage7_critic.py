@@ -32,7 +32,7 @@ CHECKPOINT_EVERY = 200
 class Settings:
     """Length of training, learning rate and weights."""
 
-    steps: int = 420
+    steps: int = 650
     learning_rate: float = 1.5e-4
     caption_weight: float = 0.1  # weight of the cross-entropy, which keeps the texts fluent
 

@@ -280,6 +280,18 @@ def test_offload_sends_the_picture_and_needs_no_head(start, server):
     assert decode_picture(request.content).shape == (224, 224, 3)
 
 
+@pytest.mark.parametrize(("longest", "shape"), [(200, (150, 200, 3)), (1000, (240, 320, 3))])
+def test_an_offloaded_picture_may_keep_its_proportions(start, server, longest, shape):
+    start("offload", picture_pixels=longest).pipeline.handle(frame())
+    assert decode_picture(decode_request(server.next()).content).shape == shape
+
+
+def test_a_picture_that_no_request_can_hold_is_made_smaller(start, server):
+    noise = replace(frame(), pixels=np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8))
+    start("offload", picture_pixels=800, jpeg_quality=100).pipeline.handle(noise)
+    assert decode_picture(decode_request(server.next()).content).shape == (300, 400, 3)
+
+
 def test_device_sends_nothing_and_its_event_is_final(start):
     board = start("device")
     seen = board.pipeline.handle(frame())

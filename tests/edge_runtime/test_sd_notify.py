@@ -40,6 +40,14 @@ def test_progress_sends_four_messages_per_timeout_however_often_it_is_called(tmp
         assert manager.pending() == ["WATCHDOG=1"] * 4
 
 
+def test_work_that_may_take_long_makes_systemd_wait_longer(tmp_path: Path) -> None:
+    with at(tmp_path) as manager:
+        Notifier(manager.address, watchdog_s=20).allow(300)
+        Notifier(manager.address, watchdog_s=20).allow(0)
+        Notifier(manager.address).allow(300)  # without a watchdog there is nothing to change
+        assert manager.pending() == ["WATCHDOG_USEC=320000000"]
+
+
 @pytest.mark.parametrize(
     ("more", "pings"),
     [

@@ -37,6 +37,8 @@ bundle = "/opt/aiflow/bundles/b"
 device = "{source}"
 stop_s = 25
 """
+OPENAI = '[server]\nid = "attic"\ntarget = "openai:http://127.0.0.1:1/v1"\ndevice = "{source}"\n'
+HF = '[server]\nid = "attic"\ntarget = "hf:HOME/model"\ndevice = "{source}"\n'
 CASES = [(BOARD, "rtsp://camera.lan/x"), (BOARD, "/dev/video0"), (BOARD, "rpicam"), (BOARD, "nvargus")]
 CASES += [(SERVER, "cpu"), (SERVER, "cuda")]
 EXPOSURE = {"rtsp://camera.lan/x": 1.5, "/dev/video0": 1.8, "rpicam": 1.8, "nvargus": 2.2, "cpu": 1.4, "cuda": 2.0}
@@ -169,6 +171,14 @@ def test_a_service_gets_the_devices_that_its_configuration_needs(
         (BOARD, "mqtt", '[outbox]\nfile = "/srv/o.sqlite"\n', r"\[outbox\] file = /srv/o.sqlite: a service may write"),
         (BOARD, "mqtt", '[outbox]\nfile = "../o.sqlite"\n', r"\[outbox\] file = ../o.sqlite: a service may write"),
         (SERVER, "cpu", '[questions]\ngate = "gate.q"\n', r"\[questions\] gate = gate.q: want an absolute path"),
+        (OPENAI, "cpu", '[openai]\nmodel = "m"\nkey_file = "HOME/key"\n', r"\[openai\] key_file = .* does not see"),
+        (
+            OPENAI,
+            "cpu",
+            '[openai]\nmodel = "m"\nspent_file = "/etc/spent"\n',
+            r"\[openai\] spent_file = /etc/spent: a ser",
+        ),
+        (HF, "cpu", "", r"\[server\] target = .* does not see"),
         (SERVER, "cpu", '[upstream.mqtt]\nca_file = "HOME/ca"\n', r"\[upstream.mqtt\] ca_file = .* does not see"),
     ],
 )

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_runtime.errors import AiflowError
+from edge_runtime.errors import AiflowError, ConfigError
 from edge_runtime.inference.bundle import Bundle
 from firmware_tools import probes, validate
 from tests.brokers import PLAIN, Mosquitto
@@ -123,3 +123,17 @@ def test_a_server_connects_without_joining_the_share(
     ways = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[-2:]]
     assert ways == ["OK      [mqtt] 127.0.0.1", "OK      [upstream.mqtt] 127.0.0.1"]
     assert "$share" not in broker.said()
+
+
+def test_a_server_with_another_server_as_target_is_in_order_without_a_bundle_and_its_key_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, key = tmp_path / "server.toml", tmp_path / "key"
+    path.write_text(
+        f'[server]\nid = "s1"\ntarget = "openai:http://127.0.0.1:8080/v1"\n[openai]\nmodel = "m"\nkey_file = "{key}"\n'
+    )
+    with pytest.raises(ConfigError, match="key: cannot be read: No such file"):
+        validate.run(argparse.Namespace(path=path, connect=False))
+    key.write_text("sk-secret\n")
+    validate.run(argparse.Namespace(path=path, connect=False))
+    assert "server s1 of site home is in order" in capsys.readouterr().out

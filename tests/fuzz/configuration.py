@@ -44,6 +44,7 @@ def server(data: bytes) -> None:
     path.write_bytes(data)
     config = load_toml(path, Config)
     config.mqtt_settings()
+    config.check_target()
     if config.upstream:
         config.upstream.settings(config.server.id)
 

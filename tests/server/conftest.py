@@ -12,6 +12,7 @@ from server.loading import load_engine
 from server.numerics import prove
 from server.reply_cache import ReplyCache
 from server.service import Service
+from server.targets.bundle import BundleTarget
 from tests.brokers import Mosquitto
 from tests.bundles import tiny_bundle
 from tests.server.boards import PATIENCE_S, Board, board_of, config
@@ -53,4 +54,8 @@ def server(broker: Mosquitto, board: Board, bundle: Bundle) -> Iterator[threadin
 
 @pytest.fixture
 def make_service(bundle: Bundle, engine: Engine) -> Callable[..., Service]:
-    return lambda **changes: Service(config(bundle, **changes).server, bundle, engine, ReplyCache())
+    def make(**changes: object) -> Service:
+        settings = config(bundle, **changes).server
+        return Service(settings, BundleTarget(bundle, engine, settings.tier, settings.max_batch), ReplyCache())
+
+    return make

@@ -1,5 +1,7 @@
 """When a batch takes too long."""
 
+import threading
+
 from server.batch_times import LATE_BATCHES, LATE_S, BatchTimes
 
 
@@ -21,3 +23,21 @@ def test_on_a_slow_machine_an_engine_has_more_time() -> None:
     assert not times.is_late(2 * LATE_S)
     assert times.is_late(0.1 + 2 * LATE_BATCHES)
     assert times.medians_ms() == {"batch": 2000.0, "pass": 100.0}
+
+
+def test_the_oldest_of_several_batches_counts() -> None:
+    times = BatchTimes()
+    times.begin(0.0)
+    other = threading.Thread(target=times.begin, args=(5.0,))
+    other.start()
+    other.join()
+    assert times.busy_s(8.0) == 8.0
+    times.end()
+    assert times.busy_s(8.0) == 3.0
+
+
+def test_a_call_that_may_take_long_does_not_hang_before() -> None:
+    times = BatchTimes(call_s=300.0)
+    times.begin(0.0)
+    assert not times.is_late(300.0)
+    assert times.is_late(301.0)

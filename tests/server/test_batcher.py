@@ -181,3 +181,13 @@ def test_a_request_waits_for_others_only_if_the_last_ones_came_together() -> Non
     queue.put("a", "first", 1.0)
     threading.Timer(0.05, queue.put, ["b", "second", 1.0]).start()
     assert sorted(queue.take(0).items) == ["first", "second"]
+
+
+def test_one_board_occupies_as_many_threads_as_it_may() -> None:
+    queue: Batcher[str] = Batcher(8, 1, 0.0, Clock(), per_board=2)
+    for item in ("a1", "a2", "a3", "b1"):
+        queue.put(item[0], item, 1.0)
+    assert sorted(queue.take(0).items[0] for _ in range(3)) == ["a1", "a2", "b1"]
+    assert queue.take(0) == Batch()  # a3 waits, though a thread is free
+    queue.done("a", 1.0)
+    assert queue.take(0).items == ["a3"]

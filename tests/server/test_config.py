@@ -51,3 +51,54 @@ def test_a_plain_connection_to_another_machine_is_refused_unless_allowed(tmp_pat
     with pytest.raises(ConfigError, match="TLS is off"):
         load_toml(written(tmp_path, GOOD + remote), Config).mqtt_settings()
     assert load_toml(written(tmp_path, GOOD + remote + "insecure = true\n"), Config).mqtt_settings()
+
+
+OPENAI = '[server]\nid = "s1"\ntarget = "openai:http://127.0.0.1:8080/v1"\n'
+TABLE = '[openai]\nmodel = "m"\n'
+
+
+def test_another_server_as_target_needs_no_bundle(tmp_path: Path) -> None:
+    config = load_toml(written(tmp_path, OPENAI + TABLE), Config)
+    config.check_target()
+    assert config.server.bundle is None
+    assert config.openai
+    assert config.openai.model == "m"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[server]\nid = "s1"\n', "required key `bundle` is missing"),
+        (GOOD + TABLE, "of no use with target"),
+        (OPENAI, r"needs the table \[openai\]"),
+        (OPENAI + "pictures = false\n" + TABLE, "answers pictures only"),
+        (OPENAI + TABLE + '[questions]\ngate = "gate.safetensors"\n', "need features and tokens"),
+        (OPENAI + TABLE + "[upstream]\n[upstream.mqtt]\n", "need features and tokens"),
+        (OPENAI + TABLE + "budget_per_day = 1.0\n", "set input_price"),
+        (OPENAI + TABLE + 'spent_file = "spent.json"\n', "without budget_per_day"),
+        (OPENAI.replace("127.0.0.1", "gpu.lan") + TABLE, r"gpu\.lan is not on this machine and its address is http"),
+        (OPENAI.replace("127.0.0.1", "me:secret@gpu.lan") + TABLE, "without a login"),
+        (OPENAI.replace("/v1", "/v1?key=secret") + TABLE, "without [?] or #"),
+        (OPENAI.replace(":8080", ":80800") + TABLE, "wants an address"),
+        (OPENAI.replace("127.0.0.1", "[::1") + TABLE, "wants an address"),
+        (OPENAI.replace("http://127.0.0.1:8080", "http://") + TABLE, "wants an address"),
+    ],
+)
+def test_a_target_that_lacks_what_it_needs_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as found:
+        load_toml(written(tmp_path, text), Config).check_target()
+    assert "secret" not in str(found.value)
+
+
+@pytest.mark.parametrize("address", ["http://gpu.lan/v1", "https://gpu.lan/v1", "http://[::1]:8080/v1"])
+def test_plain_http_off_this_machine_must_be_allowed(tmp_path: Path, address: str) -> None:
+    text = OPENAI.replace("http://127.0.0.1:8080/v1", address) + TABLE
+    load_toml(written(tmp_path, text + "insecure = true\n"), Config).check_target()
+
+
+@pytest.mark.parametrize(
+    "target", ["openai", "openai:ftp://x/v1", "openai:http://a b/v1", "vllm:http://x", "hf:", "hf:a b", "", "bundle "]
+)
+def test_a_target_of_no_kind_is_refused(tmp_path: Path, target: str) -> None:
+    with pytest.raises(ConfigError, match='want "bundle", "openai:http'):
+        load_toml(written(tmp_path, OPENAI.replace("openai:http://127.0.0.1:8080/v1", target) + TABLE), Config)

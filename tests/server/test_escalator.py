@@ -35,6 +35,7 @@ from server.gateway import Gateway
 from server.loading import load_engine
 from server.reply_cache import ReplyCache
 from server.service import Service
+from server.targets.bundle import BundleTarget
 from server.upstream import Upstream
 from server.watchdog import Watchdog
 from tests.brokers import Mosquitto
@@ -68,7 +69,8 @@ class Sites:
         upstream = Upstream(up, name) if up else None
         settings = ServerConfig(id=name, bundle="", site=site, tier=tier)
         bounds = up.bounds() if up else None
-        service, stop = Service(settings, self.bundle, own, ReplyCache(), upstream, bounds), threading.Event()
+        target, stop = BundleTarget(self.bundle, own, tier), threading.Event()
+        service = Service(settings, target, ReplyCache(), upstream, bounds)
         with ExitStack() as stack:
             client = MqttSettings("127.0.0.1", broker.port, client_id=name, receive_maximum=64)
             gateway = Gateway(client, site, name, "servers", service.receive, service.status)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,13 @@ def test_each_pass_of_a_long_batch_is_progress(make_service, bundle: Bundle, mon
     service.serve(stop, Counting())
     assert len(steps) > 1
     assert progress == list(range(1, len(steps) + 1))
+
+
+def test_a_target_whose_answers_are_one_long_step_makes_systemd_wait_longer(
+    make_service, manager: ServiceManager
+) -> None:
+    service, stop = make_service(), threading.Event()
+    service.target.limits = replace(service.target.limits, silent_s=300)
+    stop.set()
+    service.serve(stop, Notifier(manager.address, watchdog_s=20))
+    assert manager.pending() == ["WATCHDOG_USEC=320000000", "STOPPING=1"]

@@ -22,6 +22,7 @@ from server.pictures import PictureDecoder
 from server.questions import MAX_MESSAGE, MAX_QUESTIONS, Questions
 from server.reply_cache import ReplyCache
 from server.service import Service
+from server.targets.bundle import BundleTarget
 from tests.server.boards import PATIENCE_S, SYMBOLS, Board, Lane, board_of, config, request
 
 CLASSES = ("closed", "half open", "open")
@@ -83,7 +84,7 @@ def test_answers_do_not_depend_on_neighbours_and_drafts(bundle: Bundle, engine: 
 
 def test_a_request_is_answered_what_it_asks_and_the_server_has(bundle: Bundle, engine: Engine, folder: Path) -> None:
     questions = Questions(bundle, {"gate": str(folder / "gate.safetensors")})
-    service = Service(config(bundle).server, bundle, engine, ReplyCache(), questions=questions)
+    service = Service(config(bundle).server, BundleTarget(bundle, engine, questions=questions), ReplyCache())
     reply = serve(service, request(bundle, 3, options=Options(questions=("gate", "door"))))
     assert reply.status is Status.OK
     assert reply.answers == {"gate": expected(engine, question(bundle, 0), 3)}
@@ -94,7 +95,7 @@ def test_a_request_is_answered_what_it_asks_and_the_server_has(bundle: Bundle, e
 
 def test_a_picture_is_asked_as_its_latent_would_be(bundle: Bundle, engine: Engine, folder: Path) -> None:
     questions = Questions(bundle, {"gate": str(folder / "gate.safetensors")})
-    service = Service(config(bundle).server, bundle, engine, ReplyCache(), questions=questions)
+    service = Service(config(bundle).server, BundleTarget(bundle, engine, questions=questions), ReplyCache())
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     jpeg = cv2.imencode(".jpg", pixels)[1].tobytes()
     lane, asked = Lane(), request(bundle, options=Options(questions=("gate",)), paradigm=Paradigm.OFFLOAD)

@@ -270,11 +270,11 @@ def test_after_a_restart_the_references_are_lost_and_other_boards_have_none(make
 
 def test_a_server_whose_bundle_has_no_tables_for_references_keeps_none(make_service, bundle, monkeypatch) -> None:
     service, lane = make_service(), Lane()
-    monkeypatch.setitem(service.bundle.__dict__, "inter_tables", None)
+    monkeypatch.setitem(service.target.bundle.__dict__, "inter_tables", None)
     service.receive(lane.arrival(request(bundle)))
     service.answer(service.batcher.take(0))
     assert (lane.replies[0].status, lane.replies[0].is_reference) == (Status.OK, False)
-    assert service.references.bytes == 0
+    assert service.target.references.bytes == 0
 
 
 def test_a_request_that_passed_this_server_before_is_counted_as_a_loop(make_service, bundle) -> None:
@@ -370,7 +370,7 @@ def test_a_board_whose_requests_cost_more_is_served_less_often(make_service, bun
         now_s[0] += 0.1 if jobs[0].max_tokens == 24 else 0.01
         return [own]
 
-    monkeypatch.setattr(service.engine, "answer", answer)
+    monkeypatch.setattr(service.target.engine, "answer", answer)
     for _ in range(33):
         service.answer(service.batcher.take(0))
     assert 2 <= len(costly.replies) <= 5
@@ -526,7 +526,7 @@ def test_an_engine_that_breaks_fails_its_batch_by_name_and_the_next_is_served(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(service.engine, "answer", broken)
+        patched.setattr(service.target.engine, "answer", broken)
         service.answer(service.batcher.take(0))
     service.receive(lane.arrival(request(bundle, 1)))
     service.answer(service.batcher.take(0))

@@ -15,6 +15,7 @@ from edge_runtime.planning.link_estimator import LinkSnapshot
 from edge_runtime.planning.link_model import LinkEstimate
 from edge_runtime.planning.policy import LAST_RETRY_S, LASTING_FRAMES, PROBE_EVERY
 from edge_runtime.planning.server_estimator import ServerSnapshot
+from edge_runtime.planning.server_status import Takes
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.wire.event import Event, decode_event, encode_event
 from tests.edge_runtime.planning import simulation
@@ -103,6 +104,28 @@ def test_pictures_that_may_not_leave_the_board_do_not():
 def test_a_board_does_only_what_it_can():
     assert choose(has_draft=False).paradigm == "split"
     assert choose(has_head=False).paradigm == "offload"
+
+
+@pytest.mark.parametrize(
+    ("takes", "config", "has_head", "paradigms", "words"),
+    [
+        (Takes(latents=False), PolicyConfig(), True, {"offload"}, "nothing else is possible"),
+        (Takes(pictures=False), PolicyConfig(), True, {"speculative", "split"}, ""),
+        (
+            Takes(latents=False),
+            PolicyConfig(may_offload=False),
+            True,
+            set(),
+            "no server takes features, and pictures may",
+        ),
+        (Takes(pictures=False), PolicyConfig(), False, set(), "the board has no head, and no server takes pictures"),
+    ],
+)
+def test_only_what_a_server_takes_is_offered(takes, config, has_head, paradigms, words):
+    decision = choose(with_values(KNOWN, takes=takes), config, has_head=has_head)
+    assert decision.explain.expected_ms.keys() == paradigms
+    assert decision.paradigm in (paradigms or {"device"})
+    assert words in decision.explain.reason
 
 
 def test_drafts_that_need_no_verification_make_speculative_faster():

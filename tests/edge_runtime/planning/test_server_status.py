@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.planning.server_status import MAX_STATUS, SERVERS, ServerStatuses, StatusError, decode_status
+from edge_runtime.planning.server_status import (
+    CLAIM_AGE_S,
+    MAX_STATUS,
+    SERVERS,
+    ServerStatuses,
+    StatusError,
+    Takes,
+    decode_status,
+)
 from edge_runtime.wire import topics
 
 
@@ -125,3 +133,29 @@ def test_a_repeated_refusal_is_no_news_but_a_repeated_offline_is():
     assert not statuses.all_refuse(11.0, 5.0)
     statuses.receive("a", 12.0, state="offline")
     assert statuses.all_refuse(12.0, 5.0)
+
+
+def test_what_one_server_takes_is_possible_whatever_the_others_take():
+    statuses = Statuses()
+    assert statuses.takes(0.0) == Takes()  # nobody has said anything
+    statuses.receive("pictures", 1.0, target={"latents": False})
+    assert statuses.takes(1.0) == Takes(latents=False)
+    statuses.receive("features", 1.0, target={"latents": True}, pictures=False)
+    assert statuses.takes(1.0) == Takes()
+    statuses.receive("features", 2.0, target={"latents": True}, pictures=False, accepting=False)
+    assert statuses.takes(2.0) == Takes(latents=False)
+    statuses.receive("older", 2.0)  # of a version that says nothing of it
+    assert statuses.takes(2.0) == Takes()
+
+
+def test_what_servers_took_a_minute_ago_counts_no_more():
+    statuses = Statuses()
+    statuses.receive("a", 0.0, target={"latents": False})
+    assert statuses.takes(CLAIM_AGE_S + 1) == Takes()
+
+
+@pytest.mark.parametrize("target", [None, 1, {"latents": "no"}, []])
+def test_a_target_that_is_none_is_refused(target):
+    statuses = Statuses()
+    statuses.receive("a", 0.0, target=target)
+    assert statuses.counts == {"status_refused": 1}

@@ -1,0 +1,123 @@
+"""Our own networks as a target: reads latents and pictures, verifies drafts to the bit, answers with labels.
+
+From a request to the engine's job: the latent's symbols, with an earlier frame of the board as reference if the board
+coded against one; for a picture, the float head's. The engine itself (server/engine.py) knows nothing of requests.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.wire import BitstreamError, EnvelopeError, Header, Inter, Paradigm, decode, encode
+from server.accepted import Accepted
+from server.engine import Engine, Job
+from server.questions import Questions
+from server.references import References
+from server.targets.target import Abilities, Answer, Limits, Target
+
+
+class BundleTarget(Target[Job]):
+    """For one thread, except `status` and `load_questions`."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: Engine,
+        tier: str = "edge",
+        max_batch: int = 8,
+        questions: Questions | None = None,
+    ) -> None:
+        """tier: whose decoder answers, "edge" or "cloud"."""
+        self.bundle, self.engine, self.tier = bundle, engine, tier
+        self.questions = questions or Questions(bundle)
+        self.references = References()
+        self.limits = Limits(batch=max_batch)
+
+    @property
+    def abilities(self) -> Abilities:
+        proof = self.engine.proof
+        return Abilities(
+            name="bundle",
+            verified="strict" if proof.may_speculate else "none",
+            bundle=self.bundle.id,
+            pictures=self.engine.head is not None,
+            drafts=proof.may_speculate,
+            labels=bool(self.bundle.manifest.classes),
+            references=self.bundle.inter_tables is not None,
+            tokenizer=self.bundle.id.hex(),
+        )
+
+    def job(self, accepted: Accepted) -> Job:
+        request = accepted.request
+        symbols, level, channels = self._symbols(accepted)
+        options = request.options
+        max_tokens = options.max_tokens if options else None
+        # A board without a draft that asks for speculation gets the server's; "split" is the target alone.
+        proposes = options is not None and options.propose
+        is_speculative = request.draft or request.paradigm is Paradigm.SPECULATIVE or proposes
+        draft = tuple(request.draft_ids) if is_speculative else None
+        labels, classes = request.seen_labels, len(self.bundle.manifest.classes)
+        if max(labels, default=-1) >= classes:
+            raise EnvelopeError(f"label {max(labels)} of {classes}: want a class of the bundle")
+        known = self.questions.known
+        questions = {name: known[name] for name in (options.questions if options else ()) if name in known}
+        return Job(symbols, level, channels, draft, self.tier, max_tokens, classes > 0, questions, labels)
+
+    def answer(self, jobs: Sequence[Job]) -> list[Answer]:
+        unsure_below = self.bundle.manifest.unsure_below.get(self.tier, 0.0)
+        return [
+            answer
+            if answer.error
+            else replace(
+                answer,
+                text=self.bundle.text(list(answer.tokens)),
+                unsure=(answer.confidence or 0.0) < unsure_below,
+            )
+            for answer in self.engine.answer(jobs)
+        ]
+
+    def on_step(self, step: Callable[[], None]) -> None:
+        self.engine.on_step = step
+
+    def request_above(self, accepted: Accepted, job: Job) -> Accepted:
+        """The tier above has no earlier frames of the board, so the content must do without."""
+        request, tables = accepted.request, self.bundle.tables
+        if accepted.pixels is not None or Header.from_bytes(request.content).reference is None:
+            return accepted
+        content = encode(job.symbols, tables, job.level, job.channels * tables.groups // tables.channels)
+        return replace(accepted, request=msgspec.structs.replace(request, content=content))
+
+    def question_names(self) -> Collection[str]:
+        return self.questions.known
+
+    def load_questions(self) -> bool | None:
+        return self.questions.load()
+
+    def status(self) -> dict[str, Any]:
+        proof = self.engine.proof
+        return {
+            "bundles": {self.bundle.id.hex(): self.bundle.manifest.name},
+            "numerics": proof.numerics,
+            "shapes": {"tail": proof.tail_sizes, "image": proof.image_sizes, "pass": proof.shapes},
+            **self.questions.status(),
+        }
+
+    def _symbols(self, accepted: Accepted) -> tuple[NDArray[np.int8], int, int]:
+        """The latent's symbols, their level, and how many channels of them were sent. Raises BitstreamError."""
+        tables = self.bundle.tables
+        if accepted.pixels is not None:
+            return self.engine.symbols(accepted.pixels), tables.levels - 1, tables.channels
+        board, inter = accepted.arrival.board, self.bundle.inter_tables
+        find = partial(self.references.find, board)
+        decoded = decode(accepted.request.content, tables, Inter(inter, find) if inter else None)
+        if not decoded.checked:  # a cut message and a damaged one look alike, and MQTT cuts none
+            raise BitstreamError("bitstream ends early, so its check is missing: send it whole")
+        if inter:
+            self.references.keep(board, accepted.request.id, decoded.header, decoded.symbols)
+        return decoded.symbols, decoded.header.level, decoded.complete_channels

@@ -1,0 +1,65 @@
+"""A model of Hugging Face as what answers a server's requests: from a request's picture to the model's job and back."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from edge_runtime.capture.picture_checks import decode_picture
+from edge_runtime.errors import ConfigError
+from edge_runtime.inference.bundle import Bundle
+from server.accepted import Accepted
+from server.config import HuggingFaceConfig
+from server.targets.huggingface import HuggingFaceTarget, Job
+from server.targets.target import Abilities, Answer, Limits, PictureJob, Target, Verified, picture_job
+
+SILENT_S = 300.0
+
+
+class PictureModel(Target[PictureJob]):
+    """For one thread, except `status`."""
+
+    # It answers jobs one after the other. A large model writes a long text on a CPU within SILENT_S.
+    limits = Limits(batch=1, silent_s=SILENT_S)
+
+    def __init__(self, model: HuggingFaceTarget, config: HuggingFaceConfig, bundle: Bundle | None = None) -> None:
+        """bundle: whose vocabulary spells the drafts; None: drafts are not used. Raises ConfigError."""
+        if not model.takes_pictures:
+            raise ConfigError(f"{model.loaded.name} takes no pictures: want an image-text-to-text model")
+        self.model, self.config, self.bundle = model, config, bundle
+
+    @property
+    def abilities(self) -> Abilities:
+        uses_drafts = self.model.proof.strict
+        # The start test found equal texts. That is less than the bundle's proof, which is to the bit.
+        verified: Verified = "server" if uses_drafts else "none"
+        name = f"hf:{self.model.loaded.name}"
+        return Abilities(name, verified, drafts=uses_drafts and self.bundle is not None)
+
+    def job(self, accepted: Accepted) -> PictureJob:
+        return picture_job(accepted, self.bundle, self.config.prompt)
+
+    def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
+        # Decoded once before, within limits; here in its own size and proportions.
+        asked = [
+            Job(
+                job.prompt,
+                decode_picture(job.picture),
+                job.draft,
+                min(job.max_tokens or self.config.max_tokens, self.config.max_tokens),
+            )
+            for job in jobs
+        ]
+        return [
+            Answer(
+                text=written.text,
+                accepted=written.accepted,
+                proposed=written.proposed,
+                accepted_again=written.accepted_again,
+                passes=written.passes,
+                confidence=written.confidence,
+                error=written.error,
+            )
+            for written in self.model.answer(asked)
+        ]
+
+    def status(self) -> dict[str, Any]:
+        return {"numerics": self.model.proof.numerics}

@@ -1,0 +1,256 @@
+"""Another server as the target, over the chat completions of OpenAI's API: vLLM, llama.cpp, Ollama, or a hosted one.
+
+It gets the picture as the board sent it and a prompt, and answers with a text. It sees no draft, so nothing verifies
+the text: it is what that server says. API: https://platform.openai.com/docs/api-reference/chat/create
+
+A call that fails for a while is made again within the request's deadline, after a random time that doubles with each
+try. What does not get better (any other status, a response that is none) is an error at once.
+"""
+
+import base64
+import logging
+import math
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.wire import Usage
+from edge_runtime.wire.envelope import MAX_TEXT, UInt32
+from server.accepted import Accepted
+from server.config import OpenAIConfig
+from server.targets.http_call import MAY_BE_BILLED, PERMANENT, TEMPORARY, CallError, Endpoint
+from server.targets.spending import Spending, next_day
+from server.targets.target import Abilities, Answer, Limits, PictureJob, Target, picture_job
+
+logger = logging.getLogger(__name__)
+
+TRIES = 4  # of one request
+FIRST_WAIT_S, LAST_WAIT_S = 0.5, 8.0  # at most, before the second try and before later ones
+MAX_PAUSE_S = 3600.0  # then one call is tried, whatever Retry-After said
+LONG_PAUSE_S = 10.0  # a server that is paused for longer leaves its share
+BUSY_RETRY_MS = 1000  # for a board, if nobody says how long
+MARGIN_S = 5.0  # that a call may take beyond its timeout before it counts as hanging
+
+
+class _Message(Struct):
+    content: str | None = None
+
+
+class _Choice(Struct):
+    message: _Message
+
+
+class _Completion(Struct):
+    choices: Annotated[tuple[_Choice, ...], Meta(min_length=1)]
+    usage: Any = None
+
+
+class _TokenCounts(Struct):
+    prompt_tokens: UInt32
+    completion_tokens: UInt32
+
+
+class OpenAITarget(Target[PictureJob]):
+    """`answer` may be called on `config.calls` threads at once; one slow call delays no other."""
+
+    def __init__(
+        self,
+        url: str,
+        config: OpenAIConfig,
+        wall_clock: Callable[[], float] = time.time,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        """url, config: checked before, see `OpenAIConfig.check`. wall_clock: seconds, Unix time.
+
+        chance: uniform in [0, 1). Raises ConfigError if spent_file cannot be used.
+        """
+        self.config, self._url, self._wall_clock, self._chance = config, url, wall_clock, chance
+        call_s = TRIES * (config.timeout_s + LAST_WAIT_S) + MARGIN_S
+        self.limits = Limits(batch=1, calls=config.calls, call_s=call_s, silent_s=call_s)
+        self._endpoint = Endpoint(url, config.ca_file)
+        file = Path(config.spent_file) if config.spent_file else None
+        self._spending = Spending(config.budget_per_day, config.estimate, file)
+        self._stop = threading.Event()
+        self._lock = threading.Lock()  # over the next three
+        self._calls: Counter[str] = Counter()  # by what became of them
+        self._tokens: Counter[str] = Counter()
+        self._paused_until = -math.inf  # seconds, time.monotonic(): until then the other server wants no call
+
+    @property
+    def abilities(self) -> Abilities:
+        return Abilities(name=f"openai:{self._url}", verified="none")
+
+    def job(self, accepted: Accepted) -> PictureJob:
+        return picture_job(accepted)
+
+    def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
+        return [self._answer(job) for job in jobs]
+
+    def why_closed(self, now: float) -> str:
+        if self._spending.is_spent(wall := self._wall_clock()):
+            return f"the budget of the day is spent, the next day begins at {next_day(wall)}"
+        if self._paused_until - now > LONG_PAUSE_S:
+            return "the other server limits the rate of calls"
+        return ""
+
+    def status(self) -> dict[str, Any]:
+        with self._lock:
+            calls, tokens = dict(self._calls), dict(self._tokens)
+        return {
+            "usage": {
+                "model": self.config.model,
+                "calls": calls,
+                "tokens": tokens,
+                "cost": self._spending.total,
+                "cost_today": self._spending.today(self._wall_clock()),
+                "budget_per_day": self.config.budget_per_day,
+                "currency": self.config.currency,
+            }
+        }
+
+    def close(self) -> None:
+        self._stop.set()
+        self._endpoint.close()
+
+    # ---- one request ----
+
+    def _answer(self, job: PictureJob) -> Answer:
+        started, body, tries = time.monotonic(), self._body(job), 0
+        while True:
+            tries += 1
+            try:
+                text, usage = self._paid_call(body, job.deadline)
+            except CallError as error:
+                self._count(error.kind)
+                wait_s = self._wait_s(error, tries)
+                if error.kind in PERMANENT:
+                    return Answer(error=str(error))
+                if error.kind not in TEMPORARY or tries == TRIES or not self._wait(wait_s, job.deadline):
+                    return Answer(error=str(error), retry_after_ms=max(BUSY_RETRY_MS, math.ceil(1e3 * wait_s)))
+                self._count("retried")
+            else:
+                stages_ms = {"call": 1e3 * (time.monotonic() - started)}
+                return Answer(text=text, confidence=None, stages_ms=stages_ms, usage=usage)
+
+    def _wait(self, seconds: float, deadline: float) -> bool:
+        """False: not so long, since the deadline is sooner, or this server stops."""
+        return time.monotonic() + seconds < deadline and not self._stop.wait(max(0.0, seconds))
+
+    def _paid_call(self, body: bytes, deadline: float) -> tuple[str, Usage | None]:
+        """The text, and what it used if the other server says so. Raises CallError."""
+        pause_s = self._paused_until - time.monotonic()
+        if not self._wait(pause_s, deadline):
+            raise CallError("paused", "the other server limits the rate of calls")
+        set_aside = self._spending.begin(self._wall_clock())
+        if set_aside is None:
+            raise CallError("over_budget", "the budget of the day is spent: another server may answer")
+        cost = set_aside  # until it is known
+        try:
+            text, counts = self._call(body, deadline)
+            if counts:
+                cost = self.config.cost(counts.prompt_tokens, counts.completion_tokens)
+        except CallError as error:
+            cost = cost if error.kind in MAY_BE_BILLED else 0.0
+            raise
+        finally:
+            self._spending.end(set_aside, cost, self._wall_clock())
+        return text, self._usage(counts, cost)
+
+    def _call(self, body: bytes, deadline: float) -> tuple[str, _TokenCounts | None]:
+        """The text, and its tokens if the other server counts them. Raises CallError."""
+        try:
+            key = self.config.key()  # read each time: it may be replaced while the server runs
+        except ConfigError as error:
+            raise CallError("no_connection", str(error)) from error
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        timeout_s = max(0.001, min(self.config.timeout_s, deadline - time.monotonic()))
+        return _read(self._endpoint.post("/chat/completions", body, headers, timeout_s))
+
+    def _body(self, job: PictureJob) -> bytes:
+        picture = f"data:{job.media_type};base64,{base64.b64encode(job.picture).decode()}"
+        content = [
+            {"type": "text", "text": job.prompt or self.config.prompt},
+            {"type": "image_url", "image_url": {"url": picture}},
+        ]
+        return msgspec.json.encode(
+            {
+                "model": self.config.model,
+                "messages": [{"role": "user", "content": content}],
+                "max_tokens": min(self.config.max_tokens, job.max_tokens or self.config.max_tokens),
+                "temperature": 0,
+            }
+        )
+
+    def _wait_s(self, error: CallError, tries: int) -> float:
+        """Before the next try. If the other server says how long, all calls wait."""
+        # Over the whole interval, since after an outage all calls return together. Brooker, "Exponential Backoff and
+        # Jitter", 2015.
+        wait_s: float = self._chance() * min(LAST_WAIT_S, FIRST_WAIT_S * 2 ** (tries - 1))
+        now, told_s = time.monotonic(), retry_after_s(error.retry_after, self._wall_clock())
+        with self._lock:
+            if told_s:
+                self._paused_until = max(self._paused_until, now + told_s)
+            return wait_s + max(0.0, self._paused_until - now)
+
+    def _usage(self, counts: _TokenCounts | None, cost: float) -> Usage | None:
+        """Counts an answer, and says what it used."""
+        self._count("answered")
+        if counts is None:
+            self._count("usage_unknown")
+            return None
+        with self._lock:
+            self._tokens["input"] += counts.prompt_tokens
+            self._tokens["output"] += counts.completion_tokens
+        if not (self.config.input_price or self.config.output_price):
+            return Usage(counts.prompt_tokens, counts.completion_tokens)
+        return Usage(counts.prompt_tokens, counts.completion_tokens, cost, self.config.currency)
+
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self._calls[what] += 1
+
+
+def _read(response: bytes) -> tuple[str, _TokenCounts | None]:
+    """The text of a chat completion, and its tokens if they were counted. Raises CallError."""
+    try:
+        completion = msgspec.json.decode(response, type=_Completion)
+        text = (completion.choices[0].message.content or "").strip()
+        text.encode()  # JSON can hold halves of characters, which no reply can
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        kind = "HTML" if response.lstrip()[:1] == b"<" else f"{len(response)} bytes"
+        raise CallError("no_answer", f"the response is no chat completion but {kind}: is the address right?") from error
+    if not text:
+        raise CallError("no_answer", "the model wrote no text: does it think longer than max_tokens?")
+    if len(text) > MAX_TEXT:
+        raise CallError("no_answer", f"a text of {len(text)} characters, at most {MAX_TEXT}: lower max_tokens")
+    try:
+        counts = msgspec.convert(completion.usage, _TokenCounts)
+    except msgspec.ValidationError:
+        return text, None
+    return text, counts
+
+
+def retry_after_s(header: str | None, now: float) -> float:
+    """The header Retry-After (RFC 9110, 10.2.3: seconds or a date) in seconds from now (Unix time), at most an hour.
+
+    0: there is none, or it makes no sense.
+    """
+    if header is None:
+        return 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - now
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return min(max(0.0, seconds), MAX_PAUSE_S) if math.isfinite(seconds) else 0.0

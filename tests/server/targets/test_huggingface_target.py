@@ -1,0 +1,104 @@
+"""A small vision-language model behind a server: pictures and drafts in, replies out."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.wire import Options, Status
+from server.app import _target
+from server.config import Config, HuggingFaceConfig, ServerConfig
+from server.pictures import PictureDecoder
+from server.reply_cache import ReplyCache
+from server.service import Service
+from server.targets.huggingface import HuggingFaceTarget
+from server.targets.huggingface_target import PictureModel
+from server.targets.target import PictureJob
+from tests.server.boards import Lane, config, is_balanced
+from tests.server.targets.test_target import picture
+from tests.server.targets.tiny_models import LANGUAGE_MODELS, VISION_MODELS
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")  # of its own calls of numpy
+
+ASKED = HuggingFaceConfig(prompt="describe the photo", max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("smolvlm")
+    VISION_MODELS["smolvlm"](path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> HuggingFaceTarget:
+    return HuggingFaceTarget.load(str(folder))
+
+
+def replies(service: Service, *requests: object) -> list[object]:
+    lane = Lane()
+    with PictureDecoder() as decoder:
+        for request in requests:
+            service.receive(lane.arrival(request))
+            service.decode_picture(decoder)
+    while len(service.batcher):
+        service.answer(service.batcher.take(0))
+    assert is_balanced(service)
+    return lane.replies
+
+
+def test_a_picture_is_answered_with_the_models_own_text_whatever_the_draft(model, bundle: Bundle) -> None:
+    service = Service(config(bundle).server, PictureModel(model, ASKED, bundle), ReplyCache())
+    plain, drafted = replies(service, picture(bundle, 0), picture(bundle, 0, draft=(5, 6, 9)))
+    assert (plain.status, drafted.status) == (Status.OK, Status.OK)
+    assert plain.text == drafted.text != ""
+    assert (plain.token_ids, plain.proposed) == ([], 0)
+    assert 0 < plain.confidence < 1
+    target = service.status()["target"]
+    assert (target["name"], target["verified"], target["drafts"]) == (f"hf:{model.loaded.name}", "server", True)
+    assert (target["latents"], target["pictures"]) == (False, True)
+
+
+def test_a_draft_that_the_model_would_have_written_costs_one_pass(model, bundle: Bundle) -> None:
+    target, asked = PictureModel(model, ASKED, bundle), picture(bundle, 0)
+    job = PictureJob(asked.content, "image/webp", np.zeros((224, 224, 3), np.uint8), 0.0, prompt=ASKED.prompt)
+    (alone,) = target.answer([job])
+    (verified,) = target.answer([replace(job, draft=alone.text)])
+    assert verified.text == alone.text
+    assert (verified.passes, verified.accepted > 1) == (1, True)
+
+
+def test_a_request_may_want_a_shorter_text_and_never_gets_a_longer_one(model, bundle: Bundle) -> None:
+    service = Service(config(bundle).server, PictureModel(model, ASKED), ReplyCache())
+    texts = [
+        reply.text
+        for reply in replies(service, *(picture(bundle, 0, options=Options(max_tokens=n)) for n in (2, 8, 100)))
+    ]
+    assert texts[1].startswith(texts[0])
+    assert texts[1] == texts[2]
+
+
+def test_without_a_bundle_no_draft_is_used_and_the_status_says_so(model) -> None:
+    assert not PictureModel(model, ASKED).abilities.drafts
+
+
+def test_a_language_model_without_eyes_is_refused_by_name(tmp_path: Path) -> None:
+    LANGUAGE_MODELS["llama"](tmp_path)
+    with pytest.raises(ConfigError, match="takes no pictures: want an image-text-to-text model"):
+        PictureModel(HuggingFaceTarget.load(str(tmp_path)), ASKED)
+
+
+def test_the_configuration_names_the_model(folder: Path, bundle: Bundle) -> None:
+    server = ServerConfig("s1", str(bundle.path), target=f"hf:{folder}")
+    target, _ = _target(Config(server, hf=ASKED))
+    assert (target.abilities.name, target.abilities.drafts) == (f"hf:{folder}", True)
+
+
+def test_its_table_without_its_target_is_an_error(bundle: Bundle) -> None:
+    with pytest.raises(ConfigError, match=r"\[hf\] is of no use with target"):
+        Config(ServerConfig("s1", str(bundle.path)), hf=ASKED).check_target()

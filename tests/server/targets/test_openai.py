@@ -1,0 +1,328 @@
+"""A target that is another server, asked over real sockets; the other server behaves as badly as servers do."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.wire import Usage
+from firmware_tools.certificates import made
+from server.config import PROMPT, OpenAIConfig
+from server.targets import PictureJob
+from server.targets import openai as openai_module
+from server.targets.http_call import MAX_RESPONSE, CallError, Endpoint
+from server.targets.openai import TRIES, OpenAITarget, retry_after_s
+from testbed.chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, Behaviour, ChatServer, text_of
+
+PATIENCE_S = 60.0
+DAY_S = 86_400
+PERMANENT: dict[Behaviour, str] = {
+    "error_400": "refused",
+    "error_401": "refused",
+    "redirect": "refused",
+    "endless": "too_long",
+    "large": "too_long",
+    "html": "no_answer",
+    "no_json": "no_answer",
+    "no_utf8": "no_answer",
+    "no_choices": "no_answer",
+    "no_text": "no_answer",
+    "long_text": "no_answer",
+    "promise_less": "no_answer",
+}
+TEMPORARY: dict[Behaviour, str] = {
+    "error_500": "server_error",
+    "error_503": "server_error",
+    "limit_silently": "rate_limited",
+    "reset": "cut_off",
+    "cut": "cut_off",
+    "promise_more": "cut_off",
+    "chunk_lie": "cut_off",
+    "stall": "timeout",
+    "drip": "timeout",
+    "drip_body": "timeout",
+}
+
+
+@pytest.fixture
+def other() -> Iterator[ChatServer]:
+    with ChatServer() as server:
+        yield server
+    assert server.objections == []  # every request was as the API's reference has it
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_module, "FIRST_WAIT_S", 0.01)
+
+
+def target_of(other: ChatServer, clock: Callable[[], float] = time.time, **changes: object) -> OpenAITarget:
+    return OpenAITarget(other.url, OpenAIConfig("fake", **changes), clock)
+
+
+def job(picture: bytes = b"picture", left_s: float = PATIENCE_S, **changes: object) -> PictureJob:
+    pixels = np.zeros((224, 224, 3), np.uint8)
+    return PictureJob(picture, "image/jpeg", pixels, time.monotonic() + left_s, **changes)
+
+
+def calls(target: OpenAITarget) -> dict[str, int]:
+    return target.status()["usage"]["calls"]
+
+
+def test_the_other_server_gets_the_picture_as_it_was_sent_and_the_prompt(other: ChatServer, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("sk-secret\nanother line\n")
+    other.key = "sk-secret"
+    target = target_of(other, key_file=str(tmp_path / "key"), max_tokens=50)
+    (answer,) = target.answer([job(b"\xff\xd8 bytes", max_tokens=9)])
+    assert (answer.text, answer.tokens, answer.error, answer.confidence) == (text_of(b"\xff\xd8 bytes"), (), "", None)
+    assert set(answer.stages_ms) == {"call"}
+    (asked,) = other.asked
+    assert (asked.picture, asked.prompt) == (b"\xff\xd8 bytes", PROMPT)
+    assert {name: asked.body[name] for name in ("model", "max_tokens", "temperature")} == {
+        "model": "fake",
+        "max_tokens": 9,
+        "temperature": 0,
+    }
+    target.answer([job(prompt="Is the gate open?")])
+    assert (other.asked[1].prompt, other.asked[1].body["max_tokens"]) == ("Is the gate open?", 50)
+
+
+def test_a_field_that_the_api_does_not_have_would_be_seen() -> None:
+    with ChatServer() as other:
+        body = {"model": "fake", "messages": [{"role": "user", "content": "x"}], "max_token": 5}
+        with pytest.raises(CallError, match="400"):
+            Endpoint(other.url).post("/chat/completions", json.dumps(body).encode(), {}, PATIENCE_S)
+        assert "max_token" in other.objections[0]
+
+
+def test_an_answer_says_what_it_used_and_cost(other: ChatServer) -> None:
+    target = target_of(other, input_price=2.0, output_price=10.0, currency="EUR")
+    (answer,) = target.answer([job()])
+    cost = (2.0 * PROMPT_TOKENS + 10.0 * COMPLETION_TOKENS) / 1e6
+    assert answer.usage == Usage(PROMPT_TOKENS, COMPLETION_TOKENS, pytest.approx(cost), "EUR")
+    assert target_of(other).answer([job()])[0].usage == Usage(PROMPT_TOKENS, COMPLETION_TOKENS)
+    usage = target.status()["usage"]
+    assert usage["tokens"] == {"input": PROMPT_TOKENS, "output": COMPLETION_TOKENS}
+    assert usage["cost"] == usage["cost_today"] == pytest.approx(cost)
+
+
+@pytest.mark.parametrize("behaviour", ["no_usage", "odd_usage"])
+def test_an_answer_without_sound_counts_costs_the_estimate(other: ChatServer, behaviour: Behaviour) -> None:
+    other.behave = lambda _: behaviour
+    target = target_of(other, output_price=10.0, budget_per_day=1.0, max_tokens=100)
+    (answer,) = target.answer([job()])
+    assert (answer.text, answer.usage) == (text_of(b"picture"), None)
+    assert calls(target) == {"answered": 1, "usage_unknown": 1}
+    assert target.status()["usage"]["cost"] == pytest.approx(100 * 10.0 / 1e6)
+
+
+@pytest.mark.parametrize(("behaviour", "kind"), PERMANENT.items())
+def test_what_gets_no_better_is_an_error_at_once(other: ChatServer, behaviour: Behaviour, kind: str) -> None:
+    other.behave = lambda _: behaviour
+    target = target_of(other)
+    (answer,) = target.answer([job()])
+    assert answer.error
+    assert answer.retry_after_ms is None
+    assert (len(other.asked), calls(target)) == (1, {kind: 1})
+
+
+@pytest.mark.parametrize(("behaviour", "kind"), TEMPORARY.items())
+def test_what_may_get_better_is_tried_again(other: ChatServer, behaviour: Behaviour, kind: str) -> None:
+    other.behave = lambda call: "answer" if call == TRIES - 1 else behaviour
+    target = target_of(other, timeout_s=0.5)
+    (answer,) = target.answer([job()])
+    assert (answer.text, answer.error) == (text_of(b"picture"), "")
+    assert calls(target) == {kind: TRIES - 1, "retried": TRIES - 1, "answered": 1}
+
+
+def test_what_does_not_get_better_is_given_to_another_server(other: ChatServer) -> None:
+    other.behave = lambda _: "error_500"
+    target = target_of(other)
+    (answer,) = target.answer([job()])
+    assert "500" in answer.error
+    assert answer.retry_after_ms is not None
+    assert (len(other.asked), calls(target)) == (TRIES, {"server_error": TRIES, "retried": TRIES - 1})
+
+
+def test_nothing_is_tried_after_the_deadline(other: ChatServer) -> None:
+    other.behave = lambda _: "stall"
+    target = target_of(other)
+    (answer,) = target.answer([job(left_s=0.3)])
+    assert answer.retry_after_ms is not None
+    assert (len(other.asked), calls(target)) == (1, {"timeout": 1})
+
+
+def test_nobody_listening_is_told_by_name() -> None:
+    target = OpenAITarget("http://127.0.0.1:9/v1", OpenAIConfig("fake"))
+    (answer,) = target.answer([job()])
+    assert "no connection to 127.0.0.1" in answer.error
+    assert calls(target) == {"no_connection": TRIES, "retried": TRIES - 1}
+
+
+def test_a_body_longer_than_any_answer_is_not_read(other: ChatServer) -> None:
+    other.behave = lambda _: "endless"
+    (answer,) = target_of(other).answer([job()])
+    assert f"more than {MAX_RESPONSE} bytes" in answer.error
+
+
+def test_all_calls_wait_as_long_as_the_other_server_says(other: ChatServer) -> None:
+    other.behave, other.retry_after = lambda _: "limit", "100"
+    target = target_of(other)
+    (answer,) = target.answer([job(left_s=10.0)])
+    assert 100_000 <= answer.retry_after_ms < 110_000
+    (second,) = target.answer([job(left_s=10.0)])
+    assert 90_000 < second.retry_after_ms < 110_000
+    assert len(other.asked) == 1  # the second was not sent
+    assert calls(target) == {"rate_limited": 1, "paused": 1}
+    assert "limits the rate" in target.why_closed(time.monotonic())
+    assert target.why_closed(time.monotonic() + 100) == ""
+
+
+def test_a_short_limit_is_waited_for_within_the_deadline(other: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    other.behave, other.retry_after = lambda call: "answer" if call else "limit", "0.25"
+    target, waits = target_of(other), list[float]()
+    wait = target._stop.wait
+    monkeypatch.setattr(target._stop, "wait", lambda seconds: waits.append(seconds) or wait(seconds))
+    assert target.answer([job()])[0].text == text_of(b"picture")
+    assert max(waits) >= 0.25
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (None, 0.0),
+        ("3", 3.0),
+        ("0.5", 0.5),
+        ("-1", 0.0),
+        ("nan", 0.0),
+        ("inf", 0.0),
+        ("1e999", 0.0),
+        ("soon", 0.0),
+        ("", 0.0),
+        ("99999999", 3600.0),
+        ("Fri, 04 Oct 2024 12:00:30 GMT", 30.0),
+        ("Fri, 04 Oct 2024 11:00:00 GMT", 0.0),
+        ("Fri, 99 Oct 2024 12:00:30 GMT", 0.0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date_and_never_more_than_an_hour(header: str | None, seconds: float) -> None:
+    assert retry_after_s(header, now=20_000.5 * DAY_S) == seconds
+
+
+@pytest.mark.parametrize("behaviour", ["error_401", "error_400", "error_500", "html", "answer"])
+def test_the_key_is_in_no_error_status_and_log(
+    other: ChatServer, tmp_path: Path, behaviour: Behaviour, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "key").write_text("sk-very-secret")
+    other.behave = lambda _: behaviour  # its errors quote the key
+    target = target_of(other, key_file=str(tmp_path / "key"))
+    with caplog.at_level(logging.DEBUG):
+        (answer,) = target.answer([job()])
+    assert other.asked[0].headers["authorization"] == "Bearer sk-very-secret"
+    for said in (caplog.text, repr(answer), repr(vars(target)), json.dumps(target.status()), target.abilities.name):
+        assert "very-secret" not in said
+
+
+def test_a_key_is_read_again_for_each_call(other: ChatServer, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("old")
+    target = target_of(other, key_file=str(tmp_path / "key"))
+    (tmp_path / "key").write_text("new")
+    other.key = "new"
+    assert target.answer([job()])[0].error == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"two words\n", b"caf\xc3\xa9\n", b"tab\there"])
+def test_a_key_that_is_none_is_found_at_the_start_and_not_shown(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "key").write_bytes(content)
+    with pytest.raises(ConfigError, match="its first line is no key") as found:
+        OpenAIConfig("fake", key_file=str(tmp_path / "key")).check("http://127.0.0.1:9/v1")
+    assert "words" not in str(found.value)
+
+
+def test_only_a_certificate_of_a_trusted_authority_gets_the_key_and_the_picture(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    made(tmp_path / "other", "home", ["127.0.0.1"])
+    files = tmp_path / "cert.pem", tmp_path / "cert.key"
+    for file, content in zip(files, made(tmp_path, "home", ["127.0.0.1"]), strict=True):
+        file.write_bytes(content)
+    with ChatServer(certificate=files) as other:
+        trusting = target_of(other, ca_file=str(tmp_path / "ca.pem"))
+        assert trusting.answer([job()])[0].text == text_of(b"picture")
+        for foreign in (str(tmp_path / "other" / "ca.pem"), None):
+            (answer,) = target_of(other, ca_file=foreign).answer([job()])
+            assert "CERTIFICATE_VERIFY_FAILED" in answer.error.upper().replace(" ", "_")
+        assert len(other.asked) == 1
+
+
+@pytest.mark.parametrize("content", [None, b"no certificate"])
+def test_authorities_that_are_none_are_found_at_the_start(tmp_path: Path, content: bytes | None) -> None:
+    if content:
+        (tmp_path / "ca.pem").write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot be read as PEM"):
+        OpenAIConfig("fake", ca_file=str(tmp_path / "ca.pem")).check("https://127.0.0.1/v1")
+
+
+# ---- money ----
+
+
+def test_a_spent_budget_makes_no_calls_until_the_next_day(other: ChatServer) -> None:
+    now = [20_000.5 * DAY_S]
+    cost = COMPLETION_TOKENS * 10.0 / 1e6
+    target = target_of(other, lambda: now[0], output_price=10.0, max_tokens=20, budget_per_day=2.5 * cost)
+    for _ in range(2):
+        assert target.answer([job()])[0].error == ""
+    (refused,) = target.answer([job()])
+    assert "budget of the day is spent" in refused.error
+    assert refused.retry_after_ms is not None
+    assert len(other.asked) == 2
+    assert calls(target) == {"answered": 2, "over_budget": 1}
+    assert "begins at 2024-10-05 00:00 UTC" in target.why_closed(0.0)
+    now[0] += DAY_S
+    assert target.why_closed(0.0) == ""
+    assert target.answer([job()])[0].error == ""
+
+
+def test_a_budget_for_less_than_one_answer_is_a_mistake() -> None:
+    with pytest.raises(ConfigError, match=r"one answer may cost 0\.001 USD"):
+        OpenAIConfig("fake", output_price=10.0, max_tokens=100, budget_per_day=0.0005).check("http://127.0.0.1/v1")
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "is_charged"),
+    [
+        ("cut", True),
+        ("stall", True),
+        ("html", True),
+        ("error_500", False),
+        ("error_400", False),
+        ("limit_silently", False),
+    ],
+)
+def test_only_calls_that_the_other_server_may_have_billed_count(
+    other: ChatServer, behaviour: Behaviour, is_charged: bool
+) -> None:
+    other.behave = lambda _: behaviour
+    target = target_of(other, output_price=10.0, budget_per_day=1.0, timeout_s=0.2)
+    target.answer([job(left_s=1.0)])
+    assert (target.status()["usage"]["cost"] > 0) == is_charged
+
+
+# ---- the end ----
+
+
+def test_a_call_ends_when_the_server_stops(other: ChatServer) -> None:
+    other.behave = lambda _: "stall"
+    target, answers = target_of(other), list[object]()
+    thread = threading.Thread(target=lambda: answers.extend(target.answer([job()])))
+    thread.start()
+    assert other.arrived.acquire(timeout=PATIENCE_S)
+    target.close()
+    thread.join(PATIENCE_S)
+    assert [answer.error for answer in answers] == ["this server stops"]
+    assert target.answer([job()])[0].retry_after_ms is not None  # and none begins

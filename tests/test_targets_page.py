@@ -1,0 +1,43 @@
+"""docs/targets.md: its files work as they stand, and its words and figures are those of the code."""
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+
+from benchmarks.unreliable_target import FAULTS
+from edge_runtime.config import convert
+from server.config import USUAL_INPUT_TOKENS, Config
+from server.targets.http_call import MAX_RESPONSE
+from server.targets.openai import TRIES
+from server.targets.target import Verified
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "targets.md").read_text()
+DECISION = (ROOT / "docs" / "adr" / "0019-lossless-for-whom.md").read_text()
+
+
+def test_its_server_works_as_it_stands() -> None:
+    server, _ = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    config = convert(Path("server.toml"), msgspec.toml.decode(server), Config)
+    config.check_target()
+    assert config.server.bundle is None
+
+
+def test_its_addresses_are_targets() -> None:
+    addresses = re.findall(r"`(openai:http[^`]*)`", PAGE)
+    assert len(addresses) == 3
+    for address in addresses:
+        tables = {"server": {"id": "s1", "target": address}, "openai": {"model": "m"}}
+        convert(Path("server.toml"), tables, Config).check_target()
+
+
+def test_its_words_and_figures_are_those_of_the_code() -> None:
+    for word in get_args(Verified):
+        assert f"| `{word}` |" in DECISION
+    text = " ".join(PAGE.split())
+    assert f"in {len(FAULTS)} ways" in text
+    assert f"{USUAL_INPUT_TOKENS:,} input tokens" in text
+    assert (TRIES, "four times in all" in text) == (4, True)
+    assert (MAX_RESPONSE, "more than 1 MiB" in text) == (1 << 20, True)
