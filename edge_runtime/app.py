@@ -32,7 +32,7 @@ from edge_runtime.inference.labels import Labels
 from edge_runtime.inference.preprocess import PIXELS
 from edge_runtime.inference.references import ReferenceFrames
 from edge_runtime.inference.reuse import Answers
-from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State, connection_text
 from edge_runtime.mqtt.routes import Rejection, Route, Router
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import BoardPlanner, Measurements
@@ -42,6 +42,7 @@ from edge_runtime.reporting.home_assistant import device_message
 from edge_runtime.reporting.images import Images
 from edge_runtime.reporting.trigger import Trigger
 from edge_runtime.requests import ByteBudget, RequestTracker
+from edge_runtime.sd_notify import Notifier
 from edge_runtime.wire import Event, topics
 
 logger = logging.getLogger(__name__)
@@ -101,9 +102,17 @@ def load_labels(bundle: Bundle, head: Head, backend: str, threads: int) -> Label
 class Board:
     """The parts of one board, and which of them hears what."""
 
-    def __init__(self, config: RuntimeConfig, listener: Callable[[Event], None] | None = None) -> None:
-        """Raises the named error of a part that can never start. A broker that is away is not an error."""
-        self.config = config
+    def __init__(
+        self,
+        config: RuntimeConfig,
+        listener: Callable[[Event], None] | None = None,
+        notifier: Notifier | None = None,
+    ) -> None:
+        """Raises the named error of a part that can never start. A broker that is away is not an error.
+
+        notifier: to the service manager; None: there is none.
+        """
+        self.config, self.notifier = config, notifier or Notifier()
         board, site = config.board, config.board.site
 
         # Models. A board that only offloads has no head and no draft decoder.
@@ -191,19 +200,21 @@ class Board:
                 running.callback(self.discovery.close)
             running.enter_context(self.tracker)
             self.cameras.check()
+            self.notifier.ready()  # a board works without a broker: it does not wait for one
             try:
                 self.pipeline.run(self._frames(stop))
             except Exception as error:
                 raise RuntimeError("the board broke while it ran") from error
             # Sources that end, such as files, leave requests open: wait for their answers until the deadline.
             own = [camera.config.deadline_ms or 0 for camera in self.cameras]
-            self.tracker.wait_until_settled(max(self.config.board.deadline_ms, *own) / 1e3, stop)
+            self.tracker.wait_until_settled(max(self.config.board.deadline_ms, *own) / 1e3, stop, self._progressed)
+            self.notifier.stopping()
         summary = self.summary()
         logger.info("board stopped %s", not_zero(summary))
         return summary
 
     def _frames(self, stop: threading.Event) -> Iterator[Frame]:
-        for frame in self.cameras.frames(stop):
+        for frame in self.cameras.frames(stop, self._progressed):
             yield frame
             if self.images:  # the frame has been handled
                 self.images.show(frame.camera, frame.pixels)
@@ -226,6 +237,13 @@ class Board:
             **self.servers.counts("mqtt"),
         }
         return values if self.local is self.servers else values | self.local.counts("local")
+
+    def _progressed(self) -> None:
+        """A frame has been handled, or none is due. This thread hangs if one of the others blocks it, except for the
+        thread of the requests, which it must ask.
+        """
+        if not self.tracker.hangs():
+            self.notifier.progress()
 
     def publish_status(self) -> None:
         """On any thread: every broker that has the board's status hears of the change."""
@@ -312,7 +330,8 @@ class Board:
         if self._listener:
             self._listener(event)
 
-    def _connection_changed(self, state: State, _: str) -> None:
+    def _connection_changed(self, state: State, reason: str) -> None:
+        self.notifier.status(connection_text(self.config.mqtt, state, reason))
         if state is not State.ONLINE:
             self.references.disconnected()
         if self.config.near_broker and state in (State.ONLINE, State.BACKOFF):
@@ -362,9 +381,14 @@ class Board:
         return Publish(topics.status(board.site, board.id), json.dumps(value).encode(), qos=1, retain=True)
 
 
-def run_board(config: RuntimeConfig, stop: threading.Event, listener: Callable[[Event], None] | None = None) -> Values:
+def run_board(
+    config: RuntimeConfig,
+    stop: threading.Event,
+    listener: Callable[[Event], None] | None = None,
+    notifier: Notifier | None = None,
+) -> Values:
     """`Board.run` of a new board, with its numbers exported if [metrics] is configured."""
-    board = Board(config, listener)
+    board = Board(config, listener, notifier)
     if config.metrics is None:
         return board.run(stop)
     from edge_runtime.reporting.metrics import exported  # a few megabytes that most boards need not load

@@ -26,6 +26,7 @@ COMMANDS = {
     "validate": "check a configuration or a bundle without running it",
     "setup": "write a board.toml, from five questions or from flags",
     "doctor": "look at a board: system, cameras, brokers, bundle, speed, and what to do",
+    "service": "install a board or a server as a service of systemd, see how it is, remove it",
     "broker": "write the configuration of a site's broker: accounts, rights, certificates",
     "watch": "show live events of a site in the terminal",
     "teach": "teach a question with a few photos, such as whether a gate is open",
@@ -34,10 +35,11 @@ COMMANDS = {
     "bench": "measure parts (codec, device, server, gateway), quality over bytes (rate), the case study (e2e), faults",
 }
 SERVICES = ("run", "serve")  # these log at INFO
-CONFIGURED = (*SERVICES, "validate", "setup")  # these exit with 78 for a configuration that cannot work
+CONFIGURED = (*SERVICES, "validate", "setup", "service")  # these exit with 78 for a configuration that cannot work
 EPILOG = """\
 a first look:      aiflow demo
 a real board:      aiflow setup; aiflow doctor --config board.toml; aiflow run board.toml
+as a service:      aiflow service install board.toml
 its server:        aiflow serve server.toml
 what they say:     aiflow watch --site home
 """

@@ -1,6 +1,7 @@
 """`aiflow run board.toml`: a board."""
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,20 +25,21 @@ def run(args: argparse.Namespace) -> int:
     """Runs until the sources end, SIGINT or SIGTERM. Then prints every counter that is not zero."""
     from edge_runtime.app import STOP_S, run_board
     from edge_runtime.config import RuntimeConfig, load_toml
+    from edge_runtime.sd_notify import Notifier
     from edge_runtime.shutdown import stop_when_told
     from firmware_tools.watch import Lines, line
 
     config = load_toml(args.config, RuntimeConfig)
-    stop = stop_when_told(STOP_S)
+    stop, notifier = stop_when_told(STOP_S), Notifier.from_environment(os.environ)
     if not (sys.stdout.isatty() if args.show is None else args.show):
-        run_board(config, stop)
+        run_board(config, stop, notifier=notifier)
         return stop.exit_code
 
     def show(event: "Event") -> None:
         lines.put(line(config.board.id, event))
 
     with Lines() as lines:  # prints on a separate thread: a terminal that stops must not stop the board
-        summary = run_board(config, stop, show)
+        summary = run_board(config, stop, show, notifier)
         lines.put(closing_line(summary))
     return stop.exit_code
 

@@ -1,6 +1,7 @@
 """`aiflow serve server.toml`: an edge or cloud server."""
 
 import argparse
+import os
 from pathlib import Path
 
 
@@ -11,11 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGINT or SIGTERM, then finishes the accepted requests."""
     from edge_runtime.config import load_toml
+    from edge_runtime.sd_notify import Notifier
     from edge_runtime.shutdown import stop_when_told
     from server.app import run_server
     from server.config import Config
 
     config = load_toml(args.config, Config)
     stop = stop_when_told(config.server.stop_s)
-    run_server(config, stop)
+    run_server(config, stop, Notifier.from_environment(os.environ))
     return stop.exit_code

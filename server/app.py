@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle, open_bundle
+from edge_runtime.mqtt import connection_text
 from edge_runtime.reporting.metrics import exported
+from edge_runtime.sd_notify import Notifier
 from server.config import Config, ServerConfig
 from server.counters import SERVER, values
 from server.gateway import Gateway
@@ -40,13 +42,15 @@ def load(config: ServerConfig) -> "tuple[Bundle, Engine]":
     return bundle, engine
 
 
-def run_server(config: Config, stop: threading.Event) -> None:
+def run_server(config: Config, stop: threading.Event, notifier: Notifier | None = None) -> None:
     """Serves until `stop` is set, then finishes what was accepted and says offline.
+
+    notifier: to the service manager; None: there is none.
 
     Raises ConfigError if it cannot start, and RuntimeError for whatever ends it later:
     that is no mistake in the configuration, and the server is worth starting again.
     """
-    settings, server = config.mqtt_settings(), config.server
+    settings, server, notifier = config.mqtt_settings(), config.server, notifier or Notifier()
     config.check_target()
     target, on_questions = _target(config)
     upstream, bounds = None, None
@@ -57,7 +61,16 @@ def run_server(config: Config, stop: threading.Event) -> None:
     service = Service(server, target, replies, upstream, bounds)
     logger.info("server ready id=%s target=%s tokenizer=%s", server.id, server.target, target.abilities.tokenizer)
     with ExitStack() as stack:
-        gateway = Gateway(settings, server.site, server.id, server.pool, service.receive, service.status, on_questions)
+        gateway = Gateway(
+            settings,
+            server.site,
+            server.id,
+            server.pool,
+            service.receive,
+            service.status,
+            on_questions,
+            lambda state, reason: notifier.status(connection_text(settings, state, reason)),
+        )
         stack.enter_context(gateway)
         if upstream:  # ends before the gateway, so that the boards of requests that it leaves open can still be told
             stack.enter_context(upstream)
@@ -68,7 +81,8 @@ def run_server(config: Config, stop: threading.Event) -> None:
         )
         stack.enter_context(Watchdog(service, gateway))
         try:
-            service.serve(stop)
+            notifier.ready()
+            service.serve(stop, notifier)
         except Exception as error:
             raise RuntimeError("the server broke while it served") from error
     logger.info("server stopped id=%s counts=%s", server.id, service.status()["counts"])

@@ -11,7 +11,7 @@ Knows nothing of messages, queues and deadlines.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,6 +103,7 @@ class Engine:
         self.label_words, self.label_temperature = list(label_words), label_temperature
         self.device = torch.device(device)
         self.proof = Proof()
+        self.on_step: Callable[[], None] = lambda: None  # called after each pass of a decoder
 
     @torch.inference_mode()
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -148,6 +149,7 @@ class Engine:
         batch = DecodingBatch(decoder, memory, texts, self.proof.shapes, self.lookaheads.get(tier), speculative)
         while batch.unfinished:
             batch.step()
+            self.on_step()
         done = time.perf_counter()
         stages = {"tail": tail_ms, "image": 1e3 * (encoded - started), "passes": 1e3 * (done - encoded)}
         answers = []

@@ -92,12 +92,16 @@ class Gateway:
         on_arrival: Callable[[Arrival], None],
         status: Callable[[], dict[str, Any]],
         on_questions: Callable[[bytes], None] | None = None,
+        on_state: Callable[[State, str], None] = lambda *_: None,
     ) -> None:
-        """on_questions: gets each message on the topic that sets the questions, on the client's thread; None: none."""
+        """on_questions: gets each message on the topic that sets the questions, on the client's thread; None: none.
+
+        on_state: hears of each change of the connection, and why, on the client's thread.
+        """
         self.site, self.server = site, server
         self.is_proven = threading.Event()  # probes come back on this connection
         self.counts = {"undelivered": 0, "foreign_topics": 0, "retained_requests": 0, "retained_settings": 0}
-        self._on_arrival, self._status = on_arrival, status
+        self._on_arrival, self._status, self._on_state = on_arrival, status, on_state
         self._lock = threading.Lock()  # over the next three; held for a few statements
         self._probes = Probes()
         self._is_loss_logged = False
@@ -267,7 +271,8 @@ class Gateway:
             self.counts["undelivered"] += 1
             logger.warning("reply not delivered server=%s outcome=%s", self.server, outcome.value)
 
-    def _changed(self, state: State, _: str) -> None:
+    def _changed(self, state: State, reason: str) -> None:
+        self._on_state(state, reason)
         if state not in (State.ONLINE, State.DEGRADED):
             with self._lock:
                 self._forget_probes()

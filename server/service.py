@@ -23,6 +23,7 @@ import msgspec
 
 from edge_runtime import __version__
 from edge_runtime.capture.picture_checks import PictureError
+from edge_runtime.sd_notify import Notifier
 from edge_runtime.wire import (
     ContentKind,
     EnvelopeError,
@@ -211,11 +212,19 @@ class Service:
 
     # ---- the thread that owns the target, and more of them if it takes several calls at once ----
 
-    def serve(self, stop: threading.Event) -> None:
-        """Answers until `stop` is set, then finishes what was accepted, as far as `stop_s` allows."""
+    def serve(self, stop: threading.Event, notifier: Notifier | None = None) -> None:
+        """Answers until `stop` is set, then finishes what was accepted, as far as `stop_s` allows.
+
+        notifier: hears of each batch, of each step of the target, and that there is nothing to do.
+        """
+        notifier = notifier or Notifier()
+        notifier.allow(self.target.limits.silent_s)
+        self.target.on_step(notifier.progress)
         with self._threads():
             while not stop.is_set():
                 self.answer(self.batcher.take(TAKE_S))
+                notifier.progress()
+            notifier.stopping()
             with self._lock:
                 self._is_stopping = True
             give_up = time.monotonic() + self.config.stop_s

@@ -1,20 +1,19 @@
-"""The files of docs/DEPLOY.md work together: broker, certificates, passwords, rights, board, server; and its units."""
+"""The files of docs/DEPLOY.md work together: broker, certificates, passwords, rights, board, server."""
 
 import re
-import shutil
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from edge_runtime.app import STOP_S
 from edge_runtime.config import CameraConfig, RuntimeConfig, load_toml
 from edge_runtime.mqtt import MqttClient, MqttConfig
-from edge_runtime.shutdown import SLACK_S
-from firmware_tools.cli import EXIT_CONFIG, main
-from server.config import Config, ServerConfig
+from firmware_tools.cli import main
+from firmware_tools.systemd_units import check_files, service_of
+from server.config import Config
 from tests.brokers import Mosquitto, mosquitto_or_skip
+from tests.firmware_tools.test_service import EXPOSURE
 from tests.listener import PATIENCE_S
 from tests.sites import assert_answered
 
@@ -90,22 +89,16 @@ def test_its_near_broker_listens_on_loopback_alone(tmp_path):
         assert client.wait_online(PATIENCE_S)
 
 
-def units() -> dict[str, str]:
-    return dict(zip(("aiflow-board.service", "aiflow-server.service"), blocks("ini"), strict=True))
+def test_its_figures_of_the_units_are_those_that_the_tests_hold_them_to():
+    (sentence,) = re.findall(r"(?s)`systemd-analyze security --offline=true` \(systemd 252\)(.*?\d)\. The units", PAGE)
+    sources = ("rtsp://camera.lan/x", "/dev/video0", "nvargus", "cpu", "cuda")
+    assert [float(figure) for figure in re.findall(r"\d\.\d", sentence)] == [EXPOSURE[source] for source in sources]
 
 
-def test_its_units_give_time_to_stop_and_do_not_restart_on_a_wrong_configuration():
-    for unit in units().values():
-        assert f"RestartPreventExitStatus={EXIT_CONFIG}\n" in unit
-        stop_s = re.search(r"TimeoutStopSec=(\d+)", unit)
-        assert stop_s
-        assert float(stop_s[1]) > max(STOP_S, ServerConfig("attic", "bundle").stop_s) + SLACK_S
-
-
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
-def test_its_units_are_read_by_systemd(tmp_path):
-    for name, unit in units().items():
-        (tmp_path / name).write_text(unit.replace("/opt/aiflow/bin/aiflow", "/bin/true"))
-        command = ["systemd-analyze", "verify", "--man=no", str(tmp_path / name)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert [line for line in result.stderr.splitlines() if name in line] == []
+def test_its_configurations_make_services(tmp_path):
+    configured(tmp_path)
+    for name in ("board.toml", "server.toml"):
+        service = service_of(tmp_path / name, Path("/opt/aiflow/bin/aiflow"))
+        check_files(replace(service, config=Path("/etc/aiflow", name)))  # a service does not see the tests' folder
+        for line in re.findall(r"`((?:Type|WatchdogSec|Restart)=[a-z0-9-]+)`", PAGE):
+            assert f"{line}\n" in service.unit

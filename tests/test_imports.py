@@ -49,7 +49,7 @@ MAY_IMPORT = {
             "edge_runtime.config",
             "edge_runtime.logs",
         ),
-        *("edge_runtime.errors", "edge_runtime.shutdown", "edge_runtime.reporting"),
+        *("edge_runtime.errors", "edge_runtime.shutdown", "edge_runtime.reporting", "edge_runtime.sd_notify"),
         *("edge_runtime.inference.preprocess", "edge_runtime.inference.bundle", "edge_runtime.capture.picture_checks"),
         *("models.family", "models.labels", "models.lookahead", "models.questions", "edge_runtime.__version__"),
     },

@@ -26,3 +26,10 @@ def test_a_wheel_holds_the_shipped_bundle_whole(monkeypatch):
         named = json.loads((ROOT / bundle / "manifest.json").read_text())["files"]
         assert {bundle / "manifest.json", *(bundle / name for name in named)} <= files
     assert Path("edge_runtime", "py.typed") in files
+
+
+def test_a_wheel_holds_the_templates_of_the_units(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    units = {path.relative_to(ROOT) for path in ROOT.glob("firmware_tools/units/*")}
+    assert len(units) == 2
+    assert units <= packed(ROOT)

@@ -83,8 +83,10 @@ class Cameras:
             raise ConfigError("; ".join(errors))
         return [f"camera {name}: {printable(warning)}" for name, (_, warning) in found.items() if warning]
 
-    def frames(self, stop: threading.Event) -> Iterator[Frame]:
+    def frames(self, stop: threading.Event, on_turn: Callable[[], None] = lambda: None) -> Iterator[Frame]:
         """Frames of all cameras as they come, until every source has ended or `stop` is set. To be called once.
+
+        on_turn: called after each frame that was handled, and every POLL_S while there is none.
 
         Each camera has one thread, which reads its next frame after its last one has been handled: nothing queues, and
         a slow board gets the newest frame. At the end every thread has ended, or still hangs in a driver after CLOSE_S:
@@ -102,6 +104,7 @@ class Cameras:
         running = len(threads)
         try:
             while running and not stop.is_set():
+                on_turn()
                 try:
                     camera, frame = handover.get(timeout=POLL_S)
                 except queue.Empty:

@@ -41,7 +41,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.connection import Connection, Message, Publish
 from edge_runtime.mqtt.reconnect import CLOSED, Backoff, Loss
 from edge_runtime.mqtt.send_queue import Outcome, OutgoingMessage, SendQueue
-from edge_runtime.mqtt.settings import MqttSettings, Timing
+from edge_runtime.mqtt.settings import MqttConfig, MqttSettings, Timing
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -53,6 +53,12 @@ class State(enum.Enum):
     ONLINE = "online"
     DEGRADED = "degraded"  # connected, but the broker has stopped acknowledging: nothing new is sent
     BACKOFF = "backoff"  # waits before the next attempt; the reason says why the last one ended
+
+
+def connection_text(settings: MqttConfig, state: State, reason: str) -> str:
+    """One line for people, such as "broker broker.lan:8883 backoff: Not authorized"."""
+    why = f": {reason}" if reason and state is not State.ONLINE else ""  # the reason of ONLINE is the broker's address
+    return f"broker {settings.host}:{settings.port} {state.value}{why}"
 
 
 class MqttClient:

@@ -22,6 +22,7 @@ M = TypeVar("M")
 
 QUEUE = 256  # messages that wait; then `offer` refuses
 IDLE_S = 0.5  # the longest wait between two looks at the clock
+HANG_S = 10.0  # a thread that has not looked at the clock for so long hangs
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +63,16 @@ class LifecycleThread(Generic[T, M]):
         self._inbox: queue.Queue[M | _ReplyArrived | _NotTaken | None] = queue.Queue(2 * QUEUE)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._is_closed = False
+        self._last_turn = 0.0  # when it last looked at the clock
 
     def start(self) -> None:
         """Once."""
+        self._last_turn = time.monotonic()
         self._thread.start()
+
+    def hangs(self, now: float) -> bool:
+        """Requests would reach their deadline without an event. now: seconds, time.monotonic(); any thread."""
+        return now - self._last_turn > HANG_S
 
     def put(self, message: M) -> None:
         """Hand over a message; waits while the queue is full. After `close` it is dropped: nobody would take it."""
@@ -118,7 +125,7 @@ class LifecycleThread(Generic[T, M]):
 
     def _run(self) -> None:
         while True:
-            now = time.monotonic()
+            self._last_turn = now = time.monotonic()
             link_is_free = self._before_step(now)
             self.follow(self._lifecycle.on_time(now, link_is_free=link_is_free))
             wait_s = min(IDLE_S, max(0.0, self._lifecycle.next_at() - time.monotonic()))

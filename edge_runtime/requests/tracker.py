@@ -210,10 +210,18 @@ class RequestTracker:
 
     # ---- any thread ----
 
-    def wait_until_settled(self, timeout_s: float, stop: Any) -> None:
-        """Waits until no request is open, until the time is up or the event `stop` is set."""
+    def hangs(self) -> bool:
+        """The thread of the requests hangs. Any thread may ask, while this is open."""
+        return self._thread.hangs(time.monotonic())
+
+    def wait_until_settled(self, timeout_s: float, stop: Any, on_turn: Callable[[], None] = lambda: None) -> None:
+        """Waits until no request is open, until the time is up or the event `stop` is set.
+
+        on_turn: called again and again meanwhile.
+        """
         until = time.monotonic() + timeout_s
         while not self._is_settled() and time.monotonic() < until and not stop.is_set():
+            on_turn()
             # Not stop.wait(): its lock must be free when a signal interrupts this thread to set it.
             time.sleep(0.02)
 

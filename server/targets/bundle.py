@@ -4,7 +4,7 @@ From a request to the engine's job: the latent's symbols, with an earlier frame 
 coded against one; for a picture, the float head's. The engine itself (server/engine.py) knows nothing of requests.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -81,6 +81,9 @@ class BundleTarget(Target[Job]):
             )
             for answer in self.engine.answer(jobs)
         ]
+
+    def on_step(self, step: Callable[[], None]) -> None:
+        self.engine.on_step = step
 
     def request_above(self, accepted: Accepted, job: Job) -> Accepted:
         """The tier above has no earlier frames of the board, so the content must do without."""

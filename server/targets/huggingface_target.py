@@ -11,11 +11,14 @@ from server.config import HuggingFaceConfig
 from server.targets.huggingface import HuggingFaceTarget, Job
 from server.targets.target import Abilities, Answer, Limits, PictureJob, Target, Verified, picture_job
 
+SILENT_S = 300.0
+
 
 class PictureModel(Target[PictureJob]):
     """For one thread, except `status`."""
 
-    limits = Limits(batch=1)  # it answers jobs one after the other
+    # It answers jobs one after the other. A large model writes a long text on a CPU within SILENT_S.
+    limits = Limits(batch=1, silent_s=SILENT_S)
 
     def __init__(self, model: HuggingFaceTarget, config: HuggingFaceConfig, bundle: Bundle | None = None) -> None:
         """bundle: whose vocabulary spells the drafts; None: drafts are not used. Raises ConfigError."""

@@ -64,7 +64,7 @@ class OpenAITarget(Target[PictureJob]):
         self.config, self._url, self._wall_clock, self._chance = config, url, wall_clock, chance
         self._prompts = read_prompts({}) if prompts is None else prompts
         call_s = (TRIES + 1) * (config.timeout_s + LAST_WAIT_S) + MARGIN_S  # one more, to repair an answer
-        self.limits = Limits(batch=1, calls=config.calls, call_s=call_s)
+        self.limits = Limits(batch=1, calls=config.calls, call_s=call_s, silent_s=call_s)
         self._endpoint = Endpoint(url, config.ca_file)
         file = Path(config.spent_file) if config.spent_file else None
         estimate = config.estimate(self._prompts.values())

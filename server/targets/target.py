@@ -5,7 +5,7 @@ models read pictures (`PictureJob`) and answer with a text of a vocabulary that 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -60,6 +60,7 @@ class Limits:
     batch: int = 1  # jobs in one call of `answer`, at most
     calls: int = 1  # of `answer` at the same time, each on a thread of its own
     call_s: float = 0.0  # a call that takes longer hangs, if it also takes far longer than usual
+    silent_s: float = 0.0  # for so long a call may work without telling of a step, see `Target.on_step`
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,9 @@ class Target(ABC, Generic[Job]):
     def status(self) -> dict[str, Any]:
         """What the server's status says of it besides the abilities; its keys are those of docs/protocol.md."""
         return {}
+
+    def on_step(self, step: Callable[[], None]) -> None:
+        """Call `step` on the thread of `answer` whenever a part of the work is done, unless it has only one part."""
 
     def close(self) -> None:
         """Ends calls of `answer` early: each returns soon, with an error."""
