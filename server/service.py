@@ -220,22 +220,47 @@ class Service:
         notifier = notifier or Notifier()
         notifier.allow(self.target.limits.silent_s)
         self.target.on_step(notifier.progress)
-        with self._threads():
+        with self._threads(), self._bounded_stop(stop):
             while not stop.is_set():
                 self.answer(self.batcher.take(TAKE_S))
                 notifier.progress()
             notifier.stopping()
-            with self._lock:
-                self._is_stopping = True
-            give_up = time.monotonic() + self.config.stop_s
+            self._accept_no_more()
             # In this order: a picture goes from the first to the second.
             while not self.pictures.is_idle or not self.batcher.is_idle:
-                if time.monotonic() >= give_up:
-                    self._hand_back("this server stops before it could answer: another one may")
-                    self.target.close()
-                    for decoder in self._decoders:
-                        decoder.kill()
                 self.answer(self.batcher.take(TAKE_S))
+
+    @contextmanager
+    def _bounded_stop(self, stop: threading.Event) -> Iterator[None]:
+        """Gives up what is not answered `stop_s` after `stop`, on a thread of its own: the others may be in long calls."""
+        has_ended = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(TAKE_S):
+                if has_ended.is_set():
+                    return
+            self._accept_no_more()
+            if has_ended.wait(self.config.stop_s):
+                return
+            while True:  # again: a picture that was being decoded may have moved on since
+                self._hand_back("this server stops before it could answer: another one may")
+                self.target.close()
+                for decoder in self._decoders:
+                    decoder.kill()
+                if has_ended.wait(TAKE_S):
+                    return
+
+        watcher = threading.Thread(target=watch, name="stop", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            has_ended.set()
+            watcher.join()
+
+    def _accept_no_more(self) -> None:
+        with self._lock:
+            self._is_stopping = True
 
     @contextmanager
     def _threads(self) -> Iterator[None]:

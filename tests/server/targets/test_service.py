@@ -200,9 +200,10 @@ def test_calls_that_fail_for_a_while_are_busy_and_others_have_failed(
     assert is_balanced(service)
 
 
-def test_a_server_that_stops_ends_its_calls_and_tells_their_boards(other: ChatServer) -> None:
+@pytest.mark.parametrize("calls", [1, 4])  # with one, the thread that must notice the stop is itself in the call
+def test_a_server_that_stops_ends_its_calls_and_tells_their_boards(other: ChatServer, calls: int) -> None:
     other.behave = lambda _: "stall"
-    target, stop = OpenAITarget(other.url, OpenAIConfig("fake")), threading.Event()
+    target, stop = OpenAITarget(other.url, OpenAIConfig("fake", calls=calls)), threading.Event()
     service = Service(ServerConfig("s1", target="openai:x", stop_s=0.0), target, ReplyCache())
     thread = threading.Thread(target=service.serve, args=(stop,))
     thread.start()
