@@ -10,4 +10,4 @@
 
 from pathlib import Path
 
-SHIPPED_BUNDLE = Path(__file__).parent / "zoo" / "flickr8k-lite0"
+SHIPPED_BUNDLE = Path(__file__).parent / "zoo" / "everyday-lite0"

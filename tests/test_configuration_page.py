@@ -14,7 +14,7 @@ from server.config import Config, ServerConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "CONFIGURATION.md").read_text()
 EXAMPLE = "driveway"  # the page's name for a table that a user names
-BUNDLE = "models/zoo/flickr8k-lite0"
+BUNDLE = "models/zoo/everyday-lite0"
 CAMERA = CameraConfig("front", "rtsp://camera.lan/stream")
 LEAST = {
     "board": RuntimeConfig(BoardConfig("porch", BUNDLE), (CAMERA,)),
