@@ -110,7 +110,7 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         parser.add_argument("--frames", type=number, default=500, metavar="N", help="default: 500")
     if part == "static":
         parser.add_argument("--frames", type=number, default=20, metavar="N", help="of each scene (default: 20)")
-        parser.add_argument("--reuse-distance", type=float, default=0.15, metavar="X", help="default: 0.15")
+        parser.add_argument("--reuse-distance", type=float, default=0.2, metavar="X", help="default: 0.2")
     if part in ("server", "gateway"):
         parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="default: edge")
         parser.add_argument("--threads", type=number, default=1, metavar="N", help="of the networks (default: 1)")
