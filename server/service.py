@@ -232,7 +232,7 @@ class Service:
 
     @contextmanager
     def _bounded_stop(self, stop: threading.Event) -> Iterator[None]:
-        """Gives up what is not answered `stop_s` after `stop`, on a thread of its own: the others may be in long calls."""
+        """Gives up what is not answered `stop_s` after `stop`. On a thread of its own: others may be in long calls."""
         has_ended = threading.Event()
 
         def watch() -> None:
