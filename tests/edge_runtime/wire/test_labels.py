@@ -1,5 +1,6 @@
 """The labels in a request: what survives the wire, and what is refused."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,15 @@ from edge_runtime.wire import (
 )
 from edge_runtime.wire.labels import MAX_CLASS, MAX_LABELS
 
+PLAIN = Request(
+    id=bytes(8),
+    bundle=bytes(8),
+    paradigm=Paradigm.SPLIT,
+    age_ms=0,
+    budget_ms=1,
+    content_kind=ContentKind.LATENT,
+    content=b"",
+)
 numbers = st.lists(st.integers(0, MAX_CLASS), max_size=MAX_LABELS, unique=True)
 
 
@@ -50,18 +60,8 @@ def test_a_label_takes_three_bytes():
 def test_what_is_no_list_of_labels_is_refused_alone_and_in_a_request(data):
     with pytest.raises(EnvelopeError, match="labels"):
         decode_labels(data)
-    request = Request(
-        id=bytes(8),
-        bundle=bytes(8),
-        paradigm=Paradigm.SPLIT,
-        age_ms=0,
-        budget_ms=1,
-        content_kind=ContentKind.LATENT,
-        content=b"",
-        labels=data,
-    )
     with pytest.raises(EnvelopeError):
-        encode_request(request)
+        encode_request(msgspec.structs.replace(PLAIN, labels=data))
 
 
 @given(st.binary(max_size=20))
@@ -74,17 +74,7 @@ def test_any_bytes_are_read_or_refused_by_name(data):
 
 
 def test_a_request_without_labels_has_none():
-    data = encode_request(
-        Request(
-            id=bytes(8),
-            bundle=bytes(8),
-            paradigm=Paradigm.SPLIT,
-            age_ms=0,
-            budget_ms=1,
-            content_kind=ContentKind.LATENT,
-            content=b"",
-        )
-    )
+    data = encode_request(PLAIN)
     older = data[:1].replace(b"\x9b", b"\x9a") + data[1:-1]  # of a board that does not know the field
     assert decode_request(older) == decode_request(data)
     assert decode_request(older).seen_labels == {}
