@@ -22,7 +22,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Latent
-from edge_runtime.inference.labels import Labels
+from edge_runtime.inference.labels import Labels, worth_sending
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.pipeline import build_request
@@ -158,10 +158,8 @@ class Chain:
         if self.plan.paradigm == "device" or (drafted and self.plan.accepts(drafted.confidence)):
             return Sent(picture.name, 0, draft, latent.symbols(), draft_accepted=True)
         features = None if self.plan.paradigm == "offload" else self._features(picture, latent)
-        found = []
-        if features and self.sends_labels and self.labels and latent.backbone_map is not None:
-            found = self.labels.likeliest(latent.backbone_map)
-        asked = build_request(self.bundle, bytes(8), self.plan, pixels, features, draft, labels=found)
+        labels = self.labels_seen(latent) if features else ()
+        asked = build_request(self.bundle, bytes(8), self.plan, pixels, features, draft, labels=labels)
         payload = wire.encode_request(asked)
         request = wire.decode_request(payload)
         draft = tuple(request.draft_ids)
@@ -174,6 +172,12 @@ class Chain:
         level, channels = decoded.header.level, decoded.complete_channels
         seen = request.seen_labels
         return Sent(picture.name, len(payload), draft, decoded.symbols, level, channels, seen)
+
+    def labels_seen(self, latent: Latent) -> list[tuple[int, float]]:
+        """Class and probability of the labels that the board sends with features."""
+        if self.sends_labels and self.labels and latent.backbone_map is not None:
+            return worth_sending(self.labels.likeliest(latent.backbone_map))
+        return []
 
     def _features(self, picture: Picture, latent: Latent) -> RatedSymbols:
         rate = self.rate
@@ -190,9 +194,10 @@ class Chain:
         if self.engine is None:
             if question:
                 raise EvaluationError("boards answer no taught questions: want --paradigm split")
-            rows, name = [], self.bundle.manifest.name
             if (labels := self.labels) is None:
+                name = self.bundle.manifest.name
                 raise EvaluationError(f"bundle {name} has no labels for a board: want --paradigm split")
+            rows = []
             for picture in pictures:
                 backbone_map = self.head.latent(to_input(decode_picture(picture.data))).backbone_map
                 assert backbone_map is not None  # a board with labels has a head that computes it

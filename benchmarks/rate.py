@@ -27,7 +27,6 @@ from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture
 from edge_runtime.inference.bundle import BundleError
 from edge_runtime.inference.head import Latent
-from edge_runtime.inference.labels import worth_sending
 from edge_runtime.inference.preprocess import PIXELS, to_input
 from edge_runtime.inference.rate import RatedSymbols, choose_rate
 from edge_runtime.pipeline import build_request
@@ -62,7 +61,7 @@ class Sender:
         self.bundle, self.tables, self.tier = chain.bundle, chain.bundle.tables, chain.tier
         self.finest = self.tables.levels - 1
         assert chain.engine is not None
-        self.symbols_of_picture, self.labels = chain.engine.symbols, chain.labels
+        self.symbols_of_picture, self.labels_seen = chain.engine.symbols, chain.labels_seen
         nothing = np.zeros((PIXELS, PIXELS, 3), np.uint8)
         # Features and pictures have the same envelope.
         self._request = build_request(chain.bundle, bytes(8), chain.plan, nothing, None, ())
@@ -106,12 +105,10 @@ class Sender:
         content = bitstream.encode(features.symbols, self.tables, features.level, features.groups)
         content = content[: round(share * len(content))]
         received = bitstream.decode(content, self.tables)
-        labels = None
-        if self.labels and latent.backbone_map is not None:
-            labels = encode_labels(worth_sending(self.labels.likeliest(latent.backbone_map)))
-        channels, seen = received.complete_channels, decode_labels(labels or b"")
+        labels = encode_labels(self.labels_seen(latent))
+        channels, seen = received.complete_channels, decode_labels(labels)
         job = Job(received.symbols, features.level, channels, tier=self.tier, labels=seen)
-        return Sent(self._payload_bytes(content, labels), len(content), job)
+        return Sent(self._payload_bytes(content, labels or None), len(content), job)
 
     def _picture(self, pixels: NDArray[np.uint8], _: Latent, codec: PictureCodec, size: int, quality: int) -> Sent:
         data, received = codec.code(pixels, size, quality)

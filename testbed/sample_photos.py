@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.capture.picture_files import Picture, read_pictures
+from edge_runtime.inference.preprocess import shrunk
 from edge_runtime.packages import how_to_install
 
 logger = logging.getLogger(__name__)
@@ -78,10 +79,7 @@ def shipped() -> Iterator[Photo]:
 
 def to_jpeg(pixels: NDArray[np.uint8], longest: int, quality: int) -> bytes:
     """uint8 RGB [H, W, 3] as a JPEG, shrunk if its longer side has more than `longest` pixels."""
-    scale = min(1.0, longest / max(pixels.shape[:2]))
-    height, width = (max(1, round(side * scale)) for side in pixels.shape[:2])
-    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    bgr = cv2.cvtColor(small, cv2.COLOR_RGB2BGR)
+    bgr = cv2.cvtColor(shrunk(pixels, longest), cv2.COLOR_RGB2BGR)
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
 
 

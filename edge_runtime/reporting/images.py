@@ -6,6 +6,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+from edge_runtime.inference.preprocess import shrunk
 from edge_runtime.mqtt import MqttClient
 from edge_runtime.wire import topics
 
@@ -33,9 +34,7 @@ class Images:
 
 def small_jpeg(pixels: np.ndarray) -> bytes:
     """uint8 RGB [H, W, 3] to a JPEG with sides of at most MAX_SIDE pixels and at most MAX_IMAGE bytes."""
-    scale = min(1.0, MAX_SIDE / max(pixels.shape[:2]))
-    height, width = (max(1, round(scale * side)) for side in pixels.shape[:2])
-    small = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA) if scale < 1 else pixels
+    small = shrunk(pixels, MAX_SIDE)
     for quality in QUALITIES:
         data = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
         if len(data) <= MAX_IMAGE:

@@ -35,10 +35,9 @@ def run(work: Workspace) -> None:
     """
     model = load_model(work / "head.onnx", threads=1)
     head = Head(model)
-    names = [known.name for known in imagenet_classes()]
-    labels = Labels(load_model(work / "labels.onnx", threads=1), names)
-    temperature, among_all = label_temperature(work, head, labels)
-    labels = Labels(load_model(work / "labels.onnx", threads=1), names, temperature)
+    network, names = load_model(work / "labels.onnx", threads=1), [known.name for known in imagenet_classes()]
+    temperature, among_all = label_temperature(work, head, Labels(network, names))
+    labels = Labels(network, names, temperature)
     for seed, (part, views) in enumerate(VIEWS.items()):
         photos = work.array(f"photos-{part}")
         pairs = photo_views(photos, views)

@@ -90,11 +90,10 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
     net = new_target(work, tier)
     if (first := work / f"first-{tier}.pt").is_file():
         net.decoder.load_state_dict(torch.load(first, weights_only=True))
-        share = FINE_TUNING
         settings = replace(
             settings,
-            cloud_learning_rate=share * settings.cloud_learning_rate,
-            edge_learning_rate=share * settings.edge_learning_rate,
+            cloud_learning_rate=FINE_TUNING * settings.cloud_learning_rate,
+            edge_learning_rate=FINE_TUNING * settings.edge_learning_rate,
         )
     if tier == "cloud":
         if not work.is_done(MAPS):

@@ -4,7 +4,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +49,6 @@ TEMPORARY: dict[Behaviour, str] = {
     "drip": "timeout",
     "drip_body": "timeout",
 }
-
-
-@pytest.fixture
-def other() -> Iterator[ChatServer]:
-    with ChatServer() as server:
-        yield server
-    assert server.objections == []  # every request was as the API's reference has it
 
 
 @pytest.fixture(autouse=True)

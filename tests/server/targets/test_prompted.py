@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -34,13 +34,6 @@ PROMPTS = {
     "drive": PromptConfig("Is a car there?", system="You watch a drive.", max_tokens=7),
 }
 GOOD, BAD = '{"people": 2}', '{"people": "two"}'
-
-
-@pytest.fixture
-def other() -> Iterator[ChatServer]:
-    with ChatServer() as server:
-        yield server
-    assert server.objections == []  # every request was as the API's reference has it
 
 
 @pytest.fixture(autouse=True)

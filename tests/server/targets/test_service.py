@@ -98,13 +98,6 @@ def serving(other: ChatServer, queue: int = 64, **changes: object) -> Iterator[S
     assert not thread.is_alive()
 
 
-@pytest.fixture
-def other() -> Iterator[ChatServer]:
-    with ChatServer() as server:
-        yield server
-    assert server.objections == []
-
-
 def test_a_picture_is_answered_with_the_other_servers_text_and_its_usage(other: ChatServer) -> None:
     with serving(other, input_price=1.0) as service:
         board = Board(service)

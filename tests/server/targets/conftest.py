@@ -1,0 +1,13 @@
+from collections.abc import Iterator
+
+import pytest
+
+from testbed.chat_server import ChatServer
+
+
+@pytest.fixture
+def other() -> Iterator[ChatServer]:
+    """Another server, as a target has it."""
+    with ChatServer() as server:
+        yield server
+    assert server.objections == []  # every request was as the API's reference has it
