@@ -13,6 +13,7 @@ from edge_runtime.inference.bundle import Bundle, BundleError
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
 from models.labels import words_of_labels
 from models.lookahead import Lookahead, lookahead_file
+from models.stored_weights import unpack
 from server.engine import Engine
 
 HEAD = "head.safetensors"  # a bundle may lack it
@@ -30,14 +31,14 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
     manifest = bundle.manifest
     if (manifest.latent.channels, manifest.latent.height, manifest.latent.width) != LATENT:
         raise BundleError(f"bundle {manifest.name} codes {manifest.latent}, this version's networks read {LATENT}")
-    weights = load_tensors(bundle, manifest.tail)
+    weights = load_weights(bundle, manifest.tail)
     decoders = {tier: _decoder(bundle, tier) for tier in tiers}
     tail = filled(Tail(len(manifest.latent.gains)), _below(weights, "tail."), manifest.tail)
     classifier, head = None, None
     if manifest.classes:
         classifier = filled(Classifier(len(manifest.classes)), _below(weights, "classifier."), manifest.tail)
     if HEAD in manifest.files:
-        head = filled(Head(), load_tensors(bundle, HEAD), HEAD)
+        head = filled(Head(), load_weights(bundle, HEAD), HEAD)
     # Then the weights of its 3 x 3 convolutions are matrices already.
     tail = tail.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for network in (tail, classifier, head, *decoders.values()):
@@ -79,7 +80,7 @@ def _decoder(bundle: Bundle, tier: str) -> TextDecoder:
         bundle.manifest.max_tokens,
         target.label_words,
     )
-    weights = load_tensors(bundle, target.file)  # first, since it checks the size that bounds the shape
+    weights = load_weights(bundle, target.file)  # first, since it checks the size that bounds the shape
     return filled(TextDecoder(shape), weights, target.file)
 
 
@@ -104,6 +105,14 @@ def load_tensors(bundle: Bundle, name: str) -> dict[str, Tensor]:
         if not tensor.isfinite().all():
             raise BundleError(f"{bundle.path / name}: tensor {key[:128]!r} has NaN or infinite values: export it again")
     return tensors
+
+
+def load_weights(bundle: Bundle, name: str) -> dict[str, Tensor]:
+    """The weights of a network, float32. Raises BundleError."""
+    try:
+        return unpack(load_tensors(bundle, name))
+    except ValueError as error:
+        raise BundleError(f"{bundle.path / name}: {error}: export it again") from error
 
 
 def filled(network: Network, weights: dict[str, Tensor], name: str) -> Network:

@@ -32,6 +32,7 @@ from models.recipe.calibration import Measured, measure, measure_head
 from models.recipe.stage1_photos import MAX_TOKENS
 from models.recipe.stage3_bottleneck import GAINS, REFERENCE
 from models.recipe.workspace import Workspace
+from models.stored_weights import pack
 
 NAME = "11-bundle"
 TIERS = ("edge", "cloud")
@@ -83,8 +84,7 @@ def _write_manifest(
 
 
 def _save(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Saves as float16: half the size, and still much finer than the noise of training."""
-    save_file({k: v.to(torch.float16).contiguous() for k, v in weights.items()}, path)
+    save_file(pack(weights), path)
 
 
 def manifest_of(

@@ -47,6 +47,8 @@ from models.recipe.workspace import Workspace, blocks, channels_last
 
 NAME, MAPS = "6-targets", "6-maps"
 PHOTOS, SENTENCES = 64, 64  # per step
+TAUGHT_WORDS = 0.4  # after this share of the steps only FEWER_SENTENCES of the sentences are left, and steps are faster
+FEWER_SENTENCES = 16
 CAPTIONS = 3  # of a photo per step, if it has as many
 SENTENCE_WEIGHT = 0.7
 MAX_NOUNS = 4  # of a sentence that stand in for labels
@@ -59,11 +61,11 @@ FINE_TUNING = 0.4  # of the learning rate, for decoders that were trained before
 class Settings:
     """Lengths of training, rates and dropout."""
 
-    cloud_steps: int = 1750
-    edge_steps: int = 650
+    cloud_steps: int = 4400
+    edge_steps: int = 1300
     cloud_learning_rate: float = 6e-4
     edge_learning_rate: float = 1.2e-3
-    dropout: float = 0.15
+    dropout: float = 0.2
 
 
 class Target(nn.Module):
@@ -183,7 +185,7 @@ def train_cloud(work: Workspace, net: Target, settings: Settings) -> None:
     is_noun = np.load(work / "nouns.npy")
     training = training_of(work, net, "cloud", settings.cloud_steps, settings.cloud_learning_rate)
     drop = Dropout(settings.dropout)
-    for _ in training.steps():
+    for step in training.steps():
         photos = np.sort(rng.choice(len(captions), PHOTOS, p=chances))
         chosen = photos + len(captions) * rng.integers(0, views, PHOTOS)
         texts, of_photo = some_captions(captions[photos], CAPTIONS, rng)
@@ -193,7 +195,8 @@ def train_cloud(work: Workspace, net: Target, settings: Settings) -> None:
             loss = text_loss(net.decoder, texts, select_memory(memory, of_photo), drop)
             only_text = torch.zeros(())
             if len(sentences):
-                rows = sentences[rng.integers(0, len(sentences), SENTENCES)]
+                count = SENTENCES if step < TAUGHT_WORDS * settings.cloud_steps else FEWER_SENTENCES
+                rows = sentences[rng.integers(0, len(sentences), count)]
                 only_text = sentence_loss(net.decoder, rows, own_nouns(rows, is_noun, rng), drop)
         training.update(loss + SENTENCE_WEIGHT * only_text, caption=loss.item(), sentence=only_text.item())
     training.finish()
@@ -225,9 +228,9 @@ def own_nouns(rows: np.ndarray, is_noun: np.ndarray, rng: np.random.Generator) -
 
 
 def sampling_chances(collections: np.ndarray) -> np.ndarray:
-    """How often each photo is taken: a collection of n photos as often as sqrt(n), so that small ones count more."""
+    """How often each photo is taken: a collection of n photos as often as n ** 0.75, so that small ones count more."""
     sizes = np.bincount(collections)
-    chances = 1.0 / np.sqrt(sizes[collections])
+    chances = sizes[collections] ** -0.25
     shares: np.ndarray = chances / chances.sum()
     return shares
 

@@ -29,7 +29,7 @@ CHECKPOINT_EVERY = 150
 class Settings:
     """Length of training."""
 
-    steps: int = 750
+    steps: int = 1500
     learning_rate: float = 2e-3
     dropout: float = 0.1
 

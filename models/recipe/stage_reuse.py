@@ -15,6 +15,7 @@ from models.family import decoder_shapes
 from models.recipe import stage3_bottleneck, stage4_head
 from models.recipe.stage3_bottleneck import GAINS
 from models.recipe.workspace import Workspace
+from models.stored_weights import unpack
 
 COPIED = (*stage4_head.BOARD_FILES, "tables.bin")
 
@@ -46,4 +47,4 @@ def run(work: Workspace, bundle: Bundle, fine_tunes: bool = False) -> None:
 
 
 def _weights(bundle: Bundle, name: str) -> dict[str, torch.Tensor]:
-    return {key: weight.float() for key, weight in load_file(bundle.file(name)).items()}
+    return unpack(load_file(bundle.file(name)))
