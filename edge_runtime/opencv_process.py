@@ -12,11 +12,12 @@ On the socket that is this process's standard input, each packet of the board is
                                 the frame's data at its end in seconds (NaN: unknown)
     RETRIEVE        SIZE        height and width of the frame that was grabbed, in pixels; zeros: it has no picture
 
-The pixels of a frame, uint8 RGB [H, W, 3], are in memory that both processes share, until the next RETRIEVE, unless
-they are too many. Its descriptor comes with the first SIZE, and with one that differs from the last. It has no name:
-nobody can leave it behind. Both processes run on one machine, so the byte order is its own.
+With a SIZE comes the descriptor of the memory that has the pixels, uint8 RGB [H, W, 3], unless there are none or too
+many. Each frame has its own. It has no name, and goes with its last user: nobody can leave it behind. It is sealed, so
+that it cannot become shorter. Both processes run on one machine, so the byte order is its own.
 """
 
+import fcntl
 import mmap
 import os
 import socket
@@ -37,7 +38,7 @@ RETRIEVE: Final = b"retrieve"
 OPENED = struct.Struct("?d")
 GRABBED = struct.Struct("?ddd")
 SIZE = struct.Struct("II")
-MAX_PACKET = 1 << 14  # bytes; a source with a login in it has at most 4 KB
+MAX_PACKET = 1 << 16  # bytes; a source with a login in it has far less
 MAX_AGE_S = 3600.0  # a time before this is no time of arrival
 
 
@@ -59,7 +60,6 @@ def main(open_timeout_s: float, read_timeout_s: float, max_pixels: int) -> None:
 
 
 def _answer(board: socket.socket, capture: Any, max_pixels: int) -> None:
-    shared = np.empty((0, 0, 3), np.uint8)
     while request := board.recv(MAX_PACKET):
         if request == GRAB:
             started = time.monotonic()
@@ -71,12 +71,9 @@ def _answer(board: socket.socket, capture: Any, max_pixels: int) -> None:
         if not has_picture or pixels is None or pixels.ndim != 3:
             board.send(SIZE.pack(0, 0))
             continue
-        descriptors, (height, width, _) = [], pixels.shape
-        if height * width <= max_pixels:
-            if pixels.shape != shared.shape:
-                descriptor, shared = _shared_memory(pixels.shape)
-                descriptors.append(descriptor)
-            cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=shared)
+        height, width, _ = pixels.shape
+        descriptors = [_in_rgb(pixels)] if height * width <= max_pixels else []
+        del pixels  # a board has little memory
         socket.send_fds(board, [SIZE.pack(height, width)], descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -102,12 +99,14 @@ def _age_s(capture: Any) -> float:
     return max(0.0, age_s) if -1 < age_s < MAX_AGE_S else nan
 
 
-def _shared_memory(shape: tuple[int, int, int]) -> tuple[int, NDArray[np.uint8]]:
-    """New memory for pixels of this shape: its descriptor, and the pixels."""
-    count = int(np.prod(shape))
-    descriptor = os.memfd_create("aiflow-frame")
-    os.ftruncate(descriptor, count)
-    return descriptor, np.frombuffer(mmap.mmap(descriptor, count), np.uint8).reshape(shape)
+def _in_rgb(pixels: NDArray[np.uint8]) -> int:
+    """The descriptor of new memory with these pixels, which are BGR."""
+    descriptor = os.memfd_create("aiflow-frame", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, pixels.nbytes)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    shared = np.frombuffer(mmap.mmap(descriptor, pixels.nbytes), np.uint8).reshape(pixels.shape)
+    cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=shared)
+    return descriptor
 
 
 if __name__ == "__main__":

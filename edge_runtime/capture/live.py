@@ -14,7 +14,7 @@ from typing import Protocol
 
 from edge_runtime.camera_source import HTTP, kind_of, scheme_of
 from edge_runtime.capture.child import ChildPictures
-from edge_runtime.capture.frame import POLL_S, CameraError, Counters, Frame, NewestFrame, stalled
+from edge_runtime.capture.frame import CameraError, Counters, Frame, NewestFrame, stalled
 from edge_runtime.capture.http_pictures import HttpPictures
 from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.capture.video_capture import VideoCapture
@@ -25,10 +25,11 @@ from edge_runtime.shutdown import DriverThread, threads_in_driver
 
 logger = logging.getLogger(__name__)
 
-# Each way to read bounds its waits, and knows best what is wrong. These are for what has no bound, such as the look-up
-# of a name.
-FIRST_FRAME_S = 60.0  # besides stall_s
+# What reads a source bounds each of its waits, and knows best what is wrong. These are for what has no bound, such as
+# the look-up of a name, and an answer that comes byte by byte.
+FIRST_FRAME_S = 30.0  # besides stall_s
 GRACE_S = 5.0  # after stall_s
+LEAVE_S = 2.0  # for the last try to end, which may have to kill a process
 GAP_FACTOR, GAP_S = 3.0, 0.5  # a read is long if it takes GAP_FACTOR usual intervals and GAP_S more
 OPENING_FRAMES = 3  # that FFmpeg may read while it opens a stream whose frames carry no time of arrival
 
@@ -58,13 +59,13 @@ def live_frames(
     """
     name = f"capture-{camera.name}"
     for last in [thread for thread in threads_in_driver() if thread.name == name]:
-        last.join(POLL_S)  # it may be about to end
+        last.join(LEAVE_S)  # it may be about to end
         if last.is_alive():
-            raise CameraError("the last try to read from it still hangs in the driver, and cannot be killed")
+            raise CameraError("the last try to read from it still hangs")
     slot, abandoned, errors = NewestFrame(counters, camera.min_interval_s, not_before), threading.Event(), list[str]()
     capture = _capture_of(camera, counters)
     DriverThread(target=_capture, args=(capture, camera, slot, abandoned, errors, counters), name=name).start()
-    patience_s, problem = FIRST_FRAME_S + camera.stall_s, "shows nothing"
+    patience_s, problem = FIRST_FRAME_S + camera.stall_s, "is open, but shows nothing"
     unreadable_since = 0.0  # 0: the last picture could be decoded
     try:
         while (frame := slot.take(patience_s, stop)) is not None:

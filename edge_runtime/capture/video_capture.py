@@ -3,7 +3,9 @@
 Every wait for that process has a bound. One that gives no sign of life within it is killed, whatever its driver does.
 """
 
+import fcntl
 import math
+import mmap
 import os
 import socket
 import subprocess
@@ -69,7 +71,7 @@ class VideoCapture:
         if "://" not in source:
             source = os.path.abspath(source)  # the process has another working directory
         self._read_limit_s, self._abandoned, self._hangs = camera.stall_s + GRACE_S, abandoned, False
-        self._memory = -1  # descriptor of the frame's pixels
+        self._memory: mmap.mmap | None = None  # with the pixels of a frame that has just arrived
         self._process, self._board = _start(camera.stall_s)
         try:
             self._answer(START_S)
@@ -93,8 +95,6 @@ class VideoCapture:
         """Ends the process, which says goodbye to a network camera if it can."""
         self._board.close()
         end(self._process, 0.0 if self._hangs else GOODBYE_S)
-        if self._memory >= 0:
-            os.close(self._memory)
 
     def grab(self) -> Grabbed | None:
         """Waits for the next frame. None: the source has ended or is silent, or this has been abandoned.
@@ -119,11 +119,10 @@ class VideoCapture:
                 f"sends frames of {width} x {height} pixels, at most {MAX_PICTURE_PIXELS} are read: let it send "
                 "smaller ones"
             )
-        pixels = np.empty((height, width, 3), np.uint8)
-        # A copy, so that a frame may be kept; and not by mmap, which raises SIGBUS if the memory is shorter.
-        if os.preadv(self._memory, [pixels.data], 0) != pixels.nbytes:
-            raise DriverError("the process that reads it has sent an incomplete frame")
-        return pixels
+        memory, self._memory = self._memory, None
+        if memory is None or len(memory) != height * width * 3:
+            raise DriverError(f"the process that reads it has sent no frame of {width} x {height} pixels")
+        return np.frombuffer(memory, np.uint8).reshape(height, width, 3)
 
     def _ask(self, request: bytes, limit_s: float) -> bytes:
         with suppress(BrokenPipeError, ConnectionResetError):  # _answer says what became of the process
@@ -148,11 +147,24 @@ class VideoCapture:
             if not answer:
                 raise DriverError(f"the process that reads it {end(self._process, GOODBYE_S)}")
             for descriptor in descriptors:
-                if self._memory >= 0:
-                    os.close(self._memory)
-                self._memory = descriptor
+                self._memory = _mapped(descriptor)
             return answer
         return b""
+
+
+def _mapped(descriptor: int) -> mmap.mmap:
+    """The memory of this descriptor, which is closed.
+
+    Raises DriverError if it could become shorter: using it would then end this process with SIGBUS.
+    """
+    try:
+        if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+            return mmap.mmap(descriptor, 0)
+    except (OSError, ValueError):
+        pass
+    finally:
+        os.close(descriptor)
+    raise DriverError("the process that reads it has sent memory that is not sealed")
 
 
 def _start(read_timeout_s: float) -> tuple["subprocess.Popen[bytes]", socket.socket]:

@@ -3,6 +3,7 @@
 Python runs this file when it starts, if its folder is in PYTHONPATH. Each frame has the shade of its number.
 """
 
+import fcntl
 import os
 import signal
 import time
@@ -54,3 +55,5 @@ class VideoCapture:
 
 
 cv2.VideoCapture = VideoCapture
+if does == "does not seal its memory":
+    fcntl.fcntl = lambda *_: None  # type: ignore[assignment]

@@ -28,7 +28,8 @@ CAMERA = CameraConfig("door", "/dev/video0", interval_s=0, stall_s=600)
 
 def processes(of: int | None = None) -> list[psutil.Process]:
     """Those that read a camera for this process, or for another one."""
-    return [p for p in psutil.Process(of).children() if "edge_runtime.opencv_process" in p.cmdline()]
+    children = [child for child in psutil.Process(of).children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in children if "edge_runtime.opencv_process" in child.cmdline()]
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +141,13 @@ def test_frames_of_changing_size_are_whole_and_kept_ones_do_not_change(stop, dri
         assert (pixels == number).all()
 
 
+def test_memory_that_could_become_shorter_is_refused(stop, driver):
+    """Reading it would end the board."""
+    driver("does not seal its memory")
+    with pytest.raises(CameraError, match="has sent memory that is not sealed"):
+        list(live_frames(CAMERA, stop, Counters()))
+
+
 @pytest.mark.parametrize("does", ["runs", "hangs", "hangs when opened", "hangs when closed"])
 def test_a_camera_that_is_closed_leaves_no_process_whatever_its_driver_does(stop, driver, does):
     driver(does)
@@ -164,6 +172,7 @@ def test_a_process_that_is_stopped_is_killed_when_its_camera_is_closed(stop, dri
 def test_the_process_ends_with_a_board_that_is_killed(driver, is_stopped):
     driver("runs")
     code = """
+import threading
 from edge_runtime.capture.video_capture import VideoCapture
 from edge_runtime.config import CameraConfig
 with VideoCapture(CameraConfig("door", "/dev/video0"), threading.Event()) as capture:
