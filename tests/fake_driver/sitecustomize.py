@@ -40,7 +40,7 @@ class VideoCapture:
             raise ValueError("no such register")
         if does == "sends too large frames":
             return True, np.zeros((8000, 8000, 3), np.uint8)
-        height = 60 + self._number % 3 if does == "changes size" else 60
+        height = 60 + self._number // 3 if does == "changes size" else 60
         return True, np.full((height, 80, 3), self._number % 256, np.uint8)
 
     def release(self) -> None:

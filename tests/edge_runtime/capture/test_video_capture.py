@@ -115,6 +115,14 @@ def test_a_driver_that_hangs_while_it_is_opened_is_killed(stop, driver, monkeypa
         VideoCapture(CAMERA, stop)
 
 
+def test_a_video_that_hangs_at_the_start_is_a_warning_since_it_is_tried_again(driver, monkeypatch, tmp_path):
+    driver("hangs when opened")
+    monkeypatch.setattr(video_capture, "OPEN_S", 0.3)
+    (tmp_path / "v.mp4").touch()
+    (warning,) = Cameras([CameraConfig("door", str(tmp_path / "v.mp4"))]).check()
+    assert "v.mp4: its driver hangs" in warning
+
+
 @pytest.mark.parametrize(
     ("does", "why"),
     [
@@ -137,7 +145,7 @@ def test_frames_of_changing_size_are_whole_and_kept_ones_do_not_change(stop, dri
             assert capture.grab()
             frames.append(capture.retrieve())
     for number, pixels in enumerate(frames, 1):
-        assert pixels.shape == (60 + number % 3, 80, 3)
+        assert pixels.shape == (60 + number // 3, 80, 3)
         assert (pixels == number).all()
 
 
