@@ -1,9 +1,14 @@
-"""What a live camera costs a board in CPU time: all frames converted, against only those that are due.
+"""What live cameras cost a board in CPU time and memory: with all frames converted, with only those that are due, and
+with OpenCV in a process of its own for each camera, as the runtime does.
 
-The camera is a process of its own, which serves frames of 1920 x 1080 pixels over HTTP: as MJPEG, and as a video that
-OpenCV decodes (MPEG-4, as its wheels cannot encode H.264). Both ways read it for the same time, one after the other.
+The cameras are a process of their own, which serves frames of 1920 x 1080 pixels over HTTP: as MJPEG, which the runtime
+reads without OpenCV, and as a video that OpenCV decodes (MPEG-4, as its wheels cannot encode H.264). Each way to read
+them is a fresh process. They read for the same time, one after the other.
 """
 
+import itertools
+import json
+import mmap
 import queue
 import subprocess
 import sys
@@ -14,11 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle, islice
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from edge_runtime.capture import Counters
@@ -31,56 +38,104 @@ FPS = 15
 VIEWS = 30  # different frames, which repeat
 SPARE_S = 15.0  # of the streams, for opening them
 BOUNDARY = b"frame"
+COMMAND = [sys.executable, "-m", "benchmarks.capture"]
+ROOT = Path(__file__).parents[1]
 
 
-def run(pictures: Sequence[NDArray[np.uint8]], interval_s: float, seconds: float) -> dict[str, Any]:
+def run(pictures: Sequence[NDArray[np.uint8]], interval_s: float, seconds: float, cameras: int) -> dict[str, Any]:
     """Figures by kind of stream. pictures: uint8 RGB [H, W, 3]. interval_s: of the frames that are due."""
-    cv2.setNumThreads(1)  # as the runtime does
     with tempfile.TemporaryDirectory() as folder:
         count = round(FPS * (seconds + SPARE_S))
         _write_streams(Path(folder), pictures, count)
         return {
+            "cameras": cameras,
             "interval_s": interval_s,
-            **{kind: _compare(Path(folder) / name, count, interval_s, seconds) for kind, name in STREAMS.items()},
+            **{
+                kind: _compare(Path(folder) / name, count, [str(v) for v in (interval_s, seconds, cameras)])
+                for kind, name in STREAMS.items()
+            },
         }
 
 
-def _compare(stream: Path, count: int, interval_s: float, seconds: float) -> dict[str, float]:
-    """CPU milliseconds per frame of the stream, and their ratio."""
+def _compare(stream: Path, count: int, arguments: list[str]) -> dict[str, float]:
+    """CPU milliseconds per frame of a stream, their ratio to the first way, and memory in MB, by way to read it."""
+    figures: dict[str, float] = {}
     with _served(stream, count) as url:
-        converted, counters = Counters(), Counters()
-        every_ms = _cpu_ms(lambda stop: _every_frame(url, stop, converted), seconds) / converted.frames
-        camera = CameraConfig("bench", url, interval_s=interval_s)
-        due_ms = _cpu_ms(lambda stop: live_frames(camera, stop, counters), seconds) / (counters.skipped + 1)
-    ratio = round(due_ms / every_ms, 3)
-    return {"all_converted_ms": round(every_ms, 2), "due_converted_ms": round(due_ms, 2), "ratio": ratio}
+        for way in WAYS:
+            read = subprocess.run([*COMMAND, way, url, *arguments], stdout=subprocess.PIPE, cwd=ROOT, check=True)
+            figures |= {f"{way}_{name}": value for name, value in json.loads(read.stdout).items()}
+    for way in list(WAYS)[1:]:
+        figures[f"{way}_ratio"] = round(figures[f"{way}_ms"] / figures[f"{next(iter(WAYS))}_ms"], 3)
+    return figures
 
 
-def _every_frame(url: str, stop: threading.Event, counters: Counters) -> Iterator[object]:
-    """Decodes and converts each frame."""
-    capture = cv2.VideoCapture(url, cv2.CAP_FFMPEG)
+# ---- reading ----
+
+
+def _read(way: str, url: str, interval_s: float, seconds: float, cameras: int) -> dict[str, float]:
+    """CPU milliseconds per frame, from the first frame of each camera on, and the memory of all processes at the end.
+
+    Memory is the proportional set size, in which processes share what they have in common.
+    """
+    cv2.setNumThreads(1)  # as the runtime does
+    stop, counters, taken = threading.Event(), [Counters() for _ in range(cameras)], [0] * cameras
+    streams = [WAYS[way](url, stop, counter, interval_s) for counter in counters]
+
+    def take(number: int) -> None:
+        for pixels in streams[number]:
+            taken[number] += 1
+            pixels.reshape(-1)[:: mmap.PAGESIZE].max()  # its memory counts for who uses it
+
+    def received() -> int:
+        return sum(taken) + sum(counter.skipped for counter in counters)
+
+    for stream in streams:
+        next(stream)
+    threads = [threading.Thread(target=take, args=[number]) for number in range(cameras)]
+    processes = [psutil.Process(), *psutil.Process().children()]
+    cpu_s, frames = sum(map(_cpu_s, processes)), received()
+    for thread in threads:
+        thread.start()
+    stop.wait(seconds)
+    cpu_s, frames = sum(map(_cpu_s, processes)) - cpu_s, received() - frames
+    memory = sum(process.memory_full_info().pss for process in processes)
+    stop.set()
+    for thread in [*threads, *threads_in_driver()]:
+        thread.join()
+    return {"ms": round(1e3 * cpu_s / frames, 2), "mb": round(memory / 1e6, 1)}
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def _in_this_process(url: str, stop: threading.Event, counters: Counters, interval_s: float) -> Iterator[NDArray[Any]]:
+    """Decodes each frame, and converts those that are due."""
+    capture, due = cv2.VideoCapture(url, cv2.CAP_FFMPEG), -inf
     while not stop.is_set():
-        ok, pixels = capture.read()
-        assert ok, "the stream has ended"
-        counters.frames += 1
-        yield cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+        assert capture.grab(), "the stream has ended"
+        if time.monotonic() < due:
+            counters.skipped += 1
+            continue
+        due = time.monotonic() + interval_s
+        yield cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
     capture.release()
 
 
-def _cpu_ms(read: Callable[[threading.Event], Iterator[object]], seconds: float) -> float:
-    """CPU time of this process, from the first frame on."""
-    stop = threading.Event()
-    frames = read(stop)
-    next(frames)
-    timer = threading.Timer(seconds, stop.set)
-    started = time.process_time()
-    timer.start()
-    for _ in frames:
-        pass
-    cpu_ms = 1e3 * (time.process_time() - started)
-    for thread in threads_in_driver():
-        thread.join()
-    return cpu_ms
+_numbers = itertools.count()  # of cameras: each has a name of its own
+
+
+def _as_a_board_does(url: str, stop: threading.Event, counters: Counters, interval_s: float) -> Iterator[NDArray[Any]]:
+    camera = CameraConfig(f"camera-{next(_numbers)}", url, interval_s=interval_s)
+    return (frame.pixels for frame in live_frames(camera, stop, counters))
+
+
+WAYS: dict[str, Callable[[str, threading.Event, Counters, float], Iterator[NDArray[Any]]]] = {
+    "all_converted": lambda url, stop, counters, _: _in_this_process(url, stop, counters, 0.0),
+    "due_converted": _in_this_process,
+    "own_process": _as_a_board_does,
+}
 
 
 # ---- the camera ----
@@ -108,9 +163,8 @@ def _write_streams(folder: Path, pictures: Sequence[NDArray[np.uint8]], count: i
 @contextmanager
 def _served(stream: Path, count: int) -> Iterator[str]:
     """The address of a process that serves the stream at its own rate."""
-    command = [sys.executable, "-m", "benchmarks.capture", str(stream), str(count)]
-    root = Path(__file__).parents[1]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, cwd=root, text=True) as process:
+    command = [*COMMAND, "serve", str(stream), str(count)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, cwd=ROOT, text=True) as process:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/{stream.name}"
         process.terminate()
@@ -130,7 +184,7 @@ def _serve(stream: Path, count: int) -> None:
             for number in range(count):
                 time.sleep(max(0.0, started + number / FPS - time.monotonic()))
                 try:
-                    self.wfile.write(data[number * size :][:size])
+                    self.wfile.write(data[number * size : (number + 1) * size])
                 except OSError:
                     return
 
@@ -147,4 +201,8 @@ def _serve(stream: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]), int(sys.argv[2]))
+    what, place, *numbers = sys.argv[1:]
+    if what == "serve":
+        _serve(Path(place), int(numbers[0]))
+    else:
+        print(json.dumps(_read(what, place, float(numbers[0]), float(numbers[1]), int(numbers[2]))))

@@ -21,7 +21,7 @@ BACKENDS = ("onnx", "litert")
 PARTS = {
     "codec": "the entropy coder, on the photos' symbols",
     "static": "a static camera: bytes against an earlier frame, and frames that need no answer of their own",
-    "capture": "a live camera's CPU time: only frames that are due converted, against all of them",
+    "capture": "CPU time and memory of live cameras: only frames that are due converted, against all of them",
     "device": "a board alone: stages, memory",
     "server": "a server's engine: texts per second, with drafts and without",
     "gateway": "a server behind a broker: requests per second",
@@ -102,6 +102,7 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         return
     if part == "capture":
         parser.add_argument("--interval", type=float, default=10.0, metavar="S", help="of frames (default: 10)")
+        parser.add_argument("--cameras", type=number, default=1, metavar="N", help="at once (default: 1)")
         parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each stream (default: 20)")
         return
     both = " (default: both)" if part == "device" else " (default: onnx)"
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
 def capture(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks import capture
 
-    return capture.run(list(frames(args.images, args.limit)), args.interval, args.seconds)
+    return capture.run(list(frames(args.images, args.limit)), args.interval, args.seconds, args.cameras)
 
 
 def faults(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from edge_runtime.mqtt.settings import MqttSettings
 
 CONNECT_S = 15.0  # for a connection with TLS and its subscriptions over a slow link
-FRAME_S = 12.0  # for a camera's frames; opening a stream alone may take 5
+FRAME_S = 15.0  # for a camera's frames; a slow board may take some to start OpenCV, and 5 to open a stream
 
 
 def board_subscriptions(config: "RuntimeConfig") -> tuple[list[str], list[str]]:

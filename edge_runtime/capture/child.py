@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 from edge_runtime.capture.frame import CameraError, NewestFrame, arrived, stalled
 from edge_runtime.capture.jpeg_stream import JpegStream
+from edge_runtime.capture.processes import end, ending_with_parent
 from edge_runtime.config import CameraConfig
 from edge_runtime.logs import printable
 
 READ_BYTES = 1 << 16  # what a pipe holds
 POLL_S = 0.2  # how often it looks whether it has been abandoned
 START_S = 8.0  # for the first picture, besides stall_s
-TERMINATE_S = 1.0  # for the program to end by itself
 MAX_LAST_WORDS = 200  # characters of the program's last line
 WIDTH, HEIGHT, FPS = 1280, 720, 10  # the defaults
 
@@ -90,7 +90,7 @@ class ChildPictures:
         try:
             command = [name, *program.arguments(camera, write_end)]
             process = subprocess.Popen(
-                _ending_with_parent(command),
+                ending_with_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=write_end if program.writes_to_stdout else subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -106,11 +106,11 @@ class ChildPictures:
             last_words = self._read(process, read_end, slot, abandoned)
         finally:
             os.close(read_end)
-            code = _end(process)
+            ended = end(process)
         if abandoned.is_set():
             return True
         said = f": {last_words}" if last_words else ""
-        raise CameraError(f"{name} has ended with code {code}{said}")
+        raise CameraError(f"{name} {ended}{said}")
 
     def _read(
         self, process: "subprocess.Popen[bytes]", read_end: int, slot: NewestFrame, abandoned: threading.Event
@@ -141,26 +141,3 @@ class ChildPictures:
                 said += os.read(messages, READ_BYTES)
         lines = said.decode(errors="replace").split("\n")
         return printable(next((line.strip() for line in reversed(lines) if line.strip()), ""), MAX_LAST_WORDS)
-
-
-def _ending_with_parent(command: list[str]) -> list[str]:
-    """The command, run so that it ends with the thread that starts it, if util-linux is installed.
-
-    Otherwise, if the board is killed, the program ends when it next writes to its pipe.
-    """
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else command
-
-
-def _end(process: "subprocess.Popen[bytes]") -> int:
-    """The exit code. A program that does not end by itself, or is stopped, is killed."""
-    if process.poll() is None:
-        process.terminate()
-    try:
-        process.wait(TERMINATE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    if process.stderr is not None:
-        process.stderr.close()
-    return process.returncode

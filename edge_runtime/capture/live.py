@@ -1,26 +1,23 @@
 """Live cameras and streams, read by a thread of their own, since a driver or a network may block.
 
-What reads depends on the source: OpenCV (devices, RTSP and other streams), http_pictures.py, child.py.
+What reads depends on the source: OpenCV (devices, RTSP and other streams) by video_capture.py, http_pictures.py,
+child.py.
 """
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from math import inf
-from typing import Any, Protocol
-
-import cv2
+from typing import Protocol
 
 from edge_runtime.camera_source import HTTP, kind_of, scheme_of
 from edge_runtime.capture.child import ChildPictures
-from edge_runtime.capture.diagnosis import DIAGNOSIS_S, why_not_opened
-from edge_runtime.capture.frame import POLL_S, CameraError, Counters, Frame, NewestFrame, stalled
+from edge_runtime.capture.frame import CameraError, Counters, Frame, NewestFrame, stalled
 from edge_runtime.capture.http_pictures import HttpPictures
-from edge_runtime.capture.login import login_of, with_login
 from edge_runtime.capture.picture_checks import PictureError, decode_picture
+from edge_runtime.capture.video_capture import VideoCapture
 from edge_runtime.config import CameraConfig
 from edge_runtime.errors import AiflowError
 from edge_runtime.logs import is_told
@@ -28,20 +25,13 @@ from edge_runtime.shutdown import DriverThread, threads_in_driver
 
 logger = logging.getLogger(__name__)
 
-# OpenCV reads these when it opens its first stream; what the user has set stays. FFmpeg is silent, since why_not_opened
-# finds the reason. Without IS_THREAD_SAFE, a camera that hangs while it is opened blocks the opening of all others.
-# The options are OpenCV's default, and that packets carry the time of their arrival, which `_age_s` reads.
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # AV_LOG_QUIET
-os.environ.setdefault("OPENCV_FFMPEG_IS_THREAD_SAFE", "1")
-os.environ.setdefault("OPENCV_FFMPEG_CAPTURE_OPTIONS", "rtsp_flags;prefer_tcp|use_wallclock_as_timestamps;1")
-_set_log_level = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel  # its name to OpenCV 4, and in 5
-_set_log_level(1)  # fatal errors only
-
-OPEN_TIMEOUT_S = 5.0  # OpenCV's default is 30 s. The timeout of a read is the camera's stall_s.
+# What reads a source bounds each of its waits, and knows best what is wrong. These are for what has no bound, such as
+# the look-up of a name, and an answer that comes byte by byte.
+FIRST_FRAME_S = 30.0  # besides stall_s
+GRACE_S = 5.0  # after stall_s
+LEAVE_S = 2.0  # for the last try to end, which may have to kill a process
 GAP_FACTOR, GAP_S = 3.0, 0.5  # a read is long if it takes GAP_FACTOR usual intervals and GAP_S more
 OPENING_FRAMES = 3  # that FFmpeg may read while it opens a stream whose frames carry no time of arrival
-MAX_AGE_S = 3600.0  # a time before this is no time of arrival
-GRACE_S = 0.5  # after stall_s: what reads notices a stall itself, and knows the reason better
 
 
 class Capture(Protocol):
@@ -64,18 +54,18 @@ def live_frames(
 
     Only frames that are due are converted or decoded. not_before: of the first frame's capture, time.monotonic().
 
-    A thread of its own captures. If the camera stalls, this thread is left to its read timeout, and the next try starts
-    a new one. While a driver blocks for ever, no further thread is started.
+    A thread of its own captures, and ends when this does, unless the kernel keeps a process that it has killed. While
+    it does, no further thread is started.
     """
     name = f"capture-{camera.name}"
     for last in [thread for thread in threads_in_driver() if thread.name == name]:
-        last.join(POLL_S)  # it may be about to end
+        last.join(LEAVE_S)  # it may be about to end
         if last.is_alive():
-            raise CameraError("the last try to read from it still hangs in the driver")
+            raise CameraError("the last try to read from it still hangs")
     slot, abandoned, errors = NewestFrame(counters, camera.min_interval_s, not_before), threading.Event(), list[str]()
     capture = _capture_of(camera, counters)
     DriverThread(target=_capture, args=(capture, camera, slot, abandoned, errors, counters), name=name).start()
-    patience_s, problem = OPEN_TIMEOUT_S + DIAGNOSIS_S + camera.stall_s, "is open, but shows nothing"
+    patience_s, problem = FIRST_FRAME_S + camera.stall_s, "is open, but shows nothing"
     unreadable_since = 0.0  # 0: the last picture could be decoded
     try:
         while (frame := slot.take(patience_s, stop)) is not None:
@@ -136,36 +126,28 @@ class OpenCv:
         self._camera, self._counters = camera, counters
 
     def hang_up(self) -> None:
-        """Nothing ends a read of OpenCV before its timeout."""
+        """Nothing to do: `run` looks at `abandoned` often."""
 
     def run(self, slot: NewestFrame, abandoned: threading.Event) -> bool:
-        camera, capture, arrivals = self._camera, None, ArrivalTimes(time.monotonic())
-        try:
-            capture = open_capture(camera)
-            while not abandoned.is_set():
-                started = time.monotonic()
-                ok = capture.grab()
-                now = time.monotonic()
+        camera = self._camera
+        with VideoCapture(camera, abandoned) as capture:
+            arrivals = ArrivalTimes(capture.opened_at)
+            while (read := capture.grab()) is not None:
                 # After a read timeout, FFmpeg returns the frames that the decoder has kept since before the stream went
                 # silent.
-                if not ok or now - started >= camera.stall_s:
-                    return True
-                captured = arrivals.next(started, now, _age_s(capture))
+                if read.ended - read.started >= camera.stall_s:
+                    break
+                captured = arrivals.next(read.started, read.ended, read.age_s)
                 if captured is None:
                     self._counters.skipped += 1
                     continue
                 if not slot.is_due(captured):  # converting it would take longer than receiving it
                     continue
-                ok, pixels = capture.retrieve()
-                # After a timeout or unplugging some drivers report success without a picture.
-                if not ok or pixels is None or pixels.ndim != 3:
-                    return True
-                rgb = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-                slot.put(Frame(camera.name, rgb, time.time() - (now - captured), captured))
-            return True
-        finally:
-            if capture is not None:
-                capture.release()
+                pixels = capture.retrieve()
+                if pixels is None:
+                    break
+                slot.put(Frame(camera.name, pixels, time.time() - (time.monotonic() - captured), captured))
+        return True
 
 
 class ArrivalTimes:
@@ -191,33 +173,3 @@ class ArrivalTimes:
             self._fresh_from = now
         self._usual_s = max(0.9 * self._usual_s, read_s)
         return now - age_s if now - age_s > self._fresh_from else None
-
-
-def _age_s(capture: Any) -> float | None:
-    """Seconds since the data of the last frame arrived, to about a frame's interval. None if OpenCV cannot tell.
-
-    CAP_PROP_PTS is the packet's time of arrival (see OPENCV_FFMPEG_CAPTURE_OPTIONS above) in units of 1 / fps, with
-    FFmpeg and since OpenCV 4.12. MJPEG has none, but its decoder keeps no frames.
-    """
-    frames_per_s = capture.get(cv2.CAP_PROP_FPS)
-    pts = capture.get(getattr(cv2, "CAP_PROP_PTS", -1))
-    age_s = time.time() - pts / frames_per_s if frames_per_s > 0 else inf
-    return max(0.0, age_s) if -1 < age_s < MAX_AGE_S else None
-
-
-def open_capture(camera: CameraConfig) -> Any:
-    """A cv2.VideoCapture of a device, a stream or a video file, with bounded waits. Raises CameraError with the reason.
-
-    Raises ConfigError if the password's file cannot be used.
-    """
-    source = with_login(camera.source, login_of(camera))
-    if source.startswith("/dev/"):
-        capture = cv2.VideoCapture(source, cv2.CAP_V4L2)
-    else:
-        open_ms, read_ms = int(1e3 * OPEN_TIMEOUT_S), int(1e3 * camera.stall_s)
-        timeouts = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, open_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, read_ms]
-        capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, timeouts)
-    if capture.isOpened():
-        return capture
-    capture.release()
-    raise CameraError(f"cannot be opened: {why_not_opened(source)}")

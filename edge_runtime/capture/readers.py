@@ -9,16 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import cv2
 
 from edge_runtime.camera_source import SCHEMES, kind_of, scheme_of
 from edge_runtime.capture.child import missing_program
 from edge_runtime.capture.frame import CameraError, Counters, Frame
-from edge_runtime.capture.live import live_frames, open_capture
+from edge_runtime.capture.live import live_frames
 from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.capture.picture_files import SUFFIXES, read_pictures
+from edge_runtime.capture.video_capture import DriverError, VideoCapture
 from edge_runtime.capture.watched_folder import folder_of
 from edge_runtime.config import CameraConfig
 from edge_runtime.logs import printable
@@ -62,33 +60,33 @@ def video_frames(camera: CameraConfig, stop: threading.Event, counters: Counters
     Raises PictureError if no frame of the file can be decoded.
     """
     while not stop.is_set():
-        capture = _open_video(camera)
-        rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
-        stride = max(1, round(rate * camera.min_interval_s))
-        number, more = 0, True
-        while more and not stop.is_set():
-            if number % stride == 0:
-                started = time.monotonic()
-                ok, pixels = capture.retrieve()
-                if ok:
-                    rgb = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-                    yield Frame(camera.name, rgb, time.time(), started, f"{Path(camera.source).name}#{number}")
-                else:
-                    counters.unreadable += 1
-                stop.wait(max(0.0, camera.min_interval_s - (time.monotonic() - started)))
-            number, more = number + 1, capture.grab()
-        capture.release()
+        with _open_video(camera, stop) as capture:
+            stride = max(1, round((capture.fps or 25.0) * camera.min_interval_s))
+            number, more = 0, True
+            while more and not stop.is_set():
+                if number % stride == 0:
+                    started = time.monotonic()
+                    pixels = capture.retrieve()
+                    if pixels is not None:
+                        yield Frame(camera.name, pixels, time.time(), started, f"{Path(camera.source).name}#{number}")
+                    else:
+                        counters.unreadable += not stop.is_set()
+                    stop.wait(max(0.0, camera.min_interval_s - (time.monotonic() - started)))
+                number, more = number + 1, capture.grab() is not None
         if not camera.repeat:
             return
 
 
-def _open_video(camera: CameraConfig) -> Any:
-    """A cv2.VideoCapture with its first frame grabbed. Raises PictureError."""
+def _open_video(camera: CameraConfig, stop: threading.Event) -> VideoCapture:
+    """With its first frame grabbed. Raises PictureError, and DriverError if opening it hangs or crashes."""
     try:
-        capture = open_capture(camera)
+        capture = VideoCapture(camera, stop)
+    except DriverError:
+        raise
     except CameraError as error:
         raise PictureError(f"{camera.source} {error}") from error
-    if not capture.grab():
+    if capture.grab() is None and not stop.is_set():
+        capture.close()
         raise PictureError(f"{camera.source} has no frame that can be decoded: is it a complete video?")
     return capture
 
@@ -119,7 +117,7 @@ def _check_path(camera: CameraConfig) -> tuple[str, str]:
         if kind == "watch" and not path.is_dir():
             return f"{path} is not a folder: name the folder that gets the pictures", ""
         if kind == "video":
-            _open_video(camera).release()
+            _open_video(camera, threading.Event()).close()
         elif kind == "pictures":
             first = next(read_pictures(path))
             if path.suffix.lower() in SUFFIXES and path.is_file():
@@ -130,4 +128,6 @@ def _check_path(camera: CameraConfig) -> tuple[str, str]:
         return "", f"{path} cannot be read: {error.strerror}"
     except PictureError as error:
         return (str(error), "") if path.is_file() else ("", str(error))
+    except DriverError as error:
+        return "", f"{path}: {error}"
     return "", ""

@@ -43,25 +43,26 @@ def test_a_camera_that_cannot_be_opened_is_tried_again_until_stopped(stop, no_pa
 
 
 def test_an_error_of_a_driver_is_the_reason_and_the_camera_is_opened_again(stop, no_pause, monkeypatch):
-    def broken(_: CameraConfig) -> None:
+    def broken(*_: object) -> None:
         raise ValueError("no such register")
 
-    monkeypatch.setattr(live, "open_capture", broken)
+    monkeypatch.setattr(live, "VideoCapture", broken)
     cameras = Cameras([CameraConfig("door", "/dev/video0")])
     in_background(cameras.frames(stop))
     until(lambda: cameras["door"].counters.reopened >= 2)
     assert cameras.states()["door"].why == "ValueError: no such register"
 
 
-def test_a_driver_that_hangs_has_one_thread_after_any_number_of_tries(stop, no_pause, monkeypatch):
+def test_a_driver_that_cannot_be_killed_has_one_thread_after_any_number_of_tries(stop, no_pause, monkeypatch):
     let_go = threading.Event()
-    monkeypatch.setattr(live, "OPEN_TIMEOUT_S", -3.9)  # with DIAGNOSIS_S and stall_s: a tenth of a second
-    monkeypatch.setattr(live, "open_capture", lambda _: let_go.wait() and None)
+    monkeypatch.setattr(live, "FIRST_FRAME_S", -0.9)  # with stall_s: a tenth of a second
+    monkeypatch.setattr(live, "LEAVE_S", 0.1)
+    monkeypatch.setattr(live, "VideoCapture", lambda *_: let_go.wait() and None)
     cameras = Cameras([CameraConfig("hung", "/dev/video0", stall_s=1)])
     in_background(cameras.frames(stop))
     until(lambda: cameras["hung"].counters.reopened >= 4)
     assert [thread.name for thread in threading.enumerate()].count("capture-hung") == 1
-    assert cameras.states()["hung"].why == "the last try to read from it still hangs in the driver"
+    assert cameras.states()["hung"].why == "the last try to read from it still hangs"
     let_go.set()
 
 

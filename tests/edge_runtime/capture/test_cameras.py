@@ -126,9 +126,9 @@ def test_a_camera_that_hangs_while_it_is_opened_does_not_delay_the_others(stop, 
     with RtspCamera(hangs=True) as hanging:
         cameras = Cameras([CameraConfig("hung", hanging.url), CameraConfig("good", network_camera.url, 0)])
         taken = in_background(cameras.frames(stop))
-        threading.Thread(target=lambda: network_camera.connection().show(10, 10, 10), daemon=True).start()
+        assert hanging.connected.acquire(timeout=PATIENCE_S)
+        network_camera.connection().show(10, 10, 10)
         assert taken.get(timeout=PATIENCE_S).camera == "good"
-        assert hanging.connected.acquire(blocking=False)
         assert not hanging.connected.acquire(blocking=False)  # the second connection asks why it cannot be opened
 
 

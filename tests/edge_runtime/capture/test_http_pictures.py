@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import pytest
 
-from edge_runtime.capture import Cameras, Counters, Frame, http_pictures
+from edge_runtime.capture import Cameras, Counters, Frame, http_pictures, live
 from edge_runtime.capture.frame import CameraError
 from edge_runtime.capture.live import live_frames
 from edge_runtime.config import CameraConfig
@@ -306,6 +306,8 @@ def slow_headers(request: Request) -> None:
 def test_an_answer_that_is_no_picture_is_an_error_that_says_so(stop, monkeypatch, answer, why):
     monkeypatch.setattr(http_pictures, "MAX_PICTURE_BYTES", 1_000_000)
     monkeypatch.setattr(http_pictures, "ANSWER_S", 1.0)
+    if answer is slow_headers:
+        monkeypatch.setattr(live, "FIRST_FRAME_S", 2.0)
     with HttpCamera(answer) as camera, pytest.raises(CameraError, match=why):
         next(frames_of(camera, stop, Counters(), stall_s=1))
 

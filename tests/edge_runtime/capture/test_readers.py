@@ -4,9 +4,11 @@ import hashlib
 import re
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
 from edge_runtime.capture import Cameras, Counters, Frame
@@ -16,6 +18,7 @@ from edge_runtime.capture.live import ArrivalTimes, live_frames
 from edge_runtime.capture.mqtt_pictures import MqttPictures
 from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.capture.readers import file_frames, reader_of, video_frames
+from edge_runtime.capture.video_capture import Grabbed
 from edge_runtime.config import CameraConfig
 from edge_runtime.shutdown import DriverThread
 from tests.edge_runtime.capture.helpers import (
@@ -331,22 +334,18 @@ def test_opencv_converts_only_frames_that_are_due(stop, monkeypatch):
         """Counts what it is asked for."""
 
         grabbed = retrieved = 0
+        opened_at = 0.0
 
-        def grab(self) -> bool:
+        def grab(self) -> Grabbed | None:
             Device.grabbed += 1
-            return not stop.wait(0.001)
+            now = time.monotonic()
+            return None if stop.wait(0.001) else Grabbed(now, now, 0.0)
 
-        def retrieve(self):
+        def retrieve(self) -> np.ndarray:
             Device.retrieved += 1
-            return True, grey(50)
+            return grey(50)
 
-        def get(self, _: int) -> float:
-            return 0.0
-
-        def release(self) -> None:
-            pass
-
-    monkeypatch.setattr("edge_runtime.capture.live.open_capture", lambda _: Device())
+    monkeypatch.setattr("edge_runtime.capture.live.VideoCapture", lambda *_: nullcontext(Device()))
     counters = Counters()
     frames = live_frames(CameraConfig("door", "/dev/video0", interval_s=3600), stop, counters)
     next(frames)
