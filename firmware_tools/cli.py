@@ -29,6 +29,7 @@ COMMANDS = {
     "service": "install a board or a server as a service of systemd, see how it is, remove it",
     "broker": "write the configuration of a site's broker: accounts, rights, certificates",
     "watch": "show live events of a site in the terminal",
+    "ui": "serve a live page of a site: boards, servers, texts to search in",
     "teach": "teach a question with a few photos, such as whether a gate is open",
     "evaluate": "measure quality and bytes on captioned or labelled photos",
     "link": "put a simulated thin link (NB-IoT to Wi-Fi, outages) before a broker",
