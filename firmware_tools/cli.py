@@ -36,7 +36,13 @@ COMMANDS = {
     "bench": "measure parts (codec, device, server, gateway), quality over bytes (rate), the case study (e2e), faults",
 }
 SERVICES = ("run", "serve")  # these log at INFO
-CONFIGURED = (*SERVICES, "validate", "setup", "service")  # these exit with 78 for a configuration that cannot work
+CONFIGURED = (
+    *SERVICES,
+    "validate",
+    "setup",
+    "service",
+    "ui",
+)  # these exit with 78 for a configuration that cannot work
 EPILOG = """\
 a first look:      aiflow demo
 a real board:      aiflow setup; aiflow doctor --config board.toml; aiflow run board.toml

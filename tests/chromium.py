@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,13 @@ import pytest
 PATIENCE_S = 60.0
 PROGRAM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(not PROGRAM, reason="chromium is not installed: apt-get install chromium")
+# Runs a command with these two files as its files 3, which Chromium reads, and 4, which it writes.
+FILES_3_AND_4 = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(file), fcntl.F_DUPFD, 10) for file in sys.argv[1:3]]
+os.dup2(high[0], 3), os.dup2(high[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 KEYS = {"Tab": 9, "Enter": 13}
 
 
@@ -37,19 +45,22 @@ class Chromium:
     def __enter__(self) -> "Chromium":
         from_us, self._to = os.pipe()
         answers, to_us = os.pipe()
-        # It reads from file 3 and writes to file 4.
-        shell = ["sh", "-c", f'exec 8<&{from_us} 9>&{to_us}; exec "$@" 3<&8 4>&9 8<&- 9>&-', "sh", *self._command]
+        command = [sys.executable, "-c", FILES_3_AND_4, str(from_us), str(to_us), *self._command]
         self._process = subprocess.Popen(
-            shell, pass_fds=(from_us, to_us), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, pass_fds=(from_us, to_us), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         os.close(from_us)
         os.close(to_us)
         self._answers = os.fdopen(answers, "rb")
         self._rest = b""
-        tab = self.do("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.do("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self.do(f"{domain}.enable")
+        try:
+            tab = self.do("Target.createTarget", url="about:blank")["targetId"]
+            self._session = self.do("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log"):
+                self.do(f"{domain}.enable")
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

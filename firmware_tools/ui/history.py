@@ -26,7 +26,7 @@ MAX_WAITING = 10_000  # texts that are not written yet; more are counted and lef
 BATCH = 1000  # texts of one transaction
 PAGE = 4096  # bytes; SQLite's unit
 FOUND = 50  # answers of one search
-MAX_WORDS = 10  # of one search
+MAX_QUERY = 200  # characters
 SEARCH_S = 2.0
 STEPS = 10_000  # of SQLite's machine, between two looks at the clock
 CLOSE_S = 5.0
@@ -45,8 +45,12 @@ CREATE TRIGGER IF NOT EXISTS answer_removed AFTER DELETE ON answers BEGIN
     INSERT INTO words(words, rowid, text, label) VALUES ('delete', old.id, old.text, old.label);
 END;
 """
+NEWEST = """
+SELECT id, at, board, camera, text, label FROM answers
+WHERE id < ? AND (? = '' OR board = ?) ORDER BY id DESC LIMIT ?
+"""
 SEARCH = """
-SELECT id, at, answers.board, camera, answers.text, answers.label FROM words JOIN answers ON id = words.rowid
+SELECT id, at, board, camera, answers.text, answers.label FROM words JOIN answers ON id = words.rowid
 WHERE words MATCH ? AND words.rowid < ? AND (? = '' OR board = ?) ORDER BY words.rowid DESC LIMIT ?
 """
 OLD = """
@@ -116,20 +120,19 @@ class History:
                 self._write(answers, now)
 
     def search(self, words: str, label: str = "", board: str = "", before: int | None = None) -> list[Found]:
-        """The newest FOUND answers with all of these words, each at least as the beginning of a longer word.
+        """The newest FOUND answers with all of these words, or with longer ones that begin so; all if there is none.
 
         label: the same for the likeliest label. before: only answers with a smaller id. Raises SearchError.
         """
         queries = {"text": _query(words), "label": _query(label)}
         parts = [f"{column} : ({query})" for column, query in queries.items() if query]
-        if not parts:
-            raise SearchError("nothing to search for: want a word in q or in label")
-        values = (" AND ".join(parts), 2**62 if before is None else before, board, board, FOUND)
+        values = (2**62 if before is None else before, board, board, FOUND)
         with self._lock:
             end = time.monotonic() + SEARCH_S
             self._database.set_progress_handler(lambda: time.monotonic() > end, STEPS)
             try:
-                rows = self._database.execute(SEARCH, values).fetchall()
+                found = self._database.execute(SEARCH, (" AND ".join(parts), *values)) if parts else None
+                rows = (found or self._database.execute(NEWEST, values)).fetchall()
             except sqlite3.Error as error:
                 raise SearchError(f"the search failed: {error}; try other words") from error
             finally:
@@ -137,15 +140,14 @@ class History:
         return [Found(*row[:3], *map(shown, row[3:])) for row in rows]
 
     def _run(self) -> None:
-        for first in iter(self._waiting.get, None):
-            batch = [first]
+        is_open = True
+        while is_open:
+            batch = [self._waiting.get()]
             while len(batch) < BATCH and not self._waiting.empty():
-                if (answer := self._waiting.get()) is None:
-                    self._waiting.put(None)  # for the loop
-                    break
-                batch.append(answer)
+                batch.append(self._waiting.get())
+            is_open = None not in batch
             try:
-                self.add(batch, time.time())
+                self.add([answer for answer in batch if answer], time.time())
                 self.problem = ""
             except sqlite3.Error as error:  # a full disk or a damaged file: the page goes on without a history
                 self._report(str(error))
@@ -176,8 +178,8 @@ class History:
 
 def _query(text: str) -> str:
     """An expression of FTS5 that holds if all words are there. Quoted, so that no character has a meaning."""
-    words = printable(text, 200).split()
-    if len(words) > MAX_WORDS:
-        raise SearchError(f"{len(words)} words, want at most {MAX_WORDS}")
-    quoted = ['"' + word.replace('"', '""') + '"*' for word in words if any(c.isalnum() for c in word)]
+    if len(text) > MAX_QUERY:
+        raise SearchError(f"{len(text)} characters to search for, want at most {MAX_QUERY}")
+    words = [word for word in printable(text).split() if any(c.isalnum() for c in word)]
+    quoted = ['"' + word.replace('"', '""') + '"*' for word in words]
     return " AND ".join(quoted)

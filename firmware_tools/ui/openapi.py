@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime import __version__
-from firmware_tools.ui.history import FOUND
+from firmware_tools.ui.history import FOUND, MAX_QUERY
 from firmware_tools.ui.live import MAX_BROWSERS, MAX_ROWS
 from firmware_tools.ui.rows import Answers, Error, Update
 
@@ -44,10 +44,10 @@ def openapi() -> bytes:
     }
     search = {
         "summary": f"The newest {FOUND} texts with all of these words",
-        "description": "At least one word in `q` or in `label`. A word also finds longer words that begin with it.",
+        "description": "A word also finds longer words that begin with it. Without words: the newest texts.",
         "parameters": [
-            _parameter("query", "q", "Words of the text.", type="string", maxLength=200),
-            _parameter("query", "label", "Words of the likeliest label.", type="string", maxLength=200),
+            _parameter("query", "q", "Words of the text.", type="string", maxLength=MAX_QUERY),
+            _parameter("query", "label", "Words of the likeliest label.", type="string", maxLength=MAX_QUERY),
             _parameter("query", "board", "Of one board only.", **board),
             _parameter("query", "before", "Only ids below this.", type="integer", minimum=0, maximum=2**53),
         ],
