@@ -48,7 +48,7 @@ a first look:      aiflow demo
 a real board:      aiflow setup; aiflow doctor --config board.toml; aiflow run board.toml
 as a service:      aiflow service install board.toml
 its server:        aiflow serve server.toml
-what they say:     aiflow watch --site home
+what they say:     aiflow watch --site home; aiflow ui
 """
 
 

@@ -68,10 +68,14 @@ class Site:
 
     @property
     def subscriptions(self) -> list[tuple[str, int]]:
-        """Topic filters and QoS. Pictures are sent with QoS 0, so a busy page misses them first."""
-        any_board = f"{topics.ROOT}/{self.name}/+/up"
-        filters = [(f"{any_board}/{kind}", 1) for kind in ("event", "last", "status")]
-        return [*filters, (topics.server_statuses(self.name), 1), *((each, 0) for each in self.optional)]
+        """Topic filters and QoS.
+
+        What is retained has QoS 0: Mosquitto sends such messages as fast as they are read. Of those with QoS 1 it
+        queues a thousand (max_queued_messages) and drops the others, so a large site would be half empty at first.
+        """
+        board = f"{topics.ROOT}/{self.name}/+/up"
+        retained = [f"{board}/last", f"{board}/status", topics.server_statuses(self.name)]
+        return [(f"{board}/event", 1), *((each, 0) for each in (*retained, *self.optional))]
 
     @property
     def optional(self) -> list[str]:

@@ -112,12 +112,14 @@ function showCamera(parts, board, camera) {
   setText(parts.waiting, camera.waiting && `now, not verified yet: ${camera.waiting}`);
   setText(parts.label, camera.label);
   parts.label.onclick = () => searchLabel(camera.label);
-  setText(parts.scores, camera.scores.map(([name, share]) => `${name === camera.label ? "" : `${name} `}${percent(share)}`).join(", "));
+  const likely = camera.scores.filter(([, share]) => share >= 0.005);  // others would show as 0 %
+  setText(parts.scores, likely.map(([name, share]) => `${name === camera.label ? "" : `${name} `}${percent(share)}`).join(", "));
   setText(parts.answers, camera.answers.map(([question, answer, share]) => `${question}: ${answer} ${percent(share)}`).join(", "));
   setText(parts.trigger, camera.trigger && `${clock(camera.trigger_at)} ${camera.trigger}`);
   showPicture(parts.picture, board, camera);
   showNumbers(parts, camera);
-  showHour(parts, camera.hour);
+  parts.minutes = camera.hour;
+  showHour(parts);
 }
 
 function showPicture(image, board, camera) {
@@ -150,9 +152,9 @@ function showNumbers(parts, camera) {
 }
 
 // A bar per minute: its height is the mean time to the final answer.
-function showHour(parts, hour) {
+function showHour(parts) {
   const slot = CHART.width / CHART.minutes, latest = Math.floor(now / 60);
-  const shown = hour.filter(([minute]) => latest - minute < CHART.minutes);
+  const shown = parts.minutes.filter(([minute]) => latest - minute < CHART.minutes);
   const longest = Math.max(1, ...shown.map(([, , , ms]) => ms));
   const x = (minute) => CHART.width - (latest - minute + 1) * slot;
   const bar = ([minute, answered, , ms]) => {
@@ -170,6 +172,7 @@ function showHour(parts, hour) {
 // ---- updates ----
 
 function show(update) {
+  const isNewMinute = Math.floor(update.now / 60) !== Math.floor(now / 60);
   now = update.now;
   if (update.is_first) {
     for (const rows of [boards, servers]) {
@@ -183,6 +186,9 @@ function show(update) {
   }
   update.servers.forEach(showServer);
   update.boards.forEach(showBoard);
+  if (isNewMinute) {
+    for (const board of boards.values()) board.views.forEach(showHour);
+  }
   byId("servers-part").hidden = !servers.size;
   byId("none").hidden = boards.size > 0;
   setText(byId("site"), update.link.site);

@@ -64,8 +64,8 @@ def test_without_a_word_the_newest_are_found(history: History):
 
 def test_a_frame_is_kept_once(history: History):
     history.add([answer(1), answer(1)], NOW)
-    history.add([answer(1)], NOW)
-    assert len(history.search("dog")) == 1
+    history.add([answer(1, at=NOW + 60)], NOW)
+    assert [found.at for found in history.search("dog")] == [NOW]
 
 
 def test_texts_are_found_again_after_a_restart_and_the_file_is_its_owners_alone(tmp_path: Path):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.request import urlopen
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from edge_runtime.mqtt import MqttClient, MqttConfig, Timing
 from edge_runtime.wire import AnsweredBy
 from firmware_tools.cli import EXIT_CONFIG, main
+from firmware_tools.ui.site import MAX_BOARDS
 from testbed.broker import free_port
 from testbed.processes import Process
 from tests.brokers import Mosquitto
@@ -29,7 +31,9 @@ class Publisher:
     """Boards and servers of a site; `with` connects them."""
 
     def __init__(self, port: int) -> None:
-        self.client = MqttClient(MqttConfig(port=port).settings("boards"), timing=Timing(0.02, 0.1))
+        self.client = MqttClient(
+            MqttConfig(port=port).settings("boards", queue_messages=2 * MAX_BOARDS), timing=Timing(0.02, 0.1)
+        )
 
     def __enter__(self) -> "Publisher":
         self.client.start()
@@ -130,6 +134,22 @@ def test_hostile_names_and_texts_are_shown_as_text(start: Callable[..., str], bo
     assert chromium.read("document.title") == "aiflow: home"
 
 
+def test_a_site_with_more_retained_messages_than_a_broker_queues_is_whole_at_once(
+    start: Callable[..., str], boards: Publisher
+):
+    for number in range(MAX_BOARDS + 200):
+        boards.say(f"b{number}/up/status", b'{"state": "online"}', retain=True)
+    until(lambda: boards.client.stats()["pending"] == 0)
+    with urlopen(f"{start()}api/updates", timeout=PATIENCE_S) as updates:
+        shown: set[str] = set()
+        for line in updates:
+            if line.startswith(b"data: "):
+                update = json.loads(line[6:])
+                shown |= {board["board"] for board in update["boards"]}
+                if len(shown) == MAX_BOARDS and update["link"]["not_shown"] == 200:
+                    break
+
+
 @needs_chromium
 def test_it_survives_a_restart_of_the_broker(
     start: Callable[..., str], boards: Publisher, chromium: Chromium, broker: Mosquitto
@@ -155,6 +175,7 @@ def test_it_is_usable_on_a_phone_and_in_the_dark(start: Callable[..., str], boar
     chromium.open(start())
     chromium.until("document.querySelector('.camera .text ~ p') && document.querySelector('.server') != null")
     assert chromium.read("document.documentElement.scrollWidth") == 390
+    assert chromium.read("document.querySelector('.texts').clientWidth") > 300  # one column
     ground, ink = chromium.read(
         "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
     )

@@ -148,6 +148,7 @@ def test_news_for_a_browser_that_is_slow_replace_each_other(page: Page):
 
 
 def test_a_browser_that_never_reads_is_disconnected(page: Page, monkeypatch: pytest.MonkeyPatch):
+    assert web_module._Handler.timeout == web_module.TIMEOUT_S
     monkeypatch.setattr(web_module._Handler, "timeout", 0.2)
     monkeypatch.setattr(live_module, "PACE_S", 0.0)
     with socket.create_connection(("127.0.0.1", page.server_port)) as browser:
