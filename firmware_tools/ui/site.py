@@ -6,21 +6,18 @@ heard from: beyond MAX_BOARDS, its messages are counted and left out until anoth
 
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_runtime.errors import AiflowError
 from edge_runtime.wire import Event, decode_event, topics
-from firmware_tools.event_parts import answered_by, marked, stages
-from firmware_tools.ui.rows import BoardRow, CameraRow, Minute, Runs, ServerRow, shown
+from firmware_tools.ui.answer_view import count_minute, show_answer
+from firmware_tools.ui.rows import BoardRow, CameraRow, ServerRow, shown
 from firmware_tools.ui.statuses import BoardStatus, MessageError, ServerStatus, read_status
 
 MAX_BOARDS, MAX_CAMERAS, MAX_SERVERS = 1000, 16, 64
 QUIET_S = 3600.0
-MINUTES = 60  # of the chart
-MAX_LABELS = 3  # of an answer
 MAX_DRAFTS = 16  # of a camera, for frames that no server has answered yet
-MAX_COMPARED = 100  # words: comparing takes quadratic time
 MAX_PICTURES = 16 << 20  # bytes of all pictures together
 
 
@@ -176,9 +173,9 @@ class Site:
         elif event.type == "new" and not event.final:
             self._keep_draft(board, camera, event)
         else:
-            _show(camera, event, self._draft(board, camera, event), now)
+            show_answer(camera, event, self._draft(board, camera, event), now)
             if event.final:
-                _count_minute(camera.hour, event, int(now // 60))
+                count_minute(camera.hour, event, int(now // 60))
                 return Change((*keys, *self._count_accepted(event)), _answer(board, camera.name, event, now))
         return Change(keys)
 
@@ -232,54 +229,7 @@ class Site:
         return key[0]
 
 
-def _show(camera: CameraRow, event: Event, draft: str, now: float) -> None:
-    text = shown(event.text)
-    camera.at, camera.frame, camera.type, camera.is_final = now, shown(event.frame), event.type, event.final
-    camera.captured = event.captured.isoformat()
-    camera.draft, camera.text = _runs(draft, text), _runs(text, draft or text)
-    camera.by, camera.confidence, camera.is_unsure = shown(answered_by(event)), event.confidence, event.unsure
-    camera.label = shown(event.label or "")
-    camera.scores = [(shown(name), share) for name, share in list(event.scores.items())[:MAX_LABELS]]
-    camera.answers = [(shown(question), *_likeliest(shares)) for question, shares in event.answers.items() if shares]
-    camera.paradigm = event.paradigm or ""
-    chosen = event.explain
-    camera.reason = shown(event.why if event.type == "lost" or chosen is None else chosen.reason)
-    camera.expected_ms = {str(paradigm): ms for paradigm, ms in chosen.expected_ms.items()} if chosen else {}
-    camera.bytes_up, camera.jpeg_bytes, camera.after_ms = event.bytes_up, event.jpeg_bytes, event.after_ms
-    camera.latency = _latency(event)
-
-
 def _answer(board: str, camera: str, event: Event, now: float) -> Answer | None:
     if not event.text or event.type == "lost":
         return None
     return Answer(now, board, camera, event.frame, event.text, event.label or "")
-
-
-def _likeliest(shares: Mapping[str, float]) -> tuple[str, float]:
-    name = max(shares, key=lambda name: shares[name])
-    return shown(name), shares[name]
-
-
-def _runs(text: str, other: str) -> Runs:
-    if max(len(text.split()), len(other.split())) > MAX_COMPARED:
-        return [(text, False)]
-    return marked(text, other)
-
-
-def _latency(event: Event) -> list[tuple[str, float]]:
-    """The stations of the way: board, link, and each server's queue and computing."""
-    times = stages(event)
-    link = times.pop("link", None)
-    board = [(name, ms) for name, ms in times.items() if name not in ("queue", "server")]
-    if link is None:
-        return board
-    hops = [(hop, shown(f"{hop.tier} {hop.server}")) for hop in event.hops]
-    parts = [part for hop, name in hops for part in ((f"{name} queue", hop.queue_ms), (name, hop.compute_ms))]
-    return [*board, ("link", link), *parts]
-
-
-def _count_minute(hour: list[Minute], event: Event, minute: int) -> None:
-    if not hour or hour[-1].minute != minute:
-        hour.append(Minute(minute))
-    hour[-1].count(event.type == "lost", event.after_ms)
-    hour[:] = [each for each in hour if minute - MINUTES < each.minute <= minute]

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.wire import AnsweredBy, Event, EventHop, Explain, TopicError, encode_event
 from firmware_tools.ui import site as site_module
+from firmware_tools.ui.answer_view import MINUTES
 from firmware_tools.ui.rows import MAX_TEXT, CameraRow
-from firmware_tools.ui.site import MAX_CAMERAS, MAX_SERVERS, MINUTES, QUIET_S, Change, Site
+from firmware_tools.ui.site import MAX_CAMERAS, MAX_SERVERS, QUIET_S, Change, Site
 
 NOW = 1_800_000_000.0
 JPEG = b"\xff\xd8\xff\xe0 a picture"
