@@ -49,7 +49,7 @@ def openapi() -> bytes:
             _parameter("query", "q", "Words of the text.", type="string", maxLength=MAX_QUERY),
             _parameter("query", "label", "Words of the likeliest label.", type="string", maxLength=MAX_QUERY),
             _parameter("query", "board", "Of one board only.", **board),
-            _parameter("query", "before", "Only ids below this.", type="integer", minimum=0, maximum=2**53),
+            _parameter("query", "before", "Only ids below this.", type="integer", minimum=0, maximum=10**16 - 1),
         ],
         "responses": {"200": _response("Texts.", "application/json", answers)} | errors,
     }

@@ -62,7 +62,8 @@ class CameraRow(Struct):
     jpeg_bytes: int = 0
     after_ms: float = 0.0  # from capture to the answer
     latency: list[tuple[str, float]] = []  # station to ms, in the order of the way
-    picture: int = 0  # the number of its last picture; 0: none
+    picture: int = 0  # the number of its last picture, which may be of another frame than the answer; 0: none
+    picture_at: float = 0.0
     hour: list[Minute] = []  # of the last hour, the oldest first; minutes without an answer are left out
 
 

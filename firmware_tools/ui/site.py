@@ -215,7 +215,7 @@ class Site:
         self.pictures[board, camera] = data
         self._picture_bytes += len(data)
         self._picture_number += 1
-        view.picture = self._picture_number
+        view.picture, view.picture_at = self._picture_number, now
         while self._picture_bytes > MAX_PICTURES:
             keys = (*keys, ("board", self._drop_picture(next(iter(self.pictures)))))
         return Change(keys)

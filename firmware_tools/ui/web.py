@@ -42,6 +42,7 @@ PAGE_FILES = {
 }
 PUBLIC = ("/login", "/page.css", "/icon.svg")
 PICTURE = re.compile(r"/api/picture/([a-z0-9-]{1,32})/([A-Za-z0-9_-]{1,32})")
+PARAMETERS = {"board": r"[a-z0-9-]{1,32}", "before": r"[0-9]{1,16}"}  # of a search; its texts may be anything
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -139,7 +140,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/updates":
             self._send_updates()
         elif path == "/api/search":
-            self._search({name: values[-1] for name, values in parse_qs(query, max_num_fields=16).items()})
+            self._search(
+                {
+                    name: values[-1]
+                    for name, values in parse_qs(query, keep_blank_values=True, max_num_fields=16).items()
+                }
+            )
         elif picture := PICTURE.fullmatch(unquote(path)):
             if (data := self.server.live.picture(*picture.groups())) is None:
                 raise RefusedError(404, "no picture of this camera has come")
@@ -148,11 +154,12 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(404, "there is no such page")
 
     def _search(self, query: Mapping[str, str]) -> None:
-        board, before = query.get("board", ""), query.get("before", str(2**53))
-        if not re.fullmatch(r"[a-z0-9-]{0,32}", board) or not re.fullmatch(r"[0-9]{1,16}", before):
-            raise RefusedError(400, "want a board's id in board, and a whole number in before")
+        for name, pattern in PARAMETERS.items():
+            if name in query and not re.fullmatch(pattern, query[name]):
+                raise RefusedError(400, f"{name}={query[name][:64]}, want {pattern}")
+        board, before = query.get("board", ""), int(query.get("before", 2**53))
         try:
-            found = self.server.history.search(query.get("q", ""), query.get("label", ""), board, int(before))
+            found = self.server.history.search(query.get("q", ""), query.get("label", ""), board, before)
         except SearchError as error:
             raise RefusedError(400, str(error)) from error
         self._send_json(200, Answers(found, len(found) == FOUND))

@@ -35,6 +35,7 @@ function fromTemplate(id) {
 }
 
 function setText(node, text) {
+  text ||= "";
   if (node.textContent !== text) node.textContent = text;
 }
 
@@ -117,6 +118,7 @@ function showCamera(parts, board, camera) {
   setText(parts.answers, camera.answers.map(([question, answer, share]) => `${question}: ${answer} ${percent(share)}`).join(", "));
   setText(parts.trigger, camera.trigger && `${clock(camera.trigger_at)} ${camera.trigger}`);
   showPicture(parts.picture, board, camera);
+  setText(parts.taken, camera.picture && `picture: ${clock(camera.picture_at)}`);
   showNumbers(parts, camera);
   parts.minutes = camera.hour;
   showHour(parts);

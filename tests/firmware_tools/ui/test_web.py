@@ -200,7 +200,9 @@ def test_texts_are_found_by_words_label_and_board(page: Page):
     assert json.loads(page.ask("/api/search?q=dog&board=garage")[2])["answers"] == []
 
 
-@pytest.mark.parametrize("query", [f"q={'x' * 201}", "board=A/b", "before=-1", "before=x", "&".join(["q=x"] * 20)])
+@pytest.mark.parametrize(
+    "query", [f"q={'x' * 201}", "board=A/b", "board=", "before=-1", "before=x", "&".join(["q=x"] * 20)]
+)
 def test_a_query_out_of_its_bounds_is_refused(page: Page, query: str):
     status, _, body = page.ask(f"/api/search?{query}")
     assert status == 400
