@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         form = parse_qs(self.rfile.read(int(length)).decode(errors="replace"))
         given = form.get("token", [""])[0]
         if self.server.token is None or not hmac.compare_digest(given.encode(), self.server.token.encode()):
-            self._redirect("/login?wrong")
+            self._redirect("/login#wrong")
             return
         attributes = f"HttpOnly; SameSite=Strict; Path=/; Max-Age={MAX_AGE_S}"
         self._redirect("/", {"Set-Cookie": f"{COOKIE}={self.server.session}; {attributes}"})

@@ -229,8 +229,7 @@ async function search(isOlder) {
   }
   for (const found of body.answers) {
     const item = element("li");
-    item.append(element("span", new Date(1000 * found.at).toLocaleString()), element("span", `${found.board} ${found.camera}`),
-      element("span", found.text), element("small", found.label));
+    item.append(element("small", joined(clock(found.at), `${found.board} ${found.camera}`, found.label)), element("span", found.text));
     byId("found").append(item);
   }
   const shown = byId("found").children.length;

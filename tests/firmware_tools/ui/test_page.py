@@ -108,6 +108,7 @@ def test_it_shows_what_boards_and_servers_say(start: Callable[..., str], boards:
     assert all(part in figures for part in ("cloud attic", "408 B", "10.2 kB (25.0"))
     assert "1 answered, 0 lost" in chromium.read("document.querySelector('figure').innerText")
     assert chromium.until("document.querySelector('.picture img').naturalWidth") == 64
+    assert chromium.read("document.querySelector('.picture').innerText").startswith("picture: ")
 
 
 @needs_chromium
@@ -210,6 +211,12 @@ def test_a_user_logs_in_with_the_token(start: Callable[..., str], tmp_path: Path
     (tmp_path / "token").write_text("0123456789abcdef\n")
     chromium.open(start("--token-file", str(tmp_path / "token")))
     chromium.until("document.activeElement.name == 'token'")
+    wrong = "getComputedStyle(document.querySelector('#wrong')).display"
+    assert chromium.read(wrong) == "none"
+    chromium.write("guessed")
+    chromium.press("Enter")
+    chromium.until(wrong, lambda display: display == "block")
+    chromium.read("document.querySelector('input').focus()")
     chromium.write("0123456789abcdef")
     chromium.press("Enter")
     chromium.until("document.querySelector('#link.good') != null")

@@ -267,7 +267,7 @@ def test_the_token_opens_the_page_and_a_wrong_one_does_not(start: Callable[..., 
     page = start(TOKEN)
     for wrong in ("", "token=", "token=guessed", "token=%ff", "x" * MAX_FORM):
         status, headers, _ = page.ask("/login", "POST", wrong)
-        assert (status, headers["Location"], headers["Set-Cookie"]) == (303, "/login?wrong", None)
+        assert (status, headers["Location"], headers["Set-Cookie"]) == (303, "/login#wrong", None)
     status, headers, _ = page.ask("/login", "POST", f"token={TOKEN.replace(' ', '+')}")
     assert (status, headers["Location"]) == (303, "/")
     cookie, *attributes = headers["Set-Cookie"].split("; ")
