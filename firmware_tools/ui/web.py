@@ -10,6 +10,7 @@ import logging
 import re
 import secrets
 import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.cookies import CookieError, SimpleCookie
@@ -91,7 +92,8 @@ class WebServer(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, *_: object) -> None:
-        logger.debug("connection ended", exc_info=True)  # mostly a browser that has closed it
+        is_browsers = isinstance(sys.exc_info()[1], OSError)  # it has closed the connection
+        logger.log(logging.DEBUG if is_browsers else logging.ERROR, "request broke", exc_info=True)
 
 
 class RefusedError(AiflowError):

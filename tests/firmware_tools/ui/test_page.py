@@ -1,6 +1,7 @@
 """`aiflow ui` as its user sees it: the command, a real broker, and a headless Chromium."""
 
 import json
+import queue
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,16 +13,19 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_runtime.mqtt import MqttClient, MqttConfig, Timing
-from edge_runtime.wire import AnsweredBy
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Timing
+from edge_runtime.wire import AnsweredBy, topics
 from firmware_tools.cli import EXIT_CONFIG, main
-from firmware_tools.ui.site import MAX_BOARDS
+from firmware_tools.site_broker import Board
+from firmware_tools.site_broker import Site as BrokerSite
+from firmware_tools.ui.site import MAX_BOARDS, Site
 from testbed.broker import free_port
 from testbed.processes import Process
 from tests.brokers import Mosquitto
 from tests.chromium import Chromium, needs_chromium
 from tests.firmware_tools.ui.test_site import event, server_status
 from tests.listener import PATIENCE_S, until
+from tests.sites import login, site_broker
 
 HOSTILE = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>\u202e\n"
 TEXT = "document.querySelector('[data-slot=text]')?.textContent.trim()"
@@ -149,6 +153,20 @@ def test_a_site_with_more_retained_messages_than_a_broker_queues_is_whole_at_onc
                 shown |= {board["board"] for board in update["boards"]}
                 if len(shown) == MAX_BOARDS and update["link"]["not_shown"] == 200:
                     break
+
+
+def test_a_person_s_account_may_see_all_but_pictures(tmp_path: Path):
+    home, heard = Site("home", lambda _: None), queue.Queue[Message]()
+    with site_broker(tmp_path, BrokerSite("home", [Board("porch")], ["attic"], ["anna"])) as broker:
+        anna, porch = (login(tmp_path, name, broker.port).settings(name) for name in ("anna", "porch"))
+        with (
+            MqttClient(anna, subscriptions=home.subscriptions, optional=home.optional, on_message=heard.put) as client,
+            MqttClient(porch) as board,
+        ):
+            assert client.wait_online(PATIENCE_S)
+            board.publish(topics.event("home", "porch"), event(text="a dog"))
+            message = heard.get(timeout=PATIENCE_S)
+    assert home.take(message.topic, message.payload, message.retained, 0.0).answer
 
 
 @needs_chromium
