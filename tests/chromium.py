@@ -101,7 +101,8 @@ class Chromium:
         return answer["result"].get("value")
 
     def until(self, expression: str, is_right: Callable[[Any], bool] = bool) -> Any:
-        """Waits until the expression has the right value."""
+        """Waits until the expression has the right value. An error counts as null: the page may still be loading."""
+        expression = f"(() => {{ try {{ return {expression} }} catch {{ return null }} }})()"
         end = time.monotonic() + PATIENCE_S
         while not is_right(value := self.read(expression)):
             assert time.monotonic() < end, f"{expression} is {value!r}; errors: {self.errors}"
