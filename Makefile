@@ -71,8 +71,9 @@ constraints:  ## constraints.txt with the newest versions; needs Python 3.11
 	  --constraint build/torch.txt --output-file build/constraints.txt setup.cfg
 	sed -e '/^#/d; /^$$/d; s/^atheris==[0-9.]*/& ; platform_machine == "x86_64"/' build/constraints.txt >constraints.txt
 
-schema:  ## docs/event.schema.json, from the types in edge_runtime/wire/event.py
+schema:  ## docs/event.schema.json and docs/ui-openapi.json, from the types in the code
 	$(BIN)/python -m edge_runtime.wire.event_schema >docs/event.schema.json
+	$(BIN)/python -m firmware_tools.ui.openapi >docs/ui-openapi.json
 
 release: lint test  ## dist/ with sdist and wheel, tried in a fresh environment; then the tag of the version
 	test -z "$$(git status --porcelain)" || { echo 'commit or remove what git status shows'; exit 1; }

@@ -29,19 +29,26 @@ COMMANDS = {
     "service": "install a board or a server as a service of systemd, see how it is, remove it",
     "broker": "write the configuration of a site's broker: accounts, rights, certificates",
     "watch": "show live events of a site in the terminal",
+    "ui": "serve a live page of a site: boards, servers, texts to search in",
     "teach": "teach a question with a few photos, such as whether a gate is open",
     "evaluate": "measure quality and bytes on captioned or labelled photos",
     "link": "put a simulated thin link (NB-IoT to Wi-Fi, outages) before a broker",
     "bench": "measure parts (codec, device, server, gateway), quality over bytes (rate), the case study (e2e), faults",
 }
 SERVICES = ("run", "serve")  # these log at INFO
-CONFIGURED = (*SERVICES, "validate", "setup", "service")  # these exit with 78 for a configuration that cannot work
+CONFIGURED = (
+    *SERVICES,
+    "validate",
+    "setup",
+    "service",
+    "ui",
+)  # these exit with 78 for a configuration that cannot work
 EPILOG = """\
 a first look:      aiflow demo
 a real board:      aiflow setup; aiflow doctor --config board.toml; aiflow run board.toml
 as a service:      aiflow service install board.toml
 its server:        aiflow serve server.toml
-what they say:     aiflow watch --site home
+what they say:     aiflow watch --site home; aiflow ui
 """
 
 

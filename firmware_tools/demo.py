@@ -19,7 +19,8 @@ from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.logs import printable
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.wire import topics
-from firmware_tools.demo_page import AtLevel, PhotoResult, Results, answered_by, labels, marked, page, stages, summary
+from firmware_tools.demo_page import AtLevel, PhotoResult, Results, page, summary
+from firmware_tools.event_parts import answered_by, labels, marked, stages
 from models import SHIPPED_BUNDLE
 from testbed.broker import start_embedded
 from testbed.processes import START_S, AiflowProcess, interrupted_once, wait_serving

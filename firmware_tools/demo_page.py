@@ -9,12 +9,12 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 from html import escape
 from typing import Any
 
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.wire import Event
+from firmware_tools.event_parts import answered_by, labels, marked, stages
 from testbed.processes import read_event
 from testbed.sample_photos import Photo, to_jpeg
 from testbed.terminal import short
@@ -80,37 +80,6 @@ class Results:
             return None
         changed = self.photos[int(number)] = self.photos[int(number)].followed(event, arrived_unix)
         return changed
-
-
-def marked(text: str, other: str) -> list[tuple[str, bool]]:
-    """The words of a text, in runs. True: the other text does not have these words at that place."""
-    words = text.split()
-    matcher = SequenceMatcher(None, other.split(), words, autojunk=False)
-    return [(" ".join(words[i:j]), tag != "equal") for tag, _, _, i, j in matcher.get_opcodes() if j > i]
-
-
-def stages(event: Event) -> dict[str, float]:
-    """Milliseconds from pixels to the last answer: the board's stages, the link, the servers'."""
-    times = event.timings_ms
-    names = ("resize", "head", "draft", "encode", "labels")
-    board: dict[str, float] = {name: times[name] for name in names if name in times}
-    if "answer" not in times:
-        return board
-    queue, compute = sum(hop.queue_ms for hop in event.hops), sum(hop.compute_ms for hop in event.hops)
-    link = max(0.0, times["answer"] - queue - compute)
-    return board | {"link": link, "queue": queue, "server": compute}
-
-
-def answered_by(event: Event) -> str:
-    if event.type == "lost":
-        return "nobody, the draft is kept" if event.text else "nobody"
-    by = event.answered_by
-    return f"{by.tier} {by.server}".strip() if by else ""
-
-
-def labels(scores: Mapping[str, float]) -> str:
-    """The likeliest labels for people, such as "espresso 62 %, cup 20 %"."""
-    return ", ".join(f"{name} {share:.0%}".replace("%", " %") for name, share in list(scores.items())[:3])
 
 
 def summary(results: Results) -> dict[str, Any]:

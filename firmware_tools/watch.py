@@ -3,7 +3,6 @@
 import argparse
 import os
 import queue
-import re
 import sys
 import threading
 from contextlib import suppress
@@ -11,6 +10,7 @@ from datetime import datetime
 
 from edge_runtime.logs import printable
 from edge_runtime.wire import Event
+from firmware_tools.broker_arguments import add_broker_arguments, broker_settings, topic_level
 from testbed.terminal import number
 
 MAX_WAITING = 1000  # lines that wait for a slow reader; further ones are counted and not shown
@@ -18,45 +18,17 @@ CLOSE_S = 2.0  # for the last lines to be printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--site", type=_id, default="home", metavar="ID", help="default: home")
-    parser.add_argument("--board", type=_id, default="+", metavar="ID", help="one board only (default: all)")
-    parser.add_argument("--host", default="127.0.0.1", help="of the broker with the events (default: 127.0.0.1)")
-    parser.add_argument("--port", type=number, default=1883, help="default: 1883")
-    parser.add_argument("--username", metavar="NAME", help="to log in with")
-    parser.add_argument("--password-file", metavar="FILE", help="its first line is the password")
-    parser.add_argument("--tls", action="store_true", help="trust the system's authorities")
-    parser.add_argument("--ca-file", metavar="FILE", help="trust this authority instead; implies TLS")
-    parser.add_argument("--cert-file", metavar="FILE", help="a client certificate to log in with; implies TLS")
-    parser.add_argument("--key-file", metavar="FILE", help="its key")
-    parser.add_argument("--insecure", action="store_true", help="plain text to a broker that is not on this machine")
+    add_broker_arguments(parser)
+    parser.add_argument("--board", type=topic_level, default="+", metavar="ID", help="one board only (default: all)")
     parser.add_argument("--count", type=number, metavar="N", help="stop after N events")
-
-
-def _id(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9-]{1,32}|\+", text):
-        raise argparse.ArgumentTypeError(f"{text!r}, want 1 to 32 of the characters a-z, 0-9 and -, or + for all")
-    return text
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints events until interrupted, until N were printed, or until the reader of the output has ended."""
-    import secrets
-
-    from edge_runtime.mqtt import Message, MqttClient, MqttConfig
+    from edge_runtime.mqtt import Message, MqttClient
     from edge_runtime.wire import WireError, decode_event
 
-    config = MqttConfig(
-        host=args.host,
-        port=args.port,
-        username=args.username,
-        password_file=args.password_file,
-        ca_file=args.ca_file,
-        cert_file=args.cert_file,
-        key_file=args.key_file,
-        tls=args.tls,
-        insecure=args.insecure,
-    )
-    settings = config.settings(f"watch-{secrets.token_hex(4)}")
+    settings = broker_settings(args, "watch")
     shown = 0
 
     def arrived(message: Message) -> None:
@@ -76,7 +48,9 @@ def run(args: argparse.Namespace) -> None:
     subscriptions = [(f"aiflow/{args.site}/{args.board}/up/event", 1)]
     with Lines() as lines, MqttClient(settings, subscriptions=subscriptions, on_message=arrived) as client:
         if not client.wait_online(5.0):
-            print(f"not connected to {args.host}:{args.port} yet, still trying: {client.reason}", file=sys.stderr)
+            print(
+                f"not connected to {settings.host}:{settings.port} yet, still trying: {client.reason}", file=sys.stderr
+            )
         lines.done.wait()
 
 

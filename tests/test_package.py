@@ -33,3 +33,10 @@ def test_a_wheel_holds_the_templates_of_the_units(monkeypatch):
     units = {path.relative_to(ROOT) for path in ROOT.glob("firmware_tools/units/*")}
     assert len(units) == 2
     assert units <= packed(ROOT)
+
+
+def test_a_wheel_holds_the_live_page(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = {path.relative_to(ROOT) for path in ROOT.glob("firmware_tools/ui/page/*")}
+    assert {path.name for path in page} >= {"index.html", "page.css", "page.js"}
+    assert page <= packed(ROOT)

@@ -20,7 +20,8 @@ import pytest
 from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.wire import AnsweredBy, Event, EventHop, encode_event, topics
-from firmware_tools.demo_page import AtLevel, PhotoResult, Results, marked, page, stages, summary
+from firmware_tools.demo_page import AtLevel, PhotoResult, Results, page, summary
+from firmware_tools.event_parts import marked, stages
 from models import SHIPPED_BUNDLE
 from testbed.sample_photos import Photo, collect, shipped
 from tests.bundles import tiny_bundle

@@ -1,0 +1,106 @@
+"""`aiflow ui`: how the parts of the live page meet."""
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from threading import Thread
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.password_file import read_password
+from firmware_tools.broker_arguments import add_broker_arguments, broker_settings
+from firmware_tools.ui.history import KEEP_DAYS
+from testbed.terminal import number
+
+PORT = 8700
+MIN_TOKEN = 16  # characters: nothing limits how often a stranger may guess
+MAX_PICTURE_PIXELS = 640 * 640  # a board sends no larger ones
+CLOSE_S = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_broker_arguments(parser, "--broker", "--broker-port")
+    parser.add_argument("--port", type=number, default=PORT, help=f"of the page (default: {PORT})")
+    parser.add_argument(
+        "--listen", default="127.0.0.1", metavar="ADDRESS", help="of the page (default: 127.0.0.1, this machine alone)"
+    )
+    parser.add_argument("--token-file", metavar="FILE", help="ask for the first line of this file as a login")
+    parser.add_argument(
+        "--history", type=Path, metavar="FILE", help="keep the texts for the search here (default: until the end)"
+    )
+    parser.add_argument(
+        "--keep-days", type=number, default=KEEP_DAYS, metavar="N", help=f"of the history (default: {KEEP_DAYS})"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves the page until it is told to stop. Raises ConfigError, TopicError."""
+    from edge_runtime.mqtt import MqttClient
+    from edge_runtime.shutdown import stop_when_told
+    from firmware_tools.ui.history import History
+    from firmware_tools.ui.live import Live
+    from firmware_tools.ui.site import Site
+    from firmware_tools.ui.web import WebServer
+
+    token, settings = _token(args.listen, args.token_file), broker_settings(args, "ui")
+    check_picture, no_pictures = _picture_check()
+    site = Site(args.site, check_picture)
+    stop = stop_when_told(CLOSE_S)
+    with ExitStack() as running:  # ends in the opposite order
+        history = running.enter_context(History(args.history, args.keep_days))
+        live = Live(site, history, settings, no_pictures)
+        try:
+            server = running.enter_context(WebServer((args.listen, args.port), live, history, token))
+        except OSError as error:
+            raise ConfigError(
+                f"--listen {args.listen} --port {args.port}: {error.strerror or error}: choose another address or port"
+            ) from error
+        client = MqttClient(
+            settings,
+            subscriptions=site.subscriptions,
+            optional=site.optional,
+            on_message=live.message_arrived,
+            on_state=live.connection_changed,
+        )
+        running.enter_context(client)
+        serving = Thread(target=server.serve_forever, name="web")
+        serving.start()
+        running.callback(serving.join)
+        running.callback(server.shutdown)
+        running.callback(live.close)
+        host = f"[{args.listen}]" if ":" in args.listen else args.listen
+        print(f"http://{host}:{args.port}/", flush=True)
+        stop.wait()
+    return stop.exit_code
+
+
+def _token(listen: str, file: str | None) -> str | None:
+    """Raises ConfigError."""
+    from edge_runtime.mqtt.settings import is_loopback
+
+    if file is None:
+        if not is_loopback(listen):
+            raise ConfigError(
+                f"--listen {listen} lets other machines see the page: add --token-file, which asks them for a login"
+            )
+        return None
+    try:
+        token = read_password(file, "ui", "--token-file")
+    except OSError as error:
+        raise ConfigError(f"--token-file {file}: cannot be read: {error.strerror}") from error
+    if len(token) < MIN_TOKEN:
+        raise ConfigError(
+            f"--token-file {file}: a token of {len(token)} characters can be guessed, want {MIN_TOKEN} or more: "
+            f"openssl rand -hex 16 >{file}"
+        )
+    return token
+
+
+def _picture_check() -> tuple[Callable[[bytes], object] | None, str]:
+    """What refuses a picture that is too costly for a browser; or None, and why no picture is shown."""
+    try:
+        from edge_runtime.capture.picture_checks import check_picture
+    except ModuleNotFoundError:
+        return None, "OpenCV is not installed, which checks pictures: pip install opencv-python-headless"
+    return partial(check_picture, max_pixels=MAX_PICTURE_PIXELS), ""

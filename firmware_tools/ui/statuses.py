@@ -1,0 +1,87 @@
+"""The fields of boards' and servers' statuses that the page shows; docs/protocol.md, section 9."""
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_runtime.errors import AiflowError
+from edge_runtime.wire.envelope import Millis, Name, UInt32
+
+MAX_STATUS = 16 * 1024  # bytes of JSON; a server writes 1 KB
+Line = Annotated[str, Meta(max_length=1024)]
+Amount = Annotated[float, Meta(ge=0, le=1e12)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]  # the largest that a browser reads exactly
+State = Literal["online", "offline"]
+
+
+class MessageError(AiflowError, ValueError):
+    """A message that the page does not use."""
+
+
+class BoardStatus(Struct, frozen=True):
+    state: State
+    version: Name = ""
+    bundle: Name = ""
+    paradigm: Name = ""
+    cameras: Annotated[dict[Name, Name], Meta(max_length=16)] = {}
+    problems: Annotated[dict[Name, Line], Meta(max_length=32)] = {}
+
+
+class Target(Struct, frozen=True):
+    name: Line = ""
+
+
+class Queue(Struct, frozen=True):
+    waiting: UInt32 = 0
+    capacity: UInt32 = 0
+
+
+class Engine(Struct, frozen=True):
+    busy_s: Millis = 0.0
+
+
+class Price(Struct, frozen=True):
+    batch: Millis = 0.0
+    one_pass: Millis = msgspec.field(default=0.0, name="pass")
+
+
+class Usage(Struct, frozen=True):
+    cost: Amount | None = None
+    cost_today: Amount | None = None
+    budget_per_day: Amount | None = None
+    currency: Annotated[str, Meta(max_length=8)] = ""
+
+
+class Counts(Struct, frozen=True):
+    received: Count = 0
+    replies: Annotated[dict[Name, Count], Meta(max_length=64)] = {}
+
+
+class ServerStatus(Struct, frozen=True):
+    state: State
+    server: Name
+    version: Name = ""
+    tier: Name = ""
+    share_proven: bool = False
+    accepting: bool = False
+    why: Line = ""
+    target: Target = Target()
+    queue: Queue = Queue()
+    engine: Engine = Engine()
+    price_ms: Price = Price()
+    usage: Usage | None = None
+    counts: Counts = Counts()
+
+
+S = TypeVar("S", BoardStatus, ServerStatus)
+
+
+def read_status(payload: bytes, kind: type[S]) -> S:
+    """Raises MessageError for what is not a status within its bounds; fields it does not know are ignored."""
+    if len(payload) > MAX_STATUS:
+        raise MessageError(f"status of {len(payload)} bytes, at most {MAX_STATUS} are read")
+    try:
+        return msgspec.json.decode(payload, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise MessageError(f"not a status: {error}") from error

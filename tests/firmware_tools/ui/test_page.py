@@ -1,0 +1,278 @@
+"""`aiflow ui` as its user sees it: the command, a real broker, and a headless Chromium."""
+
+import json
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from urllib.request import urlopen
+
+import cv2
+import numpy as np
+import pytest
+
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Timing
+from edge_runtime.wire import AnsweredBy, topics
+from firmware_tools.cli import EXIT_CONFIG, main
+from firmware_tools.site_broker import Board
+from firmware_tools.site_broker import Site as BrokerSite
+from firmware_tools.ui.site import MAX_BOARDS, Site
+from testbed.broker import free_port
+from testbed.processes import Process
+from tests.brokers import Mosquitto
+from tests.chromium import Chromium, needs_chromium
+from tests.firmware_tools.ui.test_site import event, server_status
+from tests.listener import PATIENCE_S, until
+from tests.sites import login, site_broker
+
+HOSTILE = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>\u202e\n"
+TEXT = "document.querySelector('[data-slot=text]')?.textContent.trim()"
+
+
+class Publisher:
+    """Boards and servers of a site; `with` connects them."""
+
+    def __init__(self, port: int) -> None:
+        self.client = MqttClient(
+            MqttConfig(port=port).settings("boards", queue_messages=2 * MAX_BOARDS), timing=Timing(0.02, 0.1)
+        )
+
+    def __enter__(self) -> "Publisher":
+        self.client.start()
+        assert self.client.wait_online(PATIENCE_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+    def say(self, topic: str, payload: bytes, retain: bool = False) -> None:
+        self.client.publish(f"aiflow/home/{topic}", payload, retain=retain)
+
+
+@pytest.fixture
+def boards(broker: Mosquitto) -> Iterator[Publisher]:
+    with Publisher(broker.port) as publisher:
+        yield publisher
+
+
+@pytest.fixture
+def start(broker: Mosquitto, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """A function that starts `aiflow ui` on this broker and returns its address."""
+    with ExitStack() as stack:
+
+        def start(*options: str) -> str:
+            port = free_port()
+            command = [
+                sys.executable,
+                "-m",
+                "firmware_tools",
+                "ui",
+                "--broker-port",
+                str(broker.port),
+                "--port",
+                str(port),
+            ]
+            process = stack.enter_context(Process([*command, *options], tmp_path / "ui.log", "aiflow ui"))
+            address = f"http://127.0.0.1:{port}/"
+            until(lambda: not process.has_ended() and address in process.said())
+            return address
+
+        yield start
+
+
+@pytest.fixture
+def chromium(tmp_path: Path) -> Iterator[Chromium]:
+    with Chromium(tmp_path / "profile") as chromium:
+        yield chromium
+        assert not chromium.errors
+
+
+def picture() -> bytes:
+    return cv2.imencode(".jpg", np.full((48, 64, 3), 90, np.uint8))[1].tobytes()
+
+
+@needs_chromium
+def test_it_shows_what_boards_and_servers_say(start: Callable[..., str], boards: Publisher, chromium: Chromium):
+    boards.say("porch/up/status", b'{"state": "online", "problems": {"metrics": "port in use"}}', retain=True)
+    boards.say("server/attic/status", server_status(queue={"waiting": 3, "capacity": 64}), retain=True)
+    chromium.open(start())
+    chromium.until("document.querySelector('.server .state')?.textContent == 'takes no requests'")
+    assert "3 of 64" in chromium.read("document.querySelector('.server').innerText")
+    assert chromium.until("document.querySelector('.board .trouble')?.textContent") == "metrics: port in use"
+    boards.say("porch/up/image/front", picture())
+    boards.say("porch/up/event", event("new", text="a cat laying on a bed"))
+    by = AnsweredBy("cloud", "attic")
+    boards.say("porch/up/event", event(text="a cat sitting on a bed", answered_by=by, bytes_up=408, jpeg_bytes=10_200))
+    chromium.until(TEXT, lambda text: text == "a cat sitting on a bed")
+    assert chromium.read("document.querySelector('.text ins').textContent") == "sitting"
+    assert chromium.read("document.querySelector('.draft del').textContent") == "laying"
+    figures = chromium.read("document.querySelector('.numbers').innerText")
+    assert all(part in figures for part in ("cloud attic", "408 B", "10.2 kB (25.0"))
+    assert "1 answered, 0 lost" in chromium.read("document.querySelector('figure').innerText")
+    assert chromium.until("document.querySelector('.picture img').naturalWidth") == 64
+    assert chromium.read("document.querySelector('.picture').innerText").startswith("picture: ")
+
+
+@needs_chromium
+def test_hostile_names_and_texts_are_shown_as_text(start: Callable[..., str], boards: Publisher, chromium: Chromium):
+    chromium.open(start())
+    chromium.until("document.querySelector('#link.good') != null")
+    names = {
+        "camera": HOSTILE[:64],
+        "label": HOSTILE[:64],
+        "scores": {HOSTILE[:64]: 1.0},
+        "answers": {HOSTILE[:64]: {"a": 1.0}},
+    }
+    boards.say("porch/up/status", json.dumps({"state": "online", "version": HOSTILE[:64]}).encode())
+    boards.say("server/attic/status", server_status(why=HOSTILE))
+    boards.say("porch/up/event", event("new", text=HOSTILE, **names))
+    boards.say("porch/up/event", event(text=f"{HOSTILE} more", why=HOSTILE, **names))
+    shown = chromium.until(TEXT, lambda text: text and "more" in text)
+    assert "<script>document.title='owned'</script>\ufffd\ufffd" in shown
+    chromium.press("Tab")
+    chromium.write("owned")
+    chromium.press("Enter")
+    chromium.until("document.querySelectorAll('#found li').length == 1")
+    assert chromium.read("document.querySelectorAll('main img:not([data-slot]), main script').length") == 0
+    assert chromium.read("document.title") == "aiflow: home"
+
+
+def test_a_site_with_more_retained_messages_than_a_broker_queues_is_whole_at_once(
+    start: Callable[..., str], boards: Publisher
+):
+    for number in range(MAX_BOARDS + 200):
+        boards.say(f"b{number}/up/status", b'{"state": "online"}', retain=True)
+    until(lambda: boards.client.stats()["pending"] == 0)
+    with urlopen(f"{start()}api/updates", timeout=PATIENCE_S) as updates:
+        shown: set[str] = set()
+        for line in updates:
+            if line.startswith(b"data: "):
+                update = json.loads(line[6:])
+                shown |= {board["board"] for board in update["boards"]}
+                if len(shown) == MAX_BOARDS and update["link"]["not_shown"] == 200:
+                    break
+
+
+def test_a_person_s_account_may_see_all_but_pictures(tmp_path: Path):
+    home, heard = Site("home", lambda _: None), queue.Queue[Message]()
+    with site_broker(tmp_path, BrokerSite("home", [Board("porch")], ["attic"], ["anna"])) as broker:
+        anna, porch = (login(tmp_path, name, broker.port).settings(name) for name in ("anna", "porch"))
+        with (
+            MqttClient(anna, subscriptions=home.subscriptions, optional=home.optional, on_message=heard.put) as client,
+            MqttClient(porch) as board,
+        ):
+            assert client.wait_online(PATIENCE_S)
+            board.publish(topics.event("home", "porch"), event(text="a dog"))
+            message = heard.get(timeout=PATIENCE_S)
+    assert home.take(message.topic, message.payload, message.retained, 0.0).answer
+
+
+@needs_chromium
+def test_it_survives_a_restart_of_the_broker(
+    start: Callable[..., str], boards: Publisher, chromium: Chromium, broker: Mosquitto
+):
+    chromium.open(start())
+    chromium.until("document.querySelector('#link.good') != null")
+    boards.say("porch/up/event", event(text="a dog"))
+    chromium.until(TEXT, lambda text: text == "a dog")
+    broker.kill()
+    chromium.until("document.querySelector('#link.bad') != null")
+    assert chromium.read(TEXT) == "a dog"
+    broker.start()
+    chromium.until("document.querySelector('#link.good') != null")
+    boards.say("porch/up/event", event(frame="02", text="a cat"))
+    chromium.until(TEXT, lambda text: text == "a cat")
+
+
+@needs_chromium
+def test_it_is_usable_on_a_phone_and_in_the_dark(start: Callable[..., str], boards: Publisher, chromium: Chromium):
+    boards.say("porch/up/last", event(text=f"a dog {'w' * 300}", bytes_up=408, jpeg_bytes=10_200), retain=True)
+    boards.say("server/attic/status", server_status(why="x" * 200), retain=True)
+    chromium.show(390, 844, is_dark=True)
+    chromium.open(start())
+    chromium.until("document.querySelector('.camera .text ~ p') && document.querySelector('.server') != null")
+    assert chromium.read("document.documentElement.scrollWidth") == 390
+    assert chromium.read("document.querySelector('.texts').clientWidth") > 300  # one column
+    ground, ink = chromium.read(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    )
+    assert (ground, ink) == ("rgb(20, 23, 26)", "rgb(228, 231, 234)")
+
+
+@needs_chromium
+def test_everything_can_be_done_with_the_keyboard(start: Callable[..., str], boards: Publisher, chromium: Chromium):
+    boards.say(
+        "porch/up/last", event(text="a dog", label="beagle", scores={"beagle": 0.9}, why="it is fast"), retain=True
+    )
+    chromium.open(start())
+    chromium.until(TEXT)
+    focused, seen = "document.activeElement", []
+    for _ in range(5):
+        chromium.press("Tab")
+        seen.append(chromium.read(f"{focused}.id || {focused}.dataset.slot || {focused}.tagName"))
+    assert seen == ["words", "label", "BUTTON", "label", "paradigm"]
+    chromium.press("Enter")
+    chromium.until("document.querySelector('details').open")
+    chromium.read("document.querySelector('button.link').focus()")
+    chromium.press("Enter")
+    chromium.until("document.querySelectorAll('#found li').length == 1")
+    assert chromium.until("document.activeElement.id") == "results-title"
+    chromium.press("Tab")
+    chromium.press("Enter")
+    chromium.until("document.querySelector('#results').hidden")
+
+
+@needs_chromium
+def test_a_user_logs_in_with_the_token(start: Callable[..., str], tmp_path: Path, chromium: Chromium):
+    (tmp_path / "token").write_text("0123456789abcdef\n")
+    chromium.open(start("--token-file", str(tmp_path / "token")))
+    chromium.until("document.activeElement.name == 'token'")
+    wrong = "getComputedStyle(document.querySelector('#wrong')).display"
+    assert chromium.read(wrong) == "none"
+    chromium.write("guessed")
+    chromium.press("Enter")
+    chromium.until(wrong, lambda display: display == "block")
+    chromium.read("document.querySelector('input').focus()")
+    chromium.write("0123456789abcdef")
+    chromium.press("Enter")
+    chromium.until("document.querySelector('#link.good') != null")
+    assert chromium.read("document.cookie") == ""  # no script can read it
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--listen", "0.0.0.0"], "add --token-file"),
+        (["--token-file", "/nowhere"], "cannot be read"),
+        (["--token-file", "{short}"], "a token of 5 characters can be guessed"),
+        (["--history", "{short}"], "name a file that this command has written"),
+        (["--listen", "192.0.2.1", "--token-file", "{token}"], "choose another address or port"),
+        (["--site", "+"], "site '+' must match"),
+        (["--broker", "broker.lan"], "TLS is off"),
+    ],
+)
+def test_what_cannot_work_is_named(
+    options: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("edge_runtime.shutdown.stop_when_told", lambda _: None)  # it would take the tests' signals
+    (tmp_path / "short").write_text("abcde\n")
+    (tmp_path / "token").write_text("0123456789abcdef\n")
+    files = {name: str(tmp_path / name) for name in ("short", "token")}
+    code = main(["ui", "--port", str(free_port()), *(option.format(**files) for option in options)])
+    said = capsys.readouterr().err
+    assert says in said
+    assert code == (1 if options[0] == "--site" else EXIT_CONFIG)
+
+
+def test_it_starts_without_opencv_and_torch_and_then_shows_no_pictures():
+    code = (
+        "import sys\nsys.modules['cv2'] = None\n"
+        "from firmware_tools.ui.command import _picture_check\n"
+        "import firmware_tools.ui.web\n"
+        "print(_picture_check(), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("(None, 'OpenCV is not installed")
+    assert done.stdout.endswith("False\n")
