@@ -120,6 +120,7 @@ class Board:
         cv2.setNumThreads(board.threads)
         self.bundle = bundle = open_bundle(Path(board.bundle))
         _ = bundle.tables, bundle.inter_tables, bundle.words  # read now, so that a missing file is found at start
+        sampling = config.sampling(bundle.words)
         offloads = board.paradigm == "offload"
         head = None if offloads else load_head(bundle, board.backend, board.threads)
         draft = None if offloads else load_draft(bundle, board.backend, board.threads)
@@ -170,6 +171,7 @@ class Board:
             has_draft=draft is not None,
             level_bytes=bundle.manifest.latent.level_bytes,
             has_room=self.tracker.has_room,
+            sampling=sampling,
         )
         self.pipeline = Pipeline(
             bundle,

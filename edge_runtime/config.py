@@ -8,6 +8,7 @@ import difflib
 import json
 import os.path
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -31,7 +32,7 @@ from edge_runtime.camera_source import KEYS, check_source_keys, kind_of
 from edge_runtime.conditions import LABEL, MAX_CONDITION, parse_condition
 from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.settings import MqttConfig, is_loopback
-from edge_runtime.wire.envelope import MAX_QUESTIONS
+from edge_runtime.wire.envelope import MAX_QUESTIONS, MAX_SEED, MAX_STOP, MAX_TOKEN, MAX_TOKENS, Options, Share
 
 MAX_CONFIG_BYTES = 256 * 1024
 MIN_FEATURE_BYTES = 32  # a limit below this is below what a header and a few symbols take
@@ -125,6 +126,29 @@ class TriggerConfig(Struct, frozen=True, forbid_unknown_fields=True):
         parse_condition(self.when)
 
 
+class SamplingConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """How the texts of a camera are chosen, see Options in wire.envelope; the defaults: greedily."""
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None  # divides the logits; 0 or None: greedily
+    top_k: Annotated[int, Meta(ge=1, le=MAX_TOKEN)] | None = None  # sample from so many likeliest words; None: all
+    top_p: Share | None = None  # sample from the fewest likeliest words with this probability together; None: all
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None  # of the noise of every frame; None: of each its own
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0  # words of a text at least
+    repetition_penalty: Annotated[float, Meta(ge=1, le=10)] = 1.0  # above 1: fewer words come twice
+    stop: Annotated[tuple[Annotated[str, Meta(min_length=1, max_length=64)], ...], Meta(max_length=MAX_STOP)] = ()
+
+    def __post_init__(self) -> None:
+        if not self.temperature and (self.top_k is not None or self.top_p is not None or self.seed is not None):
+            raise ConfigError("top_k, top_p and seed change nothing without a temperature: set one, such as 0.7")
+
+    def with_tokens(self, words: Sequence[str]) -> Options:
+        """With the tokens of the stop words. words: the bundle's vocabulary. Raises ConfigError for another word."""
+        if unknown := [word for word in self.stop if word not in words]:
+            raise ConfigError(f"stop word {unknown[0]!r} is not in the bundle's vocabulary: want one of its words")
+        tokens = {"temperature": self.temperature or 0.0, "stop": tuple(words.index(word) for word in self.stop)}
+        return Options(**(msgspec.structs.asdict(self) | tokens))
+
+
 class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """One source of frames."""
 
@@ -155,6 +179,7 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     questions: Annotated[tuple[QuestionName, ...], Meta(max_length=MAX_QUESTIONS)] = ()  # taught ones, for each frame
     prompt: PromptName | None = None  # what servers ask of its pictures, by their name for it; None: their usual one
     triggers: Annotated[tuple[TriggerConfig, ...], Meta(max_length=16)] = ()
+    sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self) -> None:
         self._check_triggers()
@@ -269,6 +294,10 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
             return local
         is_same = local.host == mqtt.host or (is_loopback(local.host) and is_loopback(mqtt.host))
         return None if is_same else local
+
+    def sampling(self, words: Sequence[str]) -> dict[str, Options]:
+        """By camera. words: the bundle's vocabulary. Raises ConfigError for a stop word that it does not have."""
+        return {camera.name: camera.sampling.with_tokens(words) for camera in self.cameras}
 
     def __post_init__(self) -> None:
         """Checks what no single key can say. Raises ConfigError."""

@@ -29,6 +29,7 @@ from edge_runtime.inference.preprocess import shrunk, to_input
 from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.inference.references import ReferenceFrames, SentFrame
 from edge_runtime.inference.reuse import Answers
+from edge_runtime.inference.sampling import sampler_of
 from edge_runtime.planning import Plan, Planner
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
@@ -44,14 +45,14 @@ from edge_runtime.wire import (
     encode_labels,
     encode_request,
 )
-from edge_runtime.wire.envelope import encode_tokens
+from edge_runtime.wire.envelope import encode_tokens, seed_of
 from edge_runtime.wire.event import AnsweredBy, Event, Rate, Reuse
 
 logger = logging.getLogger(__name__)
 
 REUSED = (  # of an event
     *("text", "tokens", "answered_by", "label", "scores", "confidence", "unsure", "answers"),
-    *("object", "schema", "valid"),
+    *("object", "schema", "valid", "seed"),
 )
 MAX_PICTURE = MAX_ENVELOPE - 1024  # bytes, beside the other fields of a request; a larger picture is made smaller
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # for a request that contains features
@@ -228,7 +229,9 @@ class Pipeline:
 
     def _write_draft(self, work: FrameInProgress) -> None:
         if self.draft and work.latent:
-            work.draft = self.draft.write(work.latent.symbols())
+            sampling = work.plan.sampling
+            sampler = sampler_of(sampling, seed_of(sampling, work.request_id))
+            work.draft = self.draft.write(work.latent.symbols(), sampler)
             work.watch.lap("draft")
 
     def _find_labels(self, work: FrameInProgress) -> None:
@@ -328,6 +331,8 @@ class Pipeline:
             "timings_ms": dict(work.watch.ms),
             "after_ms": 1e3 * (time.monotonic() - frame.captured),
         }
+        if plan.sampling.is_sampled:
+            values["seed"] = f"{seed_of(plan.sampling, work.request_id):016x}"
         if self.labels and work.labels:
             scores = self.labels.scores(work.labels)
             values |= {"scores": scores, "label": next(iter(scores))}
@@ -342,7 +347,7 @@ class Pipeline:
 
 def wanted(plan: Plan) -> Options:
     """What decides an answer, besides the frame."""
-    return Options(tier=plan.tier, questions=plan.questions, prompt=plan.prompt)
+    return msgspec.structs.replace(plan.sampling, tier=plan.tier, questions=plan.questions, prompt=plan.prompt)
 
 
 def is_accepted(event: Event, plan: Plan) -> bool:
@@ -373,7 +378,7 @@ def build_request(
         while len(content) > MAX_PICTURE:
             pixels = shrunk(pixels, max(pixels.shape) // 2)
             content = to_jpeg(pixels, plan.jpeg_quality)
-    options = Options(tier=plan.tier, propose=plan.propose, questions=plan.questions, prompt=plan.prompt)
+    options = msgspec.structs.replace(wanted(plan), propose=plan.propose)
     return Request(
         id=request_id,
         bundle=bundle.id,

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edge_runtime.inference.bundle import BOS, BundleError
+from edge_runtime.inference.sampling import Sampler
 from edge_runtime.wire.labels import MAX_LABELS
 from models.family import LATENT, Classifier, Head, Memory, Tail, TextDecoder, arrived_groups
 from models.labels import label_words, with_seen
 from models.lookahead import Lookahead
 from models.questions import Question
 from server.targets.target import Answer
-from server.verify import Text, new_text, next_block, propose_again, verify
+from server.verify import ENDS, SPECIAL, Text, new_text, next_block, propose_again, verify
 
 Shape = tuple[int, int]  # of a pass: rows, tokens per row
 
@@ -52,6 +53,7 @@ class Job:
     wants_label: bool = False
     questions: Mapping[str, Question] = field(default_factory=dict)  # to answer, by name
     labels: Mapping[int, float] = field(default_factory=dict)  # that the board has seen: class to probability
+    sampler: Sampler | None = None  # chooses the tokens; None: always the likeliest one
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,11 @@ class Engine:
         decoder = self.decoders[tier]
         shape = decoder.shape
         drafts = [job.draft if self.proof.may_speculate else None for job in jobs]
-        texts = [
-            new_text(draft or (), shape.vocabulary, min(job.max_tokens or shape.max_tokens, shape.max_tokens))
-            for job, draft in zip(jobs, drafts, strict=True)
-        ]
+        texts = []
+        for job, draft in zip(jobs, drafts, strict=True):
+            limit = min(job.max_tokens or shape.max_tokens, shape.max_tokens)
+            ends = job.sampler.ends if job.sampler else ENDS
+            texts.append(new_text(draft or (), shape.vocabulary, limit, ends, SPECIAL | ends))
         started = time.perf_counter()
         is_asked = shape.label_words or any(job.wants_label for job in jobs)
         labels = self.label_logits(features) if self.classifier and is_asked else [torch.empty(0)] * len(jobs)
@@ -146,7 +149,15 @@ class Engine:
         memory = encode_image(decoder, features, self.proof.image_sizes, words)
         encoded = time.perf_counter()
         speculative = [i for i, draft in enumerate(drafts) if draft is not None]
-        batch = DecodingBatch(decoder, memory, texts, self.proof.shapes, self.lookaheads.get(tier), speculative)
+        batch = DecodingBatch(
+            decoder,
+            memory,
+            texts,
+            self.proof.shapes,
+            self.lookaheads.get(tier),
+            speculative,
+            {i: job.sampler for i, job in enumerate(jobs) if job.sampler},
+        )
         while batch.unfinished:
             batch.step()
             self.on_step()
@@ -218,9 +229,13 @@ class DecodingBatch:
         shapes: Sequence[Shape],
         lookahead: Lookahead | None = None,
         speculative: Sequence[int] = (),
+        samplers: Mapping[int, Sampler] | None = None,
     ) -> None:
-        """speculative: the texts that get proposals of the lookahead when their draft has ended or is wrong."""
-        self.lookahead, self.speculative = lookahead, frozenset(speculative)
+        """speculative: the texts that get proposals of the lookahead when their draft has ended or is wrong.
+
+        samplers: of the texts that are not written greedily.
+        """
+        self.lookahead, self.speculative, self.samplers = lookahead, frozenset(speculative), samplers or {}
         # The state from which each text's last token was chosen; zeros before the first.
         self.hidden = np.zeros((len(texts), decoder.shape.width), np.float32)
         self.decoder, self.memory, self.texts, self.shapes = decoder, memory, texts, shapes
@@ -249,14 +264,19 @@ class DecodingBatch:
         logits = self.decoder.choose(hidden)
         best, states = logits.max(-1), hidden.cpu().numpy()
         # argmax takes a NaN for a token. Here it stays NaN, and infinite logits become NaN.
-        log_probabilities = (best.values - logits.logsumexp(-1)).tolist()
-        found = zip(self.unfinished, blocks, best.indices.tolist(), log_probabilities, states, strict=False)
-        for i, block, choices, gains, row_states in found:
-            before = len(self.texts[i].tokens)
-            self.texts[i] = verify(self.texts[i], choices[: len(block)])
-            written = len(self.texts[i].tokens) - before
-            self.log_probabilities[i] += sum(gains[:written])
-            self.hidden[i] = row_states[written - 1]
+        totals = logits.logsumexp(-1)
+        likeliest, log_probabilities = best.indices.tolist(), (best.values - totals).tolist()
+        for row, (i, block) in enumerate(zip(self.unfinished, blocks, strict=True)):
+            written, choices = self.texts[i].tokens, iter(likeliest[row][: len(block)])
+            if sampler := self.samplers.get(i):
+                choices = sampler.choices(logits[row, : len(block)].cpu().numpy(), written)
+            self.texts[i] = verify(self.texts[i], choices)
+            new = self.texts[i].tokens[len(written) :]
+            gains = log_probabilities[row][: len(new)]
+            if sampler:
+                gains = (logits[row, range(len(new)), new] - totals[row, : len(new)]).tolist()
+            self.log_probabilities[i] += sum(gains)
+            self.hidden[i] = states[row, len(new) - 1]
         self.rows = [row for row, i in enumerate(self.unfinished) if not self.texts[i].is_done]
         self.unfinished = [self.unfinished[row] for row in self.rows]
         return size, width

@@ -16,7 +16,7 @@ from typing import Literal
 import msgspec
 
 from edge_runtime.wire import Options, Paradigm, Reply, Request, Tier, aged, encode_tokens
-from edge_runtime.wire.envelope import MAX_QUESTIONS, MAX_VIA
+from edge_runtime.wire.envelope import MAX_QUESTIONS, MAX_VIA, seed_of
 
 RESERVE = 0.1  # of a request's time, kept for the last reply's way to the board
 MAX_RESERVE_S = 1.0
@@ -142,12 +142,14 @@ def is_loop(options: Options, server: str) -> bool:
 def passed_up(request: Request, server: str, tokens: Sequence[int], waited_s: float) -> Request:
     """The same envelope waited_s seconds later, with this server's tokens as the draft and its id in `via`."""
     options = request.options or Options()
+    # The tier above gets another request id, and shall have the same noise.
+    seed = seed_of(options, request.id) if options.is_sampled else options.seed
     later = aged(request, waited_s, request.budget_ms / 1e3 - waited_s)
     return msgspec.structs.replace(
         later,
         paradigm=Paradigm.OFFLOAD if request.paradigm is Paradigm.OFFLOAD else Paradigm.SPECULATIVE,
         draft=encode_tokens(tokens),
-        options=msgspec.structs.replace(options, via=(*options.via, server)),
+        options=msgspec.structs.replace(options, via=(*options.via, server), seed=seed),
     )
 
 

@@ -122,8 +122,8 @@ class Service:
                 reply(first, request.budget_ms / 1e3)
         elif request.content_kind is ContentKind.LATENT and request.bundle != self.target.abilities.bundle:
             self._refuse(accepted, Status.UNKNOWN_BUNDLE, self._unknown_bundle(request), ELSEWHERE_RETRY_MS)
-        elif unknown_prompt := self._unknown_prompt(request):
-            self._refuse(accepted, Status.UNKNOWN_BUNDLE, unknown_prompt, ELSEWHERE_RETRY_MS)
+        elif for_another := self._unknown_prompt(request) or self._unknown_sampling(request):
+            self._refuse(accepted, Status.UNKNOWN_BUNDLE, for_another, ELSEWHERE_RETRY_MS)
         elif objection := self._objection(request):
             self._refuse(accepted, Status.BAD_REQUEST, objection)
         elif request.content_kind is ContentKind.LATENT:
@@ -149,6 +149,12 @@ class Service:
         have = f"it has {', '.join(known)}" if known else "its target reads no prompts"
         return f"prompt {name!r} is not here, {have}: write it into [prompts] of a server whose target reads prompts"
 
+    def _unknown_sampling(self, request: Request) -> str | None:
+        """Why it cannot choose tokens in this way; another server of the pool may."""
+        if request.options is None or request.options.is_greedy or self.target.abilities.sample:
+            return None
+        return "the target of this server does not sample: want no temperature and no other options of sampling"
+
     def _objection(self, request: Request) -> str | None:
         """What is wrong with a request that this server can never answer."""
         options = request.options
@@ -156,8 +162,6 @@ class Service:
             self._count("loop")
             way = " -> ".join((*options.via, self.config.id))
             return f"a loop, or too many tiers: {way}: let [upstream] name a tier above"
-        if options and options.temperature:
-            return f"temperature {options.temperature} is wanted, this server writes greedily: want 0"
         if request.content_kind is not ContentKind.LATENT and not self.takes_pictures:
             self._count("pictures", "not_taken")
             return "this server takes no pictures, only latents: choose another paradigm than offload"

@@ -1,13 +1,16 @@
-"""Greedy verification of drafts, as functions of values: no network, no clock, no arrays.
+"""Verification of drafts, as functions of values: no network, no clock, no arrays.
 
 A text is written in passes. A pass reads a block, the last token written and then proposals, and computes the target's
 choice after every token of it. Choices count as long as the proposals before them are what the target chose. The first
 proposal that differs is replaced by the target's choice, and what was computed after it is dropped, since it followed
 another history (Leviathan et al., arXiv 2211.17192, in its greedy case). So a proposal only decides which positions are
 computed early, never a token: the text is the same for every draft, and for none.
+
+A sampled text is verified in the same way, since its noise is a function of the position: see
+edge_runtime/inference/sampling.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -79,8 +82,11 @@ def next_block(text: Text, width: int) -> tuple[int, ...]:
     return (text.tokens[-1:] or (BOS,)) + text.rest[: width - 1]
 
 
-def verify(text: Text, choices: Sequence[int]) -> Text:
-    """The text after a pass: choices[i], at least one, is the target's token after the i-th token of `next_block`."""
+def verify(text: Text, choices: Iterable[int]) -> Text:
+    """The text after a pass: the i-th choice, of at least one, is the target's token after the i-th of `next_block`.
+
+    Choices behind a proposal that was wrong are not asked for.
+    """
     tokens, rest, chosen, has_diverged = list(text.tokens), text.rest, 0, text.has_diverged
     for token in choices:
         tokens.append(token)

@@ -111,7 +111,7 @@ def test_it_says_the_range_or_the_words_of_each_key(name, kind):
     for path, _, inner in fields(msgspec.inspect.type_info(kind)):
         low, high = getattr(inner, "ge", None), getattr(inner, "le", None)
         if high is not None:
-            wanted = f"above {inner.gt}, to {high:.0f}" if low is None else f"{low:g} to {high:.0f}"
+            wanted = f"above {inner.gt}, to {int(high)}" if low is None else f"{low:g} to {int(high)}"
             assert wanted in said[path], path
         for word in getattr(inner, "values", ()):
             assert word in said[path], path

@@ -1,4 +1,7 @@
-"""The draft decoder of the board: symbols to a draft text, one token after the other, always the most probable one."""
+"""The draft decoder of the board: symbols to a draft text, one token after the other.
+
+Each is the most probable one, unless the text is sampled: then server and board choose with the same noise.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +12,7 @@ import numpy.typing as npt
 
 from edge_runtime.inference.backends import BackendError, Model
 from edge_runtime.inference.bundle import BOS, EOS
+from edge_runtime.inference.sampling import Sampler
 
 STATE = 256  # width of the recurrent state
 
@@ -25,8 +29,11 @@ class Draft:
     def __init__(self, encoder: Model, step: Model, max_tokens: int) -> None:
         self._encoder, self._step, self._max_tokens = encoder, step, max_tokens
 
-    def write(self, symbols: npt.NDArray[Any]) -> Drafted:
-        """Symbols [64, 7, 7] to a draft that ends with EOS or after max_tokens. Raises BackendError."""
+    def write(self, symbols: npt.NDArray[Any], sampler: Sampler | None = None) -> Drafted:
+        """Symbols [64, 7, 7] to a draft that ends with EOS or after max_tokens. Raises BackendError.
+
+        sampler: chooses the tokens; None: the most probable ones. EOS takes the place of its other end tokens.
+        """
         [memory] = _outputs(self._encoder, 1, symbols[None].astype(np.float32))
         state = np.zeros((1, STATE), np.float32)
         tokens: list[int] = []
@@ -34,11 +41,13 @@ class Draft:
         while len(tokens) < self._max_tokens:
             last = np.array([tokens[-1] if tokens else BOS], np.int32)
             logits, state = _outputs(self._step, 2, last, state, memory)
-            token = int(logits[0].argmax())
-            log_probability -= math.log(float(np.exp(logits[0] - logits[0, token]).sum()))
-            tokens.append(token)
-            if token == EOS:
+            token = sampler.choose(logits[0], tokens) if sampler else int(logits[0].argmax())
+            relative = logits[0] - logits[0].max()
+            log_probability += float(relative[token]) - math.log(float(np.exp(relative).sum()))
+            if token == EOS or (sampler and token in sampler.ends):
+                tokens.append(EOS)
                 break
+            tokens.append(token)
         return Drafted(tuple(tokens), math.exp(log_probability / len(tokens)))
 
 

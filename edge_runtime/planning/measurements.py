@@ -141,8 +141,11 @@ class Measurements:
         while self._inbox:
             self._apply(self._inbox.popleft())
 
-    def snapshot(self, now: float, prompt: str = "") -> Snapshot:
-        """From all messages until now. prompt: only servers that have it count in `takes`; empty: all do."""
+    def snapshot(self, now: float, prompt: str = "", samples: bool = False) -> Snapshot:
+        """From all messages until now. prompt: only servers that have it count in `takes`; empty: all do.
+
+        samples: only servers that sample count.
+        """
         self.catch_up(now)
         now = self._now
         self._statuses.measured_pass_ms = self._server.pass_ms(now)
@@ -152,7 +155,7 @@ class Measurements:
             link=self._link.snapshot(now, self._server.usual_ms(now), last_minute, last_quarter),
             server=self._server.snapshot(now, self._statuses.claims(now)),
             board=self._board.snapshot(now),
-            takes=self._statuses.takes(now, prompt),
+            takes=self._statuses.takes(now, prompt, samples),
         )
 
     def _apply(self, message: RequestSent | RequestAnswered | RequestLost) -> None:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from math import inf
 from typing import Protocol
 
-from edge_runtime.wire import Tier
+from edge_runtime.wire import Options, Tier
+from edge_runtime.wire.envelope import GREEDY
 from edge_runtime.wire.event import Explain, ParadigmName
 
 
@@ -31,6 +32,7 @@ class Plan:
     keep: bool = False  # the link is away: store the request in the outbox, do not send it now
     questions: tuple[str, ...] = ()  # taught ones, which the server is to answer
     prompt: str = ""  # what a server is to ask, by its name; empty: its usual prompt
+    sampling: Options = GREEDY  # those that say how the tokens of draft and text are chosen
     propose: bool = False  # the server may propose tokens itself if the request contains no draft
 
     def accepts(self, confidence: float) -> bool:

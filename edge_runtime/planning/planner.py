@@ -5,7 +5,7 @@ chooses it (policy.py), from what the board has measured (measurements.py).
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import cast
@@ -18,7 +18,8 @@ from edge_runtime.planning.plan import Plan
 from edge_runtime.planning.policy import Policy
 from edge_runtime.planning.thermal import ThermalReader
 from edge_runtime.reporting.remote_settings import NO_PROMPT, RemoteSettings
-from edge_runtime.wire import Tier
+from edge_runtime.wire import Options, Tier
+from edge_runtime.wire.envelope import GREEDY
 from edge_runtime.wire.event import Explain, ParadigmName
 
 
@@ -37,10 +38,13 @@ class BoardPlanner:
         has_draft: bool = True,
         level_bytes: Sequence[float] = (),
         has_room: Callable[[], bool] = lambda: True,
+        sampling: Mapping[str, Options] | None = None,
     ) -> None:
         """calibration: of the bundle's drafts; level_bytes: of usual features at each level, if it has several;
-        has_room: whether one more request may wait for its reply.
+        has_room: whether one more request may wait for its reply; sampling: the options that say how
+        tokens are chosen, by camera.
         """
+        self._sampling = sampling or {}
         self._board, self._has_outbox, self._has_room = config.board, config.outbox is not None, has_room
         self._cameras, self._settings, self._measurements = cameras, settings, measurements
         # One policy per camera: their deadlines and loads differ.
@@ -68,6 +72,7 @@ class BoardPlanner:
             picture_pixels=board.picture_pixels,
             questions=own.questions,
             prompt="" if prompt == NO_PROMPT else prompt,
+            sampling=self._sampling.get(camera, GREEDY),
             reuse_distance=own.reuse_distance,
             reuse_s=own.reuse_s,
         )
@@ -91,7 +96,8 @@ class BoardPlanner:
     def _choose(self, plan: Plan, camera: str, now: float) -> Plan:
         """As the policy chooses."""
         self._measurements.thermal_read(self._thermal.read(now))
-        decision = self._policies[camera].choose(self._measurements.snapshot(now, plan.prompt), now, plan.budget_ms)
+        snapshot = self._measurements.snapshot(now, plan.prompt, not plan.sampling.is_greedy)
+        decision = self._policies[camera].choose(snapshot, now, plan.budget_ms)
         chosen = replace(
             plan,
             paradigm=decision.paradigm,
@@ -99,9 +105,10 @@ class BoardPlanner:
             explain=decision.explain,
             writes_draft=decision.writes_draft,
             max_bytes=smaller(plan.max_bytes, decision.max_feature_bytes),
-            # With a tier, questions or a prompt, a server shall answer every frame.
+            # With a tier, questions or a prompt, a server shall answer every frame. What the confidence of a draft is
+            # worth was measured on greedy ones.
             min_confidence=None
-            if plan.tier or plan.questions or plan.prompt
+            if plan.tier or plan.questions or plan.prompt or not plan.sampling.is_greedy
             else self._min_confidence(float(self._settings["quality_floor"])),
             # Whoever configures split or offload wants to measure the target alone. Here only the time counts.
             propose=decision.paradigm in ("split", "offload"),

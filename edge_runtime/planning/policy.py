@@ -152,8 +152,8 @@ class Policy:
 
     def _why_nothing_is_possible(self, snapshot: Snapshot) -> str:
         takes = snapshot.takes
-        if takes.prompt and not takes.latents and not takes.pictures:
-            return f"no server has the prompt {takes.prompt}"
+        if takes.wanted and not takes.latents and not takes.pictures:
+            return f"no server has {takes.wanted}"
         features = "no server takes features" if self._has_head else "the board has no head"
         return (
             f"{features}, and {'no server takes pictures' if self.config.may_offload else 'pictures may not leave it'}"

@@ -40,6 +40,7 @@ class _Price(Struct, frozen=True):
 
 class _Target(Struct, frozen=True):
     latents: bool = True  # False: it takes pictures only
+    sample: bool = False  # False: it writes greedily only
     prompts: Annotated[tuple[Name, ...], Meta(max_length=MAX_PROMPTS)] = ()  # by name
 
 
@@ -89,7 +90,7 @@ class Takes(NamedTuple):
 
     latents: bool = True
     pictures: bool = True
-    prompt: str = ""  # only servers that have it count; empty: all
+    wanted: str = ""  # only servers that can do this count, in words; empty: all
 
 
 class _Received(NamedTuple):
@@ -152,14 +153,20 @@ class ServerStatuses:
         pass_ms = [status.price_ms.one_pass for status in online if status.price_ms.one_pass]
         return Claims(*(statistics.median(values) if values else None for values in (queue_ms, pass_ms)))
 
-    def takes(self, now: float, prompt: str = "") -> Takes:
-        """By the servers that take requests; with the name of a prompt, by those that have it."""
+    def takes(self, now: float, prompt: str = "", samples: bool = False) -> Takes:
+        """By the servers that take requests; with the name of a prompt, by those that have it; by those that sample."""
         received = [each.status for each in self._received.values() if abs(now - each.at) <= CLAIM_AGE_S]
         if not (taking := [status for status in received if status.takes_requests]):
             return Takes()
+        wanted = []
         if prompt:
             taking = [status for status in taking if prompt in status.target.prompts]
-        return Takes(any(status.target.latents for status in taking), any(status.pictures for status in taking), prompt)
+            wanted.append(f"the prompt {prompt}")
+        if samples:
+            taking = [status for status in taking if status.target.sample]
+            wanted.append("a target that samples")
+        latents = any(status.target.latents for status in taking)
+        return Takes(latents, any(status.pictures for status in taking), " and ".join(wanted))
 
     def all_refuse(self, now: float, answered_at: float) -> bool:
         """All servers say that they take no requests, and no server has answered since they said so.

@@ -20,6 +20,8 @@ MAX_TOKENS = 1024  # ids in one draft or reply; captions have tens
 MAX_QUESTIONS = 16  # taught questions that one request may ask
 MAX_VIA = 4  # servers that a request may pass on its way up
 MAX_TOKEN = (1 << 20) - 1  # largest id: three varint bytes, twice the largest vocabularies in use
+MAX_STOP = 16  # tokens that may end a text besides the end token
+MAX_SEED = (1 << 63) - 1  # as a signed 64-bit integer, the largest that TOML and msgspec know
 
 
 class Paradigm(IntEnum):
@@ -80,11 +82,38 @@ class Options(Struct, frozen=True, omit_defaults=True):
     tier: Tier | None = None  # this tier or a higher one shall answer
     min_confidence: Share | None = None  # an answer with less confidence is passed up a tier
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None  # longest text
-    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None  # 0 or none: greedy
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)] | None = None  # of the noise; None: the request's id, see seed_of
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0  # divides the logits; below 0.001: greedy
+    top_k: Annotated[int, Meta(ge=1, le=MAX_TOKEN)] | None = None  # sample from so many likeliest tokens only
+    top_p: Share | None = None  # sample from the fewest likeliest tokens that have this probability together
     via: Annotated[tuple[Name, ...], Meta(max_length=MAX_VIA)] = ()  # servers that passed the request up, in order
     propose: bool = False  # the server may draft by itself if there is no draft: the same text, sooner
     questions: Annotated[tuple[Name, ...], Meta(max_length=MAX_QUESTIONS)] = ()  # taught ones, by name
     prompt: Name = ""  # what to ask of the picture, by the server's name for it; empty: the server's usual prompt
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0  # no end before so many
+    repetition_penalty: Annotated[float, Meta(ge=1, le=10)] = 1.0  # divides positive logits of tokens that are written
+    # Tokens that end the text, besides the end token.
+    stop: Annotated[tuple[Annotated[int, Meta(ge=0, le=MAX_TOKEN)], ...], Meta(max_length=MAX_STOP)] = ()
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether noise decides. Scores that were divided by less could be infinite."""
+        return self.temperature >= 0.001
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is always chosen, without any change of the logits and with one end token."""
+        return not (self.is_sampled or self.min_tokens or self.stop) and self.repetition_penalty == 1.0
+
+
+GREEDY = Options()
+
+
+def seed_of(options: Options | None, request_id: bytes) -> int:
+    """The seed of a request's noise: its own, or else its id without the highest bit."""
+    if options and options.seed is not None:
+        return options.seed
+    return int.from_bytes(request_id, "big") & MAX_SEED
 
 
 class Request(Struct, array_like=True, frozen=True, kw_only=True):

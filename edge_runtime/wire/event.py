@@ -176,6 +176,13 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
             "tokens' probabilities. This is not the probability that the text is right."
         ),
     ] = None
+    seed: Annotated[
+        str,
+        Meta(
+            max_length=16,
+            description="The text was sampled, with the noise of this seed, in hexadecimal. Left out: it was not.",
+        ),
+    ] = ""
     unsure: Annotated[bool, Meta(description="True: the confidence is below what is usually right.")] = False
     answers: Annotated[
         Answers, Meta(description="Answers to taught questions: question to class to probability, 0..1.")

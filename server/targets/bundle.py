@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.sampling import sampler_of
 from edge_runtime.wire import BitstreamError, EnvelopeError, Header, Inter, Paradigm, decode, encode
+from edge_runtime.wire.envelope import seed_of
 from server.accepted import Accepted
 from server.engine import Engine, Job
 from server.questions import Questions
@@ -49,6 +51,7 @@ class BundleTarget(Target[Job]):
             pictures=self.engine.head is not None,
             drafts=proof.may_speculate,
             labels=bool(self.bundle.manifest.classes),
+            sample=True,
             references=self.bundle.inter_tables is not None,
             tokenizer=self.bundle.id.hex(),
         )
@@ -65,9 +68,13 @@ class BundleTarget(Target[Job]):
         labels, classes = request.seen_labels, len(self.bundle.manifest.classes)
         if max(labels, default=-1) >= classes:
             raise EnvelopeError(f"label {max(labels)} of {classes}: want a class of the bundle")
+        vocabulary = self.bundle.manifest.vocabulary
+        if options and options.stop and (request.bundle != self.bundle.id or max(options.stop) >= vocabulary):
+            raise EnvelopeError(f"stop tokens up to {max(options.stop)}: want those of bundle {self.bundle.id.hex()}")
+        sampler = sampler_of(options, seed_of(options, request.id))
         known = self.questions.known
         questions = {name: known[name] for name in (options.questions if options else ()) if name in known}
-        return Job(symbols, level, channels, draft, self.tier, max_tokens, classes > 0, questions, labels)
+        return Job(symbols, level, channels, draft, self.tier, max_tokens, classes > 0, questions, labels, sampler)
 
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
         unsure_below = self.bundle.manifest.unsure_below.get(self.tier, 0.0)

@@ -35,6 +35,7 @@ class Abilities:
     pictures: bool = True  # it reads JPEG and WebP
     drafts: bool = False  # a draft saves it work
     labels: bool = False  # its answers have labels
+    sample: bool = False  # it chooses tokens as a request wants, see Options in wire.envelope
     references: bool = False  # it keeps latents, so that later frames may be coded against them
     prompts: tuple[str, ...] = ()  # names of the prompts that it answers
     tokenizer: str = ""  # identity of the vocabulary of its token ids; empty: it answers with a text alone
@@ -47,6 +48,7 @@ class Abilities:
             "pictures": self.pictures,
             "drafts": self.drafts,
             "labels": self.labels,
+            "sample": self.sample,
             "verified": self.verified,
             "tokenizer": self.tokenizer,
             "prompts": self.prompts,

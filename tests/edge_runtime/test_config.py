@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.config import MAX_CONFIG_BYTES, CameraConfig, RuntimeConfig, convert, load_toml
+from edge_runtime.config import MAX_CONFIG_BYTES, CameraConfig, RuntimeConfig, SamplingConfig, convert, load_toml
 from edge_runtime.errors import ConfigError
+from edge_runtime.wire.envelope import GREEDY, Options
 from firmware_tools.cli import EXIT_CONFIG
 
 BOARD = '[board]\nid = "b1"\nbundle = "models/zoo/small"\n'
@@ -287,6 +288,37 @@ def test_a_question_or_trigger_that_cannot_work_is_named_with_its_fix(tmp_path, 
     with pytest.raises(ConfigError, match=said) as refused:
         load_toml(path, RuntimeConfig)
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "said"),
+    [
+        ("temperature = -1", "want a number from 0 to 100"),
+        ("temperature = 0.7, top_k = 0", "want a whole number from 1 to 1048575"),
+        ("temperature = 0.7, top_p = 1.1", "want a number from 0 to 1"),
+        ("temperature = 0.7, seed = -1", "want a whole number from 0 to 9223372036854775807"),
+        ("repetition_penalty = 0.5", "want a number from 1 to 10"),
+        ("temprature = 0.7", "temperature"),
+        ("top_p = 0.9", "change nothing without a temperature"),
+        ("seed = 0", "change nothing without a temperature"),
+    ],
+)
+def test_sampling_that_cannot_work_is_named(tmp_path, sampling, said):
+    path = tmp_path / "board.toml"
+    path.write_text(
+        f'[board]\nid = "b1"\nbundle = "x"\n[[cameras]]\nname = "yard"\nsource = "0"\nsampling = {{ {sampling} }}\n'
+    )
+    with pytest.raises(ConfigError, match=said):
+        load_toml(path, RuntimeConfig)
+
+
+def test_stop_words_become_tokens_of_the_bundle_and_an_unknown_one_is_named():
+    words = ("<pad>", "<start>", "<end>", "<unknown>", "a", "dog", "with")
+    sampling = SamplingConfig(temperature=0.7, top_k=5, stop=("with", "a"))
+    assert sampling.with_tokens(words) == Options(temperature=0.7, top_k=5, stop=(6, 4))
+    assert SamplingConfig().with_tokens(words) == GREEDY
+    with pytest.raises(ConfigError, match="stop word 'cat' is not in the bundle's vocabulary"):
+        SamplingConfig(stop=("a", "cat")).with_tokens(words)
 
 
 def test_questions_and_triggers_are_of_one_camera(tmp_path):

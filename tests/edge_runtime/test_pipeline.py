@@ -22,6 +22,7 @@ from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols
 from edge_runtime.inference.references import ReferenceFrames
 from edge_runtime.inference.reuse import Answers
+from edge_runtime.inference.sampling import Sampler
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.pipeline import Pipeline, build_request, to_jpeg
 from edge_runtime.planning import BoardPlanner, FixedPlanner, Measurements, Plan
@@ -165,7 +166,7 @@ def test_a_reply_that_is_faster_than_the_draft_is_not_replaced_by_the_draft(star
     class Waiting:
         """A draft decoder that takes longer than the answer."""
 
-        def write(self, symbols: np.ndarray) -> Drafted:
+        def write(self, symbols: np.ndarray, sampler: None) -> Drafted:
             board.tracker.reply_arrived(verified(server.next()))
             assert board.next_event().type == "update"
             return Drafted((5, 6, 2), 0.5)
@@ -275,6 +276,23 @@ def test_a_plan_with_a_prompt_sends_its_name(start, server):
     board = start("offload", prompt="drive")
     board.pipeline.handle(frame())
     assert decode_request(server.next()).options == Options(prompt="drive")
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_a_sampled_draft_has_the_noise_of_the_request_and_its_events_have_the_seed(start, server, seed):
+    sampling = Options(temperature=100.0, repetition_penalty=10.0, seed=seed)
+    board = start("speculative", sampling=sampling)
+    seen = board.pipeline.handle(frame())
+    request = decode_request(server.next())
+    assert request.options == sampling
+    noise = int.from_bytes(request.id, "big") if seed is None else seed
+    latent = board.pipeline.head.latent(to_input(frame().pixels))
+    drafted = board.pipeline.draft.write(latent.symbols(), Sampler(sampling, noise))
+    assert tuple(request.draft_ids) == drafted.tokens == seen.tokens
+    assert drafted.tokens != board.pipeline.draft.write(latent.symbols()).tokens
+    while not (update := board.next_event()).final:
+        pass
+    assert seen.seed == update.seed == f"{noise:016x}"
 
 
 def test_offload_sends_the_picture_and_needs_no_head(start, server):
@@ -425,7 +443,7 @@ def test_what_goes_to_the_outbox_has_no_reference(start, broker, tmp_path, monke
 @pytest.mark.parametrize(("stated", "said"), [(0.25, 0.25), (math.nan, None)])
 def test_an_event_has_the_confidence_of_its_draft_if_that_is_a_number(start, monkeypatch, stated, said):
     board = start("device")
-    monkeypatch.setattr(board.pipeline.draft, "write", lambda symbols: Drafted((7, 2), stated))
+    monkeypatch.setattr(board.pipeline.draft, "write", lambda *_: Drafted((7, 2), stated))
     assert board.pipeline.handle(frame()).confidence == said
 
 

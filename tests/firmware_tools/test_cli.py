@@ -255,6 +255,7 @@ MISTAKES = {
     "a port in the host": '[mqtt]\nhost = "broker.lan:8883"',
     "a typo in an optional table": "[local]\nprot = 1884",
     "pictures that may not leave": "[policy]\nmay_offload = false",
+    "a stop word that the bundle lacks": '[cameras.sampling]\nstop = ["gnu"]',
 }
 
 

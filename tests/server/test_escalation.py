@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,6 +158,13 @@ def test_the_same_envelope_goes_up_with_the_lower_tiers_text_as_its_draft() -> N
     assert (up.id, up.bundle, up.content_kind, up.content) == (b"12345678", bytes(8), ContentKind.LATENT, b"bits")
     assert (up.paradigm, up.draft_ids, up.options) == (Paradigm.SPECULATIVE, [7, 300], Options(via=("e1",)))
     assert (up.age_ms, up.budget_ms) == (290, 4750)
+
+
+@pytest.mark.parametrize(("own", "passed"), [(None, int.from_bytes(b"12345678", "big")), (9, 9)])
+def test_a_sampled_request_goes_up_with_the_seed_of_its_noise(own: int | None, passed: int) -> None:
+    asked = msgspec.structs.replace(REQUEST, options=Options(temperature=0.5, seed=own))
+    up = passed_up(asked, "e1", [7], waited_s=0.0)
+    assert (up.options.seed, up.options.temperature) == (passed, 0.5)
 
 
 def test_a_picture_goes_up_as_a_picture_with_its_options() -> None:

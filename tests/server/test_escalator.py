@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.sampling import Sampler
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, MqttSettings
 from edge_runtime.wire import (
     Options,
@@ -29,6 +30,7 @@ from edge_runtime.wire import (
     encode_tokens,
     topics,
 )
+from edge_runtime.wire.envelope import seed_of
 from server.config import ServerConfig, UpstreamConfig
 from server.engine import Engine, Job
 from server.gateway import Gateway
@@ -120,6 +122,22 @@ def test_a_frame_with_a_reference_goes_up_without_it(sites: Sites, board: Board)
     assert (last.final, tuple(last.token_ids)) == (True, sites.own_text("cloud", 1))
     assert first.is_reference
     assert last.is_reference  # of the edge, which gets the board's next frame
+
+
+def test_a_sampled_text_of_the_cloud_is_the_one_that_it_would_have_written_for_the_board(
+    sites: Sites, board: Board
+) -> None:
+    options = msgspec.structs.replace(WANTS_CLOUD, temperature=1.0, min_tokens=6)
+    asked = request(sites.bundle, 2, draft=(5, 6, 7), options=options)
+    sampler = Sampler(options, seed_of(options, asked.id))
+    with (
+        sites.serving("c1", "cloud", sites.above, "hq"),
+        sites.serving("e1", "edge", sites.below, up=sites.up()),
+    ):
+        board.ask(asked)
+        for tier in ("edge", "cloud"):
+            own = sites.engine.answer([Job(SYMBOLS[2], tier=tier, sampler=sampler)])[0].tokens
+            assert tuple(board.reply().token_ids) == own != sites.own_text(tier, 2)
 
 
 def test_the_board_gets_the_edges_text_at_once_and_then_the_clouds_own(sites: Sites, board: Board) -> None:

@@ -134,7 +134,6 @@ def test_every_request_that_cannot_be_answered_is_refused_by_name(server, board,
         "bundle": msgspec.structs.replace(good, bundle=b"\x00" * 8),
         "loop": msgspec.structs.replace(good, options=Options(via=("e0", "s1"))),
         "too many tiers": msgspec.structs.replace(good, options=Options(via=("e0", "e1", "e2", "e3"))),
-        "temperature": msgspec.structs.replace(good, options=Options(temperature=0.7)),
         "bitstream": msgspec.structs.replace(good, content=bytes(damaged)),
         "bytes": msgspec.structs.replace(good, content=good.content[:40]),
     }

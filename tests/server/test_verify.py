@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.inference.bundle import BOS, EOS
-from server.verify import Text, new_text, next_block, propose_again, realign, verify
+from server.verify import SPECIAL, Text, new_text, next_block, propose_again, realign, verify
 
 A, B = 4, 5  # with the end token a vocabulary of three
 VOCABULARY = 6
@@ -191,6 +191,23 @@ def test_nothing_follows_an_end_or_the_limit_wherever_they_fall_in_a_block(limit
         assert text.without_end == ((A,) * length)[:limit]  # at the limit an end token is still an end
 
 
+STOP = 7
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations((A, STOP, EOS))])
+@pytest.mark.parametrize("limit", range(1, 5))
+def test_the_first_of_end_stop_token_and_limit_ends_a_text_in_one_block(order: tuple[int, ...], limit: int) -> None:
+    ends = frozenset((EOS, STOP))
+    written = order[: 1 + next(i for i, token in enumerate(order) if token in ends)][:limit]
+    for draft in (order, (A, A, A), ()):
+        text = new_text(draft, 10, limit, ends, SPECIAL | ends)
+        while not text.is_done:
+            text = verify(text, order[len(text.tokens) :][: len(next_block(text, 4))])
+        assert text.tokens == written
+        assert text.without_end == tuple(token for token in written if token == A)
+        assert text.accepted <= text.proposed <= limit - 1 or limit == 1
+
+
 def test_a_rejected_end_does_not_finish_a_text() -> None:
     assert new_text((A, EOS, B), VOCABULARY, 8).rest == (A,)
     text = verify(new_text((A,), VOCABULARY, 8), [B, EOS])  # the end follows A, which was not chosen
@@ -206,3 +223,68 @@ def test_a_draft_is_cut_before_an_id_that_no_text_contains(bad: int) -> None:
 def test_a_draft_of_a_million_tokens_is_cut_to_what_can_be_written() -> None:
     text = new_text((A,) * 10**6, VOCABULARY, 8)
     assert text.proposed == len(text.rest) == 7
+
+
+# ---- sampled texts: the target's choice depends on the text before it and on the noise at its position ----
+
+CELLS = 3  # a cell of the noise has probability 1 / CELLS, so all noises can be tried
+
+
+def sampled_target(table: dict[tuple[int, ...], tuple[int, ...]], noise: Sequence[int]) -> Target:
+    """table: from a text to the token of each cell."""
+    return lambda prefix: table[prefix][noise[len(prefix)]]
+
+
+def texts_by_noise(table, draft: tuple[int, ...], width: int, limit: int, target=sampled_target) -> list[tuple]:
+    return [
+        write(target(table, noise), new_text(draft, VOCABULARY, limit), width).tokens
+        for noise in itertools.product(range(CELLS), repeat=limit)
+    ]
+
+
+def random_table(seed: int, limit: int) -> dict[tuple[int, ...], tuple[int, ...]]:
+    chosen = random.Random(seed)
+    return {prefix: tuple(chosen.choices((A, B, EOS), k=CELLS)) for prefix in drafts(limit)}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_under_every_noise_and_draft_a_sampled_text_is_the_targets_own_and_has_its_law(seed: int) -> None:
+    limit, table = 4, random_table(seed, 4)
+    own = [alone(sampled_target(table, noise), limit) for noise in itertools.product(range(CELLS), repeat=limit)]
+    for draft in drafts(limit):
+        assert texts_by_noise(table, draft, 3, limit) == own
+    for text in set(own):
+        law = 1.0
+        for n, token in enumerate(text):
+            law *= table[text[:n]].count(token) / CELLS
+        assert own.count(text) / CELLS**limit == pytest.approx(law, abs=1e-12)
+
+
+def test_drawing_again_after_a_match_would_be_found() -> None:
+    """Noise that depends on what was accepted: the text then depends on the draft."""
+
+    def flawed(table, noise: Sequence[int]) -> Target:
+        reads: list[tuple[int, ...]] = []
+
+        def target(prefix: tuple[int, ...]) -> int:
+            reads.append(prefix)
+            is_in_block = len(reads) > 1 and reads[-2] == prefix[:-1] and reads.count(prefix[:-1]) == 1
+            return table[prefix][noise[(len(prefix) + is_in_block) % len(noise)]]
+
+        return target
+
+    own = texts_by_noise(random_table(1, 4), (), 3, 4)
+    assert any(texts_by_noise(random_table(1, 4), draft, 3, 4, flawed) != own for draft in drafts(4))
+
+
+def test_with_one_noise_three_tiers_write_what_the_last_one_writes_alone() -> None:
+    """Board, edge and cloud: each text is the draft of the tier above."""
+    for seed in range(20):
+        tables = [random_table(3 * seed + tier, 4) for tier in range(3)]
+        noise = [random.Random(seed).randrange(CELLS) for _ in range(4)]
+        draft: tuple[int, ...] = ()
+        for table in tables:
+            target = sampled_target(table, noise)
+            text = write(target, new_text(draft, VOCABULARY, 4), 3)
+            assert text.tokens == alone(target, 4)
+            draft = text.without_end

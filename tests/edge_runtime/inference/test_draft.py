@@ -5,6 +5,8 @@ import torch
 from edge_runtime.inference.backends import SUFFIXES
 from edge_runtime.inference.bundle import BOS, EOS
 from edge_runtime.inference.draft import STATE, Draft
+from edge_runtime.inference.sampling import Sampler
+from edge_runtime.wire.envelope import Options
 from models.family import DRAFT_STATE
 from tests import exports
 
@@ -52,6 +54,26 @@ def test_a_draft_ends_with_the_end_token_or_at_its_longest(draft, symbols):
     for text in texts:
         assert EOS not in text[:-1]
         assert text[-1] == EOS or len(text) == MAX_TOKENS
+
+
+def test_a_sampled_draft_follows_its_seed_and_the_settings(draft, symbols):
+    def write(seed: int, **settings: object) -> tuple[int, ...]:
+        return draft.write(symbols[0], Sampler(Options(temperature=3.0, **settings), seed)).tokens
+
+    texts = [write(seed) for seed in range(10)]
+    assert texts == [write(seed) for seed in range(10)]
+    assert len({*texts, draft.write(symbols[0]).tokens}) > 8
+    for seed, text in enumerate(texts):
+        stop = text[len(text) // 2]
+        assert write(seed, stop=(stop,)) == (*text[: text.index(stop)], EOS)  # what ends a text is no part of it
+    assert all(EOS not in draft.write(s, Sampler(Options(min_tokens=9), 0)).tokens[:9] for s in symbols)
+
+
+def test_a_draft_that_is_likely_token_by_token_is_confident(draft, symbols):
+    cold = [draft.write(latent, Sampler(Options(temperature=0.001), 1)) for latent in symbols[:5]]
+    assert cold == [draft.write(latent) for latent in symbols[:5]]
+    hot = [draft.write(latent, Sampler(Options(temperature=9.0), 1)) for latent in symbols[:5]]
+    assert max(one.confidence for one in hot) < min(one.confidence for one in cold)
 
 
 def test_the_state_is_as_wide_as_the_network_has_it():

@@ -12,7 +12,8 @@ from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.mqtt import Message
 from edge_runtime.planning import BoardPlanner, Measurements
 from edge_runtime.reporting import RemoteSettings, board_settings
-from edge_runtime.wire import Tier, topics
+from edge_runtime.wire import Options, Tier, topics
+from edge_runtime.wire.envelope import GREEDY
 from edge_runtime.wire.event import Explain
 
 CALIBRATION = Calibration(((0.5, 0.5), (0.9, 0.95)))
@@ -28,7 +29,13 @@ class Publisher:
 class Board:
     """A planner and what it needs, without a head, a broker and a camera."""
 
-    def __init__(self, outbox: OutboxConfig | None = None, has_room: bool = True, **board: Any) -> None:
+    def __init__(
+        self,
+        outbox: OutboxConfig | None = None,
+        has_room: bool = True,
+        sampling: Options = GREEDY,
+        **board: Any,
+    ) -> None:
         own = CameraConfig("own", "mqtt", deadline_ms=100, paradigm="split", tier="edge", prompt="drive")
         cameras = CameraConfig("plain", "mqtt"), own
         config = RuntimeConfig(BoardConfig("b1", "bundle", **{"tier": "cloud", **board}), cameras, outbox=outbox)
@@ -41,6 +48,7 @@ class Board:
             self.measurements,
             CALIBRATION,
             has_room=lambda: has_room,
+            sampling={"plain": sampling},
         )
 
     def set(self, name: str, value: str) -> None:
@@ -84,6 +92,18 @@ def test_a_cameras_prompt_is_planned_for_and_can_be_switched():
     board.set("plain_prompt", "drive")
     plan = board.planner.plan("plain")
     assert (plan.paradigm, plan.why) == ("device", "device: no server has the prompt drive")
+
+
+def test_a_sampled_text_is_asked_of_a_server_that_samples_and_no_draft_is_final():
+    board = Board(tier=None, sampling=Options(temperature=0.7))
+    plan = board.planner.plan("plain")
+    assert (plan.sampling, plan.min_confidence) == (Options(temperature=0.7), None)
+    assert board.planner.plan("own").sampling == GREEDY
+    assert Board(tier=None).planner.plan("plain").min_confidence is not None
+    status = {"state": "online", "server": "s1", "target": {"sample": False}}
+    board.measurements.status_arrived(topics.server_status("home", "s1"), json.dumps(status).encode(), time.monotonic())
+    plan = board.planner.plan("plain")
+    assert (plan.paradigm, plan.why) == ("device", "device: no server has a target that samples")
 
 
 def test_every_plan_of_the_policy_explains_itself():

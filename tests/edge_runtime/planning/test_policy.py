@@ -119,8 +119,8 @@ def test_a_board_does_only_what_it_can():
             "no server takes features, and pictures may",
         ),
         (Takes(pictures=False), PolicyConfig(), False, set(), "the board has no head, and no server takes pictures"),
-        (Takes(latents=False, prompt="gate"), PolicyConfig(), True, {"offload"}, "nothing else is possible"),
-        (Takes(False, False, "gate"), PolicyConfig(), True, set(), "no server has the prompt gate"),
+        (Takes(latents=False, wanted="the prompt gate"), PolicyConfig(), True, {"offload"}, "nothing else is possible"),
+        (Takes(False, False, "the prompt gate"), PolicyConfig(), True, set(), "no server has the prompt gate"),
     ],
 )
 def test_only_what_a_server_takes_is_offered(takes, config, has_head, paradigms, words):

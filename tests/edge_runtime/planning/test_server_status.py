@@ -153,11 +153,21 @@ def test_with_a_prompt_only_servers_that_have_it_count():
     assert statuses.takes(0.0, "gate") == Takes()  # nobody has said anything
     statuses.receive("bundle", 1.0)
     statuses.receive("one", 1.0, target={"latents": False, "prompts": ["door", "drive"]})
-    assert statuses.takes(1.0, "drive") == Takes(latents=False, prompt="drive")
-    assert statuses.takes(1.0, "gate") == Takes(False, False, "gate")
+    assert statuses.takes(1.0, "drive") == Takes(latents=False, wanted="the prompt drive")
+    assert statuses.takes(1.0, "gate") == Takes(False, False, "the prompt gate")
     assert statuses.takes(1.0) == Takes()
     statuses.receive("one", 2.0, target={"latents": False, "prompts": ["drive"]}, accepting=False)
-    assert statuses.takes(2.0, "drive") == Takes(False, False, "drive")
+    assert statuses.takes(2.0, "drive") == Takes(False, False, "the prompt drive")
+
+
+def test_for_sampled_texts_only_servers_that_sample_count():
+    statuses = Statuses()
+    assert statuses.takes(0.0, samples=True) == Takes()  # nobody has said anything
+    statuses.receive("older", 1.0)
+    assert statuses.takes(1.0, samples=True) == Takes(False, False, "a target that samples")
+    assert statuses.takes(1.0, "gate", True) == Takes(False, False, "the prompt gate and a target that samples")
+    statuses.receive("bundle", 1.0, target={"sample": True}, pictures=False)
+    assert statuses.takes(1.0, samples=True) == Takes(True, False, "a target that samples")
 
 
 def test_what_servers_took_a_minute_ago_counts_no_more():
