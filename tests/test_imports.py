@@ -50,6 +50,7 @@ MAY_IMPORT = {
             "edge_runtime.logs",
         ),
         *("edge_runtime.errors", "edge_runtime.shutdown", "edge_runtime.reporting", "edge_runtime.sd_notify"),
+        "edge_runtime.http_call",
         *("edge_runtime.inference.preprocess", "edge_runtime.inference.bundle", "edge_runtime.capture.picture_checks"),
         *("models.family", "models.labels", "models.lookahead", "models.questions", "edge_runtime.__version__"),
     },
