@@ -22,6 +22,7 @@ import numpy as np
 from edge_runtime import __version__
 from edge_runtime.capture import Frame
 from edge_runtime.capture.cameras import Cameras
+from edge_runtime.capture.frigate import FrigateTopics
 from edge_runtime.config import RuntimeConfig
 from edge_runtime.inference.backends import SUFFIXES, load_fastest, load_model
 from edge_runtime.inference.bundle import Bundle, open_bundle
@@ -38,6 +39,7 @@ from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import BoardPlanner, Measurements
 from edge_runtime.reporting import BOARD, Events, RemoteSettings, Setting, Values, board_settings, not_zero
 from edge_runtime.reporting.discovery import Discovery
+from edge_runtime.reporting.frigate import FrigateAnswers
 from edge_runtime.reporting.home_assistant import device_message
 from edge_runtime.reporting.images import Images
 from edge_runtime.reporting.trigger import Trigger
@@ -130,6 +132,11 @@ class Board:
         # Where frames come from, and what users may change.
         self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
         self.cameras = Cameras(config.cameras, self.publish_status)
+        in_frigate = {camera.config.name_in_frigate: camera for camera in self.cameras if camera.frigate}
+        self.frigate = FrigateTopics(config.frigate.prefix, in_frigate)
+        self.frigate_answers = None
+        if config.frigate.url:
+            self.frigate_answers = FrigateAnswers(config.frigate, partial(self.report_problem, "frigate"))
         settings = board_settings(config)
         self.settings = RemoteSettings(site, board.id, settings, self._apply)
         self.discovery = self._discovery(settings) if config.homeassistant else None
@@ -198,6 +205,8 @@ class Board:
                 running.callback(client.finish)  # all of them, before the first one is waited for
             if self.discovery:
                 running.callback(self.discovery.close)
+            if self.frigate_answers:
+                running.enter_context(self.frigate_answers)
             running.enter_context(self.tracker)
             self.cameras.check()
             self.notifier.ready()  # a board works without a broker: it does not wait for one
@@ -234,6 +243,8 @@ class Board:
             "setting": self.settings.counts(),
             "rejected": dict(rejected),
             "ignored": dict(self.measurements.counts),
+            **self.frigate.counts(),
+            **(self.frigate_answers.counts() if self.frigate_answers else {}),
             **self.servers.counts("mqtt"),
         }
         return values if self.local is self.servers else values | self.local.counts("local")
@@ -271,6 +282,7 @@ class Board:
         if self.cameras.mqtt_cameras():
             for_users.append(Route(topics.frames(site, board.id), self._picture_arrived, qos=0))
         for_users += [Route(topic, self._picture_on_own_topic_arrived, qos=0) for topic in self.cameras.topics()]
+        for_users += self.frigate.routes()
         if self.discovery:
             for_users += self.discovery.routes()
         mqtt, near = self.config.mqtt, self.config.near_broker
@@ -289,17 +301,18 @@ class Board:
         on_state: Callable[[State, str], None] | None = None,
     ) -> MqttClient:
         filters = {route.filter for route in routes}
-        has_pictures = not filters.isdisjoint(
-            {topics.frames(self.config.board.site, self.config.board.id), *self.cameras.topics()}
-        )
+        pictures = {topics.frames(self.config.board.site, self.config.board.id), *self.cameras.topics()}
+        has_pictures = not filters.isdisjoint(pictures | self.frigate.snapshots())
         settings = mqtt.settings(client_id, **({"max_inbound_bytes": MAX_PICTURE} if has_pictures else {}))
         has_users = self.settings.filter in filters
         states = self.settings.states if has_users else list
         announce = self.discovery.birth if self.discovery and has_users else list
         router = Router(routes)
         self.routers.append(router)
-        # Without the servers' statuses replies tell the same, later. Without Home Assistant everything else works.
+        # Without the servers' statuses replies tell the same, later. Without Home Assistant or Frigate's review items,
+        # everything else works.
         optional = [topics.server_statuses(self.config.board.site)]
+        optional += self.frigate.optional()
         optional += [route.filter for route in self.discovery.routes()] if self.discovery else []
         return MqttClient(
             settings,
@@ -327,6 +340,8 @@ class Board:
 
     def _event_published(self, event: Event) -> None:
         self.answers.published(event)
+        if self.frigate_answers:
+            self.frigate_answers.put(event)
         if self._listener:
             self._listener(event)
 

@@ -7,16 +7,16 @@ from edge_runtime.errors import ConfigError
 MAX_PASSWORD_BYTES = 4096
 
 
-def read_password(path: str, owner: str) -> str:
-    """The first line of a file, without a byte order mark. owner: whose password it is, for messages.
+def read_password(path: str, owner: str, key: str = "password_file") -> str:
+    """The first line of a file, without a byte order mark. owner: whose password it is; key: of the configuration.
 
     Raises OSError if the file cannot be read, and ConfigError for what is no password.
     """
     with Path(path).open("rb") as file:
         lines = file.read(MAX_PASSWORD_BYTES).removeprefix(b"\xef\xbb\xbf").splitlines()
     if not lines or not lines[0]:
-        raise ConfigError(f"{owner} password_file = {path}: its first line is empty, want the password")
+        raise ConfigError(f"{owner} {key} = {path}: its first line is empty, want the secret")
     try:
         return lines[0].decode()
     except UnicodeDecodeError:  # its text would show a part of the password
-        raise ConfigError(f"{owner} password_file = {path}: not UTF-8, save it as plain text") from None
+        raise ConfigError(f"{owner} {key} = {path}: not UTF-8, save it as plain text") from None

@@ -325,6 +325,7 @@ class Pipeline:
             "bytes_up": work.bytes_up,
             "jpeg_bytes": work.jpeg_bytes,
             "rate": work.rate,
+            "frigate": frame.frigate,
             "timings_ms": dict(work.watch.ms),
             "after_ms": 1e3 * (time.monotonic() - frame.captured),
         }

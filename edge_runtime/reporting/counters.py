@@ -48,10 +48,24 @@ BOARD = {
     ),
     "unreadable": Meaning("Pictures that could not be decoded, and files of a watched folder that were refused"),
     "reopened": Meaning("Cameras opened again after a stall, an end or an error"),
+    "frigate_events": Meaning(
+        "Frigate's events: begun = taken (a snapshot was chosen) + no_snapshot (none came) + dropped (too many waited, "
+        "or the camera was switched off) + frigate_open; missed: ended without the board having seen their beginning",
+        "what",
+    ),
+    "frigate_open": Meaning("Frigate's events that wait to be taken", is_gauge=True),
+    "frigate_answers": Meaning(
+        "Answers for Frigate's HTTP interface, descriptions and sub labels one by one: accepted = written + "
+        "refused (invalid for Frigate) + expired (Frigate was away, or did not know the event, for too long) + dropped "
+        "(too many waited, or the board stopped) + frigate_waiting; failed: tries that failed",
+        "what",
+    ),
+    "frigate_waiting": Meaning("Answers that wait for Frigate", is_gauge=True),
     "setting": Meaning("Messages to run-time settings: set, refused (not a value), unknown (no such setting)", "what"),
     "rejected": Meaning(
         "Messages from a broker that were not used: retained (published before this connection), no_camera (a picture "
-        "for no MQTT camera of this board), no_route (a topic that the board did not subscribe to)",
+        "for no MQTT camera of this board), no_route (a topic that the board did not subscribe to), unreadable (not a "
+        "message of Frigate's)",
         "why",
     ),
     "ignored": Meaning(
