@@ -53,12 +53,15 @@ class FrigateConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 f"url of [frigate] names {host}, which is not this machine, and is http: everybody on the way could "
                 "read the answers and the token; use https, or set insecure = true on a network that you trust"
             )
+
+    def check_files(self) -> None:
+        """Raises ConfigError for a file that cannot be used."""
+        self.token()
         try:
             ssl.create_default_context(cafile=self.ca_file)
         except OSError as error:  # ssl.SSLError is an OSError
-            raise ConfigError(
-                f"ca_file = {self.ca_file} in [frigate]: cannot be read as PEM: {error.strerror or error}"
-            ) from error
+            why = error.strerror or error
+            raise ConfigError(f"[frigate] ca_file = {self.ca_file}: cannot be read as PEM: {why}") from error
 
     def token(self) -> str | None:
         """The token, read anew. Raises ConfigError, which never shows it."""

@@ -86,10 +86,10 @@ class FrigateAnswers:
         """on_trouble: called with what is wrong with Frigate, and "" when it works again; on a thread of its own.
         min_pause_s: after a failed try, doubled each time up to a minute.
 
-        Raises ConfigError for a token file that cannot be used.
+        Raises ConfigError for a file that cannot be used.
         """
         assert config.url  # else there is nothing to do
-        config.token()
+        config.check_files()
         self._config, self._on_trouble = config, on_trouble
         self._min_pause_s, self._max_pause_s = min_pause_s, 60.0 * min_pause_s
         self._endpoint = Endpoint(config.url, config.ca_file, REMEDIES, checks_certificate=not config.insecure)

@@ -8,6 +8,7 @@ import pytest
 
 from edge_runtime.app import Board
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
+from edge_runtime.frigate_config import FrigateConfig
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.reporting import BOARD, not_zero
 from server.counters import SERVER
@@ -15,8 +16,11 @@ from server.counters import SERVER
 
 @pytest.fixture
 def board(board_bundle):
-    camera, near = CameraConfig("door", "mqtt"), MqttConfig(port=1)
-    board = Board(RuntimeConfig(BoardConfig("b1", str(board_bundle.path)), cameras=(camera,), local=near))
+    camera, frigate = CameraConfig("door", "frigate"), FrigateConfig(url="http://127.0.0.1:1")
+    config = RuntimeConfig(
+        BoardConfig("b1", str(board_bundle.path)), (camera,), local=MqttConfig(port=1), frigate=frigate
+    )
+    board = Board(config)
     yield board
     for client in (board.servers, board.local):
         client.close()
