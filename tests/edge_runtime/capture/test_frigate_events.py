@@ -49,6 +49,13 @@ def test_an_event_waits_for_its_best_snapshot_and_is_taken_once():
     assert frigate.counts == {"begun": 1, "taken": 1, "no_snapshot": 0, "dropped": 0, "missed": 0}
 
 
+def test_a_snapshot_from_before_frigate_was_sure_of_the_object_is_the_events():
+    frigate = events(wait_s=0.0)
+    frigate.snapshot_arrived("person", b"only", 97.1)
+    tell(frigate, 100.0, "new", ONE, age_s=3.0)
+    assert taken(frigate, 100.0) == [(ONE, b"only")]
+
+
 def test_an_event_that_ends_is_taken_at_once():
     frigate = events(wait_s=600.0)
     tell(frigate, 100.0, "new", ONE)

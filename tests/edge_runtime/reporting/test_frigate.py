@@ -135,20 +135,23 @@ def test_a_slow_frigate_holds_up_nobody_and_its_call_ends(monkeypatch):
         assert server.written.get(timeout=PATIENCE_S)[0] == PATH
 
 
-def test_an_event_that_frigate_does_not_know_yet_is_tried_again_and_delays_no_other():
-    other = "1607123999.000000-zzzzzz"
-    known = queue.Queue[bool]()
+def test_an_event_that_frigate_does_not_know_yet_is_tried_again():
+    with (
+        FrigateServer(once((404, "application/json", b'{"success": false}'))) as server,
+        answers_for(server) as answers,
+    ):
+        answers.put(event())
+        assert server.written.get(timeout=PATIENCE_S)[0] == PATH
 
-    def answer(path: str) -> Answer:
-        return SUCCESS if other in path or not known.empty() else (404, "application/json", b'{"success": false}')
 
-    with FrigateServer(answer) as server, answers_for(server) as answers:
+def test_an_event_that_frigate_does_not_know_delays_no_other():
+    known = "1607123999.000000-zzzzzz"
+    server = FrigateServer(lambda path: SUCCESS if known in path else (404, "application/json", b"{}"))
+    with server, FrigateAnswers(FrigateConfig(url=server.url), min_pause_s=1e6) as answers:
         answers.put(event())
         ended(answers, "failed")
-        answers.put(event(frigate_id=other))
-        assert other in server.written.get(timeout=PATIENCE_S)[0]
-        known.put(True)
-        assert server.written.get(timeout=PATIENCE_S)[0] == PATH
+        answers.put(event(frigate_id=known))
+        assert known in server.written.get(timeout=PATIENCE_S)[0]
 
 
 @pytest.mark.parametrize("bad", [(422, "application/json", b"{}"), (200, "application/json", b'{"success": false}')])
