@@ -14,13 +14,14 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
 
 from edge_runtime import __version__
 from edge_runtime.capture import Frame
+from edge_runtime.capture.camera import StateName
 from edge_runtime.capture.cameras import Cameras
 from edge_runtime.capture.frigate import FrigateTopics
 from edge_runtime.config import RuntimeConfig
@@ -37,6 +38,7 @@ from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State, c
 from edge_runtime.mqtt.routes import Rejection, Route, Router
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import BoardPlanner, Measurements
+from edge_runtime.planning.thermal import ThermalReader
 from edge_runtime.reporting import BOARD, Events, RemoteSettings, Setting, Values, board_settings, not_zero
 from edge_runtime.reporting.discovery import Discovery
 from edge_runtime.reporting.frigate import FrigateAnswers
@@ -141,6 +143,8 @@ class Board:
         self.settings = RemoteSettings(site, board.id, settings, self._apply)
         self.discovery = self._discovery(settings) if config.homeassistant else None
 
+        self.thermal = ThermalReader()
+
         # The network: requests and replies with `servers`, everything for users with `local`.
         byte_budget = ByteBudget(config.policy.bytes_per_minute)
         self.measurements = Measurements(byte_budget.spent)
@@ -233,8 +237,12 @@ class Board:
         rejected = Counter[str]()
         for router in self.routers:
             rejected.update(router.rejected())
+        states = dict.fromkeys(get_args(StateName), 0) | Counter(each.state for each in self.cameras.states().values())
         values: dict[str, Any] = {
             **self.tracker.summary(),
+            "jpeg_bytes": self.pipeline.jpeg_bytes,
+            "handled": dict(self.pipeline.handled),
+            "paradigm": {self.settings["paradigm"]: 1},
             **asdict(self.cameras.totals()),
             "frames_failed": self.pipeline.failed,
             "triggered": self.events.triggered,
@@ -243,6 +251,9 @@ class Board:
             "setting": self.settings.counts(),
             "rejected": dict(rejected),
             "ignored": dict(self.measurements.counts),
+            "cameras": states,
+            **self.thermal.numbers(time.monotonic()),
+            "info": {__version__: 1},
             **self.frigate.counts(),
             **(self.frigate_answers.counts() if self.frigate_answers else {}),
             **self.servers.counts("mqtt"),
