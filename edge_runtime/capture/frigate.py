@@ -111,7 +111,7 @@ class FrigateTopics:
         return [f"{self._prefix}/reviews"]
 
     def routes(self) -> list[Route]:
-        """To subscribe to at the users' broker. All of a connection have one order, so QoS 0 and 1 arrive in turn."""
+        """To subscribe to at the users' broker. With QoS 0, a snapshot may overtake an event, never the other way."""
         if not self._cameras:
             return []
         events, reviews = f"{self._prefix}/events", f"{self._prefix}/reviews"
