@@ -63,7 +63,7 @@ def check_source_keys(source: str, keys: Mapping[str, Any]) -> None:
     kind = kind_of(source)
     for key, value in keys.items():
         kinds, words = KEYS[key]
-        if value not in (None, False) and kind not in kinds:
+        if value is not None and value is not False and kind not in kinds:
             raise ConfigError(f"{key} goes only with {words} as the source: remove it, or change source")
     if source == WATCH:
         raise ConfigError(f'source = "{WATCH}" names no folder: write {WATCH}/srv/ftp/cam')

@@ -60,6 +60,9 @@ StationId = Annotated[  # a level of a topic at which "server" has a meaning
 CameraName = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9_-]{1,24}\Z", description="a name: 1 to 24 of the characters A-Z, a-z, 0-9, _ and -")
 ]
+FrigateCameraName = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z", description="the name of a camera in Frigate's configuration")
+]
 QUESTION = r"^(?!label\Z)[A-Za-z0-9_-]{1,32}\Z"
 QuestionName = Annotated[
     str,
@@ -135,13 +138,7 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     username: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     password_file: str | None = None  # its first line
     topic: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # of "mqtt"; none: down/frame/<name>
-    # Of "frigate": what Frigate calls the camera; None: the same name.
-    frigate_camera: (
-        Annotated[
-            str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z", description="the name of a camera in Frigate's configuration")
-        ]
-        | None
-    ) = None
+    frigate_camera: FrigateCameraName | None = None  # of "frigate": its name there; None: the same name
     # Of "frigate": for a better picture of an event, from its first message; None: capture.frigate.WAIT_S.
     wait_s: Annotated[float, Meta(ge=0, le=600)] | None = None
     existing: bool = False  # of "watch:": also the pictures that are in the folder at start

@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Change = TypeVar("Change", ObjectChange, ReviewChange)
-
-
 WAIT_S = 5.0  # for a better picture of an event, from its first message; Frigate tells of a better one within 5 s
+Change = TypeVar("Change", ObjectChange, ReviewChange)
 
 
 class FrigatePictures:
