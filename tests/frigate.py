@@ -3,9 +3,11 @@
 import json
 import queue
 import re
+import ssl
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 # Of Frigate's OpenAPI description: the last part of the path, and the request body: field to types, length, bounds.
@@ -102,9 +104,16 @@ class FrigateServer:
     """Frigate's HTTP interface on loopback, open while `with` lasts. `written` has path and body of each success."""
 
     def __init__(
-        self, answer: Callable[[str], Answer | None] = lambda path: SUCCESS, token: str = "", port: int = 0
+        self,
+        answer: Callable[[str], Answer | None] = lambda path: SUCCESS,
+        token: str = "",
+        port: int = 0,
+        certificate: tuple[Path, Path] | None = None,
     ) -> None:
-        """answer: to a valid request, by its path; None: it never comes. token: that a request must have."""
+        """answer: to a valid request, by its path; None: it never comes. token: that a request must have.
+
+        certificate: it and its key, for https.
+        """
         self.written: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
         self.faults: list[str] = []
         self.asked = 0
@@ -137,7 +146,11 @@ class FrigateServer:
         ThreadingHTTPServer.daemon_threads = True
         self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"{'https' if certificate else 'http'}://127.0.0.1:{self._server.server_port}"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
 
     def __enter__(self) -> "FrigateServer":
         self._thread.start()

@@ -8,10 +8,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from edge_runtime.capture.frigate_events import MAX_EVENTS, MAX_SNAPSHOTS
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, load_toml
 from edge_runtime.errors import ConfigError
 from edge_runtime.frigate_config import FrigateConfig
 from edge_runtime.mqtt import MqttConfig
+from edge_runtime.reporting.frigate import CALL_S, MAX_AGE_S, MAX_SUB_LABEL, MAX_WAITING
 from edge_runtime.wire import topics
 from edge_runtime.wire.event import FrigateEvent
 from firmware_tools.probes import board_subscriptions
@@ -88,8 +90,8 @@ def test_what_is_no_message_or_picture_of_frigates_is_counted_and_an_old_snapsho
             mqtt.client.publish("frigate/events", change("new", ONE))
             mqtt.client.publish(SNAPSHOT, b"no picture", qos=0)
             until(lambda: "picture unreadable camera=front" in caplog.text)
-            mqtt.client.publish("frigate/events", change("new", TWO))
-            mqtt.client.publish(SNAPSHOT, photo(2), qos=0)
+            mqtt.client.publish(SNAPSHOT, photo(2))
+            mqtt.client.publish("frigate/events", change("new", TWO, age_s=30.0))
             assert board.next("update").frigate == FrigateEvent(TWO, "person")
             board.stop.set()
             summary = board.wait_ended()
@@ -145,6 +147,15 @@ def test_its_page_is_true(tmp_path):
     assert example == EXAMPLE.read_text()
     (tmp_path / "board.toml").write_text(example.replace("[frigate]\n", snippets[0]))
     assert load_toml(tmp_path / "board.toml", RuntimeConfig).frigate.sub_label == "label"
+    words = " ".join(PAGE.split())
+    for figure in (
+        f"{MAX_EVENTS} events and {MAX_SNAPSHOTS} snapshots",
+        f"queue of {MAX_WAITING}",
+        f"slow ({CALL_S:g} s)",
+        f"for {MAX_AGE_S / 60:g} minutes",
+        f"at {MAX_SUB_LABEL} characters",
+    ):
+        assert figure in words
     links = [link for link in re.findall(r"\]\(([^)#]+)", PAGE) if "://" not in link]
     assert links
     assert not [link for link in links if not (ROOT / "docs" / link).exists()]

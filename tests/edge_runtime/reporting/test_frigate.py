@@ -15,6 +15,7 @@ from edge_runtime.reporting import frigate as frigate_module
 from edge_runtime.reporting.frigate import MAX_SUB_LABEL, MAX_WAITING, FrigateAnswers, calls_for
 from edge_runtime.wire import Event
 from edge_runtime.wire.event import FrigateEvent
+from firmware_tools.certificates import made
 from tests.frigate import SUCCESS, TOKEN, Answer, FrigateServer, faults
 from tests.listener import PATIENCE_S, until
 
@@ -202,6 +203,22 @@ def test_a_token_that_is_replaced_is_used_for_the_next_call_and_never_shown(tmp_
         assert server.written.get(timeout=PATIENCE_S)[0] == PATH
     assert "old-secret" not in caplog.text
     assert TOKEN not in caplog.text
+
+
+def test_a_certificate_is_checked_unless_the_configuration_says_otherwise(tmp_path):
+    files = tmp_path / "cert.pem", tmp_path / "cert.key"
+    for file, content in zip(files, made(tmp_path, "home", ["127.0.0.1"]), strict=True):
+        file.write_bytes(content)
+    with FrigateServer(certificate=files) as server:
+        for trust in ({"ca_file": str(tmp_path / "ca.pem")}, {"insecure": True}):
+            with answers_for(server, **trust) as answers:
+                answers.put(event())
+                assert server.written.get(timeout=PATIENCE_S)[0] == PATH
+        troubles: queue.Queue[str] = queue.Queue()
+        with FrigateAnswers(FrigateConfig(url=server.url), troubles.put, min_pause_s=1e6) as answers:
+            answers.put(event())
+            assert "CERTIFICATE_VERIFY_FAILED" in troubles.get(timeout=PATIENCE_S).upper().replace(" ", "_")
+    assert server.asked == 2
 
 
 @pytest.mark.parametrize("content", ["", "two words", "\xff"])
