@@ -233,17 +233,15 @@ class Board:
                 self.images.show(frame.camera, frame.pixels)
 
     def summary(self) -> Values:
-        """Every number of the board, with the names of reporting/counters.py; any thread."""
+        """What the board has counted, with the names of reporting/counters.py; any thread."""
         rejected = Counter[str]()
         for router in self.routers:
             rejected.update(router.rejected())
-        states = dict.fromkeys(get_args(StateName), 0) | Counter(each.state for each in self.cameras.states().values())
         values: dict[str, Any] = {
             **self.tracker.summary(),
+            **asdict(self.cameras.totals()),
             "jpeg_bytes": self.pipeline.jpeg_bytes,
             "handled": dict(self.pipeline.handled),
-            "paradigm": {self.settings["paradigm"]: 1},
-            **asdict(self.cameras.totals()),
             "frames_failed": self.pipeline.failed,
             "triggered": self.events.triggered,
             "reused": self.pipeline.reused,
@@ -251,14 +249,22 @@ class Board:
             "setting": self.settings.counts(),
             "rejected": dict(rejected),
             "ignored": dict(self.measurements.counts),
-            "cameras": states,
-            **self.thermal.numbers(time.monotonic()),
-            "info": {__version__: 1},
             **self.frigate.counts(),
             **(self.frigate_answers.counts() if self.frigate_answers else {}),
             **self.servers.counts("mqtt"),
         }
         return values if self.local is self.servers else values | self.local.counts("local")
+
+    def numbers(self) -> Values:
+        """`summary`, and what is so now; any thread."""
+        states = Counter(camera.state for camera in self.cameras.states().values())
+        return {
+            **self.summary(),
+            "paradigm": {self.settings["paradigm"]: 1},
+            "cameras": {name: states[name] for name in get_args(StateName)},
+            **self.thermal.numbers(time.monotonic()),
+            "info": {__version__: 1},
+        }
 
     def _progressed(self) -> None:
         """A frame has been handled, or none is due. This thread hangs if one of the others blocks it, except for the
@@ -419,5 +425,5 @@ def run_board(
         return board.run(stop)
     from edge_runtime.reporting.metrics import exported  # a few megabytes that most boards need not load
 
-    with exported(config.metrics, "board", BOARD, board.summary, partial(board.report_problem, "metrics")):
+    with exported(config.metrics, "board", BOARD, board.numbers, partial(board.report_problem, "metrics")):
         return board.run(stop)

@@ -29,7 +29,7 @@ def board(board_bundle):
 
 
 def test_every_number_of_a_board_has_a_meaning_and_kinds_where_it_has_a_label(board):
-    summary = board.summary()
+    summary = board.numbers()
     assert summary.keys() | NOT_EVERYWHERE == BOARD.keys()
     assert {name for name, value in summary.items() if isinstance(value, dict)} == {
         name for name, meaning in BOARD.items() if meaning.label or meaning.is_summary
