@@ -14,14 +14,16 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
 
 from edge_runtime import __version__
 from edge_runtime.capture import Frame
+from edge_runtime.capture.camera import StateName
 from edge_runtime.capture.cameras import Cameras
+from edge_runtime.capture.frigate import FrigateTopics
 from edge_runtime.config import RuntimeConfig
 from edge_runtime.inference.backends import SUFFIXES, load_fastest, load_model
 from edge_runtime.inference.bundle import Bundle, open_bundle
@@ -36,8 +38,10 @@ from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State, c
 from edge_runtime.mqtt.routes import Rejection, Route, Router
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import BoardPlanner, Measurements
+from edge_runtime.planning.thermal import ThermalReader
 from edge_runtime.reporting import BOARD, Events, RemoteSettings, Setting, Values, board_settings, not_zero
 from edge_runtime.reporting.discovery import Discovery
+from edge_runtime.reporting.frigate import FrigateAnswers
 from edge_runtime.reporting.home_assistant import device_message
 from edge_runtime.reporting.images import Images
 from edge_runtime.reporting.trigger import Trigger
@@ -131,9 +135,16 @@ class Board:
         # Where frames come from, and what users may change.
         self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
         self.cameras = Cameras(config.cameras, self.publish_status)
+        in_frigate = {camera.config.name_in_frigate: camera for camera in self.cameras if camera.frigate}
+        self.frigate = FrigateTopics(config.frigate.prefix, in_frigate)
+        self.frigate_answers = None
+        if config.frigate.url:
+            self.frigate_answers = FrigateAnswers(config.frigate, partial(self.report_problem, "frigate"))
         settings = board_settings(config)
         self.settings = RemoteSettings(site, board.id, settings, self._apply)
         self.discovery = self._discovery(settings) if config.homeassistant else None
+
+        self.thermal = ThermalReader()
 
         # The network: requests and replies with `servers`, everything for users with `local`.
         byte_budget = ByteBudget(config.policy.bytes_per_minute)
@@ -200,6 +211,8 @@ class Board:
                 running.callback(client.finish)  # all of them, before the first one is waited for
             if self.discovery:
                 running.callback(self.discovery.close)
+            if self.frigate_answers:
+                running.enter_context(self.frigate_answers)
             running.enter_context(self.tracker)
             self.cameras.check()
             self.notifier.ready()  # a board works without a broker: it does not wait for one
@@ -222,13 +235,15 @@ class Board:
                 self.images.show(frame.camera, frame.pixels)
 
     def summary(self) -> Values:
-        """Every number of the board, with the names of reporting/counters.py; any thread."""
+        """What the board has counted, with the names of reporting/counters.py; any thread."""
         rejected = Counter[str]()
         for router in self.routers:
             rejected.update(router.rejected())
         values: dict[str, Any] = {
             **self.tracker.summary(),
             **asdict(self.cameras.totals()),
+            "jpeg_bytes": self.pipeline.jpeg_bytes,
+            "handled": dict(self.pipeline.handled),
             "frames_failed": self.pipeline.failed,
             "triggered": self.events.triggered,
             "reused": self.pipeline.reused,
@@ -236,9 +251,22 @@ class Board:
             "setting": self.settings.counts(),
             "rejected": dict(rejected),
             "ignored": dict(self.measurements.counts),
+            **self.frigate.counts(),
+            **(self.frigate_answers.counts() if self.frigate_answers else {}),
             **self.servers.counts("mqtt"),
         }
         return values if self.local is self.servers else values | self.local.counts("local")
+
+    def numbers(self) -> Values:
+        """`summary`, and what is so now; any thread."""
+        states = Counter(camera.state for camera in self.cameras.states().values())
+        return {
+            **self.summary(),
+            "paradigm": {self.settings["paradigm"]: 1},
+            "cameras": {name: states[name] for name in get_args(StateName)},
+            **self.thermal.numbers(time.monotonic()),
+            "info": {__version__: 1},
+        }
 
     def _progressed(self) -> None:
         """A frame has been handled, or none is due. This thread hangs if one of the others blocks it, except for the
@@ -273,6 +301,7 @@ class Board:
         if self.cameras.mqtt_cameras():
             for_users.append(Route(topics.frames(site, board.id), self._picture_arrived, qos=0))
         for_users += [Route(topic, self._picture_on_own_topic_arrived, qos=0) for topic in self.cameras.topics()]
+        for_users += self.frigate.routes()
         if self.discovery:
             for_users += self.discovery.routes()
         mqtt, near = self.config.mqtt, self.config.near_broker
@@ -291,17 +320,18 @@ class Board:
         on_state: Callable[[State, str], None] | None = None,
     ) -> MqttClient:
         filters = {route.filter for route in routes}
-        has_pictures = not filters.isdisjoint(
-            {topics.frames(self.config.board.site, self.config.board.id), *self.cameras.topics()}
-        )
+        pictures = {topics.frames(self.config.board.site, self.config.board.id), *self.cameras.topics()}
+        has_pictures = not filters.isdisjoint(pictures | self.frigate.snapshots())
         settings = mqtt.settings(client_id, **({"max_inbound_bytes": MAX_PICTURE} if has_pictures else {}))
         has_users = self.settings.filter in filters
         states = self.settings.states if has_users else list
         announce = self.discovery.birth if self.discovery and has_users else list
         router = Router(routes)
         self.routers.append(router)
-        # Without the servers' statuses replies tell the same, later. Without Home Assistant everything else works.
+        # Without the servers' statuses replies tell the same, later. Without Home Assistant or Frigate's review items,
+        # everything else works.
         optional = [topics.server_statuses(self.config.board.site)]
+        optional += self.frigate.optional()
         optional += [route.filter for route in self.discovery.routes()] if self.discovery else []
         return MqttClient(
             settings,
@@ -329,6 +359,8 @@ class Board:
 
     def _event_published(self, event: Event) -> None:
         self.answers.published(event)
+        if self.frigate_answers:
+            self.frigate_answers.put(event)
         if self._listener:
             self._listener(event)
 
@@ -395,5 +427,5 @@ def run_board(
         return board.run(stop)
     from edge_runtime.reporting.metrics import exported  # a few megabytes that most boards need not load
 
-    with exported(config.metrics, "board", BOARD, board.summary, partial(board.report_problem, "metrics")):
+    with exported(config.metrics, "board", BOARD, board.numbers, partial(board.report_problem, "metrics")):
         return board.run(stop)

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from edge_runtime.errors import ConfigError
 
-Kind = Literal["mqtt", "watch", "rpicam", "nvargus", "device", "address", "video", "pictures"]
+Kind = Literal["mqtt", "frigate", "watch", "rpicam", "nvargus", "device", "address", "video", "pictures"]
 
 WATCH = "watch:"  # before the path of a folder
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm")
@@ -29,6 +29,8 @@ KEYS: Mapping[str, tuple[tuple[Kind, ...], str]] = {
     "username": ADDRESS,
     "password_file": ADDRESS,
     "topic": (("mqtt",), '"mqtt"'),
+    "frigate_camera": (("frigate",), '"frigate"'),
+    "wait_s": (("frigate",), '"frigate"'),
     "existing": (("watch",), '"watch:FOLDER"'),
     "width": CHILD,
     "height": CHILD,
@@ -38,7 +40,7 @@ KEYS: Mapping[str, tuple[tuple[Kind, ...], str]] = {
 
 def kind_of(source: str) -> Kind:
     """The kind of a source. One that is nothing else is the path of pictures: a directory, a tar or a single file."""
-    if source in ("mqtt", "rpicam", "nvargus"):
+    if source in ("mqtt", "frigate", "rpicam", "nvargus"):
         return source  # type: ignore[return-value]
     if source.startswith(WATCH):
         return "watch"
@@ -61,7 +63,7 @@ def check_source_keys(source: str, keys: Mapping[str, Any]) -> None:
     kind = kind_of(source)
     for key, value in keys.items():
         kinds, words = KEYS[key]
-        if value not in (None, False) and kind not in kinds:
+        if value is not None and value is not False and kind not in kinds:
             raise ConfigError(f"{key} goes only with {words} as the source: remove it, or change source")
     if source == WATCH:
         raise ConfigError(f'source = "{WATCH}" names no folder: write {WATCH}/srv/ftp/cam')

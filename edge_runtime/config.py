@@ -31,7 +31,8 @@ from msgspec.inspect import (
 from edge_runtime.camera_source import KEYS, check_source_keys, kind_of
 from edge_runtime.conditions import LABEL, MAX_CONDITION, parse_condition
 from edge_runtime.errors import ConfigError
-from edge_runtime.mqtt.settings import MqttConfig, is_loopback
+from edge_runtime.frigate_config import FrigateConfig
+from edge_runtime.mqtt.settings import MqttConfig, TopicPrefix, is_loopback
 from edge_runtime.wire.envelope import MAX_QUESTIONS, MAX_SEED, MAX_STOP, MAX_TOKEN, MAX_TOKENS, Options, Share
 
 MAX_CONFIG_BYTES = 256 * 1024
@@ -60,17 +61,13 @@ StationId = Annotated[  # a level of a topic at which "server" has a meaning
 CameraName = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9_-]{1,24}\Z", description="a name: 1 to 24 of the characters A-Z, a-z, 0-9, _ and -")
 ]
+FrigateCameraName = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z", description="the name of a camera in Frigate's configuration")
+]
 QUESTION = r"^(?!label\Z)[A-Za-z0-9_-]{1,32}\Z"
 QuestionName = Annotated[
     str,
     Meta(pattern=QUESTION, description='a name: 1 to 32 of the characters A-Z, a-z, 0-9, _ and -, but not "label"'),
-]
-DiscoveryPrefix = Annotated[
-    str,
-    Meta(
-        pattern=r"^(?=.{1,64}\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\Z",
-        description='a prefix of topics such as "homeassistant": up to 64 of the characters A-Z, a-z, 0-9, _, - and /',
-    ),
 ]
 PROMPT_NAME = r"^(?!none\Z)[A-Za-z0-9_-]{1,32}\Z"  # "none" is a value of the run-time setting
 PromptName = Annotated[
@@ -165,6 +162,9 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     username: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     password_file: str | None = None  # its first line
     topic: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # of "mqtt"; none: down/frame/<name>
+    frigate_camera: FrigateCameraName | None = None  # of "frigate": its name there; None: the same name
+    # Of "frigate": for a better picture of an event, from its first message; None: capture.frigate.WAIT_S.
+    wait_s: Annotated[float, Meta(ge=0, le=600)] | None = None
     existing: bool = False  # of "watch:": also the pictures that are in the folder at start
     width: Annotated[int, Meta(ge=16, le=8192)] | None = None  # pixels
     height: Annotated[int, Meta(ge=16, le=8192)] | None = None  # pixels
@@ -205,7 +205,11 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
         """Seconds between frames. The default is 1, and 0 if the sender of the pictures chooses the rate."""
         if self.interval_s is not None:
             return self.interval_s
-        return 0.0 if kind_of(self.source) in ("mqtt", "watch") else 1.0
+        return 0.0 if kind_of(self.source) in ("mqtt", "frigate", "watch") else 1.0
+
+    @property
+    def name_in_frigate(self) -> str:
+        return self.frigate_camera or self.name
 
 
 class PolicyConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -240,7 +244,7 @@ class HomeAssistantConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """How the board announces itself to Home Assistant; docs/homeassistant.md."""
 
     discovery: bool = True  # false: the board removes itself from Home Assistant
-    prefix: DiscoveryPrefix = "homeassistant"  # as in the settings of Home Assistant's MQTT integration
+    prefix: TopicPrefix = "homeassistant"  # as in the settings of Home Assistant's MQTT integration
     images: bool = False  # the users' broker gets small pictures of the frames
 
 
@@ -282,6 +286,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     outbox: OutboxConfig | None = None
     metrics: MetricsConfig | None = None
     homeassistant: HomeAssistantConfig | None = None
+    frigate: FrigateConfig = FrigateConfig()
 
     @property
     def near_broker(self) -> MqttConfig | None:
@@ -307,6 +312,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         topics = [camera.topic for camera in self.cameras if camera.topic]
         if len(set(topics)) < len(topics):
             raise ConfigError(f"two cameras have the same topic among {', '.join(topics)}: give each its own")
+        self._check_frigate()
         where = [("[board]", self.board.paradigm)]
         where += [(f"camera {camera.name}", camera.paradigm or "auto") for camera in self.cameras]
         for place, paradigm in where:
@@ -344,6 +350,19 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 '[board] has paradigm = "offload", so it loads no head, and [outbox] keeps features: '
                 'remove [outbox], or give the board paradigm = "auto" and its cameras "offload"'
+            )
+
+    def _check_frigate(self) -> None:
+        """Raises ConfigError."""
+        names = [camera.name_in_frigate for camera in self.cameras if kind_of(camera.source) == "frigate"]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"two cameras are the same one of Frigate among {', '.join(names)}: remove one of them")
+        if not names and self.frigate != FrigateConfig():
+            raise ConfigError('[frigate] is of no use without a camera with source = "frigate": add one, or remove it')
+        what, asked = self.frigate.sub_label, {question for camera in self.cameras for question in camera.questions}
+        if what not in (None, LABEL, *asked):
+            raise ConfigError(
+                f'[frigate] has sub_label = "{what}", which no camera asks: want "{LABEL}" or one of their questions'
             )
 
 

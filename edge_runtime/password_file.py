@@ -17,7 +17,7 @@ def read_password(path: str, owner: str, key: str = "password_file") -> str:
     with Path(path).open("rb") as file:
         lines = file.read(MAX_PASSWORD_BYTES).removeprefix(b"\xef\xbb\xbf").splitlines()
     if not lines or not lines[0]:
-        raise ConfigError(f"{owner} {key} = {path}: its first line is empty, want the password")
+        raise ConfigError(f"{owner} {key} = {path}: its first line is empty, want the secret")
     try:
         return lines[0].decode()
     except UnicodeDecodeError:  # its text would show a part of the password

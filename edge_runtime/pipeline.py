@@ -46,7 +46,7 @@ from edge_runtime.wire import (
     encode_request,
 )
 from edge_runtime.wire.envelope import encode_tokens, seed_of
-from edge_runtime.wire.event import AnsweredBy, Event, Rate, Reuse
+from edge_runtime.wire.event import PARADIGMS, AnsweredBy, Event, Rate, Reuse
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,8 @@ class Pipeline:
         self.failed = 0  # frames that the head or the coder could not handle
         self.reused = 0  # frames for which an earlier answer was used again
         self.with_reference = 0  # frames that were coded against an earlier one
+        self.jpeg_bytes = 0  # of all handled frames as pictures
+        self.handled = dict.fromkeys(PARADIGMS, 0)  # frames, by the paradigm of their event
 
     def run(self, frames: Iterable[Frame]) -> None:
         """Handles frames until there are no more."""
@@ -147,6 +149,8 @@ class Pipeline:
             "offload": self._offload,
         }
         event = self._reuse(work) or paths[plan.paradigm](work)
+        self.handled[event.paradigm or plan.paradigm] += 1
+        self.jpeg_bytes += work.jpeg_bytes
         watch.lap("publish")
         self.planner.learn(plan, watch.ms, work.draft.confidence if work.draft else None)
         return event
@@ -328,6 +332,7 @@ class Pipeline:
             "bytes_up": work.bytes_up,
             "jpeg_bytes": work.jpeg_bytes,
             "rate": work.rate,
+            "frigate": frame.frigate,
             "timings_ms": dict(work.watch.ms),
             "after_ms": 1e3 * (time.monotonic() - frame.captured),
         }

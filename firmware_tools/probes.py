@@ -19,6 +19,7 @@ FRAME_S = 15.0  # for a camera's frames; a slow board may take some to start Ope
 
 def board_subscriptions(config: "RuntimeConfig") -> tuple[list[str], list[str]]:
     """The topics to which a board subscribes: at the servers' broker, and at that of its users."""
+    from edge_runtime.camera_source import kind_of
     from edge_runtime.wire import topics
 
     board = config.board
@@ -26,6 +27,10 @@ def board_subscriptions(config: "RuntimeConfig") -> tuple[list[str], list[str]]:
     for_users = [topics.settings(board.site, board.id)]
     if any(camera.source == "mqtt" and not camera.topic for camera in config.cameras):
         for_users.append(topics.frames(board.site, board.id))
+    in_frigate = [camera.name_in_frigate for camera in config.cameras if kind_of(camera.source) == "frigate"]
+    if in_frigate:
+        prefix = config.frigate.prefix
+        for_users += [f"{prefix}/events", *(f"{prefix}/{name}/+/snapshot" for name in in_frigate)]
     return for_servers, for_users + [camera.topic for camera in config.cameras if camera.topic]
 
 
@@ -74,8 +79,8 @@ def seen(camera: "CameraConfig", count: int = 1) -> str:
     is_live = kind not in ("video", "pictures")  # files come as fast as they are read
     interval_s = 0.0 if is_live else camera.interval_s
     cameras = Cameras([msgspec.structs.replace(camera, motion=MotionConfig(), interval_s=interval_s)])
-    if kind == "mqtt":
-        return "waits for pictures over MQTT, which are not checked"
+    if kind in ("mqtt", "frigate"):
+        return f"waits for {'events of Frigate' if kind == 'frigate' else 'pictures'} over MQTT, which are not checked"
     if kind == "watch":
         return _watches(cameras)
     stop, times, size = threading.Event(), list[float](), ""

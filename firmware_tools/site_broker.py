@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from edge_runtime.config import DiscoveryPrefix
 from edge_runtime.errors import AiflowError
+from edge_runtime.mqtt.settings import TopicPrefix
 from edge_runtime.password_file import MAX_PASSWORD_BYTES
 from edge_runtime.wire import MAX_ENVELOPE, TopicError, topics
 from firmware_tools import certificates
@@ -86,7 +86,7 @@ class Site:
                 f"{error}; want names of 1 to 32 characters a-z, 0-9 and -, and none that is called server"
             ) from error
         try:
-            msgspec.convert(self.discovery_prefix, DiscoveryPrefix)
+            msgspec.convert(self.discovery_prefix, TopicPrefix)
         except msgspec.ValidationError as error:
             raise BrokerConfigError(
                 f"discovery prefix {self.discovery_prefix[:64]!r}: want up to 64 of the characters A-Z, a-z, 0-9, _, - "

@@ -100,6 +100,7 @@ def _board(path: Path, config: RuntimeConfig, aiflow: Path) -> Service:
     devices = JETSON_CAMERA if "nvargus" in kinds else CAMERA_DEVICES if kinds & {"device", "rpicam"} else NO_DEVICES
     files = [("[board] bundle", config.board.bundle), *_broker_files("mqtt", config.mqtt)]
     files += _broker_files("local", config.local)
+    files += _named("frigate", config.frigate, "token_file", "ca_file")
     for camera in config.cameras:
         if camera.password_file:
             files.append((f"camera {camera.name} password_file", camera.password_file))

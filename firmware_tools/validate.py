@@ -75,6 +75,7 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     near = config.near_broker
     settings = config.mqtt.settings(board.id)
     near_settings = near.settings(board.id) if near else None
+    config.frigate.check_files()
     config.sampling(_check_bundle(Path(board.bundle)).words)
     if board.paradigm != "offload":
         installed(board.backend)

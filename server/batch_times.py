@@ -19,6 +19,7 @@ class BatchTimes:
         """call_s: a batch that takes no longer than this does not hang, whatever batches usually take."""
         self._call_s = call_s
         self._recent = {name: deque[float]([], RECENT) for name in ("batch", "pass")}
+        self._count, self._total_s = 0, 0.0  # of all batches that were served
         self._began: dict[int, float] = {}  # by thread: when its present batch began
         self._lock = threading.Lock()
 
@@ -36,6 +37,12 @@ class BatchTimes:
         with self._lock:
             self._recent["batch"].append(batch_ms)
             self._recent["pass"].append(pass_ms)
+            self._count, self._total_s = self._count + 1, self._total_s + batch_ms / 1e3
+
+    def totals(self) -> tuple[int, float]:
+        """Batches that were served, and the seconds that they took."""
+        with self._lock:
+            return self._count, self._total_s
 
     def medians_ms(self) -> dict[str, float]:
         """Of a batch and of a pass; 0: not known."""

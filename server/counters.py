@@ -11,6 +11,14 @@ SERVER = {
     "repeated": Meaning("Requests answered before, told the same again"),
     "joined": Meaning("Requests asked again while they were being answered"),
     "waiting": Meaning("Requests in the queues of pictures and of the engine", is_gauge=True),
+    "queue_capacity": Meaning("Requests that each of these queues holds", is_gauge=True),
+    "accepting": Meaning("1 while the server takes requests, 0 while it has left the share", is_gauge=True),
+    "share_proven": Meaning("1 while its probes come back, so that requests reach a server", is_gauge=True),
+    "batch_seconds": Meaning("Seconds that batches took which were answered", is_summary=True),
+    "batched": Meaning("Requests in these batches"),
+    "decoding": Meaning(
+        "Tokens and passes of the target's decoder: proposed and accepted (of drafts), tokens (written), passes", "what"
+    ),
     "asked_above": Meaning("Requests that wait for the tier above, their boards have a first reply", is_gauge=True),
     "pictures": Meaning(
         "Pictures of offloaded requests: decoded, unreadable, too_costly (more time or memory than one may take), "
@@ -29,6 +37,8 @@ SERVER = {
     ),
     "target_tokens": Meaning("Tokens of those calls, as the other server counts them: input, output", "what"),
     "target_cost": Meaning("Cost of those calls in the configured currency, estimated if one broke off"),
+    "target_cost_today": Meaning("Cost of those calls since the day began (UTC), kept over a restart", is_gauge=True),
+    "target_budget_per_day": Meaning("The budget of a day for those calls, if there is one", is_gauge=True),
     "setting": Meaning("Messages that set the questions: set, refused (nothing has changed)", "what"),
     "late": Meaning("How often the engine was found to hang: the server leaves its share until it works again"),
     "escalated": Meaning("Requests passed up, by reason", "reason"),
@@ -53,8 +63,11 @@ SERVER = {
     "probes": Meaning("Probes to this server's own request topic: sent, and missing (not returned in time)", "what"),
     "mqtt": Meaning("Messages to and from the boards' broker, by what became of them; its connections", "what"),
     "mqtt_pending": Meaning("Messages to the boards' broker that wait or are in flight", is_gauge=True),
+    "mqtt_connected": Meaning("1 while the boards' broker answers", is_gauge=True),
+    "info": Meaning("1 for the version of the program", "version", is_gauge=True),
 }
-UNLABELLED = ("received", "repeated", "joined", "late", "answered_above", "unchanged", "loop")
+# What has not happened yet is told too: an alert needs a number before the first fault.
+NOTHING: dict[str, Any] = {name: {} if meaning.label else 0 for name, meaning in SERVER.items() if meaning.suffix}
 
 
 def by_label(counts: Mapping[tuple[str, str], int]) -> dict[str, Any]:
@@ -70,11 +83,16 @@ def by_label(counts: Mapping[tuple[str, str], int]) -> dict[str, Any]:
 
 def values(status: Mapping[str, Any]) -> Values:
     """The numbers of `Service.status` and, under "gateway", of `Gateway.summary`, under the names above."""
-    numbers: dict[str, Any] = dict.fromkeys(UNLABELLED, 0) | status["counts"]
-    numbers |= {"waiting": status["queue"]["waiting"], "asked_above": status["asked_above"]}
+    numbers: dict[str, Any] = NOTHING | status["counts"]
+    numbers |= {"waiting": status["queue"]["waiting"], "queue_capacity": status["queue"]["capacity"]}
+    numbers |= {"asked_above": status["asked_above"], "info": {status["version"]: 1}}
+    numbers["batch_seconds"] = {"count": status["engine"]["batches"], "sum": status["engine"]["compute_s"]}
     numbers |= status.get("gateway", {})
     if usage := status.get("usage"):
         numbers |= {"target_calls": usage["calls"], "target_tokens": usage["tokens"], "target_cost": usage["cost"]}
+        numbers["target_cost_today"] = usage["cost_today"]
+        if usage["budget_per_day"]:
+            numbers["target_budget_per_day"] = usage["budget_per_day"]
     if above := status.get("upstream"):
         requests = {name: count for name, count in above["requests"].items() if name != "open"}
         numbers["upstream"] = requests | {f"reply_{name}": count for name, count in above["replies"].items()}

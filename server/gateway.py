@@ -156,7 +156,8 @@ class Gateway:
         """Numbers, with the names of server/counters.py."""
         with self._lock:
             probes = {"sent": self._probes.sent, "missing": self._probes.missing}
-        return {**self.counts, "probes": probes, **self.client.counts("mqtt")}
+            share = {"accepting": int(not self._suspended), "share_proven": int(self._probes.is_proven)}
+        return {**self.counts, **share, "probes": probes, **self.client.counts("mqtt")}
 
     def _set_suspended(self, reason: str) -> None:
         with self._lock:

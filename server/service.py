@@ -345,6 +345,12 @@ class Service:
         passes_ms = max(answer.stages_ms.get("passes", 0.0) for answer in answers)
         passes = max(1, *(answer.passes for answer in answers))
         self.batch_times.add(1e3 * (time.monotonic() - started), passes_ms / passes)
+        self._count("batched", count=len(jobs))
+        for answer in answers:
+            self._count("decoding", "proposed", answer.proposed)
+            self._count("decoding", "accepted", answer.accepted)
+            self._count("decoding", "tokens", len(answer.tokens))
+            self._count("decoding", "passes", answer.passes)
         return answers
 
     def _reply(self, accepted: Accepted, job: Any, answer: Answer, started: float, decoded: float, done: float) -> None:
@@ -385,6 +391,7 @@ class Service:
     def status(self) -> dict[str, Any]:
         """For everybody who watches servers."""
         can, now = self.target.abilities, time.monotonic()
+        batches, compute_s = self.batch_times.totals()
         with self._lock:
             counts = by_label(self.counts)
         return {
@@ -394,7 +401,12 @@ class Service:
             "target": can.status(),
             "pictures": self.takes_pictures,
             "queue": {"waiting": len(self.batcher) + len(self.pictures), "capacity": self.config.queue},
-            "engine": {"busy_s": round(self.batch_times.busy_s(now), 1), "late": self.batch_times.is_late(now)},
+            "engine": {
+                "busy_s": round(self.batch_times.busy_s(now), 1),
+                "late": self.batch_times.is_late(now),
+                "batches": batches,
+                "compute_s": round(compute_s, 3),
+            },
             "asked_above": len(self.escalator),
             "upstream": self.upstream.status() if self.upstream else None,
             "price_ms": self.batch_times.medians_ms(),  # without a draft a text takes a pass per token
@@ -452,9 +464,9 @@ class Service:
         # Last: a repeat that crosses it must not be told that a reply is still to come.
         accepted.arrival.reply(data, accepted.deadline - time.monotonic())
 
-    def _count(self, name: str, label: str = "") -> None:
+    def _count(self, name: str, label: str = "", count: int = 1) -> None:
         with self._lock:
-            self.counts[name, label] += 1
+            self.counts[name, label] += count
 
 
 class _Identified(msgspec.Struct, array_like=True):

@@ -39,7 +39,7 @@ STRATEGIES: dict[type[inspect.Type], Callable[[Any], st.SearchStrategy[Any]]] = 
     inspect.DictType: lambda t: st.dictionaries(values(t.key_type), values(t.value_type), max_size=t.max_length),
     inspect.VarTupleType: lambda t: st.lists(values(t.item_type), max_size=t.max_length).map(tuple),
     inspect.LiteralType: lambda t: st.sampled_from(t.values),
-    inspect.StrType: lambda t: st.text(max_size=t.max_length),
+    inspect.StrType: lambda t: st.from_regex(t.pattern) if t.pattern else st.text(max_size=t.max_length),
     inspect.IntType: lambda t: st.integers(t.ge, t.le),
     inspect.FloatType: lambda t: st.floats(t.ge, t.le, allow_nan=False, allow_infinity=False),
     inspect.DateTimeType: lambda t: st.datetimes(timezones=st.just(timezone.utc)),

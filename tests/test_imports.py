@@ -52,6 +52,7 @@ MAY_IMPORT = {
         *("edge_runtime.errors", "edge_runtime.shutdown", "edge_runtime.reporting", "edge_runtime.sd_notify"),
         *("edge_runtime.inference.preprocess", "edge_runtime.inference.bundle", "edge_runtime.inference.sampling"),
         "edge_runtime.capture.picture_checks",
+        "edge_runtime.http_call",
         *("models.family", "models.labels", "models.lookahead", "models.questions", "edge_runtime.__version__"),
     },
     "testbed": {"edge_runtime"},

@@ -15,6 +15,7 @@ from typing import Literal
 
 from edge_runtime.camera_source import kind_of
 from edge_runtime.capture.frame import Counters, Frame
+from edge_runtime.capture.frigate import FrigatePictures
 from edge_runtime.capture.live import live_frames
 from edge_runtime.capture.login import login_of
 from edge_runtime.capture.motion_gate import MotionGate, shrink
@@ -68,8 +69,9 @@ class Camera:
         login_of(config)
         kind = kind_of(config.source)
         self.mqtt_pictures = MqttPictures(config, self.counters) if kind == "mqtt" else None
+        self.frigate = FrigatePictures(config, self.counters) if kind == "frigate" else None
         self._watched_folder = WatchedFolder(config, self.counters, self._listed) if kind == "watch" else None
-        is_live = kind not in ("watch", "video", "pictures")  # files may repeat a picture
+        is_live = kind not in ("frigate", "watch", "video", "pictures")  # files and events may repeat a picture
         self._can_freeze = config.frozen_s > 0 and is_live
         self._not_before = -inf  # a camera that is opened again keeps its interval
         self._state: tuple[StateName, str, float] = ("starting", "", time.time())
@@ -104,8 +106,8 @@ class Camera:
             if self._closed or not self.is_on:
                 self._closing.set()
             self._switched.notify_all()
-        if self.mqtt_pictures and not self.is_on:
-            self.mqtt_pictures.forget()
+        if (over_mqtt := self.mqtt_pictures or self.frigate) and not self.is_on:
+            over_mqtt.forget()
         if closed:
             self._handled.set()
 
@@ -164,7 +166,7 @@ class Camera:
             return None if self._closed else self._closing
 
     def _read(self, closing: threading.Event) -> Iterator[Frame]:
-        if remembering := self.mqtt_pictures or self._watched_folder:
+        if remembering := self.mqtt_pictures or self.frigate or self._watched_folder:
             return remembering.frames(closing)
         if (reader := reader_of(self.config)) is live_frames:
             return live_frames(self.config, closing, self.counters, self._not_before)

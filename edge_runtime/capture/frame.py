@@ -8,6 +8,7 @@ from math import inf
 import numpy as np
 
 from edge_runtime.errors import AiflowError
+from edge_runtime.wire.event import FrigateEvent
 
 POLL_S = 0.5  # a thread that waits for a frame checks its stop event this often
 NOT_DECODED = np.empty((0, 0, 3), np.uint8)  # the pixels of a frame that has only its encoded picture yet
@@ -32,6 +33,7 @@ class Frame:
     captured: float  # seconds, time.monotonic(): for ages and deadlines; of a stream, when its data arrived
     name: str = ""  # of the file it comes from
     encoded: bytes = b""  # the picture as it arrived, if it arrived as a picture
+    frigate: FrigateEvent | None = None  # the event that the picture belongs to, if it comes from Frigate
 
 
 def arrived(camera: str, encoded: bytes, captured: float | None = None) -> Frame:

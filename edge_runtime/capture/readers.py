@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def reader_of(camera: CameraConfig) -> Callable[[CameraConfig, threading.Event, Counters], Iterator[Frame]]:
-    """The reader of a source, but for "mqtt" and "watch:", which remember what they have read."""
+    """The reader of a source, but for "mqtt", "frigate" and "watch:", which remember what they have read."""
     kind = kind_of(camera.source)
     if kind == "video":
         return video_frames

@@ -12,6 +12,14 @@ from msgspec import Meta, Struct
 from edge_runtime.errors import ConfigError
 from edge_runtime.password_file import read_password
 
+TopicPrefix = Annotated[
+    str,
+    Meta(
+        pattern=r"^(?=.{1,64}\Z)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\Z",
+        description='a prefix of topics such as "homeassistant": up to 64 of the characters A-Z, a-z, 0-9, _, - and /',
+    ),
+]
+
 
 class MqttConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """How to reach a broker: what an operator sets."""

@@ -42,6 +42,12 @@ class ThermalReader:
             self._read_at, self._state = now, ThermalState(self._temperature(), self._throttled())
         return self._state
 
+    def numbers(self, now: float) -> dict[str, float]:
+        """What the board reports, with the names of reporting/counters.py. now: as in `read`."""
+        state = self.read(now)
+        reported = {"temperature_celsius": state.temperature_c, "throttled": state.throttled}
+        return {name: float(value) for name, value in reported.items() if value is not None}
+
     def firmware_flags(self) -> int | None:
         """get_throttled of a Raspberry Pi: bits 0 to 3 say what is now, bits 16 to 19 what has been since the start."""
         for firmware in _folders(self._platform, "soc*/soc*:firmware"):  # soc@107c000000 on a Raspberry Pi 5

@@ -16,6 +16,12 @@ class Meaning(NamedTuple):
     text: str
     label: str = ""  # what distinguishes the kinds, if the number comes in kinds
     is_gauge: bool = False  # may fall; everything else is a counter
+    is_summary: bool = False  # {"count": of events, "sum": of their values}; the mean is sum / count
+
+    @property
+    def suffix(self) -> str:
+        """Of its name for Prometheus: prometheus.io/docs/practices/naming."""
+        return "" if self.is_gauge or self.is_summary else "_total"
 
 
 BOARD = {
@@ -36,6 +42,14 @@ BOARD = {
         "not_final_again: nothing new, over_budget: requests not sent again for want of bytes",
         "status",
     ),
+    "answer_seconds": Meaning(
+        "Seconds from the capture to the first answer of a server, without requests that the outbox had kept",
+        is_summary=True,
+    ),
+    "request_bytes": Meaning("Bytes of all requests that were sent, resends and replays included"),
+    "jpeg_bytes": Meaning("Bytes that the handled frames would have as JPEGs, to compare"),
+    "handled": Meaning("Frames that were handled, by the paradigm that was chosen", "paradigm"),
+    "paradigm": Meaning("1 for the paradigm that is set: auto, or one for all frames", "paradigm", is_gauge=True),
     "frames_failed": Meaning("Frames that head or coder could not handle"),
     "triggered": Meaning("Events of triggers"),
     "reused": Meaning("Frames for which an earlier answer was used again, so that nothing was sent"),
@@ -48,10 +62,28 @@ BOARD = {
     ),
     "unreadable": Meaning("Pictures that could not be decoded, and files of a watched folder that were refused"),
     "reopened": Meaning("Cameras opened again after a stall, an end or an error"),
+    "cameras": Meaning("Cameras, by their state now", "state", is_gauge=True),
+    "temperature_celsius": Meaning("Temperature of the hottest thermal zone, if the board has one", is_gauge=True),
+    "throttled": Meaning("1 while the processor is slowed down for its heat, if the board says so", is_gauge=True),
+    "info": Meaning("1 for the version of the program", "version", is_gauge=True),
+    "frigate_events": Meaning(
+        "Frigate's events: begun = taken (a snapshot was chosen) + no_snapshot (none came) + dropped (too many waited, "
+        "or the camera was switched off) + frigate_open; missed: ended without the board having seen their beginning",
+        "what",
+    ),
+    "frigate_open": Meaning("Frigate's events that wait to be taken", is_gauge=True),
+    "frigate_answers": Meaning(
+        "Answers for Frigate's HTTP interface, descriptions and sub labels one by one: accepted = written + "
+        "refused (invalid for Frigate) + expired (Frigate was away, or did not know the event, for too long) + dropped "
+        "(too many waited, or the board stopped) + frigate_waiting; failed: tries that failed",
+        "what",
+    ),
+    "frigate_waiting": Meaning("Answers that wait for Frigate", is_gauge=True),
     "setting": Meaning("Messages to run-time settings: set, refused (not a value), unknown (no such setting)", "what"),
     "rejected": Meaning(
         "Messages from a broker that were not used: retained (published before this connection), no_camera (a picture "
-        "for no MQTT camera of this board), no_route (a topic that the board did not subscribe to)",
+        "for no MQTT camera of this board), no_route (a topic that the board did not subscribe to), unreadable (not a "
+        "message of Frigate's)",
         "why",
     ),
     "ignored": Meaning(
@@ -62,8 +94,10 @@ BOARD = {
     ),
     "mqtt": Meaning("Messages to and from the servers' broker, by what became of them; its connections", "what"),
     "mqtt_pending": Meaning("Messages to the servers' broker that wait or are in flight", is_gauge=True),
+    "mqtt_connected": Meaning("1 while the servers' broker answers", is_gauge=True),
     "local": Meaning("As mqtt, for the near broker, if there is one", "what"),
     "local_pending": Meaning("As mqtt_pending, for the near broker, if there is one", is_gauge=True),
+    "local_connected": Meaning("As mqtt_connected, for the near broker, if there is one", is_gauge=True),
 }
 
 

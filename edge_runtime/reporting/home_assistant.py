@@ -26,7 +26,7 @@ CAPTION_FIELDS = {"text": templates.TEXT} | templates.fields(
 EVENT_FIELDS = (
     {"event_type": "value_json.type"}
     | CAPTION_FIELDS
-    | templates.fields(label="none", answers="{}", trigger="''", why="''")
+    | templates.fields(label="none", answers="{}", trigger="''", why="''", frigate="none")
 )
 Entity = tuple[str, dict[str, Any]]  # name in the device, which no other entity of it has; its keys
 

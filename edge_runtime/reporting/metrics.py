@@ -15,7 +15,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from edge_runtime.config import MetricsConfig
@@ -48,6 +48,8 @@ class _Reader(Collector):
 
     def _family(self, name: str, value: float | Mapping[str, float]) -> Metric:
         meaning = self._meanings[name]
+        if meaning.is_summary and isinstance(value, Mapping):
+            return SummaryMetricFamily(f"aiflow_{self._prefix}_{name}", meaning.text, int(value["count"]), value["sum"])
         family = GaugeMetricFamily if meaning.is_gauge else CounterMetricFamily
         labels = [meaning.label] if meaning.label else []
         metric = family(f"aiflow_{self._prefix}_{name}", meaning.text, labels=labels)

@@ -162,6 +162,11 @@ class RequestTracker:
         )
         self.reply_arrived = self._thread.reply_arrived  # each message on the board's reply topic; any thread
         self._submitted = 0  # by the frame path
+        self._sent_bytes = 0  # of all requests
+        self._answer_seconds = (
+            0,
+            0.0,
+        )  # requests that were answered without the outbox, and their seconds since capture
 
     def _new_outbox(self, config: OutboxConfig) -> Outbox:
         return Outbox(
@@ -234,7 +239,9 @@ class RequestTracker:
         counts = self._thread.counts
         names = ("accepted", "found", "answered", "lost", "open", "kept", "resent", "busy")
         values: dict[str, Any] = {name: getattr(counts, name) for name in (*names, "duplicate", "late", "unknown")}
-        values["replayed"] = counts.retried
+        count, seconds = self._answer_seconds
+        values |= {"replayed": counts.retried, "request_bytes": self._sent_bytes}
+        values["answer_seconds"] = {"count": count, "sum": seconds}
         replies = {**self._thread.replies, "not_final_again": counts.repeated}
         return values | {"reply": {kind: count for kind, count in replies.items() if count}}
 
@@ -328,6 +335,7 @@ class RequestTracker:
             return self._lifecycle.on_unsent(send.id, NO_BYTES, now)
         tracked.is_paid = False  # that was for this time
         tracked.bytes_up += len(payload)
+        self._sent_bytes += len(payload)
         if not send.is_resend:
             tracked.sent_at = now
         if self._observer and not tracked.is_retry:
@@ -338,6 +346,8 @@ class RequestTracker:
 
     def _answer(self, answer: Answer[_Tracked], now: float) -> Sequence[Action[_Tracked]]:
         tracked = answer.content
+        if answer.is_first and not tracked.is_retry:
+            self._answer_seconds = (self._answer_seconds[0] + 1, self._answer_seconds[1] + now - tracked.captured)
         if self._observer and answer.is_first:
             self._observer.answered(answer.reply, now, tracked.event.tokens)
         try:

@@ -25,6 +25,8 @@ EVENT_TYPES: tuple[TypeName, ...] = get_args(TypeName)
 PARADIGMS: tuple[ParadigmName, ...] = get_args(ParadigmName)  # by the envelope's number
 Stages = Annotated[dict[Name, Millis], Meta(max_length=32)]
 FrameName = Annotated[str, Meta(max_length=64)]
+# It becomes a segment of a path in a URL.
+FrigateId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
 UTC = {"pattern": r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d{1,6})?Z$"}  # most validators do not check `format`
 
 
@@ -101,6 +103,19 @@ class Reuse(Struct, frozen=True):
 
     frame: Annotated[FrameName, Meta(description="The `frame` of the earlier frame.")]
     distance: Annotated[float, Meta(ge=0, description="Between the features of the two frames. 0: they are equal.")]
+
+
+class FrigateEvent(Struct, frozen=True, omit_defaults=True):
+    """The event of Frigate, an object that it tracks, that the picture belongs to."""
+
+    event: Annotated[FrigateId, Meta(description="Frigate's id of its event.")]
+    label: Annotated[Name, Meta(description="What Frigate has detected, such as person.")]
+    review: Annotated[
+        FrigateId | None, Meta(description="Frigate's id of the review item that the event is in, if it was known.")
+    ] = None
+    severity: Annotated[
+        Literal["alert", "detection"] | None, Meta(description="Of this review item, when the picture was chosen.")
+    ] = None
 
 
 class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -205,6 +220,9 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     trigger: Annotated[
         str, Meta(max_length=256, description="The condition that has become true, if the type is trigger.")
     ] = ""
+    frigate: Annotated[
+        FrigateEvent | None, Meta(description="The event of Frigate, if the camera's pictures come from there.")
+    ] = None
 
 
 _event = msgspec.json.Decoder(Event)

@@ -15,6 +15,8 @@ def event_schema() -> bytes:
         if "anyOf" in field:  # with null, which is never written
             field.update(next(kind for kind in field.pop("anyOf") if kind != {"type": "null"}))
             del field["default"]
+        if "pattern" in field:
+            field["pattern"] = field["pattern"].replace(r"\Z", "$")  # which is the end of a text there, as \Z is here
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"urn:aiflow-edge:event:{VERSION}",

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from edge_runtime.http_call import CallError
 from edge_runtime.wire.envelope import MAX_TEXT, UInt32
 from server.prompts import Prompt
-from server.targets.http_call import CallError
 from server.targets.target import PictureJob
 
 Message = dict[str, Any]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.http_call import MAY_BE_BILLED, PERMANENT, TEMPORARY, CallError, Endpoint
 from edge_runtime.wire import CheckedObject, Usage
 from edge_runtime.wire.envelope import MAX_UINT32
 from server.accepted import Accepted
@@ -30,11 +31,17 @@ from server.answer_schema import AnswerError, AnswerSchema
 from server.config import OpenAIConfig
 from server.prompts import Prompt, read_prompts
 from server.targets import chat
-from server.targets.http_call import MAY_BE_BILLED, PERMANENT, TEMPORARY, CallError, Endpoint
 from server.targets.spending import Spending, next_day
 from server.targets.target import Abilities, Answer, Limits, PictureJob, Target, picture_job
 
 logger = logging.getLogger(__name__)
+
+REMEDIES = {
+    **dict.fromkeys((301, 302, 307, 308), "write the final address into target"),
+    400: "does this model take pictures, max_tokens and temperature?",
+    **dict.fromkeys((401, 403), "is the key in key_file right?"),
+    404: "does the address end as that server's documentation says, usually in /v1, and is `model` its model's name?",
+}
 
 TRIES = 4  # of one request
 FIRST_WAIT_S, LAST_WAIT_S = 0.5, 8.0  # at most, before the second try and before later ones
@@ -65,7 +72,7 @@ class OpenAITarget(Target[PictureJob]):
         self._prompts = read_prompts({}) if prompts is None else prompts
         call_s = (TRIES + 1) * (config.timeout_s + LAST_WAIT_S) + MARGIN_S  # one more, to repair an answer
         self.limits = Limits(batch=1, calls=config.calls, call_s=call_s, silent_s=call_s)
-        self._endpoint = Endpoint(url, config.ca_file)
+        self._endpoint = Endpoint(url, config.ca_file, REMEDIES)
         file = Path(config.spent_file) if config.spent_file else None
         estimate = config.estimate(self._prompts.values())
         self._spending = Spending(config.budget_per_day, estimate, file)

@@ -17,7 +17,13 @@ LOGIN = {"username": "viewer", "password_file": "/no/such/file"}
 @pytest.mark.parametrize(
     ("source", "kind"),
     [
-        *(("mqtt", "mqtt"), ("rpicam", "rpicam"), ("nvargus", "nvargus"), ("watch:/srv/ftp", "watch")),
+        *(
+            ("mqtt", "mqtt"),
+            ("frigate", "frigate"),
+            ("rpicam", "rpicam"),
+            ("nvargus", "nvargus"),
+            ("watch:/srv/ftp", "watch"),
+        ),
         *(("rtsp://h/x", "address"), ("HTTP://h/x.mp4", "address"), ("/dev/v4l/by-id/usb-cam", "device")),
         *(("clip.MP4", "video"), ("photos", "pictures"), ("photos.tar", "pictures"), ("mqtt/photos", "pictures")),
     ],
@@ -35,6 +41,9 @@ def test_the_form_of_a_source_decides_its_kind(source, kind):
         ("udp://h:1", LOGIN),
         ("photos", {"topic": "a/b"}),
         ("photos", {"existing": True}),
+        ("mqtt", {"frigate_camera": "front"}),
+        ("mqtt", {"wait_s": 0.0}),
+        ("frigate", {"topic": "a/b"}),
         ("/dev/video0", {"width": 640}),
         ("rtsp://h/x", {"username": "viewer"}),
         ("rtsp://h/x", {"password_file": "/etc/x"}),
@@ -57,6 +66,7 @@ def test_a_key_that_does_not_go_with_its_source_is_refused(source, keys):
         ("http://h/?u={username}&pwd={password}", LOGIN),
         ("mqtt", {"topic": "frigate/front door/person/snapshot"}),
         ("watch:/srv/ftp", {"existing": True}),
+        ("frigate", {"frigate_camera": "front_door", "wait_s": 0.0}),
         ("rpicam", {"width": 640, "height": 480, "fps": 5}),
         ("photos@home", {}),
     ],

@@ -71,6 +71,20 @@ def test_brokers_and_cameras_in_order_have_a_line_each(
     ]
 
 
+def test_a_camera_of_frigates_is_checked_as_far_as_that_is_possible(
+    board: Callable[..., Path], broker: Mosquitto, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = f'[frigate]\nurl = "http://127.0.0.1:1"\ntoken_file = "{tmp_path}/token"\n'
+    with pytest.raises(ConfigError, match=r"\[frigate\] token_file = .*: cannot be read"):
+        connect(board(broker.port, source="frigate", more=more))
+    (tmp_path / "token").write_text("token")
+    connect(board(broker.port, source="frigate", more=more))
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"OK      [mqtt] 127.0.0.1:{broker.port}: connected in plain text, without a login; 5 subscription(s) granted",
+        "OK      camera door: waits for events of Frigate over MQTT, which are not checked",
+    ]
+
+
 def test_it_does_not_disconnect_the_board_that_runs(board: Callable[..., Path], broker: Mosquitto) -> None:
     connect(board(broker.port))
     assert "as b1-validate " in broker.said()

@@ -1,4 +1,4 @@
-"""Requests, replies, events, bitstreams, tables and topics."""
+"""Requests, replies, events, bitstreams, tables, topics, and the messages of Frigate."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,8 @@ from zlib import crc32
 
 import numpy as np
 
+from edge_runtime.capture.frigate_events import FrigateEvents
+from edge_runtime.capture.frigate_messages import FrigateMessageError, ObjectChange, ReviewChange, read_message
 from edge_runtime.wire import (
     EnvelopeError,
     Inter,
@@ -78,11 +80,24 @@ def topic(data: bytes) -> None:
         assert topics.reply_topic_for(text).endswith(f"/{topics.board_of(text)}/down/reply")
 
 
+def frigate(data: bytes) -> None:
+    """The first byte chooses the kind. Whatever was read, an event of Frigate's ends once."""
+    events = FrigateEvents(wait_s=0.0)
+    events.snapshot_arrived("person", b"", 0.0)
+    if data[:1] == b"r":
+        events.review_changed(read_message(data[1:], ReviewChange))
+    else:
+        events.object_changed(read_message(data[1:], ObjectChange), 0.0)
+    taken = events.take(0.0)
+    assert events.counts["begun"] == events.open + bool(taken)
+
+
 TARGETS = {
     "request": Target(request, EnvelopeError, 4096, weight=3, format=MSGPACK),
     "reply": Target(reply, EnvelopeError, 4096, weight=3, format=MSGPACK),
     "event": Target(event, EnvelopeError, 4096, weight=3, format=JSON),
     "bitstream": Target(bitstream, WireError, 512, weight=2),
     "tables": Target(tables, WireError, 4096, weight=2),
+    "frigate": Target(frigate, FrigateMessageError, 4096),
     "topic": Target(topic, TopicError, 256, weight=3),
 }

@@ -565,7 +565,10 @@ def test_the_status_names_bundle_queue_prices_and_numerics(make_service, bundle,
     assert status["queue"]["waiting"] == 0
     assert status["numerics"] == engine.proof.numerics
     assert status["price_ms"]["batch"] > status["price_ms"]["pass"] > 0
-    assert status["counts"] == {"received": 1, "replies": {"ok": 1}}
+    (reply,) = lane.replies
+    decoding = {"proposed": 0, "accepted": 0, "tokens": len(reply.token_ids), "passes": reply.passes}
+    assert status["counts"] == {"received": 1, "replies": {"ok": 1}, "batched": 1, "decoding": decoding}
+    assert status["engine"]["batches"] == 1
 
 
 @pytest.mark.parametrize("payload", [b"", b"\x90", b"\x92\x01\xc4\x04abcd", b"\xdd\xff\xff\xff\xff", b"[1]"])

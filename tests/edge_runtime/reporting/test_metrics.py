@@ -14,7 +14,12 @@ from edge_runtime.reporting import Meaning
 from edge_runtime.reporting.metrics import MAX_CONNECTIONS, exported
 from tests.listener import PATIENCE_S, until
 
-MEANINGS = {"lost": Meaning("Lost."), "open": Meaning("Open.", is_gauge=True), "reply": Meaning("By status.", "status")}
+MEANINGS = {
+    "lost": Meaning("Lost."),
+    "wait": Meaning("Waits.", is_summary=True),
+    "open": Meaning("Open.", is_gauge=True),
+    "reply": Meaning("By status.", "status"),
+}
 
 
 def scrape(port: int | None) -> dict[tuple[str, str], float]:
@@ -25,11 +30,13 @@ def scrape(port: int | None) -> dict[tuple[str, str], float]:
 
 
 def test_a_number_is_read_when_it_is_asked_for():
-    numbers = {"lost": 1, "open": 2, "reply": {"ok": 3, "busy": 4}}
+    numbers = {"lost": 1, "open": 2, "reply": {"ok": 3, "busy": 4}, "wait": {"count": 2, "sum": 0.5}}
     with exported(MetricsConfig(port=0), "board", MEANINGS, lambda: numbers) as port:
         assert scrape(port) == {
             ("aiflow_board_lost_total", ""): 1,
             ("aiflow_board_open", ""): 2,
+            ("aiflow_board_wait_count", ""): 2,
+            ("aiflow_board_wait_sum", ""): 0.5,
             ("aiflow_board_reply_total", "ok"): 3,
             ("aiflow_board_reply_total", "busy"): 4,
         }

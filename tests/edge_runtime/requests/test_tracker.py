@@ -198,6 +198,8 @@ def test_a_reply_becomes_a_final_update_with_all_that_it_says(board, server):
     assert event.hops[0].stages_ms == {"tail": 0.5}
     assert event.bytes_up == len(encode_request(request))
     assert set(event.timings_ms) == {"head", "answer"}
+    summary = board.tracker.summary()
+    assert (summary["request_bytes"], summary["answer_seconds"]["count"]) == (event.bytes_up, 1)
 
 
 def test_an_answer_that_is_not_final_is_followed_by_the_higher_tiers(board, server):
@@ -545,7 +547,9 @@ def test_with_an_outbox_the_draft_stands_for_now_and_the_request_is_asked_again(
         server.reply(again, text="a dog")
         update = board.next_event()
         assert (update.type, update.final, update.text, update.frame) == ("update", True, "a dog", first.id.hex())
-        assert board.tracker.summary()["kept"] == 0
+        summary = board.tracker.summary()
+        assert summary["kept"] == 0
+        assert summary["answer_seconds"]["count"] == 0  # an outage would be most of them
 
 
 def test_what_was_kept_outlives_the_board(broker, board_bundle, server, tmp_path):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.http_call import MAX_RESPONSE, CallError, Endpoint
 from edge_runtime.wire import Usage
 from firmware_tools.certificates import made
 from server.config import OpenAIConfig
 from server.prompts import QUESTION, PromptConfig, read_prompts
 from server.targets import PictureJob
 from server.targets import openai as openai_module
-from server.targets.http_call import MAX_RESPONSE, CallError, Endpoint
 from server.targets.openai import TRIES, OpenAITarget, retry_after_s
 from testbed.chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, Behaviour, ChatServer, text_of
 

@@ -1,4 +1,4 @@
-"""One POST to another server within bounds of time and bytes. Knows nothing of models, retries and prices.
+"""One POST to another server within bounds of time and bytes. Knows nothing of what is asked, of retries and prices.
 
 http.client has a timeout per read only, so a server that sends a byte now and then could hold a call for ever. Hence a
 timer, which shuts the connection down when the whole time is up. Each call has a connection of its own: a kept one may
@@ -42,38 +42,39 @@ PERMANENT: frozenset[Kind] = frozenset({"refused", "too_long", "no_answer"})
 TEMPORARY: frozenset[Kind] = frozenset({"no_connection", "timeout", "cut_off", "rate_limited", "server_error"})
 # The other server may have worked for nothing, and may bill it.
 MAY_BE_BILLED: frozenset[Kind] = frozenset({"timeout", "cut_off", "too_long", "no_answer", "stopped"})
-REMEDIES = {
-    301: "write the final address into target",
-    302: "write the final address into target",
-    307: "write the final address into target",
-    308: "write the final address into target",
-    400: "does this model take pictures, max_tokens and temperature?",
-    401: "is the key in key_file right?",
-    403: "is the key in key_file right?",
-    404: "does the address end as that server's documentation says, usually in /v1, and is `model` its model's name?",
-}
 
 
 class CallError(AiflowError):
     """A call without an answer. Its text never contains what the other server sent: that may quote the key."""
 
-    def __init__(self, kind: Kind, text: str, retry_after: str | None = None) -> None:
-        """retry_after: the header of that name, unchecked."""
+    def __init__(self, kind: Kind, text: str, retry_after: str | None = None, status: int | None = None) -> None:
+        """retry_after: the header of that name, unchecked. status: of the response, if one has arrived."""
         super().__init__(text)
-        self.kind, self.retry_after = kind, retry_after
+        self.kind, self.retry_after, self.status = kind, retry_after, status
 
 
 class Endpoint:
     """Where calls go. Any number of threads may call at the same time."""
 
-    def __init__(self, url: str, ca_file: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        ca_file: str | None = None,
+        remedies: Mapping[int, str] | None = None,
+        *,
+        checks_certificate: bool = True,
+    ) -> None:
         """url: http or https, with a host. ca_file: whose certificates are trusted; None: the system's authorities.
+        remedies: what to do about a status, for the message.
 
-        Both were checked with the configuration.
+        The first two were checked with the configuration.
         """
         parts = urlsplit(url)
         self._host, self._port, self._path = parts.hostname or "", parts.port, parts.path.rstrip("/")
+        self._remedies = remedies or {}
         self._tls = ssl.create_default_context(cafile=ca_file) if parts.scheme == "https" else None
+        if self._tls and not checks_certificate:
+            self._tls.check_hostname, self._tls.verify_mode = False, ssl.CERT_NONE
         self._lock = threading.Lock()  # over the next two
         self._open: set[socket.socket] = set()
         self._is_closed = False
@@ -93,7 +94,7 @@ class Endpoint:
                 headers = {"Content-Type": "application/json", "Accept": "application/json", **headers}
                 connection.request("POST", self._path + path, body, {**headers, "Connection": "close"})
                 response = connection.getresponse()
-                _check_status(response)
+                _check_status(response, self._remedies)
                 sock.settimeout(max(0.001, min(STALL_S, until - time.monotonic())))
                 received = _read(response)
                 if self._is_closed or time.monotonic() >= until:  # it may have been shut down in the middle
@@ -147,7 +148,7 @@ class Endpoint:
                 self._open.discard(sock)
 
 
-def _check_status(response: http.client.HTTPResponse) -> None:
+def _check_status(response: http.client.HTTPResponse, remedies: Mapping[int, str]) -> None:
     """Raises CallError unless it is 200."""
     status = response.status
     if status == http.HTTPStatus.OK:
@@ -155,11 +156,11 @@ def _check_status(response: http.client.HTTPResponse) -> None:
     said = f"the other server says {status} {http.client.responses.get(status, '')}".strip()
     retry_after = response.getheader("Retry-After")
     if status == http.HTTPStatus.TOO_MANY_REQUESTS:
-        raise CallError("rate_limited", said, retry_after)
+        raise CallError("rate_limited", said, retry_after, status)
     if status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
-        raise CallError("server_error", said, retry_after)
-    hint = REMEDIES.get(status, "see that server's log")
-    raise CallError("refused", f"{said}: {hint}")
+        raise CallError("server_error", said, retry_after, status)
+    hint = remedies.get(status, "see that server's log")
+    raise CallError("refused", f"{said}: {hint}", status=status)
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
@@ -169,7 +170,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     while count := response.readinto(chunk):
         body += chunk[:count]
         if len(body) > MAX_RESPONSE:
-            raise CallError("too_long", f"a response of more than {MAX_RESPONSE} bytes: is this a chat completion?")
+            raise CallError("too_long", f"a response of more than {MAX_RESPONSE} bytes: is the address right?")
     if not body:  # a header that breaks off looks like one that ends
         raise CallError("cut_off", "the response has no body")
     if response.length:  # what is missing of its Content-Length
