@@ -98,6 +98,7 @@ class BoardPlanner:
             why=decision.explain.reason,
             explain=decision.explain,
             writes_draft=decision.writes_draft,
+            sends_draft=decision.sends_draft,
             max_bytes=smaller(plan.max_bytes, decision.max_feature_bytes),
             # With a tier, questions or a prompt, a server shall answer every frame.
             min_confidence=None

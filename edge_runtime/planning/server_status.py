@@ -40,6 +40,7 @@ class _Price(Struct, frozen=True):
 
 class _Target(Struct, frozen=True):
     latents: bool = True  # False: it takes pictures only
+    drafts: bool = False  # they save it work, if they are of one of its bundles
     prompts: Annotated[tuple[Name, ...], Meta(max_length=MAX_PROMPTS)] = ()  # by name
 
 
@@ -53,6 +54,7 @@ class ServerStatus(Struct, frozen=True):
     share_proven: bool = True  # False: requests do not reach this server
     accepting: bool = True  # False: it takes no requests at present
     target: _Target = _Target()
+    bundles: dict[str, str] = {}  # id, in hex digits, to name
     pictures: bool = True  # False: it takes latents only
 
     @property
@@ -90,6 +92,7 @@ class Takes(NamedTuple):
     latents: bool = True
     pictures: bool = True
     prompt: str = ""  # only servers that have it count; empty: all
+    drafts: bool = False  # with pictures; only if a server says so
 
 
 class _Received(NamedTuple):
@@ -104,8 +107,12 @@ class ServerStatuses:
     The statuses do not use the queue of the measurements: a server that floods its topic would displace measurements.
     """
 
-    def __init__(self, counts: Counter[str]) -> None:
-        """counts: of values that were ignored; adds to status_refused, status_contradicted and servers_forgotten."""
+    def __init__(self, counts: Counter[str], bundle: str = "") -> None:
+        """counts: of values that were ignored; adds to status_refused, status_contradicted and servers_forgotten.
+
+        bundle: id of the board's, in hex digits.
+        """
+        self._bundle = bundle
         self.measured_pass_ms: float | None = None  # set by the frame path
         self._counts = counts
         self._received: dict[str, _Received] = {}  # by server, the stalest first; replaced by the MQTT client's thread
@@ -159,7 +166,14 @@ class ServerStatuses:
             return Takes()
         if prompt:
             taking = [status for status in taking if prompt in status.target.prompts]
-        return Takes(any(status.target.latents for status in taking), any(status.pictures for status in taking), prompt)
+        with_pictures = [status for status in taking if status.pictures]
+        return Takes(
+            any(status.target.latents for status in taking),
+            bool(with_pictures),
+            prompt,
+            # The draft is a caption, so it is no guess at the answer to a prompt that asks something else.
+            not prompt and any(status.target.drafts and self._bundle in status.bundles for status in with_pictures),
+        )
 
     def all_refuse(self, now: float, answered_at: float) -> bool:
         """All servers say that they take no requests, and no server has answered since they said so.
