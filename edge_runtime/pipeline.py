@@ -379,7 +379,8 @@ def build_request(
         while len(content) > MAX_PICTURE:
             pixels = shrunk(pixels, max(pixels.shape) // 2)
             content = to_jpeg(pixels, plan.jpeg_quality)
-    options = Options(tier=plan.tier, propose=plan.propose, questions=plan.questions, prompt=plan.prompt)
+    camera = "" if features else plan.camera
+    options = Options(tier=plan.tier, propose=plan.propose, questions=plan.questions, prompt=plan.prompt, camera=camera)
     return Request(
         id=request_id,
         bundle=bundle.id,

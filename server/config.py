@@ -114,7 +114,10 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     def estimate(self, prompts: Iterable[Prompt] = ()) -> float:
         """What a call may cost, in the currency, before there was one."""
-        return self.cost(USUAL_INPUT_TOKENS, max(self.max_tokens, *(prompt.max_tokens or 0 for prompt in prompts), 0))
+        asked = list(prompts)
+        frames = max((prompt.frames for prompt in asked), default=1)
+        longest = max(self.max_tokens, *(prompt.max_tokens or 0 for prompt in asked), 0)
+        return self.cost(frames * USUAL_INPUT_TOKENS, longest)
 
     def cost(self, input_tokens: int, output_tokens: int) -> float:
         """In the currency."""

@@ -142,11 +142,16 @@ BEHAVIOURS: tuple[Behaviour, ...] = get_args(Behaviour)
 class Asked:
     """One request that reached the server."""
 
-    picture: bytes
-    prompt: str  # beside the picture
+    pictures: tuple[bytes, ...]
+    prompt: str  # beside them
     body: dict[str, Any]
     headers: dict[str, str]  # names in lower case
     behaviour: Behaviour
+
+    @property
+    def picture(self) -> bytes:
+        """The last one."""
+        return self.pictures[-1]
 
 
 class ChatServer(ThreadingHTTPServer):
@@ -215,9 +220,10 @@ class ChatServer(ThreadingHTTPServer):
             self.objections += found
             if found:
                 return None
-            text, image = next(message["content"] for message in read["messages"] if message["role"] == "user")
-            picture = base64.b64decode(image["image_url"]["url"].partition(",")[2], validate=True)
-            asked = Asked(picture, text["text"], read, headers, self.behave(len(self.asked)))
+            text, *images = next(message["content"] for message in read["messages"] if message["role"] == "user")
+            urls = (image["image_url"]["url"] for image in images)
+            pictures = tuple(base64.b64decode(url.partition(",")[2], validate=True) for url in urls)
+            asked = Asked(pictures, text["text"], read, headers, self.behave(len(self.asked)))
             self.asked.append(asked)
             return asked
 

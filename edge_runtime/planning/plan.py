@@ -32,6 +32,7 @@ class Plan:
     keep: bool = False  # the link is away: store the request in the outbox, do not send it now
     questions: tuple[str, ...] = ()  # taught ones, which the server is to answer
     prompt: str = ""  # what a server is to ask, by its name; empty: its usual prompt
+    camera: str = ""  # to name with a picture; empty: the board has only this one
     propose: bool = False  # the server may propose tokens itself if the request contains no draft
 
     def accepts(self, confidence: float) -> bool:

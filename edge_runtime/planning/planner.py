@@ -68,6 +68,7 @@ class BoardPlanner:
             picture_pixels=board.picture_pixels,
             questions=own.questions,
             prompt="" if prompt == NO_PROMPT else prompt,
+            camera=camera if len(self._policies) > 1 else "",
             reuse_distance=own.reuse_distance,
             reuse_s=own.reuse_s,
         )

@@ -85,6 +85,7 @@ class Options(Struct, frozen=True, omit_defaults=True):
     propose: bool = False  # the server may draft by itself if there is no draft: the same text, sooner
     questions: Annotated[tuple[Name, ...], Meta(max_length=MAX_QUESTIONS)] = ()  # taught ones, by name
     prompt: Name = ""  # what to ask of the picture, by the server's name for it; empty: the server's usual prompt
+    camera: Name = ""  # that took the picture; empty: the board has one camera
 
 
 class Request(Struct, array_like=True, frozen=True, kw_only=True):

@@ -76,11 +76,22 @@ class Completion(Struct):
 
 
 def messages(prompt: Prompt, job: PictureJob) -> list[Message]:
-    """The prompt and the picture."""
-    picture = f"data:{job.media_type};base64,{base64.b64encode(job.picture).decode()}"
-    content = [{"type": "text", "text": prompt.text}, {"type": "image_url", "image_url": {"url": picture}}]
+    """The prompt and the pictures, the job's last."""
+    text = prompt.text
+    if job.earlier:
+        times = ", ".join(f"{earlier.seconds:.1f} s" for earlier in job.earlier)
+        number = len(job.earlier) + 1
+        text += (
+            f"\n\nThese {number} pictures are of the same camera, in the order of time: {times} before the last one."
+        )
+    pictures = [*((earlier.media_type, earlier.picture) for earlier in job.earlier), (job.media_type, job.picture)]
+    content: list[Message] = [{"type": "text", "text": text}, *(_image(*each) for each in pictures)]
     asked: list[Message] = [{"role": "user", "content": content}]
     return [{"role": "system", "content": prompt.system}, *asked] if prompt.system else asked
+
+
+def _image(media_type: str, picture: bytes) -> Message:
+    return {"type": "image_url", "image_url": {"url": f"data:{media_type};base64,{base64.b64encode(picture).decode()}"}}
 
 
 def repair(asked: Sequence[Message], answer: str, wrong: str) -> list[Message]:

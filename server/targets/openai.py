@@ -36,6 +36,7 @@ from server.prompts import Prompt, read_prompts
 from server.targets import chat
 from server.targets.draft_style import DraftStyle
 from server.targets.http_call import MAY_BE_BILLED, PERMANENT, TEMPORARY, CallError, Endpoint
+from server.targets.recent_pictures import RecentPictures
 from server.targets.spending import Spending, next_day
 from server.targets.target import Abilities, Answer, Limits, PictureJob, Target, picture_job
 
@@ -75,7 +76,8 @@ class OpenAITarget(Target[PictureJob]):
         """
         self.config, self._url, self._wall_clock, self._chance = config, url, wall_clock, chance
         self._prompts = read_prompts({}) if prompts is None else prompts
-        self._bundle, self._style = bundle, DraftStyle()
+        self._bundle, self._style, self._recent = bundle, DraftStyle(), RecentPictures()
+        self._shows_several = any(prompt.frames > 1 for prompt in self._prompts.values())
         # Nobody wants a draft of a JSON object. False: the other server does not take drafts, either.
         self._takes_drafts = config.prediction and self._prompts[config.prompt].schema is None
         # More than its tries: two calls with a draft, one to repair an answer.
@@ -101,7 +103,14 @@ class OpenAITarget(Target[PictureJob]):
         )
 
     def job(self, accepted: Accepted) -> PictureJob:
-        return picture_job(accepted, self._bundle)
+        job, options = picture_job(accepted, self._bundle), accepted.request.options
+        # To a tier above, all boards of an edge server are one: their cameras cannot be told apart.
+        if not self._shows_several or (options and options.via):
+            return job
+        camera, frames = options.camera if options else "", self._prompt_of(job).frames
+        request, board = accepted.request, accepted.arrival.board
+        earlier = self._recent.add(board, camera, request.id, job.picture, job.media_type, frames)
+        return replace(job, earlier=earlier)
 
     def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
         return [self._answer(job) for job in jobs]
@@ -136,7 +145,7 @@ class OpenAITarget(Target[PictureJob]):
     # ---- one request ----
 
     def _answer(self, job: PictureJob) -> Answer:
-        prompt = self._prompts[job.prompt or self.config.prompt]
+        prompt = self._prompt_of(job)
         asked = chat.messages(prompt, job)
         draft = self._style.apply(job.draft) if self._takes_drafts and prompt.schema is None else ""
         answer = self._try_draft(asked, prompt, job, draft) if draft else None
@@ -232,6 +241,9 @@ class OpenAITarget(Target[PictureJob]):
         except AnswerError:
             self._count("invalid")
             return raw
+
+    def _prompt_of(self, job: PictureJob) -> Prompt:
+        return self._prompts[job.prompt or self.config.prompt]
 
     def _limit(self, prompt: Prompt, job: PictureJob) -> int:
         """Of the tokens of a text."""

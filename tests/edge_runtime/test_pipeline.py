@@ -278,6 +278,13 @@ def test_a_plan_with_a_prompt_sends_its_name(start, server):
     assert decode_request(server.next()).options == Options(prompt="drive")
 
 
+def test_a_picture_names_its_camera_if_the_board_has_several_and_features_do_not(start, server):
+    start("offload", camera="door").pipeline.handle(frame())
+    assert decode_request(server.next()).options == Options(camera="door")
+    start("split", camera="door").pipeline.handle(frame())
+    assert decode_request(server.next()).options is None
+
+
 def test_offload_sends_the_picture_and_needs_no_head(start, server):
     board = start("offload", jpeg_quality=90)
     assert board.pipeline.head is None
