@@ -7,14 +7,19 @@ import numpy as np
 import pytest
 
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.wire import Usage
-from server.config import OpenAIConfig
+from edge_runtime.wire import Status, Usage, encode_tokens
+from server.config import OpenAIConfig, ServerConfig
+from server.pictures import PictureDecoder
 from server.prompts import PromptConfig, read_prompts
+from server.reply_cache import ReplyCache
+from server.service import Service
 from server.targets import PictureJob
 from server.targets import openai as openai_module
 from server.targets.vllm import WRONG_DRAFT, VllmTarget
 from testbed.chat_server import Behaviour
 from testbed.vllm_server import TEMPLATE, Lie, VllmServer
+from tests.server.boards import Lane, is_balanced
+from tests.server.targets.test_service import offload
 
 PATIENCE_S = 60.0
 TEXT = "A man opens a door of the house."
@@ -213,3 +218,22 @@ def test_at_the_deadline_nothing_more_is_asked(other: VllmServer, target: Target
     (answer,) = target.answer([job(TEXT, left_s=0.3)])
     assert answer.retry_after_ms is not None
     assert len(other.asked) <= 2
+
+
+def test_a_boards_draft_reaches_it_in_words_and_its_reply_says_what_was_accepted(
+    other: VllmServer, target: Target, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["a", "man", "opens", "a", "window"]
+    monkeypatch.setitem(vars(bundle), "words", ("<pad>", "<start>", "<end>", "<unknown>", *words))
+    service, lane = Service(ServerConfig("s1", target="vllm:x"), target, ReplyCache()), Lane()
+    draft = encode_tokens(range(4, 4 + len(words)))
+    with PictureDecoder() as decoder:
+        service.receive(lane.arrival(offload(bundle=bundle.id, draft=draft)))
+        service.decode_picture(decoder)
+    service.answer(service.batcher.take(0))
+    (reply,) = lane.replies
+    assert (reply.status, reply.text, reply.token_ids) == (Status.OK, TEXT, [])
+    assert (reply.accepted, reply.proposed, reply.passes) == (4, 5, 6)
+    assert begun(other) == ["A man opens a window.", "A man opens a"]
+    assert service.status()["target"]["verified"] == "server"
+    assert is_balanced(service)
