@@ -23,7 +23,8 @@ from edge_runtime.wire import Usage
 from server.prompts import Prompt
 from server.targets import chat
 from server.targets.http_call import PERMANENT, CallError
-from server.targets.openai import DraftError, OpenAITarget, added
+from server.targets.openai import DraftError, OpenAITarget
+from server.targets.paid_calls import added
 from server.targets.target import Abilities, Answer, PictureJob
 
 logger = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ class VllmTarget(OpenAITarget):
     # ---- the probe ----
 
     def _probe_until_known(self) -> None:
-        while not self.probe() and not self._stop.wait(PROBE_AGAIN_S):
+        while not self.probe() and not self.calls.stop.wait(PROBE_AGAIN_S):
             pass
 
     def probe(self) -> bool:
@@ -115,11 +116,11 @@ class VllmTarget(OpenAITarget):
         job, prompt = replace(job, max_tokens=PROBE_TOKENS), self._prompts[self.config.prompt]
         asked = chat.messages(prompt, job)
         try:
-            own, _ = self._paid_call(self._body(asked, prompt, job), job.deadline)
+            own, _ = self.calls.ask(self._body(asked, prompt, job), job.deadline)
             right = self._read_draft(asked, prompt, job, own.text.strip())[0]
             wrong = self._read_draft(asked, prompt, job, WRONG_DRAFT)[0]
         except CallError as error:
-            self._count(error.kind)
+            self.calls.count(error.kind)
             if error.kind in PERMANENT:
                 self._refuse_drafts("draft_refused", error)
             return error.kind in PERMANENT
@@ -167,7 +168,7 @@ class VllmTarget(OpenAITarget):
     ) -> tuple[Verdict, chat.Completion, Usage | None]:
         """One pass over the draft; it writes one token more. Raises CallError and DraftError."""
         body = chat.body(self.config.model, _begun(asked, draft), prompt, 1, prompt_logprobs=1, **CONTINUE)
-        completion, usage = self._paid_call(body, job.deadline, may_be_empty=True)
+        completion, usage = self.calls.ask(body, job.deadline, may_be_empty=True)
         return verdict(completion, draft), completion, usage
 
     def _continued(
@@ -176,11 +177,11 @@ class VllmTarget(OpenAITarget):
         """The whole text, from its beginning on. Raises CallError."""
         started = time.monotonic()
         body = chat.body(self.config.model, _begun(asked, text), prompt, limit - len(tokens), **CONTINUE)
-        completion, usage = self._paid_call(body, job.deadline, may_be_empty=True)
+        completion, usage = self.calls.ask(body, job.deadline, may_be_empty=True)
         ids = completion.prompt_token_ids
         # A beginning may be cut into other tokens than the model chose, and then the text would not be its own.
         if not isinstance(ids, list) or ids[-len(tokens) :] != list(tokens):
-            self._count("draft_recut")
+            self.calls.count("draft_recut")
             return self._plain(asked, prompt, job)
         answer = self._answer_of(completion, usage, started)
         return replace(answer, text=(text + completion.text).strip())

@@ -15,10 +15,10 @@ from edge_runtime.wire import Usage
 from firmware_tools.certificates import made
 from server.config import OpenAIConfig
 from server.prompts import QUESTION, PromptConfig, read_prompts
-from server.targets import PictureJob
-from server.targets import openai as openai_module
+from server.targets import PictureJob, paid_calls
 from server.targets.http_call import MAX_RESPONSE, CallError, Endpoint
-from server.targets.openai import TRIES, OpenAITarget, retry_after_s
+from server.targets.openai import TRIES, OpenAITarget
+from server.targets.paid_calls import retry_after_s
 from testbed.chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, Behaviour, ChatServer, completion, text_of
 
 PATIENCE_S = 60.0
@@ -53,7 +53,7 @@ TEMPORARY: dict[Behaviour, str] = {
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(paid_calls, "FIRST_WAIT_S", 0.01)
 
 
 def target_of(other: ChatServer, clock: Callable[[], float] = time.time, **changes: object) -> OpenAITarget:
@@ -181,8 +181,8 @@ def test_all_calls_wait_as_long_as_the_other_server_says(other: ChatServer) -> N
 def test_a_short_limit_is_waited_for_within_the_deadline(other: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     other.behave, other.retry_after = lambda call: "answer" if call else "limit", "0.25"
     target, waits = target_of(other), list[float]()
-    wait = target._stop.wait
-    monkeypatch.setattr(target._stop, "wait", lambda seconds: waits.append(seconds) or wait(seconds))
+    wait = target.calls.stop.wait
+    monkeypatch.setattr(target.calls.stop, "wait", lambda seconds: waits.append(seconds) or wait(seconds))
     assert target.answer([job()])[0].text == text_of(b"picture")
     assert max(waits) >= 0.25
 

@@ -20,7 +20,7 @@ from server.gateway import Arrival
 from server.prompts import PromptConfig, read_prompts
 from server.reply_cache import ReplyCache
 from server.service import Service
-from server.targets import PictureJob
+from server.targets import PictureJob, paid_calls
 from server.targets import openai as openai_module
 from server.targets.openai import OpenAITarget
 from testbed.chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, Asked, ChatServer, text_of
@@ -42,7 +42,7 @@ GOOD, BAD = '{"people": 2}', '{"people": "two"}'
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(paid_calls, "FIRST_WAIT_S", 0.01)
 
 
 def target_of(other: ChatServer, **changes: object) -> OpenAITarget:
@@ -134,13 +134,13 @@ def test_a_repair_that_fails_leaves_the_first_text_and_is_tried_once(other: Chat
 
 def test_a_repair_leaves_time_for_its_reply(other: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     other.say, target, limits_s = lambda _: BAD, target_of(other), list[float]()
-    post = target._endpoint.post
+    post = target.calls.endpoint.post
 
     def noted(path: str, body: bytes, headers: dict[str, str], timeout_s: float) -> bytes:
         limits_s.append(timeout_s)
         return post(path, body, headers, timeout_s)
 
-    monkeypatch.setattr(target._endpoint, "post", noted)
+    monkeypatch.setattr(target.calls.endpoint, "post", noted)
     monkeypatch.setattr(openai_module, "REPLY_S", 0.5 * PATIENCE_S)
     target.answer([job()])
     first_s, second_s = limits_s

@@ -5,16 +5,17 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.wire import Status, Usage, encode_tokens
+from edge_runtime.wire import CheckedObject, Status, Usage, encode_tokens
 from server.config import OpenAIConfig, ServerConfig
 from server.pictures import PictureDecoder
 from server.prompts import PromptConfig, read_prompts
 from server.reply_cache import ReplyCache
 from server.service import Service
-from server.targets import PictureJob
-from server.targets import openai as openai_module
+from server.targets import PictureJob, paid_calls
 from server.targets.vllm import WRONG_DRAFT, VllmTarget
 from testbed.chat_server import Behaviour
 from testbed.vllm_server import TEMPLATE, Lie, VllmServer
@@ -35,7 +36,7 @@ def other() -> Iterator[VllmServer]:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(paid_calls, "FIRST_WAIT_S", 0.01)
 
 
 class Target(VllmTarget):
@@ -237,3 +238,29 @@ def test_a_boards_draft_reaches_it_in_words_and_its_reply_says_what_was_accepted
     assert begun(other) == ["A man opens a window.", "A man opens a"]
     assert service.status()["target"]["verified"] == "server"
     assert is_balanced(service)
+
+
+def test_an_object_is_repaired_as_with_any_other_server(other: VllmServer, target: Target) -> None:
+    other.say = lambda asked: "{}" if len(asked.body["messages"]) > 1 else "no object"
+    (answer,) = target.answer([job(prompt="count")])
+    assert (answer.text, answer.checked) == ("{}", CheckedObject("count", True))
+    assert set(answer.stages_ms) == {"passes", "repair"}
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_goes_wrong_a_text_is_the_servers_own_or_there_is_none(
+    other: VllmServer, target: Target, data: st.DataObject
+) -> None:
+    faults = ["answer", "no_usage", "error_500", "error_400", "reset", "cut", "html", "no_text", "promise_less"]
+    behaviours = data.draw(st.lists(st.sampled_from(faults), max_size=6))
+    lies = [None, None, *(lie for lie in Lie.__args__ if lie != "all_right")]
+    other.lie, other.recut = data.draw(st.sampled_from(lies)), data.draw(st.booleans())
+    draft = " ".join(data.draw(st.lists(st.sampled_from([*TEXT.split(" "), "zebra", "a"]), max_size=12)))
+    target._takes_drafts = True
+    other.asked.clear()
+    other.behave = lambda call: behaviours[call] if call < len(behaviours) else "answer"
+    (answer,) = target.answer([job(draft)])
+    assert (answer.text, bool(answer.error)) in ((TEXT, False), ("", True))
+    if set(behaviours) <= {"answer", "no_usage"}:
+        assert not answer.error
