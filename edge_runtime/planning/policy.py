@@ -123,7 +123,9 @@ class Policy:
         possible = [candidate(name, snapshot, self._has_draft, limit) for name in names]
         if self._has_draft and snapshot.takes.drafts and possible and possible[-1].paradigm == "offload":
             with_draft = candidate("offload", snapshot, True, limit, sends_draft=True)
-            possible[-1] = min(possible[-1], with_draft, key=lambda each: each.ms)
+            # Other people's servers may not tell of their passes, which then cannot be compared with the draft's time.
+            if not snapshot.server.pass_ms or with_draft.ms < possible[-1].ms:
+                possible[-1] = with_draft
         interval_ms = snapshot.board.interval_ms
         if not possible or self.config.cpu_share >= 1 or not interval_ms:
             return possible
@@ -255,6 +257,8 @@ def _comparison(chosen: Candidate, possible: list[Candidate], snapshot: Snapshot
     saved_ms = max(0.0, decoding_ms(snapshot, "plain")[0] - decoding_ms(snapshot, "drafted")[0])
     passes = f"{saved_ms / max(pass_ms, 1e-9):.0f} passes of {_ms(pass_ms)}"
     others = {each.paradigm: each for each in possible if each.paradigm != chosen.paradigm}
+    if chosen.paradigm == "offload" and chosen.sends_draft and not snapshot.server.pass_ms:
+        return f"draft {_ms(draft_ms)}, and a server says that it uses drafts"
     if chosen.sends_draft:
         share = snapshot.board.accepted_unverified_share if chosen.paradigm == "speculative" else None
         easy = f", and {share:.0%} of the drafts need no server" if share else ""

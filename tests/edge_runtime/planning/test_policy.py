@@ -139,6 +139,13 @@ def test_a_draft_goes_with_the_picture_if_a_server_verifies_it_and_passes_cost_m
     assert decision.explain.reason == "offload: draft 3.5 ms saves 5 passes of 40 ms"
 
 
+def test_a_server_that_uses_drafts_and_does_not_tell_of_its_passes_gets_them():
+    for unknown in (None, 0.0):
+        decision = choose(with_values(ONLY_PICTURES, pass_ms=unknown, draft_ms=70.0))
+        assert (decision.paradigm, decision.sends_draft) == ("offload", True)
+    assert decision.explain.reason == "offload: draft 70 ms, and a server says that it uses drafts"
+
+
 @pytest.mark.parametrize(
     ("changes", "config", "board"),
     [

@@ -121,7 +121,7 @@ def test_its_table_without_its_target_is_an_error(bundle: Bundle) -> None:
 def test_a_board_sends_its_draft_with_the_picture_if_the_server_verifies_it(
     broker: Mosquitto, folder: Path, board_bundle: Bundle
 ) -> None:
-    """Board, Mosquitto, server and model. Frames come until the board knows what passes cost there."""
+    """Board, Mosquitto, server and model. Frames come until the board has read the server's status."""
     mqtt, stop = MqttConfig(port=broker.port), threading.Event()
     server = ServerConfig("s1", str(board_bundle.path), target=f"hf:{folder}", tier="cloud")
     board = RuntimeConfig(
@@ -148,7 +148,7 @@ def test_a_board_sends_its_draft_with_the_picture_if_the_server_verifies_it(
                 user.client.publish(topics.frame("home", "b2", "door"), frame)
                 while not (event := decode_event(user.next())).final:
                     pass
-                if event.why.startswith("offload: draft"):
+                if event.paradigm == "offload":
                     break
         finally:
             stop.set()
