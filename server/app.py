@@ -61,6 +61,7 @@ def run_server(config: Config, stop: threading.Event, notifier: Notifier | None 
     service = Service(server, target, replies, upstream, bounds)
     logger.info("server ready id=%s target=%s tokenizer=%s", server.id, server.target, target.abilities.tokenizer)
     with ExitStack() as stack:
+        stack.callback(target.close)  # ends a probe of another server, too
         gateway = Gateway(
             settings,
             server.site,

@@ -1,5 +1,6 @@
 """A vLLM server as the target: drafts that it verifies, over real sockets; honest, failing, lying."""
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -264,3 +265,12 @@ def test_whatever_goes_wrong_a_text_is_the_servers_own_or_there_is_none(
     assert (answer.text, bool(answer.error)) in ((TEXT, False), ("", True))
     if set(behaviours) <= {"answer", "no_usage"}:
         assert not answer.error
+
+
+def test_a_probe_ends_with_its_target(bundle: Bundle) -> None:
+    before = set(threading.enumerate())
+    target = VllmTarget("http://127.0.0.1:9/v1", OpenAIConfig("fake"), bundle=bundle)
+    (probe,) = set(threading.enumerate()) - before
+    target.close()
+    probe.join(PATIENCE_S)
+    assert not probe.is_alive()
