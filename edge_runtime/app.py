@@ -148,7 +148,7 @@ class Board:
 
         # The network: requests and replies with `servers`, everything for users with `local`.
         byte_budget = ByteBudget(config.policy.bytes_per_minute)
-        self.measurements = Measurements(byte_budget.spent)
+        self.measurements = Measurements(byte_budget.spent, bundle.id.hex())
         self.references = ReferenceFrames(board.refresh_s)
         self.routers: list[Router] = []
         self.servers, self.local = self._clients()

@@ -185,11 +185,17 @@ class Pipeline:
         return self._answer_on_device(work, refusal) if refusal else self._announce(work)
 
     def _offload(self, work: FrameInProgress) -> Event:
-        """The request contains the picture. The outbox keeps features instead: they are small and show nobody."""
+        """The request contains the picture, and the draft if a server can use it.
+
+        The outbox keeps features instead: they are small and show nobody.
+        """
+        if work.plan.sends_draft:
+            self._run_head(work)
+            self._write_draft(work)
         refusal = self._send(work)
         if refusal or work.plan.writes_draft or self.tracker.has_outbox:
             self._run_head(work)
-        if refusal or work.plan.writes_draft:
+        if not work.draft and (refusal or work.plan.writes_draft):
             self._write_draft(work)
         if refusal:
             return self._answer_on_device(work, refusal)
@@ -383,7 +389,8 @@ def build_request(
         while len(content) > MAX_PICTURE:
             pixels = shrunk(pixels, max(pixels.shape) // 2)
             content = to_jpeg(pixels, plan.jpeg_quality)
-    options = msgspec.structs.replace(wanted(plan), propose=plan.propose)
+    camera = "" if features else plan.camera
+    options = msgspec.structs.replace(wanted(plan), propose=plan.propose, camera=camera)
     return Request(
         id=request_id,
         bundle=bundle.id,
@@ -392,7 +399,7 @@ def build_request(
         budget_ms=max(0, plan.budget_ms - age_ms),
         content_kind=kind,
         content=content,
-        draft=encode_tokens(draft) if plan.paradigm == "speculative" else b"",
+        draft=encode_tokens(draft) if plan.paradigm == "speculative" or plan.sends_draft else b"",
         options=options if options != Options() else None,
         labels=encode_labels(worth_sending(labels)) or None if features else None,
     )

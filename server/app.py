@@ -61,6 +61,7 @@ def run_server(config: Config, stop: threading.Event, notifier: Notifier | None 
     service = Service(server, target, replies, upstream, bounds)
     logger.info("server ready id=%s target=%s tokenizer=%s", server.id, server.target, target.abilities.tokenizer)
     with ExitStack() as stack:
+        stack.callback(target.close)  # ends a probe of another server, too
         gateway = Gateway(
             settings,
             server.site,
@@ -93,9 +94,11 @@ def _target(config: Config) -> tuple[Target[Any], Any]:
     server = config.server
     if config.openai:
         from server.targets.openai import OpenAITarget
+        from server.targets.vllm import VllmTarget
 
-        url = server.target.removeprefix("openai:")
-        return OpenAITarget(url, config.openai, prompts=read_prompts(config.prompts)), None
+        kind, _, url = server.target.partition(":")
+        other = VllmTarget if kind == "vllm" else OpenAITarget
+        return other(url, config.openai, prompts=read_prompts(config.prompts), bundle=_boards_bundle(server)), None
     if server.target.startswith("hf:"):
         return _picture_model(config), None
     from server.questions import Questions
@@ -117,4 +120,11 @@ def _picture_model(config: Config) -> Target[Any]:
         raise ConfigError(f'target = "{server.target}" needs transformers: pip install "aiflow-edge[hf]"') from error
     name, hf = server.target.removeprefix("hf:"), config.hf
     model = HuggingFaceTarget.load(name, hf.dtype, server.device, server.threads, hf.offline)
-    return PictureModel(model, hf, open_bundle(Path(server.bundle)) if server.bundle else None)
+    return PictureModel(model, hf, _boards_bundle(server))
+
+
+def _boards_bundle(server: ServerConfig) -> Bundle | None:
+    """Whose words the boards' drafts have, for a target that is another model."""
+    bundle = open_bundle(Path(server.bundle)) if server.bundle else None
+    _ = bundle.words if bundle else None  # a mistake in them is found at the start
+    return bundle

@@ -25,12 +25,12 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The server and what it answers with."""
 
     id: StationId
-    bundle: str | None = None  # directory of the bundle; with the target "bundle", and for drafts with "hf:..."
+    bundle: str | None = None  # directory of the bundle; with another target than "bundle", for the boards' drafts
     target: Annotated[
         str,
         Meta(
-            pattern=r"^(bundle|openai:https?://[!-~]{1,512}|hf:[!-~]{1,512})\Z",
-            description='"bundle", "openai:http://HOST:PORT/v1" or "hf:FOLDER_OR_NAME"',
+            pattern=r"^(bundle|(openai|vllm):https?://[!-~]{1,512}|hf:[!-~]{1,512})\Z",
+            description='"bundle", "openai:http://HOST:PORT/v1", "vllm:http://HOST:PORT/v1" or "hf:FOLDER_OR_NAME"',
         ),
     ] = "bundle"  # what answers: the bundle's networks, another server with the API of OpenAI, or a transformers model
     site: Id = "home"
@@ -53,13 +53,14 @@ USUAL_INPUT_TOKENS = 1500  # of a picture and a prompt, to estimate a cost befor
 
 
 class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """Another server that answers pictures, with the chat completions of OpenAI's API."""
+    """Another server that answers pictures, with the chat completions of OpenAI's API: "openai:..." and "vllm:..."."""
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]  # as that server calls it
     prompt: PromptName = DEFAULT  # for requests that name none
     key_file: str | None = None  # its first line is the key; secrets come from files only
     ca_file: str | None = None  # the authorities that sign its certificate; none: those of the system
     max_tokens: Annotated[int, Meta(ge=1, le=4096)] = 100  # longest text, unless the prompt says otherwise
+    prediction: bool = False  # true: the board's draft is sent as OpenAI's predicted output
     calls: Annotated[int, Meta(ge=1, le=64)] = 4  # at the same time
     timeout_s: Annotated[float, Meta(ge=0.1, le=600)] = 60.0  # of one call; a request's deadline may be sooner
     input_price: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # per million tokens of prompt and picture
@@ -96,8 +97,8 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
             host = None
         if not host or parts.username is not None or parts.query or parts.fragment:
             raise ConfigError(
-                'target = "openai:..." wants an address such as http://127.0.0.1:8080/v1, with a host, without a login '
-                "and without ? or #; a key belongs into key_file of [openai]"
+                'target = "openai:..." or "vllm:..." wants an address such as http://127.0.0.1:8080/v1, with a host, '
+                "without a login and without ? or #; a key belongs into key_file of [openai]"
             )
         if parts.scheme == "http" and not self.insecure and not is_loopback(host):
             raise ConfigError(
@@ -113,7 +114,10 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     def estimate(self, prompts: Iterable[Prompt] = ()) -> float:
         """What a call may cost, in the currency, before there was one."""
-        return self.cost(USUAL_INPUT_TOKENS, max(self.max_tokens, *(prompt.max_tokens or 0 for prompt in prompts), 0))
+        asked = list(prompts)
+        frames = max((prompt.frames for prompt in asked), default=1)
+        longest = max(self.max_tokens, *(prompt.max_tokens or 0 for prompt in asked), 0)
+        return self.cost(frames * USUAL_INPUT_TOKENS, longest)
 
     def cost(self, input_tokens: int, output_tokens: int) -> float:
         """In the currency."""
@@ -176,7 +180,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     mqtt: MqttConfig = MqttConfig()
     questions: dict[str, str] = {}  # taught ones, which boards ask by name: name to file
     prompts: dict[str, PromptConfig] = {}  # which boards ask by name, besides `door`
-    openai: OpenAIConfig | None = None  # with the target "openai:..."
+    openai: OpenAIConfig | None = None  # with the targets "openai:..." and "vllm:..."
     hf: HuggingFaceConfig = HuggingFaceConfig()  # with the target "hf:..."
     upstream: UpstreamConfig | None = None
     metrics: MetricsConfig | None = None
@@ -195,11 +199,12 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     def check_target(self) -> None:
         """Raises ConfigError if the target lacks what it needs, or has what it cannot use."""
         server, (kind, _, where) = self.server, self.server.target.partition(":")
-        if self.openai and kind != "openai":
+        is_other_server = kind in ("openai", "vllm")
+        if self.openai and not is_other_server:
             raise ConfigError(
                 f'[openai] is of no use with target = "{kind}": set target = "openai:http://HOST:PORT/v1", or remove it'
             )
-        if self.prompts and kind != "openai":
+        if self.prompts and not is_other_server:
             raise ConfigError(
                 f'[prompts] is of no use with target = "{kind}", which reads no named prompts: remove it, or set '
                 'target = "openai:http://HOST:PORT/v1"'
@@ -210,10 +215,15 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             if server.bundle is None:
                 raise ConfigError('required key `bundle` is missing (in server), which has target = "bundle"')
             return
-        if kind == "openai":
+        if is_other_server:
             if self.openai is None:
                 raise ConfigError(f'target = "{server.target}" needs the table [openai] with the model\'s name')
             self.openai.check(where, read_prompts(self.prompts))
+            if self.openai.prediction and (kind == "vllm" or server.bundle is None):
+                raise ConfigError(
+                    'prediction = true in [openai] wants target = "openai:..." and the boards\' bundle as `bundle` in '
+                    "[server], whose words their drafts have"
+                )
         if not server.pictures:
             raise ConfigError("pictures = false, but this target answers pictures only: remove it")
         if self.upstream or self.questions or server.questions_folder:

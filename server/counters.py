@@ -32,10 +32,15 @@ SERVER = {
     "target_calls": Meaning(
         "Calls to another server as the target, by what became of them: answered, retried (called once more), "
         "usage_unknown (answered without token counts), repair (called since the answer does not match its schema), "
-        "invalid (no text matched it); paused and over_budget were not made",
+        "invalid (no text matched it), draft_refused and draft_unread (no more drafts are sent), draft_recut (asked "
+        "again without the draft); paused and over_budget were not made",
         "what",
     ),
-    "target_tokens": Meaning("Tokens of those calls, as the other server counts them: input, output", "what"),
+    "target_tokens": Meaning(
+        "Tokens of those calls, as the other server counts them: input, output, prediction_accepted, "
+        "prediction_rejected",
+        "what",
+    ),
     "target_cost": Meaning("Cost of those calls in the configured currency, estimated if one broke off"),
     "target_cost_today": Meaning("Cost of those calls since the day began (UTC), kept over a restart", is_gauge=True),
     "target_budget_per_day": Meaning("The budget of a day for those calls, if there is one", is_gauge=True),

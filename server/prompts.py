@@ -23,6 +23,7 @@ QUESTION = (
     "vehicles, parcels, and what they do. If there are none, say that nothing happens. Do not guess what is not "
     "visible."
 )
+MAX_FRAMES = 8  # pictures in one question
 DEFAULT = "door"  # the prompt that every server has
 
 Words = Annotated[str, Meta(max_length=16_384)]
@@ -36,6 +37,7 @@ class PromptConfig(Struct, frozen=True, forbid_unknown_fields=True):
     context: Words = ""  # what is normal in the camera's pictures
     language: Annotated[str, Meta(max_length=64)] = ""  # of the texts, such as "German"; empty: the model's choice
     max_tokens: Annotated[int, Meta(ge=1, le=4096)] | None = None  # longest answer; None: that of [openai]
+    frames: Annotated[int, Meta(ge=1, le=MAX_FRAMES)] = 1  # the camera's last pictures in one question
     schema: dict[str, Any] | str | None = None  # JSON Schema, or a file with it; None: the answer is a text
 
 
@@ -47,6 +49,7 @@ class Prompt:
     text: str  # beside the picture
     max_tokens: int | None = None  # longest answer; None: the target's own limit
     schema: AnswerSchema | None = None  # None: the answer is a text
+    frames: int = 1  # pictures of the camera, at most: this one and the last ones before it
 
 
 def read_prompts(configured: Mapping[str, PromptConfig]) -> dict[str, Prompt]:
@@ -72,4 +75,4 @@ def _prompt(name: str, config: PromptConfig) -> Prompt:
     if schema:  # also in words: some servers ignore response_format
         written = msgspec.json.encode(schema.schema).decode()
         parts.append(f"Answer with one JSON object that matches this JSON Schema, and with nothing else: {written}")
-    return Prompt(config.system, "\n\n".join(parts), config.max_tokens, schema)
+    return Prompt(config.system, "\n\n".join(parts), config.max_tokens, schema, config.frames)

@@ -31,6 +31,12 @@ REQUEST: dict[str, Any] = {
         "model": {"type": "string", "minLength": 1},
         "max_tokens": {"type": "integer", "minimum": 1},
         "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+        "prediction": {
+            "type": "object",
+            "required": ["type", "content"],
+            "additionalProperties": False,
+            "properties": {"type": {"const": "content"}, "content": {"type": "string"}},
+        },
         "response_format": {
             "type": "object",
             "required": ["type", "json_schema"],
@@ -136,11 +142,16 @@ BEHAVIOURS: tuple[Behaviour, ...] = get_args(Behaviour)
 class Asked:
     """One request that reached the server."""
 
-    picture: bytes
-    prompt: str  # beside the picture
+    pictures: tuple[bytes, ...]
+    prompt: str  # beside them
     body: dict[str, Any]
     headers: dict[str, str]  # names in lower case
     behaviour: Behaviour
+
+    @property
+    def picture(self) -> bytes:
+        """The last one."""
+        return self.pictures[-1]
 
 
 class ChatServer(ThreadingHTTPServer):
@@ -149,6 +160,7 @@ class ChatServer(ThreadingHTTPServer):
     Needs jsonschema, of the extra `test`.
     """
 
+    request_schema = REQUEST
     daemon_threads = True
     request_queue_size = 128
 
@@ -165,7 +177,7 @@ class ChatServer(ThreadingHTTPServer):
             context.load_cert_chain(*certificate)
             self.socket = context.wrap_socket(self.socket, server_side=True)
             self._scheme = "https"
-        self._schema = Draft202012Validator(REQUEST)
+        self._schema = Draft202012Validator(self.request_schema)
         self.behave, self.retry_after = behave, "1"
         self.say: Callable[[Asked], str] = lambda asked: text_of(asked.picture)  # the text of an answer
         self.key: str | None = None  # requests with another one are refused; None: any
@@ -208,11 +220,16 @@ class ChatServer(ThreadingHTTPServer):
             self.objections += found
             if found:
                 return None
-            text, image = next(message["content"] for message in read["messages"] if message["role"] == "user")
-            picture = base64.b64decode(image["image_url"]["url"].partition(",")[2], validate=True)
-            asked = Asked(picture, text["text"], read, headers, self.behave(len(self.asked)))
+            text, *images = next(message["content"] for message in read["messages"] if message["role"] == "user")
+            urls = (image["image_url"]["url"] for image in images)
+            pictures = tuple(base64.b64decode(url.partition(",")[2], validate=True) for url in urls)
+            asked = Asked(pictures, text["text"], read, headers, self.behave(len(self.asked)))
             self.asked.append(asked)
             return asked
+
+    def respond(self, asked: Asked, usage: dict[str, Any] | None) -> bytes:
+        """The body of an answer."""
+        return completion(self.say(asked), usage)
 
     def bill(self, text: str) -> None:
         """An answer is sent."""
@@ -225,7 +242,7 @@ def text_of(picture: bytes) -> str:
     return f"picture {sha256(picture).hexdigest()[:16]}"
 
 
-def completion(text: str | None, usage: dict[str, int] | None) -> bytes:
+def completion(text: str | None, usage: dict[str, Any] | None) -> bytes:
     """The body of a response as the API reference has it."""
     message = {"role": "assistant", "content": text, "refusal": None}
     found: dict[str, Any] = {
@@ -238,7 +255,7 @@ def completion(text: str | None, usage: dict[str, int] | None) -> bytes:
     return json.dumps(found | ({"usage": usage} if usage else {})).encode()
 
 
-def usage(prompt: int = PROMPT_TOKENS, written: int = COMPLETION_TOKENS) -> dict[str, int]:
+def usage(prompt: int = PROMPT_TOKENS, written: int = COMPLETION_TOKENS) -> dict[str, Any]:
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
@@ -271,7 +288,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.hold.wait()
             self.server.bill(text)
             counts = {"answer": usage(), "no_usage": None, "odd_usage": usage(-1)}[behaviour]
-            self._send(completion(text, counts))
+            self._send(self.server.respond(asked, counts))
         elif behaviour == "stall":
             self.server.ended.wait()
         elif behaviour in ("drip", "drip_body"):

@@ -12,11 +12,14 @@ from edge_runtime.wire import Event, decode_event, decode_object, encode_event
 from edge_runtime.wire.json_object import MAX_DEPTH, MAX_OBJECT, MAX_VALUES
 from server.answer_schema import ASSERTIONS, MAX_SCHEMA, WITH_LIST, WITH_NAMES, WITH_ONE
 from server.config import Config
-from server.prompts import read_prompts
+from server.prompts import MAX_FRAMES, PromptConfig, read_prompts
+from server.targets.recent_pictures import MAX_AGE_S, MAX_BOARD_BYTES, MAX_BYTES, MAX_CAMERAS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "prompts.md").read_text()
 TEXT = " ".join(PAGE.split())
-SERVER, BOARD, JSON_SERVER = (msgspec.toml.decode(file) for file in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL))
+SERVER, BOARD, FRAMES, JSON_SERVER = (
+    msgspec.toml.decode(file) for file in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+)
 
 
 def test_its_files_work_as_they_stand_and_know_each_others_prompt() -> None:
@@ -26,6 +29,15 @@ def test_its_files_work_as_they_stand_and_know_each_others_prompt() -> None:
     drive, front = convert(Path("board.toml"), BOARD, RuntimeConfig).cameras
     assert drive.prompt in read_prompts(servers[0].prompts)
     assert front.prompt is None
+
+
+def test_its_bounds_of_pictures_are_those_of_the_code() -> None:
+    (prompt,) = (msgspec.convert(table, PromptConfig) for table in FRAMES["prompts"].values())
+    assert prompt.frames == 3
+    assert (MAX_FRAMES, "1 to 8" in TEXT, "last eight of each camera" in TEXT) == (8, True, True)
+    said = f"At most {MAX_BYTES >> 20} MiB are kept, {MAX_BOARD_BYTES >> 20} MiB of one board, {MAX_CAMERAS} cameras"
+    assert said in TEXT
+    assert (MAX_AGE_S, "older than ten minutes" in TEXT) == (600.0, True)
 
 
 def test_its_event_is_what_its_schema_makes_of_its_text() -> None:

@@ -26,7 +26,7 @@ def test_its_server_works_as_it_stands() -> None:
 
 
 def test_its_addresses_are_targets() -> None:
-    addresses = re.findall(r"`(openai:http[^`]*)`", PAGE)
+    addresses = re.findall(r"`((?:openai|vllm):http[^`]*)`", PAGE)
     assert len(addresses) == 3
     for address in addresses:
         tables = {"server": {"id": "s1", "target": address}, "openai": {"model": "m"}}

@@ -1,8 +1,8 @@
 """What each paradigm is expected to take, as the sum of the stages on its way: a function of a snapshot.
 
 In split the request is sent before the draft is decoded, so the draft costs no time until the verified text. In
-speculative the draft is on the way: it saves the server's decoder some passes, and it is the answer at once if it needs
-no verification.
+speculative, and in offload with a draft, the draft is on the way: it saves the server's decoder some passes. In
+speculative it is the answer at once if it needs no verification.
 """
 
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ class Candidate:
     size: float  # bytes of the request
     risk_ms: float = 0.0  # the cost of a change to a slow link, times its probability
     writes_draft: bool = True
+    sends_draft: bool = False
 
     @property
     def cost_ms(self) -> float:
@@ -44,27 +45,32 @@ class Candidate:
 
 
 def candidate(
-    paradigm: ParadigmName, snapshot: Snapshot, writes_draft: bool, max_feature_bytes: float = inf
+    paradigm: ParadigmName,
+    snapshot: Snapshot,
+    writes_draft: bool,
+    max_feature_bytes: float = inf,
+    sends_draft: bool = False,
 ) -> Candidate:
     """What split, speculative or offload would take. writes_draft: even if the draft is only shown.
 
-    max_feature_bytes: of split and speculative.
+    max_feature_bytes: of split and speculative. sends_draft: with the picture; speculative always sends it.
     """
+    sends_draft = sends_draft or paradigm == "speculative"
+    writes_draft = writes_draft or sends_draft
     link, server, board = snapshot.link, snapshot.server, snapshot.board
     resize, head = known(board.resize_ms, RESIZE_MS), known(board.head_ms, HEAD_MS)
     draft, encode = known(board.draft_ms, DRAFT_MS), known(board.encode_ms, ENCODE_MS)
-    decoding: Decoding = "drafted" if paradigm == "speculative" else "plain"
+    decoding: Decoding = "drafted" if sends_draft else "plain"
     latent_ms = known(server.server_ms, SERVER_MS)
     if paradigm == "offload":
-        before, encode = resize, known(board.picture_ms, encode)
+        before, encode = resize + (head if sends_draft else 0.0), known(board.picture_ms, encode)
         work_ms = known(server.picture_server_ms, latent_ms + PICTURE_EXTRA_MS)
         best_work_ms = known(server.picture_server_ms, latent_ms)
     else:
         before, encode = resize + head, encode + known(board.labels_ms, 0.0)  # labels are found before encoding
         work_ms = best_work_ms = server.kind_server_ms.get(decoding, latent_ms)
-    sent_share = 1.0
-    if paradigm == "speculative":
-        writes_draft, before, sent_share = True, before + draft, 1.0 - (board.accepted_unverified_share or 0.0)
+    before += draft if sends_draft else 0.0
+    sent_share = 1.0 - (board.accepted_unverified_share or 0.0) if paradigm == "speculative" else 1.0
     needs_head = writes_draft or paradigm != "offload"
     board_ms = resize + encode + (head if needs_head else 0.0) + (draft if writes_draft else 0.0)
 
@@ -83,7 +89,7 @@ def candidate(
     passes_ms, best_passes_ms = decoding_ms(snapshot, decoding)
     ms = before + sent_share * (after + network.likely_ms(size) + work_ms + passes_ms)
     best_ms = before + sent_share * (after + network.best_ms(size) + best_work_ms + best_passes_ms)
-    return Candidate(paradigm, ms, best_ms, board_ms, size, sent_share * risk_ms, writes_draft)
+    return Candidate(paradigm, ms, best_ms, board_ms, size, sent_share * risk_ms, writes_draft, sends_draft)
 
 
 def decoding_ms(snapshot: Snapshot, decoding: Decoding) -> tuple[float, float]:

@@ -73,13 +73,13 @@ class RequestLost:
 class Measurements:
     """`sent` is called before `answered` or `lost` of the same request."""
 
-    def __init__(self, bytes_spent: Callable[[float, float], int] = lambda now, within_s: 0) -> None:
-        """bytes_spent: bytes of requests sent in the within_s seconds before `now`."""
+    def __init__(self, bytes_spent: Callable[[float, float], int] = lambda now, within_s: 0, bundle: str = "") -> None:
+        """bytes_spent: bytes of requests sent in the within_s seconds before `now`. bundle: the id of the board's."""
         self.counts = Counter(dict.fromkeys(IGNORED, 0))
         self._bytes_spent, self._is_connected, self._now = bytes_spent, True, 0.0
         self._inbox: deque[RequestSent | RequestAnswered | RequestLost] = deque(maxlen=QUEUE)
         self._link, self._board = LinkEstimator(), BoardEstimator()
-        self._server, self._statuses = ServerEstimator(self.counts), ServerStatuses(self.counts)
+        self._server, self._statuses = ServerEstimator(self.counts), ServerStatuses(self.counts, bundle)
 
     # ---- any thread ----
 

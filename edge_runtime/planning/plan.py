@@ -24,6 +24,7 @@ class Plan:
     picture_pixels: int | None = None  # its longest side; None: it is the head's input
     explain: Explain | None = None  # the same as `why` for programs, with the numbers behind the decision
     writes_draft: bool = True  # False: no CPU time for a draft that is only shown, not sent
+    sends_draft: bool = False  # of offload: the draft goes with the picture; speculative always sends it
     # Accept a draft with at least this confidence without verification. None: verify every draft.
     min_confidence: float | None = None
     # Use an earlier answer again if the frame differs from the answered one by at most this: see inference/reuse.py.
@@ -33,6 +34,7 @@ class Plan:
     questions: tuple[str, ...] = ()  # taught ones, which the server is to answer
     prompt: str = ""  # what a server is to ask, by its name; empty: its usual prompt
     sampling: Options = GREEDY  # those that say how the tokens of draft and text are chosen
+    camera: str = ""  # to name with a picture; empty: the board has only this one
     propose: bool = False  # the server may propose tokens itself if the request contains no draft
 
     def accepts(self, confidence: float) -> bool:

@@ -73,6 +73,7 @@ class BoardPlanner:
             questions=own.questions,
             prompt="" if prompt == NO_PROMPT else prompt,
             sampling=self._sampling.get(camera, GREEDY),
+            camera=camera if len(self._policies) > 1 else "",
             reuse_distance=own.reuse_distance,
             reuse_s=own.reuse_s,
         )
@@ -104,6 +105,7 @@ class BoardPlanner:
             why=decision.explain.reason,
             explain=decision.explain,
             writes_draft=decision.writes_draft,
+            sends_draft=decision.sends_draft,
             max_bytes=smaller(plan.max_bytes, decision.max_feature_bytes),
             # With a tier, questions or a prompt, a server shall answer every frame. What the confidence of a draft is
             # worth was measured on greedy ones.

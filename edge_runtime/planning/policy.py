@@ -45,6 +45,7 @@ class Decision:
     paradigm: ParadigmName
     explain: Explain
     writes_draft: bool = True  # whether there is CPU time for a draft that is only shown
+    sends_draft: bool = False  # before the request is sent
     is_probe: bool = False
     outage: Outage | None = None  # why the link is not used, or only tested
     max_feature_bytes: int | None = None  # None: no reason to send less than usual
@@ -120,6 +121,11 @@ class Policy:
         if self.config.may_offload and snapshot.takes.pictures:
             names.append("offload")
         possible = [candidate(name, snapshot, self._has_draft, limit) for name in names]
+        if self._has_draft and snapshot.takes.drafts and possible and possible[-1].paradigm == "offload":
+            with_draft = candidate("offload", snapshot, True, limit, sends_draft=True)
+            # Other people's servers may not tell of their passes, which then cannot be compared with the draft's time.
+            if not snapshot.server.pass_ms or with_draft.ms < possible[-1].ms:
+                possible[-1] = with_draft
         interval_ms = snapshot.board.interval_ms
         if not possible or self.config.cpu_share >= 1 or not interval_ms:
             return possible
@@ -242,7 +248,7 @@ def _decide(
     limit = int(max_feature_bytes) if max_feature_bytes < inf else None
     expected_ms = {each.paradigm: round(min(each.ms, 1e9), 1) for each in possible}
     explain = Explain(chosen.paradigm, f"{chosen.paradigm}: {why}"[:256], expected_ms, _numbers(snapshot))
-    return Decision(chosen.paradigm, explain, chosen.writes_draft, is_probe, outage, limit)
+    return Decision(chosen.paradigm, explain, chosen.writes_draft, chosen.sends_draft, is_probe, outage, limit)
 
 
 def _comparison(chosen: Candidate, possible: list[Candidate], snapshot: Snapshot) -> str:
@@ -251,8 +257,10 @@ def _comparison(chosen: Candidate, possible: list[Candidate], snapshot: Snapshot
     saved_ms = max(0.0, decoding_ms(snapshot, "plain")[0] - decoding_ms(snapshot, "drafted")[0])
     passes = f"{saved_ms / max(pass_ms, 1e-9):.0f} passes of {_ms(pass_ms)}"
     others = {each.paradigm: each for each in possible if each.paradigm != chosen.paradigm}
-    if chosen.paradigm == "speculative":
-        share = snapshot.board.accepted_unverified_share
+    if chosen.paradigm == "offload" and chosen.sends_draft and not snapshot.server.pass_ms:
+        return f"draft {_ms(draft_ms)}, and a server says that it uses drafts"
+    if chosen.sends_draft:
+        share = snapshot.board.accepted_unverified_share if chosen.paradigm == "speculative" else None
         easy = f", and {share:.0%} of the drafts need no server" if share else ""
         return f"draft {_ms(draft_ms)} saves {passes}{easy}"
     if chosen.paradigm == "split" and (speculative := others.get("speculative")):

@@ -8,6 +8,7 @@ from typing import Literal
 from edge_runtime.planning.recent_values import RecentValues
 from edge_runtime.planning.server_status import Claims
 from edge_runtime.wire import Reply
+from edge_runtime.wire.envelope import MAX_TOKENS
 from edge_runtime.wire.event import ParadigmName
 
 SHORT_S, LONG_S = 60.0, 600.0
@@ -85,14 +86,16 @@ class ServerEstimator:
     def _learn_prices(self, paradigm: ParadigmName, reply: Reply, at: float) -> None:
         hop = reply.hops[0]
         passes_ms = min(hop.compute_ms, (hop.stages_ms or {}).get("passes", 0.0))
-        decoding: Decoding = "drafted" if paradigm == "speculative" else "plain"
+        was_read_with_picture = paradigm == "offload" and reply.proposed
+        decoding: Decoding = "drafted" if paradigm == "speculative" or was_read_with_picture else "plain"
         self._queue_ms.add(hop.queue_ms, at)
         if paradigm == "offload":
             self._picture_ms.add(hop.compute_ms - passes_ms, at)
         else:
             self._latent_ms.add(hop.compute_ms - passes_ms, at)
             self._latent_ms_by_decoding[decoding].add(hop.compute_ms - passes_ms, at)
-        if reply.passes > len(reply.token_ids) + 1:  # each pass brings at least one token, the last pass the end
+        # Each pass brings at least one token, the last pass the end. A text of another vocabulary comes without tokens.
+        if reply.passes > (len(reply.token_ids) or MAX_TOKENS) + 1:
             self._counts["passes_refused"] += 1
         elif reply.passes:
             self._passes[decoding].add(reply.passes, at)

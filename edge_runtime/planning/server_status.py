@@ -40,6 +40,7 @@ class _Price(Struct, frozen=True):
 
 class _Target(Struct, frozen=True):
     latents: bool = True  # False: it takes pictures only
+    drafts: bool = False  # they save it work, if they are of one of its bundles
     sample: bool = False  # False: it writes greedily only
     prompts: Annotated[tuple[Name, ...], Meta(max_length=MAX_PROMPTS)] = ()  # by name
 
@@ -54,6 +55,7 @@ class ServerStatus(Struct, frozen=True):
     share_proven: bool = True  # False: requests do not reach this server
     accepting: bool = True  # False: it takes no requests at present
     target: _Target = _Target()
+    bundles: dict[str, str] = {}  # id, in hex digits, to name
     pictures: bool = True  # False: it takes latents only
 
     @property
@@ -91,6 +93,7 @@ class Takes(NamedTuple):
     latents: bool = True
     pictures: bool = True
     wanted: str = ""  # only servers that can do this count, in words; empty: all
+    drafts: bool = False  # with pictures; only if a server says so
 
 
 class _Received(NamedTuple):
@@ -105,8 +108,12 @@ class ServerStatuses:
     The statuses do not use the queue of the measurements: a server that floods its topic would displace measurements.
     """
 
-    def __init__(self, counts: Counter[str]) -> None:
-        """counts: of values that were ignored; adds to status_refused, status_contradicted and servers_forgotten."""
+    def __init__(self, counts: Counter[str], bundle: str = "") -> None:
+        """counts: of values that were ignored; adds to status_refused, status_contradicted and servers_forgotten.
+
+        bundle: id of the board's, in hex digits.
+        """
+        self._bundle = bundle
         self.measured_pass_ms: float | None = None  # set by the frame path
         self._counts = counts
         self._received: dict[str, _Received] = {}  # by server, the stalest first; replaced by the MQTT client's thread
@@ -165,8 +172,14 @@ class ServerStatuses:
         if samples:
             taking = [status for status in taking if status.target.sample]
             wanted.append("a target that samples")
-        latents = any(status.target.latents for status in taking)
-        return Takes(latents, any(status.pictures for status in taking), " and ".join(wanted))
+        with_pictures = [status for status in taking if status.pictures]
+        return Takes(
+            any(status.target.latents for status in taking),
+            bool(with_pictures),
+            " and ".join(wanted),
+            # The draft is a caption, so it is no guess at the answer to a prompt that asks something else.
+            not prompt and any(status.target.drafts and self._bundle in status.bundles for status in with_pictures),
+        )
 
     def all_refuse(self, now: float, answered_at: float) -> bool:
         """All servers say that they take no requests, and no server has answered since they said so.

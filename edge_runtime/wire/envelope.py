@@ -94,6 +94,7 @@ class Options(Struct, frozen=True, omit_defaults=True):
     repetition_penalty: Annotated[float, Meta(ge=1, le=10)] = 1.0  # divides positive logits of tokens that are written
     # Tokens that end the text, besides the end token.
     stop: Annotated[tuple[Annotated[int, Meta(ge=0, le=MAX_TOKEN)], ...], Meta(max_length=MAX_STOP)] = ()
+    camera: Name = ""  # that took the picture; empty: the board has one camera
 
     @property
     def is_sampled(self) -> bool:

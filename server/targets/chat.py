@@ -5,7 +5,7 @@ API: https://platform.openai.com/docs/api-reference/chat/create
 
 import base64
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,6 +16,7 @@ from server.prompts import Prompt
 from server.targets.target import PictureJob
 
 Message = dict[str, Any]
+Read = TypeVar("Read")
 
 
 class _Message(Struct):
@@ -24,11 +25,7 @@ class _Message(Struct):
 
 class _Choice(Struct):
     message: _Message
-
-
-class _Completion(Struct):
-    choices: Annotated[tuple[_Choice, ...], Meta(min_length=1)]
-    usage: Any = None
+    finish_reason: Any = None
 
 
 class TokenCounts(Struct):
@@ -38,12 +35,63 @@ class TokenCounts(Struct):
     completion_tokens: UInt32
 
 
+class _PredictionCounts(Struct):
+    accepted_prediction_tokens: UInt32 = 0
+    rejected_prediction_tokens: UInt32 = 0
+
+
+class _UsageDetails(Struct):
+    completion_tokens_details: _PredictionCounts
+
+
+class Completion(Struct):
+    """What is read of a response. What is Any was not checked."""
+
+    choices: Annotated[tuple[_Choice, ...], Meta(min_length=1)]
+    usage: Any = None
+    prompt_token_ids: Any = None  # vLLM, with return_token_ids
+    prompt_logprobs: Any = None  # vLLM, with prompt_logprobs
+
+    @property
+    def text(self) -> str:
+        """With the space around it, which belongs to a text that is continued."""
+        return self.choices[0].message.content or ""
+
+    @property
+    def ends_here(self) -> bool:
+        """The model had nothing to write after what it was given."""
+        return not self.text and self.choices[0].finish_reason == "stop"
+
+    @property
+    def counts(self) -> TokenCounts | None:
+        """None: not counted, or not soundly."""
+        return _convert(self.usage, TokenCounts)
+
+    @property
+    def prediction(self) -> tuple[int, int]:
+        """Tokens of the prediction: accepted, rejected. Both 0 if the other server does not say."""
+        details = _convert(self.usage, _UsageDetails)
+        counts = details.completion_tokens_details if details else _PredictionCounts()
+        return counts.accepted_prediction_tokens, counts.rejected_prediction_tokens
+
+
 def messages(prompt: Prompt, job: PictureJob) -> list[Message]:
-    """The prompt and the picture."""
-    picture = f"data:{job.media_type};base64,{base64.b64encode(job.picture).decode()}"
-    content = [{"type": "text", "text": prompt.text}, {"type": "image_url", "image_url": {"url": picture}}]
+    """The prompt and the pictures, the job's last."""
+    text = prompt.text
+    if job.earlier:
+        times = ", ".join(f"{earlier.seconds:.1f} s" for earlier in job.earlier)
+        number = len(job.earlier) + 1
+        text += (
+            f"\n\nThese {number} pictures are of the same camera, in the order of time: {times} before the last one."
+        )
+    pictures = [*((earlier.media_type, earlier.picture) for earlier in job.earlier), (job.media_type, job.picture)]
+    content: list[Message] = [{"type": "text", "text": text}, *(_image(*each) for each in pictures)]
     asked: list[Message] = [{"role": "user", "content": content}]
     return [{"role": "system", "content": prompt.system}, *asked] if prompt.system else asked
+
+
+def _image(media_type: str, picture: bytes) -> Message:
+    return {"type": "image_url", "image_url": {"url": f"data:{media_type};base64,{base64.b64encode(picture).decode()}"}}
 
 
 def repair(asked: Sequence[Message], answer: str, wrong: str) -> list[Message]:
@@ -52,9 +100,9 @@ def repair(asked: Sequence[Message], answer: str, wrong: str) -> list[Message]:
     return [*asked, {"role": "assistant", "content": answer}, {"role": "user", "content": again}]
 
 
-def body(model: str, asked: Sequence[Message], prompt: Prompt, max_tokens: int) -> bytes:
-    """Of a request, JSON. With a schema, servers that can will write nothing that breaks it."""
-    request = {"model": model, "messages": asked, "max_tokens": max_tokens, "temperature": 0}
+def body(model: str, asked: Sequence[Message], prompt: Prompt, max_tokens: int, **more: Any) -> bytes:
+    """Of a request, JSON. With a schema, servers that can will write nothing that breaks it. more: of its fields."""
+    request = {"model": model, "messages": asked, "max_tokens": max_tokens, "temperature": 0, **more}
     if schema := prompt.schema:
         request["response_format"] = {
             "type": "json_schema",
@@ -63,21 +111,24 @@ def body(model: str, asked: Sequence[Message], prompt: Prompt, max_tokens: int) 
     return msgspec.json.encode(request)
 
 
-def read(response: bytes) -> tuple[str, TokenCounts | None]:
-    """The text of a chat completion, and its tokens if they were counted. Raises CallError."""
+def read(response: bytes, may_be_empty: bool = False) -> Completion:
+    """A chat completion. may_be_empty: it continues a text, which may be complete. Raises CallError."""
     try:
-        completion = msgspec.json.decode(response, type=_Completion)
-        text = (completion.choices[0].message.content or "").strip()
+        completion = msgspec.json.decode(response, type=Completion)
+        text = completion.text
         text.encode()  # JSON can hold halves of characters, which no reply can
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         kind = "HTML" if response.lstrip()[:1] == b"<" else f"{len(response)} bytes"
         raise CallError("no_answer", f"the response is no chat completion but {kind}: is the address right?") from error
-    if not text:
+    if not may_be_empty and not text.strip():
         raise CallError("no_answer", "the model wrote no text: does it think longer than max_tokens?")
     if len(text) > MAX_TEXT:
         raise CallError("no_answer", f"a text of {len(text)} characters, at most {MAX_TEXT}: lower max_tokens")
+    return completion
+
+
+def _convert(value: Any, wanted: type[Read]) -> Read | None:
     try:
-        counts = msgspec.convert(completion.usage, TokenCounts)
+        return msgspec.convert(value, wanted)
     except msgspec.ValidationError:
-        return text, None
-    return text, counts
+        return None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any
 
-MAX_DRAFT = 4096  # characters; more is cut before it is tokenised
+from server.targets.draft_style import DraftStyle
 
 
 class DraftTokenizer:
@@ -23,18 +23,12 @@ class DraftTokenizer:
         self.special = frozenset(tokenizer.all_special_ids) | added | _special_tokens(config)
         self._tokenizer = tokenizer
         self._encode: Callable[[str], list[int]] = self._directly
-        self._starts_with_capital = False
-        self._ends_with_stop = False
+        self._style = DraftStyle()
 
     def tokens(self, draft: str) -> tuple[int, ...]:
         """The draft as the model would have written it, up to its first special token."""
-        text = draft[:MAX_DRAFT].encode("utf-8", "ignore").decode().strip()  # without lone surrogates
-        if not text:
+        if not (text := self._style.apply(draft)):
             return ()
-        if self._starts_with_capital:
-            text = text[:1].upper() + text[1:]
-        if self._ends_with_stop and text[-1].isalnum():
-            text += "."
         return tuple(takewhile(lambda token: token not in self.special, self._encode(text)))
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -49,7 +43,7 @@ class DraftTokenizer:
             return
         ways = (self._directly, self._after_space, self._after_newline)
         self._encode = max(ways, key=lambda encode: _common_prefix(encode(text), tokens))
-        self._starts_with_capital, self._ends_with_stop = text[0].isupper(), text[-1] == "."
+        self._style.learn(text)
 
     def _directly(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)

@@ -1,5 +1,6 @@
 """A model of Hugging Face as what answers a server's requests: from a request's picture to the model's job and back."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,28 +39,25 @@ class PictureModel(Target[PictureJob]):
         return picture_job(accepted, self.bundle)
 
     def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
+        return [self._answer(job) for job in jobs]
+
+    def _answer(self, job: PictureJob) -> Answer:
         # Decoded once before, within limits; here in its own size and proportions.
-        asked = [
-            Job(
-                self.config.prompt,
-                decode_picture(job.picture),
-                job.draft,
-                min(job.max_tokens or self.config.max_tokens, self.config.max_tokens),
-            )
-            for job in jobs
-        ]
-        return [
-            Answer(
-                text=written.text,
-                accepted=written.accepted,
-                proposed=written.proposed,
-                accepted_again=written.accepted_again,
-                passes=written.passes,
-                confidence=written.confidence,
-                error=written.error,
-            )
-            for written in self.model.answer(asked)
-        ]
+        pixels = decode_picture(job.picture)
+        limit = min(job.max_tokens or self.config.max_tokens, self.config.max_tokens)
+        started = time.monotonic()
+        (written,) = self.model.answer([Job(self.config.prompt, pixels, job.draft, limit)])
+        return Answer(
+            text=written.text,
+            accepted=written.accepted,
+            proposed=written.proposed,
+            accepted_again=written.accepted_again,
+            passes=written.passes,
+            confidence=written.confidence,
+            error=written.error,
+            stages_ms={"passes": 1e3 * (time.monotonic() - started)},  # the first pass reads the picture
+        )
 
     def status(self) -> dict[str, Any]:
-        return {"numerics": self.model.proof.numerics}
+        bundles = {self.bundle.id.hex(): self.bundle.manifest.name} if self.bundle else {}
+        return {"numerics": self.model.proof.numerics, "bundles": bundles}

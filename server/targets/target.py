@@ -65,6 +65,15 @@ class Limits:
     silent_s: float = 0.0  # for so long a call may work without telling of a step, see `Target.on_step`
 
 
+@dataclass(frozen=True, slots=True)
+class EarlierPicture:
+    """A picture of the same camera that was taken before the one of a job."""
+
+    picture: bytes  # as the board sent it; it has been decoded once
+    media_type: MediaType
+    seconds: float  # before that picture
+
+
 @dataclass(frozen=True)
 class PictureJob:
     """A picture and what is wanted of it, for a target that has a vision model of its own."""
@@ -76,6 +85,7 @@ class PictureJob:
     draft: str = ""  # text of the board or of a lower tier
     max_tokens: int | None = None  # longest text, as the request wants it
     prompt: str = ""  # name of one of the target's prompts; empty: its usual one
+    earlier: tuple[EarlierPicture, ...] = ()  # the oldest first; for a prompt that shows several pictures
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,9 @@ class Board:
         self.tracker = RecordingTracker(
             self.client, bundle, SITE, BOARD, events, 64, 60.0, outbox, byte_budget=budget, on_reply=references.heard
         )
-        head = load_head(bundle, "onnx", 1) if plan.paradigm != "offload" else None
-        draft = load_draft(bundle, "onnx", 1) if plan.paradigm in ("device", "speculative") else None
+        head = load_head(bundle, "onnx", 1) if plan.paradigm != "offload" or plan.sends_draft else None
+        writes_draft = plan.paradigm in ("device", "speculative") or plan.sends_draft
+        draft = load_draft(bundle, "onnx", 1) if writes_draft else None
         labels = load_labels(bundle, head, "onnx", 1) if head else None
         self.pipeline = Pipeline(
             bundle, head, draft, FixedPlanner(plan), self.tracker, events, 1.0, labels, True, answers, references
@@ -295,6 +296,13 @@ def test_a_sampled_draft_has_the_noise_of_the_request_and_its_events_have_the_se
     assert seen.seed == update.seed == f"{noise:016x}"
 
 
+def test_a_picture_names_its_camera_if_the_board_has_several_and_features_do_not(start, server):
+    start("offload", camera="door").pipeline.handle(frame())
+    assert decode_request(server.next()).options == Options(camera="door")
+    start("split", camera="door").pipeline.handle(frame())
+    assert decode_request(server.next()).options is None
+
+
 def test_offload_sends_the_picture_and_needs_no_head(start, server):
     board = start("offload", jpeg_quality=90)
     assert board.pipeline.head is None
@@ -302,6 +310,18 @@ def test_offload_sends_the_picture_and_needs_no_head(start, server):
     request = decode_request(server.next())
     assert (request.paradigm, request.content_kind) == (Paradigm.OFFLOAD, ContentKind.JPEG)
     assert decode_picture(request.content).shape == (224, 224, 3)
+
+
+def test_a_draft_that_goes_with_the_picture_is_written_before_sending(start, server):
+    board = start("offload", sends_draft=True)
+    event = board.pipeline.handle(frame())
+    request = decode_request(server.next())
+    assert (request.paradigm, request.content_kind) == (Paradigm.OFFLOAD, ContentKind.JPEG)
+    assert tuple(request.draft_ids) == event.tokens != ()
+    assert request.bundle == board.pipeline.bundle.id
+    stages = list(event.timings_ms)
+    assert stages.index("draft") < stages.index("encode")
+    assert request.labels is None
 
 
 @pytest.mark.parametrize(("longest", "shape"), [(200, (150, 200, 3)), (1000, (240, 320, 3))])

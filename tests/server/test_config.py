@@ -75,6 +75,9 @@ def test_another_server_as_target_needs_no_bundle(tmp_path: Path) -> None:
         (OPENAI + TABLE + '[questions]\ngate = "gate.safetensors"\n', "need features and tokens"),
         (OPENAI + TABLE + "[upstream]\n[upstream.mqtt]\n", "need features and tokens"),
         (OPENAI + TABLE + "budget_per_day = 1.0\n", "set input_price"),
+        (OPENAI + TABLE + "prediction = true\n", "wants target = .* and the boards' bundle"),
+        (OPENAI.replace("openai:", "vllm:"), r"needs the table \[openai\]"),
+        (OPENAI.replace("openai:", "vllm:") + 'bundle = "b"\n' + TABLE + "prediction = true\n", "prediction = true"),
         (OPENAI + TABLE + 'spent_file = "spent.json"\n', "without budget_per_day"),
         (OPENAI.replace("127.0.0.1", "gpu.lan") + TABLE, r"gpu\.lan is not on this machine and its address is http"),
         (OPENAI.replace("127.0.0.1", "me:secret@gpu.lan") + TABLE, "without a login"),
@@ -97,7 +100,7 @@ def test_plain_http_off_this_machine_must_be_allowed(tmp_path: Path, address: st
 
 
 @pytest.mark.parametrize(
-    "target", ["openai", "openai:ftp://x/v1", "openai:http://a b/v1", "vllm:http://x", "hf:", "hf:a b", "", "bundle "]
+    "target", ["openai", "openai:ftp://x/v1", "openai:http://a b/v1", "vllm:x", "hf:", "hf:a b", "", "bundle "]
 )
 def test_a_target_of_no_kind_is_refused(tmp_path: Path, target: str) -> None:
     with pytest.raises(ConfigError, match='want "bundle", "openai:http'):

@@ -107,6 +107,17 @@ def test_a_draft_that_was_not_sent_is_compared_with_the_verified_text():
     assert (snapshot.server.accepted_share, snapshot.server.drafted_passes) == (0.8, 3.0)
 
 
+def test_passes_of_a_text_without_tokens_are_learned_with_and_without_a_draft_that_went_with_the_picture():
+    measurements, foreign = Measurements(), {"tokens": b"", "text": "a text of another vocabulary"}
+    exchange(measurements, 0, "offload", passes=30, **foreign)
+    snapshot = exchange(measurements, 1, "offload", passes=4, proposed=7, accepted=6, **foreign)
+    assert (snapshot.server.plain_passes, snapshot.server.drafted_passes) == (30.0, 4.0)
+    assert set(snapshot.server.kind_pass_ms) == {"plain", "drafted"}
+    assert measurements.counts["passes_refused"] == 0
+    exchange(measurements, 2, "offload", passes=5000, **foreign)
+    assert measurements.counts["passes_refused"] == 1
+
+
 def test_losses_count_until_a_reply_comes():
     measurements = Measurements()
     for number in range(3):

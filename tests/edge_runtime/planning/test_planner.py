@@ -86,6 +86,7 @@ def test_a_cameras_prompt_is_planned_for_and_can_be_switched():
     plan = board.planner.plan("plain")
     assert (plan.prompt, board.planner.plan("own").prompt) == ("gate", "")
     assert plan.min_confidence is None  # a draft answers no prompt
+    assert plan.camera == "plain"  # one of two
     status = {"state": "online", "server": "s1", "target": {"latents": False, "prompts": ["gate"]}}
     board.measurements.status_arrived(topics.server_status("home", "s1"), json.dumps(status).encode(), time.monotonic())
     assert board.planner.plan("plain").paradigm == "offload"

@@ -130,6 +130,38 @@ def test_only_what_a_server_takes_is_offered(takes, config, has_head, paradigms,
     assert words in decision.explain.reason
 
 
+ONLY_PICTURES = with_values(KNOWN, takes=Takes(latents=False, drafts=True), pass_ms=40.0, kind_pass_ms={})
+
+
+def test_a_draft_goes_with_the_picture_if_a_server_verifies_it_and_passes_cost_more_than_the_draft():
+    decision = choose(ONLY_PICTURES)
+    assert (decision.paradigm, decision.sends_draft) == ("offload", True)
+    assert decision.explain.reason == "offload: draft 3.5 ms saves 5 passes of 40 ms"
+
+
+def test_a_server_that_uses_drafts_and_does_not_tell_of_its_passes_gets_them():
+    for unknown in (None, 0.0):
+        decision = choose(with_values(ONLY_PICTURES, pass_ms=unknown, draft_ms=70.0))
+        assert (decision.paradigm, decision.sends_draft) == ("offload", True)
+    assert decision.explain.reason == "offload: draft 70 ms, and a server says that it uses drafts"
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "board"),
+    [
+        ({"takes": Takes(latents=False)}, PolicyConfig(), {}),
+        ({}, PolicyConfig(), {"has_draft": False}),
+        ({}, PolicyConfig(), {"has_head": False}),
+        ({"drafted_passes": 11.0}, PolicyConfig(), {}),  # drafts save nothing
+        ({"draft_ms": 400.0}, PolicyConfig(), {}),
+        ({"draft_ms": 40.0, "interval_ms": 100.0}, PolicyConfig(cpu_share=0.3), {}),
+    ],
+)
+def test_otherwise_the_picture_goes_alone(changes, config, board):
+    decision = choose(with_values(ONLY_PICTURES, **changes), config, **board)
+    assert (decision.paradigm, decision.sends_draft) == ("offload", False)
+
+
 def test_drafts_that_need_no_verification_make_speculative_faster():
     slow = with_values(KNOWN, draft_ms=30.0)
     assert choose(slow).paradigm == "split"

@@ -170,6 +170,24 @@ def test_for_sampled_texts_only_servers_that_sample_count():
     assert statuses.takes(1.0, samples=True) == Takes(True, False, "a target that samples")
 
 
+@pytest.mark.parametrize(
+    ("status", "prompt", "drafts"),
+    [
+        ({"target": {"drafts": True}, "bundles": {"aa": "ours"}}, "", True),
+        ({"target": {"drafts": True}, "bundles": {"bb": "another"}}, "", False),
+        ({"target": {"drafts": True}}, "", False),
+        ({"target": {"drafts": False}, "bundles": {"aa": "ours"}}, "", False),
+        ({"target": {"drafts": True}, "bundles": {"aa": "ours"}, "pictures": False}, "", False),
+        ({"target": {"drafts": True, "prompts": ["gate"]}, "bundles": {"aa": "ours"}}, "gate", False),
+    ],
+)
+def test_drafts_go_with_pictures_only_to_servers_that_say_that_they_verify_those_of_the_bundle(status, prompt, drafts):
+    statuses = ServerStatuses(Counter(), bundle="aa")
+    assert not statuses.takes(0.0, prompt).drafts
+    statuses.arrived(topics.server_status("home", "a"), status_of("a", **status), 0.0)
+    assert statuses.takes(0.0, prompt).drafts is drafts
+
+
 def test_what_servers_took_a_minute_ago_counts_no_more():
     statuses = Statuses()
     statuses.receive("a", 0.0, target={"latents": False})

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from server.targets.huggingface_drafts import MAX_DRAFT, DraftTokenizer
+from server.targets.draft_style import MAX_DRAFT
+from server.targets.huggingface_drafts import DraftTokenizer
 from tests.server.targets.tiny_models import TEXT, byte_pairs, words
 
 TOKENIZERS = {"words": words(), "bytes": byte_pairs("bytes"), "metaspace": byte_pairs("metaspace")}

@@ -16,10 +16,10 @@ from edge_runtime.wire import Usage
 from firmware_tools.certificates import made
 from server.config import OpenAIConfig
 from server.prompts import QUESTION, PromptConfig, read_prompts
-from server.targets import PictureJob
-from server.targets import openai as openai_module
-from server.targets.openai import TRIES, OpenAITarget, retry_after_s
-from testbed.chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, Behaviour, ChatServer, text_of
+from server.targets import PictureJob, paid_calls
+from server.targets.openai import TRIES, OpenAITarget
+from server.targets.paid_calls import retry_after_s
+from testbed.chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, Behaviour, ChatServer, completion, text_of
 
 PATIENCE_S = 60.0
 DAY_S = 86_400
@@ -53,7 +53,7 @@ TEMPORARY: dict[Behaviour, str] = {
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(paid_calls, "FIRST_WAIT_S", 0.01)
 
 
 def target_of(other: ChatServer, clock: Callable[[], float] = time.time, **changes: object) -> OpenAITarget:
@@ -181,8 +181,8 @@ def test_all_calls_wait_as_long_as_the_other_server_says(other: ChatServer) -> N
 def test_a_short_limit_is_waited_for_within_the_deadline(other: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     other.behave, other.retry_after = lambda call: "answer" if call else "limit", "0.25"
     target, waits = target_of(other), list[float]()
-    wait = target._stop.wait
-    monkeypatch.setattr(target._stop, "wait", lambda seconds: waits.append(seconds) or wait(seconds))
+    wait = target.calls.stop.wait
+    monkeypatch.setattr(target.calls.stop, "wait", lambda seconds: waits.append(seconds) or wait(seconds))
     assert target.answer([job()])[0].text == text_of(b"picture")
     assert max(waits) >= 0.25
 
@@ -330,3 +330,61 @@ def test_a_call_ends_when_the_server_stops(other: ChatServer) -> None:
     thread.join(PATIENCE_S)
     assert [answer.error for answer in answers] == ["this server stops"]
     assert target.answer([job()])[0].retry_after_ms is not None  # and none begins
+
+
+# ---- predicted outputs ----
+
+
+def predicting(other: ChatServer, bundle, **changes: object) -> OpenAITarget:
+    prompts = read_prompts({"count": PromptConfig("How many?", schema={"type": "object"})})
+    config = OpenAIConfig("fake", prediction=True, **changes)
+    return OpenAITarget(other.url, config, prompts=prompts, bundle=bundle)
+
+
+def test_a_draft_goes_along_as_a_prediction_and_what_was_right_of_it_is_counted(other: ChatServer, bundle) -> None:
+    details = {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 2}
+    other.respond = lambda asked, usage: completion("A dog.", usage | {"completion_tokens_details": details})
+    target = predicting(other, bundle)
+    (answer,) = target.answer([job(draft="a dog on a bed")])
+    assert other.asked[0].body["prediction"] == {"type": "content", "content": "a dog on a bed"}
+    assert (answer.text, answer.accepted, answer.proposed) == ("A dog.", 3, 5)
+    tokens = target.status()["usage"]["tokens"]
+    assert (tokens["prediction_accepted"], tokens["prediction_rejected"]) == (3, 2)
+    assert (target.abilities.drafts, target.abilities.verified) == (True, "none")
+    assert target.status()["bundles"] == {bundle.id.hex(): bundle.manifest.name}
+    target.answer([job(draft="a cat")])
+    assert other.asked[1].body["prediction"]["content"] == "A cat."  # as that model writes
+
+
+@pytest.mark.parametrize(
+    "details", [None, 5, {}, {"accepted_prediction_tokens": -1}, {"accepted_prediction_tokens": None}]
+)
+def test_odd_counts_of_predictions_are_none(other: ChatServer, bundle, details: object) -> None:
+    other.respond = lambda asked, usage: completion("A dog.", usage | {"completion_tokens_details": details})
+    (answer,) = predicting(other, bundle).answer([job(draft="a dog")])
+    assert (answer.text, answer.accepted, answer.proposed) == ("A dog.", 0, 0)
+    assert answer.usage == Usage(PROMPT_TOKENS, COMPLETION_TOKENS)
+
+
+def test_no_prediction_without_a_draft_or_for_an_object(other: ChatServer, bundle) -> None:
+    other.say = lambda _: "{}"
+    predicting(other, bundle).answer([job(), job(draft="a dog", prompt="count")])
+    target_of(other).answer([job(draft="a dog")])
+    assert not any("prediction" in asked.body for asked in other.asked)
+
+
+def test_a_server_that_refuses_predictions_answers_without_and_gets_no_more(other: ChatServer, bundle) -> None:
+    other.behave = lambda call: "answer" if call else "error_400"
+    target = predicting(other, bundle)
+    for _ in range(2):
+        assert target.answer([job(draft="a dog")])[0].text == text_of(b"picture")
+    assert ["prediction" in asked.body for asked in other.asked] == [True, False, False]
+    assert calls(target) == {"refused": 1, "draft_refused": 1, "answered": 2}
+    assert not target.abilities.drafts
+
+
+def test_a_budget_that_is_spent_counts_once_with_a_draft(other: ChatServer, bundle) -> None:
+    target = predicting(other, bundle, output_price=1000.0, budget_per_day=0.1, max_tokens=1)
+    target.answer([job(draft="a dog")] * 8)
+    counted = calls(target)
+    assert counted["over_budget"] + counted["answered"] == 8

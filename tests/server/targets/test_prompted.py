@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 
@@ -12,12 +13,14 @@ from edge_runtime.app import run_board
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.wire import CheckedObject, Options, Status, Usage, decode_event, topics
+from server.accepted import Accepted
 from server.app import run_server
 from server.config import Config, OpenAIConfig, ServerConfig
+from server.gateway import Arrival
 from server.prompts import PromptConfig, read_prompts
 from server.reply_cache import ReplyCache
 from server.service import Service
-from server.targets import PictureJob
+from server.targets import PictureJob, paid_calls
 from server.targets import openai as openai_module
 from server.targets.openai import OpenAITarget
 from testbed.chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, Asked, ChatServer, text_of
@@ -32,13 +35,14 @@ SCHEMA = {"type": "object", "properties": {"people": {"type": "integer"}}, "requ
 PROMPTS = {
     "count": PromptConfig("How many people are there?", schema=SCHEMA),
     "drive": PromptConfig("Is a car there?", system="You watch a drive.", max_tokens=7),
+    "moves": PromptConfig("What moves?", context="A red car is parked.", frames=3),
 }
 GOOD, BAD = '{"people": 2}', '{"people": "two"}'
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_module, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(paid_calls, "FIRST_WAIT_S", 0.01)
 
 
 def target_of(other: ChatServer, **changes: object) -> OpenAITarget:
@@ -130,13 +134,13 @@ def test_a_repair_that_fails_leaves_the_first_text_and_is_tried_once(other: Chat
 
 def test_a_repair_leaves_time_for_its_reply(other: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     other.say, target, limits_s = lambda _: BAD, target_of(other), list[float]()
-    post = target._endpoint.post
+    post = target.calls.endpoint.post
 
     def noted(path: str, body: bytes, headers: dict[str, str], timeout_s: float) -> bytes:
         limits_s.append(timeout_s)
         return post(path, body, headers, timeout_s)
 
-    monkeypatch.setattr(target._endpoint, "post", noted)
+    monkeypatch.setattr(target.calls.endpoint, "post", noted)
     monkeypatch.setattr(openai_module, "REPLY_S", 0.5 * PATIENCE_S)
     target.answer([job()])
     first_s, second_s = limits_s
@@ -170,6 +174,55 @@ def test_a_repair_keeps_the_budget(other: ChatServer) -> None:
     assert calls(target) == {"answered": 1, "repair": 1, "over_budget": 1, "invalid": 1}
 
 
+# ---- several pictures in one question ----
+
+
+def of_camera(seconds: int, camera: str, prompt: str = "moves", via: tuple[str, ...] = ()) -> Accepted:
+    """A request of a board; its picture says when and where it was taken."""
+    asked = offload(
+        id=(seconds * 1000 << 16).to_bytes(8, "big"), options=Options(prompt=prompt, camera=camera, via=via)
+    )
+    asked = msgspec.structs.replace(asked, content=f"{camera} {seconds}".encode())
+    arrival = Arrival("b1", b"", 0.0, lambda: None, lambda *_: None)
+    return Accepted(arrival, asked, time.monotonic() + PATIENCE_S, np.zeros((224, 224, 3), np.uint8))
+
+
+def test_a_prompt_may_show_the_last_pictures_of_its_camera_in_order(other: ChatServer) -> None:
+    target = target_of(other)
+    for accepted in (
+        of_camera(10, "a"),
+        of_camera(11, "b"),
+        of_camera(12, "a"),
+        of_camera(17, "a"),
+        of_camera(20, "a"),
+    ):
+        target.answer([target.job(accepted)])
+    assert [asked.pictures for asked in other.asked] == [
+        (b"a 10",),
+        (b"b 11",),
+        (b"a 10", b"a 12"),
+        (b"a 10", b"a 12", b"a 17"),
+        (b"a 12", b"a 17", b"a 20"),
+    ]
+    assert "pictures" not in other.asked[0].prompt.partition("A red car")[2]
+    *_, said = other.asked[-1].prompt.split("\n\n")
+    assert said == "These 3 pictures are of the same camera, in the order of time: 8.0 s, 3.0 s before the last one."
+
+
+def test_a_prompt_without_frames_shows_one_picture_and_counts_for_a_later_question(other: ChatServer) -> None:
+    target = target_of(other)
+    for accepted in (of_camera(10, "a"), of_camera(12, "a", "drive"), of_camera(13, "a")):
+        target.answer([target.job(accepted)])
+    assert [asked.pictures for asked in other.asked] == [(b"a 10",), (b"a 12",), (b"a 10", b"a 12", b"a 13")]
+
+
+def test_a_tier_above_shows_one_picture_since_it_cannot_tell_cameras_apart(other: ChatServer) -> None:
+    target = target_of(other)
+    for seconds in (10, 12):
+        target.answer([target.job(of_camera(seconds, "a", via=("edge1",)))])
+    assert [asked.pictures for asked in other.asked] == [(b"a 10",), (b"a 12",)]
+
+
 # ---- the path of a request ----
 
 
@@ -178,7 +231,7 @@ def test_an_unknown_prompt_is_refused_by_name_so_that_another_server_can_answer(
     service.receive(lane.arrival(offload(options=Options(prompt="gate"))))
     (reply,) = lane.replies
     assert (reply.status, reply.retry_after_ms is not None) == (Status.UNKNOWN_BUNDLE, True)
-    assert "prompt 'gate' is not here, it has count, door, drive" in reply.error
+    assert "prompt 'gate' is not here, it has count, door, drive, moves" in reply.error
     assert service.counts["prompts", "unknown"] == 1
     assert is_balanced(service)
 
@@ -216,7 +269,7 @@ def test_a_cameras_prompt_becomes_an_object_in_its_event(broker: Mosquitto, othe
             for thread in threads:
                 thread.start()
             status = watcher.wait_for_status(state="online", share_proven=True)
-            assert status["target"]["prompts"] == ["count", "door", "drive"]
+            assert status["target"]["prompts"] == ["count", "door", "drive", "moves"]
             assert switch.next() == b"count"
             user.client.publish(topics.frame("home", "b2", "door"), frame)
             counted = decode_event(user.next())

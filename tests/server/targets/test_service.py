@@ -180,7 +180,7 @@ def test_one_board_cannot_occupy_all_calls(other: ChatServer) -> None:
 def test_calls_that_fail_for_a_while_are_busy_and_others_have_failed(
     other: ChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.targets.openai.FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("server.targets.paid_calls.FIRST_WAIT_S", 0.01)
     other.behave = lambda call: "error_500" if call else "error_401"
     with serving(other) as service:
         board = Board(service)

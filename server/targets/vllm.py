@@ -1,0 +1,198 @@
+"""A vLLM server as the target: it also verifies drafts, in the pass that reads the prompt.
+
+Its chat completions have fields that OpenAI's lack (vLLM's documentation, "OpenAI-Compatible Server"). The draft is the
+beginning of the assistant's message (`continue_final_message`). `prompt_logprobs` says for each of its tokens whether
+it is the one that the model would have written (rank 1). The draft is accepted up to the first token that is not. Then
+the model continues from there, unless the text ends.
+
+Whether a server does that with pictures is not read from its version: a probe writes a text and has it verified.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import msgspec
+import numpy as np
+
+from edge_runtime.http_call import PERMANENT, CallError
+from edge_runtime.wire import Usage
+from server.prompts import Prompt
+from server.targets import chat
+from server.targets.openai import DraftError, OpenAITarget
+from server.targets.paid_calls import added
+from server.targets.target import Abilities, Answer, PictureJob
+
+logger = logging.getLogger(__name__)
+
+CONTINUE: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False, "return_token_ids": True}
+PROBE_TOKENS = 16  # of its text
+PROBE_AGAIN_S = 30.0  # after a try that showed nothing, since the other server did not answer
+PROBE_PIXELS = np.linspace(0, 255, 224 * 224 * 3).astype(np.uint8).reshape(224, 224, 3)
+WRONG_DRAFT = "zebra zebra zebra zebra"
+
+
+class _Logprob(msgspec.Struct):
+    rank: int  # 1: the likeliest token
+    decoded_token: str
+
+
+_Positions = list[dict[str, _Logprob] | None]  # of each token of the prompt: by id, the token itself and the likeliest
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the model thinks of a draft."""
+
+    tokens: tuple[int, ...]  # the draft in the model's vocabulary
+    ends: tuple[int, ...]  # for each token, how many characters of the draft there are with it
+    accepted: int  # the first so many tokens are the model's own choice
+
+
+def verdict(completion: chat.Completion, draft: str) -> Verdict:
+    """From a response to a prompt that ends with the draft. Raises DraftError if it does not say what it should."""
+    try:
+        ids = msgspec.convert(completion.prompt_token_ids, list[int])
+        positions = msgspec.convert(completion.prompt_logprobs, _Positions, strict=False)
+    except msgspec.ValidationError as error:
+        raise DraftError(f"no prompt_token_ids and prompt_logprobs as vLLM has them: {error}") from error
+    if len(ids) != len(positions):
+        raise DraftError(f"{len(positions)} prompt_logprobs for {len(ids)} tokens of the prompt")
+    # The prompt is a template, a picture and the draft. So the draft's tokens are found from the end.
+    left, found = len(draft), list[tuple[int, int, int]]()  # id, end in the draft, rank
+    for token, position in zip(reversed(ids), reversed(positions), strict=True):
+        if not left:
+            break
+        said = (position or {}).get(str(token))
+        if said is None:
+            raise DraftError("a token of the draft without its rank")
+        piece = said.decoded_token
+        if not draft.endswith(piece, 0, left):  # some vocabularies spell a token without the space before it
+            left = len(draft[:left].rstrip())
+        if not draft.endswith(piece, 0, left):
+            piece = piece.lstrip()  # the first one may begin with a space that is not the draft's
+            if len(piece) != left or not draft.startswith(piece):
+                raise DraftError("the end of the prompt does not spell the draft")
+        found.append((token, left, said.rank))
+        left -= len(piece)
+    if left:
+        raise DraftError("the prompt is shorter than the draft")
+    found.reverse()
+    accepted = next((n for n, (_, _, rank) in enumerate(found) if rank != 1), len(found))
+    return Verdict(tuple(token for token, _, _ in found), tuple(end for _, end, _ in found), accepted)
+
+
+class VllmTarget(OpenAITarget):
+    """Starts to probe the other server at once, on a thread of its own, if there is a bundle that spells drafts."""
+
+    kind = "vllm"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As OpenAITarget."""
+        super().__init__(*args, **kwargs)
+        self._takes_drafts = False  # until the probe has shown it
+        if self._bundle and self._prompts[self.config.prompt].schema is None:
+            threading.Thread(target=self._probe_until_known, name="probe", daemon=True).start()
+
+    @property
+    def abilities(self) -> Abilities:
+        can = super().abilities
+        return replace(can, verified="server" if can.drafts else "none")
+
+    # ---- the probe ----
+
+    def _probe_until_known(self) -> None:
+        while not self.probe() and not self.calls.stop.wait(PROBE_AGAIN_S):
+            pass
+
+    def probe(self) -> bool:
+        """Whether it is known now if drafts are verified: a text of the model's own is accepted, another one is not."""
+        picture = cv2.imencode(".jpg", PROBE_PIXELS)[1].tobytes()
+        job = PictureJob(picture, "image/jpeg", PROBE_PIXELS, time.monotonic() + self.config.timeout_s)
+        job, prompt = replace(job, max_tokens=PROBE_TOKENS), self._prompts[self.config.prompt]
+        asked = chat.messages(prompt, job)
+        try:
+            own, _ = self.calls.ask(self._body(asked, prompt, job), job.deadline)
+            right = self._read_draft(asked, prompt, job, own.text.strip())[0]
+            wrong = self._read_draft(asked, prompt, job, WRONG_DRAFT)[0]
+        except CallError as error:
+            self.calls.count(error.kind)
+            if error.kind in PERMANENT:
+                self._refuse_drafts("draft_refused", error)
+            return error.kind in PERMANENT
+        except DraftError as error:
+            self._refuse_drafts("draft_unread", error)
+            return True
+        accepted, of = right.accepted, len(right.tokens)
+        if accepted < of or wrong.accepted == len(wrong.tokens):
+            why = f"{accepted} of {of} tokens of its own text accepted, and {wrong.accepted} of a wrong one"
+            self._refuse_drafts("draft_unread", DraftError(why))
+        else:
+            self._style.learn(own.text.strip())
+            self._takes_drafts = True
+            logger.info("drafts are verified by the other server target=%s", self.abilities.name)
+        return True
+
+    # ---- one request ----
+
+    def _plain(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob) -> Answer:
+        answer = super()._plain(asked, prompt, job)
+        return answer if answer.error else _with_passes(answer, answer.usage, answer.stages_ms["call"])
+
+    def _with_draft(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob, draft: str) -> Answer | None:
+        if not draft.isascii():  # a token may be a part of a character, which nothing spells
+            return None
+        started, limit = time.monotonic(), self._limit(prompt, job)
+        found, completion, usage = self._read_draft(asked, prompt, job, draft)
+        accepted = min(found.accepted, limit)
+        text = draft[: found.ends[accepted - 1]] if accepted else ""
+        read = Answer(text=text, accepted=accepted, proposed=len(found.tokens), confidence=None, usage=usage)
+        has_ended = accepted == len(found.tokens) and completion.ends_here
+        if has_ended or accepted == limit:
+            return replace(read, passes=1, stages_ms={"passes": 1e3 * (time.monotonic() - started)})
+        if not accepted:
+            answer = self._plain(asked, prompt, job)
+        else:
+            answer = self._continued(asked, prompt, job, text, found.tokens[:accepted], limit)
+        if answer.error:
+            return answer
+        total = replace(read, text=answer.text, usage=added(usage, answer.usage))
+        return _with_passes(total, answer.usage, 1e3 * (time.monotonic() - started), before=1)
+
+    def _read_draft(
+        self, asked: list[chat.Message], prompt: Prompt, job: PictureJob, draft: str
+    ) -> tuple[Verdict, chat.Completion, Usage | None]:
+        """One pass over the draft; it writes one token more. Raises CallError and DraftError."""
+        body = chat.body(self.config.model, _begun(asked, draft), prompt, 1, prompt_logprobs=1, **CONTINUE)
+        completion, usage = self.calls.ask(body, job.deadline, may_be_empty=True)
+        return verdict(completion, draft), completion, usage
+
+    def _continued(
+        self, asked: list[chat.Message], prompt: Prompt, job: PictureJob, text: str, tokens: Sequence[int], limit: int
+    ) -> Answer:
+        """The whole text, from its beginning on. Raises CallError."""
+        started = time.monotonic()
+        body = chat.body(self.config.model, _begun(asked, text), prompt, limit - len(tokens), **CONTINUE)
+        completion, usage = self.calls.ask(body, job.deadline, may_be_empty=True)
+        ids = completion.prompt_token_ids
+        # A beginning may be cut into other tokens than the model chose, and then the text would not be its own.
+        if not isinstance(ids, list) or ids[-len(tokens) :] != list(tokens):
+            self.calls.count("draft_recut")
+            return self._plain(asked, prompt, job)
+        answer = self._answer_of(completion, usage, started)
+        return replace(answer, text=(text + completion.text).strip())
+
+
+def _begun(asked: Sequence[chat.Message], text: str) -> list[chat.Message]:
+    """The answer begins with this text."""
+    return [*asked, {"role": "assistant", "content": text}]
+
+
+def _with_passes(answer: Answer, usage: Usage | None, took_ms: float, before: int = 0) -> Answer:
+    """A pass per token that was written. Without counts of tokens, there are none of passes."""
+    passes = before + usage.output_tokens if usage else 0
+    return replace(answer, passes=passes, stages_ms={"passes": took_ms})
