@@ -206,7 +206,7 @@ class Chain:
         batch = [self.send(picture) for picture in pictures]
         jobs, sizes = [self.job(sent) for sent in batch], [sent.payload_bytes for sent in batch]
         if question:
-            answers = [question.answer(row) for row in self.engine.pooled(jobs)]
+            answers = [question.answer(known) for known in self.engine.evidence(jobs)]
             return np.array([[answer[name] for name in question.record.classes] for answer in answers]), sizes
         from models.labels import with_seen
 

@@ -3,9 +3,11 @@
 import argparse
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_runtime.capture.picture_files import Picture
 from edge_runtime.config import QUESTION
 from edge_runtime.inference.bundle import Bundle
 from models import SHIPPED_BUNDLE
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from firmware_tools.class_photos import ClassPhotos
-    from models.questions import Question
+    from models.questions import Evidence, Question
     from models.teaching import Taught
 
 LEAST_SURE = 5  # photos that are shown
@@ -62,14 +64,16 @@ def _name(text: str) -> str:
 def run(args: argparse.Namespace) -> None:
     """Writes the question and prints what to expect of it."""
     from edge_runtime.inference.bundle import open_bundle
-    from models.teaching import teach
+    from models.teaching import inputs, label_directions, teach
 
     bundle = open_bundle(args.bundle)
     if args.from_events:
         _sort(args)
-    photos, features = _read(args, bundle)
-    taught = teach(features, photos.labels, len(photos.classes))
-    question = _question(bundle, photos, taught)
+    photos, known, rows = _read(args, bundle)
+    directions = label_directions(rows)
+    with_labels, alone = (inputs(each, directions) for each in zip(*known, strict=True))
+    taught = teach(with_labels, photos.labels, len(photos.classes), alone)
+    question = _question(bundle, photos, taught, directions)
     out = args.out or Path(f"{args.name}.safetensors")
     question.write(out)
     _print_report(photos, taught)
@@ -94,37 +98,48 @@ def _sort(args: argparse.Namespace) -> None:
         server.serve_until_done()
 
 
-def _read(args: argparse.Namespace, bundle: Bundle) -> "tuple[ClassPhotos, NDArray[np.float32]]":
-    """The features are those of the symbols as a server receives them: int8 head, encoded, decoded, tail."""
+def _read(
+    args: argparse.Namespace, bundle: Bundle
+) -> "tuple[ClassPhotos, list[tuple[Evidence, Evidence]], NDArray[np.float32]]":
+    """The photos; what a server knows of each with the board's labels, and without; the rows of its classifier.
+
+    It knows the symbols as they arrive: int8 head, encoded, decoded, tail.
+    """
     import numpy as np
 
     from benchmarks.quality import Chain
     from firmware_tools.class_photos import read_class_photos
+    from models.questions import FEATURES
     from server.loading import load_engine
 
     # One thread, so that the same photos give the same bytes on every number of cores.
     engine = load_engine(bundle, (), threads=1)
     chain = Chain(bundle, "split", args.backend, "edge", engine)
-    photos, features = read_class_photos(
-        args.images,
-        lambda picture: engine.pooled([chain.job(chain.send(picture))])[0],
-        lambda pictures: track(pictures, "photos"),
-    )
-    return photos, np.stack(features)
+
+    def known(picture: Picture) -> "tuple[Evidence, Evidence]":
+        job = chain.job(chain.send(picture))
+        with_labels, alone = (engine.evidence([each])[0] for each in (job, replace(job, labels={})))
+        return with_labels, alone
+
+    photos, found = read_class_photos(args.images, known, lambda pictures: track(pictures, "photos"))
+    rows = engine.classifier.linear.weight.numpy() if engine.classifier else np.zeros((0, FEATURES), np.float32)
+    return photos, found, rows
 
 
-def _question(bundle: Bundle, photos: "ClassPhotos", taught: "Taught") -> "Question":
-    from models.questions import Question, Record
+def _question(bundle: Bundle, photos: "ClassPhotos", taught: "Taught", directions: "NDArray[np.float32]") -> "Question":
+    from models.questions import FEATURES, Question, Record
 
     record = Record(
         photos.classes,
         bundle.id.hex(),
         bundle.manifest.name,
         taught.temperature,
+        taught.temperature_alone,
         len(photos.names),
         taught.accuracy(photos.labels),
     )
-    return Question(record, taught.weight, taught.bias)
+    of_features, of_labels = taught.weight[:, :FEATURES], taught.weight[:, FEATURES:]
+    return Question(record, of_features.copy(), of_labels @ directions.T, taught.bias)
 
 
 def _print_report(photos: "ClassPhotos", taught: "Taught") -> None:

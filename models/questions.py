@@ -1,8 +1,11 @@
-"""A question that a user taught with a few photos: a linear layer on the tail's features, and the file that holds it.
+"""A question that a user taught with a few photos: a linear layer on what a server knows of a photo, and its file.
 
-The file is safetensors: `weight` float32 [classes, 1280], `bias` float32 [classes], and one entry of metadata with the
-rest as JSON (several entries would be written in random order). A question runs in numpy, so that a configuration can
-be checked where torch is not installed.
+A server knows the tail's features and a probability of each label of the bundle, corrected by the labels that the board
+has seen. The layer reads square roots of these, so that unlikely labels count too.
+
+The file is safetensors: `weight` float32 [classes, 1280], `label_weight` float32 [classes, labels], `bias` float32
+[classes], and one entry of metadata with the rest as JSON (several entries would be written in random order). A
+question runs in numpy, so that a configuration can be checked where torch is not installed.
 """
 
 from dataclasses import dataclass
@@ -18,15 +21,16 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.wire.envelope import Share
 
-FORMAT = 1
+FORMAT = 2  # 1 had no label_weight
 ENTRY = "aiflow_question"  # of the metadata
 FEATURES = 1280  # of the tail: models.backbone.FEATURES, which needs torch
 MAX_PHOTOS = 5000
 MAX_CLASSES = 64  # as in a reply's answers
 MAX_CLASS = 64  # characters
-MAX_BYTES = 1 << 20  # of the file; 64 classes take 330 KB
+MAX_BYTES = 1 << 20  # of the file; 64 classes and 1000 labels take 584 KB
 MAX_WEIGHT = 1e6  # the sums over a photo's features, which are at most 6, stay finite
 
+Temperature = Annotated[float, Meta(ge=0.01, le=100)]
 ClassName = Annotated[str, Meta(min_length=1, max_length=MAX_CLASS)]
 
 
@@ -40,7 +44,8 @@ class Record(msgspec.Struct, frozen=True):
     classes: Annotated[tuple[ClassName, ...], Meta(min_length=2, max_length=MAX_CLASSES)]
     bundle: Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]  # its id: other bundles have other features
     bundle_name: Annotated[str, Meta(max_length=64)]
-    temperature: Annotated[float, Meta(ge=0.01, le=100)]  # the logits are divided by it
+    temperature: Temperature  # the logits are divided by it
+    temperature_alone: Temperature  # the same if the board sends no labels, so that the features tell them alone
     photos: Annotated[int, Meta(ge=1, le=MAX_PHOTOS)]  # that it was taught with
     accuracy: Share  # expected, by cross-validation
     format: int = FORMAT
@@ -59,16 +64,28 @@ class _Header(msgspec.Struct):
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What a server knows of a photo."""
+
+    features: NDArray[np.float32]  # [1280], of the tail, the mean over the positions
+    labels: NDArray[np.float32]  # [labels]: the probability of each of the bundle's; empty if it has none
+    has_seen_labels: bool  # the board has sent its own, and `labels` has them
+
+
+@dataclass(frozen=True)
 class Question:
     """Ready to be asked."""
 
     record: Record
     weight: NDArray[np.float32]  # [classes, 1280]
+    label_weight: NDArray[np.float32]  # [classes, labels]
     bias: NDArray[np.float32]  # [classes]
 
-    def answer(self, features: NDArray[np.float32]) -> dict[str, float]:
-        """Features [1280], the mean over the positions, to the probability of each class, the likeliest first."""
-        logits = (self.weight @ features + self.bias) / self.record.temperature
+    def answer(self, known: Evidence) -> dict[str, float]:
+        """The probability of each class, the likeliest first."""
+        temperature = self.record.temperature if known.has_seen_labels else self.record.temperature_alone
+        logits = self.weight @ known.features + self.label_weight @ np.sqrt(known.labels) + self.bias
+        logits /= temperature
         odds = np.exp(logits - logits.max())
         shares = odds / odds.sum()
         # Four digits: what a linear layer knows, and what people read.
@@ -79,7 +96,7 @@ class Question:
         from safetensors.numpy import save
 
         metadata = {ENTRY: msgspec.json.encode(self.record).decode()}
-        path.write_bytes(save({"weight": self.weight, "bias": self.bias}, metadata))
+        path.write_bytes(save({"weight": self.weight, "label_weight": self.label_weight, "bias": self.bias}, metadata))
 
 
 def read_question(path: Path, bundle: Bundle) -> Question:
@@ -97,7 +114,7 @@ def read_question(path: Path, bundle: Bundle) -> Question:
             f"{path} was taught with bundle {record.bundle_name} {record.bundle}, this is {bundle.manifest.name} "
             f"{bundle.id.hex()}, whose features differ: teach it again with --bundle {bundle.path}"
         )
-    return Question(record, **_read_layer(path, data, len(record.classes)))
+    return Question(record, **_read_layer(path, data, len(record.classes), len(bundle.manifest.classes)))
 
 
 def _read_record(path: Path, data: bytes) -> Record:
@@ -106,7 +123,9 @@ def _read_record(path: Path, data: bytes) -> Record:
         entry = msgspec.json.decode(data[8 : 8 + size], type=_Header).metadata[ENTRY]
         found = msgspec.json.decode(entry, type=_Versioned).format
         if found != FORMAT:
-            raise QuestionError(f"{path} has format {found}, this version reads {FORMAT}: update the older side")
+            raise QuestionError(
+                f"{path} has format {found}, this version reads {FORMAT}: teach it again, or update this side"
+            )
         record = msgspec.json.decode(entry, type=Record)
     except (KeyError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise QuestionError(f"{path} is no question ({error}): name a file that `aiflow teach` wrote") from error
@@ -115,7 +134,7 @@ def _read_record(path: Path, data: bytes) -> Record:
     return record
 
 
-def _read_layer(path: Path, data: bytes, classes: int) -> dict[str, NDArray[np.float32]]:
+def _read_layer(path: Path, data: bytes, classes: int, labels: int) -> dict[str, NDArray[np.float32]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -124,7 +143,8 @@ def _read_layer(path: Path, data: bytes, classes: int) -> dict[str, NDArray[np.f
     except (SafetensorError, KeyError, ValueError) as error:  # KeyError: of a data type that numpy does not have
         raise QuestionError(f"{path} is damaged ({error}): copy it again, or teach it again") from error
     found = {name: (tensor.dtype.name, tensor.shape) for name, tensor in layer.items()}
-    wanted = {"weight": ("float32", (classes, FEATURES)), "bias": ("float32", (classes,))}
+    shapes = {"weight": (classes, FEATURES), "label_weight": (classes, labels), "bias": (classes,)}
+    wanted = {name: ("float32", shape) for name, shape in shapes.items()}
     if found != wanted:
         raise QuestionError(f"{path} has the tensors {str(found)[:256]}, want {wanted}: teach it again")
     if not all((np.abs(tensor) <= MAX_WEIGHT).all() for tensor in layer.values()):  # false for NaN too

@@ -25,7 +25,7 @@ from edge_runtime.wire.labels import MAX_LABELS
 from models.family import LATENT, Classifier, Head, Memory, Tail, TextDecoder, arrived_groups
 from models.labels import label_words, with_seen
 from models.lookahead import Lookahead
-from models.questions import Question
+from models.questions import Evidence, Question
 from server.targets.target import Answer
 from server.verify import ENDS, SPECIAL, Text, new_text, next_block, propose_again, verify
 
@@ -143,7 +143,7 @@ class Engine:
             ends = job.sampler.ends if job.sampler else ENDS
             texts.append(new_text(draft or (), shape.vocabulary, limit, ends, SPECIAL | ends))
         started = time.perf_counter()
-        is_asked = shape.label_words or any(job.wants_label for job in jobs)
+        is_asked = shape.label_words or any(job.wants_label or job.questions for job in jobs)
         labels = self.label_logits(features) if self.classifier and is_asked else [torch.empty(0)] * len(jobs)
         words = self.words_seen(decoder, labels, jobs)
         memory = encode_image(decoder, features, self.proof.image_sizes, words)
@@ -169,19 +169,23 @@ class Engine:
                 answers.append(Answer((), error=f"target {tier} computed no finite numbers", stages_ms=stages))
                 continue
             confidence = math.exp(log_probability / len(text.tokens))
-            scores = self._likeliest(labels[i], job.labels) if job.wants_label else {}
-            asked: dict[str, dict[str, float]] = {}
-            if job.questions:
-                pooled = _pooled(features[i])
-                asked = {name: question.answer(pooled) for name, question in job.questions.items()}
+            shares = self._label_shares(labels[i], job.labels)
+            scores = self._likeliest(shares) if job.wants_label else {}
+            known = _evidence(features[i], shares, job)
+            asked = {name: question.answer(known) for name, question in job.questions.items()}
             counts = text.accepted, text.proposed, text.accepted_again, text.passes
             answers.append(Answer(text.without_end, *counts, confidence, scores, asked, stages_ms=stages))
         return answers
 
     @torch.inference_mode()
-    def pooled(self, jobs: Sequence[Job]) -> NDArray[np.float32]:
-        """What questions read: the mean of each job's features over the positions, float32 [B, 1280]."""
-        return np.stack([_pooled(row) for row in self.features(jobs)])
+    def evidence(self, jobs: Sequence[Job]) -> list[Evidence]:
+        """What questions read of each job."""
+        features = self.features(jobs)
+        logits = self.label_logits(features) if self.classifier else [torch.empty(0)] * len(jobs)
+        return [
+            _evidence(row, self._label_shares(each, job.labels), job)
+            for row, each, job in zip(features, logits, jobs, strict=True)
+        ]
 
     @torch.inference_mode()
     def label_logits(self, features: Tensor) -> list[Tensor]:
@@ -201,11 +205,12 @@ class Engine:
         rows = [label_words(row.cpu(), self.label_words, count) for row in found]
         return torch.tensor(rows, device=self.device)
 
-    def _likeliest(self, logits: Tensor, seen: Mapping[int, float]) -> dict[str, float]:
-        if not len(logits):
-            return {}
-        found = with_seen((logits / self.label_temperature).softmax(-1), seen)
-        best = found.topk(min(MAX_LABELS, len(self.classes)))
+    def _label_shares(self, logits: Tensor, seen: Mapping[int, float]) -> Tensor:
+        """The probability of each label, float [labels]; empty without logits."""
+        return with_seen((logits / self.label_temperature).softmax(-1), seen) if len(logits) else logits
+
+    def _likeliest(self, shares: Tensor) -> dict[str, float]:
+        best = shares.topk(min(MAX_LABELS, len(shares)))
         return {self.classes[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
 
     @torch.inference_mode()
@@ -310,10 +315,9 @@ class DecodingBatch:
         self.cache.values = [values[index] for values in self.cache.values]
 
 
-def _pooled(features: Tensor) -> NDArray[np.float32]:
-    """One photo's features [N, 1280] to their mean over the positions [1280]."""
-    pooled: NDArray[np.float32] = features.mean(0).cpu().numpy()
-    return pooled
+def _evidence(features: Tensor, label_shares: Tensor, job: Job) -> Evidence:
+    """One photo's features [N, 1280] and the probability of each label [labels]."""
+    return Evidence(features.mean(0).cpu().numpy(), label_shares.cpu().numpy(), bool(job.labels))
 
 
 def cheapest(shapes: Sequence[Shape], rows: int, width: int) -> Shape:

@@ -22,7 +22,7 @@ from models.questions import Question, QuestionError, read_question
 
 logger = logging.getLogger(__name__)
 
-MAX_QUESTIONS = 64  # of a server: 64 files of 330 KB
+MAX_QUESTIONS = 64  # of a server: 64 files of 584 KB
 MAX_MESSAGE = 16 * 1024  # bytes
 MAX_REASON = 300  # characters in the status
 

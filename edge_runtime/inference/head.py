@@ -25,9 +25,9 @@ class Latent:
     factors: tuple[npt.NDArray[np.int32], ...]  # by level: of each channel, [64, 1, 1] or [1, 1, 1]
     backbone_map: Codes | None = None  # [14, 14, 80], which the labels read; heads of older bundles have none
 
-    def symbols(self, level: int = -1) -> npt.NDArray[np.int8]:
-        """int8 [64, 7, 7] at a level, by default the finest."""
-        return codes_to_symbols(self.codes, self.zero_point, self.factors[level])
+    def symbols(self, level: int = -1, shrinkage: int = 0) -> npt.NDArray[np.int8]:
+        """int8 [64, 7, 7] at a level, by default the finest. shrinkage: see `codes_to_symbols`."""
+        return codes_to_symbols(self.codes, self.zero_point, self.factors[level], shrinkage)
 
 
 class Head:
@@ -63,12 +63,16 @@ def symbol_factor(scale: float, gain: float) -> int:
 
 
 def codes_to_symbols(
-    codes: npt.NDArray[np.integer], zero_point: int, factor: int | npt.NDArray[np.int32]
+    codes: npt.NDArray[np.integer], zero_point: int, factor: int | npt.NDArray[np.int32], shrinkage: int = 0
 ) -> npt.NDArray[np.int8]:
     """Codes uint8 or int8, any shape, to symbols int8, -127..127, with a factor for all or one for each channel.
 
     symbol = (a * factor + 2**(SHIFT - 1)) >> SHIFT with a = code - zero_point. This is the definition, not an
     approximation of float rounding: a tie goes up, never to the even neighbour.
+
+    shrinkage: moves values towards zero before they are rounded, by so many units of 2**-SHIFT symbols at most.
     """
-    offset = codes.astype(np.int32) - zero_point
-    return ((offset * factor + (1 << (SHIFT - 1))) >> SHIFT).clip(-127, 127).astype(np.int8)
+    scaled = (codes.astype(np.int32) - zero_point) * factor
+    if shrinkage:
+        scaled -= scaled.clip(-shrinkage, shrinkage)
+    return ((scaled + (1 << (SHIFT - 1))) >> SHIFT).clip(-127, 127).astype(np.int8)

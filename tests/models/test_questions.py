@@ -13,15 +13,19 @@ from safetensors.numpy import save
 
 from edge_runtime.inference.bundle import Bundle
 from models.backbone import FEATURES as OF_THE_BACKBONE
-from models.questions import ENTRY, FEATURES, MAX_BYTES, Question, QuestionError, Record, read_question
+from models.questions import ENTRY, FEATURES, MAX_BYTES, Evidence, Question, QuestionError, Record, read_question
+from tests.bundles import CLASSES
 
+LABELS = len(CLASSES)
+SHARES = np.linspace(1, 0, LABELS, dtype=np.float32) / LABELS
 RECORD = {
     "classes": ["closed", "half open", "open"],
     "bundle_name": "tiny",
     "temperature": 0.5,
+    "temperature_alone": 2.0,
     "photos": 30,
     "accuracy": 0.97,
-    "format": 1,
+    "format": 2,
 }
 
 
@@ -29,12 +33,18 @@ def layer(classes: int = 3) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
         "weight": rng.normal(size=(classes, FEATURES)).astype(np.float32),
+        "label_weight": rng.normal(size=(classes, LABELS)).astype(np.float32),
         "bias": rng.normal(size=classes).astype(np.float32),
     }
 
 
 def record(of: Bundle, **changes: object) -> dict[str, object]:
     return RECORD | {"bundle": of.id.hex()} | changes
+
+
+def known(largest: float, has_seen_labels: bool = True) -> Evidence:
+    features = np.random.default_rng(1).uniform(0, largest, FEATURES).astype(np.float32)
+    return Evidence(features, SHARES, has_seen_labels)
 
 
 def test_a_question_survives_its_file_and_the_same_one_gives_the_same_bytes(tmp_path: Path, board_bundle) -> None:
@@ -44,17 +54,22 @@ def test_a_question_survives_its_file_and_the_same_one_gives_the_same_bytes(tmp_
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     again = read_question(tmp_path / "a", board_bundle)
     assert again.record == question.record
-    features = np.random.default_rng(1).uniform(0, 6, FEATURES).astype(np.float32)
-    assert again.answer(features) == question.answer(features)
+    assert again.answer(known(6)) == question.answer(known(6))
 
 
 def test_an_answer_is_the_softmax_of_the_layer_the_likeliest_class_first(board_bundle) -> None:
     question = Question(msgspec.convert(record(board_bundle), Record), **layer())
-    features = np.random.default_rng(1).uniform(0, 0.1, FEATURES).astype(np.float32)
-    odds = np.exp((question.weight.astype(float) @ features + question.bias) / 0.5)
-    answer = question.answer(features)
-    assert list(answer.values()) == sorted(answer.values(), reverse=True)
-    assert [answer[name] for name in RECORD["classes"]] == pytest.approx(odds / odds.sum(), abs=1e-4)
+    for seen, temperature in ((True, 0.5), (False, 2.0)):
+        photo = known(0.1, seen)
+        logits = (
+            question.weight.astype(float) @ photo.features
+            + question.label_weight @ np.sqrt(photo.labels)
+            + question.bias
+        )
+        odds = np.exp(logits / temperature)
+        answer = question.answer(photo)
+        assert list(answer.values()) == sorted(answer.values(), reverse=True)
+        assert [answer[name] for name in RECORD["classes"]] == pytest.approx(odds / odds.sum(), abs=1e-4)
 
 
 def test_the_width_is_that_of_the_tail() -> None:
@@ -65,13 +80,14 @@ def test_the_width_is_that_of_the_tail() -> None:
     ("changes", "tensors", "said"),
     [
         ({"bundle": "00" * 8}, {}, "teach it again with --bundle"),
-        ({"format": 2}, {}, "format 2, this version reads 1"),
+        ({"format": 1}, {}, "format 1, this version reads 2: teach it again"),
         ({"classes": ["open"]}, {}, "classes"),
         ({"classes": ["a", "b", "a"]}, {}, "a class twice"),
         ({"classes": [str(i) for i in range(10_000)]}, {}, "classes"),
         ({"temperature": 0}, {}, "temperature"),
         ({}, {"weight": np.zeros((3, 1281), np.float32)}, "want"),
         ({}, {"weight": np.zeros((3, 1280), np.float64)}, "want"),
+        ({}, {"label_weight": np.zeros((3, LABELS + 1), np.float32)}, "want"),
         ({}, {"bias": np.array([0, np.nan, 0], np.float32)}, "not finite"),
         ({}, {"bias": np.array([0, np.inf, 0], np.float32)}, "not finite"),
         ({}, {"bias": np.array([0, 1e30, 0], np.float32)}, "far too large"),

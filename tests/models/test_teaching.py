@@ -1,12 +1,14 @@
 """What a question learns from a few photos, and what it says of itself."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from models.teaching import FOLDS, Taught, folds_of, teach
+from models.questions import Evidence
+from models.teaching import FOLDS, Taught, folds_of, inputs, label_directions, teach
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +107,43 @@ def test_each_photo_is_left_out_once_in_runs_and_never_the_last_of_its_class() -
     assert folds[11:].tolist() == [0, 1, 2, -1]
     for fold in range(FOLDS):
         assert set(labels[folds != fold]) == {0, 1, 2}
+
+
+def test_what_is_learnt_of_a_label_holds_for_similar_ones() -> None:
+    """Labels 0 and 1 have similar rows in the classifier, and so have 2 and 3. The features say nothing."""
+    rng = np.random.default_rng(3)
+    rows = rng.normal(size=(2, 1280)).repeat(2, 0) + 0.3 * rng.normal(size=(4, 1280))
+    directions = label_directions(rows.astype(np.float32))
+
+    def seen(label: int) -> Evidence:
+        return Evidence(rng.uniform(0, 1, 1280).astype(np.float32), np.eye(4, dtype=np.float32)[label], True)
+
+    taught = teach(inputs([seen(0) for _ in range(6)] + [seen(2) for _ in range(6)], directions), np.arange(12) // 6, 2)
+    found = probabilities(taught, inputs([seen(label) for label in (1, 3)], directions))
+    assert found.argmax(1).tolist() == [0, 1]
+
+
+def test_without_labels_it_is_as_often_right_as_it_says() -> None:
+    """The labels of the taught photos tell the class better than their features."""
+
+    def with_labels(features: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        return np.concatenate([features, 8 * shares], 1, dtype=np.float32)
+
+    features, labels = photos(40, apart=0.3)
+    none = np.zeros((len(labels), 3))
+    taught = teach(with_labels(features, np.eye(3)[labels]), labels, 3, with_labels(features, none))
+    unseen, truth = photos(1000, apart=0.3, seed=1)
+    alone = replace(taught, temperature=taught.temperature_alone)
+    shares = probabilities(alone, with_labels(unseen, np.zeros((len(truth), 3))))
+    right = (shares.argmax(1) == truth).mean()
+    assert 0.5 < right < 0.97
+    assert shares.max(1).mean() == pytest.approx(right, abs=0.1)
+    assert taught.accuracy(labels) > right + 0.05
+
+
+def test_a_bundle_without_labels_teaches_from_its_features() -> None:
+    nothing = np.zeros((0, 1280), np.float32)
+    known = [Evidence(row, np.zeros(0, np.float32), False) for row in photos(1)[0]]
+    assert inputs(known, label_directions(nothing)).tolist() == [
+        [*row, *np.zeros(1280)] for row in photos(1)[0].tolist()
+    ]

@@ -31,9 +31,10 @@ CLASSES = ("closed", "half open", "open")
 def question(bundle: Bundle, seed: int = 0, of: str = "") -> Question:
     """Taught with nothing: its answers differ between the latents of these tests."""
     rng = np.random.default_rng(seed)
-    record = Record(CLASSES, of or bundle.id.hex(), "tiny", 1.0, 30, 0.97)
+    record = Record(CLASSES, of or bundle.id.hex(), "tiny", 1.0, 2.0, 30, 0.97)
     weight = rng.normal(size=(3, FEATURES), scale=0.01).astype(np.float32)
-    return Question(record, weight, np.zeros(3, np.float32))
+    label_weight = rng.normal(size=(3, len(bundle.manifest.classes))).astype(np.float32)
+    return Question(record, weight, label_weight, np.zeros(3, np.float32))
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def folder(tmp_path: Path, bundle: Bundle) -> Path:
 
 
 def expected(engine: Engine, asked: Question, i: int) -> dict[str, float]:
-    return asked.answer(engine.pooled([Job(SYMBOLS[i])])[0])
+    return asked.answer(engine.evidence([Job(SYMBOLS[i])])[0])
 
 
 def serve(service: Service, payload: msgspec.Struct) -> Reply:
@@ -82,6 +83,17 @@ def test_answers_do_not_depend_on_neighbours_and_drafts(bundle: Bundle, engine: 
     assert len({answer["gate"]["open"] for answer in alone}) == 8  # otherwise this would show nothing
 
 
+def test_a_question_reads_the_labels_that_the_board_has_seen(bundle: Bundle, engine: Engine) -> None:
+    gate, seen = question(bundle), {1: 0.9}
+    with_labels, alone = engine.evidence([Job(SYMBOLS[0], labels=seen), Job(SYMBOLS[0])])
+    assert (with_labels.has_seen_labels, alone.has_seen_labels) == (True, False)
+    assert with_labels.labels[1] == pytest.approx(0.9)
+    assert with_labels.labels.sum() == pytest.approx(1)
+    answers = engine.answer([Job(SYMBOLS[0], questions={"gate": gate}, labels=each) for each in (seen, {})])
+    assert [each.answers["gate"] for each in answers] == [gate.answer(with_labels), gate.answer(alone)]
+    assert answers[0].answers != answers[1].answers
+
+
 def test_a_request_is_answered_what_it_asks_and_the_server_has(bundle: Bundle, engine: Engine, folder: Path) -> None:
     questions = Questions(bundle, {"gate": str(folder / "gate.safetensors")})
     service = Service(config(bundle).server, BundleTarget(bundle, engine, questions=questions), ReplyCache())
@@ -103,8 +115,8 @@ def test_a_picture_is_asked_as_its_latent_would_be(bundle: Bundle, engine: Engin
     with PictureDecoder() as decoder:
         service.decode_picture(decoder)
     service.answer(service.batcher.take(0))
-    features = engine.pooled([Job(engine.symbols(decode_picture(jpeg)))])[0]
-    assert lane.replies[-1].answers == {"gate": question(bundle, 0).answer(features)}
+    known = engine.evidence([Job(engine.symbols(decode_picture(jpeg)))])[0]
+    assert lane.replies[-1].answers == {"gate": question(bundle, 0).answer(known)}
 
 
 def test_a_file_that_is_wrong_ends_the_start_and_is_named(bundle: Bundle, folder: Path) -> None:
