@@ -35,7 +35,7 @@ CHECKPOINT_EVERY = 200
 class Settings:
     """Length of training, learning rate and weights."""
 
-    steps: int = 700
+    steps: int = 1000
     learning_rate: float = 1.5e-4
     caption_weight: float = 0.2  # weight of the cross-entropy, which keeps the texts fluent
 
