@@ -74,12 +74,12 @@ constraints:  ## constraints.txt with the newest versions; needs Python 3.11
 schema:  ## docs/event.schema.json, from the types in edge_runtime/wire/event.py
 	$(BIN)/python -m edge_runtime.wire.event_schema >docs/event.schema.json
 
-release: lint test  ## dist/ with sdist and wheel, tried in a fresh environment; then the tag of the version
+release: lint test  ## dist/ with sdists and wheels, the board's tried in a fresh environment; then the tag of the version
 	test -z "$$(git status --porcelain)" || { echo 'commit or remove what git status shows'; exit 1; }
 	rm -rf dist build && $(BIN)/pip install --quiet build twine
-	$(BIN)/python -m build --outdir dist .
+	for part in . models/zoo; do $(BIN)/python -m build --outdir dist $$part || exit 1; done
 	$(BIN)/twine check --strict dist/*
-	$(PYTHON) -m venv build/fresh && build/fresh/bin/pip install --quiet dist/*.whl && build/fresh/bin/aiflow --help
+	$(PYTHON) -m venv build/fresh && build/fresh/bin/pip install --quiet dist/aiflow_edge-*.whl && build/fresh/bin/aiflow --help
 	git tag "v$$($(BIN)/python -c 'import edge_runtime; print(edge_runtime.__version__)')"
 
 clean:  ## remove the virtual environments and caches
