@@ -38,6 +38,7 @@ SERVICES = ("run", "serve")  # these log at INFO
 CONFIGURED = (*SERVICES, "validate", "setup", "service")  # these exit with 78 for a configuration that cannot work
 EPILOG = """\
 a first look:      aiflow demo
+a first try:       aiflow run --camera /dev/video0 --broker HOST
 a real board:      aiflow setup; aiflow doctor --config board.toml; aiflow run board.toml
 as a service:      aiflow service install board.toml
 its server:        aiflow serve server.toml
