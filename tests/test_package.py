@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,10 @@ def test_a_wheel_holds_the_templates_of_the_units(monkeypatch):
     units = {path.relative_to(ROOT) for path in ROOT.glob("firmware_tools/units/*")}
     assert len(units) == 2
     assert units <= packed(ROOT, monkeypatch)
+
+
+def test_a_checkout_is_not_installed_on_a_32_bit_python():
+    code = "import runpy, sys; sys.maxsize = 2**31 - 1; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("aiflow-edge: this Python has 32 bits")
