@@ -192,7 +192,7 @@ class Bundle:
     def _incomplete(self, of_server: bool) -> BundleError:
         advice = "copy the whole bundle again"
         if of_server:
-            advice = f"a server needs its part of the bundle: install aiflow-edge-server-models beside aiflow-edge, or {advice}"
+            advice = f"a server needs its part of the bundle: install aiflow-edge-server-models, or {advice}"
         return BundleError(f"{self.path} lacks {', '.join(self._missing(of_server))}: {advice}")
 
     @cached_property
