@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 INPUTS ?= 100000
 
-.PHONY: help venv demo test test-all test-lowest lint fuzz bench faults soak constraints schema release clean
+.PHONY: help venv demo test test-all test-lowest arm64 lint fuzz bench faults soak constraints schema release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -44,6 +44,9 @@ test-lowest:  ## every test with the lowest versions that setup.cfg allows, in a
 	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[test]'
 	.venv-lowest/bin/python -m pytest -q -W ignore::DeprecationWarning  # of the newest packages that the lowest ones call
 
+arm64: venv  ## the board's wheel on emulated arm64, compared with this machine; wants qemu-user-static and mmdebstrap
+	$(BIN)/python -m testbed.arm64
+
 lint: venv  ## ruff, mypy strict, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -75,12 +78,12 @@ schema:  ## docs/event.schema.json and docs/ui-openapi.json, from the types in t
 	$(BIN)/python -m edge_runtime.wire.event_schema >docs/event.schema.json
 	$(BIN)/python -m firmware_tools.ui.openapi >docs/ui-openapi.json
 
-release: lint test  ## dist/ with sdist and wheel, tried in a fresh environment; then the tag of the version
+release: lint test  ## dist/ with sdists and wheels, the board's tried in a fresh environment; then the tag of the version
 	test -z "$$(git status --porcelain)" || { echo 'commit or remove what git status shows'; exit 1; }
 	rm -rf dist build && $(BIN)/pip install --quiet build twine
-	$(BIN)/python -m build --outdir dist .
+	for part in . models/zoo; do $(BIN)/python -m build --outdir dist $$part || exit 1; done
 	$(BIN)/twine check --strict dist/*
-	$(PYTHON) -m venv build/fresh && build/fresh/bin/pip install --quiet dist/*.whl && build/fresh/bin/aiflow --help
+	$(PYTHON) -m venv build/fresh && build/fresh/bin/pip install --quiet dist/aiflow_edge-*.whl && build/fresh/bin/aiflow --help
 	git tag "v$$($(BIN)/python -c 'import edge_runtime; print(edge_runtime.__version__)')"
 
 clean:  ## remove the virtual environments and caches

@@ -1,5 +1,6 @@
-"""Python packages that an installation may lack, and the command that installs each."""
+"""Python packages that an installation may lack, the command that installs each, and systems that have none of them."""
 
+import sys
 from pathlib import Path
 
 from edge_runtime.errors import ConfigError
@@ -9,8 +10,8 @@ OPTIONAL = {
     "cv2": ("opencv-python-headless", "board"),
     "onnxruntime": ("onnxruntime", "board"),
     "ai_edge_litert": ("ai-edge-litert", "litert"),
-    "torch": ("torch", "server"),
-    "safetensors": ("safetensors", "server"),
+    "torch": ("torch", "pytorch"),
+    "safetensors": ("safetensors", "pytorch"),
     "iotcore": ("iotcore", "demo"),
     "tomli_w": ("tomli-w", "demo"),
     "skimage": ("scikit-image", "demo"),
@@ -23,6 +24,19 @@ OPTIONAL = {
     "psutil": ("psutil", "test"),
     "zstandard": ("zstandard", "test"),
 }
+
+
+class SystemTooSmallError(ConfigError):
+    """A 32-bit Python, for which no inference runtime has packages."""
+
+
+def refuse_32_bit(largest: int = sys.maxsize) -> None:
+    """Raises SystemTooSmallError. setup.py says the same when a checkout is installed; a wheel cannot refuse."""
+    if largest < 2**32:
+        raise SystemTooSmallError(
+            "this Python has 32 bits, for which onnxruntime and LiteRT have no packages: install a 64-bit system, "
+            "such as Raspberry Pi OS (64-bit)"
+        )
 
 
 class MissingPackageError(ConfigError):

@@ -11,7 +11,7 @@ import sys
 
 from edge_runtime import __version__
 from edge_runtime.errors import AiflowError, ConfigError
-from edge_runtime.packages import missing_package
+from edge_runtime.packages import missing_package, refuse_32_bit
 from edge_runtime.shutdown import leave
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ CONFIGURED = (
 )  # these exit with 78 for a configuration that cannot work
 EPILOG = """\
 a first look:      aiflow demo
+a first try:       aiflow run --camera /dev/video0 --broker HOST
 a real board:      aiflow setup; aiflow doctor --config board.toml; aiflow run board.toml
 as a service:      aiflow service install board.toml
 its server:        aiflow serve server.toml
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     command = next((argument for argument in arguments if argument in COMMANDS), "")
     try:
+        refuse_32_bit()
         args = _parse(arguments, command)
         level = logging.DEBUG if args.verbose else logging.INFO if command in SERVICES else logging.WARNING
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")

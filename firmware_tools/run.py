@@ -1,4 +1,4 @@
-"""`aiflow run board.toml`: a board."""
+"""`aiflow run board.toml`: a board. Or without a file: `aiflow run --camera SOURCE --broker HOST`."""
 
 import argparse
 import os
@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_runtime.errors import ConfigError
+from firmware_tools.setup import add_board_flags, config_of_flags
+
 if TYPE_CHECKING:
     from edge_runtime.reporting import Values
     from edge_runtime.wire import Event
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="board.toml; `aiflow validate` checks it, README.md has an example")
+    parser.add_argument("config", type=Path, nargs="?", help="board.toml; `aiflow validate` checks it")
+    add_board_flags(parser, "a board without a file, with the defaults of `aiflow setup`")
     parser.add_argument(
         "--show",
         action=argparse.BooleanOptionalAction,
@@ -29,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.shutdown import stop_when_told
     from firmware_tools.watch import Lines, line
 
-    config = load_toml(args.config, RuntimeConfig)
+    if (args.config is None) == (args.camera is None and args.broker is None):
+        raise ConfigError("want either a board.toml or --camera and --broker")
+    config = load_toml(args.config, RuntimeConfig) if args.config else config_of_flags(args)
     stop, notifier = stop_when_told(STOP_S), Notifier.from_environment(os.environ)
     if not (sys.stdout.isatty() if args.show is None else args.show):
         run_board(config, stop, notifier=notifier)

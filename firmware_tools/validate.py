@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from edge_runtime.config import RuntimeConfig, load_toml, read_toml
 
     if args.path.is_dir():
-        _check_bundle(args.path)
+        _check_bundle(args.path, for_server=False)
         return
     if "server" in read_toml(args.path):
         from server.config import Config
@@ -50,7 +50,7 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
     config.check_target()
     above = config.upstream.settings(server.id) if config.upstream else None
     if server.bundle:
-        bundle = _check_bundle(Path(server.bundle))
+        bundle = _check_bundle(Path(server.bundle), for_server=server.target == "bundle")
         targets = bundle.manifest.targets
         if server.target == "bundle" and server.tier not in targets:
             raise ConfigError(f'{path}: tier = "{server.tier}", but the bundle has {", ".join(targets)}')
@@ -76,7 +76,7 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     settings = config.mqtt.settings(board.id)
     near_settings = near.settings(board.id) if near else None
     config.frigate.check_files()
-    config.sampling(_check_bundle(Path(board.bundle)).words)
+    config.sampling(_check_bundle(Path(board.bundle), for_server=False).words)
     if board.paradigm != "offload":
         installed(board.backend)
     for warning in Cameras(config.cameras).check():
@@ -89,14 +89,11 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     return checks + [(f"camera {camera.name}", lambda camera=camera: seen(camera)) for camera in config.cameras]
 
 
-def _check_bundle(path: Path) -> "Bundle":
+def _check_bundle(path: Path, for_server: bool) -> "Bundle":
     from edge_runtime.inference.bundle import open_bundle
 
     bundle = open_bundle(path)
-    for name in bundle.manifest.files:
-        bundle.file(name)
-    _ = bundle.tables, bundle.words  # their content too
-    print(f"{path}: bundle {bundle.manifest.name}, id {bundle.id.hex()}, {len(bundle.manifest.files)} files match")
+    print(f"{path}: bundle {bundle.check(for_server)}")
     return bundle
 
 

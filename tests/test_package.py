@@ -1,42 +1,65 @@
 """What a wheel holds, asked of the build itself without building one."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 from setuptools import Distribution
 
 ROOT = Path(__file__).parents[1]
 
 
-def packed(folder: Path) -> set[Path]:
-    """The files that are no Python, relative to the repository."""
+MODELS = ROOT / "models" / "zoo"  # the distribution of the server's part
+
+
+def packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """The files that are no Python in the wheel of this folder, relative to the repository."""
+    monkeypatch.chdir(folder)
     distribution = Distribution()
-    distribution.parse_config_files([str(folder / "pyproject.toml"), str(folder / "setup.cfg")])
+    found = [str(path) for name in ("pyproject.toml", "setup.cfg") if (path := folder / name).is_file()]
+    distribution.parse_config_files(found)
     build = distribution.get_command_obj("build_py")
     build.ensure_finalized()
-    return {Path(source, name) for _, source, _, names in build.data_files for name in names}
+    return {(folder / source / name).relative_to(ROOT) for _, source, _, names in build.data_files for name in names}
 
 
-def test_a_wheel_holds_the_shipped_bundle_whole(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    files = packed(ROOT)
+def test_the_two_wheels_together_hold_the_shipped_bundle_and_a_board_installs_no_weights_of_pytorch(monkeypatch):
+    board, server = packed(ROOT, monkeypatch), packed(MODELS, monkeypatch)
     bundles = [path.parent.relative_to(ROOT) for path in ROOT.glob("models/zoo/*/manifest.json")]
     assert bundles
+    whole = set()
     for bundle in bundles:
         named = json.loads((ROOT / bundle / "manifest.json").read_text())["files"]
-        assert {bundle / "manifest.json", *(bundle / name for name in named)} <= files
-    assert Path("edge_runtime", "py.typed") in files
+        whole |= {bundle / "manifest.json", *(bundle / name for name in named)}
+    assert board | server >= whole >= server
+    assert server == {file for file in whole if file.suffix == ".safetensors"}
+    assert not board & server
+    assert Path("edge_runtime", "py.typed") in board
+
+
+def test_the_extra_of_a_server_wants_the_models_of_this_checkout():
+    version = re.search('(?m)^version = "(.*)"$', (MODELS / "pyproject.toml").read_text())
+    assert version
+    assert f"aiflow-edge-server-models=={version[1]}\n" in (ROOT / "setup.cfg").read_text()
 
 
 def test_a_wheel_holds_the_templates_of_the_units(monkeypatch):
-    monkeypatch.chdir(ROOT)
     units = {path.relative_to(ROOT) for path in ROOT.glob("firmware_tools/units/*")}
     assert len(units) == 2
-    assert units <= packed(ROOT)
+    assert units <= packed(ROOT, monkeypatch)
 
 
 def test_a_wheel_holds_the_live_page(monkeypatch):
-    monkeypatch.chdir(ROOT)
     page = {path.relative_to(ROOT) for path in ROOT.glob("firmware_tools/ui/page/*")}
     assert {path.name for path in page} >= {"index.html", "page.css", "page.js"}
-    assert page <= packed(ROOT)
+    assert page <= packed(ROOT, monkeypatch)
+
+
+def test_a_checkout_is_not_installed_on_a_32_bit_python():
+    code = "import runpy, sys; sys.maxsize = 2**31 - 1; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("aiflow-edge: this Python has 32 bits")

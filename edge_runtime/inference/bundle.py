@@ -24,6 +24,7 @@ from edge_runtime.wire.tables import MAX_CHANNELS, MAX_SIDE
 SCHEMA = 1
 MANIFEST = "manifest.json"
 TABLES, INTER_TABLES = "tables.bin", "inter_tables.bin"
+SERVER_SUFFIX = ".safetensors"  # of PyTorch's weights: the server's part of a bundle, which a board may lack
 MAX_MANIFEST_BYTES = 256 * 1024  # the shipped one has 4 KB
 MAX_TABLES_BYTES = 8 << 20  # the shipped ones have 6 KB
 MAX_VOCABULARY_BYTES = 16 << 20  # for the largest vocabulary, 16 bytes per word
@@ -154,7 +155,7 @@ class Bundle:
             )
         path = self.path / name
         if not path.is_file():
-            raise BundleError(f"{path} is missing: copy the whole bundle again")
+            raise self._incomplete(of_server=name.endswith(SERVER_SUFFIX))
         try:
             is_same = path.stat().st_size == record.bytes and file_hash(path, record.bytes) == record.sha256
         except OSError as error:
@@ -169,6 +170,30 @@ class Bundle:
         if self.manifest.files[name].bytes > max_bytes:
             raise BundleError(f"{path} is larger than {max_bytes} bytes: it cannot be the file that its name says")
         return path.read_bytes()
+
+    def check(self, for_server: bool) -> str:
+        """Compares each file with its hash. Returns what was found, for a person. Raises BundleError.
+
+        for_server: False: the server's part may be missing.
+        """
+        left_out = [] if for_server else self._missing(of_server=True)
+        names = [name for name in self.manifest.files if name not in left_out]
+        for name in names:
+            self.file(name)
+        _ = self.tables, self.words  # their content too
+        part = f", the board's part: without {', '.join(left_out)}" if left_out else ""
+        return f"{self.manifest.name}, id {self.id.hex()}, {len(names)} files match{part}"
+
+    def _missing(self, of_server: bool) -> list[str]:
+        """The files of the server's or of the board's part that are not there."""
+        names = (name for name in self.manifest.files if name.endswith(SERVER_SUFFIX) == of_server)
+        return [name for name in names if not (self.path / name).is_file()]
+
+    def _incomplete(self, of_server: bool) -> BundleError:
+        advice = "copy the whole bundle again"
+        if of_server:
+            advice = f"a server needs its part of the bundle: install aiflow-edge-server-models, or {advice}"
+        return BundleError(f"{self.path} lacks {', '.join(self._missing(of_server))}: {advice}")
 
     @cached_property
     def tables(self) -> Tables:

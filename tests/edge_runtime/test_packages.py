@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import packages
-from edge_runtime.packages import OPTIONAL, MissingPackageError, how_to_install, missing_package
+from edge_runtime.packages import (
+    OPTIONAL,
+    MissingPackageError,
+    SystemTooSmallError,
+    how_to_install,
+    missing_package,
+    refuse_32_bit,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,9 +29,9 @@ def test_each_package_is_in_the_extra_that_is_said_to_bring_it():
 
 def test_in_a_checkout_the_command_installs_its_extra(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert how_to_install("torch") == "pip install '.[server]'"
+    assert how_to_install("torch") == "pip install '.[pytorch]'"
     monkeypatch.chdir("/")
-    assert how_to_install("torch") == f"pip install '{ROOT}[server]'"
+    assert how_to_install("torch") == f"pip install '{ROOT}[pytorch]'"
 
 
 def test_from_a_wheel_the_command_names_the_package_itself(monkeypatch, tmp_path):
@@ -36,3 +43,9 @@ def test_from_a_wheel_the_command_names_the_package_itself(monkeypatch, tmp_path
 def test_only_an_optional_package_is_missing_and_the_rest_is_a_bug(module, is_known):
     found = missing_package(ModuleNotFoundError(name=module))
     assert isinstance(found, MissingPackageError) == is_known
+
+
+def test_a_32_bit_python_is_refused_by_name_and_a_64_bit_one_is_not():
+    with pytest.raises(SystemTooSmallError, match=r"32 bits.*install a 64-bit system"):
+        refuse_32_bit(2**31 - 1)
+    refuse_32_bit(2**63 - 1)

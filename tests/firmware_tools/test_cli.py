@@ -196,8 +196,9 @@ def test_a_missing_or_altered_model_is_named(
     if not is_missing:
         data[len(data) // 2] ^= 1
         (bundle / name).write_bytes(data)
-    fault = "is missing: copy the whole bundle again" if is_missing else "is not the file that the manifest names"
-    assert_one_line(aiflow(command, config(text)), f"{bundle.resolve() / name} {fault}")
+    path = bundle.resolve()
+    fault = f"{path} lacks {name}: " if is_missing else f"{path / name} is not the file that the manifest names"
+    assert_one_line(aiflow(command, config(text)), fault)
 
 
 def test_an_error_after_the_start_is_none_of_the_configuration(config: Callable[..., Path]) -> None:

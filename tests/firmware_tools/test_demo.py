@@ -141,7 +141,7 @@ def test_a_child_that_fails_speaks_for_itself(tmp_path: Path, bundle: Path, phot
     out, err = demo.communicate(timeout=PATIENCE_S)
     assert (demo.returncode, out) == (1, "")
     assert "`aiflow serve` ended with exit code 78" in err
-    assert "tail.safetensors is missing: copy the whole bundle again" in err
+    assert "lacks tail.safetensors: a server needs its part of the bundle" in err
     assert "Traceback" not in err
     assert not list((tmp_path / "tmp").iterdir())
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.inference.bundle import Bundle
+from firmware_tools import cli
 from firmware_tools.run import closing_line
 from testbed.broker import free_port
 
@@ -29,21 +30,50 @@ def config(tmp_path: Path, board_bundle: Bundle) -> Path:
     return path
 
 
-def run(config: Path, *options: str) -> list[str]:
-    command = [sys.executable, "-m", "firmware_tools", "run", *options, str(config)]
+def run(*options: str | Path) -> list[str]:
+    command = [sys.executable, "-m", "firmware_tools", "run", *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout.splitlines()
 
 
 def test_a_directory_shows_its_captions_without_a_broker(config: Path) -> None:
-    *events, last = run(config, "--show")
+    *events, last = run("--show", config)
     assert [event.split()[1:3] for event in events] == 2 * [["b1/door", "new"]]
     assert all("word" in event for event in events)
     assert last.startswith("the board has stopped: 2 frames, ")
 
 
+def test_a_camera_and_a_broker_need_no_file(config: Path, board_bundle: Bundle) -> None:
+    flags = ["--id", "b2", "--broker", "127.0.0.1", "--port", free_port(), "--bundle", board_bundle.path]
+    *events, last = run("--show", "--camera", config.parent / "pictures", *map(str, flags))
+    assert {event.split()[1] for event in events} == {"b2/camera"}
+    assert last.startswith("the board has stopped: 2 frames, ")
+
+
+@pytest.mark.parametrize("options", [[], ["board.toml", "--camera", "0"], ["board.toml", "--broker", "broker.lan"]])
+def test_a_file_and_flags_are_not_mixed_and_one_is_needed(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["run", *options]) == cli.EXIT_CONFIG
+    assert "want either a board.toml or --camera and --broker" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--camera", "rtsp://v:pa55@camera.lan/"], "the command line: camera camera: "),
+        (["--camera", "0", "--id", "Porch!"], "the command line: board.id"),
+    ],
+)
+def test_a_wrong_flag_is_named(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--broker", "broker.lan", *flags]) == cli.EXIT_CONFIG
+    captured = capsys.readouterr().err
+    assert says in captured
+    assert "pa55" not in captured
+
+
 @pytest.mark.parametrize("options", [[], ["--no-show"]])
 def test_a_service_prints_nothing_beside_its_log(config: Path, options: list[str]) -> None:
-    assert run(config, *options) == []
+    assert run(*options, config) == []
 
 
 def test_the_closing_line_has_what_is_not_zero() -> None:

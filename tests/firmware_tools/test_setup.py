@@ -49,6 +49,9 @@ def test_a_broker_elsewhere_has_tls_and_one_on_this_machine_needs_none(tmp_path:
     assert setup(tmp_path, "--force", "--id", "b", "--camera", "0", "--broker", "localhost", "--username", "") == 0
     mqtt = load_toml(tmp_path / "board.toml", RuntimeConfig).mqtt
     assert (mqtt.tls, mqtt.port, mqtt.username) == (False, 1883, None)
+    assert setup(tmp_path, "--force", *FLAGS, "--insecure") == 0
+    mqtt = load_toml(tmp_path / "board.toml", RuntimeConfig).mqtt
+    assert (mqtt.tls, mqtt.port, mqtt.insecure) == (False, 1883, True)
 
 
 def test_the_doctor_approves_of_what_it_writes(tmp_path: Path, board_bundle: Bundle, broker: Mosquitto) -> None:

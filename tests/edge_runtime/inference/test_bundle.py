@@ -76,8 +76,38 @@ def test_a_directory_without_a_manifest_is_refused(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     bundle = open_bundle(write_bundle(tmp_path))
     (tmp_path / "vocabulary.txt").unlink()
-    with pytest.raises(BundleError, match=r"vocabulary\.txt is missing: copy the whole bundle again"):
+    with pytest.raises(BundleError, match=r"lacks vocabulary\.txt: copy the whole bundle again"):
         bundle.file("vocabulary.txt")
+
+
+def test_a_board_needs_no_file_of_the_servers_part_and_a_server_hears_which_it_lacks(board_bundle, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    weights = [name for name in board_bundle.manifest.files if name.endswith(".safetensors")]
+    for name in {MANIFEST, *board_bundle.manifest.files} - set(weights):
+        (copy / name).symlink_to(board_bundle.path / name)
+    bundle = open_bundle(copy)
+    assert "files match, the board's part: without " in bundle.check(for_server=False)
+    for ask in (lambda: bundle.check(for_server=True), lambda: bundle.file("tail.safetensors")):
+        with pytest.raises(BundleError) as error:
+            ask()
+        assert all(name in str(error.value) for name in [*weights, "install aiflow-edge-server-models"])
+    (copy / "head.onnx").unlink()
+    with pytest.raises(BundleError, match=r"lacks head\.onnx: copy the whole bundle again"):
+        bundle.check(for_server=False)
+
+
+def test_what_a_board_has_of_the_servers_part_is_checked_too(board_bundle, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in (MANIFEST, *board_bundle.manifest.files):
+        (copy / name).symlink_to(board_bundle.path / name)
+    bundle = open_bundle(copy)
+    assert bundle.check(for_server=False) == bundle.check(for_server=True)
+    (copy / "tail.safetensors").unlink()
+    (copy / "tail.safetensors").write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"tail\.safetensors is not the file"):
+        bundle.check(for_server=False)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b + b"x", lambda b: b[:-1], lambda b: b.replace(b"dog", b"cat")])
