@@ -11,6 +11,7 @@ OPTIONAL = {
     "ai_edge_litert": ("ai-edge-litert", "litert"),
     "torch": ("torch", "server"),
     "safetensors": ("safetensors", "server"),
+    "cryptography": ("cryptography", "signed"),
     "iotcore": ("iotcore", "demo"),
     "tomli_w": ("tomli-w", "demo"),
     "skimage": ("scikit-image", "demo"),

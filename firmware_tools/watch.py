@@ -11,6 +11,7 @@ from datetime import datetime
 
 from edge_runtime.logs import printable
 from edge_runtime.wire import Event
+from firmware_tools.broker_arguments import add_broker_arguments, broker_of
 from testbed.terminal import number
 
 MAX_WAITING = 1000  # lines that wait for a slow reader; further ones are counted and not shown
@@ -20,15 +21,7 @@ CLOSE_S = 2.0  # for the last lines to be printed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--site", type=_id, default="home", metavar="ID", help="default: home")
     parser.add_argument("--board", type=_id, default="+", metavar="ID", help="one board only (default: all)")
-    parser.add_argument("--host", default="127.0.0.1", help="of the broker with the events (default: 127.0.0.1)")
-    parser.add_argument("--port", type=number, default=1883, help="default: 1883")
-    parser.add_argument("--username", metavar="NAME", help="to log in with")
-    parser.add_argument("--password-file", metavar="FILE", help="its first line is the password")
-    parser.add_argument("--tls", action="store_true", help="trust the system's authorities")
-    parser.add_argument("--ca-file", metavar="FILE", help="trust this authority instead; implies TLS")
-    parser.add_argument("--cert-file", metavar="FILE", help="a client certificate to log in with; implies TLS")
-    parser.add_argument("--key-file", metavar="FILE", help="its key")
-    parser.add_argument("--insecure", action="store_true", help="plain text to a broker that is not on this machine")
+    add_broker_arguments(parser)
     parser.add_argument("--count", type=number, metavar="N", help="stop after N events")
 
 
@@ -42,21 +35,10 @@ def run(args: argparse.Namespace) -> None:
     """Prints events until interrupted, until N were printed, or until the reader of the output has ended."""
     import secrets
 
-    from edge_runtime.mqtt import Message, MqttClient, MqttConfig
+    from edge_runtime.mqtt import Message, MqttClient
     from edge_runtime.wire import WireError, decode_event
 
-    config = MqttConfig(
-        host=args.host,
-        port=args.port,
-        username=args.username,
-        password_file=args.password_file,
-        ca_file=args.ca_file,
-        cert_file=args.cert_file,
-        key_file=args.key_file,
-        tls=args.tls,
-        insecure=args.insecure,
-    )
-    settings = config.settings(f"watch-{secrets.token_hex(4)}")
+    settings = broker_of(args).settings(f"watch-{secrets.token_hex(4)}")
     shown = 0
 
     def arrived(message: Message) -> None:
