@@ -3,6 +3,7 @@
 import queue
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import msgspec
 
@@ -15,6 +16,8 @@ from edge_runtime.wire.update import CHUNK_BYTES, VERSION, Chunk, UpdateState, d
 
 # Without a word of the board for this time, the offer is repeated. 64 KB take as long at 17 kbit/s.
 SILENT_S = 30.0
+
+CONNECT_S = 5.0
 
 
 class PushError(AiflowError):
@@ -60,7 +63,9 @@ class Push:
         until, last = time.monotonic() + timeout_s, _Status()
         subscriptions = [(self._state, 1), (self._status, 1)]
         with MqttClient(settings, subscriptions=subscriptions, on_message=arrived.put) as client:
-            is_kept = not client.wait_online(timeout_s) and self._fail(f"no connection: {client.reason}")
+            if not client.wait_online(CONNECT_S):
+                self._say(f"not connected yet, still trying: {client.reason}")
+            is_kept = False
             client.publish(self._offer, self._signature)
             while not is_kept:
                 if (left_s := until - time.monotonic()) <= 0:
@@ -125,5 +130,5 @@ class Push:
             self._told = text
             self._tell(text)
 
-    def _fail(self, why: str) -> bool:
+    def _fail(self, why: str) -> NoReturn:
         raise PushError(f"bundle {self._statement.name} version {self._statement.version}: {why}")

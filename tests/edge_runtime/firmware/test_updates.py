@@ -1,5 +1,6 @@
 """What a board does with offers and chunks of anybody: python-tuf's list of attacks, over a real broker."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -10,10 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_runtime.app import Board
+from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, UpdatesConfig
+from edge_runtime.errors import RestartError
 from edge_runtime.firmware.incoming import StoreError
 from edge_runtime.firmware.signature import MAX_SIGNATURE_BYTES
 from edge_runtime.firmware.store import INCOMING, Store
-from edge_runtime.firmware.updates import TRIAL_FRAMES, Updates
+from edge_runtime.firmware.updates import TRIAL_FRAMES, Updates, store_of
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.mqtt.routes import Router
@@ -29,7 +33,17 @@ from edge_runtime.wire.update import (
     encode_chunk,
 )
 from tests.brokers import Mosquitto
-from tests.edge_runtime.firmware.helpers import OTHER_KEY, SMALL, TODAY, install, running, sign, trust, variant
+from tests.edge_runtime.firmware.helpers import (
+    OTHER_KEY,
+    SMALL,
+    TODAY,
+    install,
+    rewritten,
+    running,
+    sign,
+    trust,
+    variant,
+)
 from tests.listener import PATIENCE_S, QUICK, Listener
 
 SITE, BOARD = "home", "b1"
@@ -232,6 +246,27 @@ def test_a_bundle_on_trial_whose_frames_fail_is_given_up(station, store, bundles
     assert board.restart.is_set()
     assert "frames failed" in board.updates.restart_why
     assert running(store) == "b1"
+
+
+def test_a_bundle_on_trial_whose_networks_do_not_load_is_given_up_at_once(board_bundle, tmp_path):
+    bad = variant(board_bundle, tmp_path / "bad", "bad", name="bad")
+    (bad.path / "head.onnx").write_bytes(b"no network")
+    bad = rewritten(bad, bad.path, tuple(bad.manifest.files))
+    trust(tmp_path)
+    config = RuntimeConfig(
+        BoardConfig(BOARD, str(board_bundle.path), backend="onnx"),
+        (CameraConfig("door", "mqtt"),),
+        updates=UpdatesConfig(str(tmp_path / "store"), str(tmp_path / "trust")),
+    )
+    store = store_of(config)
+    assert store is not None
+    install(store, bad, 1)
+    with pytest.raises(RestartError, match="bad version 1 does not work"):
+        Board(config)
+    board = Board(config)
+    board.servers.close()
+    status = json.loads(board._status("online").payload)
+    assert (status["bundle"], status["update"]["failed"]) == (board_bundle.id.hex(), f"bad-1-{bad.id.hex()}")
 
 
 @given(
