@@ -98,9 +98,6 @@ class Incoming:
 
         Raises BundleError for a manifest that no board can use, and StoreError without room for the files.
         """
-        if self.bundle is None and (self.folder / MANIFEST).is_file():
-            self.bundle = self._opened()
-            self._take_known()
         for name, record in self._records.items():
             if (self.folder / name).is_file():
                 continue
@@ -108,7 +105,11 @@ class Incoming:
                 self._complete(Wanted(record.sha256, name, record.bytes, record.bytes))
             if not (self.folder / name).is_file():
                 return Wanted(record.sha256, name, self._size(name), record.bytes)
-        return None
+        if self.bundle is not None:
+            return None
+        self.bundle = self._opened()  # the manifest is here: now the other files are known
+        self._take_known()
+        return self.wanted()
 
     def add(self, file: str, offset: int, data: bytes) -> bool:
         """Stores the next bytes of the file that is wanted. False: these are others, which change nothing.
