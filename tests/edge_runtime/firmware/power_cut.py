@@ -87,7 +87,8 @@ def starts(store: Store, names: set[str], new: Path, signature: bytes) -> bool:
         _ = bundle.tables, bundle.inter_tables, bundle.words
         if bundle.manifest.name not in names:
             return False
-        if bundle.manifest.name == "old" and not state.failed:  # the new one was never in use
+        was_used = "operator" in state.why or "starts" in state.why  # the new one was, and was given up
+        if bundle.manifest.name == "old" and not was_used and "factory" not in names:
             store.check_new(claimed(signature), date(2030, 1, 1))
             update(store, new, signature)
             found, _ = store.start()
