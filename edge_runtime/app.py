@@ -25,8 +25,10 @@ from edge_runtime.capture.camera import StateName
 from edge_runtime.capture.cameras import Cameras
 from edge_runtime.capture.frigate import FrigateTopics
 from edge_runtime.config import RuntimeConfig
-from edge_runtime.inference.backends import SUFFIXES, load_fastest, load_model
-from edge_runtime.inference.bundle import Bundle, open_bundle
+from edge_runtime.errors import RestartError
+from edge_runtime.firmware.updates import Updates, self_test, store_of
+from edge_runtime.inference.backends import SUFFIXES, BackendError, load_fastest, load_model
+from edge_runtime.inference.bundle import Bundle, BundleError, open_bundle
 from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Head
@@ -122,15 +124,18 @@ class Board:
         # Models. A board that only offloads has no head and no draft decoder.
         # OpenCV's own threads do not make the resize of a frame faster, and it waits for them if all cores are busy.
         cv2.setNumThreads(board.threads)
-        self.bundle = bundle = open_bundle(Path(board.bundle))
-        _ = bundle.tables, bundle.inter_tables, bundle.words  # read now, so that a missing file is found at start
+        self.updates: Updates | None = None
+        if (store := store_of(config)) is not None:
+            self.updates = Updates(store, partial(self_test, config), self._update_state, self.publish_status)
+        self.bundle = bundle = self.updates.bundle if self.updates else open_bundle(Path(board.bundle))
+        try:
+            head, draft, labels = self._networks()
+        except (BundleError, BackendError) as error:
+            if not self.updates or not self.updates.is_trial:
+                raise
+            self.updates.give_up(str(error))
+            raise RestartError(self.updates.restart_why) from error
         sampling = config.sampling(bundle.words)
-        offloads = board.paradigm == "offload"
-        head = None if offloads else load_head(bundle, board.backend, board.threads)
-        draft = None if offloads else load_draft(bundle, board.backend, board.threads)
-        labels = None
-        if head and board.labels != "never":
-            labels = load_labels(bundle, head, board.backend, board.threads)
 
         # Where frames come from, and what users may change.
         self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
@@ -198,11 +203,23 @@ class Board:
             self.references,
         )
 
+    def _networks(self) -> tuple[Head | None, Draft | None, Labels | None]:
+        """Raises BundleError, BackendError."""
+        board, bundle = self.config.board, self.bundle
+        _ = bundle.tables, bundle.inter_tables, bundle.words  # read now, so that a missing file is found at start
+        if board.paradigm == "offload":
+            return None, None, None
+        head = load_head(bundle, board.backend, board.threads)
+        draft = load_draft(bundle, board.backend, board.threads)
+        wants_labels = board.labels != "never"
+        return head, draft, load_labels(bundle, head, board.backend, board.threads) if wants_labels else None
+
     def run(self, stop: threading.Event) -> Values:
         """Handles frames until the sources end or `stop` is set; returns `summary`.
 
         Raises ConfigError for sources that can never work, and RuntimeError for anything that ends it later: that is
-        not a mistake in the configuration, and the board is worth starting again.
+        not a mistake in the configuration, and the board is worth starting again. Raises RestartError after an orderly
+        end, if another bundle is to run.
         """
         with ExitStack() as running:
             for client in (clients := {self.servers, self.local}):
@@ -214,6 +231,9 @@ class Board:
             if self.frigate_answers:
                 running.enter_context(self.frigate_answers)
             running.enter_context(self.tracker)
+            if self.updates:
+                self.updates.stop_with(stop)
+                running.enter_context(self.updates)
             self.cameras.check()
             self.notifier.ready()  # a board works without a broker: it does not wait for one
             try:
@@ -226,12 +246,16 @@ class Board:
             self.notifier.stopping()
         summary = self.summary()
         logger.info("board stopped %s", not_zero(summary))
+        if self.updates and self.updates.restart_why:
+            raise RestartError(f"{self.updates.restart_why}: the next start runs another bundle")
         return summary
 
     def _frames(self, stop: threading.Event) -> Iterator[Frame]:
         for frame in self.cameras.frames(stop, self._progressed):
-            yield frame
-            if self.images:  # the frame has been handled
+            yield frame  # it has been handled then
+            if self.updates:
+                self.updates.frame_handled(self.pipeline.failed)
+            if self.images:
                 self.images.show(frame.camera, frame.pixels)
 
     def summary(self) -> Values:
@@ -298,6 +322,7 @@ class Board:
             Route(topics.server_statuses(site), self._server_status_arrived, qos=0, accepts_retained=True),
         ]
         for_users = [Route(self.settings.filter, lambda message: self.settings.message_arrived(message, self.local))]
+        for_servers += self._update_routes()
         if self.cameras.mqtt_cameras():
             for_users.append(Route(topics.frames(site, board.id), self._picture_arrived, qos=0))
         for_users += [Route(topic, self._picture_on_own_topic_arrived, qos=0) for topic in self.cameras.topics()]
@@ -333,6 +358,7 @@ class Board:
         optional = [topics.server_statuses(self.config.board.site)]
         optional += self.frigate.optional()
         optional += [route.filter for route in self.discovery.routes()] if self.discovery else []
+        optional += [route.filter for route in self._update_routes()]
         return MqttClient(
             settings,
             subscriptions=router.subscriptions,
@@ -356,6 +382,13 @@ class Board:
 
     def _tell_users(self, message: Publish) -> None:
         self.local.publish(message.topic, message.payload, qos=message.qos, retain=message.retain)
+
+    def _update_routes(self) -> list[Route]:
+        return self.updates.routes(self.config.board.site, self.config.board.id) if self.updates else []
+
+    def _update_state(self, payload: bytes) -> None:
+        board = self.config.board
+        self.servers.publish(topics.bundle_state(board.site, board.id), payload)
 
     def _event_published(self, event: Event) -> None:
         self.answers.published(event)
@@ -407,6 +440,9 @@ class Board:
             value |= {
                 "version": __version__,
                 "bundle": self.bundle.id.hex(),
+                "bundle_name": self.bundle.manifest.name,
+                "bundle_version": self.updates.version if self.updates else 0,
+                "update": self.updates.status() if self.updates else None,
                 "paradigm": self.settings["paradigm"],
                 "cameras": {name: camera.state for name, camera in self.cameras.states().items()},
                 "problems": self.problems,

@@ -233,6 +233,13 @@ class OutboxConfig(Struct, frozen=True, forbid_unknown_fields=True):
     every_request: bool = False  # write each request before sending it: a killed board loses none, but flash wears
 
 
+class UpdatesConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where newer bundles than [board] bundle are installed; docs/bundles.md."""
+
+    folder: str
+    trust_file: str | None = None  # public keys, one per line; none: files are installed unsigned, over MQTT nothing is
+
+
 class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Where Prometheus reads the counters."""
 
@@ -284,6 +291,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     local: MqttConfig | None = None  # a broker nearby for events, frames and run-time settings; none: all use [mqtt]
     policy: PolicyConfig = PolicyConfig()
     outbox: OutboxConfig | None = None
+    updates: UpdatesConfig | None = None
     metrics: MetricsConfig | None = None
     homeassistant: HomeAssistantConfig | None = None
     frigate: FrigateConfig = FrigateConfig()

@@ -14,3 +14,7 @@ class ConfigError(AiflowError, ValueError):
 
     `aiflow run`, `serve` and `validate` exit with 78, and systemd does not start them again.
     """
+
+
+class RestartError(AiflowError):
+    """The board has to start again: another bundle is to run. `aiflow run` exits with 75, and systemd starts it."""

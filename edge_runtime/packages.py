@@ -12,6 +12,7 @@ OPTIONAL = {
     "ai_edge_litert": ("ai-edge-litert", "litert"),
     "torch": ("torch", "pytorch"),
     "safetensors": ("safetensors", "pytorch"),
+    "cryptography": ("cryptography", "signed"),
     "iotcore": ("iotcore", "demo"),
     "tomli_w": ("tomli-w", "demo"),
     "skimage": ("scikit-image", "demo"),

@@ -10,13 +10,14 @@ import os
 import sys
 
 from edge_runtime import __version__
-from edge_runtime.errors import AiflowError, ConfigError
+from edge_runtime.errors import AiflowError, ConfigError, RestartError
 from edge_runtime.packages import missing_package, refuse_32_bit
 from edge_runtime.shutdown import leave
 
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+EXIT_RESTART = 75  # EX_TEMPFAIL of sysexits.h: the units start the service again
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h; the systemd units do not restart a service on it
 
 COMMANDS = {
@@ -28,6 +29,7 @@ COMMANDS = {
     "doctor": "look at a board: system, cameras, brokers, bundle, speed, and what to do",
     "service": "install a board or a server as a service of systemd, see how it is, remove it",
     "broker": "write the configuration of a site's broker: accounts, rights, certificates",
+    "bundle": "sign bundles, install them on a board or send them to one, go back",
     "watch": "show live events of a site in the terminal",
     "ui": "serve a live page of a site: boards, servers, texts to search in",
     "teach": "teach a question with a few photos, such as whether a gate is open",
@@ -109,4 +111,6 @@ def _parse(arguments: list[str], command: str) -> argparse.Namespace:
 def _report(error: AiflowError, command: str) -> int:
     logger.debug("traceback of the error", exc_info=error)
     print(f"aiflow {command}: {error}", file=sys.stderr)
+    if isinstance(error, RestartError):
+        return EXIT_RESTART
     return EXIT_CONFIG if isinstance(error, ConfigError) and command in CONFIGURED else EXIT_FAILED

@@ -131,6 +131,8 @@ def _of_board(path: Path, config: "RuntimeConfig") -> Iterator[Check]:
     board = config.board
     yield Check("configuration", lambda: ok(f"{path}: board {board.id} of site {board.site} is in order"))
     yield Check("bundle", lambda: _bundle(Path(board.bundle)), LONG_S)
+    if config.updates:
+        yield Check("updates", lambda: _updates(config))
     for_servers, for_users = probes.board_subscriptions(config)
     near = config.near_broker
     yield _broker(config, "mqtt", for_servers if near else for_servers + for_users)
@@ -147,6 +149,22 @@ def _bundle(path: Path) -> Finding:
     from edge_runtime.inference.bundle import open_bundle
 
     return ok(open_bundle(path).check(for_server=False))
+
+
+def _updates(config: "RuntimeConfig") -> Finding:
+    from edge_runtime.firmware.updates import store_of
+
+    store = store_of(config)
+    assert store is not None
+    state = store.state()
+    found = f"{state.current or store.factory} is in use, {len(store.trust)} trusted key(s)"
+    if state.starts is not None:
+        return Finding(
+            "warning", f"{found}, on trial after {state.starts} start(s)", "wait until it has handled frames"
+        )
+    if state.why:
+        return Finding("warning", f"{found}; {state.failed} was given up: {state.why}", "sign a newer version")
+    return ok(found)
 
 
 def _broker(config: "RuntimeConfig", table: str, subscriptions: list[str]) -> Check:

@@ -119,9 +119,11 @@ class Site:
 
     def _board(self, board: Board) -> "Rights":
         site, name = self.name, board.name
-        writes = [kind(site, name) for kind in (topics.request, topics.event, topics.last, topics.status)]
+        kinds = (topics.request, topics.event, topics.last, topics.status, topics.bundle_state)
+        writes = [kind(site, name) for kind in kinds]
         writes += [topics.state(site, name, switch) for switch in _switches(board)]
         subscribes = [topics.reply(site, name), topics.server_statuses(site), f"{topics.ROOT}/{site}/{name}/down/set/+"]
+        subscribes += [topics.bundle_offer(site, name), topics.bundle_chunk(site, name)]
         if self.takes_pictures:
             subscribes += [topics.frame(site, name), f"{topics.frame(site, name)}/#"]
         if self.home_assistants:
@@ -142,12 +144,16 @@ class Site:
         site = self.name
         writes = [topics.setting(site, board.name, switch) for board in self.boards for switch in _switches(board)]
         writes += [topics.server_setting(site, server, "questions") for server in self.servers]
+        # Anybody may offer a bundle: its signature decides.
+        writes += [
+            kind(site, board.name) for board in self.boards for kind in (topics.bundle_offer, topics.bundle_chunk)
+        ]
         if self.takes_pictures:
             frames = [(topics.frame(site, board.name), board.cameras) for board in self.boards]
             writes += [topic for topic, _ in frames]
             writes += [f"{topic}/{camera}" for topic, cameras in frames for camera in cameras]
         any_board = f"{topics.ROOT}/{site}/+/up"
-        reads = [f"{any_board}/{kind}" for kind in ("event", "last", "status", "state/+")]
+        reads = [f"{any_board}/{kind}" for kind in ("event", "last", "status", "state/+", "bundle")]
         return Rights(tuple(writes), (*reads, topics.server_statuses(site)), may_narrow=True)
 
     def _home_assistant(self) -> "Rights":

@@ -101,13 +101,15 @@ def _board(path: Path, config: RuntimeConfig, aiflow: Path) -> Service:
     files = [("[board] bundle", config.board.bundle), *_broker_files("mqtt", config.mqtt)]
     files += _broker_files("local", config.local)
     files += _named("frigate", config.frigate, "token_file", "ca_file")
+    files += _named("updates", config.updates, "trust_file")
     for camera in config.cameras:
         if camera.password_file:
             files.append((f"camera {camera.name} password_file", camera.password_file))
         if kind_of(camera.source) in ("watch", "video", "pictures"):
             files.append((f"camera {camera.name} source", camera.source.removeprefix(WATCH)))
     unit = _unit("board", path, aiflow, STOP_S, devices)
-    return Service("board", path, unit, tuple(files), tuple(_named("outbox", config.outbox, "file")))
+    writes = (*_named("outbox", config.outbox, "file"), *_named("updates", config.updates, "folder"))
+    return Service("board", path, unit, tuple(files), writes)
 
 
 def _server(path: Path, config: "Config", aiflow: Path) -> Service:

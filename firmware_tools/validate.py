@@ -69,6 +69,7 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
 def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     """Returns the checks that need a connection."""
     from edge_runtime.capture import Cameras
+    from edge_runtime.firmware.updates import store_of
     from edge_runtime.inference.backends import installed
 
     board = config.board
@@ -79,6 +80,8 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     config.sampling(_check_bundle(Path(board.bundle), for_server=False).words)
     if board.paradigm != "offload":
         installed(board.backend)
+    if (store := store_of(config)) is not None:
+        print(f"{store.folder}: {len(store.entries())} installed bundle(s), {len(store.trust)} trusted key(s)")
     for warning in Cameras(config.cameras).check():
         print(f"warning: {warning}")
     print(f"{path}: board {board.id} with {len(config.cameras)} camera(s) is in order")

@@ -121,9 +121,9 @@ def test_it_says_the_range_or_the_words_of_each_key(name, kind):
 def test_what_it_shows_as_required_is(tmp_path, name, kind):
     text = uncommented(file(name))
     required = [line for line in text.splitlines() if re.search(r"# required(;|:| in)", line)]
-    # Of each file: id, bundle; name and source of a camera, its trigger; the outbox's file; the metrics' port;
-    # the model of another server.
-    assert len(required) == {"board": 7, "server": 3}[name]
+    # Of each file: id, bundle; name and source of a camera, its trigger; the outbox's file; the updates' folder; the
+    # metrics' port; the model of another server.
+    assert len(required) == {"board": 8, "server": 3}[name]
     for line in required:
         (tmp_path / "cut.toml").write_text(text.replace(f"\n{line}\n", "\n"))
         with pytest.raises(ConfigError, match=f"required key `{line.split()[0]}`"):

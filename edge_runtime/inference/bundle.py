@@ -23,7 +23,7 @@ from edge_runtime.wire.tables import MAX_CHANNELS, MAX_SIDE
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-TABLES, INTER_TABLES = "tables.bin", "inter_tables.bin"
+TABLES, INTER_TABLES, VOCABULARY = "tables.bin", "inter_tables.bin", "vocabulary.txt"
 SERVER_SUFFIX = ".safetensors"  # of PyTorch's weights: the server's part of a bundle, which a board may lack
 MAX_MANIFEST_BYTES = 256 * 1024  # the shipped one has 4 KB
 MAX_TABLES_BYTES = 8 << 20  # the shipped ones have 6 KB
@@ -37,6 +37,8 @@ FileName = Annotated[str, Meta(min_length=1, max_length=128)]
 Label = Annotated[str, Meta(min_length=1, max_length=64)]  # as in a reply's scores
 Term = Annotated[str, Meta(max_length=1024)]
 Factor = Annotated[float, Meta(ge=1e-3, le=1e3)]
+BundleName = Annotated[str, Meta(pattern=r"^[\w.-]{1,64}\Z")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]  # in hex
 
 
 class BundleError(ConfigError):
@@ -44,7 +46,7 @@ class BundleError(ConfigError):
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    sha256: Sha256
     bytes: Annotated[int, Meta(ge=0, le=1 << 36)]
 
 
@@ -94,7 +96,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a bundle holds, and its measured quality."""
 
     schema: Annotated[int, Meta(ge=SCHEMA, le=SCHEMA)]
-    name: Annotated[str, Meta(pattern=r"^[\w.-]{1,64}\Z")]
+    name: BundleName
     files: Annotated[dict[FileName, FileRecord], Meta(max_length=256)]
     pixels: Annotated[int, Meta(ge=32, le=1024)]  # height and width of the head's input: the whole frame, squashed
     latent: LatentRecord
@@ -229,9 +231,9 @@ class Bundle:
     def words(self) -> tuple[str, ...]:
         """The vocabulary: the word of each token id. Raises BundleError."""
         try:
-            words = tuple(self.read("vocabulary.txt", MAX_VOCABULARY_BYTES).decode().splitlines())
+            words = tuple(self.read(VOCABULARY, MAX_VOCABULARY_BYTES).decode().splitlines())
         except UnicodeDecodeError as error:
-            raise BundleError(f"{self.path / 'vocabulary.txt'} is not UTF-8: build the bundle again") from error
+            raise BundleError(f"{self.path / VOCABULARY} is not UTF-8: build the bundle again") from error
         if len(words) != self.manifest.vocabulary:
             raise BundleError(f"vocabulary.txt has {len(words)} words, the manifest says {self.manifest.vocabulary}")
         if (longest := max(map(len, words))) > MAX_WORD:

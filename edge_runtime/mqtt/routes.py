@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 Rejection: TypeAlias = tuple[str, str]  # one of REJECTIONS, and advice to whoever sent the message
 
-REJECTIONS = ("retained", "no_camera", "no_route", "unreadable")  # why a message was not used
+REJECTIONS = ("retained", "no_camera", "no_update", "no_route", "unreadable")  # why a message was not used
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,8 @@ BOARD = {
     "setting": Meaning("Messages to run-time settings: set, refused (not a value), unknown (no such setting)", "what"),
     "rejected": Meaning(
         "Messages from a broker that were not used: retained (published before this connection), no_camera (a picture "
-        "for no MQTT camera of this board), no_route (a topic that the board did not subscribe to), unreadable (not a "
-        "message of Frigate's)",
+        "for no MQTT camera of this board), no_update (a part of an update that is too large or faster than the "
+        "disk), no_route (a topic that the board did not subscribe to), unreadable (not a message of Frigate's)",
         "why",
     ),
     "ignored": Meaning(

@@ -3,6 +3,7 @@
 - `tables`, `entropy`, `bitstream`: a latent's symbols as a few hundred bytes
 - `envelope`: request and reply, msgpack; `labels`: those in a request
 - `json_object`: a text that is an answer as JSON
+- `update`: a new bundle for a board
 - `event`: what users of a board receive, JSON
 - `topics`: the MQTT topic of each; used as `topics.request(site, board)`
 

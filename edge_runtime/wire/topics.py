@@ -111,6 +111,21 @@ def state(site: str, board: str, name: str) -> str:
     return f"{_board(site, board)}/up/state/{_id('name', name, _NAME)}"
 
 
+def bundle_offer(site: str, board: str) -> str:
+    """A sender to a board: the signature of a new bundle."""
+    return f"{_board(site, board)}/down/bundle/offer"
+
+
+def bundle_chunk(site: str, board: str) -> str:
+    """A sender to a board: a piece of a file that the board has asked for."""
+    return f"{_board(site, board)}/down/bundle/chunk"
+
+
+def bundle_state(site: str, board: str) -> str:
+    """Board to the sender: what it needs of the offered bundle, or what became of it."""
+    return f"{_board(site, board)}/up/bundle"
+
+
 def image(site: str, board: str, camera: str) -> str:
     """Board to users: a small JPEG of a camera's last frame, QoS 0, not retained."""
     return f"{_board(site, board)}/up/image/{_id('camera', camera, _NAME)}"

@@ -11,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from edge_runtime.errors import AiflowError
+from edge_runtime.firmware.store import State
 from edge_runtime.inference.bundle import Bundle
 from firmware_tools import cli, host_checks, probes
 from firmware_tools.doctor import Check, bounded
@@ -72,6 +74,18 @@ def test_everything_of_a_board_in_order_has_a_line(
     assert re.fullmatch(r"frames of 160 x 160 pixels, [0-9.]+ per second", lines["camera door"])
     assert re.fullmatch(r"20 frames: head [0-9.]+ ms, draft [0-9.]+ ms \(medians\)", lines["self-test"])
     assert "connected in plain text" in lines["broker mqtt"]
+
+
+def test_a_bundle_that_was_given_up_is_a_warning(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config(str(tmp_path / "photo.jpg"), more=f'[updates]\nfolder = "{tmp_path}"\n')
+    _, checks = examine(capsys, "--config", path)
+    assert checks["updates"]["status"] == "ok"
+    (tmp_path / "state.json").write_bytes(msgspec.json.encode(State(failed="new-2-0123456789abcdef", why="it crashes")))
+    _, checks = examine(capsys, "--config", path)
+    assert checks["updates"]["status"] == "warning"
+    assert "new-2-0123456789abcdef was given up: it crashes" in checks["updates"]["found"]
 
 
 def test_what_is_broken_is_named_and_the_rest_is_checked(

@@ -28,7 +28,7 @@ from tests.fuzz.target import CORPUS, Target, seeds
 MAX_SECONDS = 10  # of CPU time
 MAX_MEBIBYTES = 1024
 LARGE_MEBIBYTES = 32  # for one input
-SUBJECTS = ("wire", "manifest", "pictures", "configuration")
+SUBJECTS = ("wire", "manifest", "update", "pictures", "configuration")
 
 
 def targets(subject: str) -> dict[str, Target]:

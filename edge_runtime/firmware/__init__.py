@@ -1,0 +1,9 @@
+"""Newer bundles on a board: signed, received, tried, kept or given up.
+
+- `signature`: who has signed a bundle, its version and its expiry date
+- `store`: the installed bundles, which of them runs, and the way back
+- `incoming`: the files of a bundle on their way into the store
+- `updates`: the same over MQTT, for `aiflow bundle push`
+
+docs/bundles.md says how it is used, docs/protocol.md, section 14, what crosses the network.
+"""

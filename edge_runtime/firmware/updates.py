@@ -1,0 +1,282 @@
+"""New bundles for a running board: what arrives over MQTT, and whether the bundle on trial works.
+
+The board only answers: to an offer with what it needs next, to the last chunk of that with what it needs then. The
+sender repeats an offer that gets no answer, so nothing here waits or has a timer. The disk is used on one thread, which
+takes messages from a short queue; what does not fit is counted, and sent again.
+"""
+
+import logging
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import date, datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.config import RuntimeConfig
+from edge_runtime.firmware.incoming import Incoming, StoreError, WrongHashError
+from edge_runtime.firmware.signature import (
+    MAX_SIGNATURE_BYTES,
+    SignatureError,
+    Statement,
+    read_trust,
+    verified,
+)
+from edge_runtime.firmware.store import Store
+from edge_runtime.inference.backends import SUFFIXES, installed
+from edge_runtime.inference.bundle import BundleError, open_bundle
+from edge_runtime.logs import is_told
+from edge_runtime.mqtt import Message
+from edge_runtime.mqtt.routes import Rejection, Route
+from edge_runtime.wire import EnvelopeError, topics
+from edge_runtime.wire.update import (
+    MAX_CHUNK,
+    WINDOW_BYTES,
+    UpdateState,
+    UpdateWord,
+    decode_chunk,
+    encode_update_state,
+)
+
+logger = logging.getLogger(__name__)
+
+TRIAL_FRAMES = 20  # that a new bundle must handle; a failed start or hang before them counts against it
+SELF_TEST_S = 120.0  # loading networks from a slow SD card takes some seconds
+BACKLOG = 64  # messages that wait for the disk: 1 MB
+STOP_S = 2.0  # for the last file operation
+
+
+def today() -> date:
+    """In UTC, as expiry dates are meant."""
+    return datetime.now(timezone.utc).date()
+
+
+def store_of(config: RuntimeConfig) -> Store | None:
+    """The bundles of a board. None: it has no [updates]. Raises ConfigError for a trust file that cannot be used."""
+    if config.updates is None:
+        return None
+    trust = read_trust(Path(config.updates.trust_file)) if config.updates.trust_file else ()
+    board = config.board
+    suffixes = () if board.paradigm == "offload" else tuple(SUFFIXES[name] for name in installed(board.backend))
+    return Store(Path(config.updates.folder), trust, suffixes, Path(board.bundle))
+
+
+def self_test(config: RuntimeConfig, folder: Path) -> None:
+    """Loads and runs a bundle in a process of its own, so that networks that crash do not take the board along.
+
+    Raises StoreError if it does not work within SELF_TEST_S.
+    """
+    board = config.board
+    backend = "none" if board.paradigm == "offload" else board.backend
+    command = [sys.executable, "-m", "edge_runtime.self_test", str(folder.absolute()), backend, str(board.threads)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=SELF_TEST_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StoreError(f"the self-test of the bundle did not end: {error}: the bundle is not installed") from error
+    if done.returncode:
+        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise StoreError(f"the self-test of the bundle failed: {last}: the bundle is not installed")
+
+
+class Updates:
+    """The bundle of this start, and how the next one comes. `with` starts and ends its thread."""
+
+    def __init__(
+        self,
+        store: Store,
+        self_test: Callable[[Path], None],
+        publish: Callable[[bytes], None],
+        on_change: Callable[[], None] = lambda: None,
+        today: Callable[[], date] = today,
+    ) -> None:
+        """self_test: see `Store.install`. publish: an UpdateState, never blocks. on_change: `status` has changed.
+
+        Raises BundleError if not even the bundle of the configuration can be opened.
+        """
+        self._store, self._self_test, self._today = store, self_test, today
+        self._publish, self._on_change = publish, on_change
+        found, state = store.start()
+        self.bundle = found.bundle if found else open_bundle(store.factory)
+        self.version = found.version if found else 0
+        self.is_trial = found is not None and state.starts is not None
+        self._word = "trial" if self.is_trial else "idle"
+        self._failed, self._why = state.failed, state.why
+        self.restart_why = ""  # why the board has to start again; "": it need not
+        self._stop = threading.Event()
+        self._handled = 0  # frames, in this trial
+        self._incoming: Incoming | None = None
+        self._signature = b""  # of the one that is coming
+        self._window_end = 0  # of the file that is wanted: what was asked for ends here
+        self._next_id = ""  # of the bundle that the next start runs
+        self._unread = self._refused = 0  # messages
+        self._is_closed = False
+        self._messages: queue.Queue[Callable[[], None] | None] = queue.Queue(BACKLOG)
+        self._thread = threading.Thread(target=self._run, name="updates", daemon=True)
+
+    def __enter__(self) -> "Updates":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_closed = True
+        with suppress(queue.Full):  # then it wakes anyway
+            self._messages.put_nowait(None)
+        self._thread.join(STOP_S)  # a self-test is not waited for
+        if self.is_trial and not self.restart_why:
+            self._try_to(self._store.forget_starts)
+
+    def stop_with(self, stop: threading.Event) -> None:
+        """What ends the board when it has to start again."""
+        self._stop = stop
+
+    # ---- any thread ----
+
+    def routes(self, site: str, board: str) -> list[Route]:
+        return [
+            Route(topics.bundle_offer(site, board), partial(self._arrived, self._offered, MAX_SIGNATURE_BYTES)),
+            Route(topics.bundle_chunk(site, board), partial(self._arrived, self._take_chunk, MAX_CHUNK)),
+        ]
+
+    def status(self) -> dict[str, str]:
+        """For the board's status."""
+        return {"state": self._word, "failed": self._failed, "why": self._why}
+
+    def _arrived(self, take: Callable[[bytes], None], max_bytes: int, message: Message) -> Rejection | None:
+        if len(message.payload) > max_bytes:
+            return "no_update", f"it has {len(message.payload)} bytes, at most {max_bytes} are read"
+        try:
+            self._messages.put_nowait(partial(take, message.payload))
+        except queue.Full:
+            return "no_update", "the disk does not keep up: offer the bundle again"
+        return None
+
+    # ---- the board's main thread ----
+
+    def frame_handled(self, failed: int) -> None:
+        """Ends the trial when enough frames were handled. failed: frames that failed, since the start."""
+        if not self.is_trial or self.restart_why:
+            return
+        self._handled += 1
+        if failed >= TRIAL_FRAMES:
+            self.give_up(f"{failed} frames failed")
+        elif self._handled - failed >= TRIAL_FRAMES and self._try_to(self._store.keep):
+            self.is_trial = False
+            logger.info("bundle kept bundle=%s version=%d", self.bundle.manifest.name, self.version)
+            self._changed("idle")
+            self._say("kept", self.bundle.id.hex())
+        elif self._handled - failed >= TRIAL_FRAMES:  # the disk refuses: again after as many frames
+            self._handled = 0
+
+    def give_up(self, why: str) -> None:
+        """The bundle on trial does not work: the next start has the one before it."""
+        self._try_to(partial(self._store.give_up, why))
+        self._restart(f"bundle {self.bundle.manifest.name} version {self.version} does not work: {why}")
+
+    # ---- its own thread ----
+
+    def _run(self) -> None:
+        while (take := self._messages.get()) and not self._is_closed:
+            take()
+
+    def _offered(self, signature: bytes) -> None:
+        try:
+            if not self._store.trust:
+                raise SignatureError("this board trusts nobody: name a trust_file in its [updates]")
+            statement = verified(signature, self._store.trust)
+        except SignatureError as error:
+            self._refuse("", error)
+            return
+        if statement.id == self._next_id:
+            self._say("installed", statement.id)
+        elif statement.id == self.bundle.id.hex():
+            self._say("trial" if self.is_trial else "kept", statement.id)
+        elif not self.restart_why:
+            self._receive(statement, signature)
+
+    def _receive(self, statement: Statement, signature: bytes) -> None:
+        try:
+            self._store.check_new(statement, self._today())
+            if self._incoming is None or self._signature != signature:
+                self._incoming = self._store.incoming(statement, signature)
+                self._signature = signature
+                self._changed("receiving")
+            self._go_on(self._incoming)
+        except (BundleError, OSError) as error:
+            self._drop(statement.id, error)
+
+    def _take_chunk(self, data: bytes) -> None:
+        if self._incoming is None:
+            return
+        try:
+            chunk = decode_chunk(data)
+            if not self._incoming.add(chunk.file.hex(), chunk.offset, chunk.data):
+                return
+            if chunk.offset + len(chunk.data) >= self._window_end:
+                self._incoming.sync()
+                self._go_on(self._incoming)
+        except EnvelopeError as error:
+            self._unread += 1
+            if is_told(self._unread):
+                logger.warning("bundle chunk not read count=%d error=%s", self._unread, error)
+        except (BundleError, OSError) as error:
+            self._drop(self._incoming.statement.id, error)
+
+    def _go_on(self, incoming: Incoming) -> None:
+        """Asks for what is needed next, or installs the bundle."""
+        statement = incoming.statement
+        if wanted := incoming.wanted():
+            size = min(WINDOW_BYTES, wanted.size - wanted.offset)
+            self._window_end = wanted.offset + size
+            counts = {"received": incoming.received, "total": incoming.total}
+            self._say("wants", statement.id, file=wanted.file, offset=wanted.offset, bytes=size, **counts)
+            return
+        self._changed("testing")
+        self._say("testing", statement.id)
+        self._store.install(incoming, self._self_test)
+        self._incoming, self._next_id = None, statement.id
+        self._changed("installed")
+        self._say("installed", statement.id)
+        self._restart(f"bundle {statement.name} version {statement.version} is installed")
+
+    def _drop(self, bundle: str, error: Exception) -> None:
+        """After a wrong file the others are kept: the sender may offer the bundle again."""
+        if self._incoming and not isinstance(error, WrongHashError):
+            shutil.rmtree(self._incoming.folder, ignore_errors=True)
+        self._incoming = None
+        self._refuse(bundle, error)
+
+    def _refuse(self, bundle: str, error: Exception) -> None:
+        why = str(error)[:512]
+        self._refused += 1
+        if is_told(self._refused):
+            logger.warning("bundle refused count=%d bundle=%s reason=%s", self._refused, bundle, why)
+        self._failed, self._why = bundle, why
+        self._changed("trial" if self.is_trial else "idle")
+        self._say("refused", bundle, why=why)
+
+    def _say(self, word: UpdateWord, bundle: str, **values: Any) -> None:
+        self._publish(encode_update_state(UpdateState(word, bundle, **values)))
+
+    def _changed(self, word: str) -> None:
+        self._word = word
+        self._on_change()
+
+    def _restart(self, why: str) -> None:
+        self.restart_why = why
+        self._stop.set()
+
+    def _try_to(self, write: Callable[[], None]) -> bool:
+        """False, and a line in the log, if the disk refuses."""
+        try:
+            write()
+        except OSError as error:
+            logger.warning("bundle store not written error=%s", error)
+            return False
+        return True

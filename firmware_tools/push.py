@@ -1,0 +1,134 @@
+"""Sends a signed bundle to a board: offers it until the board answers, and sends what the board asks for."""
+
+import queue
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+import msgspec
+
+from edge_runtime.errors import AiflowError
+from edge_runtime.firmware.signature import SignatureError, claimed
+from edge_runtime.inference.bundle import MANIFEST, Bundle
+from edge_runtime.mqtt import Message, MqttClient, MqttSettings
+from edge_runtime.wire import EnvelopeError, topics
+from edge_runtime.wire.update import CHUNK_BYTES, VERSION, Chunk, UpdateState, decode_update_state, encode_chunk
+
+# Without a word of the board for this time, the offer is repeated. 64 KB take as long at 17 kbit/s.
+SILENT_S = 30.0
+
+CONNECT_S = 5.0
+
+
+class PushError(AiflowError):
+    """The board did not take the bundle."""
+
+
+class _Status(msgspec.Struct, frozen=True):
+    """Of a board: whether it is there, and in which start."""
+
+    state: str = ""
+    boot: str = ""
+
+
+def _status(payload: bytes) -> _Status:
+    """The defaults if this is none: whoever may write there, may write anything."""
+    try:
+        return msgspec.json.decode(payload, type=_Status)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return _Status()
+
+
+class Push:
+    """One bundle for one board."""
+
+    def __init__(self, bundle: Bundle, signature: bytes, site: str, board: str, tell: Callable[[str], None]) -> None:
+        """tell: gets a line for each step. Raises SignatureError for a signature that is not of this bundle."""
+        if not signature:
+            raise SignatureError(f"{bundle.path} is not signed: see `aiflow bundle sign`")
+        self._bundle, self._signature, self._statement = bundle, signature, claimed(signature)
+        if self._statement.id != bundle.id.hex():
+            raise SignatureError(f"{bundle.path}: the signature is of another manifest: sign the bundle again")
+        self._offer, self._chunk = topics.bundle_offer(site, board), topics.bundle_chunk(site, board)
+        self._state, self._status = topics.bundle_state(site, board), topics.status(site, board)
+        self._names = {record.sha256: name for name, record in bundle.manifest.files.items()}
+        self._names[self._statement.manifest] = MANIFEST
+        self._checked: set[str] = set()  # names of files that were compared with their hashes
+        self._tell, self._told = tell, ""
+        self.sent = 0  # bytes of files
+
+    def run(self, settings: MqttSettings, timeout_s: float) -> None:
+        """Until the board keeps the bundle. Raises PushError if it refuses it, or does not end within timeout_s."""
+        arrived: queue.Queue[Message] = queue.Queue()
+        until, last = time.monotonic() + timeout_s, _Status()
+        subscriptions = [(self._state, 1), (self._status, 1)]
+        with MqttClient(settings, subscriptions=subscriptions, on_message=arrived.put) as client:
+            if not client.wait_online(CONNECT_S):
+                self._say(f"not connected yet, still trying: {client.reason}")
+            is_kept = False
+            client.publish(self._offer, self._signature)
+            while not is_kept:
+                if (left_s := until - time.monotonic()) <= 0:
+                    self._fail(f"not done within {timeout_s:g} s, last word: {self._told or 'none: is it running?'}")
+                try:
+                    message = arrived.get(timeout=min(SILENT_S, left_s))
+                except queue.Empty:
+                    client.publish(self._offer, self._signature)
+                    continue
+                if message.topic == self._state:
+                    is_kept = self._heard(message.payload, client)
+                    continue
+                before, last = last, _status(message.payload)
+                if last.state != "online":
+                    self._say("the board is offline: waiting for it")
+                elif last != before and not message.retained:  # it has started or connected, perhaps in the middle
+                    client.publish(self._offer, self._signature)
+
+    def _heard(self, payload: bytes, client: MqttClient) -> bool:
+        """True: the board keeps the bundle."""
+        try:
+            state = decode_update_state(payload)
+        except EnvelopeError:
+            return False  # whoever may write there, may write anything
+        if state.bundle not in ("", self._statement.id):
+            return False  # about another sender's
+        if state.state == "refused":
+            self._fail(f"the board refuses it: {state.why}")
+        if state.state == "wants":
+            self._say(f"{state.received} of {state.total} bytes are there")
+            self._send(state, client)
+        else:
+            self._say(
+                {
+                    "testing": "all bytes are there, the board tests the bundle",
+                    "installed": "the bundle is installed, the board starts again",
+                    "trial": "the bundle runs on trial: it needs some frames",
+                    "kept": "the board keeps the bundle",
+                }[state.state]
+            )
+        return state.state == "kept"
+
+    def _send(self, wanted: UpdateState, client: MqttClient) -> None:
+        """The bytes that a board asks for. A file that this bundle does not have is somebody's mistake."""
+        if (name := self._names.get(wanted.file)) is None:
+            return
+        path = self._bundle.path / name
+        if name != MANIFEST and name not in self._checked:
+            self._bundle.file(name)
+            self._checked.add(name)
+        with path.open("rb") as file:
+            file.seek(wanted.offset)
+            data = file.read(wanted.bytes)
+        for start in range(0, len(data), CHUNK_BYTES):
+            piece = data[start : start + CHUNK_BYTES]
+            chunk = Chunk(VERSION, bytes.fromhex(wanted.file), wanted.offset + start, piece)
+            client.publish(self._chunk, encode_chunk(chunk))
+            self.sent += len(piece)
+
+    def _say(self, text: str) -> None:
+        if text != self._told:
+            self._told = text
+            self._tell(text)
+
+    def _fail(self, why: str) -> NoReturn:
+        raise PushError(f"bundle {self._statement.name} version {self._statement.version}: {why}")

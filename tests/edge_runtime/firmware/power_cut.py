@@ -1,0 +1,131 @@
+"""Installs, starts, keeps and goes back, and is killed on the way: `power_cut.py FOLDER KEY NEW OLD FACTORY RUNS MODE`.
+
+MODE: "steps" kills before each call that opens, syncs, renames or removes something, or makes a folder; "times" kills
+at random times; "errors" lets these calls fail with a full disk, instead. After each, a board must start.
+Prints how many times it was killed, and how many of these a board started after.
+"""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from edge_runtime.firmware.signature import claimed
+from edge_runtime.firmware.store import MAX_STARTS, Store
+from edge_runtime.inference.bundle import open_bundle
+from tests.edge_runtime.firmware.helpers import fill
+
+NOT_REACHED = 3  # an exit code
+WATCHED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
+
+
+def update(store: Store, new: Path, signature: bytes) -> None:
+    incoming = store.incoming(claimed(signature), signature)
+    fill(incoming, new, piece=1 << 14)
+    store.install(incoming, lambda _: None)
+
+
+def work(store: Store, new: Path, signature: bytes) -> None:
+    """All that changes a store, in the order of an update that is kept and taken back later."""
+    update(store, new, signature)
+    store.start()
+    store.keep()
+    store.roll_back()
+
+
+def break_at(step: int, folder: Path, mode: str) -> list[int]:
+    """The step-th of the watched calls below the folder ends this process, or fails. Returns the steps that came."""
+    sync, calls = os.fsync, list[int]()
+
+    def step_done() -> None:
+        calls.append(len(calls))
+        if calls[-1] == step:
+            if mode == "steps":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if event in WATCHED and arguments and str(arguments[0]).startswith(str(folder)):
+            step_done()
+
+    def fsync(descriptor: int) -> None:
+        step_done()
+        sync(descriptor)
+
+    sys.addaudithook(watch)
+    os.fsync = fsync
+    return calls
+
+
+def run(step: int, store: Store, new: Path, signature: bytes, mode: str, whole_s: float) -> bool:
+    """False: the work was done before anything broke."""
+    child = os.fork()
+    if child == 0:
+        calls = [step] if mode == "times" else break_at(step, store.folder, mode)
+        with suppress(OSError):
+            work(store, new, signature)
+        os._exit(0 if step in calls and mode == "errors" else NOT_REACHED)
+    if mode == "times":
+        time.sleep(random.uniform(0, whole_s))
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != NOT_REACHED
+
+
+def starts(store: Store, names: set[str], new: Path, signature: bytes) -> bool:
+    """The board has a whole bundle at each of its next starts, and an update that was cut off can be repeated."""
+    for _ in range(MAX_STARTS + 2):
+        found, state = store.start()
+        bundle = found.bundle if found else open_bundle(store.factory)
+        _ = bundle.tables, bundle.inter_tables, bundle.words
+        if bundle.manifest.name not in names:
+            return False
+        was_used = "operator" in state.why or "starts" in state.why  # the new one was, and was given up
+        if bundle.manifest.name == "old" and not was_used and "factory" not in names:
+            store.check_new(claimed(signature), date(2030, 1, 1))
+            update(store, new, signature)
+            found, _ = store.start()
+            return found is not None and found.bundle.manifest.name == "new"
+    return store.state().starts is None
+
+
+def main() -> None:
+    folder, trust, new, old, factory = map(Path, sys.argv[1:6])
+    runs, mode = int(sys.argv[6]), sys.argv[7]
+    signature = (new / "bundle.sig").read_bytes()
+    keys = (bytes.fromhex(trust.read_text()),)
+    store = Store(folder / "store", keys, (), factory)
+    shutil.copytree(old, folder / "before")
+    names = {"new", "old"}
+    if mode == "errors":  # a disk that did not give the new bundle at its start, and then an operator who went back
+        names.add("factory")
+    cut = good = 0
+    whole_s = 0.0
+    for step in range(runs):
+        shutil.rmtree(store.folder, ignore_errors=True)
+        shutil.copytree(folder / "before", store.folder)
+        if not whole_s:
+            began = time.monotonic()
+            work(store, new, signature)
+            whole_s = time.monotonic() - began
+            shutil.rmtree(store.folder)
+            shutil.copytree(folder / "before", store.folder)
+        if run(step, store, new, signature, mode, whole_s):
+            cut += 1
+            good += starts(store, names, new, signature)
+            if good < cut:
+                sys.exit(f"no good start after {mode} {step}: {store.state()}")
+        elif mode != "times":
+            break
+    print(cut, good)
+
+
+if __name__ == "__main__":
+    main()

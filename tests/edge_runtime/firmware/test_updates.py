@@ -1,0 +1,289 @@
+"""What a board does with offers and chunks of anybody: python-tuf's list of attacks, over a real broker."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from datetime import date
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.app import Board
+from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, UpdatesConfig
+from edge_runtime.errors import RestartError
+from edge_runtime.firmware.incoming import StoreError
+from edge_runtime.firmware.signature import MAX_SIGNATURE_BYTES
+from edge_runtime.firmware.store import INCOMING, Store
+from edge_runtime.firmware.updates import TRIAL_FRAMES, Updates, store_of
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig
+from edge_runtime.mqtt.routes import Router
+from edge_runtime.wire import EnvelopeError, topics
+from edge_runtime.wire.update import (
+    CHUNK_BYTES,
+    MAX_CHUNK,
+    VERSION,
+    Chunk,
+    UpdateState,
+    decode_chunk,
+    decode_update_state,
+    encode_chunk,
+)
+from tests.brokers import Mosquitto
+from tests.edge_runtime.firmware.helpers import (
+    OTHER_KEY,
+    SMALL,
+    TODAY,
+    install,
+    rewritten,
+    running,
+    sign,
+    trust,
+    variant,
+)
+from tests.listener import PATIENCE_S, QUICK, Listener
+
+SITE, BOARD = "home", "b1"
+OFFER, CHUNK = topics.bundle_offer(SITE, BOARD), topics.bundle_chunk(SITE, BOARD)
+
+
+class Station:
+    """A board's updates behind a real MQTT client, and a sender."""
+
+    def __init__(self, store: Store, port: int, stack: ExitStack) -> None:
+        self.restart, self.self_test_fails = threading.Event(), False
+        self.updates = Updates(store, self._self_test, self._publish, today=lambda: TODAY)
+        self.updates.stop_with(self.restart)
+        self.router = Router(self.updates.routes(SITE, BOARD))
+        self.client = MqttClient(
+            MqttConfig(port=port).settings(BOARD),
+            subscriptions=self.router.subscriptions,
+            on_message=self.router.message_arrived,
+            timing=QUICK,
+        )
+        stack.enter_context(self.client)
+        assert self.client.wait_online(PATIENCE_S)
+        stack.enter_context(self.updates)
+        self.sender = stack.enter_context(Listener(port, topics.bundle_state(SITE, BOARD)))
+
+    def _self_test(self, _: Path) -> None:
+        if self.self_test_fails:
+            raise StoreError("the self-test of the bundle failed")
+
+    def _publish(self, payload: bytes) -> None:
+        self.client.publish(topics.bundle_state(SITE, BOARD), payload)
+
+    def offer(self, signature: bytes) -> UpdateState:
+        """What the board says to an offer."""
+        self.sender.client.publish(OFFER, signature)
+        return self.next()
+
+    def next(self) -> UpdateState:
+        return decode_update_state(self.sender.next())
+
+    def send(self, file: str, offset: int, data: bytes) -> None:
+        self.sender.client.publish(CHUNK, encode_chunk(Chunk(VERSION, bytes.fromhex(file), offset, data)))
+
+    def send_all(self, state: UpdateState, bundle: Bundle) -> UpdateState:
+        """Answers the board until it wants no more; returns what it says then."""
+        names = {record.sha256: name for name, record in bundle.manifest.files.items()}
+        while state.state == "wants":
+            data = (bundle.path / names.get(state.file, "manifest.json")).read_bytes()
+            for start in range(state.offset, state.offset + state.bytes, CHUNK_BYTES):
+                self.send(state.file, start, data[start : min(start + CHUNK_BYTES, state.offset + state.bytes)])
+            state = self.next()
+        return state
+
+
+@pytest.fixture
+def bundles(board_bundle: Bundle, tmp_path: Path) -> list[Bundle]:
+    names = ["factory", "b1", "b2", "b3"]
+    return [variant(board_bundle, tmp_path / "bundles" / name, name, SMALL, name=name) for name in names]
+
+
+@pytest.fixture
+def store(bundles: list[Bundle], tmp_path: Path) -> Store:
+    """With b1 kept, as version 2."""
+    store = Store(tmp_path / "store", trust(tmp_path), (), bundles[0].path)
+    install(store, bundles[1], 2)
+    store.keep()
+    return store
+
+
+@pytest.fixture
+def station(store: Store, broker: Mosquitto) -> Iterator[Callable[[Store], Station]]:
+    with ExitStack() as stack:
+        yield lambda store=store: Station(store, broker.port, stack)
+
+
+def files(store: Store) -> set[str]:
+    return {path.name for path in store.folder.rglob("*")}
+
+
+def test_a_signed_newer_bundle_is_received_installed_and_the_board_starts_again(station, store, bundles):
+    board = station()
+    state = board.send_all(board.offer(sign(bundles[2], 3)[1]), bundles[2])
+    assert state.state == "testing"
+    assert board.next().state == "installed"
+    assert board.restart.wait(PATIENCE_S)
+    assert board.offer(sign(bundles[2], 3)[1]).state == "installed"  # it was not heard
+    assert running(store) == "b2"
+
+
+def test_arbitrary_software_is_refused_before_anything_is_stored(station, store, bundles):
+    board, before = station(), files(store)
+    for signature in (b"", b"{}\nAAAA\n", sign(bundles[2], 3)[1][:-2], sign(bundles[2], 3, key=OTHER_KEY)[1]):
+        state = board.offer(signature)
+        assert (state.state, bool(state.why)) == ("refused", True)
+    assert files(store) == before
+
+
+def test_an_older_bundle_a_replayed_one_and_an_expired_one_are_refused_by_name(station, store, bundles):
+    board, before = station(), files(store)
+    for bundle, version, expires, why in (
+        (bundles[2], 1, date(2099, 1, 1), "has version 1, and 2 was installed"),  # rollback attack
+        (bundles[2], 2, date(2099, 1, 1), "has version 2, and 2 was installed"),
+        (bundles[2], 3, date(2029, 12, 31), "expired on 2029-12-31"),  # freeze attack
+    ):
+        state = board.offer(sign(bundle, version, expires)[1])
+        assert state.state == "refused"
+        assert why in state.why
+    assert files(store) == before
+
+
+def test_the_offer_of_what_runs_changes_nothing(station, store, bundles):
+    before = files(store)
+    assert station().offer(sign(bundles[1], 2)[1]).state == "kept"
+    assert files(store) == before
+
+
+def test_a_retained_and_an_oversized_offer_are_counted_and_not_used(station, store, bundles):
+    board = station()
+    _, good = sign(bundles[2], 3)
+    routed = board.router.message_arrived
+    routed(Message(OFFER, good, 1, True, None, lambda: None))
+    routed(Message(OFFER, b"x" * (MAX_SIGNATURE_BYTES + 1), 1, False, None, lambda: None))
+    routed(Message(CHUNK, b"x" * (MAX_CHUNK + 1), 1, False, None, lambda: None))
+    assert {why: count for why, count in board.router.rejected().items() if count} == {"retained": 1, "no_update": 2}
+
+
+def test_endless_data_and_a_wrong_file_are_refused_and_the_offer_can_be_repeated(station, store, bundles):
+    board = station()
+    _, signature = sign(bundles[2], 3)
+    for extra in (0, 1):
+        state = board.offer(signature)
+        assert (state.state, state.offset) == ("wants", 0)
+        board.send(state.file, 0, bytes(state.bytes + extra))
+        refused = board.next()
+        assert refused.state == "refused"
+        assert ("more than" if extra else "hash") in refused.why
+    assert board.send_all(board.offer(signature), bundles[2]).state == "testing"
+
+
+def test_chunks_that_nobody_asked_for_change_nothing(station, store, bundles):
+    board, before = station(), files(store)
+    board.send("00" * 32, 0, b"x")
+    board.sender.client.publish(CHUNK, b"no chunk")
+    assert board.offer(sign(bundles[1], 2)[1]).state == "kept"  # it has handled the others before
+    assert files(store) == before
+
+
+def test_a_truncated_transfer_is_not_installed_and_goes_on_later(station, store, bundles):
+    board = station()
+    _, signature = sign(bundles[2], 3)
+    state = board.offer(signature)
+    board.send(state.file, 0, (bundles[2].path / "manifest.json").read_bytes()[: state.bytes // 2])
+    again = board.offer(signature)
+    assert (again.state, again.offset) == ("wants", state.bytes // 2)
+    assert running(store) == "b1"
+
+
+def test_another_offer_takes_the_place_of_one_that_is_not_complete(station, store, bundles):
+    board = station()
+    board.offer(sign(bundles[2], 3)[1])
+    assert board.send_all(board.offer(sign(bundles[3], 4)[1]), bundles[3]).state == "testing"
+    assert board.next().state == "installed"
+    assert running(store) == "b3"
+
+
+def test_a_board_that_trusts_nobody_takes_nothing_over_mqtt(station, store, bundles):
+    board = station(Store(store.folder, (), (), store.factory))
+    state = board.offer(sign(bundles[2], 3)[1])
+    assert (state.state, "trust_file" in state.why) == ("refused", True)
+
+
+def test_a_bundle_that_fails_its_self_test_is_refused_and_leaves_no_file(station, store, bundles):
+    board = station()
+    board.self_test_fails = True
+    assert board.send_all(board.offer(sign(bundles[2], 3)[1]), bundles[2]).state == "testing"
+    state = board.next()
+    assert (state.state, "self-test" in state.why) == ("refused", True)
+    assert not (store.folder / INCOMING).exists()
+    assert board.updates.status()["why"] == state.why
+    assert not board.restart.is_set()
+
+
+def test_a_trial_ends_well_after_some_frames(station, store, bundles):
+    install(store, bundles[2], 3)
+    board = station()
+    assert board.updates.is_trial
+    for _ in range(TRIAL_FRAMES - 1):
+        board.updates.frame_handled(0)
+    assert board.updates.is_trial
+    board.updates.frame_handled(0)
+    assert (board.next().state, board.updates.is_trial) == ("kept", False)
+    assert store.state().starts is None
+
+
+def test_a_bundle_on_trial_whose_frames_fail_is_given_up(station, store, bundles):
+    install(store, bundles[2], 3)
+    board = station()
+    for failed in range(1, TRIAL_FRAMES + 1):
+        board.updates.frame_handled(failed)
+    assert board.restart.is_set()
+    assert "frames failed" in board.updates.restart_why
+    assert running(store) == "b1"
+
+
+def test_a_bundle_on_trial_whose_networks_do_not_load_is_given_up_at_once(board_bundle, tmp_path):
+    bad = variant(board_bundle, tmp_path / "bad", "bad", name="bad")
+    (bad.path / "head.onnx").write_bytes(b"no network")
+    bad = rewritten(bad, bad.path, tuple(bad.manifest.files))
+    trust(tmp_path)
+    config = RuntimeConfig(
+        BoardConfig(BOARD, str(board_bundle.path), backend="onnx"),
+        (CameraConfig("door", "mqtt"),),
+        updates=UpdatesConfig(str(tmp_path / "store"), str(tmp_path / "trust")),
+    )
+    store = store_of(config)
+    assert store is not None
+    install(store, bad, 1)
+    with pytest.raises(RestartError, match="bad version 1 does not work"):
+        Board(config)
+    board = Board(config)
+    board.servers.close()
+    status = json.loads(board._status("online").payload)
+    assert (status["bundle"], status["update"]["failed"]) == (board_bundle.id.hex(), f"bad-1-{bad.id.hex()}")
+
+
+@given(
+    st.builds(
+        Chunk,
+        st.just(VERSION),
+        st.binary(min_size=32, max_size=32),
+        st.integers(0, 1 << 36),
+        st.binary(min_size=1, max_size=64),
+    )
+)
+def test_a_chunk_survives_the_wire(chunk):
+    assert decode_chunk(encode_chunk(chunk)) == chunk
+
+
+@given(st.binary(max_size=256))
+def test_any_bytes_are_a_message_or_an_error(data):
+    for decode in (decode_chunk, decode_update_state):
+        with suppress(EnvelopeError):
+            decode(data)

@@ -1,0 +1,300 @@
+"""`aiflow bundle`: from a key to a board that runs the new bundle, and back, with real processes and a real broker."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_runtime.firmware.store import INCOMING, MAX_STARTS
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.wire import topics
+from edge_runtime.wire.update import CHUNK_BYTES, WINDOW_BYTES, UpdateState, decode_chunk, decode_update_state
+from firmware_tools.cli import EXIT_RESTART, main
+from tests.brokers import Mosquitto
+from tests.edge_runtime.capture.helpers import write_photos
+from tests.edge_runtime.firmware.helpers import rewritten, variant
+from tests.listener import Listener
+
+SITE, BOARD = "home", "b1"
+pytestmark = pytest.mark.timeout(600)  # a bundle is tested in a process of its own, and a board starts several times
+CONFIG = """
+[board]
+id = "b1"
+bundle = "{bundle}"
+paradigm = "device"
+backend = "onnx"
+[updates]
+folder = "{folder}/bundles"
+{trust}
+[mqtt]
+port = {port}
+keepalive_s = 2
+[[cameras]]
+name = "door"
+source = "{folder}/photos"
+repeat = true
+interval_s = 0.02
+"""
+RUN = "import sys; from firmware_tools.cli import main; sys.exit(main(sys.argv[1:]))"
+# Before the command: a bundle called "crashes" ends the process at its first frame, as a lack of memory does.
+CRASHES = """
+import os, signal
+from edge_runtime.pipeline import Pipeline
+answer = Pipeline.answer
+def crash(self, frame):
+    if self.bundle.manifest.name == "crashes":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer(self, frame)
+Pipeline.answer = crash
+"""
+START_S = 90.0  # of a board on a busy machine
+PADDING = 5 * WINDOW_BYTES
+
+
+def aiflow(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def padded(bundle: Bundle, folder: Path, name: str) -> Bundle:
+    """A bundle with another vocabulary, and a head of some hundred KB more that does the same."""
+    new = variant(bundle, folder, name, name=name)
+    path = folder / "head.onnx"
+    length, varint = PADDING, b""
+    while length >= 0x80:
+        varint, length = varint + bytes([length & 0x7F | 0x80]), length >> 7
+    # doc_string, field 6 of ModelProto: a text that changes nothing.
+    path.write_bytes(path.read_bytes() + b"\x32" + varint + bytes([length]) + b"x" * PADDING)
+    return rewritten(new, folder, tuple(new.manifest.files))
+
+
+class Site:
+    """A board's folder, a broker, and what is said between board and sender."""
+
+    def __init__(self, folder: Path, bundle: Bundle, port: int, stack: ExitStack) -> None:
+        self.folder, self.port, self._stack, self.bundle = folder, port, stack, bundle
+        self.config, self.key, self.trust = folder / "board.toml", folder / "key.pem", folder / "trust"
+        write_photos(folder / "photos", 2)
+        self.configure()
+
+    def configure(self, trust: bool = True) -> None:
+        line = f'trust_file = "{self.trust}"' if trust else ""
+        self.config.write_text(CONFIG.format(bundle=self.bundle.path, folder=self.folder, port=self.port, trust=line))
+
+    def listen(self) -> tuple[Listener, Listener, Listener]:
+        """To the board's statuses, to what it says of updates, and to the chunks that it gets."""
+        names = (topics.status, topics.bundle_state, topics.bundle_chunk)
+        status, state, chunks = (self._stack.enter_context(Listener(self.port, name(SITE, BOARD))) for name in names)
+        return status, state, chunks
+
+    def run(self, before: str = "") -> "subprocess.Popen[bytes]":
+        """`aiflow run`."""
+        command = [sys.executable, "-c", before + RUN, "run", "--no-show", str(self.config)]
+        with (self.folder / "board.log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        self._stack.callback(process.wait)
+        self._stack.callback(process.kill)
+        return process
+
+    def push(self, bundle: Bundle) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", RUN, "bundle", "push", "--board", BOARD, "--port", str(self.port)]
+        process = subprocess.Popen(
+            [*command, str(bundle.path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self._stack.callback(process.wait)
+        self._stack.callback(process.kill)
+        return process
+
+
+@pytest.fixture
+def site(tmp_path: Path, board_bundle: Bundle, broker: Mosquitto, capsys: pytest.CaptureFixture[str]) -> Iterator[Site]:
+    with ExitStack() as stack:
+        site = Site(tmp_path, board_bundle, broker.port, stack)
+        assert aiflow("bundle", "key", site.key) == 0
+        site.trust.write_text(capsys.readouterr().out)
+        yield site
+
+
+@pytest.fixture
+def signed(site: Site, tmp_path: Path) -> Callable[..., Bundle]:
+    """A function that makes and signs a bundle."""
+
+    def signed(name: str, version: int) -> Bundle:
+        bundle = padded(site.bundle, tmp_path / "new" / name, name)
+        assert aiflow("bundle", "sign", "--key", site.key, "--version", version, bundle.path) == 0
+        return bundle
+
+    return signed
+
+
+def status_with(listener: Listener, wanted: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    while not wanted(status := json.loads(listener.heard.get(timeout=START_S).payload)):
+        pass
+    return status
+
+
+def said(listener: Listener, wanted: Callable[[UpdateState], object]) -> UpdateState:
+    while not wanted(state := decode_update_state(listener.heard.get(timeout=START_S).payload)):
+        pass
+    return state
+
+
+# ---- on one machine ----
+
+
+def test_a_bundle_is_signed_verified_installed_listed_and_taken_back(
+    site: Site, signed: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = signed("new", 3)
+    assert aiflow("bundle", "verify", "--trust", site.trust, new.path) == 0
+    assert "new version 3" in capsys.readouterr().out
+    assert aiflow("bundle", "install", "--config", site.config, new.path) == 0
+    (entry,) = (path.name for path in (site.folder / "bundles").iterdir() if path.is_dir())
+    assert entry == f"new-3-{new.id.hex()}"
+    names = {path.name for path in (site.folder / "bundles" / entry).iterdir()}
+    assert "head.onnx" in names
+    assert not {name for name in names if name.endswith((".safetensors", ".tflite"))}
+    capsys.readouterr()
+    assert aiflow("bundle", "list", "--config", site.config) == 0
+    assert "on trial" in capsys.readouterr().out
+    assert aiflow("bundle", "install", "--config", site.config, signed("older", 2).path) == 1
+    assert "3 was installed" in capsys.readouterr().err
+    assert aiflow("bundle", "install", "--force", "--config", site.config, site.folder / "new" / "older") == 0
+    for _ in range(2):
+        assert aiflow("bundle", "rollback", "--config", site.config) in (0, 1)
+    capsys.readouterr()
+    assert aiflow("bundle", "rollback", "--config", site.config) == 1
+    assert "no bundle in use" in capsys.readouterr().err
+
+
+def test_an_unsigned_and_a_foreign_bundle_are_installed_only_where_nobody_is_trusted(
+    site: Site, signed: Callable[..., Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = signed("new", 1)
+    assert aiflow("bundle", "key", tmp_path / "other.pem") == 0
+    assert aiflow("bundle", "sign", "--key", tmp_path / "other.pem", "--version", 9, new.path) == 0
+    assert aiflow("bundle", "install", "--config", site.config, new.path) == 1
+    assert "none of the 1 trusted keys" in capsys.readouterr().err
+    (new.path / "bundle.sig").unlink()
+    assert aiflow("bundle", "install", "--config", site.config, new.path) == 1
+    assert "no signature" in capsys.readouterr().err
+    site.configure(trust=False)
+    assert aiflow("bundle", "install", "--config", site.config, new.path) == 0
+
+
+def test_a_bundle_that_does_not_work_here_is_not_installed(
+    site: Site, board_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = variant(board_bundle, tmp_path / "bad", "bad", name="bad")
+    (bad.path / "head.onnx").write_bytes(b"no network")
+    bad = rewritten(bad, bad.path, tuple(bad.manifest.files))
+    assert aiflow("bundle", "sign", "--key", site.key, "--version", 1, bad.path) == 0
+    assert aiflow("bundle", "install", "--config", site.config, bad.path) == 1
+    assert "self-test" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "bundles").iterdir()} == {INCOMING}
+
+
+def test_a_private_key_is_its_owners_alone_and_is_not_overwritten(site: Site) -> None:
+    assert site.key.stat().st_mode & 0o777 == 0o600
+    before = site.key.read_bytes()
+    assert aiflow("bundle", "key", site.key) == 1
+    assert site.key.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"), [(("--version", 1 << 40), "statement"), (("--version", 1, "--days", 10**9), "at most")]
+)
+def test_numbers_out_of_their_range_are_refused(
+    site: Site,
+    board_bundle: Bundle,
+    tmp_path: Path,
+    arguments: tuple[object, ...],
+    why: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bundle = variant(board_bundle, tmp_path / "v", "v")
+    assert aiflow("bundle", "sign", "--key", site.key, *arguments, bundle.path) == 1
+    assert why in capsys.readouterr().err
+
+
+# ---- over MQTT ----
+
+
+def test_a_pushed_bundle_survives_a_killed_board_is_tried_and_kept(site: Site, signed: Callable[..., Bundle]) -> None:
+    new = signed("new", 2)
+    status, state, chunks = site.listen()
+    board = site.run()
+    first = status_with(status, lambda status: status["state"] == "online")
+    assert (first["bundle"], first["bundle_version"]) == (site.bundle.id.hex(), 0)
+    assert first["update"] == {"state": "idle", "failed": "", "why": ""}
+    push = site.push(new)
+    said(state, lambda state: state.offset >= 2 * WINDOW_BYTES)
+    board.kill()
+    board.wait()
+    board = site.run()
+    assert board.wait(START_S) == EXIT_RESTART
+    board = site.run()
+    last = status_with(status, lambda s: s.get("bundle_version") == 2 and s["update"]["state"] == "idle")
+    assert (last["bundle"], last["bundle_name"]) == (new.id.hex(), "new")
+    output, _ = push.communicate(timeout=START_S)
+    assert push.returncode == 0, output
+    assert "keeps the bundle" in output
+    # What was stored before the kill was not sent again: at most the window that was on its way.
+    sent = [(chunk.file, chunk.offset) for chunk in map(decode_chunk, payloads(chunks))]
+    assert len(sent) - len(set(sent)) <= WINDOW_BYTES // CHUNK_BYTES
+    # Of the board's files, only those came that it did not have.
+    changed = [new.manifest.files[name].sha256 for name in ("head.onnx", "vocabulary.txt")]
+    assert {file.hex() for file, _ in sent} - set(changed) == {hash_of_manifest(new)}
+
+
+def payloads(listener: Listener) -> Iterator[bytes]:
+    """What has arrived so far."""
+    while not listener.heard.empty():
+        yield listener.heard.get().payload
+
+
+def hash_of_manifest(bundle: Bundle) -> str:
+    from edge_runtime.inference.bundle import MANIFEST, file_hash
+
+    return file_hash(bundle.path / MANIFEST)
+
+
+def test_a_pushed_bundle_that_crashes_goes_back_by_itself_and_is_refused_from_then_on(
+    site: Site, signed: Callable[..., Bundle]
+) -> None:
+    status, _, _ = site.listen()
+    board = site.run(CRASHES)
+    status_with(status, lambda status: status["state"] == "online")
+    push = site.push(signed("crashes", 1))
+    assert board.wait(START_S) == EXIT_RESTART
+    for _ in range(MAX_STARTS):
+        assert site.run(CRASHES).wait(START_S) == -signal.SIGKILL
+    site.run(CRASHES)
+    back = status_with(status, lambda s: s["state"] == "online" and s["update"]["failed"])
+    assert back["bundle"] == site.bundle.id.hex()
+    assert "did not work" in back["update"]["why"]
+    output, _ = push.communicate(timeout=START_S)
+    assert push.returncode == 1
+    assert "was given up here" in output
+
+
+def test_a_board_that_is_stopped_and_started_on_trial_goes_on_with_it(
+    site: Site, signed: Callable[..., Bundle]
+) -> None:
+    assert aiflow("bundle", "install", "--config", site.config, signed("new", 1).path) == 0
+    os.rename(site.folder / "photos", site.folder / "later")  # no frames: it stays on trial
+    (site.folder / "photos").mkdir()
+    text = site.config.read_text().replace(f'source = "{site.folder}/photos"', f'source = "watch:{site.folder}/photos"')
+    site.config.write_text(text.replace("repeat = true\n", ""))
+    status, _, _ = site.listen()
+    for _ in range(MAX_STARTS + 1):
+        board = site.run()
+        status_with(status, lambda s: s["state"] == "online" and s["update"]["state"] == "trial")
+        board.send_signal(signal.SIGTERM)
+        assert board.wait(START_S) == 0

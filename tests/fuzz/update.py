@@ -1,0 +1,24 @@
+"""What a board reads of a new bundle before it trusts anybody, and what a sender reads of a board."""
+
+from edge_runtime.firmware.signature import SignatureError, claimed
+from edge_runtime.wire import EnvelopeError
+from edge_runtime.wire.update import decode_chunk, decode_update_state, encode_chunk, encode_update_state
+from tests.fuzz.mutations import JSON, MSGPACK
+from tests.fuzz.target import Target
+
+
+def chunk(data: bytes) -> None:
+    read = decode_chunk(data)
+    assert decode_chunk(encode_chunk(read)) == read
+
+
+def update_state(data: bytes) -> None:
+    read = decode_update_state(data)
+    assert decode_update_state(encode_update_state(read)) == read
+
+
+TARGETS = {
+    "chunk": Target(chunk, EnvelopeError, 512, format=MSGPACK),
+    "signature": Target(claimed, SignatureError, 2048),
+    "update_state": Target(update_state, EnvelopeError, 1024, format=JSON),
+}
