@@ -71,15 +71,21 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         if isinstance(error, AiflowError):
             raise
-        raise BundleCommandError(f"{error}: is the disk full or read-only, or the file another account's?") from error
+        advice = "is the disk full or read-only, or the file another account's?"
+        if isinstance(error, FileNotFoundError):
+            advice = "is the path right?"
+        raise BundleCommandError(f"{error.filename or 'disk'}: {error.strerror}: {advice}") from error
 
 
 def _key(args: argparse.Namespace) -> None:
     from edge_runtime.firmware.signature import new_key
 
     pem, public = new_key()
-    with open(args.file, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-        file.write(pem)
+    try:
+        with open(args.file, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            file.write(pem)
+    except FileExistsError:
+        raise BundleCommandError(f"{args.file} exists already, and boards may trust it: name another file") from None
     print(f"{public} # {args.file.name}")
 
 

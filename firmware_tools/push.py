@@ -103,7 +103,7 @@ class Push:
                     "testing": "all bytes are there, the board tests the bundle",
                     "installed": "the bundle is installed, the board starts again",
                     "trial": "the bundle runs on trial: it needs some frames",
-                    "kept": "the board keeps the bundle",
+                    "kept": "the board runs the bundle, and keeps it",
                 }[state.state]
             )
         return state.state == "kept"

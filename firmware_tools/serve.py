@@ -10,14 +10,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until SIGINT or SIGTERM, then finishes the accepted requests."""
+    """Serves until SIGINT or SIGTERM, then finishes the accepted requests. While it loads, they end it at once."""
     from edge_runtime.config import load_toml
     from edge_runtime.sd_notify import Notifier
     from edge_runtime.shutdown import stop_when_told
-    from server.app import run_server
+    from server.app import load_target, run_server
     from server.config import Config
 
     config = load_toml(args.config, Config)
+    loaded = load_target(config)
     stop = stop_when_told(config.server.stop_s)
-    run_server(config, stop, Notifier.from_environment(os.environ))
+    run_server(config, stop, Notifier.from_environment(os.environ), loaded)
     return stop.exit_code

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Loaded = tuple[Target[Any], Any]  # the target, and what hears of a message that sets its questions, if anything does
+
 
 def load(config: ServerConfig) -> "tuple[Bundle, Engine]":
     """Opens the bundle, loads the tier's networks and runs the start test. Raises BundleError."""
@@ -42,17 +44,18 @@ def load(config: ServerConfig) -> "tuple[Bundle, Engine]":
     return bundle, engine
 
 
-def run_server(config: Config, stop: threading.Event, notifier: Notifier | None = None) -> None:
+def run_server(
+    config: Config, stop: threading.Event, notifier: Notifier | None = None, loaded: Loaded | None = None
+) -> None:
     """Serves until `stop` is set, then finishes what was accepted and says offline.
 
-    notifier: to the service manager; None: there is none.
+    notifier: to the service manager; None: there is none. loaded: by `load_target`; None: it is loaded now.
 
     Raises ConfigError if it cannot start, and RuntimeError for whatever ends it later:
     that is no mistake in the configuration, and the server is worth starting again.
     """
     settings, server, notifier = config.mqtt_settings(), config.server, notifier or Notifier()
-    config.check_target()
-    target, on_questions = _target(config)
+    target, on_questions = loaded or load_target(config)
     upstream, bounds = None, None
     if config.upstream:
         upstream, bounds = Upstream(config.upstream, server.id), config.upstream.bounds()
@@ -89,8 +92,9 @@ def run_server(config: Config, stop: threading.Event, notifier: Notifier | None 
     logger.info("server stopped id=%s counts=%s", server.id, service.status()["counts"])
 
 
-def _target(config: Config) -> tuple[Target[Any], Any]:
-    """The target, and what hears of a message that sets its questions, if anything does."""
+def load_target(config: Config) -> Loaded:
+    """With a start test, this takes up to a minute. Raises ConfigError and BundleError."""
+    config.check_target()
     server = config.server
     if config.openai:
         from server.targets.openai import OpenAITarget

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_its_example_is_in_order_and_the_tools_know_its_topics_and_files():
 
 
 def test_its_page_is_true(tmp_path):
-    example, *snippets = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    example, *snippets = (textwrap.dedent(text) for text in re.findall(r"```toml\n(.*?)[ ]*```", PAGE, re.DOTALL))
     assert example == EXAMPLE.read_text()
     (tmp_path / "board.toml").write_text(example.replace("[frigate]\n", snippets[0]))
     assert load_toml(tmp_path / "board.toml", RuntimeConfig).frigate.sub_label == "label"

@@ -52,9 +52,10 @@ def run(args: argparse.Namespace) -> int:
         live = Live(site, history, settings, no_pictures)
         try:
             server = running.enter_context(WebServer((args.listen, args.port), live, history, token))
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # OverflowError: no such port
+            why = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"--listen {args.listen} --port {args.port}: {error.strerror or error}: choose another address or port"
+                f"--listen {args.listen} --port {args.port}: {why}: choose another address or port"
             ) from error
         client = MqttClient(
             settings,

@@ -58,7 +58,13 @@ def test_what_has_no_route_or_is_rejected_by_its_function_is_counted_and_logged_
     for _ in range(100):
         taken.arrive("somewhere\nelse")
         taken.arrive("b1/down/frame/unknown")
-    assert taken.router.rejected() == {"retained": 0, "no_camera": 100, "no_update": 0, "no_route": 100, "unreadable": 0}
+    assert taken.router.rejected() == {
+        "retained": 0,
+        "no_camera": 100,
+        "no_update": 0,
+        "no_route": 100,
+        "unreadable": 0,
+    }
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2 * 7
     assert not any("\n" in line for line in warnings)

@@ -16,7 +16,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.wire import AnsweredBy, ContentKind, Options, Status, decode_event, decode_request, topics
-from server.app import _target, run_server
+from server.app import load_target, run_server
 from server.config import Config, HuggingFaceConfig, ServerConfig
 from server.pictures import PictureDecoder
 from server.reply_cache import ReplyCache
@@ -109,7 +109,7 @@ def test_a_language_model_without_eyes_is_refused_by_name(tmp_path: Path) -> Non
 
 def test_the_configuration_names_the_model(folder: Path, bundle: Bundle) -> None:
     server = ServerConfig("s1", str(bundle.path), target=f"hf:{folder}")
-    target, _ = _target(Config(server, hf=ASKED))
+    target, _ = load_target(Config(server, hf=ASKED))
     assert (target.abilities.name, target.abilities.drafts) == (f"hf:{folder}", True)
 
 
