@@ -3,6 +3,7 @@
 This file knows how the parts fit together. What happens to a frame is in pipeline.py.
 """
 
+import ctypes
 import json
 import logging
 import secrets
@@ -212,7 +213,10 @@ class Board:
         head = load_head(bundle, board.backend, board.threads)
         draft = load_draft(bundle, board.backend, board.threads)
         wants_labels = board.labels != "never"
-        return head, draft, load_labels(bundle, head, board.backend, board.threads) if wants_labels else None
+        labels = load_labels(bundle, head, board.backend, board.threads) if wants_labels else None
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+            trim(0)  # the files of the networks, and what optimising them took
+        return head, draft, labels
 
     def run(self, stop: threading.Event) -> Values:
         """Handles frames until the sources end or `stop` is set; returns `summary`.

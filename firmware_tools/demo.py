@@ -19,15 +19,17 @@ from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.logs import printable
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.wire import topics
-from firmware_tools.demo_page import AtLevel, PhotoResult, Results, page, summary
+from firmware_tools.demo_page import AtLevel, PhotoResult, Results, TaughtQuestion, page, summary
 from firmware_tools.event_parts import answered_by, labels, marked, stages
+from firmware_tools.teach import learn
 from models import SHIPPED_BUNDLE
 from testbed.broker import start_embedded
 from testbed.processes import START_S, AiflowProcess, interrupted_once, wait_serving
-from testbed.sample_photos import Photo, collect
+from testbed.sample_photos import TAUGHT, Photo, collect, write_taught
 from testbed.terminal import new_file, number, print_figures
 
 SITE, BOARD, SERVER = "demo", "demo-board", "demo-server"
+QUESTION = "person"
 LIMIT = 16
 INTERVAL_S = 0.5  # between photos: slow enough to watch
 DEADLINE_MS = 10_000
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
     print("broker, server and board are starting ...", file=sys.stderr)
     with interrupted_once():
         results = play(args, photos)
+    if results.question:
+        print(results.question.summary(results.photos))
     print_figures(summary(results))
     note = f"{bundle.manifest.name}, {args.paradigm}" + ("" if args.paradigm == "device" else f", {args.tier} tier")
     levels = answers_at_levels(bundle, args.tier, photos) if args.paradigm != "device" else []
@@ -90,11 +94,17 @@ def play(args: argparse.Namespace, photos: Sequence[Photo]) -> Results:
         mqtt, bundle = {"port": port}, str(args.bundle.resolve())
         if args.paradigm != "device":
             server = {"id": SERVER, "site": SITE, "bundle": bundle, "tier": args.tier}
-            processes = [running.enter_context(AiflowProcess("serve", {"server": server, "mqtt": mqtt}, folder))]
+            tables = {"server": server, "mqtt": mqtt}
+            if not args.images and (views := write_taught(folder / "taught")):
+                results.question = TaughtQuestion(QUESTION, TAUGHT, views)
+                teach(args.bundle, folder)
+                tables["questions"] = {QUESTION: str(folder / f"{QUESTION}.safetensors")}
+            processes = [running.enter_context(AiflowProcess("serve", tables, folder))]
             wait_serving(processes[0], port, SITE, SERVER)
         board = {"id": BOARD, "site": SITE, "bundle": bundle, "paradigm": args.paradigm, "deadline_ms": DEADLINE_MS}
-        cameras = [{"name": "photos", "source": str(folder / "photos"), "interval_s": INTERVAL_S}]
-        tables = {"board": board, "cameras": cameras, "mqtt": mqtt}
+        questions = [QUESTION] if results.question else []
+        photos_camera = {"name": "photos", "source": str(folder / "photos"), "interval_s": INTERVAL_S}
+        tables = {"board": board, "cameras": [{**photos_camera, "questions": questions}], "mqtt": mqtt}
         processes.append(running.enter_context(AiflowProcess("run", tables, folder)))
         while not results.all_final:
             # Check before reading: the board's last events may arrive after its end is seen.
@@ -106,8 +116,15 @@ def play(args: argparse.Namespace, photos: Sequence[Photo]) -> Results:
                     break
                 continue
             if changed := results.add(message.payload, arrived):
-                print_line(changed)
+                print_line(changed, results.question)
     return results
+
+
+def teach(bundle: Path, folder: Path) -> None:
+    """Writes the question into the folder, which has the photos for it in `taught`."""
+    print(f"the question {QUESTION} is taught ...", file=sys.stderr)
+    *_, question = learn(open_bundle(bundle), [folder / "taught"], "onnx")
+    question.write(folder / f"{QUESTION}.safetensors")
 
 
 def answers_at_levels(bundle: Bundle, tier: str, photos: Sequence[Photo]) -> list[list[AtLevel]]:
@@ -130,7 +147,7 @@ def answers_at_levels(bundle: Bundle, tier: str, photos: Sequence[Photo]) -> lis
     return answers
 
 
-def print_line(result: PhotoResult) -> None:
+def print_line(result: PhotoResult, question: TaughtQuestion | None) -> None:
     """Prints a photo's final event as a line. Words that are not in the draft are in brackets."""
     event = result.last
     if event is None or not result.is_final:
@@ -141,6 +158,7 @@ def print_line(result: PhotoResult) -> None:
         "draft": result.draft or "-",
         "text": " ".join(f"[{run}]" if differs else run for run, differs in runs),
         "labels": labels(event.scores) or "-",
+        **({question.name: question.answer(result)} if question else {}),
         "bytes": f"{event.bytes_up} (JPEG {event.jpeg_bytes})",
         "ms": ", ".join(f"{stage} {ms:.1f}" for stage, ms in stages(event).items()),
         "by": answered_by(event),

@@ -60,11 +60,46 @@ class AtLevel:
     scores: Mapping[str, float]  # of the likeliest labels, best first
 
 
+@dataclass(frozen=True, slots=True)
+class TaughtQuestion:
+    """The question of the demo, and the photos that it was taught with."""
+
+    name: str
+    photos: Mapping[str, Sequence[str]]  # names of photos by class
+    views: int  # crops and mirror images of these photos
+
+    def answer(self, result: PhotoResult) -> str:
+        """What a server says about a photo, such as "nobody 70 %, somebody 30 %"; not about one that it was taught."""
+        if self._taught(result):
+            return "taught with this photo"
+        scores = self._scores(result)
+        return labels(dict(sorted(scores.items(), key=lambda each: -each[1]))) or "-"
+
+    def summary(self, results: Sequence[PhotoResult]) -> str:
+        """A sentence about what it was taught with, and one about how sure it is of the other photos."""
+        of_class = "; ".join(f"{label}: {', '.join(names)}" for label, names in self.photos.items())
+        count = sum(map(len, self.photos.values()))
+        text = f"{self.name} was taught with {self.views} views of {count} photos ({of_class})."
+        sure = [max(scores.values()) for r in results if not self._taught(r) and (scores := self._scores(r))]
+        if sure:
+            text += (
+                f" Of its answers about {len(sure)} others it is {100 * min(sure):.0f} to {100 * max(sure):.0f} % sure."
+            )
+        return f"{text} These photos are few: ten per class are a good start."
+
+    def _taught(self, result: PhotoResult) -> bool:
+        return any(result.photo.name in names for names in self.photos.values())
+
+    def _scores(self, result: PhotoResult) -> Mapping[str, float]:
+        return result.last.answers.get(self.name, {}) if result.last else {}
+
+
 class Results:
     """The results of all photos. It counts messages that are not events of these photos: anybody may publish there."""
 
     def __init__(self, photos: Sequence[Photo]) -> None:
         self.photos = [PhotoResult(photo) for photo in photos]
+        self.question: TaughtQuestion | None = None
         self.ignored = 0
 
     @property
@@ -138,7 +173,9 @@ def page(results: Results, title: str, note: str, levels: Sequence[Sequence[AtLe
         for name, value in summary(results).items()
     )
     rates = levels or [()] * len(results.photos)
-    cards = "\n".join(_card(result, rate) for result, rate in zip(results.photos, rates, strict=True))
+    question = results.question
+    cards = "\n".join(_card(result, rate, question) for result, rate in zip(results.photos, rates, strict=True))
+    about = f"<p>{escape(question.summary(results.photos))}</p>\n" if question else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -146,7 +183,7 @@ def page(results: Results, title: str, note: str, levels: Sequence[Sequence[AtLe
 <title>{escape(title)}</title><style>{STYLE}{style}</style></head><body>
 {choices}<h1>{escape(title)}</h1><p>{escape(note)}</p>
 <dl>{figures}</dl>
-{_level_labels(count)}<main>
+{about}{_level_labels(count)}<main>
 {cards}
 </main>
 <p><small>Bytes are whole MQTT payloads; the JPEG beside them is of the same 224 x 224 pixels at quality 75. Times to a
@@ -176,7 +213,7 @@ def _level_labels(count: int) -> str:
     return f'<p class="rates">Rate, coarse to fine: {labels}<small>what the server says at this level</small></p>\n'
 
 
-def _card(result: PhotoResult, levels: Sequence[AtLevel]) -> str:
+def _card(result: PhotoResult, levels: Sequence[AtLevel], question: TaughtQuestion | None) -> str:
     name, preview = escape(result.photo.name), to_jpeg(decode_picture(result.photo.data), PREVIEW_PIXELS, 80)
     data = base64.b64encode(preview).decode()
     parts = [f'<img alt="{name}" src="data:image/jpeg;base64,{data}"><section><p><small>{name}']
@@ -195,6 +232,8 @@ def _card(result: PhotoResult, levels: Sequence[AtLevel]) -> str:
     if event.scores:
         doubt = " · not sure" if event.unsure else ""
         parts.append(f"<p><small>{escape(labels(event.scores))}{doubt}</small></p>")
+    if question:
+        parts.append(f"<p><small>{escape(question.name)}: {escape(question.answer(result))}</small></p>")
     if event.type == "lost":
         parts.append(f"<p><small>lost: {escape(event.why)}</small></p>")
     times = stages(event)

@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,16 +65,11 @@ def _name(text: str) -> str:
 def run(args: argparse.Namespace) -> None:
     """Writes the question and prints what to expect of it."""
     from edge_runtime.inference.bundle import open_bundle
-    from models.teaching import inputs, label_directions, teach
 
     bundle = open_bundle(args.bundle)
     if args.from_events:
         _sort(args)
-    photos, known, rows = _read(args, bundle)
-    directions = label_directions(rows)
-    with_labels, alone = (inputs(each, directions) for each in zip(*known, strict=True))
-    taught = teach(with_labels, photos.labels, len(photos.classes), alone)
-    question = _question(bundle, photos, taught, directions)
+    photos, taught, question = learn(bundle, args.images, args.backend)
     out = args.out or Path(f"{args.name}.safetensors")
     question.write(out)
     _print_report(photos, taught)
@@ -82,6 +78,17 @@ def run(args: argparse.Namespace) -> None:
         f'server.toml: [questions] {args.name} = "{out}"\n'
         f'board.toml: [[cameras]] questions = ["{args.name}"]'
     )
+
+
+def learn(bundle: Bundle, images: Sequence[Path], backend: str) -> "tuple[ClassPhotos, Taught, Question]":
+    """A question from photos class/name.jpg of directories and tars. Raises ClassPhotosError, PictureError."""
+    from models.teaching import inputs, label_directions, teach
+
+    photos, known, rows = _read(bundle, images, backend)
+    directions = label_directions(rows)
+    with_labels, alone = (inputs(each, directions) for each in zip(*known, strict=True))
+    taught = teach(with_labels, photos.labels, len(photos.classes), alone)
+    return photos, taught, _question(bundle, photos, taught, directions)
 
 
 def _sort(args: argparse.Namespace) -> None:
@@ -99,7 +106,7 @@ def _sort(args: argparse.Namespace) -> None:
 
 
 def _read(
-    args: argparse.Namespace, bundle: Bundle
+    bundle: Bundle, images: Sequence[Path], backend: str
 ) -> "tuple[ClassPhotos, list[tuple[Evidence, Evidence]], NDArray[np.float32]]":
     """The photos; what a server knows of each with the board's labels, and without; the rows of its classifier.
 
@@ -114,14 +121,14 @@ def _read(
 
     # One thread, so that the same photos give the same bytes on every number of cores.
     engine = load_engine(bundle, (), threads=1)
-    chain = Chain(bundle, "split", args.backend, "edge", engine)
+    chain = Chain(bundle, "split", backend, "edge", engine)
 
     def known(picture: Picture) -> "tuple[Evidence, Evidence]":
         job = chain.job(chain.send(picture))
         with_labels, alone = (engine.evidence([each])[0] for each in (job, replace(job, labels={})))
         return with_labels, alone
 
-    photos, found = read_class_photos(args.images, known, lambda pictures: track(pictures, "photos"))
+    photos, found = read_class_photos(images, known, lambda pictures: track(pictures, "photos"))
     rows = engine.classifier.linear.weight.numpy() if engine.classifier else np.zeros((0, FEATURES), np.float32)
     return photos, found, rows
 

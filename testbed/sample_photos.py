@@ -33,6 +33,9 @@ SHIPPED = (
     ("skimage", "data/coffee.png", "coffee", "Rachel Michetti, CC0"),
 )
 
+# The demo's question is taught with these photos, by class, and asked about the others.
+TAUGHT = {"nobody": ("temple", "flower", "coffee"), "somebody": ("astronaut", "photographer")}
+
 
 @dataclass(frozen=True, slots=True)
 class Photo:
@@ -65,6 +68,34 @@ def _views(photo: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
     y, x = photo.shape[0] // 2, photo.shape[1] // 2
     for view in (photo, photo[:, ::-1], photo[:y, :x], photo[:y, x:], photo[y:, :x], photo[y:, x:]):
         yield np.ascontiguousarray(view)
+
+
+def write_taught(folder: Path) -> int:
+    """Writes class/name.png for the photos of TAUGHT: each whole, its four corners, and all of these mirrored.
+
+    Returns how many it has written: 0 if a photo is not installed.
+    """
+    found = {photo.name: photo for photo in shipped()}
+    classes = {name: label for label, names in TAUGHT.items() for name in names}
+    if not found.keys() >= classes.keys():
+        return 0
+    views = [
+        (Path(label, f"{name}-{number}.png"), np.ascontiguousarray(view))
+        for name, label in classes.items()
+        for number, view in enumerate(
+            v for crop in _crops(decode_picture(found[name].data)) for v in (crop, crop[:, ::-1])
+        )
+    ]
+    for path, view in views:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(cv2.imencode(".png", cv2.cvtColor(view, cv2.COLOR_RGB2BGR))[1].tobytes())
+    return len(views)
+
+
+def _crops(photo: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """The whole, and the corners with 80 % of width and height."""
+    y, x = photo.shape[0] // 5, photo.shape[1] // 5
+    yield from (photo, photo[:-y, :-x], photo[:-y, x:], photo[y:, :-x], photo[y:, x:])
 
 
 def shipped() -> Iterator[Photo]:

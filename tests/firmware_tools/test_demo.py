@@ -20,10 +20,10 @@ import pytest
 from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.wire import AnsweredBy, Event, EventHop, encode_event, topics
-from firmware_tools.demo_page import AtLevel, PhotoResult, Results, page, summary
+from firmware_tools.demo_page import AtLevel, PhotoResult, Results, TaughtQuestion, page, summary
 from firmware_tools.event_parts import marked, stages
 from models import SHIPPED_BUNDLE
-from testbed.sample_photos import Photo, collect, shipped
+from testbed.sample_photos import TAUGHT, Photo, collect, shipped
 from tests.bundles import tiny_bundle
 from tests.exports import pictures
 
@@ -94,6 +94,27 @@ def test_each_photo_is_captioned_and_on_the_page(tmp_path: Path, bundle: Path, p
         assert line["by"] == "cloud demo-server"
         assert re.sub(r"[][]", "", line["text"]) in shown.text
     assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_the_question_is_taught_with_some_of_the_shipped_photos_and_asked_about_the_others(
+    tmp_path: Path, bundle: Path
+) -> None:
+    demo = start_demo(tmp_path, "--bundle", bundle, "--limit", 2)  # one of them is taught
+    out, err = demo.communicate(timeout=PATIENCE_S)
+    assert demo.returncode == 0, err
+    lines = [dict(part.split(": ", 1) for part in line.split(" | ")) for line in out.splitlines() if " | " in line]
+    shown = Pictures((tmp_path / "page.html").read_text()).text
+    taught = {name for names in TAUGHT.values() for name in names}
+    assert len({line["photo"] for line in lines} - taught) == len({line["photo"] for line in lines} & taught) == 1
+    for line in lines:
+        if line["photo"] in taught:
+            assert line["person"] == "taught with this photo"
+        else:
+            assert re.fullmatch(r"\w+ \d+ %, \w+ \d+ %", line["person"])
+            assert f"person: {line['person']}" in shown
+    sentence = next(line for line in out.splitlines() if line.startswith("person was taught"))
+    assert all(name in sentence for name in taught)
+    assert sentence in shown
 
 
 def test_forged_events_do_not_end_the_demo(tmp_path: Path, bundle: Path, photos: Path) -> None:
@@ -243,6 +264,21 @@ def test_a_level_is_chosen_without_a_script_and_shows_its_answers(result: PhotoR
     assert re.search(r'class="rate level1">.*420 B.*a dog runs', html)
     assert "#level1:checked~main .level1{display:block}" in html
     assert 'type="radio"' not in page(results_of(result), "demo", "")
+
+
+def test_a_question_is_not_asked_about_the_photos_that_it_was_taught_with(result: PhotoResult) -> None:
+    answers = {"person": {"nobody": 0.25, "somebody": 0.75}}
+    asked = result.followed(msgspec.structs.replace(UPDATE, answers=answers), CAPTURED.timestamp())
+    others = TaughtQuestion("person", {"nobody": ["tree"], "somebody": ["<king>"]}, 20)
+    assert others.answer(asked) == "somebody 75 %, nobody 25 %"
+    assert others.answer(result) == "-"  # a server that did not answer it
+    assert "about 1 others it is 75 to 75 % sure" in others.summary([asked, result])
+    same = TaughtQuestion("person", {"nobody": ["tree"], "somebody": [PHOTO.name]}, 20)
+    assert same.answer(asked) == "taught with this photo"
+    assert "sure" not in same.summary([asked])
+    results = results_of(asked)
+    results.question = others
+    assert "<king>" in Pictures(page(results, "demo", "")).text
 
 
 def test_nothing_to_show_is_a_named_error(tmp_path: Path) -> None:
