@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 from edge_runtime.errors import ConfigError
 from edge_runtime.password_file import read_password
 
+MAX_PACKET = 512 << 10  # bytes, inbound, unless somebody expects pictures
 TopicPrefix = Annotated[
     str,
     Meta(
@@ -48,7 +49,7 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
     queue_messages: int = 1024  # that wait besides the window: a broker that stalls for seconds costs no event
     queue_bytes: int = 8 << 20  # of payloads that wait
     max_publish_bytes: int = 512 << 10  # one payload
-    max_inbound_bytes: int = 512 << 10  # one packet; the broker drops larger ones silently (MQTT 5, 3.1.2.11.4)
+    max_inbound_bytes: int = MAX_PACKET  # one packet; the broker drops larger ones silently (MQTT 5, 3.1.2.11.4)
     receive_maximum: int | None = None  # inbound QoS 1 messages not acknowledged yet; None: the protocol's 65535
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ import logging
 
 from edge_runtime.mqtt import Message
 from edge_runtime.mqtt.routes import Rejection, Route, Router
+from edge_runtime.mqtt.settings import MAX_PACKET
 
 
 def message(topic: str, retained: bool = False) -> Message:
@@ -33,6 +34,17 @@ class Taken:
 
 def test_a_client_subscribes_to_what_has_a_route():
     assert Taken().router.subscriptions == [("b1/down/reply", 1), ("server/+/status", 0), ("b1/down/frame/#", 1)]
+
+
+def test_a_client_takes_the_largest_packets_that_a_route_expects_and_can_do_without_its_optional_ones():
+    routes = [
+        Route("reply", print),
+        Route("frame", print, max_packet=MAX_PACKET + 1),
+        Route("status", print, optional=True),
+    ]
+    router = Router(routes)
+    assert (router.max_packet, router.optional) == (MAX_PACKET + 1, ["status"])
+    assert Router(routes[:1]).max_packet == MAX_PACKET
 
 
 def test_a_message_goes_to_the_function_of_its_topic():
