@@ -10,8 +10,8 @@ import pytest
 
 from edge_runtime.capture.frigate_events import MAX_EVENTS, MAX_SNAPSHOTS
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, load_toml
+from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.errors import ConfigError
-from edge_runtime.frigate_config import FrigateConfig
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.reporting.frigate import CALL_S, MAX_AGE_S, MAX_SUB_LABEL, MAX_WAITING
 from edge_runtime.wire import topics

@@ -12,8 +12,8 @@ from urllib.request import (
     parse_keqv_list,
 )
 
-from edge_runtime.camera_source import PLACEHOLDERS
 from edge_runtime.config import CameraConfig
+from edge_runtime.config.camera_source import PLACEHOLDERS
 from edge_runtime.errors import ConfigError
 from edge_runtime.password_file import read_password
 
