@@ -1,9 +1,7 @@
 """The server's configuration: one TOML file, read and checked as a whole at start, then passed on as frozen values."""
 
-import re
 import ssl
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -13,6 +11,7 @@ from edge_runtime.config import Id, MetricsConfig, PromptName, StationId
 from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt import MqttConfig, MqttSettings
 from edge_runtime.mqtt.settings import is_loopback
+from edge_runtime.password_file import read_token
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
 from server.escalation import Bounds
@@ -48,7 +47,6 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     stop_s: Annotated[float, Meta(ge=0, le=600)] = 10.0  # to finish accepted requests when told to stop
 
 
-MAX_KEY_BYTES = 4096
 USUAL_INPUT_TOKENS = 1500  # of a picture and a prompt, to estimate a cost before there was a call
 
 
@@ -125,16 +123,7 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     def key(self) -> str | None:
         """The first line of key_file. Raises ConfigError, which never shows the key."""
-        if self.key_file is None:
-            return None
-        try:
-            with Path(self.key_file).open("rb") as file:
-                first = file.read(MAX_KEY_BYTES).removeprefix(b"\xef\xbb\xbf").split(b"\n")[0].strip()
-        except OSError as error:
-            raise ConfigError(f"key_file = {self.key_file}: cannot be read: {error.strerror}") from error
-        if not re.fullmatch(rb"[!-~]+", first):  # it goes into a header
-            raise ConfigError(f"key_file = {self.key_file}: its first line is no key: want ASCII without spaces")
-        return first.decode()
+        return None if self.key_file is None else read_token(self.key_file, "[openai]", "key_file")
 
 
 class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.settings import TopicPrefix, is_loopback
-from edge_runtime.password_file import read_password
+from edge_runtime.password_file import read_token
 
 
 class FrigateConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,12 +65,4 @@ class FrigateConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     def token(self) -> str | None:
         """The token, read anew. Raises ConfigError, which never shows it."""
-        if self.token_file is None:
-            return None
-        try:
-            token = read_password(self.token_file, "[frigate]", "token_file")
-        except OSError as error:
-            raise ConfigError(f"[frigate] token_file = {self.token_file}: cannot be read: {error.strerror}") from error
-        if not re.fullmatch("[!-~]+", token):  # it goes into a header
-            raise ConfigError(f"[frigate] token_file = {self.token_file}: its first line is no token, want ASCII")
-        return token
+        return None if self.token_file is None else read_token(self.token_file, "[frigate]", "token_file")

@@ -73,10 +73,7 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
                 f"mqtt cert_file = {self.cert_file}, key_file = {self.key_file}: a certificate needs both, or leave "
                 "out both"
             )
-        try:
-            self.password()
-        except OSError as error:
-            raise ConfigError(f"mqtt password_file = {self.password_file}: cannot be read: {error.strerror}") from error
+        self.password()
         try:
             self.tls_context()
         except OSError as error:  # ssl.SSLError is an OSError
@@ -89,7 +86,7 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
         return bool(self.tls or self.ca_file or self.cert_file)
 
     def password(self) -> str | None:
-        """The first line of the file, without a byte order mark. Raises OSError and ConfigError."""
+        """The first line of the file, without a byte order mark. Raises ConfigError."""
         return None if self.password_file is None else read_password(self.password_file, "mqtt")
 
     def tls_context(self) -> ssl.SSLContext | None:

@@ -3,10 +3,9 @@
 import time
 from collections.abc import Callable
 
-import cv2
 import numpy as np
 
-from edge_runtime.inference.preprocess import shrunk
+from edge_runtime.inference.preprocess import shrunk, to_jpeg
 from edge_runtime.mqtt import Publish
 from edge_runtime.wire import topics
 
@@ -39,7 +38,7 @@ def small_jpeg(pixels: np.ndarray) -> bytes:
     """uint8 RGB [H, W, 3] to a JPEG with sides of at most MAX_SIDE pixels and at most MAX_IMAGE bytes."""
     small = shrunk(pixels, MAX_SIDE)
     for quality in QUALITIES:
-        data = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        data = to_jpeg(small, quality)
         if len(data) <= MAX_IMAGE:
             break
-    return bytes(data)
+    return data

@@ -338,7 +338,7 @@ def test_a_missing_or_altered_file_is_found_at_start(board_bundle, tmp_path, pho
     with pytest.raises(BundleError, match=f"{name} is not the file that the manifest names"):
         run_board(config, before_any_frame)
     (copy / name).unlink()
-    with pytest.raises(BundleError, match=f"{name} is missing"):
+    with pytest.raises(BundleError, match=f"lacks {name}"):
         run_board(config, before_any_frame)
 
 
