@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_what_is_no_message_or_picture_of_frigates_is_counted_and_an_old_snapsho
             assert board.next("update").frigate == FrigateEvent(TWO, "person")
             board.stop.set()
             summary = board.wait_ended()
-    assert summary["rejected"] == {"retained": 1, "no_camera": 0, "no_route": 0, "unreadable": 3}
+    assert +Counter(summary["rejected"]) == {"retained": 1, "unreadable": 3}
     assert (summary["unreadable"], summary["frigate_events"]["taken"]) == (1, 2)
 
 

@@ -1,6 +1,7 @@
 """Messages reach the function of their topic, or are counted and logged."""
 
 import logging
+from collections import Counter
 
 from edge_runtime.mqtt import Message
 from edge_runtime.mqtt.routes import Rejection, Route, Router
@@ -53,7 +54,7 @@ def test_a_message_goes_to_the_function_of_its_topic():
         taken.arrive(topic)
     assert (taken.replies, taken.statuses) == (["b1/down/reply"], ["server/s1/status"])
     assert taken.pictures == ["b1/down/frame", "b1/down/frame/door"]
-    assert taken.router.rejected() == {"retained": 0, "no_camera": 0, "no_update": 0, "no_route": 0}
+    assert not any(taken.router.rejected().values())
 
 
 def test_what_the_broker_had_kept_is_used_only_where_it_still_says_something_true(caplog):
@@ -70,7 +71,7 @@ def test_what_has_no_route_or_is_rejected_by_its_function_is_counted_and_logged_
     for _ in range(100):
         taken.arrive("somewhere\nelse")
         taken.arrive("b1/down/frame/unknown")
-    assert taken.router.rejected() == {"retained": 0, "no_camera": 100, "no_update": 0, "no_route": 100}
+    assert +Counter(taken.router.rejected()) == {"no_camera": 100, "no_route": 100}
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2 * 7
     assert not any("\n" in line for line in warnings)
