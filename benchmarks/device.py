@@ -19,10 +19,10 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from edge_runtime.app import load_draft, load_head, load_labels
 from edge_runtime.capture import Frame
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.head import Head
+from edge_runtime.inference.networks import load_draft, load_head, load_labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.pipeline import Pipeline

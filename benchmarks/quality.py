@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime import wire
-from edge_runtime.app import load_draft, load_head, load_labels
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.config import PolicyConfig
@@ -23,6 +22,7 @@ from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Latent
 from edge_runtime.inference.labels import Labels, worth_sending
+from edge_runtime.inference.networks import load_draft, load_head, load_labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.pipeline import build_request

@@ -1,9 +1,9 @@
 """A board put together from its configuration: bundle, models, MQTT clients, cameras. `aiflow run` is this.
 
-This file knows how the parts fit together. What happens to a frame is in pipeline.py.
+This file knows how the parts fit together. What happens to a frame is in pipeline.py, what users do with a
+board in users.py.
 """
 
-import ctypes
 import json
 import logging
 import secrets
@@ -18,92 +18,35 @@ from pathlib import Path
 from typing import Any, get_args
 
 import cv2
-import numpy as np
 
 from edge_runtime import __version__
-from edge_runtime.capture import Frame
+from edge_runtime.capture import Cameras, Frame
 from edge_runtime.capture.camera import StateName
-from edge_runtime.capture.cameras import Cameras
-from edge_runtime.capture.frigate import FrigateTopics
 from edge_runtime.config import RuntimeConfig
 from edge_runtime.errors import RestartError
 from edge_runtime.firmware.updates import Updates, self_test, store_of
-from edge_runtime.inference.backends import SUFFIXES, BackendError, load_fastest, load_model
-from edge_runtime.inference.bundle import Bundle, BundleError, open_bundle
-from edge_runtime.inference.draft import Draft
+from edge_runtime.inference.backends import BackendError
+from edge_runtime.inference.bundle import BundleError, open_bundle
 from edge_runtime.inference.draft_calibration import Calibration
-from edge_runtime.inference.head import Head
-from edge_runtime.inference.labels import Labels
-from edge_runtime.inference.preprocess import PIXELS
+from edge_runtime.inference.networks import Networks, load_networks
 from edge_runtime.inference.references import ReferenceFrames
 from edge_runtime.inference.reuse import Answers
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State, connection_text
-from edge_runtime.mqtt.routes import Rejection, Route, Router
+from edge_runtime.mqtt.routes import Route, Router
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import BoardPlanner, Measurements
 from edge_runtime.planning.thermal import ThermalReader
-from edge_runtime.reporting import BOARD, Events, RemoteSettings, Setting, Values, board_settings, not_zero
-from edge_runtime.reporting.discovery import Discovery
-from edge_runtime.reporting.frigate import FrigateAnswers
-from edge_runtime.reporting.home_assistant import device_message
-from edge_runtime.reporting.images import Images
+from edge_runtime.reporting import BOARD, Events, Values, not_zero
 from edge_runtime.reporting.trigger import Trigger
 from edge_runtime.requests import ByteBudget, RequestTracker
 from edge_runtime.sd_notify import Notifier
+from edge_runtime.users import Users
 from edge_runtime.wire import Event, topics
 
 logger = logging.getLogger(__name__)
 
 BOOT = secrets.token_hex(4)  # distinguishes one start of a board from the next
-MAX_PICTURE = 8 << 20  # bytes of a packet from the broker to which camera software sends pictures
 STOP_S = 10.0  # that an orderly end may take: both clients send what is left, the outbox writes
-
-
-def load_head(bundle: Bundle, backend: str, threads: int) -> Head:
-    """The bundle's head in a backend: "onnx", "litert", or "auto" for the faster one of those that are installed.
-
-    Raises BundleError, BackendError.
-    """
-
-    def load(suffix: str) -> Head:
-        latent = bundle.manifest.latent
-        return Head(load_model(bundle.file(f"head{suffix}"), threads), latent.gains, latent.scales)
-
-    pixels = np.zeros((PIXELS, PIXELS, 3), np.uint8)
-    return load_fastest(backend, load, lambda head: head.symbols(pixels))
-
-
-def load_draft(bundle: Bundle, backend: str, threads: int) -> Draft:
-    """The bundle's draft decoder in a backend. "auto" may choose another one than for the head.
-
-    Raises BundleError, BackendError.
-    """
-
-    def load(suffix: str) -> Draft:
-        look, step = (load_model(bundle.file(f"draft_{part}{suffix}"), threads) for part in ("look", "step"))
-        return Draft(look, step, bundle.manifest.max_tokens)
-
-    symbols = np.zeros(bundle.tables.shape, np.int8)
-    return load_fastest(backend, load, lambda draft: draft.write(symbols))
-
-
-def load_labels(bundle: Bundle, head: Head, backend: str, threads: int) -> Labels | None:
-    """The network of the labels in a backend. "auto" may choose another one than for the head. None: there is none.
-
-    Raises BundleError, BackendError.
-    """
-    manifest = bundle.manifest
-    backbone_map = head.latent(np.zeros((PIXELS, PIXELS, 3), np.uint8)).backbone_map
-    if backbone_map is None or not any(f"labels{suffix}" in manifest.files for suffix in SUFFIXES.values()):
-        return None
-
-    def load(suffix: str) -> Labels:
-        model = load_model(bundle.file(f"labels{suffix}"), threads)
-        labels = Labels(model, manifest.classes, manifest.label_temperature)
-        labels.likeliest(backbone_map)  # finds a network that does not fit the head or the manifest
-        return labels
-
-    return load_fastest(backend, load, lambda labels: labels.likeliest(backbone_map))
 
 
 class Board:
@@ -119,50 +62,37 @@ class Board:
 
         notifier: to the service manager; None: there is none.
         """
-        self.config, self.notifier = config, notifier or Notifier()
+        self.config, self.notifier, self._listener = config, notifier or Notifier(), listener
         board, site = config.board, config.board.site
+        self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
 
-        # Models. A board that only offloads has no head and no draft decoder.
         # OpenCV's own threads do not make the resize of a frame faster, and it waits for them if all cores are busy.
         cv2.setNumThreads(board.threads)
         self.updates: Updates | None = None
         if (store := store_of(config)) is not None:
             self.updates = Updates(store, partial(self_test, config), self._update_state, self.publish_status)
         self.bundle = bundle = self.updates.bundle if self.updates else open_bundle(Path(board.bundle))
-        try:
-            head, draft, labels = self._networks()
-        except (BundleError, BackendError) as error:
-            if not self.updates or not self.updates.is_trial:
-                raise
-            self.updates.give_up(str(error))
-            raise RestartError(self.updates.restart_why) from error
+        head, draft, labels = self._networks()
         sampling = config.sampling(bundle.words)
 
-        # Where frames come from, and what users may change.
-        self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
-        self.cameras = Cameras(config.cameras, self.publish_status)
-        in_frigate = {camera.config.name_in_frigate: camera for camera in self.cameras if camera.frigate}
-        self.frigate = FrigateTopics(config.frigate.prefix, in_frigate)
-        self.frigate_answers = None
-        if config.frigate.url:
-            self.frigate_answers = FrigateAnswers(config.frigate, partial(self.report_problem, "frigate"))
-        settings = board_settings(config)
-        self.settings = RemoteSettings(site, board.id, settings, self._apply)
-        self.discovery = self._discovery(settings) if config.homeassistant else None
-
-        self.thermal = ThermalReader()
+        self.thermal, self.cameras = ThermalReader(), Cameras(config.cameras, self.publish_status)
+        self.users = Users(
+            config,
+            self.cameras,
+            lambda: self.local,
+            self.report_problem,
+            on_paradigm=self.publish_status,
+            has_labels=bool(bundle.manifest.classes),
+        )
 
         # The network: requests and replies with `servers`, everything for users with `local`.
         byte_budget = ByteBudget(config.policy.bytes_per_minute)
         self.measurements = Measurements(byte_budget.spent, bundle.id.hex())
-        self.references = ReferenceFrames(board.refresh_s)
+        self.answers, self.references = Answers(), ReferenceFrames(board.refresh_s)
         self.routers: list[Router] = []
         self.servers, self.local = self._clients()
         triggers = {camera.name: [Trigger(trigger.when) for trigger in camera.triggers] for camera in config.cameras}
-        shows_images = config.homeassistant and config.homeassistant.images
-        self.images = Images(self.local, site, board.id) if shows_images else None
         self.events = Events(self.local, site, board.id, self._event_published, triggers)
-        self.answers, self._listener = Answers(), listener
         self.tracker = RequestTracker(
             self.servers,
             bundle,
@@ -181,7 +111,7 @@ class Board:
         planner = BoardPlanner(
             config,
             self.cameras,
-            self.settings,
+            self.users.settings,
             self.measurements,
             Calibration(bundle.manifest.draft_calibration),
             has_head=head is not None,
@@ -204,19 +134,19 @@ class Board:
             self.references,
         )
 
-    def _networks(self) -> tuple[Head | None, Draft | None, Labels | None]:
-        """Raises BundleError, BackendError."""
+    def _networks(self) -> Networks:
+        """Raises BundleError and BackendError; RestartError if another bundle is to run."""
         board, bundle = self.config.board, self.bundle
-        _ = bundle.tables, bundle.inter_tables, bundle.words  # read now, so that a missing file is found at start
-        if board.paradigm == "offload":
-            return None, None, None
-        head = load_head(bundle, board.backend, board.threads)
-        draft = load_draft(bundle, board.backend, board.threads)
-        wants_labels = board.labels != "never"
-        labels = load_labels(bundle, head, board.backend, board.threads) if wants_labels else None
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
-            trim(0)  # the files of the networks, and what optimising them took
-        return head, draft, labels
+        try:
+            _ = bundle.tables, bundle.inter_tables, bundle.words  # read now, so that a missing file is found at start
+            if board.paradigm == "offload":
+                return Networks()
+            return load_networks(bundle, board.backend, board.threads, has_labels=board.labels != "never")
+        except (BundleError, BackendError) as error:
+            if not self.updates or not self.updates.is_trial:
+                raise
+            self.updates.give_up(str(error))
+            raise RestartError(self.updates.restart_why) from error
 
     def run(self, stop: threading.Event) -> Values:
         """Handles frames until the sources end or `stop` is set; returns `summary`.
@@ -230,10 +160,7 @@ class Board:
                 running.enter_context(client)
             for client in clients:
                 running.callback(client.finish)  # all of them, before the first one is waited for
-            if self.discovery:
-                running.callback(self.discovery.close)
-            if self.frigate_answers:
-                running.enter_context(self.frigate_answers)
+            running.enter_context(self.users.running())
             running.enter_context(self.tracker)
             if self.updates:
                 self.updates.stop_with(stop)
@@ -259,8 +186,7 @@ class Board:
             yield frame  # it has been handled then
             if self.updates:
                 self.updates.frame_handled(self.pipeline.failed)
-            if self.images:
-                self.images.show(frame.camera, frame.pixels)
+            self.users.frame_handled(frame)
 
     def summary(self) -> Values:
         """What the board has counted, with the names of reporting/counters.py; any thread."""
@@ -276,11 +202,9 @@ class Board:
             "triggered": self.events.triggered,
             "reused": self.pipeline.reused,
             "with_reference": self.pipeline.with_reference,
-            "setting": self.settings.counts(),
             "rejected": dict(rejected),
             "ignored": dict(self.measurements.counts),
-            **self.frigate.counts(),
-            **(self.frigate_answers.counts() if self.frigate_answers else {}),
+            **self.users.counts(),
             **self.servers.counts("mqtt"),
         }
         return values if self.local is self.servers else values | self.local.counts("local")
@@ -290,7 +214,7 @@ class Board:
         states = Counter(camera.state for camera in self.cameras.states().values())
         return {
             **self.summary(),
-            "paradigm": {self.settings["paradigm"]: 1},
+            "paradigm": {self.users.settings["paradigm"]: 1},
             "cameras": {name: states[name] for name in get_args(StateName)},
             **self.thermal.numbers(time.monotonic()),
             "info": {__version__: 1},
@@ -323,72 +247,39 @@ class Board:
         board, site = self.config.board, self.config.board.site
         for_servers = [
             Route(topics.reply(site, board.id), lambda message: self.tracker.reply_arrived(message.payload)),
-            Route(topics.server_statuses(site), self._server_status_arrived, qos=0, accepts_retained=True),
+            Route(
+                topics.server_statuses(site), self._server_status_arrived, qos=0, accepts_retained=True, optional=True
+            ),
         ]
-        for_users = [Route(self.settings.filter, lambda message: self.settings.message_arrived(message, self.local))]
-        for_servers += self._update_routes()
-        if self.cameras.mqtt_cameras():
-            for_users.append(Route(topics.frames(site, board.id), self._picture_arrived, qos=0))
-        for_users += [Route(topic, self._picture_on_own_topic_arrived, qos=0) for topic in self.cameras.topics()]
-        for_users += self.frigate.routes()
-        if self.discovery:
-            for_users += self.discovery.routes()
+        for_servers += self.updates.routes(site, board.id) if self.updates else []
         mqtt, near = self.config.mqtt, self.config.near_broker
+        users, birth = self.users.routes(), self.users.birth
         if near is None:
-            both = self._client(mqtt, board.id, for_servers + for_users, self._connection_changed)
+            both = self._client(mqtt, board.id, for_servers + users, birth, self._connection_changed)
             return both, both
         # Two ids: if both tables name one broker, two connections with one id would end each other for ever.
-        servers = self._client(mqtt, board.id, for_servers, self._connection_changed)
-        return servers, self._client(near, f"{board.id}-local", for_users)
+        servers = self._client(mqtt, board.id, for_servers, list, self._connection_changed)
+        return servers, self._client(near, f"{board.id}-local", users, birth)
 
     def _client(
         self,
         mqtt: MqttConfig,
         client_id: str,
         routes: Sequence[Route],
+        birth: Callable[[], list[Publish]],
         on_state: Callable[[State, str], None] | None = None,
     ) -> MqttClient:
-        filters = {route.filter for route in routes}
-        pictures = {topics.frames(self.config.board.site, self.config.board.id), *self.cameras.topics()}
-        has_pictures = not filters.isdisjoint(pictures | self.frigate.snapshots())
-        settings = mqtt.settings(client_id, **({"max_inbound_bytes": MAX_PICTURE} if has_pictures else {}))
-        has_users = self.settings.filter in filters
-        states = self.settings.states if has_users else list
-        announce = self.discovery.birth if self.discovery and has_users else list
         router = Router(routes)
         self.routers.append(router)
-        # Without the servers' statuses replies tell the same, later. Without Home Assistant or Frigate's review items,
-        # everything else works.
-        optional = [topics.server_statuses(self.config.board.site)]
-        optional += self.frigate.optional()
-        optional += [route.filter for route in self.discovery.routes()] if self.discovery else []
-        optional += [route.filter for route in self._update_routes()]
         return MqttClient(
-            settings,
+            mqtt.settings(client_id, max_inbound_bytes=router.max_packet),
             subscriptions=router.subscriptions,
-            optional=optional,
+            optional=router.optional,
             on_message=router.message_arrived,
             will=self._status("offline"),
-            birth=lambda: [self._status("online"), *states(), *announce()],
+            birth=lambda: [self._status("online"), *birth()],
             on_state=on_state,
         )
-
-    def _discovery(self, settings: Sequence[Setting]) -> Discovery:
-        config, board = self.config, self.config.board
-        assert config.homeassistant is not None
-        message = device_message(
-            config,
-            settings,
-            has_labels=bool(self.bundle.manifest.classes),
-            has_link=config.near_broker is not None,
-        )
-        return Discovery(config.homeassistant, board.site, board.id, message, self._tell_users)
-
-    def _tell_users(self, message: Publish) -> None:
-        self.local.publish(message.topic, message.payload, qos=message.qos, retain=message.retain)
-
-    def _update_routes(self) -> list[Route]:
-        return self.updates.routes(self.config.board.site, self.config.board.id) if self.updates else []
 
     def _update_state(self, payload: bytes) -> None:
         board = self.config.board
@@ -396,8 +287,7 @@ class Board:
 
     def _event_published(self, event: Event) -> None:
         self.answers.published(event)
-        if self.frigate_answers:
-            self.frigate_answers.put(event)
+        self.users.event_published(event)
         if self._listener:
             self._listener(event)
 
@@ -415,29 +305,6 @@ class Board:
     def _server_status_arrived(self, message: Message) -> None:
         self.measurements.status_arrived(message.topic, message.payload, time.monotonic())
 
-    def _picture_arrived(self, message: Message) -> Rejection | None:
-        camera, known = topics.camera_of(message.topic), self.cameras.mqtt_cameras()
-        if camera in known or (camera is None and len(known) == 1):
-            self.cameras.arrived(camera, message.payload)
-            return None
-        wanted = " or ".join(topics.frame(self.config.board.site, self.config.board.id, name) for name in known)
-        return "no_camera", f"publish pictures on {wanted}"
-
-    def _picture_on_own_topic_arrived(self, message: Message) -> None:
-        self.cameras[self.cameras.topics()[message.topic]].picture_arrived(message.payload)
-
-    def _apply(self, setting: Setting) -> None:
-        """A user has changed a run-time setting. Those that are not here are read for each frame."""
-        is_on = setting.value == "ON"
-        if setting.kind == "paused":
-            self.cameras.pause(is_on)
-        elif setting.kind == "enabled":
-            self.cameras[setting.camera].switch(enabled=is_on)
-        elif setting.kind == "motion":
-            self.cameras[setting.camera].gate.enabled = is_on
-        elif setting.kind == "paradigm":
-            self.publish_status()
-
     def _status(self, state: str) -> Publish:
         value: dict[str, Any] = {"state": state, "boot": BOOT}
         if state == "online":
@@ -447,7 +314,7 @@ class Board:
                 "bundle_name": self.bundle.manifest.name,
                 "bundle_version": self.updates.version if self.updates else 0,
                 "update": self.updates.status() if self.updates else None,
-                "paradigm": self.settings["paradigm"],
+                "paradigm": self.users.settings["paradigm"],
                 "cameras": {name: camera.state for name, camera in self.cameras.states().items()},
                 "problems": self.problems,
             }

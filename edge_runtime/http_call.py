@@ -1,4 +1,6 @@
-"""One POST to another server within bounds of time and bytes. Knows nothing of what is asked, of retries and prices.
+"""One POST to another server within bounds of time and bytes, and checks of its address.
+
+Knows nothing of what is asked, of retries and prices.
 
 http.client has a timeout per read only, so a server that sends a byte now and then could hold a call for ever. Hence a
 timer, which shuts the connection down when the whole time is up. Each call has a connection of its own: a kept one may
@@ -7,6 +9,7 @@ be dead, and then nobody knows whether the request arrived. Redirects are not fo
 
 import http
 import http.client
+import re
 import socket
 import ssl
 import threading
@@ -16,7 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import Literal
 from urllib.parse import urlsplit
 
-from edge_runtime.errors import AiflowError
+from edge_runtime.errors import AiflowError, ConfigError
 
 CONNECT_S = 5.0  # for TCP and TLS; the system's resolver has a limit of its own
 STALL_S = 10.0  # between two parts of a body that has begun
@@ -42,6 +45,26 @@ PERMANENT: frozenset[Kind] = frozenset({"refused", "too_long", "no_answer"})
 TEMPORARY: frozenset[Kind] = frozenset({"no_connection", "timeout", "cut_off", "rate_limited", "server_error"})
 # The other server may have worked for nothing, and may bill it.
 MAY_BE_BILLED: frozenset[Kind] = frozenset({"timeout", "cut_off", "too_long", "no_answer", "stopped"})
+
+
+def host_of(url: str) -> str | None:
+    """The host of an http or https address. None for anything else, also for one with a login, ? or #."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises ValueError if it is no number
+    except ValueError:
+        return None
+    is_address = parts.scheme in ("http", "https") and re.fullmatch("[!-~]+", url)
+    has_more = "@" in parts.netloc or parts.query or parts.fragment
+    return parts.hostname if is_address and not has_more else None
+
+
+def check_ca_file(path: str | None, owner: str) -> None:
+    """owner: whose setting it is, for the message. Raises ConfigError if no certificates can be read from it."""
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError as error:  # ssl.SSLError is an OSError
+        raise ConfigError(f"{owner} ca_file = {path}: cannot be read as PEM: {error.strerror or error}") from error
 
 
 class CallError(AiflowError):

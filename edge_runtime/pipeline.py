@@ -14,7 +14,6 @@ from datetime import datetime, timezone
 from math import isfinite
 from typing import Any
 
-import cv2
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Draft, Drafted
 from edge_runtime.inference.head import Head, Latent
 from edge_runtime.inference.labels import Labels, worth_sending
-from edge_runtime.inference.preprocess import shrunk, to_input
+from edge_runtime.inference.preprocess import shrunk, to_input, to_jpeg
 from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.inference.references import ReferenceFrames, SentFrame
 from edge_runtime.inference.reuse import Answers
@@ -403,10 +402,3 @@ def build_request(
         options=options if options != Options() else None,
         labels=encode_labels(worth_sending(labels)) or None if features else None,
     )
-
-
-def to_jpeg(pixels: npt.NDArray[np.uint8], quality: int) -> bytes:
-    """uint8 RGB [H, W, 3] to a JPEG; quality 1..100."""
-    ok, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    assert ok  # an array of this type and shape always encodes
-    return data.tobytes()

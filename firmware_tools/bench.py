@@ -233,7 +233,7 @@ def rate(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
-    from edge_runtime.app import load_draft, load_head
+    from edge_runtime.inference.networks import load_draft, load_head
 
     pictures = list(frames(args.images, args.limit))
     if args.part == "device":

@@ -38,13 +38,7 @@ COMMANDS = {
     "bench": "measure parts (codec, device, server, gateway), quality over bytes (rate), the case study (e2e), faults",
 }
 SERVICES = ("run", "serve")  # these log at INFO
-CONFIGURED = (
-    *SERVICES,
-    "validate",
-    "setup",
-    "service",
-    "ui",
-)  # these exit with 78 for a configuration that cannot work
+CONFIGURED = (*SERVICES, "validate", "setup", "service", "ui")  # these exit with 78 if a configuration cannot work
 EPILOG = """\
 a first look:      aiflow demo
 a first try:       aiflow run --camera /dev/video0 --broker HOST

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from edge_runtime.capture.picture_files import Picture
 from edge_runtime.errors import AiflowError
@@ -94,7 +95,7 @@ def play(args: argparse.Namespace, photos: Sequence[Photo]) -> Results:
         mqtt, bundle = {"port": port}, str(args.bundle.resolve())
         if args.paradigm != "device":
             server = {"id": SERVER, "site": SITE, "bundle": bundle, "tier": args.tier}
-            tables = {"server": server, "mqtt": mqtt}
+            tables: dict[str, Any] = {"server": server, "mqtt": mqtt}
             if not args.images and (views := write_taught(folder / "taught")):
                 results.question = TaughtQuestion(QUESTION, TAUGHT, views)
                 teach(args.bundle, folder)

@@ -192,8 +192,8 @@ def _self_test(config: "RuntimeConfig") -> Finding:
     """Head and draft on FRAMES frames of noise, which is no worse for their speed than photos."""
     import numpy as np
 
-    from edge_runtime.app import load_draft, load_head
     from edge_runtime.inference.bundle import open_bundle
+    from edge_runtime.inference.networks import load_draft, load_head
     from edge_runtime.inference.preprocess import PIXELS
 
     board = config.board

@@ -19,7 +19,7 @@ FRAME_S = 15.0  # for a camera's frames; a slow board may take some to start Ope
 
 def board_subscriptions(config: "RuntimeConfig") -> tuple[list[str], list[str]]:
     """The topics to which a board subscribes: at the servers' broker, and at that of its users."""
-    from edge_runtime.camera_source import kind_of
+    from edge_runtime.config.camera_source import kind_of
     from edge_runtime.wire import topics
 
     board = config.board
@@ -71,9 +71,9 @@ def seen(camera: "CameraConfig", count: int = 1) -> str:
     """
     import msgspec
 
-    from edge_runtime.camera_source import kind_of
     from edge_runtime.capture import Cameras
     from edge_runtime.config import MotionConfig
+    from edge_runtime.config.camera_source import kind_of
 
     kind = kind_of(camera.source)
     is_live = kind not in ("video", "pictures")  # files come as fast as they are read

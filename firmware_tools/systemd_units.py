@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 import edge_runtime
 from edge_runtime.app import STOP_S
-from edge_runtime.camera_source import WATCH, kind_of
 from edge_runtime.config import RuntimeConfig, load_toml, read_toml
+from edge_runtime.config.camera_source import WATCH, kind_of
 from edge_runtime.errors import AiflowError, ConfigError
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.shutdown import SLACK_S

@@ -1,18 +1,16 @@
 """The server's configuration: one TOML file, read and checked as a whole at start, then passed on as frozen values."""
 
-import re
-import ssl
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
 from edge_runtime.config import Id, MetricsConfig, PromptName, StationId
 from edge_runtime.errors import ConfigError
+from edge_runtime.http_call import check_ca_file, host_of
 from edge_runtime.mqtt import MqttConfig, MqttSettings
 from edge_runtime.mqtt.settings import is_loopback
+from edge_runtime.password_file import read_token
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
 from server.escalation import Bounds
@@ -48,7 +46,6 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     stop_s: Annotated[float, Meta(ge=0, le=600)] = 10.0  # to finish accepted requests when told to stop
 
 
-MAX_KEY_BYTES = 4096
 USUAL_INPUT_TOKENS = 1500  # of a picture and a prompt, to estimate a cost before there was a call
 
 
@@ -66,9 +63,8 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
     input_price: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # per million tokens of prompt and picture
     output_price: Annotated[float, Meta(ge=0, le=1e6)] = 0.0  # per million tokens of the text
     currency: Annotated[str, Meta(min_length=1, max_length=8)] = "USD"  # of prices and budget
-    budget_per_day: Annotated[float, Meta(gt=0, le=1e6)] | None = (
-        None  # no calls when it is spent, until the next day in UTC
-    )
+    # No calls when it is spent, until the next day in UTC.
+    budget_per_day: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     spent_file: str | None = None  # keeps over a restart what was spent today
     insecure: bool = False  # true allows plain http to a server that is not on this machine
 
@@ -89,28 +85,18 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
             )
         if self.spent_file and not self.budget_per_day:
             raise ConfigError("spent_file without budget_per_day is of no use: set both in [openai], or none")
-        try:
-            parts = urlsplit(url)
-            host = parts.hostname
-            _ = parts.port  # raises ValueError if it is no number
-        except ValueError:
-            host = None
-        if not host or parts.username is not None or parts.query or parts.fragment:
+        if not (host := host_of(url)):
             raise ConfigError(
                 'target = "openai:..." or "vllm:..." wants an address such as http://127.0.0.1:8080/v1, with a host, '
                 "without a login and without ? or #; a key belongs into key_file of [openai]"
             )
-        if parts.scheme == "http" and not self.insecure and not is_loopback(host):
+        if url.lower().startswith("http:") and not self.insecure and not is_loopback(host):
             raise ConfigError(
                 f"target on {host} is not on this machine and its address is http: everybody on the way could read the "
                 "pictures and the key; use https, or set insecure = true in [openai] on a network that you trust"
             )
-
         self.key()
-        try:
-            ssl.create_default_context(cafile=self.ca_file)
-        except OSError as error:  # ssl.SSLError is an OSError
-            raise ConfigError(f"ca_file = {self.ca_file}: cannot be read as PEM: {error.strerror or error}") from error
+        check_ca_file(self.ca_file, "[openai]")
 
     def estimate(self, prompts: Iterable[Prompt] = ()) -> float:
         """What a call may cost, in the currency, before there was one."""
@@ -125,16 +111,7 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     def key(self) -> str | None:
         """The first line of key_file. Raises ConfigError, which never shows the key."""
-        if self.key_file is None:
-            return None
-        try:
-            with Path(self.key_file).open("rb") as file:
-                first = file.read(MAX_KEY_BYTES).removeprefix(b"\xef\xbb\xbf").split(b"\n")[0].strip()
-        except OSError as error:
-            raise ConfigError(f"key_file = {self.key_file}: cannot be read: {error.strerror}") from error
-        if not re.fullmatch(rb"[!-~]+", first):  # it goes into a header
-            raise ConfigError(f"key_file = {self.key_file}: its first line is no key: want ASCII without spaces")
-        return first.decode()
+        return None if self.key_file is None else read_token(self.key_file, "[openai]", "key_file")
 
 
 class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -3,6 +3,8 @@
 - `broker`: starts an MQTT broker, Mosquitto or the one in the `iotcore` wheel
 - `processes`: starts boards and servers as child processes with generated configurations
 - `link_simulator`, `shaping`: a TCP proxy that behaves like a thin link
+- `chat_server`, `vllm_server`: other people's servers, which do as they are told
+- `arm64`, `emulation`, `board_outputs`: the board's part on emulated arm64, compared with this machine
 - `sample_photos`: photos to run on
 - `terminal`: types of command-line arguments, tables and progress bars
 

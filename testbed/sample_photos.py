@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.capture.picture_files import Picture, read_pictures
-from edge_runtime.inference.preprocess import shrunk
+from edge_runtime.inference import preprocess
 from edge_runtime.packages import how_to_install
 
 logger = logging.getLogger(__name__)
@@ -110,8 +110,7 @@ def shipped() -> Iterator[Photo]:
 
 def to_jpeg(pixels: NDArray[np.uint8], longest: int, quality: int) -> bytes:
     """uint8 RGB [H, W, 3] as a JPEG, shrunk if its longer side has more than `longest` pixels."""
-    bgr = cv2.cvtColor(shrunk(pixels, longest), cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+    return preprocess.to_jpeg(preprocess.shrunk(pixels, longest), quality)
 
 
 def is_readable(picture: Picture) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 
 from edge_runtime.capture.frigate_events import MAX_EVENTS, MAX_SNAPSHOTS
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, load_toml
+from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.errors import ConfigError
-from edge_runtime.frigate_config import FrigateConfig
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.reporting.frigate import CALL_S, MAX_AGE_S, MAX_SUB_LABEL, MAX_WAITING
 from edge_runtime.wire import topics
@@ -96,7 +97,7 @@ def test_what_is_no_message_or_picture_of_frigates_is_counted_and_an_old_snapsho
             assert board.next("update").frigate == FrigateEvent(TWO, "person")
             board.stop.set()
             summary = board.wait_ended()
-    assert summary["rejected"] == {"retained": 1, "no_camera": 0, "no_route": 0, "unreadable": 3}
+    assert +Counter(summary["rejected"]) == {"retained": 1, "unreadable": 3}
     assert (summary["unreadable"], summary["frigate_events"]["taken"]) == (1, 2)
 
 

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from edge_runtime.app import run_board
 from edge_runtime.config import BoardConfig, CameraConfig, MetricsConfig, RuntimeConfig
-from edge_runtime.frigate_config import FrigateConfig
+from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.reporting import BOARD

@@ -19,9 +19,9 @@ import psutil
 
 from benchmarks.faults.scenario import Scenario
 from benchmarks.faults.site import SERVER, SITE
-from edge_runtime.app import load_draft, load_head
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.networks import load_draft, load_head
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.mqtt import MqttClient, MqttConfig, State

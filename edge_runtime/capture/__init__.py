@@ -4,7 +4,7 @@ readers.py chooses the reader of a source, which reads it once: files (readers.p
 pictures over MQTT, Frigate's events (frigate.py), live cameras (live.py) by OpenCV, over HTTP (http_pictures.py) or by
 a program (child.py). camera.py opens it again after a failure and switches it on and off. cameras.py makes one stream
 of all cameras. motion_gate.py decides which frames go on. diagnosis.py finds out why a camera cannot be opened. Sources
-and their keys are in edge_runtime/camera_source.py; docs/cameras.md is for users.
+and their keys are in edge_runtime/config/camera_source.py; docs/cameras.md is for users.
 """
 
 from edge_runtime.capture.camera import Camera, CameraState

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
-from edge_runtime.camera_source import kind_of
 from edge_runtime.capture.frame import Counters, Frame
 from edge_runtime.capture.frigate import FrigatePictures
 from edge_runtime.capture.live import live_frames
@@ -23,6 +22,7 @@ from edge_runtime.capture.mqtt_pictures import MqttPictures
 from edge_runtime.capture.readers import reader_of
 from edge_runtime.capture.watched_folder import WatchedFolder
 from edge_runtime.config import CameraConfig
+from edge_runtime.config.camera_source import kind_of
 from edge_runtime.errors import ConfigError
 from edge_runtime.logs import printable
 

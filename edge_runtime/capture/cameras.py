@@ -9,11 +9,15 @@ from dataclasses import asdict
 
 from edge_runtime.capture.camera import Camera, CameraState
 from edge_runtime.capture.frame import POLL_S, Counters, Frame
+from edge_runtime.capture.mqtt_pictures import MAX_PICTURE
 from edge_runtime.capture.readers import check_source
 from edge_runtime.config import CameraConfig
 from edge_runtime.errors import ConfigError
 from edge_runtime.logs import printable
+from edge_runtime.mqtt import Message
+from edge_runtime.mqtt.routes import Rejection, Route
 from edge_runtime.shutdown import DriverThread, threads_in_driver
+from edge_runtime.wire import topics
 
 CLOSE_S = 2.0  # for the cameras' threads to end; a thread that hangs in a driver is left to shutdown.leave
 
@@ -38,9 +42,23 @@ class Cameras:
         """Names of the cameras whose pictures come over MQTT, on the board's own topics."""
         return [camera.config.name for camera in self if camera.mqtt_pictures and not camera.config.topic]
 
-    def topics(self) -> dict[str, str]:
-        """The topics that cameras have instead, and the name of the camera of each."""
-        return {camera.config.topic: camera.config.name for camera in self if camera.config.topic}
+    def routes(self, site: str, board: str) -> list[Route]:
+        """Where these pictures arrive, at the users' broker: on the board's own topics, or on a camera's."""
+
+        def arrived(message: Message) -> Rejection | None:
+            if self.arrived(topics.camera_of(message.topic), message.payload):
+                return None
+            wanted = " or ".join(topics.frame(site, board, name) for name in self.mqtt_cameras())
+            return "no_camera", f"publish pictures on {wanted}"
+
+        def arrived_on_own_topic(message: Message) -> None:
+            self._cameras[names[message.topic]].picture_arrived(message.payload)
+
+        names = {camera.config.topic: camera.config.name for camera in self if camera.config.topic}
+        routes = [Route(topic, arrived_on_own_topic, qos=0, max_packet=MAX_PICTURE) for topic in names]
+        if self.mqtt_cameras():
+            routes.append(Route(topics.frames(site, board), arrived, qos=0, max_packet=MAX_PICTURE))
+        return routes
 
     def arrived(self, name: str | None, data: bytes) -> bool:
         """A picture over MQTT for the camera of this name. Never blocks. False if no such camera waits for pictures.

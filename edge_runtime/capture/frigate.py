@@ -7,14 +7,14 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge_runtime.capture.frame import POLL_S, Counters, Frame
 from edge_runtime.capture.frigate_events import COUNTED, FrigateEvents
 from edge_runtime.capture.frigate_messages import FrigateMessageError, ObjectChange, ReviewChange, read_message
-from edge_runtime.capture.mqtt_pictures import MAX_MQTT_PIXELS
+from edge_runtime.capture.mqtt_pictures import MAX_MQTT_PIXELS, MAX_PICTURE
 from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.config import CameraConfig
 from edge_runtime.logs import is_told, printable
@@ -96,25 +96,21 @@ class FrigatePictures:
 class FrigateTopics:
     """Frigate's topics, and which camera hears of their messages."""
 
-    def __init__(self, prefix: str, cameras: Mapping[str, "Camera"]) -> None:
-        """cameras: those with the source "frigate", by Frigate's name for them."""
-        self._prefix, self._cameras = prefix, cameras
-
-    def snapshots(self) -> set[str]:
-        """Filters of the topics that have pictures."""
-        return {f"{self._prefix}/{name}/+/snapshot" for name in self._cameras}
-
-    def optional(self) -> list[str]:
-        """Filters without which events are answered all the same."""
-        return [f"{self._prefix}/reviews"]
+    def __init__(self, prefix: str, cameras: Iterable["Camera"]) -> None:
+        """cameras: those with another source than "frigate" are left out."""
+        self._prefix = prefix
+        self._cameras = {camera.config.name_in_frigate: camera for camera in cameras if camera.frigate}
 
     def routes(self) -> list[Route]:
         """To subscribe to at the users' broker. With QoS 0, a snapshot may overtake an event, never the other way."""
         if not self._cameras:
             return []
-        events, reviews = f"{self._prefix}/events", f"{self._prefix}/reviews"
-        snapshots = [Route(topic, self._snapshot_arrived, qos=0) for topic in sorted(self.snapshots())]
-        return [*snapshots, Route(events, self._event_arrived), Route(reviews, self._review_arrived)]
+        snapshots = sorted(f"{self._prefix}/{name}/+/snapshot" for name in self._cameras)
+        return [
+            *(Route(topic, self._snapshot_arrived, qos=0, max_packet=MAX_PICTURE) for topic in snapshots),
+            Route(f"{self._prefix}/events", self._event_arrived),
+            Route(f"{self._prefix}/reviews", self._review_arrived, optional=True),
+        ]
 
     def counts(self) -> dict[str, Any]:
         """Numbers of all cameras, with the names of reporting/counters.py; empty without cameras."""

@@ -12,13 +12,13 @@ import time
 from contextlib import suppress
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from edge_runtime.camera_source import HTTP, PLACEHOLDERS
 from edge_runtime.capture.diagnosis import in_words, status_in_words
 from edge_runtime.capture.frame import CameraError, Counters, NewestFrame, arrived, stalled
 from edge_runtime.capture.jpeg_stream import JpegStream
 from edge_runtime.capture.login import authorization, login_of, same_server, with_login
 from edge_runtime.capture.picture_checks import MAX_PICTURE_BYTES
 from edge_runtime.config import CameraConfig
+from edge_runtime.config.camera_source import HTTP, PLACEHOLDERS
 from edge_runtime.logs import printable
 
 ANSWER_S = 5.0  # for a connection, and for each part of the answer's headers

@@ -12,9 +12,8 @@ from urllib.request import (
     parse_keqv_list,
 )
 
-from edge_runtime.camera_source import PLACEHOLDERS
 from edge_runtime.config import CameraConfig
-from edge_runtime.errors import ConfigError
+from edge_runtime.config.camera_source import PLACEHOLDERS
 from edge_runtime.password_file import read_password
 
 DIGESTS = ("MD5", "SHA")  # algorithms of RFC 7616 that every Python since 3.10 knows
@@ -32,11 +31,7 @@ def login_of(camera: CameraConfig) -> Login | None:
     """None: the camera has none. Raises ConfigError if its file cannot be used."""
     if camera.username is None or camera.password_file is None:
         return None
-    try:
-        return Login(camera.username, read_password(camera.password_file, f"camera {camera.name}"))
-    except OSError as error:
-        path, why = camera.password_file, error.strerror
-        raise ConfigError(f"camera {camera.name} password_file = {path}: cannot be read: {why}") from error
+    return Login(camera.username, read_password(camera.password_file, f"camera {camera.name}"))
 
 
 def with_login(source: str, login: Login | None) -> str:

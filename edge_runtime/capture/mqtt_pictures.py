@@ -13,6 +13,7 @@ from edge_runtime.logs import is_told
 
 logger = logging.getLogger(__name__)
 
+MAX_PICTURE = 8 << 20  # bytes of a packet with one
 MAX_MQTT_PIXELS = 16_000_000  # of a picture over MQTT: anybody who may publish there sends it
 
 

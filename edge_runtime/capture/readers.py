@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from edge_runtime.camera_source import SCHEMES, kind_of, scheme_of
 from edge_runtime.capture.child import missing_program
 from edge_runtime.capture.frame import CameraError, Counters, Frame
 from edge_runtime.capture.live import live_frames
@@ -19,6 +18,7 @@ from edge_runtime.capture.picture_files import SUFFIXES, read_pictures
 from edge_runtime.capture.video_capture import DriverError, VideoCapture
 from edge_runtime.capture.watched_folder import folder_of
 from edge_runtime.config import CameraConfig
+from edge_runtime.config.camera_source import SCHEMES, kind_of, scheme_of
 from edge_runtime.logs import printable
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from math import inf
 from pathlib import Path
 
-from edge_runtime.camera_source import WATCH
 from edge_runtime.capture.frame import CameraError, Counters, Frame
 from edge_runtime.capture.picture_checks import MAX_PICTURE_BYTES, PictureError, decode_picture
 from edge_runtime.capture.picture_files import SUFFIXES
 from edge_runtime.config import CameraConfig
+from edge_runtime.config.camera_source import WATCH
 from edge_runtime.logs import is_told, printable
 
 logger = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 - `signature`: who has signed a bundle, its version and its expiry date
 - `store`: the installed bundles, which of them runs, and the way back
 - `incoming`: the files of a bundle on their way into the store
+- `self_test`: whether a bundle works here, in a process of its own
 - `updates`: the same over MQTT, for `aiflow bundle push`
 
 docs/bundles.md says how it is used, docs/protocol.md, section 14, what crosses the network.

@@ -73,7 +73,14 @@ def self_test(config: RuntimeConfig, folder: Path) -> None:
     """
     board = config.board
     backend = "none" if board.paradigm == "offload" else board.backend
-    command = [sys.executable, "-m", "edge_runtime.self_test", str(folder.absolute()), backend, str(board.threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "edge_runtime.firmware.self_test",
+        str(folder.absolute()),
+        backend,
+        str(board.threads),
+    ]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=SELF_TEST_S, check=False
@@ -139,9 +146,11 @@ class Updates:
     # ---- any thread ----
 
     def routes(self, site: str, board: str) -> list[Route]:
+        offered = partial(self._arrived, self._offered, MAX_SIGNATURE_BYTES)
+        chunk_arrived = partial(self._arrived, self._take_chunk, MAX_CHUNK)
         return [
-            Route(topics.bundle_offer(site, board), partial(self._arrived, self._offered, MAX_SIGNATURE_BYTES)),
-            Route(topics.bundle_chunk(site, board), partial(self._arrived, self._take_chunk, MAX_CHUNK)),
+            Route(topics.bundle_offer(site, board), offered, optional=True),
+            Route(topics.bundle_chunk(site, board), chunk_arrived, optional=True),
         ]
 
     def status(self) -> dict[str, str]:

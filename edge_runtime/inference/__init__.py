@@ -1,7 +1,9 @@
 """The networks of the board: pixels to symbols (`head`), to a draft text (`draft`), to `labels`, and their bundle.
 
 - `bundle`: the files of a model family, checked against their manifest
-- `backends`: onnxruntime and LiteRT behind one protocol
+- `networks`: all of them, loaded from the bundle; `backends`: onnxruntime and LiteRT behind one protocol
 - `draft_calibration`: from a draft's confidence to its quality relative to the server's text
-- `preprocess`: encoded pictures to the head's input; imported by its own name, since it needs OpenCV
+- `sampling`, `noise`: which token comes next if it is not the likeliest one
+- `rate`, `references`, `reuse`: fewer bytes for a frame: coarser, coded against an earlier one, or not sent
+- `preprocess`: decoded pictures to the head's input, or to a JPEG; imported by its own name, since it needs OpenCV
 """

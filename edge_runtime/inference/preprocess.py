@@ -1,4 +1,4 @@
-"""From a decoded picture to the head's input; the same code on the board, on the server and in training.
+"""From a decoded picture to the head's input, or to a JPEG; the same code on the board, on the server and in training.
 
 The whole frame is squashed to a square: nothing at its edges is lost, and no box has to be sent along.
 """
@@ -16,6 +16,13 @@ def shrunk(pixels: np.ndarray, longest: int) -> np.ndarray:
         return pixels
     size = max(1, round(scale * width)), max(1, round(scale * height))
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+
+
+def to_jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    """uint8 RGB [H, W, 3] to a JPEG; quality 1..100."""
+    ok, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert ok  # an array of this type and shape always encodes
+    return data.tobytes()
 
 
 def to_input(pixels: np.ndarray) -> np.ndarray:

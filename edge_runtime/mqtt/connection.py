@@ -120,7 +120,8 @@ class Connection:
             client.will_set(will.topic, will.payload, will.qos, will.retain)
 
     def open(self) -> None:
-        """TCP, TLS and the CONNECT packet. Raises OSError: no route, refused, timed out, no such name, credentials."""
+        """TCP, TLS and the CONNECT packet. Raises OSError: no route, refused, timed out, no such name,
+        certificates; ConfigError for the password's file."""
         settings, client = self._settings, self._client
         if settings.username is not None:
             client.username_pw_set(settings.username, settings.password())

@@ -10,6 +10,7 @@ from paho.mqtt.client import topic_matches_sub
 
 from edge_runtime.logs import is_told, printable
 from edge_runtime.mqtt.connection import Message
+from edge_runtime.mqtt.settings import MAX_PACKET
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class Route:
     # A broker repeats a retained message at every connection. Only a status is still true then: a picture, a reply or a
     # setting of yesterday is not.
     accepts_retained: bool = False
+    optional: bool = False  # everything else works if the broker forbids the subscription
+    max_packet: int = MAX_PACKET  # bytes
 
 
 class Router:
@@ -40,6 +43,15 @@ class Router:
     @property
     def subscriptions(self) -> list[tuple[str, int]]:
         return [(route.filter, route.qos) for route in self.routes]
+
+    @property
+    def optional(self) -> list[str]:
+        return [route.filter for route in self.routes if route.optional]
+
+    @property
+    def max_packet(self) -> int:
+        """Bytes; a client has one limit for all topics."""
+        return max(route.max_packet for route in self.routes)
 
     def message_arrived(self, message: Message) -> None:
         """On the client's thread."""

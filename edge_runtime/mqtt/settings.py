@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 from edge_runtime.errors import ConfigError
 from edge_runtime.password_file import read_password
 
+MAX_PACKET = 512 << 10  # bytes, inbound, unless somebody expects pictures
 TopicPrefix = Annotated[
     str,
     Meta(
@@ -48,7 +49,7 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
     queue_messages: int = 1024  # that wait besides the window: a broker that stalls for seconds costs no event
     queue_bytes: int = 8 << 20  # of payloads that wait
     max_publish_bytes: int = 512 << 10  # one payload
-    max_inbound_bytes: int = 512 << 10  # one packet; the broker drops larger ones silently (MQTT 5, 3.1.2.11.4)
+    max_inbound_bytes: int = MAX_PACKET  # one packet; the broker drops larger ones silently (MQTT 5, 3.1.2.11.4)
     receive_maximum: int | None = None  # inbound QoS 1 messages not acknowledged yet; None: the protocol's 65535
 
     def __post_init__(self) -> None:
@@ -72,10 +73,7 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
                 f"mqtt cert_file = {self.cert_file}, key_file = {self.key_file}: a certificate needs both, or leave "
                 "out both"
             )
-        try:
-            self.password()
-        except OSError as error:
-            raise ConfigError(f"mqtt password_file = {self.password_file}: cannot be read: {error.strerror}") from error
+        self.password()
         try:
             self.tls_context()
         except OSError as error:  # ssl.SSLError is an OSError
@@ -88,7 +86,7 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
         return bool(self.tls or self.ca_file or self.cert_file)
 
     def password(self) -> str | None:
-        """The first line of the file, without a byte order mark. Raises OSError and ConfigError."""
+        """The first line of the file, without a byte order mark. Raises ConfigError."""
         return None if self.password_file is None else read_password(self.password_file, "mqtt")
 
     def tls_context(self) -> ssl.SSLContext | None:

@@ -70,8 +70,8 @@ class Discovery:
         status = topics.discovery_status(self._config.prefix)
         # A retained "online" is as old as the connection, at which the message was published anyway.
         return [
-            Route(status, self.home_assistant_said, qos=0, accepts_retained=True),
-            Route(self._topic, self.own_message_arrived, accepts_retained=True),
+            Route(status, self.home_assistant_said, qos=0, accepts_retained=True, optional=True),
+            Route(self._topic, self.own_message_arrived, accepts_retained=True, optional=True),
         ]
 
     def birth(self) -> list[Publish]:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping
 from math import inf
 from typing import Any, NamedTuple
 
+from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.errors import ConfigError
-from edge_runtime.frigate_config import FrigateConfig
 from edge_runtime.http_call import CallError, Endpoint
 from edge_runtime.logs import is_told, printable
 from edge_runtime.wire.event import Event

@@ -3,11 +3,10 @@
 import time
 from collections.abc import Callable
 
-import cv2
 import numpy as np
 
-from edge_runtime.inference.preprocess import shrunk
-from edge_runtime.mqtt import MqttClient
+from edge_runtime.inference.preprocess import shrunk, to_jpeg
+from edge_runtime.mqtt import Publish
 from edge_runtime.wire import topics
 
 PERIOD_S = 5.0  # between two pictures of a camera; encoding one takes milliseconds
@@ -19,8 +18,11 @@ QUALITIES = (75, 50, 25, 5)  # of a JPEG; even noise of 640 x 640 pixels fits wi
 class Images:
     """Publishes pictures on `up/image/<camera>`. They are not retained: no broker keeps them."""
 
-    def __init__(self, client: MqttClient, site: str, board: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._client, self._site, self._board, self._clock = client, site, board, clock
+    def __init__(
+        self, publish: Callable[[Publish], None], site: str, board: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """publish: to the users' broker, never blocks."""
+        self._publish, self._site, self._board, self._clock = publish, site, board, clock
         self._due: dict[str, float] = {}  # by camera
 
     def show(self, camera: str, pixels: np.ndarray) -> None:
@@ -29,14 +31,14 @@ class Images:
         if now < self._due.get(camera, now):
             return
         self._due[camera] = now + PERIOD_S
-        self._client.publish(topics.image(self._site, self._board, camera), small_jpeg(pixels), qos=0)
+        self._publish(Publish(topics.image(self._site, self._board, camera), small_jpeg(pixels), qos=0))
 
 
 def small_jpeg(pixels: np.ndarray) -> bytes:
     """uint8 RGB [H, W, 3] to a JPEG with sides of at most MAX_SIDE pixels and at most MAX_IMAGE bytes."""
     small = shrunk(pixels, MAX_SIDE)
     for quality in QUALITIES:
-        data = cv2.imencode(".jpg", cv2.cvtColor(small, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        data = to_jpeg(small, quality)
         if len(data) <= MAX_IMAGE:
             break
-    return bytes(data)
+    return data

@@ -1,6 +1,6 @@
 """A trigger: tells once when a condition on a camera's verified answers becomes true. A state machine without I/O."""
 
-from edge_runtime.conditions import LABEL, Comparison, parse_condition
+from edge_runtime.config.conditions import LABEL, Comparison, parse_condition
 from edge_runtime.wire import Event
 
 

@@ -86,10 +86,7 @@ def _token(listen: str, file: str | None) -> str | None:
                 f"--listen {listen} lets other machines see the page: add --token-file, which asks them for a login"
             )
         return None
-    try:
-        token = read_password(file, "ui", "--token-file")
-    except OSError as error:
-        raise ConfigError(f"--token-file {file}: cannot be read: {error.strerror}") from error
+    token = read_password(file, "ui", "--token-file")
     if len(token) < MIN_TOKEN:
         raise ConfigError(
             f"--token-file {file}: a token of {len(token)} characters can be guessed, want {MIN_TOKEN} or more: "

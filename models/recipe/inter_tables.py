@@ -12,11 +12,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edge_runtime.app import load_head
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import read_pictures
 from edge_runtime.inference.bundle import INTER_TABLES, MANIFEST, FileRecord, file_hash, open_bundle
 from edge_runtime.inference.head import Head
+from edge_runtime.inference.networks import load_head
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.wire import Tables
 from edge_runtime.wire.tables import count_inter_tables

@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_runtime.app import load_draft, load_head, load_labels
 from edge_runtime.capture.cameras import Cameras, Frame
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, RuntimeConfig
@@ -18,6 +17,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.labels import MIN_SENT
+from edge_runtime.inference.networks import load_draft, load_head, load_labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols
 from edge_runtime.inference.references import ReferenceFrames

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime import app
+from edge_runtime.capture import mqtt_pictures
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
 from edge_runtime.password_file import MAX_PASSWORD_BYTES
 from edge_runtime.reporting import board_settings
@@ -161,7 +161,7 @@ def test_the_switches_and_the_size_of_pictures_are_those_of_the_board() -> None:
     config = RuntimeConfig(BoardConfig("porch", "bundle"), cameras)
     switches = [switch.name for switch in board_settings(config)]
     assert sorted(_switches(Board("porch", ("front", "yard")))) == sorted(switches)
-    assert MAX_PICTURE == app.MAX_PICTURE
+    assert MAX_PICTURE == mqtt_pictures.MAX_PICTURE
 
 
 # ---- bounds ----

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import msgspec
 
-from edge_runtime.config import ConfigError, RuntimeConfig, load_toml
+from edge_runtime.config import RuntimeConfig, load_toml
+from edge_runtime.errors import ConfigError
 from server.config import Config
 from testbed.shaping import LinkError, parse_trace
 from tests.fuzz.mutations import TOML

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from edge_runtime.capture import Cameras, live
-from edge_runtime.config import CameraConfig, ConfigError, MotionConfig
+from edge_runtime.config import CameraConfig, MotionConfig
+from edge_runtime.errors import ConfigError
 from tests.edge_runtime.capture.helpers import MjpegCamera, in_background, shade_of, write_photos
 from tests.listener import PATIENCE_S, until
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from edge_runtime.capture import Cameras, Frame, camera
-from edge_runtime.capture.mqtt_pictures import MqttPictures
+from edge_runtime.capture.frigate import FrigateTopics
+from edge_runtime.capture.mqtt_pictures import MAX_PICTURE, MqttPictures
 from edge_runtime.config import CameraConfig
 from edge_runtime.errors import ConfigError
 from tests.edge_runtime.capture.helpers import in_background, jpeg, shade_of, write_photos
@@ -162,6 +163,17 @@ def test_a_picture_over_mqtt_goes_to_the_camera_of_its_topic():
     frames.close()
     assert [(frame.camera, shade_of(frame)) for frame in (first, second)] == [("yard", 10), ("door", 20)]
     assert cameras.totals().skipped == 0
+
+
+def test_topics_with_pictures_take_large_packets_and_a_board_without_frigates_reviews_works():
+    sources = {"disk": "photos", "door": "mqtt", "gate": "frigate"}
+    cameras = Cameras([CameraConfig("yard", "mqtt", topic="cam/y"), *(CameraConfig(*each) for each in sources.items())])
+    routes = [*cameras.routes("home", "b1"), *FrigateTopics("frigate", cameras).routes()]
+    pictures = {route.filter for route in routes if route.max_packet == MAX_PICTURE}
+    assert pictures == {"cam/y", "aiflow/home/b1/down/frame/#", "frigate/gate/+/snapshot"}
+    assert [route.filter for route in routes if route.optional] == ["frigate/reviews"]
+    others = Cameras([CameraConfig("disk", "photos")])
+    assert others.routes("home", "b1") == FrigateTopics("frigate", others).routes() == []
 
 
 def test_a_picture_without_a_cameras_name_is_for_the_only_camera_with_pictures_over_mqtt(stop):

@@ -10,7 +10,8 @@ from hypothesis.extra.numpy import arrays
 
 from edge_runtime.capture.motion_gate import MAX_WIDTH, WARM_UP_FRAMES, Inspection, MotionGate, shrink
 from edge_runtime.capture.picture_checks import decode_picture
-from edge_runtime.config import ConfigError, MotionConfig
+from edge_runtime.config import MotionConfig
+from edge_runtime.errors import ConfigError
 from testbed.sample_photos import SHIPPED, shipped
 
 ON = MotionConfig(enabled=True)

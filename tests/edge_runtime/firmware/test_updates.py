@@ -35,7 +35,6 @@ from edge_runtime.wire.update import (
 from tests.brokers import Mosquitto
 from tests.edge_runtime.firmware.helpers import (
     OTHER_KEY,
-    SMALL,
     TODAY,
     install,
     rewritten,
@@ -96,12 +95,6 @@ class Station:
                 self.send(state.file, start, data[start : min(start + CHUNK_BYTES, state.offset + state.bytes)])
             state = self.next()
         return state
-
-
-@pytest.fixture
-def bundles(board_bundle: Bundle, tmp_path: Path) -> list[Bundle]:
-    names = ["factory", "b1", "b2", "b3"]
-    return [variant(board_bundle, tmp_path / "bundles" / name, name, SMALL, name=name) for name in names]
 
 
 @pytest.fixture

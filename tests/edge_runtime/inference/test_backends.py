@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from edge_runtime.app import load_head
 from edge_runtime.inference import backends
 from edge_runtime.inference.backends import SUFFIXES, BackendError, installed, load_fastest, load_model
 from edge_runtime.inference.backends.onnx import sums_saturate
+from edge_runtime.inference.networks import load_head
 from tests import exports
 
 each_backend = pytest.mark.parametrize("suffix", SUFFIXES.values())

@@ -4,9 +4,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.app import load_head, load_labels
 from edge_runtime.inference.backends import SUFFIXES, BackendError
 from edge_runtime.inference.labels import MIN_SENT, Labels, worth_sending
+from edge_runtime.inference.networks import load_head, load_labels
 from edge_runtime.wire.labels import MAX_LABELS
 from tests import exports
 
@@ -86,7 +86,7 @@ def test_an_older_bundle_has_no_labels_on_the_board(board_bundle):
 
 def test_labels_that_do_not_fit_the_manifest_are_found_at_start(board_bundle, monkeypatch):
     head = load_head(board_bundle, "onnx", 1)
-    monkeypatch.setattr("edge_runtime.app.load_model", lambda *_: Logits([1, 2]))
+    monkeypatch.setattr("edge_runtime.inference.networks.load_model", lambda *_: Logits([1, 2]))
     with pytest.raises(BackendError, match="has 2 classes, the manifest 3"):
         load_labels(board_bundle, head, "onnx", 1)
 

@@ -8,7 +8,7 @@ import pytest
 
 from edge_runtime.app import Board
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
-from edge_runtime.frigate_config import FrigateConfig
+from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.reporting import BOARD, not_zero
 from server.counters import SERVER

@@ -144,15 +144,15 @@ def test_settings_are_switched_on_the_topics_that_the_message_names(board_bundle
         with Listener(broker.port) as user:
             for name, value in (("paused", "ON"), ("front_enabled", "OFF"), ("paradigm", "device")):
                 user.client.publish(entities[f"setting.{name}"]["cmd_t"], value.encode())
-                until(lambda name=name, value=value: board.settings[name] == value)  # type: ignore[misc]
+                until(lambda name=name, value=value: board.users.settings[name] == value)  # type: ignore[misc]
         state = kept(broker)
         assert state[entities["setting.paused"]["stat_t"]] == b"ON"
 
 
 def test_home_assistants_birth_is_answered_by_the_same_message_and_nothing_else_is(board_bundle, broker, photos):
     with running(waiting(configuration(board_bundle, broker.port, photos))) as board:
-        assert board.discovery
-        board.discovery._delay_s = lambda: 0.0
+        assert board.users.discovery
+        board.users.discovery._delay_s = lambda: 0.0
         with Listener(broker.port, TOPIC) as user:
             first = user.next()
             for payload in (b"offline", b"{{ x }}", b"x" * 10_000, b"online"):
@@ -230,7 +230,7 @@ def test_without_discovery_the_device_is_removed_and_without_the_table_nothing_i
         user.next()
         with running(waiting(configuration(board_bundle, broker.port, photos, discovery=False))) as board:
             assert user.next() == b""
-            assert board.settings.filter in {route.filter for router in board.routers for route in router.routes}
+            assert board.users.settings.filter in {route.filter for router in board.routers for route in router.routes}
     assert TOPIC not in kept(broker)
 
 
@@ -312,14 +312,14 @@ def test_a_brokers_generated_rights_are_enough_and_let_no_board_announce_another
                 gate.publish(image, b"x", on_outcome=refused.put)
                 assert [refused.get(timeout=PATIENCE_S) for _ in range(2)] == [Outcome.REFUSED] * 2
             with running(waiting(config)) as board:
-                assert board.discovery
-                board.discovery._delay_s = lambda: 0.0
+                assert board.users.discovery
+                board.users.discovery._delay_s = lambda: 0.0
                 first = heard.get(timeout=PATIENCE_S)
                 assert (first.topic, set(check(first.payload)["cmps"]) > {"camera.front.image"}) == (TOPIC, True)
                 home.publish(HA_STATUS, b"online", qos=0)
                 assert {heard.get(timeout=PATIENCE_S).topic for _ in range(2)} == {HA_STATUS, TOPIC}
-                assert board.images
-                board.images.show("front", np.zeros((8, 8, 3), np.uint8))
+                assert board.users.images
+                board.users.images.show("front", np.zeros((8, 8, 3), np.uint8))
                 assert heard.get(timeout=PATIENCE_S).topic == image
                 home.publish(TOPIC, b"", retain=True)  # as Home Assistant does when somebody deletes the device there
                 assert heard.get(timeout=PATIENCE_S).payload == b""

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.errors import ConfigError
-from edge_runtime.frigate_config import FrigateConfig
 from edge_runtime.reporting import frigate as frigate_module
 from edge_runtime.reporting.frigate import MAX_SUB_LABEL, MAX_WAITING, FrigateAnswers, calls_for
 from edge_runtime.wire import Event

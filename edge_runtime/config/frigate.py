@@ -1,15 +1,13 @@
 """The table [frigate] of board.toml: where Frigate publishes, and whether it gets the answers; docs/frigate.md."""
 
-import re
-import ssl
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from msgspec import Meta, Struct
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.http_call import check_ca_file, host_of
 from edge_runtime.mqtt.settings import TopicPrefix, is_loopback
-from edge_runtime.password_file import read_password
+from edge_runtime.password_file import read_token
 
 
 class FrigateConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,19 +34,12 @@ class FrigateConfig(Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 "[frigate] has url, but description = false and no sub_label: set one of them, or remove url"
             )
-        try:
-            parts = urlsplit(self.url)
-            host = parts.hostname
-            _ = parts.port  # raises ValueError if it is no number
-        except ValueError:
-            parts, host = urlsplit(""), None
-        is_address = host and parts.scheme in ("http", "https") and re.fullmatch("[!-~]+", self.url)
-        if not is_address or "@" in parts.netloc or parts.query or parts.fragment:
+        if not (host := host_of(self.url)):
             raise ConfigError(
                 "url of [frigate] wants an address such as https://frigate.lan:8971, without a login and without ? or "
                 "#; a token belongs into token_file"
             )
-        if parts.scheme == "http" and not self.insecure and not is_loopback(host or ""):
+        if self.url.lower().startswith("http:") and not self.insecure and not is_loopback(host):
             raise ConfigError(
                 f"url of [frigate] names {host}, which is not this machine, and is http: everybody on the way could "
                 "read the answers and the token; use https, or set insecure = true on a network that you trust"
@@ -57,20 +48,8 @@ class FrigateConfig(Struct, frozen=True, forbid_unknown_fields=True):
     def check_files(self) -> None:
         """Raises ConfigError for a file that cannot be used."""
         self.token()
-        try:
-            ssl.create_default_context(cafile=self.ca_file)
-        except OSError as error:  # ssl.SSLError is an OSError
-            why = error.strerror or error
-            raise ConfigError(f"[frigate] ca_file = {self.ca_file}: cannot be read as PEM: {why}") from error
+        check_ca_file(self.ca_file, "[frigate]")
 
     def token(self) -> str | None:
         """The token, read anew. Raises ConfigError, which never shows it."""
-        if self.token_file is None:
-            return None
-        try:
-            token = read_password(self.token_file, "[frigate]", "token_file")
-        except OSError as error:
-            raise ConfigError(f"[frigate] token_file = {self.token_file}: cannot be read: {error.strerror}") from error
-        if not re.fullmatch("[!-~]+", token):  # it goes into a header
-            raise ConfigError(f"[frigate] token_file = {self.token_file}: its first line is no token, want ASCII")
-        return token
+        return None if self.token_file is None else read_token(self.token_file, "[frigate]", "token_file")

@@ -1,6 +1,7 @@
-"""`python -m edge_runtime.self_test FOLDER BACKEND THREADS`: whether a bundle works here, before it is installed.
+"""`python -m edge_runtime.firmware.self_test FOLDER BACKEND THREADS`: whether a bundle works on this board.
 
-It runs in a process of its own. One frame goes the way of a frame: head, symbols, draft, labels, bits and back.
+It runs before the bundle is installed, in a process of its own: one frame goes through head, symbols, draft, labels,
+bits and back.
 """
 
 import sys
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.app import load_draft, load_head, load_labels
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import open_bundle
+from edge_runtime.inference.networks import load_draft, load_head, load_labels
 from edge_runtime.inference.preprocess import PIXELS
 from edge_runtime.wire import decode, encode
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.conditions import MAX_DEPTH, ConditionError, parse_condition
+from edge_runtime.config.conditions import MAX_DEPTH, ConditionError, parse_condition
 
 ANSWERS = {
     "gate": {"open": 0.95, "closed": 0.05},

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.camera_source import kind_of
 from edge_runtime.capture import Cameras
 from edge_runtime.capture.login import Login, login_of, with_login
 from edge_runtime.config import CameraConfig, RuntimeConfig, load_toml
+from edge_runtime.config.camera_source import kind_of
 from edge_runtime.errors import ConfigError
 
 LOGIN = {"username": "viewer", "password_file": "/no/such/file"}

@@ -1,0 +1,139 @@
+"""A TOML file as checked values, and its mistakes in the words of somebody who reads the file.
+
+Knows no key: the types say what is wanted. An unknown key is an error that suggests the nearest known one.
+"""
+
+import difflib
+import json
+import os.path
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec.inspect import (
+    BoolType,
+    DictType,
+    FloatType,
+    IntType,
+    LiteralType,
+    Metadata,
+    NoneType,
+    StrType,
+    StructType,
+    UnionType,
+    VarTupleType,
+)
+
+from edge_runtime.errors import ConfigError
+
+MAX_CONFIG_BYTES = 256 * 1024
+MAX_SHOWN = 64  # characters of a refused value in a message
+# What a value of a type is, for a person.
+WORDS: dict[Any, str] = {
+    IntType: "a whole number",
+    FloatType: "a number",
+    BoolType: "true or false",
+    StrType: "text in quotes",
+    VarTupleType: "a list",
+    StructType: "a table",
+}
+T = TypeVar("T")
+
+
+def load_toml(path: Path, kind: type[T]) -> T:
+    """Reads a TOML file and checks all of it. A value `~/...` starts at the home directory. Raises ConfigError."""
+    return convert(path, read_toml(path), kind)
+
+
+def convert(path: Path, data: Any, kind: type[T]) -> T:
+    """The tables of a file as values; the path is for messages. Raises ConfigError."""
+    try:
+        return msgspec.convert(data, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error, data, msgspec.inspect.type_info(kind))}") from error
+
+
+def read_toml(path: Path) -> Any:
+    """The tables of a file as dictionaries, `~/` already replaced. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}: name an existing configuration file") from error
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes: this is not a configuration")
+    try:
+        text = data.decode("utf-8-sig")  # Windows editors write a byte order mark
+        return _expanded(msgspec.toml.decode(text))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _expanded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_expanded(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+def _explain(error: msgspec.ValidationError, data: Any, info: Any) -> str:
+    """Names the key, its value and its rule, as a reader of the TOML file knows them."""
+    parts = re.fullmatch(r"(?s)(.*?)(?: - at `\$\.([^`]*)`)?", str(error))
+    message, name = parts.groups("") if parts else (str(error), "")
+    found, info = _at(name, data, info)
+    where = f" (in {name})" if name else ""
+    if isinstance(error.__cause__, ConfigError):  # from a __post_init__ of ours
+        return f"{error.__cause__}{where}"
+    if missing := re.search("missing required field `(.*)`", message):
+        return f"required key `{missing[1]}` is missing{where}"
+    if unknown := re.search("(?s)unknown field `(.*)`", message):
+        known = [field.encode_name for field in getattr(info, "fields", ())]
+        nearest = difflib.get_close_matches(unknown[1], known, 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
+        return f"unknown key `{json.dumps(unknown[1][:MAX_SHOWN])[1:-1]}`{where}: {hint}"
+    if isinstance(found, dict) and isinstance(info, VarTupleType):
+        return f"[{name}] is a single table: write [[{name}]] with double brackets, once for each of the {name}"
+    if isinstance(found, list) and isinstance(info, StructType):
+        return f"[[{name}]] is a list of tables: write [{name}] with single brackets, once"
+    return f"{name} = {json.dumps(found, default=str)[:MAX_SHOWN]}, want {_rule(info)}"
+
+
+def _at(path: str, data: Any, info: Any) -> tuple[Any, Any]:
+    """The value and the type at a path such as `cameras[0].motion`, as far as it leads: a key may contain anything."""
+    for step in re.findall(r"\w+", path):
+        if isinstance(info, VarTupleType) and step.isdecimal() and int(step) < len(data):
+            data, info = data[int(step)], info.item_type
+        elif isinstance(info, StructType) and step in data and step in info.cls.__struct_fields__:
+            data, info = data[step], next(field.type for field in info.fields if field.encode_name == step)
+        else:
+            break
+        if isinstance(info, DictType) and isinstance(data, dict) and isinstance(info.value_type, StructType):
+            info = info.value_type  # msgspec does not say under which name
+            data = next((table for table in data.values() if _is_wrong(table, info)), data)
+        if isinstance(info, UnionType):  # an optional key
+            info = next(option for option in info.types if not isinstance(option, NoneType))
+    return data, info
+
+
+def _is_wrong(table: Any, info: StructType) -> bool:
+    try:
+        msgspec.convert(table, info.cls, str_keys=True)
+    except msgspec.ValidationError:
+        return True
+    return False
+
+
+def _rule(info: Any) -> str:
+    """Which values a key takes, in words."""
+    if isinstance(info, Metadata) and info.extra_json_schema:
+        return str(info.extra_json_schema["description"])
+    if isinstance(info, LiteralType):
+        return " or ".join(f'"{word}"' for word in info.values)
+    low, high = getattr(info, "ge", None), getattr(info, "le", None)
+    bounds = f" from {low} to {high}" if low is not None else f" above {info.gt}, to {high}" if high is not None else ""
+    for limit, words in (("min_length", "at least"), ("max_length", "at most")):
+        if (length := getattr(info, limit, None)) is not None:
+            bounds += f", {words} {length} long"
+    return WORDS.get(type(info), "another value") + bounds
