@@ -8,8 +8,9 @@ import pytest
 
 # Stands for a start test, which takes up to a minute and cannot be interrupted between its steps.
 LOADING = """
-import sys, time
+import signal, sys, time
 import server.app
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs this test may ignore it
 def load_target(config):
     print("loading", flush=True)
     time.sleep(600)
@@ -28,6 +29,9 @@ def test_a_signal_ends_a_server_that_still_loads_at_once_and_without_a_traceback
         assert process.stdout
         assert process.stdout.readline() == "loading\n"
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == code
     assert "Traceback" not in errors
