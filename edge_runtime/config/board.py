@@ -16,7 +16,7 @@ from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.config.toml_file import MAX_SHOWN
 from edge_runtime.errors import ConfigError
 from edge_runtime.mqtt.settings import MqttConfig, TopicPrefix, is_loopback
-from edge_runtime.wire.envelope import MAX_QUESTIONS, MAX_SEED, MAX_STOP, MAX_TOKEN, MAX_TOKENS, Options, Share
+from edge_runtime.wire.envelope import GREEDY, MAX_QUESTIONS, MAX_SEED, MAX_STOP, MAX_TOKEN, MAX_TOKENS, Options, Share
 
 MIN_FEATURE_BYTES = 32  # a limit below this is below what a header and a few symbols take
 # The description is what a person reads when a value does not match the pattern.
@@ -113,7 +113,9 @@ class SamplingConfig(Struct, frozen=True, forbid_unknown_fields=True):
         if unknown := [word for word in self.stop if word not in words]:
             raise ConfigError(f"stop word {unknown[0]!r} is not in the bundle's vocabulary: want one of its words")
         tokens = {"temperature": self.temperature or 0.0, "stop": tuple(words.index(word) for word in self.stop)}
-        return Options(**(msgspec.structs.asdict(self) | tokens))
+        settings = msgspec.structs.asdict(self) | tokens
+        # msgspec leaves out a field only if its value is the default's own object.
+        return Options(**{name: value for name, value in settings.items() if value != getattr(GREEDY, name)})
 
 
 class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):

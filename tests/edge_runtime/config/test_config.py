@@ -3,6 +3,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -317,6 +318,9 @@ def test_stop_words_become_tokens_of_the_bundle_and_an_unknown_one_is_named():
     sampling = SamplingConfig(temperature=0.7, top_k=5, stop=("with", "a"))
     assert sampling.with_tokens(words) == Options(temperature=0.7, top_k=5, stop=(6, 4))
     assert SamplingConfig().with_tokens(words) == GREEDY
+    # msgspec compares objects: an equal one that is not the default's own would take bytes of each request.
+    asked = msgspec.structs.replace(SamplingConfig(temperature=0.0).with_tokens(words), questions=("gate",))
+    assert msgspec.msgpack.encode(asked) == msgspec.msgpack.encode(Options(questions=("gate",)))
     with pytest.raises(ConfigError, match="stop word 'cat' is not in the bundle's vocabulary"):
         SamplingConfig(stop=("a", "cat")).with_tokens(words)
 
