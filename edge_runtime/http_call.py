@@ -95,9 +95,11 @@ class Endpoint:
         parts = urlsplit(url)
         self._host, self._port, self._path = parts.hostname or "", parts.port, parts.path.rstrip("/")
         self._remedies = remedies or {}
-        self._tls = ssl.create_default_context(cafile=ca_file) if parts.scheme == "https" else None
-        if self._tls and not checks_certificate:
-            self._tls.check_hostname, self._tls.verify_mode = False, ssl.CERT_NONE
+        self._tls = None
+        if parts.scheme == "https":
+            self._tls = (
+                ssl.create_default_context(cafile=ca_file) if checks_certificate else ssl._create_unverified_context()
+            )
         self._lock = threading.Lock()  # over the next two
         self._open: set[socket.socket] = set()
         self._is_closed = False

@@ -262,6 +262,7 @@ def test_its_status_says_what_it_takes_and_what_it_has_used(other: ChatServer) -
         "pictures": True,
         "drafts": False,
         "labels": False,
+        "sample": False,
         "verified": "none",
         "tokenizer": "",
         "prompts": ["door"],
@@ -288,7 +289,7 @@ def test_a_server_with_such_a_target_needs_no_torch(other: ChatServer) -> None:
     code = (
         "import sys, server.app\nfrom server.config import Config, OpenAIConfig, ServerConfig\n"
         f"config = Config(ServerConfig('s1', target='openai:{other.url}'), openai=OpenAIConfig('fake'))\n"
-        "server.app._target(config)\nprint(*sys.modules)"
+        "server.app.load_target(config)\nprint(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not {"torch", "safetensors", "models"} & set(done.stdout.split())

@@ -122,6 +122,7 @@ def test_the_bundles_status_says_that_it_is_strict(bundle: Bundle, make_service)
         "pictures": True,
         "drafts": True,
         "labels": True,
+        "sample": True,
         "verified": "strict",
         "tokenizer": bundle.id.hex(),
         "prompts": (),
