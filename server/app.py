@@ -75,14 +75,14 @@ def run_server(
             on_questions,
             lambda state, reason: notifier.status(connection_text(settings, state, reason)),
         )
-        stack.enter_context(gateway)
-        if upstream:  # ends before the gateway, so that the boards of requests that it leaves open can still be told
-            stack.enter_context(upstream)
         stack.enter_context(
             exported(
                 config.metrics, "server", SERVER, lambda: values(service.status() | {"gateway": gateway.summary()})
             )
         )
+        stack.enter_context(gateway)
+        if upstream:  # ends before the gateway, so that the boards of requests that it leaves open can still be told
+            stack.enter_context(upstream)
         stack.enter_context(Watchdog(service, gateway))
         try:
             notifier.ready()
