@@ -23,7 +23,7 @@ from edge_runtime import __version__
 from edge_runtime.capture import Cameras, Frame
 from edge_runtime.capture.camera import StateName
 from edge_runtime.config import RuntimeConfig
-from edge_runtime.errors import RestartError
+from edge_runtime.errors import ConfigError, RestartError
 from edge_runtime.firmware.updates import Updates, self_test, store_of
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import BundleError, open_bundle
@@ -41,7 +41,7 @@ from edge_runtime.reporting.trigger import Trigger
 from edge_runtime.requests import ByteBudget, RequestTracker
 from edge_runtime.sd_notify import Notifier
 from edge_runtime.users import Users
-from edge_runtime.wire import Event, topics
+from edge_runtime.wire import Event, Options, topics
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +72,7 @@ class Board:
         if (store := store_of(config)) is not None:
             self.updates = Updates(store, partial(self_test, config), self._update_state, self.publish_status)
         self.bundle = bundle = self.updates.bundle if self.updates else open_bundle(Path(board.bundle))
-        head, draft, labels = self._networks()
-        sampling = config.sampling(bundle.words)
+        (head, draft, labels), sampling = self._of_bundle()
 
         self.thermal, self.cameras = ThermalReader(), Cameras(config.cameras, self.publish_status)
         self.users = Users(
@@ -134,15 +133,19 @@ class Board:
             self.references,
         )
 
-    def _networks(self) -> Networks:
-        """Raises BundleError and BackendError; RestartError if another bundle is to run."""
+    def _of_bundle(self) -> tuple[Networks, dict[str, Options]]:
+        """Its networks, and how each camera's tokens are chosen. Raises BundleError, BackendError, and ConfigError for
+        stop words that the bundle does not have; RestartError if another bundle is to run.
+        """
         board, bundle = self.config.board, self.bundle
         try:
             _ = bundle.tables, bundle.inter_tables, bundle.words  # read now, so that a missing file is found at start
+            sampling = self.config.sampling(bundle.words)
             if board.paradigm == "offload":
-                return Networks()
-            return load_networks(bundle, board.backend, board.threads, has_labels=board.labels != "never")
-        except (BundleError, BackendError) as error:
+                return Networks(), sampling
+            has_labels = board.labels != "never"
+            return load_networks(bundle, board.backend, board.threads, has_labels=has_labels), sampling
+        except (BundleError, BackendError, ConfigError) as error:
             if not self.updates or not self.updates.is_trial:
                 raise
             self.updates.give_up(str(error))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.app import Board
-from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, UpdatesConfig
+from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, SamplingConfig, UpdatesConfig
 from edge_runtime.errors import RestartError
 from edge_runtime.firmware.incoming import StoreError
 from edge_runtime.firmware.signature import MAX_SIGNATURE_BYTES
@@ -241,14 +241,20 @@ def test_a_bundle_on_trial_whose_frames_fail_is_given_up(station, store, bundles
     assert running(store) == "b1"
 
 
-def test_a_bundle_on_trial_whose_networks_do_not_load_is_given_up_at_once(board_bundle, tmp_path):
+@pytest.mark.parametrize("fault", ["network", "stop word"])
+def test_a_bundle_on_trial_that_does_not_load_or_fit_the_configuration_is_given_up_at_once(
+    board_bundle, tmp_path, fault
+):
     bad = variant(board_bundle, tmp_path / "bad", "bad", name="bad")
-    (bad.path / "head.onnx").write_bytes(b"no network")
-    bad = rewritten(bad, bad.path, tuple(bad.manifest.files))
+    stop = (board_bundle.words[10],)
+    assert stop[0] not in bad.words
+    if fault == "network":
+        (bad.path / "head.onnx").write_bytes(b"no network")
+        bad, stop = rewritten(bad, bad.path, tuple(bad.manifest.files)), ()
     trust(tmp_path)
     config = RuntimeConfig(
         BoardConfig(BOARD, str(board_bundle.path), backend="onnx"),
-        (CameraConfig("door", "mqtt"),),
+        (CameraConfig("door", "mqtt", sampling=SamplingConfig(stop=stop)),),
         updates=UpdatesConfig(str(tmp_path / "store"), str(tmp_path / "trust")),
     )
     store = store_of(config)
