@@ -171,8 +171,10 @@ class Engine:
             confidence = math.exp(log_probability / len(text.tokens))
             shares = self._label_shares(labels[i], job.labels)
             scores = self._likeliest(shares) if job.wants_label else {}
-            known = _evidence(features[i], shares, job)
-            asked = {name: question.answer(known) for name, question in job.questions.items()}
+            asked: dict[str, dict[str, float]] = {}
+            if job.questions:
+                known = _evidence(features[i], shares, job)
+                asked = {name: question.answer(known) for name, question in job.questions.items()}
             counts = text.accepted, text.proposed, text.accepted_again, text.passes
             answers.append(Answer(text.without_end, *counts, confidence, scores, asked, stages_ms=stages))
         return answers
