@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work/recipe"), help="checkpoints and figures (10 GB)")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's directory, named as the bundle")
     head = parser.add_mutually_exclusive_group()
-    head.add_argument("--head", type=Path, metavar="BUNDLE", help="train the servers' part only, for this bundle's head")
+    head.add_argument(
+        "--head", type=Path, metavar="BUNDLE", help="train the servers' part only, for this bundle's head"
+    )
     head.add_argument(
         "--fine-tune", type=Path, metavar="BUNDLE", help="the same, beginning with its decoders and its vocabulary"
     )
