@@ -25,6 +25,7 @@ PARTS = {
     "device": "a board alone: stages, memory",
     "server": "a server's engine: texts per second, with drafts and without",
     "gateway": "a server behind a broker: requests per second",
+    "scale": "many simulated boards, one server or several with replicas on Ray, also while some are killed",
     "faults": "the fault matrix: the outcome of every request",
     "rate": "quality over bytes: levels, prefixes and budgets against JPEG, WebP and AVIF through the same target",
     "e2e": "board, brokers and servers over simulated links: each paradigm against sending pictures",
@@ -112,6 +113,14 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
     if part == "static":
         parser.add_argument("--frames", type=number, default=20, metavar="N", help="of each scene (default: 20)")
         parser.add_argument("--reuse-distance", type=float, default=0.2, metavar="X", help="default: 0.2")
+    if part == "scale":
+        parser.add_argument(
+            "--replicas", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="0: without Ray (default: 0 1 2)"
+        )
+        parser.add_argument("--boards", type=number, default=1000, metavar="N", help="default: 1000")
+        parser.add_argument("--interval", type=float, default=10.0, metavar="S", help="of each board (default: 10)")
+        parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="of each run (default: 60)")
+        parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="default: edge")
     if part in ("server", "gateway"):
         parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="default: edge")
         parser.add_argument("--threads", type=number, default=1, metavar="N", help="of the networks (default: 1)")
@@ -258,6 +267,11 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         from benchmarks import server
 
         return server.run(bundle, symbols, drafts, args.tier, threads=args.threads)
+    if args.part == "scale":
+        from benchmarks import scale
+
+        settings = (args.tier, args.boards, args.interval, args.seconds, args.replicas)
+        return scale.run(bundle, symbols, drafts, *settings)
     from benchmarks import gateway
 
     return gateway.run(bundle, symbols, drafts, args.tier, seconds=args.seconds, threads=args.threads)

@@ -4,9 +4,14 @@ import argparse
 import os
 from pathlib import Path
 
+from msgspec.structs import replace
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="server.toml; `aiflow validate` checks it, README.md has an example")
+    parser.add_argument(
+        "--engine", choices=["process", "ray"], help="where the networks run (default: ray if there is a table [ray])"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -15,9 +20,11 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.sd_notify import Notifier
     from edge_runtime.shutdown import stop_when_told
     from server.app import load_target, run_server
-    from server.config import Config
+    from server.config import Config, RayConfig
 
     config = load_toml(args.config, Config)
+    if args.engine:
+        config = replace(config, ray=(config.ray or RayConfig()) if args.engine == "ray" else None)
     loaded = load_target(config)
     stop = stop_when_told(config.server.stop_s)
     run_server(config, stop, Notifier.from_environment(os.environ), loaded)

@@ -35,13 +35,19 @@ def load(config: ServerConfig) -> "tuple[Bundle, Engine]":
     from server.loading import load_engine
     from server.numerics import prove
 
+    bundle = opened(config)
+    engine = load_engine(bundle, (config.tier,), config.device, config.threads)
+    engine.proof = prove(engine, [size for size in SIZES if size <= config.max_batch])
+    return bundle, engine
+
+
+def opened(config: ServerConfig) -> Bundle:
+    """The bundle, with its small files. Raises BundleError."""
     if config.bundle is None:
         raise ConfigError("required key `bundle` is missing (in server)")
     bundle = open_bundle(Path(config.bundle))
     _ = bundle.tables, bundle.inter_tables, bundle.words  # a mistake in them is found at the start
-    engine = load_engine(bundle, (config.tier,), config.device, config.threads)
-    engine.proof = prove(engine, [size for size in SIZES if size <= config.max_batch])
-    return bundle, engine
+    return bundle
 
 
 def run_server(
@@ -108,10 +114,19 @@ def load_target(config: Config) -> Loaded:
     from server.questions import Questions
     from server.targets.bundle import BundleTarget
 
-    bundle, engine = load(server)
-    questions = Questions(bundle, config.questions, server.questions_folder)
-    logger.info("bundle loaded id=%s numerics=%s", bundle.id.hex(), engine.proof.numerics)
-    target = BundleTarget(bundle, engine, server.tier, server.max_batch, questions)
+    if config.ray:
+        try:
+            from server.targets.ray_engine import RayTarget
+        except ImportError as error:
+            raise ConfigError('[ray] needs Ray Serve: pip install "aiflow-edge[ray]"') from error
+        bundle = opened(server)
+        questions = Questions(bundle, config.questions, server.questions_folder)
+        target: BundleTarget = RayTarget(bundle, server, config.ray, questions)
+    else:
+        bundle, engine = load(server)
+        questions = Questions(bundle, config.questions, server.questions_folder)
+        target = BundleTarget(bundle, engine, server.tier, server.max_batch, questions)
+    logger.info("bundle loaded id=%s numerics=%s", bundle.id.hex(), target.engine.proof.numerics)
     return target, questions.message_arrived if server.questions_folder else None
 
 

@@ -123,6 +123,20 @@ class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
     offline: bool = True  # false: a model that is not on this machine is downloaded at the first start
 
 
+class RayConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Replicas of the bundle's networks in a Ray cluster, in place of those of this process."""
+
+    address: Annotated[str, Meta(min_length=1, max_length=256)] | None = None  # of a cluster; none: one for this server
+    replicas: Annotated[int, Meta(ge=1, le=1000)] = 2  # at least so many
+    max_replicas: Annotated[int, Meta(ge=1, le=1000)] | None = None  # with load; none: always `replicas`
+    gpus: Annotated[float, Meta(ge=0, le=16)] = 0.0  # of each; 0.5: two replicas share one
+    timeout_s: Annotated[float, Meta(ge=1, le=600)] = 30.0  # of a batch; then another replica is asked
+
+    def __post_init__(self) -> None:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ConfigError(f"max_replicas = {self.max_replicas}, but replicas = {self.replicas}: want no fewer")
+
+
 class UpstreamConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The tier above. An edge server asks it as a board would, with its own id as the id of the board."""
 
@@ -159,6 +173,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     prompts: dict[str, PromptConfig] = {}  # which boards ask by name, besides `door`
     openai: OpenAIConfig | None = None  # with the targets "openai:..." and "vllm:..."
     hf: HuggingFaceConfig = HuggingFaceConfig()  # with the target "hf:..."
+    ray: RayConfig | None = None  # with the target "bundle"
     upstream: UpstreamConfig | None = None
     metrics: MetricsConfig | None = None
 
@@ -186,6 +201,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
                 f'[prompts] is of no use with target = "{kind}", which reads no named prompts: remove it, or set '
                 'target = "openai:http://HOST:PORT/v1"'
             )
+        if self.ray and kind != "bundle":
+            raise ConfigError(f'[ray] is of no use with target = "{kind}": set target = "bundle", or remove it')
         if self.hf != HuggingFaceConfig() and kind != "hf":
             raise ConfigError(f'[hf] is of no use with target = "{kind}": set target = "hf:FOLDER", or remove it')
         if kind == "bundle":

@@ -7,7 +7,7 @@ coded against one; for a picture, the float head's. The engine itself (server/en
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -18,19 +18,34 @@ from edge_runtime.inference.sampling import sampler_of
 from edge_runtime.wire import BitstreamError, EnvelopeError, Header, Inter, Paradigm, decode, encode
 from edge_runtime.wire.envelope import seed_of
 from server.accepted import Accepted
-from server.engine import Engine, Job
+from server.engine import Job, Proof
 from server.questions import Questions
 from server.references import References
 from server.targets.target import Abilities, Answer, Limits, Target
 
 
+class BundleEngine(Protocol):
+    """An engine of this process (server/engine.py), or replicas of it on other machines (ray_engine.py)."""
+
+    proof: Proof
+    on_step: Callable[[], None]
+
+    @property
+    def head(self) -> object | None:
+        """None: it reads no pictures."""
+
+    def answer(self, jobs: Sequence[Job]) -> list[Answer]: ...
+
+    def symbols(self, pixels: NDArray[np.uint8]) -> NDArray[np.int8]: ...
+
+
 class BundleTarget(Target[Job]):
-    """For one thread, except `status` and `load_questions`."""
+    """For as many threads as its engine, except `status` and `load_questions`."""
 
     def __init__(
         self,
         bundle: Bundle,
-        engine: Engine,
+        engine: BundleEngine,
         tier: str = "edge",
         max_batch: int = 8,
         questions: Questions | None = None,

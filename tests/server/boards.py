@@ -33,7 +33,7 @@ SYMBOLS = random_symbols(16, seed=1)
 PATIENCE_S = 60  # for what must come; a test that waits so long has failed
 SCRIPT = (  # a server process; its configuration is the argument
     "import argparse, pathlib, sys, firmware_tools.serve\n"
-    "sys.exit(firmware_tools.serve.run(argparse.Namespace(config=pathlib.Path(sys.argv[1]))))"
+    "sys.exit(firmware_tools.serve.run(argparse.Namespace(config=pathlib.Path(sys.argv[1]), engine=None)))"
 )
 
 

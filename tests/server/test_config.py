@@ -6,7 +6,7 @@ import pytest
 
 from edge_runtime.config import load_toml
 from edge_runtime.errors import ConfigError
-from server.config import Config
+from server.config import Config, RayConfig, ServerConfig
 
 GOOD = '[server]\nid = "s1"\nbundle = "models/zoo/one"\n'
 
@@ -105,3 +105,20 @@ def test_plain_http_off_this_machine_must_be_allowed(tmp_path: Path, address: st
 def test_a_target_of_no_kind_is_refused(tmp_path: Path, target: str) -> None:
     with pytest.raises(ConfigError, match='want "bundle", "openai:http'):
         load_toml(written(tmp_path, OPENAI.replace("openai:http://127.0.0.1:8080/v1", target) + TABLE), Config)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [("replicas = 3\nmax_replicas = 2", "max_replicas"), ("replicas = 0", "replicas"), ("gpu = 1", "gpu")],
+)
+def test_a_table_ray_that_cannot_work_is_named(tmp_path: Path, table: str, message: str) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(f'[server]\nid = "attic"\nbundle = "b"\n[ray]\n{table}\n')
+    with pytest.raises(ConfigError, match=message):
+        load_toml(file, Config)
+
+
+def test_replicas_are_of_the_bundle_only() -> None:
+    config = Config(ServerConfig(id="attic", target="hf:folder"), ray=RayConfig())
+    with pytest.raises(ConfigError, match=r"\[ray\]"):
+        config.check_target()

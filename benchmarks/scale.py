@@ -1,0 +1,253 @@
+"""Many boards and several servers: what a site answers with 1, 2, 4 replicas, and what a killed one costs.
+
+Broker, servers and Ray's replicas are real processes. The boards are simulated: they share a few MQTT connections, and
+their latents are prepared before, since one machine cannot run a thousand heads. Like a real board, each sends a
+request at its interval, sends it once more if no reply comes, and counts it as lost after its deadline.
+"""
+
+import heapq
+import os
+import queue
+import random
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.rate import RatedSymbols
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig
+from edge_runtime.pipeline import NO_PIXELS, build_request
+from edge_runtime.planning import Plan
+from edge_runtime.wire import RequestIds, Status, decode_reply, encode_request, topics
+from testbed.broker import free_port, start_embedded
+from testbed.processes import AiflowProcess, ProcessError, wait_serving
+
+SITE = "bench"
+CONNECTIONS = 20  # of all boards together
+BUDGET_S = 20.0
+RESEND_S = 3.0
+GREEDY = 20  # times as many requests come from the first board, to see whether the others still get their share
+REPLICA = "ray::ServeReplica:aiflow-"
+
+Frames = Iterator[tuple[NDArray[np.int8], Sequence[int]]]
+
+
+class Boards:
+    """Simulated boards. `with` connects them."""
+
+    def __init__(self, port: int, bundle: Bundle, frames: Frames, count: int, interval_s: float) -> None:
+        self._bundle, self._frames, self._interval_s, self._ids = bundle, frames, interval_s, RequestIds()
+        self._plan = Plan("speculative", "benchmark", int(1e3 * BUDGET_S))
+        self.names = [f"board-{number}" for number in range(count)]
+        self._replies: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
+        self._open: dict[bytes, tuple[str, float, bytes]] = {}  # request: board, when it was sent first, payload
+        self._due: list[tuple[float, str, bytes]] = []  # a heap: when, board, request to send again or none
+        self.reply_ms: dict[str, list[float]] = {name: [] for name in self.names}
+        self.counts: Counter[str] = Counter()
+        self._clients = [
+            MqttClient(
+                MqttConfig(port=port).settings(f"boards-{i}", queue_messages=8192),
+                subscriptions=[(topics.reply(SITE, name), 1) for name in self.names[i::CONNECTIONS]],
+                on_message=lambda message: self._replies.put((time.monotonic(), message)),
+            )
+            for i in range(min(CONNECTIONS, count))
+        ]
+        self._running = ExitStack()
+
+    def __enter__(self) -> "Boards":
+        with ExitStack() as started:
+            for client in self._clients:
+                started.enter_context(client).wait_online(60.0)
+            self._running = started.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running.close()
+
+    def run(self, seconds: float) -> None:
+        """Asks for this time, then waits for the replies that are still to come."""
+        now = time.monotonic()
+        end = now + seconds
+        self._due = [(now + random.uniform(0, self._period(name)), name, b"") for name in self.names]
+        heapq.heapify(self._due)
+        while self._due or self._open:
+            due = min(self._due[0][0], time.monotonic() + 0.1) if self._due else time.monotonic() + 0.1
+            self._read_until(due)
+            now = time.monotonic()
+            while self._due and self._due[0][0] <= now:
+                _, name, request_id = heapq.heappop(self._due)
+                if request_id:
+                    self._again(name, request_id)
+                elif now < end:
+                    self._ask(name)
+                    heapq.heappush(self._due, (now + self._period(name), name, b""))
+
+    def _period(self, name: str) -> float:
+        return self._interval_s / GREEDY if name == self.names[0] else self._interval_s
+
+    def _ask(self, name: str) -> None:
+        symbols, draft = next(self._frames)
+        features = RatedSymbols(symbols, self._bundle.manifest.latent.default_level, self._bundle.tables.groups)
+        request_id = self._ids.next(int(time.time() * 1e3), secrets.randbits(16))
+        payload = encode_request(build_request(self._bundle, request_id, self._plan, NO_PIXELS, features, tuple(draft)))
+        self._open[request_id] = (name, time.monotonic(), payload)
+        self.counts["asked"] += 1
+        self._send(name, request_id, payload)
+
+    def _send(self, name: str, request_id: bytes, payload: bytes) -> None:
+        client = self._clients[self.names.index(name) % CONNECTIONS]
+        client.publish(topics.request(SITE, name), payload)
+        heapq.heappush(self._due, (time.monotonic() + RESEND_S, name, request_id))
+
+    def _again(self, name: str, request_id: bytes) -> None:
+        if (waiting := self._open.get(request_id)) is None:
+            return
+        _, sent_at, payload = waiting
+        if time.monotonic() > sent_at + BUDGET_S:
+            del self._open[request_id]
+            self.counts["lost"] += 1
+        else:
+            self.counts["sent_again"] += 1
+            self._send(name, request_id, payload)
+
+    def _read_until(self, due: float) -> None:
+        while (wait_s := due - time.monotonic()) > 0:
+            try:
+                at, message = self._replies.get(timeout=wait_s)
+            except queue.Empty:
+                return
+            reply = decode_reply(message.payload)
+            if reply.status is Status.BUSY:
+                self.counts["busy"] += 1  # it is sent again
+            elif (asked := self._open.pop(reply.id, None)) is None:
+                self.counts["second_reply"] += 1
+            elif reply.status is Status.OK:
+                self.reply_ms[asked[0]].append(1e3 * (at - asked[1]))
+            else:
+                self.counts["refused"] += 1
+
+    def figures(self, seconds: float) -> dict[str, Any]:
+        greedy, others = self.reply_ms[self.names[0]], [self.reply_ms[name] for name in self.names[1:]]
+        together = [ms for replies in others for ms in replies] or [0.0]
+        return {
+            **{name: self.counts[name] for name in ("asked", "sent_again", "busy", "refused", "second_reply", "lost")},
+            "answered": len(greedy) + sum(map(len, others)),
+            "per_second": round((len(greedy) + sum(map(len, others))) / seconds, 2),
+            "reply_ms_p50": round(float(np.percentile(together, 50))),
+            "reply_ms_p95": round(float(np.percentile(together, 95))),
+            "greedy_board_p50": round(float(np.percentile(greedy or [0.0], 50))),
+            "boards_without_answer": sum(not replies for replies in others),
+        }
+
+
+def run(
+    bundle: Bundle,
+    symbols: NDArray[np.int8],
+    drafts: Sequence[Sequence[int]],
+    tier: str,
+    boards: int,
+    interval_s: float,
+    seconds: float,
+    replicas: Sequence[int],
+) -> dict[str, Any]:
+    """By number of replicas; 0: the server's own process, without Ray. From two replicas on, there are two servers, and
+    halfway through a second run one replica and one server are killed.
+    """
+    frames = cycle(list(zip(symbols, drafts, strict=True)))
+    result: dict[str, Any] = {"tier": tier, "boards": boards, "interval_s": interval_s, "seconds": seconds}
+    for count in replicas:
+        with ExitStack() as running:
+            folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="aiflow-bench-")))
+            port = running.enter_context(start_embedded())
+            address = running.enter_context(ray_cluster(folder, count)) if count else None
+            servers = [
+                running.enter_context(_server(name, bundle, tier, port, folder, address, count))
+                for name in (("one", "two") if count > 1 else ("one",))
+            ]
+            for server, name in zip(servers, ("one", "two"), strict=False):
+                wait_serving(server, port, SITE, name)
+            figures = {}
+            with Boards(port, bundle, frames, boards, interval_s) as asking:
+                before = _memory_mb(servers)
+                asking.run(seconds)
+                figures = asking.figures(seconds) | {"memory_mb": before, "memory_mb_after": _memory_mb(servers)}
+            if count > 1:
+                with (
+                    Boards(port, bundle, frames, boards, interval_s) as asking,
+                    _killing(servers[0], seconds / 2) as killed,
+                ):
+                    asking.run(seconds)
+                    figures["while_some_are_killed"] = {"killed": killed, **asking.figures(seconds)}
+        result[f"{count} replicas" if count else "without Ray"] = figures
+    return result
+
+
+def _server(
+    name: str, bundle: Bundle, tier: str, port: int, folder: Path, address: str | None, replicas: int
+) -> AiflowProcess:
+    server = {"id": name, "site": SITE, "bundle": str(bundle.path), "tier": tier, "queue": 1024}
+    tables: dict[str, Any] = {"server": server, "mqtt": {"port": port}}
+    if address:
+        tables["ray"] = {"address": address, "replicas": replicas}
+    return AiflowProcess("serve", tables, folder, name)
+
+
+def _memory_mb(servers: Sequence[AiflowProcess]) -> float:
+    return round(sum(int(psutil.Process(server.pid).memory_info().rss) for server in servers) / 1e6, 1)
+
+
+@contextmanager
+def ray_cluster(folder: Path, cpus: int) -> Iterator[str]:
+    """A cluster of this machine alone, on ports of its own. Yields its address."""
+    port = free_port()
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    own = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--num-cpus={cpus}"]
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }  # of this cluster, for the servers
+    with (folder / "ray.log").open("wb") as log:
+        started = subprocess.run([*ray, "start", *own], stdout=log, stderr=log, check=False)
+    if started.returncode:
+        raise ProcessError(
+            f"Ray does not start: pip install 'aiflow-edge[ray]'. {(folder / 'ray.log').read_text()[-500:]}"
+        )
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        subprocess.run([*ray, "stop", "--force"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+
+@contextmanager
+def _killing(server: AiflowProcess, after_s: float) -> Iterator[list[str]]:
+    """Kills one replica and this server after so many seconds, on a thread of its own. Yields what was killed."""
+    killed: list[str] = []
+
+    def kill() -> None:
+        for process in psutil.process_iter(["cmdline"]):
+            if " ".join(process.info["cmdline"] or []).startswith(REPLICA):
+                process.kill()
+                killed.append("replica")
+                break
+        server.kill()
+        killed.append("server")
+
+    timer = threading.Timer(after_s, kill)
+    timer.start()
+    try:
+        yield killed
+    finally:
+        timer.join()

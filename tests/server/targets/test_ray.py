@@ -1,0 +1,74 @@
+"""Replicas on a real Ray cluster of this machine: the same texts as in one process, also while a replica dies.
+
+Ray is no part of the usual environment: without it, these tests are skipped.
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import psutil
+import pytest
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.inference.bundle import Bundle
+from models.family import LATENT
+from server.config import RayConfig
+from server.engine import Engine, Job
+from server.questions import Questions
+from tests.server.boards import config
+
+pytest.importorskip("ray", reason='needs Ray: pip install "aiflow-edge[ray]"')
+with warnings.catch_warnings(action="ignore"):  # of Ray's own libraries
+    from server.targets import ray_engine
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def target(bundle: Bundle) -> Iterator[ray_engine.RayTarget]:
+    target = ray_engine.RayTarget(bundle, config(bundle).server, RayConfig(replicas=2), Questions(bundle))
+    yield target
+    target.close()
+
+
+@pytest.fixture
+def jobs(bundle: Bundle) -> list[Job]:
+    symbols = np.random.default_rng(1).integers(-2, 3, (6, *LATENT), dtype=np.int8)
+    return [Job(each, tier="edge", draft=(5, 6, 7)) for each in symbols]
+
+
+def test_replicas_write_the_texts_of_one_process(target: ray_engine.RayTarget, engine: Engine, jobs: list[Job]) -> None:
+    expected = [answer.tokens for answer in engine.answer(jobs)]
+    assert [answer.tokens for answer in target.answer(jobs)] == expected
+    assert target.abilities.verified == "strict"
+    assert target.limits.calls == 2 * ray_engine.CALLS_PER_REPLICA
+
+
+def test_a_batch_whose_replica_dies_is_answered_by_another(target: ray_engine.RayTarget, jobs: list[Job]) -> None:
+    expected = [answer.tokens for answer in target.answer(jobs)]
+    replicas = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "ServeReplica:aiflow-" in str(process.info["cmdline"])
+    ]
+    assert len(replicas) == 2
+    replicas[0].kill()
+    for _ in range(8):  # some of them are sent to the dead one
+        assert [answer.tokens for answer in target.answer(jobs)] == expected
+
+
+def test_replicas_with_other_numerics_do_not_answer(target: ray_engine.RayTarget, jobs: list[Job]) -> None:
+    proof, target.engine.proof = target.engine.proof, ray_engine.Proof(numerics="of another machine")
+    try:
+        (answer,) = target.answer(jobs[:1])
+    finally:
+        target.engine.proof = proof
+    assert "no replica" in answer.error
+    assert answer.retry_after_ms
+
+
+def test_a_cluster_that_is_not_there_is_named(bundle: Bundle) -> None:
+    nowhere = RayConfig(address="127.0.0.1:1")
+    with pytest.raises(ConfigError, match="no Ray cluster"):
+        ray_engine.RayTarget(bundle, config(bundle).server, nowhere, Questions(bundle))
