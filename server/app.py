@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,21 +24,22 @@ from server.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from server.engine import Engine
+    from server.targets.bundle import BundleTarget
 
 logger = logging.getLogger(__name__)
 
 Loaded = tuple[Target[Any], Any]  # the target, and what hears of a message that sets its questions, if anything does
 
 
-def load(config: ServerConfig) -> "tuple[Bundle, Engine]":
-    """Opens the bundle, loads the tier's networks and runs the start test. Raises BundleError."""
+def load(config: ServerConfig, folder: str | None) -> "tuple[Bundle, Engine]":
+    """Opens a bundle, loads the tier's networks and runs the start test. Raises BundleError."""
     from server.engine import SIZES
     from server.loading import load_engine
     from server.numerics import prove
 
-    if config.bundle is None:
+    if folder is None:
         raise ConfigError("required key `bundle` is missing (in server)")
-    bundle = open_bundle(Path(config.bundle))
+    bundle = open_bundle(Path(folder))
     _ = bundle.tables, bundle.inter_tables, bundle.words  # a mistake in them is found at the start
     engine = load_engine(bundle, (config.tier,), config.device, config.threads)
     engine.proof = prove(engine, [size for size in SIZES if size <= config.max_batch])
@@ -105,14 +107,23 @@ def load_target(config: Config) -> Loaded:
         return other(url, config.openai, prompts=read_prompts(config.prompts), bundle=_boards_bundle(server)), None
     if server.target.startswith("hf:"):
         return _picture_model(config), None
+    from server.targets.two_bundles import TwoBundles
+
+    first = _bundle_target(server, server.bundle, config.questions)
+    on_questions = first.questions.message_arrived if server.questions_folder else None
+    if server.second_bundle is None:
+        return first, on_questions
+    return TwoBundles(first, _bundle_target(server, server.second_bundle, {})), on_questions
+
+
+def _bundle_target(server: ServerConfig, folder: str | None, questions: Mapping[str, str]) -> "BundleTarget":
     from server.questions import Questions
     from server.targets.bundle import BundleTarget
 
-    bundle, engine = load(server)
-    questions = Questions(bundle, config.questions, server.questions_folder)
+    bundle, engine = load(server, folder)
+    asked = Questions(bundle, questions, server.questions_folder)
     logger.info("bundle loaded id=%s numerics=%s", bundle.id.hex(), engine.proof.numerics)
-    target = BundleTarget(bundle, engine, server.tier, server.max_batch, questions)
-    return target, questions.message_arrived if server.questions_folder else None
+    return BundleTarget(bundle, engine, server.tier, server.max_batch, asked)
 
 
 def _picture_model(config: Config) -> Target[Any]:
