@@ -139,6 +139,7 @@ def test_a_board_that_asks_installs_a_bundle_when_a_user_says_so_and_not_before(
     assert board.updates.status() == {"state": "waiting", "failed": "", "why": "", "version": 3, "percent": 100}
     for other in (sign(bundles[3], 4, key=OTHER_KEY)[1], sign(bundles[3], 1)[1]):  # a stranger's, and an old one
         assert board.offer(other).state == "refused"
+        assert {"state": "waiting", "version": 3, "percent": 100}.items() <= board.updates.status().items()
     board.sender.client.publish(topics.bundle_install(SITE, BOARD), b"ON")
     assert board.offer(signature).state == "waiting"
     assert not board.restart.is_set()
