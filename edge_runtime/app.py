@@ -70,7 +70,10 @@ class Board:
         cv2.setNumThreads(board.threads)
         self.updates: Updates | None = None
         if (store := store_of(config)) is not None:
-            self.updates = Updates(store, partial(self_test, config), self._update_state, self.publish_status)
+            asks = config.updates is not None and config.updates.ask
+            self.updates = Updates(
+                store, partial(self_test, config), self._update_state, self.publish_status, asks=asks
+            )
         self.bundle = bundle = self.updates.bundle if self.updates else open_bundle(Path(board.bundle))
         (head, draft, labels), sampling = self._of_bundle()
 
@@ -81,6 +84,7 @@ class Board:
             lambda: self.local,
             self.report_problem,
             on_paradigm=self.publish_status,
+            on_install=self.updates.install_arrived if self.updates else None,
             has_labels=bool(bundle.manifest.classes),
         )
 

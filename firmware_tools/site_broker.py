@@ -143,6 +143,7 @@ class Site:
     def _person(self) -> "Rights":
         site = self.name
         writes = [topics.setting(site, board.name, switch) for board in self.boards for switch in _switches(board)]
+        writes += [topics.bundle_install(site, board.name) for board in self.boards]
         writes += [topics.server_setting(site, server, "questions") for server in self.servers]
         # Anybody may offer a bundle: its signature decides.
         writes += [

@@ -49,12 +49,12 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
     settings = config.mqtt_settings()
     config.check_target()
     above = config.upstream.settings(server.id) if config.upstream else None
-    if server.bundle:
-        bundle = _check_bundle(Path(server.bundle), for_server=server.target == "bundle")
+    for folder in filter(None, (server.bundle, server.second_bundle)):
+        bundle = _check_bundle(Path(folder), for_server=server.target == "bundle")
         targets = bundle.manifest.targets
         if server.target == "bundle" and server.tier not in targets:
-            raise ConfigError(f'{path}: tier = "{server.tier}", but the bundle has {", ".join(targets)}')
-        if config.questions:
+            raise ConfigError(f'{path}: tier = "{server.tier}", but {folder} has {", ".join(targets)}')
+        if config.questions and folder == server.bundle:
             from server.questions import Questions
 
             Questions(bundle, config.questions)

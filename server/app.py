@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,29 +24,30 @@ from server.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from server.engine import Engine
+    from server.targets.bundle import BundleTarget
 
 logger = logging.getLogger(__name__)
 
 Loaded = tuple[Target[Any], Any]  # the target, and what hears of a message that sets its questions, if anything does
 
 
-def load(config: ServerConfig) -> "tuple[Bundle, Engine]":
-    """Opens the bundle, loads the tier's networks and runs the start test. Raises BundleError."""
+def load(config: ServerConfig, folder: str | None) -> "tuple[Bundle, Engine]":
+    """Opens a bundle, loads the tier's networks and runs the start test. Raises BundleError."""
     from server.engine import SIZES
     from server.loading import load_engine
     from server.numerics import prove
 
-    bundle = opened(config)
+    bundle = opened(folder)
     engine = load_engine(bundle, (config.tier,), config.device, config.threads)
     engine.proof = prove(engine, [size for size in SIZES if size <= config.max_batch])
     return bundle, engine
 
 
-def opened(config: ServerConfig) -> Bundle:
-    """The bundle, with its small files. Raises BundleError."""
-    if config.bundle is None:
+def opened(folder: str | None) -> Bundle:
+    """The bundle, with its small files. Raises BundleError, and ConfigError without a folder."""
+    if folder is None:
         raise ConfigError("required key `bundle` is missing (in server)")
-    bundle = open_bundle(Path(config.bundle))
+    bundle = open_bundle(Path(folder))
     _ = bundle.tables, bundle.inter_tables, bundle.words  # a mistake in them is found at the start
     return bundle
 
@@ -111,23 +113,34 @@ def load_target(config: Config) -> Loaded:
         return other(url, config.openai, prompts=read_prompts(config.prompts), bundle=_boards_bundle(server)), None
     if server.target.startswith("hf:"):
         return _picture_model(config), None
+    from server.targets.two_bundles import TwoBundles
+
+    first = _bundle_target(config, server.bundle, config.questions)
+    on_questions = first.questions.message_arrived if server.questions_folder else None
+    if server.second_bundle is None:
+        return first, on_questions
+    return TwoBundles(first, _bundle_target(config, server.second_bundle, {})), on_questions
+
+
+def _bundle_target(config: Config, folder: str | None, questions: Mapping[str, str]) -> "BundleTarget":
     from server.questions import Questions
     from server.targets.bundle import BundleTarget
 
+    server = config.server
     if config.ray:
         try:
             from server.targets.ray_engine import RayTarget
         except ImportError as error:
             raise ConfigError('[ray] needs Ray Serve: pip install "aiflow-edge[ray]"') from error
-        bundle = opened(server)
-        questions = Questions(bundle, config.questions, server.questions_folder)
-        target: BundleTarget = RayTarget(bundle, server, config.ray, questions)
+        bundle = opened(folder)
+        asked = Questions(bundle, questions, server.questions_folder)
+        target: BundleTarget = RayTarget(bundle, server, config.ray, asked)
     else:
-        bundle, engine = load(server)
-        questions = Questions(bundle, config.questions, server.questions_folder)
-        target = BundleTarget(bundle, engine, server.tier, server.max_batch, questions)
+        bundle, engine = load(server, folder)
+        asked = Questions(bundle, questions, server.questions_folder)
+        target = BundleTarget(bundle, engine, server.tier, server.max_batch, asked)
     logger.info("bundle loaded id=%s numerics=%s", bundle.id.hex(), target.engine.proof.numerics)
-    return target, questions.message_arrived if server.questions_folder else None
+    return target
 
 
 def _picture_model(config: Config) -> Target[Any]:

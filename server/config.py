@@ -24,6 +24,7 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     id: StationId
     bundle: str | None = None  # directory of the bundle; with another target than "bundle", for the boards' drafts
+    second_bundle: str | None = None  # of boards that move from or to `bundle`; their questions are those of `bundle`
     target: Annotated[
         str,
         Meta(
@@ -205,6 +206,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f'[ray] is of no use with target = "{kind}": set target = "bundle", or remove it')
         if self.hf != HuggingFaceConfig() and kind != "hf":
             raise ConfigError(f'[hf] is of no use with target = "{kind}": set target = "hf:FOLDER", or remove it')
+        if server.second_bundle and kind != "bundle":
+            raise ConfigError(f'second_bundle is of no use with target = "{kind}": remove it, or set target = "bundle"')
         if kind == "bundle":
             if server.bundle is None:
                 raise ConfigError('required key `bundle` is missing (in server), which has target = "bundle"')

@@ -120,7 +120,7 @@ class Service:
             self._count("joined")  # its reply is on the way
             if first:
                 reply(first, request.budget_ms / 1e3)
-        elif request.content_kind is ContentKind.LATENT and request.bundle != self.target.abilities.bundle:
+        elif request.content_kind is ContentKind.LATENT and request.bundle not in self.target.abilities.bundles:
             self._refuse(accepted, Status.UNKNOWN_BUNDLE, self._unknown_bundle(request), ELSEWHERE_RETRY_MS)
         elif for_another := self._unknown_prompt(request) or self._unknown_sampling(request):
             self._refuse(accepted, Status.UNKNOWN_BUNDLE, for_another, ELSEWHERE_RETRY_MS)
@@ -133,10 +133,10 @@ class Service:
 
     def _unknown_bundle(self, request: Request) -> str:
         """What is wrong with a latent that another server of the pool may be able to read."""
-        theirs, ours = request.bundle.hex(), self.target.abilities.bundle
-        if ours is None:
+        theirs, ours = request.bundle.hex(), " and ".join(each.hex() for each in self.target.abilities.bundles)
+        if not ours:
             return f"the target of this server takes pictures only, no latents of bundle {theirs}: send pictures"
-        return f"bundle {theirs} is not here, {ours.hex()} is: ask again for another server, or install one"
+        return f"bundle {theirs} is not here, {ours} is: ask again for another server, or install one"
 
     def _unknown_prompt(self, request: Request) -> str | None:
         """Why it cannot ask in these words; another server of the pool may have the prompt."""

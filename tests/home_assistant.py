@@ -1,7 +1,8 @@
 """What Home Assistant's documentation says of device discovery, as JSON Schema, and its templates, as far as used here.
 
 Sources: "MQTT" (Device discovery payload, supported abbreviations), "MQTT Event", "MQTT Sensor", "MQTT Binary sensor",
-"MQTT Switch", "MQTT Select", "MQTT Number", "MQTT Image" and "Templating" in Home Assistant's documentation of 2024.12.
+"MQTT Switch", "MQTT Select", "MQTT Number", "MQTT Image", "MQTT Update" and
+"Templating" in Home Assistant's documentation of 2024.12.
 """
 
 import functools
@@ -53,6 +54,7 @@ ENTITIES = [
     ),
     _entity("binary_sensor", READS | {"dev_cla": {"enum": ["problem", "connectivity"]}}),
     _entity("switch", WRITES),
+    _entity("update", READS, {"cmd_t": TOPIC, "pl_inst": TEXT}),
     _entity("select", WRITES | {"ops": WORDS}),
     _entity("text", WRITES | {"max": {"type": "integer", "minimum": 1, "maximum": 255}}),
     _entity(
@@ -89,6 +91,22 @@ VALIDATOR = Draft202012Validator(
             "cmps": {"type": "object", "additionalProperties": {"type": "object", "oneOf": ENTITIES}},
         },
         "required": ["dev", "o", "cmps"],
+        "additionalProperties": False,
+    }
+)
+# Of "MQTT Update". The fields that are used here; versions are text or, as Home Assistant reads them, numbers.
+UPDATE = Draft202012Validator(
+    {
+        "type": "object",
+        "properties": {
+            "installed_version": {"type": "integer"},
+            "latest_version": {"type": "integer"},
+            "title": {"type": "string"},
+            "release_summary": {"type": "string"},
+            "update_percentage": {"type": ["integer", "null"], "minimum": 0, "maximum": 100},
+            "in_progress": {"type": "boolean"},
+        },
+        "required": ["installed_version", "latest_version"],
         "additionalProperties": False,
     }
 )
@@ -156,6 +174,11 @@ class Entity:
                 event = json.loads(value)
                 assert event["event_type"] in config["evt_typ"]
                 self.events.append(event)
+        elif config["p"] == "update":
+            if value:
+                UPDATE.validate(found := json.loads(value))
+                self.attributes |= found
+                self.state = "on" if found["latest_version"] > found["installed_version"] else "off"
         elif value == "None":
             self.state = "unknown"
         elif "unit_of_meas" in config:

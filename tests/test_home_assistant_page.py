@@ -3,7 +3,14 @@
 import re
 from pathlib import Path
 
-from edge_runtime.config import BoardConfig, CameraConfig, HomeAssistantConfig, RuntimeConfig, load_toml
+from edge_runtime.config import (
+    BoardConfig,
+    CameraConfig,
+    HomeAssistantConfig,
+    RuntimeConfig,
+    UpdatesConfig,
+    load_toml,
+)
 from edge_runtime.reporting import board_settings
 from edge_runtime.reporting.home_assistant import CAPTION_FIELDS, EVENT_FIELDS, device_message
 from edge_runtime.reporting.images import MAX_IMAGE, MAX_SIDE, PERIOD_S
@@ -16,6 +23,7 @@ CONFIG = RuntimeConfig(
     BoardConfig("porch", "bundle"),
     (CameraConfig("front", "mqtt", questions=("gate",)),),
     homeassistant=HomeAssistantConfig(images=True),
+    updates=UpdatesConfig("bundles"),
 )
 ENTITIES = device_message(CONFIG, board_settings(CONFIG), has_labels=True, has_link=True)["cmps"]
 

@@ -7,7 +7,9 @@ Skipped unless HOME_ASSISTANT_PYTHON names the interpreter of an environment (Py
 import itertools
 import json
 import os
+import queue
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,23 @@ import numpy as np
 import pytest
 
 from edge_runtime.app import Board
-from edge_runtime.config import BoardConfig, CameraConfig, HomeAssistantConfig, RuntimeConfig, TriggerConfig
+from edge_runtime.config import (
+    BoardConfig,
+    CameraConfig,
+    HomeAssistantConfig,
+    RuntimeConfig,
+    TriggerConfig,
+    UpdatesConfig,
+)
+from edge_runtime.errors import RestartError
+from edge_runtime.firmware.signature import read_signature
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.wire import Reply, Status, decode_request, encode_reply, topics
+from firmware_tools.push import Push
 from tests.brokers import Mosquitto
+from tests.edge_runtime.firmware.helpers import sign, trust, variant
 from tests.edge_runtime.reporting.test_discovery import running
-from tests.listener import Listener, until
+from tests.listener import PATIENCE_S, Listener, until
 
 PYTHON = os.environ.get("HOME_ASSISTANT_PYTHON", "")
 SITE, BOARD = "home", "porch"
@@ -189,6 +202,46 @@ def test_without_discovery_the_device_disappears(board_bundle, broker, tmp_path)
         with running(msgspec.structs.replace(config, homeassistant=HomeAssistantConfig(discovery=False))):
             until(lambda: home.ask().keys() == {"input_text.notified"})
             assert home.answer["registered"] == ["input_text.notified"]
+        assert home.answer["faults"] == []
+
+
+@pytest.mark.timeout(300)
+def test_a_bundle_that_waits_is_seen_and_installed_from_home_assistant(board_bundle, broker, tmp_path):
+    new = variant(board_bundle, tmp_path / "new", "new", name="new")
+    sign(new, 3)
+    trust(tmp_path)
+    config = msgspec.structs.replace(
+        configuration(str(board_bundle.path), broker.port, "front"),
+        updates=UpdatesConfig(str(tmp_path / "store"), str(tmp_path / "trust"), ask=True),
+    )
+    with HomeAssistant(tmp_path / "home-assistant", broker.port) as home:
+        board, stop = Board(config), threading.Event()
+        ended: queue.Queue[Exception] = queue.Queue()
+
+        def run() -> None:
+            try:
+                board.run(stop)
+            except RestartError as error:
+                ended.put(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            until(lambda: home.state("update.porch_bundle") == "off")
+            Push(new, read_signature(new.path), SITE, BOARD, print).run(MqttConfig(port=broker.port).settings("p"), 60)
+            until(lambda: home.state("update.porch_bundle") == "on")
+            until(lambda: home.attributes("update.porch_bundle")["in_progress"] is False)
+            shown = home.attributes("update.porch_bundle")
+            assert (shown["installed_version"], shown["latest_version"]) == ("0", "3")
+            home.ask('update.install {"entity_id": "update.porch_bundle"}')
+            assert "bundle new version 3 is installed" in str(ended.get(timeout=PATIENCE_S))
+        finally:
+            stop.set()
+            thread.join(PATIENCE_S)
+        with running(config):
+            until(lambda: home.attributes("update.porch_bundle").get("title") == "new")
+            assert home.attributes("update.porch_bundle")["installed_version"] == "3"
+            assert home.state("update.porch_bundle") == "off"
         assert home.answer["faults"] == []
 
 

@@ -44,6 +44,9 @@ def test_its_bounds_are_those_of_the_code():
     words = " ".join(PAGE.split())
     assert f"`--keep-days` ({history.KEEP_DAYS}) days, in at most {history.MAX_BYTES >> 20} MiB" in words
     assert f"read for {web.TIMEOUT_S:.0f} s" in words
+    assert f"a vector of {history.VECTOR} numbers" in words
+    assert f"The newest {history.MAX_VECTORS:,} texts have one. The best {history.FOUND} are shown" in words
+    assert f"is {history.MIN_SIMILARITY} or more" in words
 
 
 def test_its_links_are_there():

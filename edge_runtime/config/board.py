@@ -210,6 +210,7 @@ class UpdatesConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     folder: str
     trust_file: str | None = None  # public keys, one per line; none: files are installed unsigned, over MQTT nothing is
+    ask: bool = False  # true: a bundle that came over MQTT waits until a user installs it
 
 
 class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):

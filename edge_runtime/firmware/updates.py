@@ -24,10 +24,11 @@ from edge_runtime.firmware.signature import (
     MAX_SIGNATURE_BYTES,
     SignatureError,
     Statement,
+    read_signature,
     read_trust,
     verified,
 )
-from edge_runtime.firmware.store import Store
+from edge_runtime.firmware.store import INCOMING, Store
 from edge_runtime.inference.backends import SUFFIXES, installed
 from edge_runtime.inference.bundle import BundleError, open_bundle
 from edge_runtime.logs import is_told
@@ -35,6 +36,7 @@ from edge_runtime.mqtt import Message
 from edge_runtime.mqtt.routes import Rejection, Route
 from edge_runtime.wire import EnvelopeError, topics
 from edge_runtime.wire.update import (
+    INSTALL,
     MAX_CHUNK,
     WINDOW_BYTES,
     UpdateState,
@@ -102,13 +104,15 @@ class Updates:
         publish: Callable[[bytes], None],
         on_change: Callable[[], None] = lambda: None,
         today: Callable[[], date] = today,
+        asks: bool = False,
     ) -> None:
         """self_test: see `Store.install`. publish: an UpdateState, never blocks. on_change: `status` has changed.
+        asks: a bundle that has arrived waits until a user installs it.
 
         Raises BundleError if not even the bundle of the configuration can be opened.
         """
         self._store, self._self_test, self._today = store, self_test, today
-        self._publish, self._on_change = publish, on_change
+        self._publish, self._on_change, self._asks = publish, on_change, asks
         found, state = store.start()
         self.bundle = found.bundle if found else open_bundle(store.factory)
         self.version = found.version if found else 0
@@ -122,6 +126,8 @@ class Updates:
         self._signature = b""  # of the one that is coming
         self._window_end = 0  # of the file that is wanted: what was asked for ends here
         self._next_id = ""  # of the bundle that the next start runs
+        self._new_version = 0  # of the bundle that is coming, waits or is installed; 0: there is none
+        self._percent = 0  # of it that is here, in steps of 10: each step is a message
         self._unread = self._refused = 0  # messages
         self._is_closed = False
         self._messages: queue.Queue[Callable[[], None] | None] = queue.Queue(BACKLOG)
@@ -153,9 +159,14 @@ class Updates:
             Route(topics.bundle_chunk(site, board), chunk_arrived, optional=True),
         ]
 
-    def status(self) -> dict[str, str]:
+    def status(self) -> dict[str, str | int]:
         """For the board's status."""
-        return {"state": self._word, "failed": self._failed, "why": self._why}
+        words = {"state": self._word, "failed": self._failed, "why": self._why}
+        return words | {"version": self._new_version, "percent": self._percent}
+
+    def install_arrived(self, message: Message) -> Rejection | None:
+        """A message on `topics.bundle_install`."""
+        return self._arrived(self._install_wanted, len(INSTALL), message)
 
     def _arrived(self, take: Callable[[bytes], None], max_bytes: int, message: Message) -> Rejection | None:
         if len(message.payload) > max_bytes:
@@ -191,8 +202,19 @@ class Updates:
     # ---- its own thread ----
 
     def _run(self) -> None:
+        if self._asks:
+            self._find_waiting()
         while (take := self._messages.get()) and not self._is_closed:
             take()
+
+    def _find_waiting(self) -> None:
+        """A bundle that arrived before this start."""
+        try:
+            signature = read_signature(self._store.folder / INCOMING)
+        except SignatureError:  # damaged: the sender offers it again
+            return
+        if signature:
+            self._offered(signature)
 
     def _offered(self, signature: bytes) -> None:
         try:
@@ -213,8 +235,10 @@ class Updates:
         try:
             self._store.check_new(statement, self._today())
             if self._incoming is None or self._signature != signature:
+                self._incoming = None  # its files go now
                 self._incoming = self._store.incoming(statement, signature)
                 self._signature = signature
+                self._new_version, self._percent = statement.version, 0
                 self._changed("receiving")
             self._go_on(self._incoming)
         except (BundleError, OSError) as error:
@@ -237,15 +261,37 @@ class Updates:
         except (BundleError, OSError) as error:
             self._drop(self._incoming.statement.id, error)
 
+    def _install_wanted(self, word: bytes) -> None:
+        if word != INSTALL.encode() or self._word != "waiting" or self._incoming is None:
+            logger.warning("bundle not installed, none waits or the word is not %s", INSTALL)
+            return
+        try:
+            self._store.check_new(self._incoming.statement, self._today())  # it may have expired since
+            self._install(self._incoming)
+        except (BundleError, OSError) as error:
+            self._drop(self._incoming.statement.id, error)
+
     def _go_on(self, incoming: Incoming) -> None:
-        """Asks for what is needed next, or installs the bundle."""
+        """Asks for what is needed next, or installs the bundle, or lets it wait for a user."""
         statement = incoming.statement
         if wanted := incoming.wanted():
             size = min(WINDOW_BYTES, wanted.size - wanted.offset)
             self._window_end = wanted.offset + size
             counts = {"received": incoming.received, "total": incoming.total}
             self._say("wants", statement.id, file=wanted.file, offset=wanted.offset, bytes=size, **counts)
-            return
+            percent = 10 * (10 * incoming.received // incoming.total) if incoming.bundle else 0
+            if percent != self._percent:
+                self._percent = percent
+                self._on_change()
+        elif self._asks:
+            self._percent = 100
+            self._changed("waiting")
+            self._say("waiting", statement.id)
+        else:
+            self._install(incoming)
+
+    def _install(self, incoming: Incoming) -> None:
+        statement, self._percent = incoming.statement, 100
         self._changed("testing")
         self._say("testing", statement.id)
         self._store.install(incoming, self._self_test)
@@ -256,9 +302,10 @@ class Updates:
 
     def _drop(self, bundle: str, error: Exception) -> None:
         """After a wrong file the others are kept: the sender may offer the bundle again."""
-        if self._incoming and not isinstance(error, WrongHashError):
-            shutil.rmtree(self._incoming.folder, ignore_errors=True)
-        self._incoming = None
+        if self._incoming and self._incoming.statement.id == bundle:
+            if not isinstance(error, WrongHashError):
+                shutil.rmtree(self._incoming.folder, ignore_errors=True)
+            self._incoming = None
         self._refuse(bundle, error)
 
     def _refuse(self, bundle: str, error: Exception) -> None:
@@ -267,7 +314,10 @@ class Updates:
         if is_told(self._refused):
             logger.warning("bundle refused count=%d bundle=%s reason=%s", self._refused, bundle, why)
         self._failed, self._why = bundle, why
-        self._changed("trial" if self.is_trial else "idle")
+        if self._incoming is None:  # else another one was refused
+            self._new_version = self._percent = 0
+            self._word = "trial" if self.is_trial else "idle"
+        self._on_change()
         self._say("refused", bundle, why=why)
 
     def _say(self, word: UpdateWord, bundle: str, **values: Any) -> None:

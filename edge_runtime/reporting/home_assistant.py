@@ -16,6 +16,7 @@ from edge_runtime.reporting import templates
 from edge_runtime.reporting.remote_settings import Setting
 from edge_runtime.wire import topics
 from edge_runtime.wire.event import EVENT_TYPES, PARADIGMS
+from edge_runtime.wire.update import INSTALL
 
 MAX_STATE = 255  # characters of a state in Home Assistant
 MAX_PROMPT_NAME = 32  # characters
@@ -42,6 +43,8 @@ def device_message(
     device = topics.device_id(site, board)
     has_image = config.homeassistant is not None and config.homeassistant.images
     entities = [*_board_entities(site, board, has_link)]
+    if config.updates:
+        entities.append(_update_entity(site, board, config.updates.ask))
     entities += [_setting_entity(site, board, setting) for setting in settings]
     for camera in config.cameras:
         entities += _camera_entities(site, board, camera, has_labels, has_image)
@@ -81,6 +84,23 @@ def _board_entities(site: str, board: str, has_link: bool) -> Iterator[Entity]:
     if has_link:
         is_on = f"{{{{ 'OFF' if 'link' in ({problems}) else 'ON' }}}}"
         yield "link", shared | {"name": "Link to servers", "dev_cla": "connectivity", "val_tpl": is_on}
+
+
+def _update_entity(site: str, board: str, has_install: bool) -> Entity:
+    """The board's bundle. has_install: a new one waits until a user installs it."""
+    # Not `value_json.update`, which is a method of the object.
+    new = "value_json['update']"
+    state = {
+        "installed_version": "value_json.bundle_version",
+        "latest_version": f"{new}.version or value_json.bundle_version",
+        "title": "value_json.bundle_name",
+        "release_summary": f"{new}.why | {templates.PRINTABLE}",
+        "update_percentage": f"{new}.percent if {new}.state == 'receiving' else none",
+        "in_progress": f"{new}.state in ('receiving', 'testing', 'installed')",
+    }
+    keys = {"p": "update", "name": "Bundle", "ent_cat": "config", "stat_t": topics.status(site, board)}
+    keys["val_tpl"] = templates.event(f"{new} is mapping", state)
+    return "bundle", keys | ({"cmd_t": topics.bundle_install(site, board), "pl_inst": INSTALL} if has_install else {})
 
 
 def _setting_entity(site: str, board: str, setting: Setting) -> Entity:

@@ -126,6 +126,11 @@ def bundle_state(site: str, board: str) -> str:
     return f"{_board(site, board)}/up/bundle"
 
 
+def bundle_install(site: str, board: str) -> str:
+    """Users to a board: install the bundle that waits. Beside the settings, so that the same rights are enough."""
+    return setting(site, board, "update")
+
+
 def image(site: str, board: str, camera: str) -> str:
     """Board to users: a small JPEG of a camera's last frame, QoS 0, not retained."""
     return f"{_board(site, board)}/up/image/{_id('camera', camera, _NAME)}"

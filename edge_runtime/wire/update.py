@@ -16,10 +16,11 @@ CHUNK_BYTES = 16 * 1024  # of a file in one message: it passes a link of 16 kbit
 WINDOW_BYTES = 4 * CHUNK_BYTES  # that a board asks for at once
 MAX_CHUNK = CHUNK_BYTES + 64  # bytes of the message
 MAX_UPDATE_STATE = 4096  # bytes of the message
+INSTALL = "install"  # what a user says of a bundle that waits
 MAX_FILE_BYTES = 1 << 36  # as in a manifest
 
-# wants: the sender has to send more. kept and refused are the end.
-UpdateWord = Literal["wants", "testing", "installed", "trial", "kept", "refused"]
+# wants: the sender has to send more. kept, refused and waiting (for a user, who installs it) are the end.
+UpdateWord = Literal["wants", "waiting", "testing", "installed", "trial", "kept", "refused"]
 M = TypeVar("M")
 
 

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.shutdown import stop_when_told
     from firmware_tools.ui.history import History
     from firmware_tools.ui.live import Live
+    from firmware_tools.ui.meaning import Meaning
     from firmware_tools.ui.site import Site
     from firmware_tools.ui.web import WebServer
 
@@ -49,9 +50,10 @@ def run(args: argparse.Namespace) -> int:
     stop = stop_when_told(CLOSE_S)
     with ExitStack() as running:  # ends in the opposite order
         history = running.enter_context(History(args.history, args.keep_days))
-        live = Live(site, history, settings, no_pictures)
+        meaning = running.enter_context(Meaning(history))
+        live = Live(site, history, meaning, settings, no_pictures)
         try:
-            server = running.enter_context(WebServer((args.listen, args.port), live, history, token))
+            server = running.enter_context(WebServer((args.listen, args.port), live, history, meaning, token))
         except (OSError, OverflowError) as error:  # OverflowError: no such port
             why = getattr(error, "strerror", None) or error
             raise ConfigError(

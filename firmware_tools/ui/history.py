@@ -1,5 +1,7 @@
 """The texts of the last days, to search in: a file of SQLite with a full-text index (FTS5), bounded in days and bytes.
 
+The newest texts may also have a vector each, which says what they mean; meaning.py computes them.
+
 A thread of its own writes, so that a slow disk delays no message. https://www.sqlite.org/fts5.html, section 4.4.3, has
 the two tables and their triggers.
 """
@@ -9,9 +11,12 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edge_runtime.errors import AiflowError, ConfigError
 from edge_runtime.logs import printable
@@ -27,17 +32,23 @@ BATCH = 1000  # texts of one transaction
 PAGE = 4096  # bytes; SQLite's unit
 FOUND = 50  # answers of one search
 MAX_QUERY = 200  # characters
+VECTOR = 384  # numbers of a vector, each a float16
+MAX_VECTORS = 50_000  # the newest texts that have one: 39 MB of the file
+PART = 4096  # vectors that are compared at a time
+MIN_SIMILARITY = 0.2  # cosine; texts about something else have less
 SEARCH_S = 2.0
 STEPS = 10_000  # of SQLite's machine, between two looks at the clock
 CLOSE_S = 5.0
 APPLICATION = 0x61666C77  # marks a file as this command's; any number that nobody else uses
 WANTED = "name a file that this command has written, or one that does not exist yet"
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS answers(
     id INTEGER PRIMARY KEY, at REAL, board TEXT, camera TEXT, frame TEXT, text TEXT, label TEXT,
     UNIQUE(board, camera, frame));
 CREATE VIRTUAL TABLE IF NOT EXISTS words USING fts5(
     text, label, content='answers', content_rowid='id', tokenize='unicode61 remove_diacritics 2');
+CREATE TABLE IF NOT EXISTS vectors(
+    id INTEGER PRIMARY KEY REFERENCES answers ON DELETE CASCADE, vector BLOB CHECK(length(vector) = {2 * VECTOR}));
 CREATE TRIGGER IF NOT EXISTS answer_added AFTER INSERT ON answers BEGIN
     INSERT INTO words(rowid, text, label) VALUES (new.id, new.text, new.label);
 END;
@@ -49,10 +60,18 @@ NEWEST = """
 SELECT id, at, board, camera, text, label FROM answers
 WHERE id < ? AND (? = '' OR board = ?) ORDER BY id DESC LIMIT ?
 """
+ONE = "SELECT id, at, board, camera, text, label FROM answers WHERE id = ?"
 SEARCH = """
 SELECT id, at, board, camera, answers.text, answers.label FROM words JOIN answers ON id = words.rowid
 WHERE words MATCH ? AND words.rowid < ? AND (? = '' OR board = ?) ORDER BY words.rowid DESC LIMIT ?
 """
+WITHOUT_VECTOR = """
+SELECT id, text FROM answers WHERE id > max(
+    (SELECT coalesce(max(id), 0) FROM vectors), (SELECT coalesce(max(id), 0) FROM answers) - ?)
+ORDER BY id LIMIT ?
+"""
+ADD_VECTOR = "INSERT OR REPLACE INTO vectors SELECT ?1, ?2 WHERE EXISTS (SELECT * FROM answers WHERE id = ?1)"
+OLD_VECTORS = "DELETE FROM vectors WHERE id <= (SELECT max(id) FROM vectors) - ?"
 OLD = """
 DELETE FROM answers WHERE id <= (SELECT max(id) FROM (SELECT id, at FROM answers ORDER BY id LIMIT ?) WHERE at < ?)
 """
@@ -78,6 +97,7 @@ class History:
                 file.touch(mode=0o600)  # readable by its owner alone: the texts say who is at home
             self._database = sqlite3.connect(file or "", check_same_thread=False)
             self._database.execute(f"PRAGMA max_page_count = {max_bytes // PAGE}")
+            self._database.execute("PRAGMA foreign_keys = ON")  # a text that is forgotten takes its vector along
             self._database.execute("PRAGMA synchronous = OFF")  # a power cut may cost the file, which is a convenience
             self._open()
         except (OSError, sqlite3.Error) as error:
@@ -110,14 +130,49 @@ class History:
 
     def add(self, answers: Sequence[Answer], now: float) -> None:
         """Writes them, and removes what is too old. The same frame of a camera is kept once. Raises sqlite3.Error."""
+        self._write_or_shrink(lambda: self._write(answers, now))
+
+    def without_vector(self, count: int) -> list[tuple[int, str]]:
+        """Ids and texts of the oldest ones that still need a vector. Raises sqlite3.Error."""
         with self._lock:
-            try:
-                self._write(answers, now)
-            except sqlite3.OperationalError as error:
-                if "full" not in str(error):
-                    raise
-                self._shrink()
-                self._write(answers, now)
+            return self._database.execute(WITHOUT_VECTOR, (MAX_VECTORS, count)).fetchall()
+
+    def add_vectors(self, ids: Iterable[int], vectors: NDArray[np.float32]) -> None:
+        """vectors: of length 1, [ids, VECTOR]. Those of texts that are forgotten are left out. Raises sqlite3.Error."""
+        rows = [(each, vector.astype(np.float16).tobytes()) for each, vector in zip(ids, vectors, strict=True)]
+
+        def write() -> None:
+            with self._database:
+                self._database.executemany(ADD_VECTOR, rows)
+                self._database.execute(OLD_VECTORS, (MAX_VECTORS,))
+
+        self._write_or_shrink(write)
+
+    def nearest(self, vector: NDArray[np.float32], label: str = "", board: str = "") -> list[Found]:
+        """The FOUND answers with the most similar vectors, the most similar first. vector: of length 1.
+
+        label: as in `search`. Raises SearchError.
+        """
+        wanted, values = ["1"], list[str]()
+        if board:
+            wanted.append("id IN (SELECT id FROM answers WHERE board = ?)")
+            values.append(board)
+        if query := _query(label):
+            wanted.append("id IN (SELECT rowid FROM words WHERE words MATCH ?)")
+            values.append(f"label : ({query})")
+
+        def read() -> list[Found]:
+            cursor = self._database.execute(f"SELECT id, vector FROM vectors WHERE {' AND '.join(wanted)}", values)
+            best: list[tuple[float, int]] = []
+            while part := cursor.fetchmany(PART):  # not all at once: they would take 80 MB
+                numbers = np.frombuffer(b"".join(blob for _, blob in part), np.float16).reshape(-1, VECTOR)
+                similarities = (numbers.astype(np.float32) @ vector).tolist()
+                best += [(each, row[0]) for each, row in zip(similarities, part, strict=True) if each >= MIN_SIMILARITY]
+                best = sorted(best, reverse=True)[:FOUND]
+            rows = [(self._database.execute(ONE, (number,)).fetchone(), similarity) for similarity, number in best]
+            return [_found(row, round(similarity, 3)) for row, similarity in rows]
+
+        return self._read(read)
 
     def search(self, words: str, label: str = "", board: str = "", before: int | None = None) -> list[Found]:
         """The newest FOUND answers with all of these words, or with longer ones that begin so; all if there is none.
@@ -127,17 +182,25 @@ class History:
         queries = {"text": _query(words), "label": _query(label)}
         parts = [f"{column} : ({query})" for column, query in queries.items() if query]
         values = (2**62 if before is None else before, board, board, FOUND)
+
+        def read() -> list[Found]:
+            found = self._database.execute(SEARCH, (" AND ".join(parts), *values)) if parts else None
+            rows = (found or self._database.execute(NEWEST, values)).fetchall()
+            return [_found(row) for row in rows]
+
+        return self._read(read)
+
+    def _read(self, read: Callable[[], list[Found]]) -> list[Found]:
+        """Within SEARCH_S. Raises SearchError."""
         with self._lock:
             end = time.monotonic() + SEARCH_S
             self._database.set_progress_handler(lambda: time.monotonic() > end, STEPS)
             try:
-                found = self._database.execute(SEARCH, (" AND ".join(parts), *values)) if parts else None
-                rows = (found or self._database.execute(NEWEST, values)).fetchall()
+                return read()
             except sqlite3.Error as error:
                 raise SearchError(f"the search failed: {error}; try other words") from error
             finally:
                 self._database.set_progress_handler(None, 0)
-        return [Found(*row[:3], *map(shown, row[3:])) for row in rows]
 
     def _run(self) -> None:
         is_open = True
@@ -157,6 +220,17 @@ class History:
             logger.warning("texts not kept error=%s", printable(problem))
         self.problem = problem
 
+    def _write_or_shrink(self, write: Callable[[], None]) -> None:
+        """Raises sqlite3.Error."""
+        with self._lock:
+            try:
+                write()
+            except sqlite3.OperationalError as error:
+                if "full" not in str(error):
+                    raise
+                self._shrink()
+                write()
+
     def _write(self, answers: Sequence[Answer], now: float) -> None:
         with self._database:  # a transaction
             self._database.executemany(
@@ -174,6 +248,11 @@ class History:
             self._database.execute("INSERT INTO words(words) VALUES ('delete-all')")
             self._database.execute("INSERT INTO words(words) VALUES ('rebuild')")
         self._database.executescript(SCHEMA)
+
+
+def _found(row: tuple[int, float, str, str, str, str], similarity: float | None = None) -> Found:
+    number, at, board, camera, text, label = row
+    return Found(number, at, board, shown(camera), shown(text), shown(label), similarity)
 
 
 def _query(text: str) -> str:

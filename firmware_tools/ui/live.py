@@ -14,6 +14,7 @@ from msgspec import json, structs
 from edge_runtime.errors import AiflowError
 from edge_runtime.mqtt import Message, MqttConfig, State, connection_text
 from firmware_tools.ui.history import History
+from firmware_tools.ui.meaning import Meaning
 from firmware_tools.ui.rows import Link, Update, shown
 from firmware_tools.ui.site import Site
 
@@ -30,9 +31,9 @@ class FullError(AiflowError):
 class Live:
     """Any thread."""
 
-    def __init__(self, site: Site, history: History, broker: MqttConfig, pictures: str = "") -> None:
+    def __init__(self, site: Site, history: History, meaning: Meaning, broker: MqttConfig, pictures: str = "") -> None:
         """pictures: why none are shown."""
-        self._site, self._history, self._broker = site, history, broker
+        self._site, self._history, self._meaning, self._broker = site, history, meaning, broker
         self._link = Link(site.name, pictures=pictures)
         self._changed = threading.Condition()  # and the lock over all here
         self._browsers: list[dict[tuple[str, str], None]] = []
@@ -106,7 +107,8 @@ class Live:
     def _update(self, keys: list[tuple[str, str]], is_first: bool) -> bytes:
         boards, servers = self._site.boards, self._site.servers
         named = [name for kind, name in keys if kind == "board"]
-        link = structs.replace(self._link, history=self._history.problem, **self._site.counts)
+        problems = {"history": self._history.problem, "meaning": self._meaning.problem}
+        link = structs.replace(self._link, **problems, **self._site.counts)
         update = Update(
             time.time(),
             link,

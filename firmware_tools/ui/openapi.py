@@ -44,11 +44,13 @@ def openapi() -> bytes:
     }
     search = {
         "summary": f"The newest {FOUND} texts with all of these words",
-        "description": "A word also finds longer words that begin with it. Without words: the newest texts.",
+        "description": "A word also finds longer words that begin with it. Without words: the newest texts. "
+        f"By meaning: the {FOUND} most similar texts, the most similar first, without `before`.",
         "parameters": [
             _parameter("query", "q", "Words of the text.", type="string", maxLength=MAX_QUERY),
             _parameter("query", "label", "Words of the likeliest label.", type="string", maxLength=MAX_QUERY),
             _parameter("query", "board", "Of one board only.", **board),
+            _parameter("query", "by", "How; by words if it is missing.", type="string", enum=["words", "meaning"]),
             _parameter("query", "before", "Only ids below this.", type="integer", minimum=0, maximum=10**16 - 1),
         ],
         "responses": {"200": _response("Texts.", "application/json", answers)} | errors,

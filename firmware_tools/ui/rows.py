@@ -118,6 +118,7 @@ class Link(Struct):
     not_shown: int = 0  # messages of boards beyond the bound
     ignored: int = 0  # messages that are none of this project's
     history: str = ""  # why texts are not kept at present; empty: they are
+    meaning: str = ""  # why there is no search by meaning at present; empty: there is
     pictures: str = ""  # why pictures are not shown; empty: they are
 
 
@@ -133,7 +134,7 @@ class Update(Struct):
 
 
 class Found(Struct):
-    """An answer that was found. `at`: Unix seconds."""
+    """An answer that was found. `at`: Unix seconds. `similarity`: of its meaning, up to 1; null: a search by words."""
 
     id: int
     at: float
@@ -141,10 +142,11 @@ class Found(Struct):
     camera: str
     text: str
     label: str
+    similarity: float | None = None
 
 
 class Answers(Struct):
-    """Texts that were found, the newest first. `has_more`: ask again, with the last id in `before`."""
+    """Texts that were found, the newest or the most similar first. `has_more`: ask again, the last id in `before`."""
 
     answers: list[Found]
     has_more: bool

@@ -25,6 +25,7 @@ from edge_runtime.errors import AiflowError
 from edge_runtime.logs import is_told
 from firmware_tools.ui.history import FOUND, History, SearchError
 from firmware_tools.ui.live import MAX_BROWSERS, FullError, Live
+from firmware_tools.ui.meaning import Meaning
 from firmware_tools.ui.rows import Answers, Error
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ PAGE_FILES = {
 }
 PUBLIC = ("/login", "/page.css", "/icon.svg")
 PICTURE = re.compile(r"/api/picture/([a-z0-9-]{1,32})/([A-Za-z0-9_-]{1,32})")
-PARAMETERS = {"board": r"[a-z0-9-]{1,32}", "before": r"[0-9]{1,16}"}  # of a search; its texts may be anything
+# Of a search. Its texts may be anything.
+PARAMETERS = {"board": r"[a-z0-9-]{1,32}", "before": r"[0-9]{1,16}", "by": "words|meaning"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -61,9 +63,11 @@ class WebServer(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = MAX_CONNECTIONS
 
-    def __init__(self, address: tuple[str, int], live: Live, history: History, token: str | None = None) -> None:
+    def __init__(
+        self, address: tuple[str, int], live: Live, history: History, meaning: Meaning, token: str | None = None
+    ) -> None:
         """token: for the login; None: no login. Raises OSError if the address cannot be used."""
-        self.live, self.history, self.token = live, history, token
+        self.live, self.history, self.meaning, self.token = live, history, meaning, token
         self.session = secrets.token_urlsafe(32)  # the cookie's value; everybody's is the same
         folder = files(__package__).joinpath("page")
         self.files = {path: folder.joinpath(name).read_bytes() for path, (name, _) in PAGE_FILES.items()}
@@ -159,12 +163,16 @@ class _Handler(BaseHTTPRequestHandler):
         for name, pattern in PARAMETERS.items():
             if name in query and not re.fullmatch(pattern, query[name]):
                 raise RefusedError(400, f"{name}={query[name][:64]}, want {pattern}")
-        board, before = query.get("board", ""), int(query.get("before", 2**53))
+        words, label, board = (query.get(name, "") for name in ("q", "label", "board"))
+        is_by_meaning = query.get("by") == "meaning" and bool(words.strip())
         try:
-            found = self.server.history.search(query.get("q", ""), query.get("label", ""), board, before)
+            if is_by_meaning:
+                found = self.server.meaning.search(words, label, board)
+            else:
+                found = self.server.history.search(words, label, board, int(query.get("before", 2**53)))
         except SearchError as error:
             raise RefusedError(400, str(error)) from error
-        self._send_json(200, Answers(found, len(found) == FOUND))
+        self._send_json(200, Answers(found, len(found) == FOUND and not is_by_meaning))
 
     def _send_updates(self) -> None:
         try:

@@ -62,7 +62,7 @@ class BundleTarget(Target[Job]):
         return Abilities(
             name="bundle",
             verified="strict" if proof.may_speculate else "none",
-            bundle=self.bundle.id,
+            bundles=(self.bundle.id,),
             pictures=self.engine.head is not None,
             drafts=proof.may_speculate,
             labels=bool(self.bundle.manifest.classes),

@@ -49,7 +49,7 @@ class Replica:
     def __init__(self, config: ServerConfig) -> None:
         from server.app import load
 
-        self.bundle, self.engine = load(config)
+        self.bundle, self.engine = load(config, config.bundle)
 
     def facts(self) -> Facts:
         return Facts(self.bundle.id, self.engine.proof, self.engine.head is not None)
@@ -127,7 +127,13 @@ class RayTarget(BundleTarget):
 def _replicas(bundle: Bundle, config: ServerConfig, settings: RayConfig) -> Any:
     """The handle of the replicas of this bundle and tier."""
     try:
-        ray.init(settings.address or "local", namespace="aiflow", log_to_driver=False, include_dashboard=False)
+        ray.init(
+            settings.address or "local",
+            namespace="aiflow",
+            log_to_driver=False,
+            include_dashboard=False,
+            ignore_reinit_error=True,  # with two bundles
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray cluster at {settings.address or 'this machine'}: {_last_line(error)}: start one with `ray start "

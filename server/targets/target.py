@@ -31,7 +31,7 @@ class Abilities:
 
     name: str  # as in the configuration
     verified: Verified
-    bundle: bytes | None = None  # id of the bundle whose latents it reads; None: it reads none
+    bundles: tuple[bytes, ...] = ()  # ids of the bundles whose latents it reads
     pictures: bool = True  # it reads JPEG and WebP
     drafts: bool = False  # a draft saves it work
     labels: bool = False  # its answers have labels
@@ -44,7 +44,7 @@ class Abilities:
         """As the server publishes it."""
         return {
             "name": self.name,
-            "latents": self.bundle is not None,
+            "latents": bool(self.bundles),
             "pictures": self.pictures,
             "drafts": self.drafts,
             "labels": self.labels,

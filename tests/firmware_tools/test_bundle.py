@@ -232,7 +232,7 @@ def test_a_pushed_bundle_survives_a_killed_board_is_tried_and_kept(site: Site, s
     board = site.run()
     first = status_with(status, lambda status: status["state"] == "online")
     assert (first["bundle"], first["bundle_version"]) == (site.bundle.id.hex(), 0)
-    assert first["update"] == {"state": "idle", "failed": "", "why": ""}
+    assert first["update"] == {"state": "idle", "failed": "", "why": "", "version": 0, "percent": 0}
     push = site.push(new)
     said(state, lambda state: state.offset >= 2 * WINDOW_BYTES)
     board.kill()

@@ -427,7 +427,7 @@ def test_a_vocabulary_that_is_none_is_found_at_start(bundle, tmp_path) -> None:
     (tmp_path / MANIFEST).unlink()
     (tmp_path / MANIFEST).write_bytes(msgspec.json.encode(msgspec.structs.replace(bundle.manifest, files=files)))
     with pytest.raises(BundleError, match="has 1 words, the manifest says 40"):
-        load(ServerConfig("s1", str(tmp_path), max_batch=1))
+        load(ServerConfig("s1", max_batch=1), str(tmp_path))
 
 
 def test_a_full_queue_says_busy_at_once_and_when_to_come_back(make_service, bundle) -> None:

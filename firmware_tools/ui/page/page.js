@@ -196,6 +196,8 @@ function show(update) {
   setText(byId("site"), update.link.site);
   document.title = `aiflow: ${update.link.site}`;
   const { link } = update;
+  byId("meaning").disabled = link.meaning !== "";
+  setText(byId("no-meaning"), link.meaning && `no search by meaning: ${link.meaning}`);
   setState(byId("link"), joined(link.broker, link.not_shown && `${count(link.not_shown)} messages of more boards not shown`,
     link.ignored && `${count(link.ignored)} messages ignored`, link.history && `texts are not kept: ${link.history}`, link.pictures),
     link.is_online);
@@ -229,17 +231,18 @@ async function search(isOlder) {
   }
   for (const found of body.answers) {
     const item = element("li");
-    item.append(element("small", joined(clock(found.at), `${found.board} ${found.camera}`, found.label)), element("span", found.text));
+    item.append(element("small", joined(clock(found.at), `${found.board} ${found.camera}`, found.label, found.similarity !== null && percent(found.similarity))), element("span", found.text));
     byId("found").append(item);
   }
   const shown = byId("found").children.length;
-  setText(byId("results-title"), shown ? `${shown} texts, the newest first` : "Nothing found");
+  setText(byId("results-title"), shown ? `${shown} texts, the ${searched.get("by") === "meaning" && searched.get("q") ? "most similar" : "newest"} first` : "Nothing found");
   byId("older").hidden = !body.has_more;
   if (body.has_more) searched.set("before", body.answers.at(-1).id);
 }
 
 function start() {
   searched = new URLSearchParams({ q: byId("words").value, label: byId("label").value });
+  if (byId("meaning").checked) searched.set("by", "meaning");
   return search(false);
 }
 

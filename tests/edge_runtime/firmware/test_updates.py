@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from edge_runtime.firmware.store import INCOMING, Store
 from edge_runtime.firmware.updates import TRIAL_FRAMES, Updates, store_of
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
-from edge_runtime.mqtt.routes import Router
+from edge_runtime.mqtt.routes import Route, Router
 from edge_runtime.wire import EnvelopeError, topics
 from edge_runtime.wire.update import (
     CHUNK_BYTES,
@@ -43,7 +43,7 @@ from tests.edge_runtime.firmware.helpers import (
     trust,
     variant,
 )
-from tests.listener import PATIENCE_S, QUICK, Listener
+from tests.listener import PATIENCE_S, QUICK, Listener, until
 
 SITE, BOARD = "home", "b1"
 OFFER, CHUNK = topics.bundle_offer(SITE, BOARD), topics.bundle_chunk(SITE, BOARD)
@@ -52,11 +52,13 @@ OFFER, CHUNK = topics.bundle_offer(SITE, BOARD), topics.bundle_chunk(SITE, BOARD
 class Station:
     """A board's updates behind a real MQTT client, and a sender."""
 
-    def __init__(self, store: Store, port: int, stack: ExitStack) -> None:
+    def __init__(self, store: Store, port: int, stack: ExitStack, asks: bool = False) -> None:
         self.restart, self.self_test_fails = threading.Event(), False
-        self.updates = Updates(store, self._self_test, self._publish, today=lambda: TODAY)
+        self.today = TODAY
+        self.updates = Updates(store, self._self_test, self._publish, today=lambda: self.today, asks=asks)
         self.updates.stop_with(self.restart)
-        self.router = Router(self.updates.routes(SITE, BOARD))
+        install = Route(topics.bundle_install(SITE, BOARD), self.updates.install_arrived)
+        self.router = Router([*self.updates.routes(SITE, BOARD), install])
         self.client = MqttClient(
             MqttConfig(port=port).settings(BOARD),
             subscriptions=self.router.subscriptions,
@@ -78,6 +80,11 @@ class Station:
     def offer(self, signature: bytes) -> UpdateState:
         """What the board says to an offer."""
         self.sender.client.publish(OFFER, signature)
+        return self.next()
+
+    def tell(self, word: bytes) -> UpdateState:
+        """What the board says to a user's word."""
+        self.sender.client.publish(topics.bundle_install(SITE, BOARD), word)
         return self.next()
 
     def next(self) -> UpdateState:
@@ -109,7 +116,7 @@ def store(bundles: list[Bundle], tmp_path: Path) -> Store:
 @pytest.fixture
 def station(store: Store, broker: Mosquitto) -> Iterator[Callable[[Store], Station]]:
     with ExitStack() as stack:
-        yield lambda store=store: Station(store, broker.port, stack)
+        yield lambda store=store, asks=False: Station(store, broker.port, stack, asks)
 
 
 def files(store: Store) -> set[str]:
@@ -124,6 +131,57 @@ def test_a_signed_newer_bundle_is_received_installed_and_the_board_starts_again(
     assert board.restart.wait(PATIENCE_S)
     assert board.offer(sign(bundles[2], 3)[1]).state == "installed"  # it was not heard
     assert running(store) == "b2"
+
+
+def test_a_board_that_asks_installs_a_bundle_when_a_user_says_so_and_not_before(station, store, bundles):
+    board, (_, signature) = station(asks=True), sign(bundles[2], 3)
+    assert board.send_all(board.offer(signature), bundles[2]).state == "waiting"
+    assert board.updates.status() == {"state": "waiting", "failed": "", "why": "", "version": 3, "percent": 100}
+    for other in (sign(bundles[3], 4, key=OTHER_KEY)[1], sign(bundles[3], 1)[1]):  # a stranger's, and an old one
+        assert board.offer(other).state == "refused"
+        assert {"state": "waiting", "version": 3, "percent": 100}.items() <= board.updates.status().items()
+    board.sender.client.publish(topics.bundle_install(SITE, BOARD), b"ON")
+    assert board.offer(signature).state == "waiting"
+    assert not board.restart.is_set()
+    assert board.tell(b"install").state == "testing"
+    assert board.next().state == "installed"
+    assert board.restart.wait(PATIENCE_S)
+    assert running(store) == "b2"
+
+
+def test_a_bundle_that_waits_still_does_after_a_restart_and_is_refused_when_expired(station, store, bundles, broker):
+    with ExitStack() as first_start:
+        board = Station(store, broker.port, first_start, asks=True)
+        assert board.send_all(board.offer(sign(bundles[2], 3, TODAY)[1]), bundles[2]).state == "waiting"
+    board = station(asks=True)
+    until(lambda: board.updates.status()["state"] == "waiting")
+    board.today = TODAY + timedelta(days=1)
+    while (state := board.tell(b"install")).state == "waiting":  # said at the start
+        pass
+    assert (state.state, "expired" in state.why) == ("refused", True)
+    assert board.updates.status()["version"] == 0
+    assert running(store) == "b1"
+
+
+def test_a_word_to_install_without_a_bundle_that_waits_changes_nothing(station, store, bundles):
+    board = station()
+    board.sender.client.publish(topics.bundle_install(SITE, BOARD), b"install")
+    state = board.offer(sign(bundles[2], 3)[1])
+    board.sender.client.publish(topics.bundle_install(SITE, BOARD), b"install")
+    assert board.send_all(state, bundles[2]).state == "testing"
+
+
+def test_the_status_tells_the_version_that_comes_and_how_much_of_it_is_here(station, store, bundles):
+    board = station()
+    seen = []
+    board.updates._on_change = lambda: seen.append(board.updates.status())
+    assert board.send_all(board.offer(sign(bundles[2], 3)[1]), bundles[2]).state == "testing"
+    assert board.next().state == "installed"
+    assert {each["version"] for each in seen} == {3}
+    percents = [each["percent"] for each in seen]
+    assert percents == sorted(percents)
+    assert (percents[0], percents[-1], len(percents) <= 14) == (0, 100, True)
+    assert any(0 < percent < 100 for percent in percents)
 
 
 def test_arbitrary_software_is_refused_before_anything_is_stored(station, store, bundles):

