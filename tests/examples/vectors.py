@@ -1,4 +1,4 @@
-"""Run by MicroPython or CPython: python vectors.py EXAMPLE_FOLDER GOLDEN_FOLDER. Prints how many vectors have passed."""
+"""Run by MicroPython or CPython: vectors.py EXAMPLE_FOLDER GOLDEN_FOLDER. Prints how many vectors have passed."""
 
 import binascii
 import json
