@@ -1,4 +1,4 @@
-"""docs/asyncapi.yaml describes exactly the topics of the product, with the directions, QoS and payloads of the protocol."""
+"""docs/asyncapi.yaml describes exactly the topics of the product, with their directions, QoS and payloads."""
 
 import inspect
 import json
@@ -62,7 +62,7 @@ def product_topics() -> dict[str, str]:
     """Function of the product to its topic or filter, with ids as parameters of the document."""
     found = {}
     for name, function in inspect.getmembers(topics, inspect.isfunction):
-        ids = [parameter for parameter in inspect.signature(function).parameters]
+        ids = list(inspect.signature(function).parameters)
         if name.startswith("_") or any(parameter.endswith("_topic") for parameter in ids):
             continue
         named = {"name": "questions"} if name == "server_setting" else {}

@@ -18,12 +18,25 @@ import numpy as np
 import paho.mqtt.client as paho
 import pytest
 
-from edge_runtime.wire import Event, Paradigm, Reply, Status, Tier, decode_event, decode_request, encode_reply, topics
+from edge_runtime.wire import (
+    EnvelopeError,
+    Event,
+    Paradigm,
+    Reply,
+    Status,
+    Tier,
+    decode_event,
+    decode_reply,
+    decode_request,
+    encode_reply,
+    topics,
+)
 from firmware_tools.ui.statuses import BoardStatus, read_status
 from testbed.chat_server import ChatServer
 from testbed.processes import AiflowProcess, wait_serving
 from tests.brokers import Mosquitto
 from tests.event_contract import VALIDATOR
+from tests.examples.replies import changed_replies
 from tests.listener import PATIENCE_S, Listener
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +139,23 @@ def test_it_reproduces_the_golden_vectors_and_refuses_what_is_no_reply(python: s
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 50
+
+
+def test_it_agrees_with_the_product_about_changed_replies():
+    used, good = {name for _, name, _, _ in aiflow_board.FIELDS}, 0
+    for data in changed_replies():
+        try:
+            read = aiflow_board.read_reply(data)
+        except ValueError as error:
+            read = str(error)
+        try:
+            wanted = decode_reply(data)
+        except EnvelopeError:  # it may take what has a bad field that it does not use
+            continue
+        if len(data) <= aiflow_board.MAX_REPLY and "nested" not in read:
+            assert read == {name: getattr(wanted, name) for name in used}, data.hex()
+            good += 1
+    assert good > 100
 
 
 # The objects of a 64-bit MicroPython take twice the memory of a microcontroller's.
