@@ -11,7 +11,7 @@ import struct
 import time
 
 MAX_REPLY = 8192  # bytes, for the board's memory: section 4 allows more. JSON takes at most 6 bytes for one of these
-MAX_REQUEST = 262144  # bytes, section 3
+MAX_PICTURE = 262144 - 2048  # bytes, section 3: the rest of the request is smaller
 MAX_EVENT = 65536  # bytes, section 7
 FIRST_WAIT_MS = 4000  # without a reply; then twice as long each time
 OK, STALE, BUSY, UNKNOWN_BUNDLE, BAD_REQUEST, FAILED, REFERENCE_LOST = range(7)
@@ -192,7 +192,7 @@ def read_reply(data):
 
 
 class Board:
-    """One board. Call `step` often; it never waits. An OSError of the client is for the caller: `connect` again.
+    """One board. Call `step` often: it waits for the broker alone. After an OSError of the client, `connect` again.
 
     client: with the methods of umqtt.simple's MQTTClient. clock: unix time in ms.
     """
@@ -213,21 +213,26 @@ class Board:
         self.client.connect()
         self.client.subscribe(self._topic("down/reply"), 1)
         self.client.publish(self._topic("up/status"), self._status("online"), True, 1)
-        if self.open:
+        if self.open and not self.open["answer"]:
             self.open["send_at"] = self.clock()
 
     def offload(self, jpeg, budget_ms=20000, options=None):
-        """Asks the servers about a picture. An earlier one that still waits ends as lost. Returns the frame's name."""
+        """Asks the servers about a picture. An earlier one that still waits ends as lost. Returns the frame's name.
+
+        Raises ProtocolError if the picture is too large.
+        """
+        if len(jpeg) > MAX_PICTURE:
+            raise ProtocolError(f"picture has {len(jpeg)} bytes, want at most {MAX_PICTURE}: make it smaller")
         if self.open:
-            self._give_up("a newer picture came before the answer")
-        now = self.clock()
-        self.last_id = max(self.last_id + 1, now << 16 | int.from_bytes(os.urandom(2), "big"))  # section 3
+            self._tell(True, "a newer picture came before the answer")
+        now, request_id = self.clock(), self._new_id()
         self.open = {
-            "id": self.last_id.to_bytes(8, "big"), "jpeg": jpeg, "options": options, "captured": now, "send_at": now,
-            "deadline": now + budget_ms, "wait": FIRST_WAIT_MS, "busy_wait": 50, "bytes_up": 0, "answer": None,
+            "id": request_id, "jpeg": jpeg, "options": options, "captured": now, "deadline": now + budget_ms,
+            "send_at": now, "wait": FIRST_WAIT_MS, "busy_wait": 50, "bytes_up": 0,
+            "answer": None, "why": "no answer came in time",
         }  # fmt: skip
         self.step()
-        return _frame(self.open["id"]) if self.open else None
+        return _frame(request_id)
 
     def step(self):
         """Takes what has arrived, and sends what is due. Returns whether a request waits for its answer."""
@@ -236,7 +241,7 @@ class Board:
             self._on_reply(self.replies.pop(0))
         asked, now = self.open, self.clock()
         if asked and now >= asked["deadline"]:
-            self._give_up("no answer came in time")
+            self._tell(True, asked["why"])
         elif asked and now >= asked["send_at"]:
             asked["send_at"] = now + asked["wait"]
             asked["wait"] *= 2
@@ -258,12 +263,15 @@ class Board:
 
     def device_event(self, text, label=None, confidence=None):
         """What the board has found by itself, without a server. Returns the frame's name."""
-        now = self.clock()
-        self.last_id = max(self.last_id + 1, now << 16)
-        frame = _frame(self.last_id.to_bytes(8, "big"))
+        frame = _frame(self._new_id())
         fields = {"text": text, "label": label, "confidence": confidence, "paradigm": "device"}
-        self.event("new", frame, now, dict(fields, final=True, answered_by={"tier": "device"}))
+        self.event("new", frame, self.clock(), dict(fields, final=True, answered_by={"tier": "device"}))
         return frame
+
+    def _new_id(self):
+        """Section 3, An id."""
+        self.last_id = max(self.last_id + 1, self.clock() << 16 | int.from_bytes(os.urandom(2), "big"))
+        return self.last_id.to_bytes(8, "big")
 
     def _topic(self, end):
         return (self.topic + end).encode()
@@ -295,41 +303,35 @@ class Board:
             answer = {name: reply[name] for name in ("text", "label", "scores", "confidence", "answers", "unsure")}
             answer["answered_by"] = {"tier": TIERS[reply["tier"]], "server": reply["server"]}
             asked["answer"], asked["send_at"] = answer, asked["deadline"]
-            self._tell("update", reply["final"])
+            self._tell(reply["final"])
         elif status in (BUSY, UNKNOWN_BUNDLE):  # section 4, Statuses
             after = reply["retry_after_ms"]
             wait = max(1000 if after is None else after, asked["busy_wait"])
             asked["busy_wait"] = min(2 * asked["busy_wait"], 3200)
             asked["send_at"] = self.clock() + wait + wait * os.urandom(1)[0] // 512
         else:
-            self._give_up(reply["error"] or f"status {status}")
+            self._tell(True, reply["error"] or f"status {status}")
 
-    def _give_up(self, why):
-        """An answer that a higher tier should have improved stands."""
-        self._tell("update" if self.open["answer"] else "lost", True, why)
-
-    def _tell(self, kind, final, why=""):
-        """The event about the open request, which ends with its final event."""
+    def _tell(self, final, why=""):
+        """The event about the open request. With its final event the request ends."""
         asked = self.open
         if final:
-            self.open = None
+            asked["deadline"], asked["why"] = 0, why  # if the event cannot be published, `step` tries again
         after_ms = max(0, self.clock() - asked["captured"])
         fields = {"why": why, "final": final, "paradigm": "offload", "after_ms": after_ms}
         fields.update({"bytes_up": asked["bytes_up"], "jpeg_bytes": len(asked["jpeg"])})
         fields.update(asked["answer"] or {})
-        self.event(kind, _frame(asked["id"]), asked["captured"], fields)
+        self.event("update" if asked["answer"] else "lost", _frame(asked["id"]), asked["captured"], fields)
+        if final:
+            self.open = None
 
 
 def pack_request(request_id, jpeg, age_ms, budget_ms, options=None, bundle=bytes(8)):
-    """Section 3: an offload request. Raises ProtocolError if the picture is too large."""
-    # The picture is put in last, so that it is copied once.
-    message = b"".join((
+    """Section 3: an offload request. It is put together at once, so that the picture is copied once."""
+    return b"".join((
         b"\x9b\x01", pack(request_id), pack(bundle), b"\x03", pack(age_ms), pack(budget_ms), b"\x01",
         _head(len(jpeg), 0xC4), jpeg, pack(b""), pack(options), pack(None),
     ))  # fmt: skip
-    if len(message) > MAX_REQUEST:
-        raise ProtocolError(f"request has {len(message)} bytes, want {MAX_REQUEST}: use a smaller picture")
-    return message
 
 
 def _frame(request_id):

@@ -296,5 +296,24 @@ def test_replies_to_other_requests_and_other_messages_change_nothing(site: Site)
 
 
 def test_a_picture_that_no_request_holds_is_refused_by_name(site: Site):
-    with pytest.raises(aiflow_board.ProtocolError, match="want 262144: use a smaller picture"):
-        site.board.offload(bytes(262_144))
+    with pytest.raises(aiflow_board.ProtocolError, match="want at most 260096: make it smaller"):
+        site.board.offload(bytes(260_097))
+    assert not site.board.step()
+    site.board.offload(bytes(260_096), options={"questions": ["q" * 64] * 16, "prompt": "p" * 64})
+    assert len(decode_request(site.server.next()).content) == 260_096
+
+
+def test_an_event_that_a_lost_connection_took_is_told_after_the_next_one(site: Site, monkeypatch):
+    site.board.offload(PICTURE)
+    site.reply(decode_request(site.server.next()).id)
+
+    def publish(*_: object) -> None:
+        raise OSError("connection lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.mqtt, "publish", publish)
+        with pytest.raises(OSError, match="connection lost"):
+            site.event()
+    event = site.event()
+    assert (event.type, event.final, event.text, event.why) == ("update", True, "a dog", "")
+    assert not site.board.step()
