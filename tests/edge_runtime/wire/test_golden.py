@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edge_runtime.wire import (
     BitstreamError,
     ContentKind,
+    EnvelopeError,
     Hop,
     Inter,
     Paradigm,
@@ -24,9 +25,11 @@ from edge_runtime.wire import (
     Tables,
     Tier,
     decode,
+    decode_event,
     decode_reply,
     decode_request,
     encode,
+    encode_event,
     encode_labels,
     encode_reply,
     encode_request,
@@ -36,6 +39,8 @@ from edge_runtime.wire import (
 ROOT = Path(__file__).parents[3]
 BITSTREAMS = json.loads((ROOT / "tests/golden/bitstream.json").read_text())
 ENVELOPES = json.loads((ROOT / "tests/golden/envelope.json").read_text())
+EVENTS = json.loads((ROOT / "tests/golden/event.json").read_text())
+REFUSED = json.loads((ROOT / "tests/golden/refused.json").read_text())
 
 
 class CutError(Exception):
@@ -163,6 +168,23 @@ def test_envelopes_are_what_they_always_were(vector: dict[str, Any]):
     # An earlier version's fields that are gone are ignored, and those that it does not have get their defaults.
     present = next(other for other in ENVELOPES if other["name"] == vector.get("read_as", vector["name"]))
     assert again == bytes.fromhex(present["bytes"])
+
+
+@pytest.mark.parametrize("vector", EVENTS, ids=lambda v: v["name"])
+def test_events_are_what_they_always_were(vector: dict[str, Any]):
+    assert encode_event(decode_event(vector["json"].encode())).decode() == vector["json"]
+
+
+@pytest.mark.parametrize("vector", REFUSED["replies"], ids=lambda v: v["name"])
+def test_what_is_no_reply_is_refused(vector: dict[str, Any]):
+    with pytest.raises(EnvelopeError):
+        decode_reply(bytes.fromhex(vector["bytes"]))
+
+
+@pytest.mark.parametrize("vector", REFUSED["events"], ids=lambda v: v["name"])
+def test_what_is_no_event_is_refused(vector: dict[str, Any]):
+    with pytest.raises(EnvelopeError):
+        decode_event(vector["json"].encode())
 
 
 def test_the_worked_example_of_the_protocol_is_right():
