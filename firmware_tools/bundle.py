@@ -23,7 +23,7 @@ EPILOG = """\
 a key, once:    aiflow bundle key signing.pem; its public key goes into the boards' trust_file
 a new bundle:   aiflow bundle sign --key signing.pem --version 2 models/zoo/mine
 on a board:     aiflow bundle install --config board.toml models/zoo/mine
-over MQTT:      aiflow bundle push --board porch --host broker.lan models/zoo/mine
+over MQTT:      aiflow bundle push --board porch --broker broker.lan models/zoo/mine
 """
 
 

@@ -103,7 +103,7 @@ class Site:
         return process
 
     def push(self, bundle: Bundle) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", RUN, "bundle", "push", "--board", BOARD, "--port", str(self.port)]
+        command = [sys.executable, "-c", RUN, "bundle", "push", "--board", BOARD, "--broker-port", str(self.port)]
         process = subprocess.Popen(
             [*command, str(bundle.path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

@@ -68,7 +68,7 @@ def test_an_event_is_one_line_where_the_output_is_no_terminal(broker):
         event = encode_event(msgspec.structs.replace(NEW, text=text))
         board.publish("aiflow/home/b1/up/event", event, retain=True)  # there, whenever the watcher comes
         assert board.wait_online(20.0)
-        command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port), "--count", "1"]
+        command = [sys.executable, "-m", "firmware_tools", "watch", "--broker-port", str(broker.port), "--count", "1"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     (shown,) = done.stdout.splitlines()
     assert text in shown
@@ -87,7 +87,7 @@ FORGED = [b"", b"\xff", b"[]", b'{"type":"new"}', b"[" * 50_000, encode_event(NE
 
 
 def test_forged_events_do_not_end_it(broker):
-    command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port), "--count", "2"]
+    command = [sys.executable, "-m", "firmware_tools", "watch", "--broker-port", str(broker.port), "--count", "2"]
     topics = [f"aiflow/home/b{number}/up/event" for number in range(len(FORGED) + 1)]
     with MqttClient(MqttConfig(port=broker.port).settings("board")) as board:
         assert board.wait_online(20.0)
@@ -99,7 +99,7 @@ def test_forged_events_do_not_end_it(broker):
 
 
 def test_it_ends_quietly_when_its_reader_does(broker):
-    command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port)]
+    command = [sys.executable, "-m", "firmware_tools", "watch", "--broker-port", str(broker.port)]
     with (
         MqttClient(MqttConfig(port=broker.port).settings("board")) as board,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watch,
@@ -138,7 +138,7 @@ def test_a_reader_that_stops_holds_up_nobody_and_is_told_what_it_missed(monkeypa
 
 def test_what_a_terminal_cannot_spell_is_replaced(broker):
     event = encode_event(msgspec.structs.replace(NEW, text="Straße \N{DOG}"))
-    command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port), "--count", "1"]
+    command = [sys.executable, "-m", "firmware_tools", "watch", "--broker-port", str(broker.port), "--count", "1"]
     with MqttClient(MqttConfig(port=broker.port).settings("board")) as board:
         board.publish("aiflow/home/b1/up/event", event, retain=True)
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
