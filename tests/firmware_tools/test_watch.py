@@ -51,9 +51,24 @@ def test_an_update_that_is_not_final_says_so_and_the_reason_is_not_repeated():
     assert line("b1", msgspec.structs.replace(update, final=True, unsure=True)).endswith("[edge, unsure, 412 B, 60 ms]")
 
 
-def test_a_loss_without_a_draft_says_why():
-    lost = msgspec.structs.replace(NEW, type="lost", final=True, text="", answered_by=None, why="no reply to 2 sent")
-    assert "lost    (no reply to 2 sent)  [nobody," in line("b1", lost)
+@pytest.mark.parametrize(("text", "shown"), [("", "(no text)"), ("a dog runs", "a dog runs")])
+def test_a_loss_says_why(text, shown):
+    lost = msgspec.structs.replace(NEW, type="lost", final=True, text=text, why="no reply to 2 sent")
+    assert f"lost    {shown}  [device, " in line("b1", lost)
+    assert line("b1", lost).endswith("]  no reply to 2 sent")
+
+
+def test_a_draft_that_was_accepted_says_so_and_an_answer_how_much_of_the_draft_it_kept():
+    accepted = msgspec.structs.replace(NEW, final=True, paradigm="device", why="draft accepted: confidence 0.91")
+    assert line("b1", accepted).endswith("]  draft accepted: confidence 0.91")
+    verified = msgspec.structs.replace(NEW, type="update", final=True, accepted=3, proposed=5)
+    assert line("b1", verified).endswith("]  3 of 5 proposed tokens accepted")
+
+
+def test_labels_and_taught_answers_are_shown_by_the_likeliest():
+    scores, answers = {"tabby cat": 0.7, "sink": 0.2}, {"gate": {"open": 0.1, "shut": 0.9}}
+    shown = line("b1", msgspec.structs.replace(NEW, scores=scores, answers=answers))
+    assert "a dog runs  label: tabby cat 70 %  gate: shut 90 %  [device" in shown
 
 
 @pytest.mark.parametrize("field", ["text", "camera"])
