@@ -21,11 +21,15 @@ def add_broker_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--broker", metavar="HOST", help=f"default: {LOCAL}")
     group.add_argument("--broker-port", type=int, metavar="PORT", help="default: 8883 with TLS, else 1883")
     group.add_argument("--username", metavar="NAME", help="to log in with")
-    group.add_argument("--password-file", metavar="FILE", help="its first line is the password")
     group.add_argument(
-        "--tls", action="store_true", help="trust the system's authorities (default: on another machine)"
+        "--password-file",
+        metavar="FILE",
+        help="its first line is the password; a board's default: /etc/aiflow/password",
     )
-    group.add_argument("--ca-file", metavar="FILE", help="trust this authority instead; implies TLS")
+    group.add_argument(
+        "--tls", action="store_true", help="with the system's authorities; the default on another machine"
+    )
+    group.add_argument("--ca-file", metavar="FILE", help="with this authority instead; implies TLS")
     group.add_argument("--cert-file", metavar="FILE", help="a client certificate to log in with; implies TLS")
     group.add_argument("--key-file", metavar="FILE", help="its key")
     group.add_argument("--insecure", action="store_true", help="no TLS to a broker on another machine")

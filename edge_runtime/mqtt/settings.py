@@ -89,6 +89,14 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
         """The first line of the file, without a byte order mark. Raises ConfigError."""
         return None if self.password_file is None else read_password(self.password_file, "mqtt")
 
+    def login_advice(self) -> str:
+        """After a refused login: which settings have the user and the password. Never shows the password."""
+        place = "in the table [mqtt] of this broker, or by the options --username and --password-file"
+        if self.username is None:
+            return f": set username and password_file, {place}"
+        password = f"the first line of {self.password_file}" if self.password_file else "no password_file"
+        return f": check username = {self.username} with {password}, {place}"
+
     def tls_context(self) -> ssl.SSLContext | None:
         """TLS 1.2 or newer; certificate and host name are always checked. Raises OSError for files that do not fit."""
         if not self.uses_tls:
