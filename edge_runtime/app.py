@@ -311,10 +311,10 @@ class Board:
 
     def _find_silence(self) -> str:
         """Why no server can answer now, in words; "" if one can."""
+        if self.servers.state in (State.ONLINE, State.DEGRADED):
+            return self.measurements.find_silence()
         mqtt = self.config.mqtt
-        if self.servers.trouble:
-            return f"no connection to the broker {mqtt.host}:{mqtt.port}: {self.servers.trouble}"
-        return self.measurements.find_silence()
+        return f"no connection to the broker {mqtt.host}:{mqtt.port}: {self.servers.trouble or 'not yet'}"
 
     def _server_status_arrived(self, message: Message) -> None:
         self.measurements.status_arrived(message.topic, message.payload, time.monotonic())

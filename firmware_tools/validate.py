@@ -1,6 +1,7 @@
 """`aiflow validate`: finds mistakes before anything runs."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,6 +95,7 @@ def _check_bundle(path: Path, for_server: bool) -> "Bundle":
 
 def _connect(checks: list[Check]) -> None:
     """Prints a line per check, good or bad. Raises AiflowError if one fails."""
+    logging.getLogger("edge_runtime").setLevel(logging.CRITICAL)  # each failure is in its line
     failed = [name for name, check in checks if not _passes(name, check)]
     if failed:
         raise AiflowError(f"{len(failed)} of {len(checks)} connections failed: {', '.join(failed)}")

@@ -350,7 +350,7 @@ def _likely_cause(error: Exception, settings: MqttSettings) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f": is {settings.host} a name in the broker's certificate, and ca_file the authority that signed it?"
     if settings.uses_tls and isinstance(error, ssl.SSLError | ConnectionResetError):
-        return ": does this port speak TLS?"
+        return ": does this port speak TLS? Usually 8883 does, and 1883 does not"
     if isinstance(error, ConnectionRefusedError):
         return f": does a broker listen at {settings.host}:{settings.port}?"
     if isinstance(error, socket.gaierror):

@@ -331,7 +331,7 @@ class RequestTracker:
 
     def _reason(self, why: Why) -> str:
         """Why a request has no answer. If no server could have answered, this is the reason, and is logged once."""
-        if why.code != "no_reply" or not (silence := self._find_silence()):
+        if why.code not in ("no_reply", "stopping") or not (silence := self._find_silence()):
             return why.text
         if silence != self._silence:
             self._silence = silence
