@@ -336,7 +336,7 @@ class RequestTracker:
         if silence != self._silence:
             self._silence = silence
             logger.warning("no answer: %s", silence)
-        return silence
+        return silence if why.code == "no_reply" else f"{why.text}: {silence}"
 
     def _answer(self, answer: Answer[Tracked], now: float) -> Sequence[Action[Tracked]]:
         tracked = answer.content
