@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# For the CPU build, several gigabytes smaller than the one with CUDA, point pip at PyTorch's CPU index before `make`.
+# The CPU build is several gigabytes smaller than the one with CUDA: README.md, "See it".
 TORCH ?= torch==2.13.0
 INPUTS ?= 100000
 
@@ -16,6 +16,9 @@ venv: $(VENV)/.ready  ## the virtual environment with everything in it
 # With Python 3.11 the versions and hashes of constraints.txt, with another one the newest that setup.cfg allows.
 # torch's builds differ by machine, so it is pinned by version only.
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+	@echo 'Everything for demo and tests is installed into $(VENV), once: PyTorch, two runtimes of boards, tools.'
+	@echo 'It takes 2.2 GB with the CPU build of PyTorch, some GB more with the one for CUDA, and some minutes.'
+	@echo 'This machine has no GPU, and pip does not know the CPU build? See README.md, "See it".'
 	$(PYTHON) -m venv $(VENV)
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; \
 	then $(BIN)/pip install --quiet --no-deps --require-hashes --requirement constraints.txt; \

@@ -66,6 +66,9 @@ class Board:
         board, site = config.board, config.board.site
         self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
 
+        for mqtt in (config.mqtt, config.near_broker):
+            _ = mqtt and mqtt.settings(board.id)  # a mistake is found before the networks are loaded
+
         # OpenCV's own threads do not make the resize of a frame faster, and it waits for them if all cores are busy.
         cv2.setNumThreads(board.threads)
         self.updates: Updates | None = None
@@ -108,6 +111,7 @@ class Board:
             self.measurements,
             byte_budget,
             self.references.heard,
+            self._find_silence,
         )
 
         # What decides, and the path of a frame.
@@ -308,6 +312,13 @@ class Board:
             self.report_problem("link", lost)
         if state is not State.CONNECTING:  # the first frames need not wait for the first connection
             self.measurements.connected(state in (State.ONLINE, State.DEGRADED))
+
+    def _find_silence(self) -> str:
+        """Why no server can answer now, in words; "" if one can."""
+        if self.servers.state in (State.ONLINE, State.DEGRADED):
+            return self.measurements.find_silence()
+        mqtt = self.config.mqtt
+        return f"no connection to the broker {mqtt.host}:{mqtt.port}: {self.servers.trouble or 'not yet'}"
 
     def _server_status_arrived(self, message: Message) -> None:
         self.measurements.status_arrived(message.topic, message.payload, time.monotonic())

@@ -175,7 +175,7 @@ class Pipeline:
         self._run_head(work)
         self._write_draft(work)
         if work.draft and work.plan.accepts(work.draft.confidence) and not work.plan.keep:
-            why = f"the draft is sure enough: confidence {work.draft.confidence:.2f}"
+            why = f"draft accepted: confidence {work.draft.confidence:.2f}"
             event = self._answer_on_device(work, why)
             if work.plan.reuse_distance and work.latent:
                 self.answers.accepted(event, work.latent, work.frame.captured, wanted(work.plan))
@@ -275,7 +275,7 @@ class Pipeline:
         if not self.tracker.submit(NewRequest(request, payload, event, captured, deadline, plan.keep)):
             work.rate = None
             return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
-        work.bytes_up = len(payload)
+        work.bytes_up = 0 if plan.keep else len(payload)
         if features:
             has_reference = first_copy is not request
             self.with_reference += has_reference

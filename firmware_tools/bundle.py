@@ -23,7 +23,7 @@ EPILOG = """\
 a key, once:    aiflow bundle key signing.pem; its public key goes into the boards' trust_file
 a new bundle:   aiflow bundle sign --key signing.pem --version 2 models/zoo/mine
 on a board:     aiflow bundle install --config board.toml models/zoo/mine
-over MQTT:      aiflow bundle push --board porch --host broker.lan models/zoo/mine
+over MQTT:      aiflow bundle push --board porch --broker broker.lan models/zoo/mine
 """
 
 
@@ -105,10 +105,11 @@ def _sign(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from edge_runtime.firmware.signature import check_new, read_signature, read_trust, verified
+    from edge_runtime.firmware.signature import check_new, read_trust, required_signature, verified
     from edge_runtime.firmware.updates import today
 
-    statement = verified(read_signature(args.bundle), read_trust(args.trust))
+    signature = required_signature(args.bundle)
+    statement = verified(signature, read_trust(args.trust))
     bundle = _checked(args.bundle, complete=False)
     if statement.id != bundle.id.hex():
         raise BundleCommandError(f"{args.bundle}: the signature is of another manifest: sign the bundle again")
@@ -117,13 +118,13 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _install(args: argparse.Namespace) -> None:
-    from edge_runtime.firmware.signature import Statement, read_signature, statement_of, verified
+    from edge_runtime.firmware.signature import Statement, required_signature, statement_of, verified
     from edge_runtime.firmware.store import UNSIGNED
     from edge_runtime.firmware.updates import self_test, today
 
     config, store = _store(args)
     bundle = _checked(args.bundle, complete=False)
-    signature = read_signature(args.bundle) if store.trust else b""
+    signature = required_signature(args.bundle) if store.trust else b""
     statement: Statement
     if store.trust:
         statement = verified(signature, store.trust)
@@ -166,11 +167,11 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from edge_runtime.firmware.signature import read_signature
+    from edge_runtime.firmware.signature import required_signature
     from firmware_tools.push import Push
 
     bundle = _checked(args.bundle, complete=False)
-    push = Push(bundle, read_signature(args.bundle), args.site, args.board, lambda text: print(text, flush=True))
+    push = Push(bundle, required_signature(args.bundle), args.site, args.board, lambda text: print(text, flush=True))
     push.run(broker_settings(args, "push"), float(args.timeout))
     print(f"{push.sent} bytes were sent")
 

@@ -73,7 +73,7 @@ class TaughtQuestion:
         if self._taught(result):
             return "taught with this photo"
         scores = self._scores(result)
-        return labels(dict(sorted(scores.items(), key=lambda each: -each[1]))) or "-"
+        return labels(scores) or "-"
 
     def summary(self, results: Sequence[PhotoResult]) -> str:
         """A sentence about what it was taught with, and one about how sure it is of the other photos."""

@@ -32,6 +32,7 @@ def answered_by(event: Event) -> str:
     return f"{by.tier} {by.server}".strip() if by else ""
 
 
-def labels(scores: Mapping[str, float]) -> str:
+def labels(scores: Mapping[str, float], count: int = 3) -> str:
     """The likeliest labels for people, such as "espresso 62 %, cup 20 %"."""
-    return ", ".join(f"{name} {share:.0%}".replace("%", " %") for name, share in list(scores.items())[:3])
+    likeliest = sorted(scores.items(), key=lambda each: -each[1])[:count]
+    return ", ".join(f"{name} {share:.0%}".replace("%", " %") for name, share in likeliest)

@@ -17,8 +17,6 @@ from edge_runtime.wire.update import CHUNK_BYTES, VERSION, Chunk, UpdateState, d
 # Without a word of the board for this time, the offer is repeated. 64 KB take as long at 17 kbit/s.
 SILENT_S = 30.0
 
-CONNECT_S = 5.0
-
 
 class PushError(AiflowError):
     """The board did not take the bundle."""
@@ -44,8 +42,6 @@ class Push:
 
     def __init__(self, bundle: Bundle, signature: bytes, site: str, board: str, tell: Callable[[str], None]) -> None:
         """tell: gets a line for each step. Raises SignatureError for a signature that is not of this bundle."""
-        if not signature:
-            raise SignatureError(f"{bundle.path} is not signed: see `aiflow bundle sign`")
         self._bundle, self._signature, self._statement = bundle, signature, claimed(signature)
         if self._statement.id != bundle.id.hex():
             raise SignatureError(f"{bundle.path}: the signature is of another manifest: sign the bundle again")
@@ -66,8 +62,6 @@ class Push:
         until, last = time.monotonic() + timeout_s, _Status()
         subscriptions = [(self._state, 1), (self._status, 1)]
         with MqttClient(settings, subscriptions=subscriptions, on_message=arrived.put) as client:
-            if not client.wait_online(CONNECT_S):
-                self._say(f"not connected yet, still trying: {client.reason}")
             is_done = False
             client.publish(self._offer, self._signature)
             while not is_done:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_runtime.errors import ConfigError
-from firmware_tools.setup import add_board_flags, config_of_flags
+from firmware_tools.setup import add_board_flags, config_of_flags, has_flags
 
 if TYPE_CHECKING:
     from edge_runtime.reporting import Values
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, nargs="?", help="board.toml; `aiflow validate` checks it")
-    add_board_flags(parser, "a board without a file, with the defaults of `aiflow setup`")
+    add_board_flags(parser)
+    parser.epilog = "The options of board and broker are for a board without a file; they are those of `aiflow setup`."
     parser.add_argument(
         "--show",
         action=argparse.BooleanOptionalAction,
@@ -33,8 +34,10 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.shutdown import stop_when_told
     from firmware_tools.watch import Lines, line
 
-    if (args.config is None) == (args.camera is None and args.broker is None):
-        raise ConfigError("want either a board.toml or --camera and --broker")
+    if (args.config is None) != has_flags(args):
+        raise ConfigError(
+            "want either a board.toml, or options of board and broker, such as --camera /dev/video0 --broker HOST"
+        )
     config = load_toml(args.config, RuntimeConfig) if args.config else config_of_flags(args)
     stop, notifier = stop_when_told(STOP_S), Notifier.from_environment(os.environ)
     if not (sys.stdout.isatty() if args.show is None else args.show):

@@ -19,12 +19,13 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.config import load_toml
     from edge_runtime.sd_notify import Notifier
     from edge_runtime.shutdown import stop_when_told
-    from server.app import load_target, run_server
+    from server.app import check, load_target, run_server
     from server.config import Config, RayConfig
 
     config = load_toml(args.config, Config)
     if args.engine:
         config = replace(config, ray=(config.ray or RayConfig()) if args.engine == "ray" else None)
+    check(args.config, config)
     loaded = load_target(config)
     stop = stop_when_told(config.server.stop_s)
     run_server(config, stop, Notifier.from_environment(os.environ), loaded)

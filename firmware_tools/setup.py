@@ -6,16 +6,34 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import AiflowError, ConfigError
+from firmware_tools.broker_arguments import LOCAL, add_broker_arguments, mqtt_table
 
 if TYPE_CHECKING:
     from edge_runtime.config import RuntimeConfig
 
 MAX_ANSWER = 2048  # characters
+CAMERA = "/dev/video0"
+QUESTIONS = {  # by the option's name in the parsed arguments
+    "id": "Name of this board",
+    "camera": "Camera (address, /dev/video0, rpicam, watch:FOLDER, mqtt)",
+    "broker": "Broker of the servers",
+    "username": "User name at the broker, empty for none",
+    "ca_file": "File of the broker's authority, empty for the system's",
+}
+# Options that are checked together, by the one that an error names.
+CHECKED = {
+    "id": (),
+    "site": (),
+    "bundle": (),
+    "camera": ("camera_username", "camera_password_file"),
+    "broker_port": (),
+    "broker": ("username", "password_file", "tls", "ca_file", "cert_file", "key_file", "insecure"),
+}
 
 
 class SetupError(AiflowError, ValueError):
@@ -23,42 +41,32 @@ class SetupError(AiflowError, ValueError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_board_flags(parser, "asked for if they are left out, on a terminal")
+    add_board_flags(parser)
+    parser.epilog = "On a terminal, it asks for id, camera, broker, username and ca-file if they are left out."
     parser.add_argument("--out", type=Path, default=Path("board.toml"), metavar="FILE", help="default: board.toml")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
 
 
-def add_board_flags(parser: argparse.ArgumentParser, title: str) -> None:
-    """What `tables` takes. title: of the flags that have no fixed default."""
-    asked = parser.add_argument_group(title)
-    asked.add_argument("--id", help="of this board: a-z, 0-9 and - (default: from the host's name)")
-    asked.add_argument("--camera", metavar="SOURCE", help="an address, /dev/video0, rpicam, watch:FOLDER, mqtt, a path")
-    asked.add_argument("--broker", metavar="HOST", help="of the servers (default: 127.0.0.1)")
-    asked.add_argument("--username", help="at the broker; empty: none")
-    asked.add_argument("--ca-file", metavar="FILE", help="authority of the broker's certificate; empty: the system's")
-    parser.add_argument("--site", default="home", help="default: home")
-    parser.add_argument("--bundle", type=Path, metavar="DIR", help="default: the shipped one")
-    parser.add_argument("--password-file", metavar="FILE", help="at the broker (default: /etc/aiflow/password)")
-    parser.add_argument("--port", type=int, help="of the broker (default: 8883 with TLS, else 1883)")
-    parser.add_argument("--insecure", action="store_true", help="a broker on another machine without TLS")
-    parser.add_argument("--camera-username", metavar="NAME", help="if the camera has a login")
-    parser.add_argument("--camera-password-file", metavar="FILE", help="with it")
+def add_board_flags(parser: argparse.ArgumentParser) -> None:
+    """What `tables` takes."""
+    board = parser.add_argument_group("board")
+    board.add_argument("--id", help="a-z, 0-9 and - (default: from the host's name)")
+    board.add_argument("--camera", metavar="SOURCE", help="an address, /dev/video0, rpicam, watch:FOLDER, mqtt, a path")
+    board.add_argument("--camera-username", metavar="NAME", help="if the camera has a login")
+    board.add_argument("--camera-password-file", metavar="FILE", help="with it")
+    board.add_argument("--bundle", type=Path, metavar="DIR", help="default: the shipped one")
+    add_broker_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises ConfigError for answers that make no valid configuration, and SetupError if it cannot be written."""
-    from edge_runtime.config import RuntimeConfig, load_toml
-
+    """Raises ConfigError for a flag that cannot be, and SetupError if something is not answered or not written."""
     if args.out.exists() and not args.force:
         raise SetupError(f"{args.out} exists: name another --out, or replace it with --force")
-    values = tables(args, _answer)
+    config_of_flags(args)
+    ask(args)
     new = args.out.with_name(f".{args.out.name}.new")
     try:
-        new.write_text("\n".join(_table(name, table) for name, table in values.items()), encoding="utf-8")
-        try:
-            load_toml(new, RuntimeConfig)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(str(new), "these answers make no configuration")) from error
+        new.write_text("\n".join(_table(name, table) for name, table in tables(args).items()), encoding="utf-8")
         os.replace(new, args.out)
     except OSError as error:
         raise SetupError(f"{args.out} cannot be written: {error.strerror}") from error
@@ -67,51 +75,65 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out} is written. Now: aiflow doctor --config {args.out}")
 
 
+def ask(args: argparse.Namespace) -> None:
+    """Asks a person for the QUESTIONS that no flag answers; again, if an answer cannot be. Raises SetupError."""
+    defaults = {"id": _host_id(), "camera": CAMERA, "broker": LOCAL}
+    for flag, question in QUESTIONS.items():
+        if flag == "ca_file" and not mqtt_table(args).get("tls"):
+            continue
+        while getattr(args, flag) is None:
+            answer = _answer(flag.replace("_", "-"), question, defaults.get(flag, ""))
+            try:
+                config_of_flags(argparse.Namespace(**{**vars(args), flag: answer}))
+            except ConfigError as error:
+                print(error, file=sys.stderr)
+            else:
+                setattr(args, flag, answer)
+
+
+def has_flags(args: argparse.Namespace) -> bool:
+    """Whether one of the options of board and broker is there."""
+    names = [name for flag, others in CHECKED.items() for name in (flag, *others) if name != "site"]
+    return args.site != "home" or any(getattr(args, name) not in (None, False) for name in names)
+
+
 def config_of_flags(args: argparse.Namespace) -> "RuntimeConfig":
-    """The board of the flags alone, with the defaults of the questions. Raises ConfigError."""
+    """The board of the flags alone, with defaults for what is left out. Raises ConfigError, which names the flag."""
     from edge_runtime.config import RuntimeConfig, convert
+    from edge_runtime.mqtt.settings import checked_host
 
-    values = tables(args, lambda given, _flag, _question, default: default if given is None else given)
-    return convert(Path("the command line"), values | {"cameras": [values["cameras"]]}, RuntimeConfig)
+    so_far = argparse.Namespace(**dict.fromkeys(vars(args)))
+    for flag, others in CHECKED.items():
+        vars(so_far).update({name: getattr(args, name) for name in (flag, *others)})
+        values = tables(so_far)
+        path = Path(f"--{flag.replace('_', '-')}")
+        config = convert(path, values | {"cameras": [values["cameras"]]}, RuntimeConfig)
+        try:
+            checked_host(config.mqtt.host)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    return config
 
 
-def tables(args: argparse.Namespace, answer: Callable[[str | None, str, str, str], str]) -> dict[str, dict[str, Any]]:
-    """The tables of board.toml; `cameras` has one. answer: from a flag's value, its name, its question, its default."""
-    from edge_runtime.mqtt.settings import is_loopback
+def tables(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The tables of board.toml; `cameras` has one."""
     from models import SHIPPED_BUNDLE
 
-    board_id = answer(args.id, "id", "Name of this board", _host_id())
-    source = answer(args.camera, "camera", "Camera (address, /dev/video0, rpicam, watch:FOLDER, mqtt)", "/dev/video0")
-    host = answer(args.broker, "broker", "Broker of the servers", "127.0.0.1")
-    username = answer(args.username, "username", "User name at the broker, empty for none", "")
-    ca_file = args.ca_file or ""
-    is_plain = is_loopback(host) or args.insecure
-    if not is_plain:
-        ca_file = answer(args.ca_file, "ca-file", "File of the broker's authority, empty for the system's", "")
-    mqtt = {
-        "host": host,
-        "port": args.port or (1883 if is_plain and not ca_file else 8883),
-        "username": username,
-        "password_file": args.password_file or ("/etc/aiflow/password" if username else ""),
-        "ca_file": ca_file,
-        "tls": not is_plain and not ca_file,
-        "insecure": args.insecure,
-    }
     camera = {
         "name": "camera",
-        "source": source,
+        "source": args.camera or CAMERA,
         "username": args.camera_username,
         "password_file": args.camera_password_file,
     }
-    board = {"id": board_id, "site": args.site, "bundle": str(args.bundle or SHIPPED_BUNDLE)}
-    found = {"board": board, "mqtt": mqtt, "cameras": camera}
-    return {name: {key: value for key, value in table.items() if value} for name, table in found.items()}
+    board = {"id": args.id or _host_id(), "site": args.site or "home", "bundle": str(args.bundle or SHIPPED_BUNDLE)}
+    mqtt = mqtt_table(args)
+    if "username" in mqtt:
+        mqtt.setdefault("password_file", "/etc/aiflow/password")
+    return {"board": board, "mqtt": mqtt, "cameras": {key: value for key, value in camera.items() if value}}
 
 
-def _answer(given: str | None, flag: str, question: str, default: str) -> str:
-    """What the flag says, or what a person answers. Raises SetupError if there is nobody to ask."""
-    if given is not None:
-        return given
+def _answer(flag: str, question: str, default: str) -> str:
+    """What a person answers. Raises SetupError if there is nobody to ask."""
     if not sys.stdin.isatty():
         raise SetupError(f"--{flag} is missing: name it, or run this on a terminal, where it is asked for")
     hint = f" [{default}]" if default else ""

@@ -1,11 +1,12 @@
 """`aiflow validate`: finds mistakes before anything runs."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_runtime.errors import AiflowError, ConfigError
+from edge_runtime.errors import AiflowError
 from firmware_tools.probes import board_subscriptions, seen, subscribed
 
 if TYPE_CHECKING:
@@ -44,24 +45,16 @@ def run(args: argparse.Namespace) -> None:
 def _check_server(path: Path, config: "Config") -> list[Check]:
     """Returns the checks that need a connection."""
     from edge_runtime.wire import topics
+    from server.app import check
 
     server = config.server
-    settings = config.mqtt_settings()
-    config.check_target()
-    above = config.upstream.settings(server.id) if config.upstream else None
-    for folder in filter(None, (server.bundle, server.second_bundle)):
-        bundle = _check_bundle(Path(folder), for_server=server.target == "bundle")
-        targets = bundle.manifest.targets
-        if server.target == "bundle" and server.tier not in targets:
-            raise ConfigError(f'{path}: tier = "{server.tier}", but {folder} has {", ".join(targets)}')
-        if config.questions and folder == server.bundle:
-            from server.questions import Questions
-
-            Questions(bundle, config.questions)
+    if found := check(path, config):
+        print(found)
     print(f"{path}: server {server.id} of site {server.site} is in order")
     # Not the share of requests: a member that does not answer would take some of them from the running servers.
-    checks = [_broker("mqtt", settings, [topics.reply(server.site, server.id)])]
-    if config.upstream and above:
+    checks = [_broker("mqtt", config.mqtt_settings(), [topics.reply(server.site, server.id)])]
+    if config.upstream:
+        above = config.upstream.settings(server.id)
         checks.append(_broker("upstream.mqtt", above, [topics.reply(config.upstream.site, server.id)]))
     return checks
 
@@ -102,6 +95,7 @@ def _check_bundle(path: Path, for_server: bool) -> "Bundle":
 
 def _connect(checks: list[Check]) -> None:
     """Prints a line per check, good or bad. Raises AiflowError if one fails."""
+    logging.getLogger("edge_runtime").setLevel(logging.CRITICAL)  # each failure is in its line
     failed = [name for name, check in checks if not _passes(name, check)]
     if failed:
         raise AiflowError(f"{len(failed)} of {len(checks)} connections failed: {', '.join(failed)}")

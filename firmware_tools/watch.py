@@ -11,6 +11,7 @@ from datetime import datetime
 from edge_runtime.logs import printable
 from edge_runtime.wire import Event
 from firmware_tools.broker_arguments import add_broker_arguments, broker_settings, topic_level
+from firmware_tools.event_parts import labels
 from testbed.terminal import number
 
 MAX_WAITING = 1000  # lines that wait for a slow reader; further ones are counted and not shown
@@ -46,11 +47,7 @@ def run(args: argparse.Namespace) -> None:
             lines.done.set()
 
     subscriptions = [(f"aiflow/{args.site}/{args.board}/up/event", 1)]
-    with Lines() as lines, MqttClient(settings, subscriptions=subscriptions, on_message=arrived) as client:
-        if not client.wait_online(5.0):
-            print(
-                f"not connected to {settings.host}:{settings.port} yet, still trying: {client.reason}", file=sys.stderr
-            )
+    with Lines() as lines, MqttClient(settings, subscriptions=subscriptions, on_message=arrived):
         lines.done.wait()
 
 
@@ -99,20 +96,25 @@ def _write(text: str) -> None:
 
 
 def line(board: str, event: Event) -> str:
-    """An event as a line: time, board and camera, text, who answered, bytes and milliseconds."""
+    """An event as a line: time, board and camera, text, label, taught answers, who answered, bytes, time, and why."""
     by = event.answered_by.tier if event.answered_by else "nobody"
     doubt = ", unsure" if event.unsure else ""
     price = f"{event.bytes_up} B" if event.bytes_up else "nothing sent"
     state = "" if event.final or event.type == "new" else "for now, "
+    named = {"label": event.scores, **event.answers}
     parts = [
         f"{_local(event.captured):%H:%M:%S}",
         f"{board}/{event.camera}",
         f"{event.type:6}",
-        event.trigger or event.text or f"({event.why})",
+        event.trigger or event.text or "(no text)",
+        *(f"{name}: {labels(shares, 1)}" for name, shares in named.items() if shares),
         f"[{state}{by}{doubt}, {price}, {event.after_ms:.0f} ms]",
     ]
-    if event.type == "new" and event.explain:  # the later events of a frame would only repeat it
-        parts.append(event.explain.reason)
+    planned = event.explain.reason if event.explain else ""  # later events would only repeat it
+    if event.type == "new" or event.why not in ("", planned):
+        parts.append(event.why or planned)
+    if event.proposed:
+        parts.append(f"{event.accepted} of {event.proposed} proposed tokens accepted")
     return printable("  ".join(parts))
 
 

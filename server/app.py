@@ -31,6 +31,32 @@ logger = logging.getLogger(__name__)
 Loaded = tuple[Target[Any], Any]  # the target, and what hears of a message that sets its questions, if anything does
 
 
+def check(path: Path, config: Config) -> str:
+    """Finds mistakes of server.toml without a connection, and before networks are loaded. Says what the bundles are.
+
+    Raises ConfigError, which begins with the path, and BundleError.
+    """
+    server, found = config.server, list[str]()
+    try:
+        config.mqtt_settings()
+        config.check_target()
+        if config.upstream:
+            config.upstream.settings(server.id)
+        for folder in filter(None, (server.bundle, server.second_bundle)):
+            bundle = open_bundle(Path(folder))
+            found.append(f"{bundle.path}: bundle {bundle.check(for_server=server.target == 'bundle')}")
+            targets = bundle.manifest.targets
+            if server.target == "bundle" and server.tier not in targets:
+                raise ConfigError(f'tier = "{server.tier}", but the bundle {bundle.path} has {", ".join(targets)}')
+            if config.questions and folder == server.bundle:
+                from server.questions import Questions
+
+                Questions(bundle, config.questions)
+    except ConfigError as error:
+        raise type(error)(f"{path}: {error}") from error
+    return "\n".join(found)
+
+
 def load(config: ServerConfig, folder: str | None) -> "tuple[Bundle, Engine]":
     """Opens a bundle, loads the tier's networks and runs the start test. Raises BundleError."""
     from server.engine import SIZES

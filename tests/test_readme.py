@@ -1,6 +1,7 @@
 """What the README and docs/FIGURES.md show works as it stands there."""
 
 import re
+import subprocess
 from pathlib import Path
 
 from edge_runtime.config import PolicyConfig, RuntimeConfig, load_toml
@@ -29,6 +30,18 @@ def test_its_commands_and_pages_exist():
     pages = [page for page in re.findall(r"\]\(([^)#]+)", README) if "://" not in page]
     assert pages
     assert not [page for page in pages if not (ROOT / page).exists()]
+
+
+def test_the_size_of_an_installation_is_told_before_it_begins(tmp_path):
+    """And the README names the build of PyTorch that the Makefile installs."""
+    command = ["make", "-n", "demo", f"VENV={tmp_path / 'venv'}"]
+    plan = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    told = re.findall(r"[0-9.]+ GB", plan.split("pip install")[0])
+    assert told
+    assert told[0] in README
+    torch = re.search(r"(?m)^TORCH \?= (.*)$", (ROOT / "Makefile").read_text())
+    assert torch
+    assert f"make demo TORCH={torch[1]}+cpu" in README
 
 
 def test_what_the_figures_say_of_the_shipped_bundles_drafts_holds():

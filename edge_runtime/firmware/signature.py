@@ -156,6 +156,17 @@ def read_signature(folder: Path) -> bytes:
         raise SignatureError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def required_signature(folder: Path) -> bytes:
+    """The same, for boards with a trust file. Raises SignatureError if there is none."""
+    if data := read_signature(folder):
+        return data
+    raise SignatureError(
+        f"{folder} is unsigned, it has no {SIGNATURE}: a board with a trust_file runs it only as the bundle of its "
+        "[board], and does not install it; one without a trust_file installs it from a folder. Sign it with: "
+        f"aiflow bundle sign --key signing.pem --version N {folder}"
+    )
+
+
 def read_trust(path: Path) -> Trust:
     """The keys of a trust file: one per line, in base64, with an optional comment behind it. Raises ConfigError, and
     MissingPackageError now, not when the first signature is checked.

@@ -99,7 +99,7 @@ class MqttClient:
         counted = ("received", "inbound_oversized", "callback_errors", "connects", "losses")
         self._counts = Counter(dict.fromkeys(counted, 0))  # written by the owner thread only
         self._close_by: float | None = None
-        self._last_trouble = ""
+        self.trouble = ""  # why it is not connected; empty while it is, and during the first attempt
         self._online = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{settings.client_id}", daemon=True)
         self._new_connection = partial(
@@ -323,13 +323,14 @@ class MqttClient:
     def _set_state(self, state: State, reason: str) -> None:
         """A fault that repeats is logged once: each attempt ends with the same words until something changes."""
         client = self.settings.client_id
-        if state is State.BACKOFF and reason != self._last_trouble:
-            logger.warning("mqtt offline client=%s reason=%s", client, reason)
-            self._last_trouble = reason
+        if state is State.BACKOFF and reason != self.trouble:
+            address = f"{self.settings.host}:{self.settings.port}"
+            logger.warning("mqtt offline client=%s broker=%s reason=%s", client, address, reason)
+            self.trouble = reason
         elif state is State.DEGRADED:
             logger.warning("mqtt degraded client=%s reason=%s", client, reason)
         elif state is State.ONLINE:
-            self._last_trouble = ""
+            self.trouble = ""
             logger.info("mqtt online client=%s broker=%s", client, reason)
         self.state, self.reason = state, reason
         (self._online.set if state is State.ONLINE else self._online.clear)()
@@ -349,7 +350,7 @@ def _likely_cause(error: Exception, settings: MqttSettings) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f": is {settings.host} a name in the broker's certificate, and ca_file the authority that signed it?"
     if settings.uses_tls and isinstance(error, ssl.SSLError | ConnectionResetError):
-        return ": does this port speak TLS?"
+        return ": does this port speak TLS? Usually 8883 does, and 1883 does not"
     if isinstance(error, ConnectionRefusedError):
         return f": does a broker listen at {settings.host}:{settings.port}?"
     if isinstance(error, socket.gaierror):

@@ -37,6 +37,7 @@ PUBLISH_OVERHEAD = 16
 PENDING_ACKS_S = 0.1  # to read the PUBACKs that are about to arrive, before a connection is closed
 GOODBYE_S = 0.5  # to write what is left and the DISCONNECT
 TEMPORARY = {0x88, 0x89, 0x97, 0x9F}  # CONNACK: unavailable, busy, quota, rate. Retry as after any lost connection.
+WRONG_LOGIN = {0x86, 0x87, 0x8C}  # CONNACK: bad user name or password, not authorized, bad authentication method
 KEEPALIVE_TIMEOUT, SESSION_TAKEN_OVER = 0x8D, 0x8E  # reason codes
 
 
@@ -228,7 +229,8 @@ class Connection:
     def _connected(self, _: Any, __: Any, ___: Any, code: ReasonCode, got: Any) -> None:
         self._has_connack = True
         if code.is_failure:
-            self.loss = Loss(f"the broker refused the login: {code}", refused=code.value not in TEMPORARY)
+            advice = self._settings.login_advice() if code.value in WRONG_LOGIN else ""
+            self.loss = Loss(f"the broker refused the login: {code}{advice}", refused=code.value not in TEMPORARY)
             return
         self._max_packet = getattr(got, "MaximumPacketSize", self._max_packet)
         self._window = min(self._settings.window, getattr(got, "ReceiveMaximum", 65535))
@@ -287,7 +289,9 @@ class Connection:
         if self.loss:  # a better reason is known: paho also reports what followed from it
             return
         if not self._has_connack:
-            port = "does it want a client certificate?" if self._settings.uses_tls else "is this a TLS port (8883)?"
+            port = "is this a TLS port (8883)? then set ca_file, or tls;"
+            if self._settings.uses_tls:
+                port = "does it want a client certificate? then set cert_file and key_file;"
             self.loss = Loss(f"closed before CONNACK: {port} does it speak MQTT 5?")
             return
         by_broker = self.online_at is not None and code.value != KEEPALIVE_TIMEOUT  # a timeout is the link's fault

@@ -53,7 +53,7 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
     receive_maximum: int | None = None  # inbound QoS 1 messages not acknowledged yet; None: the protocol's 65535
 
     def __post_init__(self) -> None:
-        msgspec.structs.force_setattr(self, "host", _checked_host(self.host))
+        msgspec.structs.force_setattr(self, "host", checked_host(self.host))
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"mqtt port = {self.port}, want 1 to 65535 (usual: 1883 plain, 8883 TLS)")
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.client_id):
@@ -89,6 +89,14 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
         """The first line of the file, without a byte order mark. Raises ConfigError."""
         return None if self.password_file is None else read_password(self.password_file, "mqtt")
 
+    def login_advice(self) -> str:
+        """After a refused login: which settings have the user and the password. Never shows the password."""
+        place = "in the table [mqtt] of this broker, or by the options --username and --password-file"
+        if self.username is None:
+            return f": set username and password_file, {place}"
+        password = f"the first line of {self.password_file}" if self.password_file else "no password_file"
+        return f": check username = {self.username} with {password}, {place}"
+
     def tls_context(self) -> ssl.SSLContext | None:
         """TLS 1.2 or newer; certificate and host name are always checked. Raises OSError for files that do not fit."""
         if not self.uses_tls:
@@ -100,7 +108,7 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
         return context
 
 
-def _checked_host(host: str) -> str:
+def checked_host(host: str) -> str:
     """The host without the brackets of an IPv6 address. Raises ConfigError."""
     if url := re.fullmatch(r"([a-z]+)://([^:/]*):?([0-9]*).*", host[:512]):
         scheme, name, port = url.groups()
@@ -114,7 +122,11 @@ def _checked_host(host: str) -> str:
     except ValueError:
         pass
     if port := re.fullmatch(r"(.+):([0-9]+)", host):
-        raise ConfigError(f'mqtt host = "{host[:128]}" holds a port, want host = "{port[1][:128]}", port = {port[2]}')
+        name = port[1][:128]
+        raise ConfigError(
+            f'mqtt host = "{host[:128]}" holds a port, want host = "{name}", port = {port[2]}; '
+            f"as options: --broker {name} --broker-port {port[2]}"
+        )
     if not 1 <= len(host) <= 253 or re.search(r"[\s/:@\[\]]", host):
         raise ConfigError(f'mqtt host = "{host[:128]}", want the name or address of the broker, such as "192.0.2.7"')
     return host

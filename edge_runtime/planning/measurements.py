@@ -103,6 +103,10 @@ class Measurements:
         """A server's status, as received. Called by one thread only, the MQTT client's."""
         self._statuses.arrived(topic, payload, now)
 
+    def find_silence(self) -> str:
+        """Why no server can be expected to answer, in words; "" if one can."""
+        return self._statuses.find_silence()
+
     def _put(self, message: RequestSent | RequestAnswered | RequestLost, *numbers: float) -> None:
         if not all(self._is_good(number) for number in numbers):
             return

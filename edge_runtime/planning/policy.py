@@ -182,7 +182,9 @@ class Policy:
             retry.wait_s = min(2 * retry.wait_s, LAST_RETRY_S)
             retry.next_at = now + retry.wait_s
             smallest = min(affordable, key=lambda each: each.size)
-            return _decide(smallest, snapshot, possible, f"a try: {why}", limit, is_probe=True, outage=outage)
+            return _decide(
+                smallest, snapshot, possible, f"the link is tried again: {why}", limit, is_probe=True, outage=outage
+            )
         retry.next_at = min(retry.next_at, now + LAST_RETRY_S)  # if the clock stepped back, do not wait for ever
         return self._device_alone(snapshot, possible, f"{why}, next try in {retry.next_at - now:.0f} s", outage)
 

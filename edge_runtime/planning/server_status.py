@@ -152,6 +152,17 @@ class ServerStatuses:
         others = [name for name in self._answered if name != server]
         self._answered = dict.fromkeys([*others[1 - SERVERS :], server])
 
+    def find_silence(self) -> str:
+        """Why no server can be expected to answer, in words; "" if one can. Any thread."""
+        statuses = [each.status for each in self._received.values()]
+        if any(status.takes_requests for status in statuses):
+            return ""
+        if not statuses:
+            unheard = "no server has been heard: does `aiflow serve` run, with the same site and broker?"
+            return "" if self._answered else unheard
+        names = ", ".join(f"{status.server} ({status.state})" for status in statuses)
+        return f"no server takes requests: {names}: look at the server's log"
+
     def claims(self, now: float) -> Claims:
         """Of the servers that are online."""
         received = [each for each in self._received.values() if abs(now - each.at) <= CLAIM_AGE_S]

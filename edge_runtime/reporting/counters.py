@@ -46,7 +46,7 @@ BOARD = {
         "Seconds from the capture to the first answer of a server, without requests that the outbox had kept",
         is_summary=True,
     ),
-    "request_bytes": Meaning("Bytes of all requests that were sent, resends and replays included"),
+    "request_bytes": Meaning("Bytes of all requests that the broker has, resends and replays included"),
     "jpeg_bytes": Meaning("Bytes that the handled frames would have as JPEGs, to compare"),
     "handled": Meaning("Frames that were handled, by the paradigm that was chosen", "paradigm"),
     "paradigm": Meaning("1 for the paradigm that is set: auto, or one for all frames", "paradigm", is_gauge=True),

@@ -5,6 +5,7 @@ The server's connection to the tier above uses the same lifecycle.
 """
 
 from edge_runtime.requests.byte_budget import ByteBudget
-from edge_runtime.requests.tracker import NewRequest, Observer, RequestTracker
+from edge_runtime.requests.tracked import NewRequest
+from edge_runtime.requests.tracker import Observer, RequestTracker
 
 __all__ = ["ByteBudget", "NewRequest", "Observer", "RequestTracker"]

@@ -17,7 +17,7 @@ import msgspec
 
 from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.mqtt import MqttClient, State
+from edge_runtime.mqtt import MqttClient, Outcome, State
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests.actions import (
     Action,
@@ -36,12 +36,12 @@ from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.outbox import Outbox, Row
 from edge_runtime.requests.thread import LifecycleThread
+from edge_runtime.requests.tracked import NewRequest, Tracked, row_of
 from edge_runtime.wire import (
     AnsweredBy,
     Event,
     EventHop,
     Reply,
-    Request,
     Tier,
     WireError,
     aged,
@@ -59,36 +59,6 @@ logger = logging.getLogger(__name__)
 
 MAX_AFTER_S = 1e6  # of an event
 NO_BYTES = Why("no_bytes", "no bytes left in this minute's budget")
-
-
-@dataclass(frozen=True, slots=True)
-class NewRequest:
-    """What the path of a frame hands over."""
-
-    request: Request
-    payload: (
-        bytes  # the encoded request, as it is first sent: its content may have a reference, that of `request` has none
-    )
-    event: Event  # what the frame's next event starts from
-    captured: float  # seconds, time.monotonic()
-    deadline: float  # the same clock: after it the draft stands
-    keep: bool = False  # the link is away: into the outbox at once, not sent
-
-
-@dataclass(slots=True)
-class _Tracked:
-    """A request and what is known of its frame."""
-
-    request: Request
-    payload: bytes  # as it is sent next
-    event: Event  # the frame's latest
-    captured: float  # seconds, time.monotonic()
-    is_paid: bool = False  # its bytes are taken from the budget
-    compact: bytes = b""  # the same request in fewer bytes, for the outbox
-    sent_at: float | None = None  # seconds, time.monotonic(): first, in this try
-    has_answer: bool = False  # of a server, which a higher tier may improve
-    bytes_up: int = 0  # whole payloads, resends included
-    is_retry: bool = False  # out of the outbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,21 +118,26 @@ class RequestTracker:
         observer: Observer | None = None,
         byte_budget: ByteBudget | None = None,
         on_reply: Callable[[Reply], None] = lambda _: None,
+        find_silence: Callable[[], str] = str,
     ) -> None:
-        """capacity: requests that wait for a reply; byte_budget: None: no limit; on_reply: is told each reply."""
+        """capacity: requests that wait for a reply; byte_budget: None: no limit; on_reply: is told each reply.
+
+        find_silence: why no server can answer now, in words for people; "" if one can.
+        """
         self._client, self._bundle, self._events, self._observer = client, bundle, events, observer
         self._capacity, self._budget, self._on_reply = capacity, byte_budget or ByteBudget(), on_reply
+        self._find_silence, self._silence = find_silence, ""  # the latter: what was told last
         self._topic = topics.request(site, board)
         self._outbox = self._new_outbox(outbox) if outbox else None
-        self._lifecycle: RequestLifecycle[_Tracked] = RequestLifecycle(
-            capacity, min_resend_s=resend_s, rng=random.Random(), outbox=outbox, size_of=lambda t: _row(t).size
+        self._lifecycle: RequestLifecycle[Tracked] = RequestLifecycle(
+            capacity, min_resend_s=resend_s, rng=random.Random(), outbox=outbox, size_of=lambda t: row_of(t).size
         )
-        self._thread: LifecycleThread[_Tracked, _Message] = LifecycleThread(
+        self._thread: LifecycleThread[Tracked, _Message] = LifecycleThread(
             "requests", self._lifecycle, self._receive, self._perform, self._reply, self._before_step
         )
         self.reply_arrived = self._thread.reply_arrived  # each message on the board's reply topic; any thread
         self._submitted = 0  # by the frame path
-        self._sent_bytes = 0  # of all requests
+        self._sent_bytes = 0  # of all requests that the broker has
         self._answer_seconds = (
             0,
             0.0,
@@ -253,11 +228,11 @@ class RequestTracker:
         has_bytes = not budget or self._budget.spent(now) < budget / 2  # live frames come first
         return has_bytes and self._client.state is State.ONLINE
 
-    def _receive(self, message: _Message, now: float) -> Sequence[Action[_Tracked]]:
-        actions: Sequence[Action[_Tracked]] = ()
+    def _receive(self, message: _Message, now: float) -> Sequence[Action[Tracked]]:
+        actions: Sequence[Action[Tracked]] = ()
         match message:
             case NewRequest(request, payload, event, captured, deadline, keep):
-                tracked = _Tracked(request, payload, event, captured, is_paid=not keep)
+                tracked = Tracked(request, payload, event, captured, is_paid=not keep)
                 actions = self._lifecycle.on_request(request.id, tracked, deadline, now, link_is_away=keep)
             case _Draft(event, compact):
                 self._announce(event, compact)
@@ -277,11 +252,12 @@ class RequestTracker:
             self._thread.replies["overtaken"] += 1
             return
         if tracked:
+            event = msgspec.structs.replace(event, bytes_up=self._bytes_up(tracked))
             tracked.event, tracked.compact = event, compact
         if event.tokens or tracked is None:
             self._events.publish(event)
 
-    def _reply(self, reply: Reply, now: float) -> Sequence[Action[_Tracked]]:
+    def _reply(self, reply: Reply, now: float) -> Sequence[Action[Tracked]]:
         self._on_reply(reply)
         if tracked := self._lifecycle.find(reply.id):
             try:
@@ -290,7 +266,7 @@ class RequestTracker:
                 return self._lifecycle.on_refused(reply.id, Why("failed", f"server {reply.server}: {error}"))
         return self._lifecycle.on_reply(reply, now)
 
-    def _read(self, request_id: bytes, row: Row | None, now: float) -> Sequence[Action[_Tracked]]:
+    def _read(self, request_id: bytes, row: Row | None, now: float) -> Sequence[Action[Tracked]]:
         if row is None:
             return self._lifecycle.on_read(request_id, None, now)
         try:
@@ -301,7 +277,7 @@ class RequestTracker:
 
     # ---- the thread: actions ----
 
-    def _perform(self, action: Action[_Tracked], now: float) -> Sequence[Action[_Tracked]]:
+    def _perform(self, action: Action[Tracked], now: float) -> Sequence[Action[Tracked]]:
         match action:
             case Send():
                 return self._send(action, now)
@@ -312,20 +288,20 @@ class RequestTracker:
             case Postpone():
                 self._refund(action.content, now)
                 self._observe_loss(action.id, now)
-                why = f"{action.why.text}: kept, asked again later"
+                why = f"{self._reason(action.why)}: kept, asked again later"
                 self._publish(action.content, now, type="update", final=False, why=why[:1024])
             case Lose():
                 self._refund(action.content, now)
                 self._lose(action, now)
             case Store() if self._outbox:
-                self._outbox.put(_row(action.content))
+                self._outbox.put(row_of(action.content))
             case Read() if self._outbox:
                 self._outbox.read(action.id)
             case Delete() if self._outbox:
                 self._outbox.delete(action.id)
         return ()
 
-    def _send(self, send: Send[_Tracked], now: float) -> Sequence[Action[_Tracked]]:
+    def _send(self, send: Send[Tracked], now: float) -> Sequence[Action[Tracked]]:
         tracked = send.content
         payload = tracked.payload
         if send.is_resend or tracked.is_retry:
@@ -334,17 +310,35 @@ class RequestTracker:
             self._thread.replies["over_budget"] += 1
             return self._lifecycle.on_unsent(send.id, NO_BYTES, now)
         tracked.is_paid = False  # that was for this time
-        tracked.bytes_up += len(payload)
-        self._sent_bytes += len(payload)
+        tracked.offered += len(payload)
         if not send.is_resend:
             tracked.sent_at = now
         if self._observer and not tracked.is_retry:
             self._observer.sent(send.id, PARADIGMS[tracked.request.paradigm], len(payload), now)
-        outcome = partial(self._thread.was_sent, send.id)
+        outcome = partial(self._ended, send.id, tracked, len(payload))
         self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, send.left_s), on_outcome=outcome)
         return ()
 
-    def _answer(self, answer: Answer[_Tracked], now: float) -> Sequence[Action[_Tracked]]:
+    def _ended(self, request_id: bytes, tracked: Tracked, size: int, outcome: Outcome) -> None:
+        """On the client's thread: what became of one copy of a request."""
+        is_delivered = outcome is Outcome.DELIVERED
+        self._sent_bytes += is_delivered * size
+        tracked.has_ended(size, is_delivered)
+        self._thread.was_sent(request_id, outcome)
+
+    def _bytes_up(self, tracked: Tracked) -> int:
+        return tracked.bytes_up(self._client.state is State.ONLINE)
+
+    def _reason(self, why: Why) -> str:
+        """Why a request has no answer. If no server could have answered, this is the reason, and is logged once."""
+        if why.code not in ("no_reply", "stopping") or not (silence := self._find_silence()):
+            return why.text
+        if silence != self._silence:
+            self._silence = silence
+            logger.warning("no answer: %s", silence)
+        return silence if why.code == "no_reply" else f"{why.text}: {silence}"
+
+    def _answer(self, answer: Answer[Tracked], now: float) -> Sequence[Action[Tracked]]:
         tracked = answer.content
         if answer.is_first and not tracked.is_retry:
             self._answer_seconds = (self._answer_seconds[0] + 1, self._answer_seconds[1] + now - tracked.captured)
@@ -360,7 +354,7 @@ class RequestTracker:
             tracked.event, tracked.has_answer = update, True
         return ()
 
-    def _update(self, tracked: _Tracked, reply: Reply, now: float) -> Event:
+    def _update(self, tracked: Tracked, reply: Reply, now: float) -> Event:
         """The event that a reply is to the board's users. Raises WireError if it claims an object that is none."""
         event, checked = tracked.event, reply.checked
         # Unknown for a late reply to a request that an earlier run has sent.
@@ -383,24 +377,25 @@ class RequestTracker:
             "object": decode_object(reply.text) if checked and checked.valid else None,
             "schema": checked.schema if checked else "",
             "valid": checked.valid if checked else None,
-            "bytes_up": tracked.bytes_up,
+            "bytes_up": self._bytes_up(tracked),
             "timings_ms": event.timings_ms | answer_ms,
             "after_ms": _after_ms(now - tracked.captured),
         }
         return msgspec.structs.replace(event, **changes)
 
-    def _lose(self, lose: Lose[_Tracked], now: float) -> None:
-        logger.info("request lost id=%s reason=%s", lose.id.hex(), lose.why.text)
+    def _lose(self, lose: Lose[Tracked], now: float) -> None:
+        why = self._reason(lose.why)[:1024]
+        logger.info("request lost id=%s reason=%s", lose.id.hex(), why)
         if lose.content and not lose.content.is_retry:
             self._observe_loss(lose.id, now)
         if lose.content:
-            self._publish(lose.content, now, type="lost", final=True, why=lose.why.text[:1024])
+            self._publish(lose.content, now, type="lost", final=True, why=why)
         else:
             captured = datetime.now(timezone.utc)  # nobody knows any more
             lost = Event(type="lost", frame=lose.id.hex(), camera="unknown", captured=captured, final=True)
-            self._events.publish(msgspec.structs.replace(lost, why=lose.why.text[:1024]))
+            self._events.publish(msgspec.structs.replace(lost, why=why))
 
-    def _refund(self, tracked: _Tracked | None, now: float) -> None:
+    def _refund(self, tracked: Tracked | None, now: float) -> None:
         """Give back the bytes of a request that was paid for and never sent."""
         if tracked and tracked.is_paid:
             tracked.is_paid = False
@@ -410,27 +405,18 @@ class RequestTracker:
         if self._observer:
             self._observer.lost(request_id, now)
 
-    def _publish(self, tracked: _Tracked, now: float, **changes: Any) -> None:
+    def _publish(self, tracked: Tracked, now: float, **changes: Any) -> None:
         after_ms = _after_ms(now - tracked.captured)
         self._events.publish(
-            msgspec.structs.replace(tracked.event, bytes_up=tracked.bytes_up, after_ms=after_ms, **changes)
+            msgspec.structs.replace(tracked.event, bytes_up=self._bytes_up(tracked), after_ms=after_ms, **changes)
         )
 
-    def _restore(self, row: Row, now: float) -> _Tracked:
+    def _restore(self, row: Row, now: float) -> Tracked:
         """A row of the outbox as a request. Raises WireError for what another version wrote."""
         request, event = decode_request(row.payload), decode_event(row.event)
         age_s = max(0.0, row.kept - row.captured) + self._lifecycle.kept_for_s(row.id, now)
         request = msgspec.structs.replace(request, age_ms=min(int(1e3 * age_s), MAX_UINT32))
-        return _Tracked(request, row.payload, event, now - age_s, is_retry=True, bytes_up=event.bytes_up)
-
-
-def _row(tracked: _Tracked) -> Row:
-    """What the outbox stores of a request."""
-    captured = tracked.event.captured.timestamp()
-    kept = captured + time.monotonic() - tracked.captured  # a wall clock that jumped would make it years old
-    payload = tracked.compact or encode_request(tracked.request)  # without a reference: a server soon forgets it
-    event = msgspec.structs.replace(tracked.event, bytes_up=tracked.bytes_up)
-    return Row(tracked.request.id, captured, kept, payload, encode_event(event))
+        return Tracked(request, row.payload, event, now - age_s, is_retry=True, delivered=event.bytes_up)
 
 
 def answered_by(reply: Reply) -> AnsweredBy:

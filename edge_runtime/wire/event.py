@@ -168,7 +168,11 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
         Millis, Meta(description="Milliseconds from the capture to this event, by the board's clock.")
     ] = 0.0
     bytes_up: Annotated[
-        UInt32, Meta(description="Bytes that were sent for this frame: whole MQTT payloads, with those sent again.")
+        UInt32,
+        Meta(
+            description="Bytes that were sent for this frame: whole MQTT payloads, with those sent again, without "
+            "those that never reached the broker."
+        ),
     ] = 0
     jpeg_bytes: Annotated[
         UInt32,

@@ -20,7 +20,7 @@ CLOSE_S = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_broker_arguments(parser, "--broker", "--broker-port")
+    add_broker_arguments(parser)
     parser.add_argument("--port", type=number, default=PORT, help=f"of the page (default: {PORT})")
     parser.add_argument(
         "--listen", default="127.0.0.1", metavar="ADDRESS", help="of the page (default: 127.0.0.1, this machine alone)"

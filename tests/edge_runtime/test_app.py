@@ -167,9 +167,10 @@ def test_a_board_starts_without_its_broker_and_is_answered_when_it_appears(board
 def test_a_board_whose_login_is_refused_goes_on_with_its_drafts(board_bundle, start_broker, photos):
     broker = start_broker(PLAIN.replace("allow_anonymous true", "allow_anonymous false"))
     with Running(configuration(board_bundle, broker.port, photos, repeat=True, deadline_ms=200)) as board:
-        assert board.next("lost").why.startswith("no reply")
+        assert "no connection to the broker" in board.next("lost").why
         board.next("new")
-        board.next("lost")
+        while "refused the login" not in board.next("lost").why:
+            pass
 
 
 def test_pictures_arrive_over_mqtt_and_garbage_is_counted(board_bundle, broker, caplog):
@@ -315,7 +316,7 @@ def test_a_stop_does_not_wait_for_answers(board_bundle, broker, photos):
         until(lambda: board.events.qsize() == 3)
         board.stop.set()
         summary = board.wait_ended()
-        assert [board.next("lost").why for _ in range(3)] == 3 * ["the board stops"]
+        assert all(board.next("lost").why.startswith("the board stops: no server") for _ in range(3))
     assert (summary["accepted"], summary["lost"]) == (3, 3)
 
 

@@ -350,7 +350,7 @@ def test_a_draft_with_enough_confidence_is_the_answer_and_nothing_is_sent(start)
     board = start("speculative", min_confidence=0.0)
     seen = board.pipeline.handle(frame())
     assert (seen.final, seen.paradigm, seen.bytes_up) == (True, "device", 0)
-    assert seen.why.startswith("the draft is sure enough: confidence 0.")
+    assert seen.why.startswith("draft accepted: confidence 0.")
     assert board.order == ["new"]
 
 

@@ -103,7 +103,7 @@ class Site:
         return process
 
     def push(self, bundle: Bundle) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", RUN, "bundle", "push", "--board", BOARD, "--port", str(self.port)]
+        command = [sys.executable, "-c", RUN, "bundle", "push", "--board", BOARD, "--broker-port", str(self.port)]
         process = subprocess.Popen(
             [*command, str(bundle.path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -182,8 +182,15 @@ def test_an_unsigned_and_a_foreign_bundle_are_installed_only_where_nobody_is_tru
     assert aiflow("bundle", "install", "--config", site.config, new.path) == 1
     assert "none of the 1 trusted keys" in capsys.readouterr().err
     (new.path / "bundle.sig").unlink()
-    assert aiflow("bundle", "install", "--config", site.config, new.path) == 1
-    assert "no signature" in capsys.readouterr().err
+    for command in (
+        ("install", "--config", site.config),
+        ("verify", "--trust", site.trust),
+        ("push", "--board", BOARD),
+    ):
+        assert aiflow("bundle", *command, new.path) == 1
+        said = capsys.readouterr().err
+        assert f"{new.path} is unsigned" in said
+        assert f"aiflow bundle sign --key signing.pem --version N {new.path}" in said
     site.configure(trust=False)
     assert aiflow("bundle", "install", "--config", site.config, new.path) == 0
 

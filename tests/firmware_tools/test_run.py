@@ -1,5 +1,6 @@
 """What `aiflow run` prints for a person who looks on."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from edge_runtime.inference.bundle import Bundle
 from firmware_tools import cli
 from firmware_tools.run import closing_line
 from testbed.broker import free_port
+from tests.brokers import Mosquitto
 
 
 @pytest.fixture
@@ -30,38 +32,59 @@ def config(tmp_path: Path, board_bundle: Bundle) -> Path:
     return path
 
 
-def run(*options: str | Path) -> list[str]:
+def run(*options: str | Path) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "firmware_tools", "run", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout.splitlines()
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
 
 
 def test_a_directory_shows_its_captions_without_a_broker(config: Path) -> None:
-    *events, last = run("--show", config)
+    *events, last = run("--show", config).stdout.splitlines()
     assert [event.split()[1:3] for event in events] == 2 * [["b1/door", "new"]]
     assert all("word" in event for event in events)
     assert last.startswith("the board has stopped: 2 frames, ")
 
 
 def test_a_camera_and_a_broker_need_no_file(config: Path, board_bundle: Bundle) -> None:
-    flags = ["--id", "b2", "--broker", "127.0.0.1", "--port", free_port(), "--bundle", board_bundle.path]
-    *events, last = run("--show", "--camera", config.parent / "pictures", *map(str, flags))
+    flags = ["--id", "b2", "--broker", "127.0.0.1", "--broker-port", free_port(), "--bundle", board_bundle.path]
+    *events, last = run("--show", "--camera", config.parent / "pictures", *map(str, flags)).stdout.splitlines()
     assert {event.split()[1] for event in events} == {"b2/camera"}
-    assert last.startswith("the board has stopped: 2 frames, ")
+    assert ", 2 frames, " in last.replace(":", ",")
 
 
-@pytest.mark.parametrize("options", [[], ["board.toml", "--camera", "0"], ["board.toml", "--broker", "broker.lan"]])
+@pytest.mark.parametrize(
+    ("has_broker", "why"),
+    [(False, "no connection to the broker 127.0.0.1:"), (True, "no server has been heard: does `aiflow serve` run")],
+)
+def test_without_broker_or_server_each_loss_says_so_and_only_what_left_is_counted(
+    config: Path, broker: Mosquitto, has_broker: bool, why: str
+) -> None:
+    text = config.read_text().replace('"device"', '"split"\ndeadline_ms = 1000')
+    config.write_text(re.sub("port = .*", f"port = {broker.port}", text) if has_broker else text)
+    done = run("--show", config)
+    *events, last = done.stdout.splitlines()
+    lost = [event for event in events if event.split()[2] == "lost"]
+    assert len(lost) == 2
+    assert all(why in event for event in lost)
+    assert ["nothing sent" in event for event in lost] == 2 * [not has_broker]
+    assert ("request bytes" in last) is has_broker
+    assert done.stderr.count(f"no answer: {why}") == 1  # once, for those who see the log alone
+
+
+@pytest.mark.parametrize("options", [[], ["board.toml", "--camera", "0"], ["board.toml", "--username", "porch"]])
 def test_a_file_and_flags_are_not_mixed_and_one_is_needed(
     options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["run", *options]) == cli.EXIT_CONFIG
-    assert "want either a board.toml or --camera and --broker" in capsys.readouterr().err
+    assert "want either a board.toml, or options of board and broker" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--camera", "rtsp://v:pa55@camera.lan/"], "the command line: camera camera: "),
-        (["--camera", "0", "--id", "Porch!"], "the command line: board.id"),
+        (["--camera", "rtsp://v:pa55@camera.lan/"], "--camera: camera camera: "),
+        (["--camera", "0", "--id", "Porch!"], "--id: board.id"),
+        (["--broker-port", "99999"], "--broker-port: mqtt.port"),
+        (["--broker", "broker.lan:1883"], "--broker broker.lan --broker-port 1883"),
     ],
 )
 def test_a_wrong_flag_is_named(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +96,7 @@ def test_a_wrong_flag_is_named(flags: list[str], says: str, capsys: pytest.Captu
 
 @pytest.mark.parametrize("options", [[], ["--no-show"]])
 def test_a_service_prints_nothing_beside_its_log(config: Path, options: list[str]) -> None:
-    assert run(*options, config) == []
+    assert run(*options, config).stdout == ""
 
 
 def test_the_closing_line_has_what_is_not_zero() -> None:

@@ -1,10 +1,13 @@
 """`aiflow serve` before it serves."""
 
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from firmware_tools import cli
 
 # Stands for a start test, which takes up to a minute and cannot be interrupted between its steps.
 LOADING = """
@@ -21,9 +24,9 @@ sys.exit(main(["serve", sys.argv[1]]))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-def test_a_signal_ends_a_server_that_still_loads_at_once_and_without_a_traceback(tmp_path, number, code):
+def test_a_signal_ends_a_server_that_still_loads_at_once_and_without_a_traceback(tmp_path, board_bundle, number, code):
     config = tmp_path / "server.toml"
-    config.write_text('[server]\nid = "s1"\nbundle = "unused"\n')
+    config.write_text(f'[server]\nid = "s1"\nbundle = "{board_bundle.path}"\n')
     command = [sys.executable, "-c", LOADING, str(config)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -35,3 +38,27 @@ def test_a_signal_ends_a_server_that_still_loads_at_once_and_without_a_traceback
             process.kill()
     assert process.returncode == code
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("bundle", "mqtt", "says"),
+    [
+        ("nowhere", "", "nowhere holds no manifest.json: name the directory of a bundle"),
+        ("{bundle}", 'username = "s1"\npassword_file = "nowhere"\n', "password_file = nowhere: cannot be read"),
+        ("{bundle}", 'host = "broker.lan"\n', "TLS is off"),
+        ("{damaged}", "", "tail.safetensors"),
+    ],
+)
+def test_a_mistake_is_named_with_its_file_before_anything_is_loaded(
+    tmp_path, board_bundle, monkeypatch, capsys, bundle, mqtt, says
+):
+    monkeypatch.setattr("server.app.load_target", None)  # would be called
+    shutil.copytree(board_bundle.path, damaged := tmp_path / "damaged")
+    (damaged / "tail.safetensors").unlink()
+    config = tmp_path / "server.toml"
+    bundle = bundle.format(bundle=board_bundle.path, damaged=damaged)
+    config.write_text(f'[server]\nid = "s1"\nbundle = "{bundle}"\n[mqtt]\n{mqtt}')
+    assert cli.main(["serve", str(config)]) == cli.EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert says in said
+    assert str(config) in said

@@ -56,7 +56,18 @@ def test_a_broker_elsewhere_has_tls_and_one_on_this_machine_needs_none(tmp_path:
 
 def test_the_doctor_approves_of_what_it_writes(tmp_path: Path, board_bundle: Bundle, broker: Mosquitto) -> None:
     photos = write_photos(tmp_path / "p", 10)
-    flags = ["--id", "b1", "--camera", photos, "--broker", "127.0.0.1", "--username", "", "--port", str(broker.port)]
+    flags = [
+        "--id",
+        "b1",
+        "--camera",
+        photos,
+        "--broker",
+        "127.0.0.1",
+        "--username",
+        "",
+        "--broker-port",
+        str(broker.port),
+    ]
     assert setup(tmp_path, *flags, "--bundle", str(board_bundle.path)) == 0
     assert cli.main(["doctor", "--config", str(tmp_path / "board.toml")]) in (0, 1)  # 1: this machine's clock
 
@@ -65,7 +76,7 @@ def test_the_doctor_approves_of_what_it_writes(tmp_path: Path, board_bundle: Bun
     ("flags", "says"),
     [
         (["--camera", "rtsp://v:pa55@camera.lan/"], "username = "),
-        (["--id", "Porch!"], "these answers make no configuration: board.id"),
+        (["--id", "Porch!"], "--id: board.id"),
         (["--camera", 'a"b\n'], ""),
     ],
 )
@@ -100,13 +111,25 @@ def test_without_a_terminal_a_missing_flag_is_named(tmp_path: Path) -> None:
     assert "--id is missing" in done.stderr
 
 
-def test_on_a_terminal_it_asks_and_an_empty_answer_is_the_default(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("typed", "refused"),
+    [
+        ("attic\n\nbroker.lan\n\n\n", ""),
+        ("Attic!\nattic\n\nbroker.lan\n\n\n", "--id: "),
+        ("attic\nrtsp://v:pa55@camera.lan/\n\nbroker.lan:1883\nbroker.lan\n\n\n", "--camera: "),
+    ],
+)
+def test_on_a_terminal_it_asks_until_an_answer_can_be_and_an_empty_one_is_the_default(
+    tmp_path: Path, typed: str, refused: str
+) -> None:
     ours, theirs = pty.openpty()
-    with subprocess.Popen(command(tmp_path), stdin=theirs, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command(tmp_path), stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         os.close(theirs)
-        os.write(ours, b"attic\n\nbroker.lan\n\n\n")
-        out, _ = process.communicate()
+        os.write(ours, typed.encode())
+        out, err = process.communicate()
     os.close(ours)
     config = load_toml(tmp_path / "board.toml", RuntimeConfig)
     assert out.count(b"[") >= 3
+    assert refused.encode() in err
+    assert b"pa55" not in err
     assert (config.board.id, config.cameras[0].source, config.mqtt.host) == ("attic", "/dev/video0", "broker.lan")

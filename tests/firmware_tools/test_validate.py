@@ -107,13 +107,25 @@ def test_a_broker_that_hangs_up_gets_a_likely_cause(
     assert camera.startswith("OK      camera door")
 
 
-def test_a_refused_login_is_named(
-    board: Callable[..., Path], start_broker: Callable[..., Mosquitto], capsys: pytest.CaptureFixture[str]
+def test_a_refused_login_names_the_settings_that_have_it(
+    board: Callable[..., Path],
+    start_broker: Callable[..., Mosquitto],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     broker = start_broker(PLAIN.replace("allow_anonymous true", "allow_anonymous false"))
-    with pytest.raises(AiflowError, match="1 of 2 connections failed"):
-        connect(board(broker.port))
-    assert "the broker refused the login: Not authorized" in capsys.readouterr().out
+    (tmp_path / "password").write_text("pa55\n")
+    login = f'username = "b1"\npassword_file = "{tmp_path / "password"}"\n'
+    for more, advice in (
+        ("", "set username and password_file"),
+        (login, f"check username = b1 with the first line of {tmp_path / 'password'}"),
+    ):
+        with pytest.raises(AiflowError, match="1 of 2 connections failed"):
+            connect(board(broker.port, more=more))
+        said = capsys.readouterr().out
+        assert "the broker refused the login: Not authorized" in said
+        assert advice in said
+        assert "pa55" not in said
 
 
 def test_a_camera_without_a_frame_is_named(

@@ -51,9 +51,24 @@ def test_an_update_that_is_not_final_says_so_and_the_reason_is_not_repeated():
     assert line("b1", msgspec.structs.replace(update, final=True, unsure=True)).endswith("[edge, unsure, 412 B, 60 ms]")
 
 
-def test_a_loss_without_a_draft_says_why():
-    lost = msgspec.structs.replace(NEW, type="lost", final=True, text="", answered_by=None, why="no reply to 2 sent")
-    assert "lost    (no reply to 2 sent)  [nobody," in line("b1", lost)
+@pytest.mark.parametrize(("text", "shown"), [("", "(no text)"), ("a dog runs", "a dog runs")])
+def test_a_loss_says_why(text, shown):
+    lost = msgspec.structs.replace(NEW, type="lost", final=True, text=text, why="no reply to 2 sent")
+    assert f"lost    {shown}  [device, " in line("b1", lost)
+    assert line("b1", lost).endswith("]  no reply to 2 sent")
+
+
+def test_a_draft_that_was_accepted_says_so_and_an_answer_how_much_of_the_draft_it_kept():
+    accepted = msgspec.structs.replace(NEW, final=True, paradigm="device", why="draft accepted: confidence 0.91")
+    assert line("b1", accepted).endswith("]  draft accepted: confidence 0.91")
+    verified = msgspec.structs.replace(NEW, type="update", final=True, accepted=3, proposed=5)
+    assert line("b1", verified).endswith("]  3 of 5 proposed tokens accepted")
+
+
+def test_labels_and_taught_answers_are_shown_by_the_likeliest():
+    scores, answers = {"tabby cat": 0.7, "sink": 0.2}, {"gate": {"open": 0.1, "shut": 0.9}}
+    shown = line("b1", msgspec.structs.replace(NEW, scores=scores, answers=answers))
+    assert "a dog runs  label: tabby cat 70 %  gate: shut 90 %  [device" in shown
 
 
 @pytest.mark.parametrize("field", ["text", "camera"])
@@ -68,7 +83,7 @@ def test_an_event_is_one_line_where_the_output_is_no_terminal(broker):
         event = encode_event(msgspec.structs.replace(NEW, text=text))
         board.publish("aiflow/home/b1/up/event", event, retain=True)  # there, whenever the watcher comes
         assert board.wait_online(20.0)
-        command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port), "--count", "1"]
+        command = [sys.executable, "-m", "firmware_tools", "watch", "--broker-port", str(broker.port), "--count", "1"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     (shown,) = done.stdout.splitlines()
     assert text in shown
@@ -87,7 +102,7 @@ FORGED = [b"", b"\xff", b"[]", b'{"type":"new"}', b"[" * 50_000, encode_event(NE
 
 
 def test_forged_events_do_not_end_it(broker):
-    command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port), "--count", "2"]
+    command = [sys.executable, "-m", "firmware_tools", "watch", "--broker-port", str(broker.port), "--count", "2"]
     topics = [f"aiflow/home/b{number}/up/event" for number in range(len(FORGED) + 1)]
     with MqttClient(MqttConfig(port=broker.port).settings("board")) as board:
         assert board.wait_online(20.0)
@@ -99,7 +114,7 @@ def test_forged_events_do_not_end_it(broker):
 
 
 def test_it_ends_quietly_when_its_reader_does(broker):
-    command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port)]
+    command = [sys.executable, "-m", "firmware_tools", "watch", "--broker-port", str(broker.port)]
     with (
         MqttClient(MqttConfig(port=broker.port).settings("board")) as board,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as watch,
@@ -138,7 +153,7 @@ def test_a_reader_that_stops_holds_up_nobody_and_is_told_what_it_missed(monkeypa
 
 def test_what_a_terminal_cannot_spell_is_replaced(broker):
     event = encode_event(msgspec.structs.replace(NEW, text="Straße \N{DOG}"))
-    command = [sys.executable, "-m", "firmware_tools", "watch", "--port", str(broker.port), "--count", "1"]
+    command = [sys.executable, "-m", "firmware_tools", "watch", "--broker-port", str(broker.port), "--count", "1"]
     with MqttClient(MqttConfig(port=broker.port).settings("board")) as board:
         board.publish("aiflow/home/b1/up/event", event, retain=True)
         environment = {**os.environ, "PYTHONIOENCODING": "ascii"}

@@ -61,6 +61,7 @@ class Board:
         resend_s: float = 60.0,
         outbox: OutboxConfig | None = None,
         bytes_per_minute: int = 0,
+        silence: str = "",
     ) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
         self.bundle = bundle
@@ -74,7 +75,16 @@ class Board:
         events = Events(self.client, SITE, BOARD, self.heard)
         self.budget = ByteBudget(bytes_per_minute)
         self.tracker = RequestTracker(
-            self.client, bundle, SITE, BOARD, events, capacity, resend_s, outbox, byte_budget=self.budget
+            self.client,
+            bundle,
+            SITE,
+            BOARD,
+            events,
+            capacity,
+            resend_s,
+            outbox,
+            byte_budget=self.budget,
+            find_silence=lambda: silence,
         )
         self.asked = 0
 
@@ -451,6 +461,26 @@ def test_one_question_too_many_is_lost_unsent_and_those_that_wait_are_answered(b
         for request in asked[:2]:
             server.reply(request)
             assert board.next_event().frame == request.id.hex()
+
+
+def test_a_loss_says_why_no_server_could_answer_and_the_log_says_it_once(broker, board_bundle, caplog):
+    with Board(broker.port, board_bundle, silence="nobody is there") as board:
+        board.ask(deadline_s=0.0)
+        assert board.next_event().why == "nobody is there"
+        board.ask()
+        board.stop()
+        assert board.next_event().why == "the board stops: nobody is there"
+    assert caplog.text.count("no answer: nobody is there") == 1
+
+
+def test_a_request_that_never_left_is_no_bytes(broker, board_bundle):
+    with Board(broker.port, board_bundle) as board:
+        broker.kill()
+        until(lambda: not board.client.wait_online(0))
+        board.ask(deadline_s=SOON_S)
+        event = board.next_event()
+        assert (event.type, event.bytes_up) == ("lost", 0)
+    assert board.tracker.summary()["request_bytes"] == 0
 
 
 def test_a_board_that_stops_loses_what_is_open(board, server):

@@ -261,7 +261,7 @@ def test_a_user_logs_in_with_the_token(start: Callable[..., str], tmp_path: Path
         (["--history", "{short}"], "name a file that this command has written"),
         (["--listen", "192.0.2.1", "--token-file", "{token}"], "choose another address or port"),
         (["--site", "+"], "site '+' must match"),
-        (["--broker", "broker.lan"], "TLS is off"),
+        (["--broker", "broker.lan:8883"], "--broker broker.lan --broker-port 8883"),
     ],
 )
 def test_what_cannot_work_is_named(

@@ -1,0 +1,61 @@
+"""A request of a board, and what is known of its frame: values for tracker.py."""
+
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from edge_runtime.requests.outbox import Row
+from edge_runtime.wire import Event, Request, encode_event, encode_request
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """What the path of a frame hands over."""
+
+    request: Request
+    payload: (
+        bytes  # the encoded request, as it is first sent: its content may have a reference, that of `request` has none
+    )
+    event: Event  # what the frame's next event starts from
+    captured: float  # seconds, time.monotonic()
+    deadline: float  # the same clock: after it the draft stands
+    keep: bool = False  # the link is away: into the outbox at once, not sent
+
+
+@dataclass(slots=True)
+class Tracked:
+    """A request and what is known of its frame."""
+
+    request: Request
+    payload: bytes  # as it is sent next
+    event: Event  # the frame's latest
+    captured: float  # seconds, time.monotonic()
+    is_paid: bool = False  # its bytes are taken from the budget
+    compact: bytes = b""  # the same request in fewer bytes, for the outbox
+    sent_at: float | None = None  # seconds, time.monotonic(): first, in this try
+    has_answer: bool = False  # of a server, which a higher tier may improve
+    is_retry: bool = False  # out of the outbox
+    # Bytes of whole payloads, resends included. `offered` is written by the thread of the requests, the others by that
+    # of the MQTT client.
+    offered: int = 0  # to the client
+    ended: int = 0  # of these, whatever became of them
+    delivered: int = 0  # of these, what the broker has acknowledged
+
+    def has_ended(self, size: int, is_delivered: bool) -> None:
+        """The client is done with a copy of so many bytes."""
+        self.delivered += is_delivered * size
+        self.ended += size
+
+    def bytes_up(self, is_online: bool) -> int:
+        """What the broker has, or is being sent. Without a connection, nothing is being sent."""
+        return self.delivered + (self.offered - self.ended if is_online else 0)
+
+
+def row_of(tracked: Tracked) -> Row:
+    """What the outbox stores of a request."""
+    captured = tracked.event.captured.timestamp()
+    kept = captured + time.monotonic() - tracked.captured  # a wall clock that jumped would make it years old
+    payload = tracked.compact or encode_request(tracked.request)  # without a reference: a server soon forgets it
+    event = msgspec.structs.replace(tracked.event, bytes_up=tracked.delivered)
+    return Row(tracked.request.id, captured, kept, payload, encode_event(event))
