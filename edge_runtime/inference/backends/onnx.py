@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ CPU_INFO = Path("/proc/cpuinfo")
 # The key of a tensor's external data (onnx.proto, TensorProto.external_data). onnxruntime would read such a file even
 # for a model that it gets as bytes. The networks of our export never contain the word.
 EXTERNAL = b"location"
+PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxModel:
     """A network from the content of an .onnx file; its metadata may name scale and zero point of its first output."""
 
-    def __init__(self, data: bytes, threads: int) -> None:
-        """Raises BackendError."""
+    def __init__(self, data: bytes, threads: int, providers: Sequence[str] = ()) -> None:
+        """providers: keys of PROVIDERS, tried for each operation in this order, the CPU last. Raises BackendError."""
         if EXTERNAL in data:
             raise BackendError("it takes weights from other files, which no manifest lists: export it as one file")
         options = onnxruntime.SessionOptions()
@@ -38,14 +40,19 @@ class OnnxModel:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if sums_saturate(platform.machine(), CPU_INFO.read_text() if CPU_INFO.is_file() else ""):
             options.add_session_config_entry("session.x64quantprecision", "1")
+        wanted = [PROVIDERS[name] for name in providers]
+        if missing := set(wanted) - set(onnxruntime.get_available_providers()):
+            raise BackendError(f"this onnxruntime has no {' or '.join(sorted(missing))}: install the wheel that has it")
         try:
-            self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(data, options, providers=[*wanted, "CPUExecutionProvider"])
             notes = self._session.get_modelmeta().custom_metadata_map
             self.scale, self.zero_point = float(notes.get("scale", 1.0)), int(notes.get("zero_point", 0))
             if not -128 <= self.zero_point <= 255:
                 raise ValueError(f"zero point {self.zero_point}, want -128 to 255")
         except Exception as error:  # onnxruntime raises a dozen unrelated classes
             raise BackendError(f"onnxruntime refuses it: {error}") from error
+        if missing := set(wanted) - set(self._session.get_providers()):  # onnxruntime only logs it
+            raise BackendError(f"{' or '.join(sorted(missing))} does not load: look for its libraries (CUDA, TensorRT)")
         self._names = [entry.name for entry in self._session.get_inputs()]
 
     def run(self, *inputs: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
