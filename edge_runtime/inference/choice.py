@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime import __version__
-from edge_runtime.inference.backends import RUNTIMES, SUFFIXES, BackendError, hint, installed
+from edge_runtime.inference.backends import RUNTIMES, SUFFIXES, BackendError, cache_folder, hint, installed
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.logs import printable
 
@@ -69,11 +69,13 @@ def choose(
     names = installed(backend)
     asked = {"backend": backend, "threads": str(threads), "providers": " ".join(providers)}
     key = {**asked, **_circumstances(names), "bundle": bundle.id.hex()}
-    path = _cache() / f"{hashlib.sha256(msgspec.json.encode(key, order='sorted')).hexdigest()[:16]}.json"
+    path = cache_folder() / f"{hashlib.sha256(msgspec.json.encode(key, order='sorted')).hexdigest()[:16]}.json"
     if (kept := _read(path, key)) is None:
         kept = _Kept(key, *_measured(bundle, names, threads, providers, tell))
         _keep(path, kept)
     setup = kept.setup
+    if setup.providers:
+        tell(BUILD_S)  # the cache of compiled networks may be gone
     used = " ".join(["", *setup.providers])
     logger.info("backend=%s%s threads=%d why=%s", setup.backend, used, setup.threads, kept.why)
     return setup
@@ -164,12 +166,6 @@ def _version(module: str) -> str:
     origin = Path(spec.origin)
     versions = sorted(path.name for path in origin.parents[1].glob(f"{module}*-info"))
     return " ".join([str(origin.parent), *versions, str(origin.stat().st_mtime_ns)])
-
-
-def _cache() -> Path:
-    """As the XDG Base Directory Specification has it; for a service, systemd sets HOME to its user's folder."""
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(folder) / "aiflow"
 
 
 def _read(path: Path, key: dict[str, str]) -> _Kept | None:

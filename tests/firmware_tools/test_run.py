@@ -90,6 +90,16 @@ def test_a_service_prints_nothing_beside_its_log(config: Path, options: list[str
     assert run(*options, config) == []
 
 
+def test_a_service_does_not_load_what_only_a_terminal_needs(config: Path) -> None:
+    code = (
+        "import sys; from firmware_tools import cli; code = cli._run(['run', '--no-show', sys.argv[1]]); "
+        "print(code, 'edge_runtime.app' in sys.modules, 'rich' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.split() == ["0", "True", "False"]
+
+
 def test_the_closing_line_has_what_is_not_zero() -> None:
     assert closing_line({"accepted": 3, "lost": 0, "mqtt": {"losses": 1, "refused": 0}}) == (
         "the board has stopped: 3 accepted, 1 mqtt losses"

@@ -3,6 +3,7 @@
 A bundle holds every network once per backend. `choice.py`, one folder up, chooses between those that are installed.
 """
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,10 @@ RUNTIMES = {"onnx": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runti
 
 class BackendError(ConfigError):
     """A network cannot be loaded or run: no runtime is installed, or the file or an input does not fit."""
+
+
+class ProviderError(BackendError):
+    """An execution provider of onnxruntime is missing or does not load; the network may be in order."""
 
 
 class Model(Protocol):
@@ -48,6 +53,11 @@ def hint(name: str) -> str:
     return how_to_install("onnxruntime" if name == "onnx" else "ai_edge_litert")
 
 
+def cache_folder() -> Path:
+    """As the XDG Base Directory Specification has it; for a service, systemd sets HOME to its user's folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "aiflow"
+
+
 def load_model(path: Path, threads: int = 1, providers: Sequence[str] = ()) -> Model:
     """Loads a network; the suffix of its file decides the backend. Raises BackendError.
 
@@ -73,6 +83,8 @@ def load_model(path: Path, threads: int = 1, providers: Sequence[str] = ()) -> M
         from edge_runtime.inference.backends.litert import LiteRtModel
 
         return LiteRtModel(data, threads)
+    except ProviderError:
+        raise
     except ImportError as error:
         raise BackendError(f"the runtime for {name} is installed but broken: {error}; {hint(name)}") from error
     except BackendError as error:
