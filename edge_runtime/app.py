@@ -144,7 +144,7 @@ class Board:
             sampling = self.config.sampling(bundle.words)
             if board.paradigm == "offload":
                 return Networks(), sampling
-            setup = choose(bundle, board.backend, board.threads, board.providers, self.notifier.starting)
+            setup = choose(bundle, board.backend, self.config.threads, board.providers, self.notifier.starting)
             return load_networks(bundle, setup, has_labels=board.labels != "never"), sampling
         except (BundleError, BackendError, ConfigError) as error:
             if not self.updates or not self.updates.is_trial:

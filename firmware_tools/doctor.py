@@ -199,7 +199,7 @@ def _self_test(config: "RuntimeConfig") -> Finding:
 
     board = config.board
     bundle = open_bundle(Path(board.bundle))
-    setup = choose(bundle, board.backend, board.threads, board.providers)
+    setup = choose(bundle, board.backend, config.threads, board.providers)
     head, draft, _ = load_networks(bundle, setup, has_labels=False)
     assert head
     assert draft

@@ -286,6 +286,11 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         is_same = local.host == mqtt.host or (is_loopback(local.host) and is_loopback(mqtt.host))
         return None if is_same else local
 
+    @property
+    def threads(self) -> int | None:
+        """Of the networks; None: measured. One if their share of a core is limited, which counts no second core."""
+        return self.board.threads or (1 if self.policy.cpu_share < 1 else None)
+
     def sampling(self, words: Sequence[str]) -> dict[str, Options]:
         """By camera. words: the bundle's vocabulary. Raises ConfigError for a stop word that it does not have."""
         return {camera.name: camera.sampling.with_tokens(words) for camera in self.cameras}

@@ -79,7 +79,7 @@ def self_test(config: RuntimeConfig, folder: Path) -> None:
     board, setup = config.board, Setup("none", 1)
     try:
         if board.paradigm != "offload":
-            setup = choose(open_bundle(folder), board.backend, board.threads, board.providers)
+            setup = choose(open_bundle(folder), board.backend, config.threads, board.providers)
     except ConfigError as error:
         raise StoreError(f"the self-test of the bundle failed: {error}: the bundle is not installed") from error
     module, arguments = "edge_runtime.firmware.self_test", msgspec.json.encode(setup).decode()
