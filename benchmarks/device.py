@@ -121,7 +121,7 @@ def _board(bundle: Bundle, folder: Path, backend: str, marks: Sequence[int]) -> 
     first_s, megabytes = 0.0, {}
     with start_embedded() as port:
         camera = {"name": "camera", "source": str(folder / "photos"), "interval_s": 0.0, "repeat": True}
-        board = {"id": BOARD, "site": SITE, "bundle": str(bundle.path), "backend": backend}
+        board = {"id": BOARD, "site": SITE, "bundle": str(bundle.path), "backend": backend, "threads": 1}
         user = MqttClient(
             MqttConfig(port=port).settings("user"),
             subscriptions=[(topics.event(SITE, BOARD), 1)],

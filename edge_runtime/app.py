@@ -27,6 +27,7 @@ from edge_runtime.errors import ConfigError, RestartError
 from edge_runtime.firmware.updates import Updates, self_test, store_of
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import BundleError, open_bundle
+from edge_runtime.inference.choice import choose
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.networks import Networks, load_networks
 from edge_runtime.inference.references import ReferenceFrames
@@ -70,7 +71,7 @@ class Board:
             _ = mqtt and mqtt.settings(board.id)  # a mistake is found before the networks are loaded
 
         # OpenCV's own threads do not make the resize of a frame faster, and it waits for them if all cores are busy.
-        cv2.setNumThreads(board.threads)
+        cv2.setNumThreads(1)
         self.updates: Updates | None = None
         if (store := store_of(config)) is not None:
             asks = config.updates is not None and config.updates.ask
@@ -151,8 +152,8 @@ class Board:
             sampling = self.config.sampling(bundle.words)
             if board.paradigm == "offload":
                 return Networks(), sampling
-            has_labels = board.labels != "never"
-            return load_networks(bundle, board.backend, board.threads, has_labels=has_labels), sampling
+            setup = choose(bundle, board.backend, self.config.threads, board.providers, self.notifier.starting)
+            return load_networks(bundle, setup, has_labels=board.labels != "never"), sampling
         except (BundleError, BackendError, ConfigError) as error:
             if not self.updates or not self.updates.is_trial:
                 raise

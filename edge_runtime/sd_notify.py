@@ -55,6 +55,10 @@ class Notifier:
         is_for_us = pid in ("", str(os.getpid()))
         return cls(address, int(usec or 0) / 1e6 if is_for_us else 0.0)
 
+    def starting(self, silent_s: float) -> None:
+        """The next step of the start may take so long: systemd waits longer than its TimeoutStartSec=."""
+        self._send(f"EXTEND_TIMEOUT_USEC={round(silent_s * 1e6)}", WAIT_S)
+
     def ready(self) -> None:
         """The start is over: systemd starts what waits for it, and expects `progress` from now on."""
         self._send("READY=1", WAIT_S)

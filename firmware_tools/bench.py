@@ -107,7 +107,7 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each stream (default: 20)")
         return
     both = " (default: both)" if part == "device" else " (default: onnx)"
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), help=f"of head and draft{both}")
+    parser.add_argument("--backend", choices=BACKENDS, help=f"of head and draft{both}")
     if part == "device":
         parser.add_argument("--frames", type=number, default=500, metavar="N", help="default: 500")
     if part == "static":

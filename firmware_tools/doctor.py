@@ -193,13 +193,16 @@ def _self_test(config: "RuntimeConfig") -> Finding:
     import numpy as np
 
     from edge_runtime.inference.bundle import open_bundle
-    from edge_runtime.inference.networks import load_draft, load_head
+    from edge_runtime.inference.choice import choose
+    from edge_runtime.inference.networks import load_networks
     from edge_runtime.inference.preprocess import PIXELS
 
     board = config.board
     bundle = open_bundle(Path(board.bundle))
-    head = load_head(bundle, board.backend, board.threads)
-    draft = load_draft(bundle, board.backend, board.threads)
+    setup = choose(bundle, board.backend, config.threads, board.providers)
+    head, draft, _ = load_networks(bundle, setup, has_labels=False)
+    assert head
+    assert draft
     rng, head_ms, draft_ms = np.random.default_rng(0), list[float](), list[float]()
     for _ in range(FRAMES):
         pixels = rng.integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)
@@ -210,4 +213,8 @@ def _self_test(config: "RuntimeConfig") -> Finding:
         head_ms.append(1e3 * (between - started))
         draft_ms.append(1e3 * (time.perf_counter() - between))
     head_median, draft_median = statistics.median(head_ms), statistics.median(draft_ms)
-    return ok(f"{FRAMES} frames: head {head_median:.1f} ms, draft {draft_median:.1f} ms (medians)")
+    used = " ".join([setup.backend, *setup.providers])
+    return ok(
+        f"{FRAMES} frames: head {head_median:.1f} ms, draft {draft_median:.1f} ms (medians, {used}, "
+        f"{setup.threads} thread(s))"
+    )

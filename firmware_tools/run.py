@@ -32,7 +32,6 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.config import RuntimeConfig, load_toml
     from edge_runtime.sd_notify import Notifier
     from edge_runtime.shutdown import stop_when_told
-    from firmware_tools.watch import Lines, line
 
     if (args.config is None) != has_flags(args):
         raise ConfigError(
@@ -43,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if not (sys.stdout.isatty() if args.show is None else args.show):
         run_board(config, stop, notifier=notifier)
         return stop.exit_code
+
+    from firmware_tools.watch import Lines, line  # needs rich, 4 MB that a service saves
 
     def show(event: "Event") -> None:
         lines.put(line(config.board.id, event))

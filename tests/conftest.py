@@ -28,6 +28,14 @@ def _events_are_seen() -> Iterator[None]:
     event_contract.check()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _choices_are_kept_for_the_tests_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Which backend is the fastest is measured once, here and in child processes, and nothing is left behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _events_follow_their_contract(_events_are_seen: None) -> Iterator[None]:
     yield

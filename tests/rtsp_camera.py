@@ -21,7 +21,9 @@ SDP = (
 class RtspCamera:
     """Open while `with` lasts."""
 
-    def __init__(self, answer: str = "200 OK", hangs: bool = False, fps: float = 10, challenge: str = "") -> None:
+    def __init__(
+        self, answer: str = "200 OK", hangs: bool = False, fps: float = 10, challenge: str = "", port: int = 0
+    ) -> None:
         """answer: to DESCRIBE; hangs: takes connections and says nothing; challenge: to a DESCRIBE without a login."""
         self.stalls = threading.Event()  # sends nothing while set, and keeps its connections open
         self.sent_at: list[float] = []  # of each frame, time.monotonic(); sent in the order of decoding
@@ -82,7 +84,7 @@ class RtspCamera:
                         number += 1
 
         socketserver.ThreadingTCPServer.daemon_threads = True
-        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Connection)
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", port), Connection)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self.url = f"rtsp://127.0.0.1:{self._server.server_address[1]}/camera"
 

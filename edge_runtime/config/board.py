@@ -235,7 +235,9 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     bundle: str  # directory of the bundle
     site: Id = "home"
     backend: Literal["auto", "onnx", "litert"] = "auto"
-    threads: Annotated[int, Meta(ge=1, le=16)] = 1  # of the networks
+    threads: Annotated[int, Meta(ge=1, le=16)] | None = None  # of the networks; None: measured at the first start
+    # Of onnxruntime, tried in this order before the CPU, for head and labels; those that do not work are left out.
+    providers: Annotated[tuple[Literal["tensorrt", "cuda"], ...], Meta(max_length=2)] = ()
     # send: with the features, for ten bytes and better answers. alone: only for frames that no server verifies.
     labels: Literal["send", "alone", "never"] = "send"
     paradigm: Literal["auto", "device", "split", "speculative", "offload"] = "auto"  # auto: chosen per frame
@@ -253,6 +255,10 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     # Longest side of an offloaded picture, for servers with a model of another size. None: the head's input, 224 x 224.
     picture_pixels: Annotated[int, Meta(ge=64, le=2048)] | None = None
     slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.0  # simulates a slower board, by sleeping
+
+    def __post_init__(self) -> None:
+        if self.providers and self.backend == "litert":
+            raise ConfigError('[board] providers are of onnxruntime: remove them, or set backend = "onnx" or "auto"')
 
 
 class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -280,6 +286,11 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
             return local
         is_same = local.host == mqtt.host or (is_loopback(local.host) and is_loopback(mqtt.host))
         return None if is_same else local
+
+    @property
+    def threads(self) -> int | None:
+        """Of the networks; None: measured. One if their share of a core is limited, which counts no second core."""
+        return self.board.threads or (1 if self.policy.cpu_share < 1 else None)
 
     def sampling(self, words: Sequence[str]) -> dict[str, Options]:
         """By camera. words: the bundle's vocabulary. Raises ConfigError for a stop word that it does not have."""

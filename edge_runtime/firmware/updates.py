@@ -18,7 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from edge_runtime.config import RuntimeConfig
+from edge_runtime.errors import ConfigError
 from edge_runtime.firmware.incoming import Incoming, StoreError, WrongHashError
 from edge_runtime.firmware.signature import (
     MAX_SIGNATURE_BYTES,
@@ -31,6 +34,7 @@ from edge_runtime.firmware.signature import (
 from edge_runtime.firmware.store import INCOMING, Store
 from edge_runtime.inference.backends import SUFFIXES, installed
 from edge_runtime.inference.bundle import BundleError, open_bundle
+from edge_runtime.inference.choice import Setup, choose
 from edge_runtime.logs import is_told
 from edge_runtime.mqtt import Message
 from edge_runtime.mqtt.routes import Rejection, Route
@@ -71,18 +75,17 @@ def store_of(config: RuntimeConfig) -> Store | None:
 def self_test(config: RuntimeConfig, folder: Path) -> None:
     """Loads and runs a bundle in a process of its own, so that networks that crash do not take the board along.
 
-    Raises StoreError if it does not work within SELF_TEST_S.
+    It runs as `choose` finds it fastest, which is kept for its first start. Raises StoreError if it does not work
+    within SELF_TEST_S.
     """
-    board = config.board
-    backend = "none" if board.paradigm == "offload" else board.backend
-    command = [
-        sys.executable,
-        "-m",
-        "edge_runtime.firmware.self_test",
-        str(folder.absolute()),
-        backend,
-        str(board.threads),
-    ]
+    board, setup = config.board, Setup("none", 1)
+    try:
+        if board.paradigm != "offload":
+            setup = choose(open_bundle(folder), board.backend, config.threads, board.providers)
+    except ConfigError as error:
+        raise StoreError(f"the self-test of the bundle failed: {error}: the bundle is not installed") from error
+    module, arguments = "edge_runtime.firmware.self_test", msgspec.json.encode(setup).decode()
+    command = [sys.executable, "-m", module, str(folder.absolute()), arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=SELF_TEST_S, check=False

@@ -17,11 +17,13 @@ from tests.service_manager import ServiceManager, at
 def test_every_message_arrives_at_a_socket_of_either_kind(tmp_path: Path, kind: str) -> None:
     with at(tmp_path) if kind == "path" else ServiceManager(f"@aiflow-test-{os.getpid()}") as manager:
         notifier = Notifier(manager.address, watchdog_s=1)
+        notifier.starting(60)
         notifier.ready()
         notifier.status("broker broker.lan:8883 online")
         notifier.progress()
         notifier.stopping()
-        assert manager.pending() == ["READY=1", "STATUS=broker broker.lan:8883 online", "WATCHDOG=1", "STOPPING=1"]
+        told = ["READY=1", "STATUS=broker broker.lan:8883 online", "WATCHDOG=1", "STOPPING=1"]
+        assert manager.pending() == ["EXTEND_TIMEOUT_USEC=60000000", *told]
 
 
 def test_without_a_service_manager_nothing_is_sent_and_nothing_fails() -> None:

@@ -72,7 +72,9 @@ def test_everything_of_a_board_in_order_has_a_line(
     lines = dict(re.findall(r"(?m)^\w+ +(.+?): (.*)", capsys.readouterr().out))
     assert list(lines) == [*HOST, "configuration", "bundle", "broker mqtt", "camera door", "self-test"]
     assert re.fullmatch(r"frames of 160 x 160 pixels, [0-9.]+ per second", lines["camera door"])
-    assert re.fullmatch(r"20 frames: head [0-9.]+ ms, draft [0-9.]+ ms \(medians\)", lines["self-test"])
+    assert re.fullmatch(
+        r"20 frames: head [0-9.]+ ms, draft [0-9.]+ ms \(medians, onnx, [12] thread\(s\)\)", lines["self-test"]
+    )
     assert "connected in plain text" in lines["broker mqtt"]
 
 

@@ -13,6 +13,7 @@ from edge_runtime.inference.bundle import Bundle
 from firmware_tools import cli
 from firmware_tools.run import closing_line
 from testbed.broker import free_port
+from tests import runtimes
 from tests.brokers import Mosquitto
 
 
@@ -42,6 +43,19 @@ def test_a_directory_shows_its_captions_without_a_broker(config: Path) -> None:
     assert [event.split()[1:3] for event in events] == 2 * [["b1/door", "new"]]
     assert all("word" in event for event in events)
     assert last.startswith("the board has stopped: 2 frames, ")
+
+
+def test_a_runtime_that_kills_its_process_does_not_take_the_board_along(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text(config.read_text().replace('backend = "onnx"\n', ""))
+    runtimes.install(tmp_path / "packages", monkeypatch, "onnxruntime", runtimes.SIGILL)
+    assert run("--show", config).stdout.splitlines()[-1].startswith("the board has stopped: 2 frames, ")
+    runtimes.install(tmp_path / "packages", monkeypatch, "ai_edge_litert", runtimes.SIGILL)
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        run(config)
+    assert raised.value.returncode == cli.EXIT_CONFIG
+    assert "no runtime for the networks works on this board: onnx was ended by SIGILL" in raised.value.stderr
 
 
 def test_a_camera_and_a_broker_need_no_file(config: Path, board_bundle: Bundle) -> None:
@@ -97,6 +111,16 @@ def test_a_wrong_flag_is_named(flags: list[str], says: str, capsys: pytest.Captu
 @pytest.mark.parametrize("options", [[], ["--no-show"]])
 def test_a_service_prints_nothing_beside_its_log(config: Path, options: list[str]) -> None:
     assert run(*options, config).stdout == ""
+
+
+def test_a_service_does_not_load_what_only_a_terminal_needs(config: Path) -> None:
+    code = (
+        "import sys; from firmware_tools import cli; code = cli._run(['run', '--no-show', sys.argv[1]]); "
+        "print(code, 'edge_runtime.app' in sys.modules, 'rich' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.split() == ["0", "True", "False"]
 
 
 def test_the_closing_line_has_what_is_not_zero() -> None:

@@ -1,34 +1,30 @@
 """Inference on the board: onnxruntime or LiteRT behind one small protocol.
 
-A bundle holds every network once per backend. Which one is loaded depends on what is installed, and on which is faster
-on this machine.
+A bundle holds every network once per backend. `choice.py`, one folder up, chooses between those that are installed.
 """
 
-import logging
-import statistics
-import time
-from collections.abc import Callable
+import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.packages import how_to_install
 
-logger = logging.getLogger(__name__)
-
-Network = TypeVar("Network")
-
 SUFFIXES = {"onnx": ".onnx", "litert": ".tflite"}  # of the files of a backend
 MAX_MODEL_BYTES = 64 * 2**20  # the largest network of a board's bundle has 4 MB
-TRIALS = 5  # of each network that may be chosen
-_RUNTIMES = {"onnx": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runtime")}
+RUNTIMES = {"onnx": ("onnxruntime",), "litert": ("ai_edge_litert", "tflite_runtime")}
 
 
 class BackendError(ConfigError):
     """A network cannot be loaded or run: no runtime is installed, or the file or an input does not fit."""
+
+
+class ProviderError(BackendError):
+    """An execution provider of onnxruntime is missing or does not load; the network may be in order."""
 
 
 class Model(Protocol):
@@ -46,52 +42,26 @@ def installed(asked: str = "auto") -> list[str]:
     candidates = list(SUFFIXES) if asked == "auto" else [asked]
     if not SUFFIXES.keys() >= set(candidates):
         raise BackendError(f"backend = {asked!r}, want auto, {' or '.join(SUFFIXES)}; leave it out for auto")
-    names = [name for name in candidates if any(find_spec(runtime) for runtime in _RUNTIMES[name])]
+    names = [name for name in candidates if any(find_spec(runtime) for runtime in RUNTIMES[name])]
     if not names:
-        raise BackendError(f"no runtime for {' or '.join(candidates)} is installed: {_hint(candidates[0])}")
+        raise BackendError(f"no runtime for {' or '.join(candidates)} is installed: {hint(candidates[0])}")
     return names
 
 
-def _hint(name: str) -> str:
+def hint(name: str) -> str:
+    """The command that installs a backend's runtime."""
     return how_to_install("onnxruntime" if name == "onnx" else "ai_edge_litert")
 
 
-def load_fastest(asked: str, load: Callable[[str], Network], work: Callable[[Network], object]) -> Network:
-    """Loads a network in each backend that is installed, and returns the one that does `work` in the least time.
-
-    load: takes a suffix of SUFFIXES. Which backend is faster depends on CPU and network, so no table would stay right.
-    Raises BackendError if none loads.
-    """
-    names = installed(asked)
-    if len(names) == 1:
-        return load(SUFFIXES[names[0]])
-    networks = {name: network for name in names if (network := _load_or_warn(name, load)) is not None}
-    if not networks:
-        return load(SUFFIXES[names[0]])  # raises its error
-    took: dict[str, list[float]] = {name: [] for name in networks}
-    for _ in range(1 + TRIALS):  # in turns, so that other load on the machine slows all alike
-        for name, network in networks.items():
-            started = time.perf_counter()
-            work(network)
-            took[name].append(1e3 * (time.perf_counter() - started))
-    medians = {name: statistics.median(times[1:]) for name, times in took.items()}  # the first run allocates
-    best = min(medians, key=lambda name: medians[name])
-    logger.info("backend=%s chosen %s", best, " ".join(f"{name}_ms={ms:.2f}" for name, ms in medians.items()))
-    return networks[best]
+def cache_folder() -> Path:
+    """As the XDG Base Directory Specification has it; for a service, systemd sets HOME to its user's folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "aiflow"
 
 
-def _load_or_warn(name: str, load: Callable[[str], Network]) -> Network | None:
-    """None if this backend cannot be used."""
-    try:
-        return load(SUFFIXES[name])
-    except BackendError as error:
-        logger.warning("backend=%s does not serve: %s", name, error)
-        return None
-
-
-def load_model(path: Path, threads: int = 1) -> Model:
+def load_model(path: Path, threads: int = 1, providers: Sequence[str] = ()) -> Model:
     """Loads a network; the suffix of its file decides the backend. Raises BackendError.
 
+    providers: of onnxruntime, before the CPU, see PROVIDERS in onnx.py; one that does not load is an error.
     A backend gets the content of the file, never its path: a network must not read other files.
     """
     names = [name for name, suffix in SUFFIXES.items() if suffix == path.suffix]
@@ -109,11 +79,13 @@ def load_model(path: Path, threads: int = 1) -> Model:
         if name == "onnx":
             from edge_runtime.inference.backends.onnx import OnnxModel
 
-            return OnnxModel(data, threads)
+            return OnnxModel(data, threads, providers)
         from edge_runtime.inference.backends.litert import LiteRtModel
 
         return LiteRtModel(data, threads)
+    except ProviderError:
+        raise
     except ImportError as error:
-        raise BackendError(f"the runtime for {name} is installed but broken: {error}; {_hint(name)}") from error
+        raise BackendError(f"the runtime for {name} is installed but broken: {error}; {hint(name)}") from error
     except BackendError as error:
         raise BackendError(f"{path} does not load: {error}; install the bundle again") from error

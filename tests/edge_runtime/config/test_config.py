@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.config import MAX_CONFIG_BYTES, CameraConfig, RuntimeConfig, SamplingConfig, convert, load_toml
+from edge_runtime.config import (
+    MAX_CONFIG_BYTES,
+    BoardConfig,
+    CameraConfig,
+    PolicyConfig,
+    RuntimeConfig,
+    SamplingConfig,
+    convert,
+    load_toml,
+)
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire.envelope import GREEDY, Options
 from firmware_tools.cli import EXIT_CONFIG
@@ -333,3 +342,14 @@ def test_questions_and_triggers_are_of_one_camera(tmp_path):
     yard, door = load_toml(path, RuntimeConfig).cameras
     assert (yard.questions, len(yard.triggers)) == (("gate",), 2)
     assert (door.questions, door.triggers) == ((), ())
+
+
+def test_threads_are_measured_unless_they_or_the_share_of_a_core_are_given():
+    camera = (CameraConfig("front", "mqtt"),)
+    for board, policy, threads in (({}, {}, None), ({"threads": 3}, {}, 3), ({}, {"cpu_share": 0.5}, 1)):
+        assert RuntimeConfig(BoardConfig("b1", "x", **board), camera, policy=PolicyConfig(**policy)).threads == threads
+
+
+def test_providers_without_onnxruntime_are_refused():
+    with pytest.raises(ConfigError, match="providers are of onnxruntime"):
+        BoardConfig("b1", "x", backend="litert", providers=("cuda",))

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from collections import Counter
 
 import numpy as np
 import onnx
@@ -8,9 +7,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from edge_runtime.inference import backends
-from edge_runtime.inference.backends import SUFFIXES, BackendError, installed, load_fastest, load_model
+from edge_runtime.inference.backends import SUFFIXES, BackendError, installed, load_model
 from edge_runtime.inference.backends.onnx import sums_saturate
-from edge_runtime.inference.networks import load_head
 from tests import exports
 
 each_backend = pytest.mark.parametrize("suffix", SUFFIXES.values())
@@ -45,53 +43,15 @@ def test_the_package_imports_no_runtime_before_it_is_needed(tmp_path):
 def test_auto_means_each_installed_runtime(monkeypatch):
     assert installed() == ["onnx", "litert"]
     assert installed("litert") == ["litert"]
-    monkeypatch.setitem(backends._RUNTIMES, "onnx", ("no_such_runtime",))
+    monkeypatch.setitem(backends.RUNTIMES, "onnx", ("no_such_runtime",))
     assert installed() == ["litert"]
 
 
-def test_the_faster_network_serves_whichever_backend_it_is_of(monkeypatch):
-    """A clock that each network turns on by what it takes; one slow turn of the faster one changes nothing."""
-    now, turns = 0.0, Counter[str]()
-    monkeypatch.setattr(backends.time, "perf_counter", lambda: now)
-
-    def work(suffix: str) -> None:
-        nonlocal now
-        turns[suffix] += 1
-        now += 3.0 if suffix != faster else 50.0 if turns[suffix] == 3 else 2.0
-
-    for faster in SUFFIXES.values():
-        turns.clear()
-        assert load_fastest("auto", str, work) == faster
-
-
-def test_a_network_without_a_rival_is_not_tried():
-    assert load_fastest("litert", str, lambda _: pytest.fail("was run")) == ".tflite"
-
-
-@pytest.fixture
-def broken_litert(tmp_path, monkeypatch):
-    """A runtime that is installed and cannot be imported, as one built for another numpy."""
-    (tmp_path / "ai_edge_litert").mkdir()
-    (tmp_path / "ai_edge_litert" / "__init__.py").write_text("raise ImportError('built for another numpy')")
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "ai_edge_litert"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "edge_runtime.inference.backends.litert", raising=False)
-
-
-def test_a_broken_runtime_leaves_the_work_to_the_other(broken_litert, board_bundle, caplog):
-    head = load_head(board_bundle, "auto", 1)
-    assert head.symbols(np.zeros((224, 224, 3), np.uint8)).shape == (64, 7, 7)
-    assert "litert is installed but broken: built for another numpy" in caplog.text
-    with pytest.raises(BackendError, match=r"built for another numpy; pip install .*litert"):
-        load_head(board_bundle, "litert", 1)
-
-
 def test_a_missing_runtime_is_named_with_its_remedy(monkeypatch, tmp_path):
-    monkeypatch.setitem(backends._RUNTIMES, "onnx", ("no_such_runtime",))
+    monkeypatch.setitem(backends.RUNTIMES, "onnx", ("no_such_runtime",))
     with pytest.raises(BackendError, match=r"no runtime for onnx is installed: pip install .*\[board\]"):
         load_model(tmp_path / "head.onnx")
-    monkeypatch.setitem(backends._RUNTIMES, "litert", ("no_such_runtime",))
+    monkeypatch.setitem(backends.RUNTIMES, "litert", ("no_such_runtime",))
     with pytest.raises(BackendError, match="no runtime for onnx or litert is installed: pip install"):
         installed()
 

@@ -81,7 +81,7 @@ def test_an_older_bundle_has_no_labels_on_the_board(board_bundle):
     head = load_head(board_bundle, "onnx", 1)
     files = {name: record for name, record in board_bundle.manifest.files.items() if not name.startswith("labels")}
     manifest = msgspec.structs.replace(board_bundle.manifest, files=files)
-    assert load_labels(replace(board_bundle, manifest=manifest), head, "auto", 1) is None
+    assert load_labels(replace(board_bundle, manifest=manifest), head, "onnx", 1) is None
 
 
 def test_labels_that_do_not_fit_the_manifest_are_found_at_start(board_bundle, monkeypatch):

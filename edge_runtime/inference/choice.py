@@ -1,0 +1,189 @@
+"""Which backend runs the networks, and with how many threads: tried in child processes, measured once, and kept.
+
+A wheel that was built for another processor ends its process by SIGILL, a driver may hang: in a child, neither takes
+the board along. The result is kept in a file of the user's cache, named by everything that it depends on. So a board
+whose packages, processor and bundle are still the same starts no child. Knows nothing of what the networks compute.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_runtime import __version__
+from edge_runtime.inference.backends import RUNTIMES, SUFFIXES, BackendError, cache_folder, hint, installed
+from edge_runtime.inference.bundle import Bundle
+from edge_runtime.logs import printable
+
+logger = logging.getLogger(__name__)
+
+PROBE_S = 60.0  # a slow SD card takes long to read a runtime
+BUILD_S = 1200.0  # TensorRT compiles each network, which takes minutes on a Jetson
+THREADS = (1, 2, 4)  # that are measured, as far as there are cores
+WORTH = 0.7  # twice the threads must take at most this fraction of the time: they also cost power and heat
+MAX_KEPT_BYTES = 16384
+MAX_WHY = 300  # characters of a child's last words
+CPU_INFO = re.compile(r"(?m)^(?:model name|flags|Features|CPU implementer|CPU part|Model)\s*:.*$")
+
+
+class Setup(Struct, frozen=True):
+    """How the networks are run."""
+
+    backend: str  # of SUFFIXES
+    threads: Annotated[int, Meta(ge=1, le=16)]
+    providers: tuple[str, ...] = ()  # of onnxruntime, before the CPU
+
+
+class _Kept(Struct, frozen=True):
+    """A file of the cache."""
+
+    key: dict[str, str]  # what the choice depends on
+    setup: Setup
+    why: str
+
+
+def choose(
+    bundle: Bundle,
+    backend: str = "auto",
+    threads: int | None = None,
+    providers: Sequence[str] = (),
+    tell: Callable[[float], None] = lambda _: None,
+) -> Setup:
+    """The setup that was kept; else the fastest of those that work, which is kept.
+
+    backend: one of SUFFIXES, or "auto" for all that are installed. threads: None: measured. providers: of onnxruntime;
+    if they work they are used, without a comparison. tell: gets the seconds that the next child may take.
+    Raises BundleError, and BackendError if nothing works.
+    """
+    names = installed(backend)
+    asked = {"backend": backend, "threads": str(threads), "providers": " ".join(providers)}
+    key = {**asked, **_circumstances(names), "bundle": bundle.id.hex()}
+    path = cache_folder() / f"{hashlib.sha256(msgspec.json.encode(key, order='sorted')).hexdigest()[:16]}.json"
+    if (kept := _read(path, key)) is None:
+        kept = _Kept(key, *_measured(bundle, names, threads, providers, tell))
+        _keep(path, kept)
+    setup = kept.setup
+    if setup.providers:
+        tell(BUILD_S)  # the cache of compiled networks may be gone
+    used = " ".join(["", *setup.providers])
+    logger.info("backend=%s%s threads=%d why=%s", setup.backend, used, setup.threads, kept.why)
+    return setup
+
+
+def _measured(
+    bundle: Bundle, names: Sequence[str], threads: int | None, providers: Sequence[str], tell: Callable[[float], None]
+) -> tuple[Setup, str]:
+    """The best setup, and why. Raises BundleError, BackendError."""
+    for name in names:
+        bundle.file(f"head{SUFFIXES[name]}")  # a bundle that lacks files says nothing about a runtime
+    counts = [threads] if threads else [count for count in THREADS if count <= len(os.sched_getaffinity(0))]
+    found: dict[float, tuple[Setup, str]] = {}  # by milliseconds
+    failed = []
+    for name, given in _variants(names, providers):
+        title = " with ".join([name, *([" and ".join(given)] if given else [])])
+        tell((BUILD_S if given else PROBE_S) + PROBE_S)  # and then the board loads them
+        arguments = [str(bundle.path), name, ",".join(map(str, counts)), ",".join(given)]
+        took = _probe(arguments, BUILD_S if given else PROBE_S)
+        if isinstance(took, str):
+            logger.warning("backend=%s does not work: %s", title, took)
+            failed.append(f"{title} {took}")
+            continue
+        best = counts[0]
+        for count in counts[1:]:
+            best = count if took[count] <= WORTH * took[best] else best
+        measured = ", ".join(f"{took[count]:.2f} ms with {count} thread(s)" for count in counts)
+        found[took[best]] = Setup(name, best, given), f"{title}: {measured}"
+        if given:
+            break
+    if not found:
+        install = " or ".join(hint(name) for name in names)
+        raise BackendError(
+            f"no runtime for the networks works on this board: {'; '.join(failed)}: install another version of one "
+            f"({install}), and see what `aiflow doctor` says of them"
+        )
+    return found[min(found)][0], "; ".join([*(found[ms][1] for ms in sorted(found)), *failed])
+
+
+def _variants(names: Sequence[str], providers: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """What is tried, in this order: onnxruntime with all providers, without the first of them, ..., the CPU alone."""
+    first = [("onnx", tuple(providers[start:])) for start in range(len(providers))] if "onnx" in names else []
+    return [*first, *((name, ()) for name in names)]
+
+
+def _probe(arguments: Sequence[str], limit_s: float) -> dict[int, float] | str:
+    """Milliseconds per frame by number of threads, as probe.py prints them; or what went wrong."""
+    command = [sys.executable, "-m", "edge_runtime.inference.probe", *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False, input=""
+        )
+    except subprocess.TimeoutExpired:
+        return f"hangs: no result within {limit_s:g} s"
+    except OSError as error:
+        return f"cannot be tried: {error.strerror}"
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return f"was ended by {name}" + (": it was built for another processor" if name == "SIGILL" else "")
+    if done.returncode:
+        said = done.stderr.strip() or f"ended with exit code {done.returncode}"
+        return f"fails: {printable(said.splitlines()[-1], MAX_WHY)}"
+    try:
+        return msgspec.json.decode(done.stdout.splitlines()[-1], type=dict[int, float])
+    except (IndexError, msgspec.MsgspecError):
+        return "fails: it ended before it was measured"
+
+
+def _circumstances(names: Sequence[str]) -> dict[str, str]:
+    """What may change the speed of a backend, or whether it works."""
+    cpu_info = Path("/proc/cpuinfo")
+    lines = sorted(set(CPU_INFO.findall(cpu_info.read_text()))) if cpu_info.is_file() else []
+    runtimes = {runtime: _version(runtime) for name in names for runtime in RUNTIMES[name]}
+    return {
+        "aiflow": __version__,
+        "numpy": _version("numpy"),
+        **runtimes,
+        "cpu": f"{platform.machine()} {hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]}",
+        "cores": str(len(os.sched_getaffinity(0))),
+    }
+
+
+def _version(module: str) -> str:
+    """Where a package is, its version, and when it was installed. Its metadata would take long. "": not installed."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    origin = Path(spec.origin)
+    versions = sorted(path.name for path in origin.parents[1].glob(f"{module}*-info"))
+    return " ".join([str(origin.parent), *versions, str(origin.stat().st_mtime_ns)])
+
+
+def _read(path: Path, key: dict[str, str]) -> _Kept | None:
+    """None if there is no such file, or a damaged one."""
+    try:
+        with path.open("rb") as file:
+            kept = msgspec.json.decode(file.read(MAX_KEPT_BYTES), type=_Kept)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+    return kept if kept.key == key and kept.setup.backend in SUFFIXES else None
+
+
+def _keep(path: Path, kept: _Kept) -> None:
+    """Not synchronised: a file that a power cut damages is written again."""
+    new = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(msgspec.json.format(msgspec.json.encode(kept)))
+        os.replace(new, path)
+    except OSError as error:
+        logger.warning("the choice of a backend is not kept, each start measures: path=%s error=%s", path, error)
