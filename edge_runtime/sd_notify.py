@@ -55,6 +55,11 @@ class Notifier:
         is_for_us = pid in ("", str(os.getpid()))
         return cls(address, int(usec or 0) / 1e6 if is_for_us else 0.0)
 
+    @property
+    def is_heard(self) -> bool:
+        """A service manager started this process."""
+        return bool(self._address)
+
     def ready(self) -> None:
         """The start is over: systemd starts what waits for it, and expects `progress` from now on."""
         self._send("READY=1", WAIT_S)

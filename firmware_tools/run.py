@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     if (args.config is None) == (args.camera is None and args.broker is None):
         raise ConfigError("want either a board.toml or --camera and --broker")
     config = load_toml(args.config, RuntimeConfig) if args.config else config_of_flags(args)
-    stop, notifier = stop_when_told(STOP_S), Notifier.from_environment(os.environ)
+    notifier = Notifier.from_environment(os.environ)
+    stop = stop_when_told(STOP_S, reloads=notifier.is_heard)
     if not (sys.stdout.isatty() if args.show is None else args.show):
         run_board(config, stop, notifier=notifier)
         return stop.exit_code

@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_toml(args.config, Config)
     loaded = load_target(config)
-    stop = stop_when_told(config.server.stop_s)
-    run_server(config, stop, Notifier.from_environment(os.environ), loaded)
+    notifier = Notifier.from_environment(os.environ)
+    stop = stop_when_told(config.server.stop_s, reloads=notifier.is_heard)
+    run_server(config, stop, notifier, loaded)
     return stop.exit_code
