@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 INPUTS ?= 100000
 
-.PHONY: help venv demo test test-all test-lowest arm64 lint fuzz bench faults soak constraints schema release clean
+.PHONY: help venv demo test test-all test-lowest test-systemd arm64 lint fuzz bench faults soak constraints schema release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -46,6 +46,10 @@ test-lowest:  ## every test with the lowest versions that setup.cfg allows, in a
 	.venv-lowest/bin/pip install --quiet '$(TORCH)'
 	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[test]'
 	.venv-lowest/bin/python -m pytest -q -W ignore::DeprecationWarning  # of the newest packages that the lowest ones call
+
+test-systemd: venv  ## both services under a real systemd in a container: killed, frozen, starved; as root
+	AIFLOW_DEBIAN_ROOT=$${AIFLOW_DEBIAN_ROOT:-$$HOME/.cache/aiflow/debian} \
+	  $(BIN)/python -m pytest -q tests/firmware_tools/test_under_systemd.py
 
 arm64: venv  ## the board's wheel on emulated arm64, compared with this machine; wants qemu-user-static and mmdebstrap
 	$(BIN)/python -m testbed.arm64

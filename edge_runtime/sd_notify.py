@@ -59,6 +59,11 @@ class Notifier:
         """The next step of the start may take so long: systemd waits longer than its TimeoutStartSec=."""
         self._send(f"EXTEND_TIMEOUT_USEC={round(silent_s * 1e6)}", WAIT_S)
 
+    @property
+    def is_heard(self) -> bool:
+        """A service manager started this process."""
+        return bool(self._address)
+
     def ready(self) -> None:
         """The start is over: systemd starts what waits for it, and expects `progress` from now on."""
         self._send("READY=1", WAIT_S)

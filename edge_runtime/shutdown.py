@@ -28,17 +28,24 @@ class Stop(threading.Event):
     """Set when the process is to end."""
 
     is_broken = False  # one of its threads died of an error: a bug, and its work is not done any more
+    is_reload = False  # it is to start again
 
     @property
     def exit_code(self) -> int:
-        """EX_SOFTWARE of sysexits.h for a broken process, so that systemd's Restart=on-failure restarts it."""
-        return os.EX_SOFTWARE if self.is_broken else os.EX_OK
+        """Of sysexits.h. EX_SOFTWARE for a broken process and EX_TEMPFAIL for a reload: systemd's Restart=on-failure
+        starts both again.
+        """
+        if self.is_broken:
+            return os.EX_SOFTWARE
+        return os.EX_TEMPFAIL if self.is_reload else os.EX_OK
 
 
-def stop_when_told(orderly_s: float) -> Stop:
+def stop_when_told(orderly_s: float, reloads: bool = False) -> Stop:
     """An event that SIGTERM, SIGINT and SIGHUP set, and any thread that dies of an error. Call it on the main thread.
 
-    A second signal ends the process at once, as if it had no handler. A SIGHUP that was ignored stays so (nohup).
+    reloads: a service manager started this, and will do so again: SIGHUP ends the process with EX_TEMPFAIL, unless
+    another signal follows. Otherwise a SIGHUP comes from a closing terminal, and one that was ignored stays so (nohup).
+    A second of the other signals ends the process at once, as if it had no handler.
     If the process is still there SLACK_S after the `orderly_s` that it may take, it hangs, for example in a driver: it
     writes to its standard error where each of its threads is, and ends with exit code 1.
     """
@@ -52,12 +59,17 @@ def stop_when_told(orderly_s: float) -> Stop:
     def on_signal(number: int, _: FrameType | None) -> None:
         nonlocal told_at
         now = time.monotonic()
-        if told_at is None:
-            told_at = now  # first: a signal that interrupts `end` must not wait for the lock that it holds
-            end()
+        # Set before `end` is called: a signal that interrupts it must not wait for the lock that it holds.
+        ends = told_at is None and not stop.is_reload
+        if reloads and number == signal.SIGHUP:
+            stop.is_reload = told_at is None
+        elif told_at is None:
+            told_at, stop.is_reload = now, False
         elif now - told_at >= REPEAT_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        if ends:
+            end()
 
     def on_dead_thread(error: threading.ExceptHookArgs) -> None:
         if error.exc_type is SystemExit:  # ended on purpose

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         config = replace(config, ray=(config.ray or RayConfig()) if args.engine == "ray" else None)
     check(args.config, config)
     loaded = load_target(config)
-    stop = stop_when_told(config.server.stop_s)
-    run_server(config, stop, Notifier.from_environment(os.environ), loaded)
+    notifier = Notifier.from_environment(os.environ)
+    stop = stop_when_told(config.server.stop_s, reloads=notifier.is_heard)
+    run_server(config, stop, notifier, loaded)
     return stop.exit_code

@@ -1,20 +1,18 @@
 """Child processes that read a camera: none outlives the board, and none that hangs keeps the board from going on."""
 
-import shutil
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 
+# PR_SET_PDEATHSIG of prctl(2). Not setpriv(1): it also sets capabilities, which the unit of a board forbids.
+KILLED_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvp(sys.argv[1], sys.argv[1:])"
 TERMINATE_S = 1.0  # for a process to end by itself
 
 
 def ending_with_parent(command: list[str]) -> list[str]:
-    """The command, run so that it is killed when the thread that starts it ends, if util-linux is installed.
-
-    Otherwise, if the board is killed, the process ends when it next uses its pipe or socket.
-    """
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else command
+    """The command, run so that it is killed when the thread that starts it ends."""
+    return [sys.executable, "-I", "-S", "-c", KILLED_WITH_PARENT, *command]
 
 
 def end(process: "subprocess.Popen[bytes]", by_itself_s: float = 0.0) -> str:

@@ -42,7 +42,7 @@ import sys
 import time
 from edge_runtime import shutdown
 shutdown.REPEAT_S = {repeat_s}
-stop = shutdown.stop_when_told(orderly_s=60)
+stop = shutdown.stop_when_told(orderly_s=60, reloads={reloads})
 print("ready", flush=True)
 while not stop.is_set():
     time.sleep(0.01)
@@ -95,7 +95,7 @@ def told(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
 
 @EVERY_SIGNAL
 def test_a_signal_ends_a_process_in_order_and_with_success(number: signal.Signals) -> None:
-    with python(IGNORES.format(repeat_s=0)) as process:
+    with python(IGNORES.format(repeat_s=0, reloads=False)) as process:
         told(process, number)
         out, said = process.communicate(b"\n", timeout=60)
     assert (process.returncode, out, said) == (os.EX_OK, b"ended\n", b"")
@@ -103,14 +103,14 @@ def test_a_signal_ends_a_process_in_order_and_with_success(number: signal.Signal
 
 @EVERY_SIGNAL
 def test_a_second_signal_ends_it_at_once_and_the_exit_status_says_so(number: signal.Signals) -> None:
-    with python(IGNORES.format(repeat_s=0)) as process:
+    with python(IGNORES.format(repeat_s=0, reloads=False)) as process:
         told(process, signal.SIGTERM)
         process.send_signal(number)
         assert process.wait(timeout=60) == -number
 
 
 def test_one_wish_that_comes_as_two_signals_is_one() -> None:
-    with python(IGNORES.format(repeat_s=60)) as process:
+    with python(IGNORES.format(repeat_s=60, reloads=False)) as process:
         told(process, signal.SIGHUP)
         process.send_signal(signal.SIGHUP)  # a closing terminal: from the kernel, and from the shell
         out, said = process.communicate(b"\n", timeout=60)
@@ -118,7 +118,7 @@ def test_one_wish_that_comes_as_two_signals_is_one() -> None:
 
 
 def test_a_hangup_that_was_ignored_at_start_stays_so() -> None:
-    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + IGNORES.format(repeat_s=0)
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + IGNORES.format(repeat_s=0, reloads=False)
     with python(code) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
@@ -127,6 +127,26 @@ def test_a_hangup_that_was_ignored_at_start_stays_so() -> None:
         assert process.stdout.readline() == b"told\n"
         process.communicate(b"\n", timeout=60)
     assert process.returncode == os.EX_OK
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code"),
+    [
+        ([signal.SIGHUP], os.EX_TEMPFAIL),
+        ([signal.SIGHUP, signal.SIGHUP], os.EX_TEMPFAIL),
+        ([signal.SIGHUP, signal.SIGTERM], os.EX_OK),
+        ([signal.SIGTERM, signal.SIGHUP], os.EX_OK),
+    ],
+)
+def test_a_hangup_asks_a_service_to_start_again_unless_it_is_told_to_end(
+    numbers: list[signal.Signals], code: int
+) -> None:
+    with python(IGNORES.format(repeat_s=0, reloads=True)) as process:
+        told(process, numbers[0])
+        for number in numbers[1:]:
+            process.send_signal(number)
+        process.communicate(b"\n", timeout=60)
+    assert process.returncode == code
 
 
 @pytest.mark.parametrize(

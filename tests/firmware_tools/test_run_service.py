@@ -13,6 +13,7 @@ import pytest
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import MqttClient, MqttConfig
 from edge_runtime.wire import topics
+from firmware_tools.cli import EXIT_RESTART
 from tests.brokers import Mosquitto
 from tests.edge_runtime.capture.helpers import jpeg, write_photos
 from tests.listener import PATIENCE_S, Listener
@@ -152,6 +153,16 @@ def test_a_board_that_is_stopped_by_a_signal_falls_silent_and_goes_on(
     assert manager.is_silent()
     process.send_signal(signal.SIGCONT)
     manager.wait_for("WATCHDOG=1")
+
+
+def test_a_hangup_ends_a_board_in_order_to_be_started_again(
+    start: Callable[..., "subprocess.Popen[str]"], manager: ServiceManager
+) -> None:
+    process = start("mqtt")
+    manager.wait_for("READY=1")
+    process.send_signal(signal.SIGHUP)
+    manager.wait_for("STOPPING=1")
+    assert process.wait(PATIENCE_S) == EXIT_RESTART
 
 
 def test_programs_that_a_board_starts_do_not_speak_to_the_manager(manager: ServiceManager) -> None:

@@ -1,6 +1,5 @@
 """A program that writes JPEGs into a pipe: it runs, chatters, writes garbage, stalls, dies, and never outlives us."""
 
-import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -113,7 +112,6 @@ def test_the_older_name_of_the_program_is_known(stop, programs, tmp_path, monkey
     until(programs.all_gone)
 
 
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="setpriv, of util-linux, is not installed")
 def test_a_program_ends_with_the_thread_that_reads_it_even_if_that_dies(stop, programs, run_and_kill):
     programs.do("stalls")
     run_and_kill()
