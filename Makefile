@@ -103,7 +103,7 @@ release: lint test wheels  ## the wheels checked, the board's tried in a fresh e
 	test -z "$$(git status --porcelain)" || { echo 'commit or remove what git status shows'; exit 1; }
 	$(BIN)/pip install --quiet twine
 	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
-	$(PYTHON) -m venv build/fresh && build/fresh/bin/pip install --quiet dist/aiflow_edge-*.whl && build/fresh/bin/aiflow --help
+	$(PYTHON) -m venv --clear build/fresh && build/fresh/bin/pip install --quiet dist/aiflow_edge-*.whl && build/fresh/bin/aiflow --help
 	git tag v$(VERSION)
 
 clean:  ## remove the virtual environments and caches

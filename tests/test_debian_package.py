@@ -113,9 +113,9 @@ def test_the_package_holds_the_boards_part_and_no_path_of_the_machine_that_built
         found = subprocess.run(["grep", "-c", str(package.parents[1])], stdin=process.stdout, check=False)
     assert found.returncode == 1
     if shutil.which("lintian"):
-        tags = [
-            "--suppress-tags=bogus-mail-host,uses-no-compression-for-data-tarball,uses-no-compression-for-control-tarball"
-        ]
+        ours = "uses-no-compression-for-data-tarball,uses-no-compression-for-control-tarball"  # of this test
+        nobody = "bogus-mail-host,bogus-mail-host-in-debian-changelog"  # whoever makes a package names himself
+        tags = [f"--suppress-tags={ours},{nobody}"]
         subprocess.run(["lintian", "--allow-root", "--fail-on=error", *tags, str(package)], check=True)
 
 
@@ -148,7 +148,7 @@ def test_the_service_starts_with_the_package_follows_its_updates_and_goes_with_i
     unit = debian / "etc/systemd/system/scenario.service"
     unit.write_text(UNIT)
     (unit.parent / "multi-user.target.wants").mkdir(exist_ok=True)
-    (unit.parent / "multi-user.target.wants" / unit.name).symlink_to(unit.name)
+    (unit.parent / "multi-user.target.wants" / unit.name).symlink_to(f"../{unit.name}")
     options = ["--register=no", "--keep-unit", "--private-network", "--console=pipe", "--boot"]
     subprocess.run(
         ["systemd-nspawn", f"--directory={debian}", *options],
