@@ -5,8 +5,12 @@ BIN := $(VENV)/bin
 # The CPU build is several gigabytes smaller than the one with CUDA: README.md, "See it".
 TORCH ?= torch==2.13.0
 INPUTS ?= 100000
+CONTAINERS ?= podman
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' edge_runtime/__init__.py)
+# The time in what is built, so that a commit gives the same files again.
+wheels man deb: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
 
-.PHONY: help venv demo test test-all test-lowest test-systemd arm64 lint fuzz bench faults soak constraints schema release clean
+.PHONY: help venv demo test test-all test-lowest test-systemd arm64 lint fuzz bench faults soak constraints schema wheels man deb image release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -85,13 +89,29 @@ schema:  ## docs/event.schema.json and docs/ui-openapi.json, from the types in t
 	$(BIN)/python -m edge_runtime.wire.event_schema >docs/event.schema.json
 	$(BIN)/python -m firmware_tools.ui.openapi >docs/ui-openapi.json
 
-release: lint test  ## dist/ with sdists and wheels, the board's tried in a fresh environment; then the tag of the version
-	test -z "$$(git status --porcelain)" || { echo 'commit or remove what git status shows'; exit 1; }
-	rm -rf dist build && $(BIN)/pip install --quiet build twine
+wheels: venv  ## dist/ with sdists and wheels: the board's part small, the server's part of the bundle apart
+	rm -f dist/*.whl dist/*.tar.gz
 	for part in . models/zoo; do $(BIN)/python -m build --outdir dist $$part || exit 1; done
-	$(BIN)/twine check --strict dist/*
-	$(PYTHON) -m venv build/fresh && build/fresh/bin/pip install --quiet dist/aiflow_edge-*.whl && build/fresh/bin/aiflow --help
-	git tag "v$$($(BIN)/python -c 'import edge_runtime; print(edge_runtime.__version__)')"
+
+man: venv  ## build/aiflow.1, the manual page, from what `aiflow --help` says
+	mkdir -p build
+	COLUMNS=72 $(BIN)/argparse-manpage --module firmware_tools.cli --function whole_parser --project-name aiflow-edge \
+	  --version $(VERSION) --description "$$(sed -n 's/^description = //p' setup.cfg)" --manual-title 'User Commands' \
+	  | sed '1s/\\-/-/g; s/^.SH COMMENTS$$/.SH EXAMPLES\n.nf/' >build/aiflow.1
+
+deb: wheels man  ## dist/ with the Debian package of a board; ARCH=arm64 PYTHON_VERSION=3.13 for another one than this machine
+	PYTHON=$(BIN)/python debian/build.sh dist/aiflow_edge-*.whl build/aiflow.1 dist
+
+image: wheels  ## the container image aiflow-edge-server; CONTAINERS=docker for Docker
+	$(CONTAINERS) build --file Containerfile --build-arg TORCH='$(TORCH)' --tag aiflow-edge-server:$(VERSION) \
+	  $(if $(filter podman,$(CONTAINERS)),--format docker) .
+
+release: lint test wheels  ## the wheels checked, the board's tried in a fresh environment; then the tag of the version
+	test -z "$$(git status --porcelain)" || { echo 'commit or remove what git status shows'; exit 1; }
+	$(BIN)/pip install --quiet twine
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
+	$(PYTHON) -m venv --clear build/fresh && build/fresh/bin/pip install --quiet dist/aiflow_edge-*.whl && build/fresh/bin/aiflow --help
+	git tag v$(VERSION)
 
 clean:  ## remove the virtual environments and caches
 	rm -rf .venv* .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist fuzz-out *.egg-info

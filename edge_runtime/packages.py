@@ -13,6 +13,7 @@ OPTIONAL = {
     "torch": ("torch", "pytorch"),
     "safetensors": ("safetensors", "pytorch"),
     "cryptography": ("cryptography", "signed"),
+    "shtab": ("shtab", "completion"),
     "iotcore": ("iotcore", "demo"),
     "tomli_w": ("tomli-w", "demo"),
     "skimage": ("scikit-image", "demo"),

@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Collection
 
 from edge_runtime import __version__
 from edge_runtime.errors import AiflowError, ConfigError, RestartError
@@ -35,6 +36,7 @@ COMMANDS = {
     "teach": "teach a question with a few photos, such as whether a gate is open",
     "evaluate": "measure quality and bytes on captioned or labelled photos",
     "link": "put a simulated thin link (NB-IoT to Wi-Fi, outages) before a broker",
+    "completion": "print what completes commands, options and files in bash, zsh or fish",
     "bench": "measure parts (codec, device, server, gateway), quality over bytes (rate), the case study (e2e), faults",
 }
 SERVICES = ("run", "serve")  # these log at INFO
@@ -62,7 +64,7 @@ def _run(arguments: list[str]) -> int:
     command = next((argument for argument in arguments if argument in COMMANDS), "")
     try:
         refuse_32_bit()
-        args = _parse(arguments, command)
+        args = parser_with({command}).parse_args(arguments)
         level = logging.DEBUG if args.verbose else logging.INFO if command in SERVICES else logging.WARNING
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         code: int = args.run(args) or 0
@@ -81,7 +83,23 @@ def _run(arguments: list[str]) -> int:
         return _report(missing, command)
 
 
-def _parse(arguments: list[str], command: str) -> argparse.Namespace:
+def whole_parser() -> argparse.ArgumentParser:
+    """With the arguments of every command whose packages are installed: for completion and for the manual page."""
+    return parser_with(set(filter(_can_be_imported, COMMANDS)))
+
+
+def _can_be_imported(command: str) -> bool:
+    try:
+        importlib.import_module(f"firmware_tools.{command}")
+    except ModuleNotFoundError as error:
+        if missing_package(error) is None:
+            raise
+        return False
+    return True
+
+
+def parser_with(commands: Collection[str]) -> argparse.ArgumentParser:
+    """All commands, but only these with their arguments, since that imports their modules."""
     parser = argparse.ArgumentParser(
         "aiflow",
         description="Big-model answers from a camera on a small board, over a thin MQTT link.",
@@ -95,11 +113,11 @@ def _parse(arguments: list[str], command: str) -> argparse.Namespace:
         subparser = subparsers.add_parser(
             name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if name == command:
+        if name in commands:
             module = importlib.import_module(f"firmware_tools.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    return parser.parse_args(arguments)
+    return parser
 
 
 def _report(error: AiflowError, command: str) -> int:

@@ -87,6 +87,7 @@ def _import(module: str) -> tuple[str, str]:
             timeout=IMPORT_S,
             check=False,
             errors="replace",
+            env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},  # inference/backends/onnx.py says why
         )
     except subprocess.TimeoutExpired:
         return "", f"not imported within {IMPORT_S:.0f} s"

@@ -109,11 +109,11 @@ def run(args: argparse.Namespace, system: System | None = None) -> int:
 
 def install(service: "Service", aiflow: Path, system: System, *, dry_run: bool) -> None:
     """Prints what it does. Raises ServiceError; before the account can use the configuration, no unit is written."""
-    from firmware_tools.systemd_units import STATE, USER, VIDEO, ServiceError
+    from firmware_tools.systemd_units import ACCOUNT, USER, VIDEO, ServiceError
 
     path, name = system.unit(service.role), system.unit(service.role).name
     before = _installed(path, service.role)
-    account = ["systemd-sysusers", "--inline", f'u {USER} - "aiflow board and server" {STATE}']
+    account = ["systemd-sysusers", "--inline", ACCOUNT]
     # As the service's account: the rights of files are the most frequent mistake.
     validate = ["runuser", "-u", USER, "--", str(aiflow), "validate", str(service.config)]
     start = [["systemctl", "enable", "--now", name]]

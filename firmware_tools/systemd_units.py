@@ -26,6 +26,7 @@ Role = Literal["board", "server"]
 
 USER = "aiflow"  # a system account; docs/adr/0025-a-system-account.md
 STATE = Path("/var/lib/aiflow")  # StateDirectory=: the only directory, besides a private /tmp, that a service may write
+ACCOUNT = f'u {USER} - "aiflow board and server" {STATE}'  # as sysusers.d(5) has it; the Debian package ships this line
 MARK = "# Written by `aiflow service install`, which writes it again. Your own changes: systemctl edit "
 HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # ProtectHome= and PrivateTmp=
 CREDENTIALS = Path("/run/credentials")  # LoadCredential=: the files exist only for the running service

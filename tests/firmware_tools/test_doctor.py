@@ -278,11 +278,17 @@ MISSING = "*) m=${2#import }; m=${m%% *}; echo \"ModuleNotFoundError: No module 
             "cv2: ImportError: libGL",
         ),
         ("*onnxruntime*) echo 1;;", "failure", "cv2: not installed"),
+        (
+            "*cv2*|*onnxruntime*) echo telemetry-disabled=$ORT_DISABLE_TELEMETRY;;",
+            "ok",
+            "onnxruntime telemetry-disabled=1",
+        ),
     ],
 )
 def test_packages_that_are_missing_or_do_not_fit_the_processor_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: str, status: str, found: str
 ) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
     fake_python(tmp_path, monkeypatch, f"{cases}\n{MISSING}")
     finding = host_checks.check_packages()
     assert finding.status == status
