@@ -17,7 +17,6 @@ from models.recipe import (
     stage3_bottleneck,
     stage4_head,
     stage5_symbols,
-    stage6_tail,
     stage6_targets,
     stage7_critic,
     stage8_texts,
@@ -45,9 +44,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("work/recipe"), help="checkpoints and figures (10 GB)")
     parser.add_argument("--out", type=Path, required=True, help="the bundle's directory, named as the bundle")
     head = parser.add_mutually_exclusive_group()
-    head.add_argument(
-        "--head", type=Path, metavar="BUNDLE", help="train the servers' part only, for this bundle's head"
-    )
+    head.add_argument("--head", type=Path, metavar="BUNDLE", help="train decoders only, for this bundle's head")
     head.add_argument(
         "--fine-tune", type=Path, metavar="BUNDLE", help="the same, beginning with its decoders and its vocabulary"
     )
@@ -81,8 +78,6 @@ def main() -> None:
     if not args.head_only:
         stages += [
             trained(stage6_targets, "cloud"),
-            trained(stage6_tail),
-            (stage6_targets.TUNED_MAPS, partial(stage6_targets.cache_maps, work)),
             trained(stage7_critic, "cloud"),
             (stage8_texts.NAME, partial(stage8_texts.run, work)),
             trained(stage6_targets, "edge"),

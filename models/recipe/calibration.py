@@ -13,10 +13,11 @@ from edge_runtime.inference import draft_calibration
 from edge_runtime.inference.backends import load_model
 from edge_runtime.inference.bundle import EOS, PAD
 from edge_runtime.inference.draft import Draft
+from models.backbone import pretrained_lite0
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage8_texts
 from models.recipe.scores import ciders, strip
 from models.recipe.stage1_photos import MAX_TOKENS
-from models.recipe.stage3_bottleneck import GAINS, REFERENCE
+from models.recipe.stage3_bottleneck import GAINS, REFERENCE, complete_rates
 from models.recipe.stage4_head import float_head, float_symbols
 from models.recipe.workspace import Workspace
 
@@ -77,7 +78,7 @@ def measure_head(work: Workspace) -> Measured:
     exact = float_symbols(float_head(work), work.array("photos-dev")[:FLOAT_CHECK], GAINS[REFERENCE])
     sent = stage5_symbols.symbols(work, work.array("codes-dev")[:FLOAT_CHECK], REFERENCE)
     temperature = work.figures(stage5_symbols.NAME)["label_temperature"]
-    quality = stage6_targets.label_accuracy(work, stage6_targets.new_target(work, "edge"))
+    quality = label_accuracy(work)
     quality["head_int8_equal_symbols"] = float((exact == sent).mean())
     return Measured({name: round(value, 4) for name, value in quality.items()}, (), {}, temperature)
 
@@ -97,7 +98,7 @@ def texts_of_tier(work: Workspace, tier: str) -> Scored:
     net.load_state_dict(stage7_critic.final_weights(work, tier))
     net.eval()
     rows = stage8_texts.written(work, net, "dev")
-    maps, labels = stage6_targets.maps_and_labels(work, "dev")
+    maps, labels = work.array("maps-dev"), np.load(work / "labels-dev.npy")
     confidences: list[float] = []
     for at in range(0, len(rows), 100):
         tokens = torch.from_numpy(rows[at : at + 100].astype(np.int64))
@@ -125,3 +126,20 @@ def unsure_below(confidences: np.ndarray, scores: np.ndarray) -> float:
     means = np.cumsum(scores[order]) / np.arange(1, len(scores) + 1)
     poor = np.flatnonzero(means < POOR * scores.mean())
     return float(confidences[order][poor[-1]]) if len(poor) else 0.0
+
+
+@torch.inference_mode()
+def label_accuracy(work: Workspace) -> dict[str, float]:
+    """Of the labels that the features alone tell, on labelled dev photos, among the classes of these."""
+    labels = torch.from_numpy(np.load(work / "labels-labelled.npy"))
+    if not len(labels):
+        return {}
+    net, classifier = stage6_targets.new_target(work, "edge"), pretrained_lite0().classifier
+    codes, parts = work.array("codes-labelled"), []
+    for at in range(0, len(labels), 100):
+        rates = complete_rates(len(codes[at : at + 100]), REFERENCE)
+        symbols = stage6_targets.rated_symbols(work, codes[at : at + 100], rates)
+        parts.append(classifier(net.tail(symbols, rates.level, rates.arrived).mean(1)))
+    logits, among = torch.cat(parts), torch.unique(labels)
+    places = among[logits[:, among].topk(min(5, len(among))).indices] == labels[:, None]
+    return {"label_top1": places[:, 0].float().mean().item(), "label_top5": places.any(1).float().mean().item()}

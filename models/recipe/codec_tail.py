@@ -23,7 +23,6 @@ from models.recipe import stage2_views, stage3_bottleneck
 from models.recipe.depthwise import use_matrices
 from models.recipe.stage3_bottleneck import GAINS, divergence
 from models.recipe.stage4_head import float_symbols, trained_head
-from models.recipe.stage6_targets import tail_weights
 from models.recipe.training import Training
 from models.recipe.workspace import Workspace, channels_last
 
@@ -51,7 +50,7 @@ def run(work: Workspace, settings: Settings, out: Path) -> None:
     head = trained_head(work).requires_grad_(False)
     backbone = channels_last(pretrained_lite0()).to(torch.bfloat16).requires_grad_(False)
     net = Tail(len(GAINS))
-    net.load_state_dict(tail_weights(work))
+    net.load_state_dict(work.averaged(stage3_bottleneck.NAME, "tail."))
     net = channels_last(net)
     use_matrices(net.blocks, 14)
     optimiser = torch.optim.AdamW(net.parameters(), settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))

@@ -84,7 +84,7 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
 @torch.inference_mode()
 def texts_of(work: Workspace, net: targets.Target, tier: str, part: str) -> Texts:
     """A target's greedy texts about the views of a part, and its hidden states while it reads them again."""
-    maps, labels = targets.maps_and_labels(work, part)
+    maps, labels = work.array(f"maps-{part}"), np.load(work / f"labels-{part}.npy")
     tokens = np.load(work / f"texts-{part}.npy") if tier == "cloud" else written(work, net, part)
     hidden = np.zeros((*tokens.shape, net.decoder.shape.width), np.float16)
     states: list[Tensor] = []

@@ -27,7 +27,7 @@ from models.export.draft_export import quantise_draft, write_draft_litert, write
 from models.family import GROUPS, LATENT, DraftDecoder, decoder_shapes
 from models.imagenet import imagenet_classes
 from models.lookahead import lookahead_file
-from models.recipe import stage4_head, stage5_symbols, stage6_targets, stage7_critic, stage9_draft
+from models.recipe import stage3_bottleneck, stage4_head, stage5_symbols, stage7_critic, stage9_draft
 from models.recipe.calibration import Measured, measure, measure_head
 from models.recipe.stage1_photos import MAX_TOKENS
 from models.recipe.stage3_bottleneck import GAINS, REFERENCE
@@ -69,7 +69,7 @@ def _write_head(work: Workspace, out: Path) -> None:
     for name in (*stage4_head.BOARD_FILES, TABLES, INTER_TABLES, "vocabulary.txt"):
         shutil.copy(work / name, out / name)
     _save(torch.load(work / "head.pt", weights_only=True), out / "head.safetensors")
-    tail = {f"tail.{k}": v for k, v in stage6_targets.tail_weights(work).items()}
+    tail = {f"tail.{k}": v for k, v in work.averaged(stage3_bottleneck.NAME, "tail.").items()}
     classifier = {f"classifier.linear.{k}": v for k, v in pretrained_lite0().classifier.state_dict().items()}
     _save(tail | classifier, out / "tail.safetensors")
 

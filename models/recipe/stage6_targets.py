@@ -1,10 +1,10 @@
 """The targets: one text decoder per tier, trained on the symbols of the deployed head, at many rates.
 
-The tail was trained with the bottleneck on rounded symbols and stays fixed here, so its maps of all views are computed
-once, each at a random rate, with the words of its labels; and once more after stage 6-tail. The cloud's decoder learns
-people's captions of photos, and besides from sentences without photos, whose own nouns stand in for labels. Later the
-edge's smaller decoder learns the cloud's own texts from the same features (sequence-level distillation: Kim & Rush,
-arXiv 1606.07947), about photos without captions, too. So one pass of the tail serves every tier.
+The tail was trained with the bottleneck on rounded symbols and stays fixed, so its maps of all views are computed once,
+each at a random rate, with the words of its labels. The cloud's decoder learns people's captions of photos, and besides
+from sentences without photos, whose own nouns stand in for labels. Later the edge's smaller decoder learns the cloud's
+own texts from the same features (sequence-level distillation: Kim & Rush, arXiv 1606.07947), about photos without
+captions, too. So one pass of the tail serves every tier.
 """
 
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from models.family import (
 )
 from models.imagenet import imagenet_classes
 from models.labels import label_words, some_words, with_seen, words_of_labels
-from models.recipe import stage3_bottleneck, stage5_symbols
+from models.recipe import stage5_symbols
 from models.recipe.precision import autocast, fastest
 from models.recipe.scores import cider
 from models.recipe.stage3_bottleneck import (
@@ -45,8 +45,7 @@ from models.recipe.stage3_bottleneck import (
 from models.recipe.training import Training
 from models.recipe.workspace import Workspace, blocks, channels_last
 
-NAME, TAIL = "6-targets", "6-tail"
-MAPS, TUNED_MAPS = "6-maps", "6-tuned-maps"
+NAME, MAPS = "6-targets", "6-maps"
 PHOTOS, SENTENCES = 64, 64  # per step
 TAUGHT_WORDS = 0.4  # after this share of the steps only FEWER_SENTENCES of the sentences are left, and steps are faster
 FEWER_SENTENCES = 16
@@ -107,31 +106,17 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
 
 
 def new_target(work: Workspace, tier: str) -> Target:
-    """A target with the trained tail, which is fixed, and a new decoder."""
+    """A target with the tail of the bottleneck's training and a new decoder."""
     net = Target(decoder_shapes(work.vocabulary)[tier])
-    net.tail.load_state_dict(tail_weights(work))
+    net.tail.load_state_dict(work.averaged("3-bottleneck", "tail."))
     for p in net.tail.parameters():
         p.requires_grad_(False)
     return channels_last(net)
 
 
-def tail_weights(work: Workspace) -> dict[str, Tensor]:
-    """The tail of stage 6-tail where it is done, of the bottleneck's training before."""
-    return work.averaged(TAIL if work.is_done(TAIL) else stage3_bottleneck.NAME, "tail.")
-
-
-def maps_and_labels(work: Workspace, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """What `cache_maps` has written for the present tail."""
-    tuned = "tuned-" if work.is_done(TAIL) else ""
-    return work.array(f"{tuned}maps-{part}"), np.load(work / f"{tuned}labels-{part}.npy")
-
-
-def view_rates(work: Workspace, part: str) -> Rates:
-    """The rate of each view in the cache: most are complete and of the reference level, on dev photos all are."""
-    rows = len(work.array(f"codes-{part}"))
-    if part == "dev":
-        return complete_rates(rows, REFERENCE)
-    rng = np.random.default_rng((6, ("train", "unlabelled").index(part)))
+def view_rates(rows: int, seed: int) -> Rates:
+    """The rate of each view in the cache: most are complete and of the reference level."""
+    rng = np.random.default_rng((6, seed))
     level, channels = random_rates(rows, rng)
     usual = torch.from_numpy(rng.random(rows) < USUAL)
     return Rates(level.where(~usual, REFERENCE), channels.where(~usual, LATENT[0]))
@@ -149,15 +134,14 @@ def rated_symbols(work: Workspace, codes: np.ndarray, rates: Rates) -> Tensor:
 @torch.inference_mode()
 def cache_maps(work: Workspace, batch: int = 200) -> None:
     """Writes, per part, maps: the tail's last map of every view, float16 [views * photos, 7, 7, 320], and labels: the
-    words of its likeliest labels, int16 [views * photos, LABEL_WORDS]. After stage 6-tail they are called tuned-*.
+    words of its likeliest labels, int16 [views * photos, LABEL_WORDS].
     """
-    tuned = "tuned-" if work.is_done(TAIL) else ""
     net = new_target(work, "edge")
     classifier = pretrained_lite0().classifier
-    sizes = {}
-    for part in ("train", "unlabelled", "dev"):
-        codes, seen, rates = work.array(f"codes-{part}"), np.load(work / f"seen-{part}.npy"), view_rates(work, part)
-        maps = work.new_array(f"{tuned}maps-{part}", (len(codes), *LATENT[1:], MAP_CHANNELS), np.float16)
+    for seed, part in enumerate(("train", "unlabelled", "dev")):
+        codes, seen = work.array(f"codes-{part}"), np.load(work / f"seen-{part}.npy")
+        rates = complete_rates(len(codes), REFERENCE) if part == "dev" else view_rates(len(codes), seed)
+        maps = work.new_array(f"maps-{part}", (len(codes), *LATENT[1:], MAP_CHANNELS), np.float16)
         words = np.zeros((len(codes), LABEL_WORDS), np.int16)
         for rows in blocks(f"maps of {part}", len(codes), batch):
             rates_of = Rates(rates.level[rows], rates.channels[rows])
@@ -166,9 +150,8 @@ def cache_maps(work: Workspace, batch: int = 200) -> None:
                 features = net.features(last)
             maps[rows] = last.permute(0, 2, 3, 1).to(torch.float16).numpy()
             words[rows] = words_seen(work, classifier(features.float().mean(1)), seen[rows])
-        np.save(work / f"{tuned}labels-{part}.npy", words)
-        sizes[part] = len(codes)
-    work.finish(TUNED_MAPS if tuned else MAPS, sizes)
+        np.save(work / f"labels-{part}.npy", words)
+    work.finish(MAPS, {part: len(work.array(f"maps-{part}")) for part in ("train", "unlabelled", "dev")})
 
 
 @cache
@@ -195,7 +178,7 @@ def training_of(work: Workspace, net: Target, tier: str, total: int, learning_ra
 def train_cloud(work: Workspace, net: Target, settings: Settings) -> None:
     """Cross-entropy on people's captions, and on sentences without photos."""
     rng = np.random.default_rng(6)
-    maps, labels = maps_and_labels(work, "train")
+    maps, labels = work.array("maps-train"), np.load(work / "labels-train.npy")
     captions, sentences = np.load(work / "captions-train.npy"), np.load(work / "sentences.npy")
     chances = sampling_chances(np.load(work / "collections-train.npy"))
     views = len(maps) // len(captions)
@@ -255,7 +238,10 @@ def sampling_chances(collections: np.ndarray) -> np.ndarray:
 def train_edge(work: Workspace, net: Target, settings: Settings) -> None:
     """Cross-entropy on the cloud's texts about all views."""
     rng = np.random.default_rng(6)
-    parts = [(*maps_and_labels(work, part), np.load(work / f"texts-{part}.npy")) for part in ("train", "unlabelled")]
+    parts = [
+        (work.array(f"maps-{part}"), np.load(work / f"labels-{part}.npy"), np.load(work / f"texts-{part}.npy"))
+        for part in ("train", "unlabelled")
+    ]
     training = training_of(work, net, "edge", settings.edge_steps, settings.edge_learning_rate)
     drop = Dropout(settings.dropout / 2)
     sizes = [len(texts) for _, _, texts in parts]
@@ -280,7 +266,7 @@ def evaluate(work: Workspace, tier: str, weights: dict[str, Tensor], limit: int 
     """CIDEr of greedy texts on dev photos, per collection; with a limit, of at most so many of each."""
     net = new_target(work, tier)
     net.load_state_dict(weights)
-    maps, labels = maps_and_labels(work, "dev")
+    maps, labels = work.array("maps-dev"), np.load(work / "labels-dev.npy")
     return cider(work, "dev", lambda rows: write(net, maps[rows], labels[rows]), limit)
 
 
@@ -303,20 +289,3 @@ def write(net: Target, maps: np.ndarray, labels: np.ndarray) -> list[list[int]]:
         tokens = torch.cat(columns, 1).tolist()
         out += [row[: row.index(EOS)] if EOS in row else row for row in tokens]
     return out
-
-
-@torch.inference_mode()
-def label_accuracy(work: Workspace, net: Target) -> dict[str, float]:
-    """Of the labels that the features alone tell, on labelled dev photos, among the classes of these."""
-    labels = torch.from_numpy(np.load(work / "labels-labelled.npy"))
-    if not len(labels):
-        return {}
-    classifier = pretrained_lite0().classifier
-    codes, parts = work.array("codes-labelled"), []
-    for at in range(0, len(labels), 100):
-        rates = complete_rates(len(codes[at : at + 100]), REFERENCE)
-        symbols = rated_symbols(work, codes[at : at + 100], rates)
-        parts.append(classifier(net.tail(symbols, rates.level, rates.arrived).mean(1)))
-    logits, among = torch.cat(parts), torch.unique(labels)
-    places = among[logits[:, among].topk(min(5, len(among))).indices] == labels[:, None]
-    return {"label_top1": places[:, 0].float().mean().item(), "label_top5": places.any(1).float().mean().item()}

@@ -36,7 +36,7 @@ CHECKPOINT_EVERY = 100
 class Settings:
     """Length of training, learning rates and weights of the cross-entropy."""
 
-    cloud_steps: int = 600
+    cloud_steps: int = 1000
     edge_steps: int = 400
     cloud_learning_rate: float = 1.5e-4
     edge_learning_rate: float = 3e-4
@@ -50,7 +50,7 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
     torch.manual_seed(7)
     is_cloud = tier == "cloud"
     net = targets.new_target(work, tier)
-    net.load_state_dict(work.averaged(targets.TAIL if is_cloud else f"{targets.NAME}-{tier}"))
+    net.load_state_dict(work.averaged(f"{targets.NAME}-{tier}"))
     training = training_of(
         work,
         f"{NAME}-{tier}",
@@ -60,7 +60,7 @@ def run(work: Workspace, settings: Settings, tier: str) -> None:
         settings.cloud_learning_rate if is_cloud else settings.edge_learning_rate,
         partial(targets.evaluate, work, tier),
     )
-    maps, labels = targets.maps_and_labels(work, "train")
+    maps, labels = work.array("maps-train"), np.load(work / "labels-train.npy")
     captions = np.load(work / "captions-train.npy")
     imitated = None if is_cloud else np.load(work / "texts-train.npy")
     views = len(maps if imitated is None else imitated) // len(captions)

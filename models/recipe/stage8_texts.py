@@ -29,7 +29,7 @@ def run(work: Workspace) -> None:
 def written(work: Workspace, net: targets.Target, part: str) -> np.ndarray:
     """A target's greedy texts about the first views of a part, int16 [N, T + 1]: BOS first, PAD after EOS."""
     count = VIEWS[part] * len(work.array(f"photos-{part}"))
-    maps, labels = (each[:count] for each in targets.maps_and_labels(work, part))
+    maps, labels = work.array(f"maps-{part}")[:count], np.load(work / f"labels-{part}.npy")
     rows = np.full((len(maps), net.decoder.shape.max_tokens + 1), PAD, np.int16)
     for block in blocks(f"texts of {part}", len(maps), BLOCK):
         for row, text in zip(rows[block], targets.write(net, maps[block], labels[block]), strict=True):

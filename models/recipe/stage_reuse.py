@@ -1,4 +1,4 @@
-"""Takes head, tail and tables from another bundle, in place of stages 3 and 4: only the rest is trained then.
+"""Takes head, tail and tables from another bundle, in place of stages 3 and 4: only the decoders are trained then.
 
 The bits stay the same, so boards with that bundle's head need nothing new except a draft decoder. To train its decoders
 further, their weights are taken too.

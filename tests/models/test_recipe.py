@@ -21,7 +21,6 @@ from edge_runtime.inference.preprocess import to_input
 from models.recipe import __main__ as recipe
 from models.recipe import (
     stage3_bottleneck,
-    stage6_tail,
     stage6_targets,
     stage7_critic,
     stage9_draft,
@@ -36,7 +35,6 @@ from tests import exports
 SMALL = (  # what is trained on in a step
     (stage3_bottleneck, {"PHOTOS": 4, "OTHERS": 2}),
     (stage6_targets, {"PHOTOS": 4, "SENTENCES": 2}),
-    (stage6_tail, {"PHOTOS": 4, "OTHERS": 2}),
     (stage7_critic, {"PHOTOS": 2}),
     (stage9_draft, {"BATCH": 8, "PHOTOS": 2}),
     (stage10_lookahead, {"BATCH": 4}),
@@ -47,7 +45,6 @@ TEXTS = ("a red dog runs on green grass", "a dog runs on grass", "the red dog is
 TRAINED = (
     "3-bottleneck",
     "6-targets-cloud",
-    "6-tail",
     "7-critic-cloud",
     "6-targets-edge",
     "7-critic-edge",
@@ -169,7 +166,7 @@ def test_decoders_alone_are_trained_for_the_head_of_another_bundle(
     make_bundle("--head", tmp_path / "head", "--work", tmp_path / "work", "--out", tmp_path / "whole")
     whole = open_bundle(tmp_path / "whole")
     assert whole.manifest.targets.keys() == {"edge", "cloud"}
-    for name in ("head.onnx", "head.tflite", "head.safetensors", "tables.bin"):
+    for name in ("head.onnx", "head.tflite", "head.safetensors", "tables.bin", "tail.safetensors"):
         assert whole.manifest.files[name] == head.manifest.files[name]
     assert whole.manifest.latent == head.manifest.latent
 
