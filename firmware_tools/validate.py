@@ -50,7 +50,7 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
     config.check_target()
     above = config.upstream.settings(server.id) if config.upstream else None
     for folder in filter(None, (server.bundle, server.second_bundle)):
-        bundle = _check_bundle(Path(folder), for_server=server.target == "bundle")
+        bundle = _check_bundle(Path(folder), for_server=server.target == "bundle" or bool(config.hf.tail))
         targets = bundle.manifest.targets
         if server.target == "bundle" and server.tier not in targets:
             raise ConfigError(f'{path}: tier = "{server.tier}", but {folder} has {", ".join(targets)}')
@@ -58,6 +58,10 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
             from server.questions import Questions
 
             Questions(bundle, config.questions)
+        if config.hf.tail:
+            from models.tower_tail import read_tower_tail
+
+            read_tower_tail(Path(config.hf.tail), bundle)
     print(f"{path}: server {server.id} of site {server.site} is in order")
     # Not the share of requests: a member that does not answer would take some of them from the running servers.
     checks = [_broker("mqtt", settings, [topics.reply(server.site, server.id)])]

@@ -147,12 +147,16 @@ def _picture_model(config: Config) -> Target[Any]:
     server = config.server
     try:
         from server.targets.huggingface import HuggingFaceTarget
+        from server.targets.huggingface_features import load_features
         from server.targets.huggingface_target import PictureModel
     except ImportError as error:
         raise ConfigError(f'target = "{server.target}" needs transformers: pip install "aiflow-edge[hf]"') from error
     name, hf = server.target.removeprefix("hf:"), config.hf
     model = HuggingFaceTarget.load(name, hf.dtype, server.device, server.threads, hf.offline)
-    return PictureModel(model, hf, _boards_bundle(server))
+    bundle, features = _boards_bundle(server), None
+    if hf.tail and bundle:
+        features = load_features(Path(hf.tail), bundle, model, hf.prompt, server.device)
+    return PictureModel(model, hf, bundle, features)
 
 
 def _boards_bundle(server: ServerConfig) -> Bundle | None:

@@ -121,7 +121,13 @@ class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
     prompt: Annotated[str, Meta(min_length=1, max_length=16_384)] = QUESTION
     max_tokens: Annotated[int, Meta(ge=1, le=1024)] = 60  # longest text
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    tail: Annotated[str, Meta(min_length=1)] | None = None  # folder of `aiflow distil`: features are answered, too
     offline: bool = True  # false: a model that is not on this machine is downloaded at the first start
+
+    def check(self, server: ServerConfig) -> None:
+        """Raises ConfigError."""
+        if self.tail and server.bundle is None:
+            raise ConfigError("`tail` in [hf] reads features of the boards' bundle: name it as `bundle` in [server]")
 
 
 class RayConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -221,7 +227,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
                     'prediction = true in [openai] wants target = "openai:..." and the boards\' bundle as `bundle` in '
                     "[server], whose words their drafts have"
                 )
-        if not server.pictures:
+        self.hf.check(server)
+        if not (server.pictures or self.hf.tail):
             raise ConfigError("pictures = false, but this target answers pictures only: remove it")
         if self.upstream or self.questions or server.questions_folder:
             raise ConfigError(

@@ -25,6 +25,7 @@ from server.targets.huggingface_decoding import GreedyDecoding, NotFiniteError, 
 from server.targets.huggingface_drafts import DraftTokenizer
 from server.targets.huggingface_loading import Loaded, TargetError, load
 from server.targets.huggingface_prompts import PromptError, model_inputs
+from server.targets.huggingface_tower import Tower
 from server.targets.phrases import START, PhraseMemory, Proposer
 from server.verify import new_text
 
@@ -44,9 +45,10 @@ class Job:
     """What the target needs for one text."""
 
     prompt: str
-    pixels: NDArray[np.uint8] | None = None  # RGB, [H, W, 3]; None for a language model
+    pixels: NDArray[np.uint8] | None = None  # RGB, [H, W, 3]; None for a language model and with image tokens
     draft: str | None = None  # any text. None: the target writes alone, without proposals of its own either
     max_tokens: int = 64  # longest text, end token included; 1 to MAX_TOKENS
+    image_tokens: torch.Tensor | None = None  # what the language model reads in the place of a picture, [N, D]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class HuggingFaceTarget:
         self.loaded = loaded
         self.drafts = DraftTokenizer(loaded.tokenizer, loaded.model.config)
         self.phrases = PhraseMemory(PHRASES)
+        self.tower: Tower | None = None  # puts image tokens in the place of a picture
         self.rewritten = 0  # texts that were written again without proposals
         self.proof = Proof()
         self.proof = prove(self)
@@ -132,7 +135,12 @@ class HuggingFaceTarget:
         """The model's inputs for a job. Raises PromptError."""
         if not 1 <= job.max_tokens <= MAX_TOKENS:
             raise PromptError(f"max_tokens = {job.max_tokens}: want 1 to {MAX_TOKENS}")
-        inputs = model_inputs(self.loaded, job.prompt, job.pixels)
+        if job.image_tokens is None:
+            inputs = model_inputs(self.loaded, job.prompt, job.pixels)
+        elif self.tower:
+            inputs = self.tower.inputs(job.prompt, job.image_tokens)
+        else:
+            raise PromptError("image tokens come from a tail, and this target has none: set `tail` in [hf]")
         positions = getattr(self.loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if not (length := inputs["input_ids"].shape[1]):
             raise PromptError(f"{self.loaded.architecture} has no tokens for this prompt: want one in its language")
