@@ -124,7 +124,7 @@ def _picture_model(config: Config) -> Target[Any]:
         raise ConfigError(f'target = "{server.target}" needs transformers: pip install "aiflow-edge[hf]"') from error
     name, hf = server.target.removeprefix("hf:"), config.hf
     model = HuggingFaceTarget.load(name, hf.dtype, server.device, server.threads, hf.offline)
-    return PictureModel(model, hf, _boards_bundle(server))
+    return PictureModel(model, hf, _boards_bundle(server), read_prompts(config.prompts), server.max_batch)
 
 
 def _boards_bundle(server: ServerConfig) -> Bundle | None:
