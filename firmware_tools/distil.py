@@ -87,7 +87,10 @@ class LanguageModel(NamedTuple):
         return self.tower.log_probabilities(self.prompt, tokens, list(text))
 
     def write(self, tokens: "Tensor") -> list[int]:
-        return list(self.target.decode(self.tower.inputs(self.prompt, tokens), MAX_TEXT).text.tokens)
+        from server.targets.huggingface_prompts import Job
+
+        inputs = self.tower.inputs(Job(self.prompt, image_tokens=tokens))
+        return list(self.target.decode(inputs, [self.target.row(MAX_TEXT)]).rows[0].text.tokens)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -100,15 +103,16 @@ def run(args: argparse.Namespace) -> None:
     from edge_runtime.inference.preprocess import PIXELS
     from models.distilling import MEASURED, Distilling, Settings, measure, some_rates, split
     from models.tower_tail import Record, SymbolReader, read_tower_tail, write_tower_tail
-    from server.config import HuggingFaceConfig
     from server.loading import load_engine
+    from server.prompts import QUESTION
     from server.targets.huggingface import HuggingFaceTarget
     from server.targets.huggingface_tower import Tower
 
-    bundle, prompt = open_bundle(args.bundle), args.prompt or HuggingFaceConfig().prompt
+    bundle, prompt = open_bundle(args.bundle), args.prompt or QUESTION
     head = load_head(bundle, "onnx", 1)
     target = HuggingFaceTarget.load(args.target, args.dtype, args.device, args.threads, offline=not args.online)
-    model = LanguageModel(target, Tower(target.loaded, args.pixels, prompt), prompt)
+    target.tower = Tower(target.loaded, args.pixels, prompt)
+    model = LanguageModel(target, target.tower, prompt)
     tail = load_engine(bundle, (), args.device, args.threads).tail
     work = args.work or args.out.with_name(f"{args.out.name}.work")
     weights = model.tower.weights_hash()

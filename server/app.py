@@ -153,10 +153,10 @@ def _picture_model(config: Config) -> Target[Any]:
         raise ConfigError(f'target = "{server.target}" needs transformers: pip install "aiflow-edge[hf]"') from error
     name, hf = server.target.removeprefix("hf:"), config.hf
     model = HuggingFaceTarget.load(name, hf.dtype, server.device, server.threads, hf.offline)
-    bundle, features = _boards_bundle(server), None
+    bundle, prompts, features = _boards_bundle(server), read_prompts(config.prompts), None
     if hf.tail and bundle:
-        features = load_features(Path(hf.tail), bundle, model, hf.prompt, server.device)
-    return PictureModel(model, hf, bundle, features)
+        features = load_features(Path(hf.tail), bundle, model, prompts[hf.prompt].text, server.device)
+    return PictureModel(model, hf, bundle, prompts, server.max_batch, features)
 
 
 def _boards_bundle(server: ServerConfig) -> Bundle | None:

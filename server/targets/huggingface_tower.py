@@ -7,6 +7,7 @@ picture is tried at the start, not taken from a list of names.
 
 import hashlib
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from models.tower_tail import MAX_TOKENS
 from server.targets.huggingface_loading import LOADING_ERRORS, Loaded, TargetError
-from server.targets.huggingface_prompts import PromptError, model_inputs
+from server.targets.huggingface_prompts import Job, PromptError, model_inputs
 
 SEAM = "mm_encoder_outputs"
+TOKENS = "image_tokens"  # among inputs, until they are placed
 TOLERANCE = 1e-3  # of the largest score: as far as scores may differ that should be the same
 
 
@@ -40,7 +42,7 @@ class Tower:
         picture = np.random.default_rng(0).integers(0, 256, (pixels, pixels, 3), dtype=np.uint8)
         self._blank = np.full_like(picture, 128)
         try:
-            inputs = model_inputs(loaded, prompt, picture)
+            inputs = model_inputs(loaded, Job(prompt, picture))
             # A tensor [..., N, D], or one per picture: the architecture wants them back as they are.
             self._form = self._encoded(inputs)
             tokens = self._flat(self._form)
@@ -53,7 +55,7 @@ class Tower:
                 )
             with torch.no_grad():
                 seen = loaded.model(**inputs).logits
-                read = loaded.model(**self.inputs(prompt, tokens)).logits
+                read = loaded.model(**self.placed(self.inputs(Job(prompt, image_tokens=tokens)))).logits
         except PromptError:
             raise
         except LOADING_ERRORS as error:
@@ -67,7 +69,7 @@ class Tower:
     def tokens(self, picture: NDArray[np.uint8]) -> Tensor:
         """A picture, uint8 RGB [H, W, 3], to the tokens that the language model reads, [N, D]. Raises TargetError."""
         square = Image.fromarray(picture).resize((self.pixels, self.pixels), Image.Resampling.BICUBIC)
-        found = self._flat(self._encoded(model_inputs(self.loaded, self._prompt, np.asarray(square))))
+        found = self._flat(self._encoded(model_inputs(self.loaded, Job(self._prompt, np.asarray(square)))))
         if found.shape != (self.count, self.width):
             raise TargetError(
                 f"{self.loaded.name} makes {len(found)} tokens of one picture and {self.count} of another of the same "
@@ -77,17 +79,22 @@ class Tower:
             raise TargetError(f"the tower of {self.loaded.name} computed no finite numbers: want dtype float32")
         return found
 
-    def inputs(self, prompt: str, tokens: Tensor) -> dict[str, Any]:
-        """The arguments of `generate` for a prompt and a picture's tokens [N, D], without a picture.
-
-        Raises PromptError.
-        """
+    def inputs(self, job: Job) -> dict[str, Tensor]:
+        """The inputs of a job with image tokens [N, D], which `placed` puts in their place. Raises PromptError."""
+        assert job.image_tokens is not None
         model = self.loaded.model
-        tokens = tokens.to(model.device, model.dtype)
-        form = tokens.view_as(self._form) if isinstance(self._form, Tensor) else [tokens]
-        inputs = model_inputs(self.loaded, prompt, self._blank)
+        inputs = model_inputs(self.loaded, replace(job, pixels=self._blank))
         kept = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
-        return {**kept, SEAM: {"image": BaseModelOutputWithPooling(pooler_output=form)}}
+        return {**kept, TOKENS: job.image_tokens.to(model.device, model.dtype)}
+
+    def placed(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """The arguments of `generate` and `forward` for the inputs of one job, or of several with their rows joined."""
+        if TOKENS not in inputs:
+            return inputs
+        tokens = inputs[TOKENS]
+        form = tokens.view(-1, *self._form.shape[1:]) if isinstance(self._form, Tensor) else [tokens]
+        others = {name: value for name, value in inputs.items() if name != TOKENS}
+        return {**others, SEAM: {"image": BaseModelOutputWithPooling(pooler_output=form)}}
 
     def log_probabilities(self, prompt: str, tokens: Tensor, text: list[int]) -> Tensor:
         """Of each next token, where the text is read after the prompt: float32 [len(text), vocabulary].
@@ -95,7 +102,7 @@ class Tower:
         Gradients reach the tokens.
         """
         model = self.loaded.model
-        first = model(**self.inputs(prompt, tokens), use_cache=True)
+        first = model(**self.placed(self.inputs(Job(prompt, image_tokens=tokens))), use_cache=True)
         scores = first.logits[0, -1:]
         if len(text) > 1:
             # A pass of its own, as in decoding: some models read a prompt in both directions, and a text never.

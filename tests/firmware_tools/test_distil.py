@@ -26,6 +26,8 @@ from models.distilling import Settings
 from models.tower_tail import TowerTailError, read_tower_tail
 from server.app import load_target, run_server
 from server.config import Config, HuggingFaceConfig, ServerConfig
+from server.prompts import PromptConfig
+from server.targets.huggingface_prompts import Job
 from tests.brokers import Mosquitto
 from tests.listener import Listener
 from tests.server.boards import PATIENCE_S, board_of
@@ -117,9 +119,14 @@ def test_too_few_photos_are_refused_with_what_to_do(made: Made, board_bundle: Bu
     assert re.search("19 different photos, want at least 20.*need no captions", capsys.readouterr().err)
 
 
-def configured(made: Made, bundle: Bundle, port: int = 1, model: Path | None = None, **changes: object) -> Config:
+def configured(made: Made, bundle: Bundle, port: int = 1, model: Path | None = None) -> Config:
     server = ServerConfig("s1", str(bundle.path), target=f"hf:{model or made.model}", tier="cloud")
-    return Config(server, MqttConfig(port=port), hf=HuggingFaceConfig(PROMPT, 8, tail=str(made.out), **changes))
+    return Config(
+        server,
+        MqttConfig(port=port),
+        prompts={"photo": PromptConfig(PROMPT)},
+        hf=HuggingFaceConfig("photo", 8, tail=str(made.out)),
+    )
 
 
 def test_a_model_with_another_token_count_or_other_weights_is_refused(
@@ -171,8 +178,8 @@ def test_a_boards_features_are_answered_by_the_model_through_the_tail(
         assert (request.content_kind, bool(request.draft)) == (ContentKind.LATENT, True)
         sent = decode(request.content, board_bundle.tables)
         tokens = reader.tokens(sent.symbols, sent.header.level, sent.complete_channels)
-        written = model.decode(model.tower.inputs(PROMPT, tokens), 8).text.without_end
-        assert answered[request.id.hex()] == model.drafts.text(written) != ""
+        (written,) = model.answer([Job(PROMPT, max_tokens=8, image_tokens=tokens)])
+        assert answered[request.id.hex()] == written.text != ""
     assert len(set(answered.values())) > 1  # the model tells the photos apart
 
 

@@ -9,9 +9,9 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import torch
 
-from server.targets.huggingface import HuggingFaceTarget, Job
+from server.targets.huggingface import HuggingFaceTarget
 from server.targets.huggingface_loading import TargetError, load
-from server.targets.huggingface_prompts import model_inputs
+from server.targets.huggingface_prompts import Job, model_inputs
 from server.targets.huggingface_tower import Tower
 from tests.server.targets.tiny_models import LANGUAGE_MODELS, VISION_MODELS, blip2, smolvlm
 
@@ -44,7 +44,7 @@ def test_a_text_about_the_towers_tokens_is_the_text_about_the_picture(target: Hu
         [
             Job(PROMPT, square(), max_tokens=8),
             Job(PROMPT, max_tokens=8, image_tokens=tokens),
-            Job(PROMPT, draft="the dog is running", max_tokens=8, image_tokens=tokens),
+            Job(PROMPT, draft="the dog is running", max_tokens=8, image_tokens=tokens),  # in one batch with the last
         ]
     )
     assert (read.error, read.tokens, drafted.tokens) == ("", seen.tokens, seen.tokens)
@@ -54,7 +54,7 @@ def test_probabilities_of_a_given_text_are_those_of_generate_and_have_gradients(
     assert target.tower
     tokens = target.tower.tokens(square()).requires_grad_()
     found = target.tower.log_probabilities(PROMPT, tokens, TEXT)
-    inputs = model_inputs(target.loaded, PROMPT, square())
+    inputs = model_inputs(target.loaded, Job(PROMPT, square()))
     asked = inputs["input_ids"].shape[1]
     written = target.loaded.model.generate(
         **inputs,

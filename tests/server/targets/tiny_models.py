@@ -237,7 +237,7 @@ def _save(
     tokenizer.save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": processor, **settings}))
     if mark:
-        part = f"{{% if part['type'] == 'image' %}}{mark} {{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+        part = f"{{% if part['type'] == 'image' %}}{mark} {{% else %}}{{{{ part['text'] }}}} {{% endif %}}"
         (folder / "chat_template.jinja").write_text(
             "{% for message in messages %}{% for part in message['content'] %}" + part + "{% endfor %}{% endfor %}"
         )

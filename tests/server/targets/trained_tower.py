@@ -12,7 +12,7 @@ from torch import Tensor
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture
 from server.targets.huggingface_loading import load
-from server.targets.huggingface_prompts import model_inputs
+from server.targets.huggingface_prompts import Job, model_inputs
 from tests.server.targets.tiny_models import END, WORDS, smolvlm
 
 SIDE, MARGIN = 64, 8
@@ -41,7 +41,7 @@ def train(folder: Path, photos: Sequence[Picture]) -> None:
     words = torch.tensor([loaded.tokenizer.convert_tokens_to_ids(word) for word in WORDS[20 : 20 + len(names)]])
     labels = words[[names.index(photo.name.split("/")[-2]) for photo in photos]]
     pixels = torch.from_numpy(np.stack([squashed(photo, SIDE + MARGIN) for photo in photos]))
-    prompt = model_inputs(loaded, PROMPT, pixels[0].numpy())["input_ids"]
+    prompt = model_inputs(loaded, Job(PROMPT, pixels[0].numpy()))["input_ids"]
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     rng = np.random.default_rng(0)
     for _ in range(STEPS):
