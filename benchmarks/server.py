@@ -8,10 +8,10 @@ are timed by the wall clock.
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in server/__init__.py
 
@@ -26,6 +26,7 @@ from server.numerics import prove
 from server.targets import Answer
 
 Drafts = Sequence[Sequence[int]]
+Result = TypeVar("Result")
 
 
 def run(
@@ -55,13 +56,7 @@ def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[i
     undrafted, self_drafted = ([replace(job, draft=draft) for job in jobs] for draft in (None, ()))
     proven = engine.proof
     single = replace(proven, shapes=tuple((rows, 1) for rows in SIZES))
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    result: dict[str, Any] = {
-        "clock": clock.__name__,
-        "captions": len(jobs),
-        "proof": asdict(engine.proof),
-        "batches": {},
-    }
+    result: dict[str, Any] = {"captions": len(jobs), "proof": asdict(engine.proof), "batches": {}}
     for size in batches:
         ways: dict[str, Callable[[], list[Answer]]] = {
             "verified": partial(_write, engine, jobs, size, proven),
@@ -69,13 +64,7 @@ def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[i
             "self_drafted": partial(_write, engine, self_drafted, size, proven),
             "one_by_one": partial(_write, engine, undrafted, size, single),
         }
-        answers = {name: way() for name, way in ways.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(rounds):
-            for name, way in ways.items():
-                started = clock()
-                way()
-                seconds[name].append(clock() - started)
+        answers, seconds, result["clock"] = take_turns(ways, rounds)
         ratios = [alone / verified for alone, verified in zip(seconds["alone"], seconds["verified"], strict=True)]
         versus_one = [one / verified for one, verified in zip(seconds["one_by_one"], seconds["verified"], strict=True)]
         result["batches"][size] = {
@@ -91,6 +80,21 @@ def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[i
     result["accepted_again"] = sum(answer.accepted_again for answer in verified)
     result["tokens"] = sum(len(answer.tokens) for answer in verified)
     return result
+
+
+def take_turns(
+    ways: Mapping[str, Callable[[], Result]], rounds: int
+) -> tuple[dict[str, Result], dict[str, list[float]], str]:
+    """What each way returns, and its seconds in each round by the clock of this name, after a round that warms up."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    results = {name: way() for name, way in ways.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            started = clock()
+            way()
+            seconds[name].append(clock() - started)
+    return results, seconds, clock.__name__
 
 
 def _write(engine: Engine, jobs: Sequence[Job], size: int, proof: Proof) -> list[Answer]:

@@ -3,6 +3,9 @@
 import argparse
 import json
 import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ PARTS = {
     "capture": "CPU time and memory of live cameras: only frames that are due converted, against all of them",
     "device": "a board alone: stages, memory",
     "server": "a server's engine: texts per second, with drafts and without",
+    "speculation": "ways to write the same captions: target alone, drafts of the board, of the server, of transformers",
     "gateway": "a server behind a broker: requests per second",
     "scale": "many simulated boards, one server or several with replicas on Ray, also while some are killed",
     "faults": "the fault matrix: the outcome of every request",
@@ -121,9 +125,15 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         parser.add_argument("--interval", type=float, default=10.0, metavar="S", help="of each board (default: 10)")
         parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="of each run (default: 60)")
         parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="default: edge")
-    if part in ("server", "gateway"):
-        parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="default: edge")
+    if part in ("server", "gateway", "speculation"):
+        usual = "cloud" if part == "speculation" else "edge"
+        parser.add_argument("--tier", choices=["edge", "cloud"], default=usual, help=f"default: {usual}")
         parser.add_argument("--threads", type=number, default=1, metavar="N", help="of the networks (default: 1)")
+    if part == "speculation":
+        parser.add_argument(
+            "--target", type=hf_model, metavar="hf:FOLDER", help="a model of transformers (default: the bundle's tier)"
+        )
+        parser.add_argument("--rounds", type=number, default=5, metavar="N", help="that are timed (default: 5)")
     if part == "gateway":
         parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each half (default: 10)")
 
@@ -137,7 +147,12 @@ def run(args: argparse.Namespace) -> int:
     if args.part == "rate":
         return rate(args)
     figures = capture(args) if args.part == "capture" else measure(args, open_bundle(args.bundle))
-    print_figures(figures)
+    if args.part == "speculation":
+        from benchmarks.speculation import markdown
+
+        print_table(markdown(figures))
+    else:
+        print_figures(figures)
     if args.json:
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
@@ -242,7 +257,7 @@ def rate(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
-    from edge_runtime.inference.networks import load_draft, load_head
+    from edge_runtime.inference.networks import load_head
 
     pictures = list(frames(args.images, args.limit))
     if args.part == "device":
@@ -254,15 +269,26 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         from benchmarks import static
 
         return static.run(bundle, head, pictures, args.frames, args.reuse_distance)
-    level = bundle.manifest.latent.default_level
-    latents = [head.latent(to_input(picture)) for picture in pictures]
-    symbols = np.stack([latent.symbols(level) for latent in latents])
+    pixels = [to_input(picture) for picture in pictures]
+    latents, head_ms = timed(head.latent, pixels)
     if args.part == "codec":
         from benchmarks import codec
 
+        level = bundle.manifest.latent.default_level
+        symbols = np.stack([latent.symbols(level) for latent in latents])
         return codec.run(symbols, bundle.tables, level)
-    draft = load_draft(bundle, args.backend or "onnx", 1)
-    drafts = [draft.write(latent.symbols()).tokens for latent in latents]
+    return measure_server(args, bundle, pixels, latents, head_ms)
+
+
+def measure_server(
+    args: argparse.Namespace, bundle: Bundle, pixels: list[Any], latents: list[Any], head_ms: float
+) -> dict[str, Any]:
+    """What answers a board. pixels, latents: of the same photos. head_ms: from the one to the other."""
+    from edge_runtime.inference.networks import load_draft
+
+    draft, level = load_draft(bundle, args.backend or "onnx", 1), bundle.manifest.latent.default_level
+    drafts, draft_ms = timed(lambda latent: draft.write(latent.symbols()).tokens, latents)
+    symbols = np.stack([latent.symbols(level) for latent in latents])
     if args.part == "server":
         from benchmarks import server
 
@@ -270,8 +296,33 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
     if args.part == "scale":
         from benchmarks import scale
 
-        settings = (args.tier, args.boards, args.interval, args.seconds, args.replicas)
-        return scale.run(bundle, symbols, drafts, *settings)
+        site = (args.tier, args.boards, args.interval, args.seconds, args.replicas)
+        return scale.run(bundle, symbols, drafts, *site)
+    if args.part == "speculation":
+        from benchmarks import speculation
+
+        settings: dict[str, Any] = {"rounds": args.rounds, "threads": args.threads}
+        if args.target:  # for its pictures, the board runs the head for the draft alone
+            return speculation.run_hf(bundle, pixels, drafts, head_ms + draft_ms, args.target, **settings)
+        return speculation.run(bundle, symbols, drafts, draft_ms, args.tier, **settings)
     from benchmarks import gateway
 
     return gateway.run(bundle, symbols, drafts, args.tier, seconds=args.seconds, threads=args.threads)
+
+
+def timed(step: Callable[[Any], Any], inputs: Sequence[Any]) -> tuple[list[Any], float]:
+    """What a step makes of each input, and its median time in ms of CPU time, which other programs do not change."""
+    results, times_ms = [], []
+    for each in inputs:
+        started = time.process_time()
+        results.append(step(each))
+        times_ms.append(1e3 * (time.process_time() - started))
+    return results, statistics.median(times_ms)
+
+
+def hf_model(text: str) -> str:
+    """An argument's type: the model of a target that transformers runs."""
+    kind, _, name = text.partition(":")
+    if kind != "hf" or not name:
+        raise argparse.ArgumentTypeError(f"{text!r}, want hf:FOLDER or hf:NAME")
+    return name

@@ -34,6 +34,7 @@ COMMANDS = {
     "watch": "show live events of a site in the terminal",
     "ui": "serve a live page of a site: boards, servers, texts to search in",
     "teach": "teach a question with a few photos, such as whether a gate is open",
+    "distil": "let a vision-language model of your own read the features of boards, from photos alone",
     "evaluate": "measure quality and bytes on captioned or labelled photos",
     "link": "put a simulated thin link (NB-IoT to Wi-Fi, outages) before a broker",
     "completion": "print what completes commands, options and files in bash, zsh or fish",

@@ -2,6 +2,7 @@
 
 - `family.py`, `lookahead.py`: the networks that a server runs
 - `questions.py`, `teaching.py`: questions that a user teaches with a few photos
+- `tower_tail.py`, `distilling.py`: features as the image tokens of somebody's vision-language model
 - `captions.py`: captions files, and the words that are trained on and scored
 - `recipe/`: numbered scripts from photos and captions to a bundle
 - `export/`: int8 files for the board

@@ -44,7 +44,8 @@ def check(path: Path, config: Config) -> str:
             config.upstream.settings(server.id)
         for folder in filter(None, (server.bundle, server.second_bundle)):
             bundle = open_bundle(Path(folder))
-            found.append(f"{bundle.path}: bundle {bundle.check(for_server=server.target == 'bundle')}")
+            is_read = server.target == "bundle" or config.hf.tail is not None
+            found.append(f"{bundle.path}: bundle {bundle.check(for_server=is_read)}")
             targets = bundle.manifest.targets
             if server.target == "bundle" and server.tier not in targets:
                 raise ConfigError(f'tier = "{server.tier}", but the bundle {bundle.path} has {", ".join(targets)}')
@@ -52,6 +53,10 @@ def check(path: Path, config: Config) -> str:
                 from server.questions import Questions
 
                 Questions(bundle, config.questions)
+            if config.hf.tail:
+                from models.tower_tail import read_tower_tail
+
+                read_tower_tail(Path(config.hf.tail), bundle)
     except ConfigError as error:
         raise type(error)(f"{path}: {error}") from error
     return "\n".join(found)
@@ -173,12 +178,16 @@ def _picture_model(config: Config) -> Target[Any]:
     server = config.server
     try:
         from server.targets.huggingface import HuggingFaceTarget
+        from server.targets.huggingface_features import load_features
         from server.targets.huggingface_target import PictureModel
     except ImportError as error:
         raise ConfigError(f'target = "{server.target}" needs transformers: pip install "aiflow-edge[hf]"') from error
     name, hf = server.target.removeprefix("hf:"), config.hf
     model = HuggingFaceTarget.load(name, hf.dtype, server.device, server.threads, hf.offline)
-    return PictureModel(model, hf, _boards_bundle(server))
+    bundle, prompts, features = _boards_bundle(server), read_prompts(config.prompts), None
+    if hf.tail and bundle:
+        features = load_features(Path(hf.tail), bundle, model, prompts[hf.prompt].text, server.device)
+    return PictureModel(model, hf, bundle, prompts, server.max_batch, features)
 
 
 def _boards_bundle(server: ServerConfig) -> Bundle | None:

@@ -14,7 +14,7 @@ from edge_runtime.password_file import read_token
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
 from server.escalation import Bounds
-from server.prompts import DEFAULT, QUESTION, Prompt, PromptConfig, read_prompts
+from server.prompts import DEFAULT, Prompt, PromptConfig, check_usual, read_prompts
 
 MAX_REPLY = 64 * 1024  # bytes from the tier above: the longest text, scores and hops; they fit an envelope again
 
@@ -71,11 +71,7 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     def check(self, url: str, prompts: Mapping[str, Prompt]) -> None:
         """Raises ConfigError for what can never work, and for an address that would send pictures in the clear."""
-        if self.prompt not in prompts:
-            raise ConfigError(
-                f'prompt = "{self.prompt}" in [openai] is none of the prompts {", ".join(sorted(prompts))}: '
-                f"write a table [prompts.{self.prompt}], or name one of them"
-            )
+        check_usual(self.prompt, prompts, "[openai]")
         if self.budget_per_day and not (self.input_price or self.output_price):
             raise ConfigError("budget_per_day without a price never ends: set input_price and output_price in [openai]")
         estimate = self.estimate(prompts.values())
@@ -118,10 +114,17 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """A model of Hugging Face transformers in this process."""
 
-    prompt: Annotated[str, Meta(min_length=1, max_length=16_384)] = QUESTION
-    max_tokens: Annotated[int, Meta(ge=1, le=1024)] = 60  # longest text
+    prompt: PromptName = DEFAULT  # for requests that name none
+    max_tokens: Annotated[int, Meta(ge=1, le=1024)] = 60  # longest text, unless the prompt says otherwise
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    tail: Annotated[str, Meta(min_length=1)] | None = None  # folder of `aiflow distil`: features are answered, too
     offline: bool = True  # false: a model that is not on this machine is downloaded at the first start
+
+    def check(self, server: ServerConfig, prompts: Mapping[str, Prompt]) -> None:
+        """Raises ConfigError for what can never work."""
+        check_usual(self.prompt, prompts, "[hf]")
+        if self.tail and server.bundle is None:
+            raise ConfigError("`tail` in [hf] reads features of the boards' bundle: name it as `bundle` in [server]")
 
 
 class RayConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -197,10 +200,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 f'[openai] is of no use with target = "{kind}": set target = "openai:http://HOST:PORT/v1", or remove it'
             )
-        if self.prompts and not is_other_server:
+        if self.prompts and kind == "bundle":
             raise ConfigError(
                 f'[prompts] is of no use with target = "{kind}", which reads no named prompts: remove it, or set '
-                'target = "openai:http://HOST:PORT/v1"'
+                'target = "openai:http://HOST:PORT/v1" or "hf:FOLDER"'
             )
         if self.ray and kind != "bundle":
             raise ConfigError(f'[ray] is of no use with target = "{kind}": set target = "bundle", or remove it')
@@ -212,16 +215,18 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             if server.bundle is None:
                 raise ConfigError('required key `bundle` is missing (in server), which has target = "bundle"')
             return
+        prompts = read_prompts(self.prompts)
+        self.hf.check(server, prompts)
         if is_other_server:
             if self.openai is None:
                 raise ConfigError(f'target = "{server.target}" needs the table [openai] with the model\'s name')
-            self.openai.check(where, read_prompts(self.prompts))
+            self.openai.check(where, prompts)
             if self.openai.prediction and (kind == "vllm" or server.bundle is None):
                 raise ConfigError(
                     'prediction = true in [openai] wants target = "openai:..." and the boards\' bundle as `bundle` in '
                     "[server], whose words their drafts have"
                 )
-        if not server.pictures:
+        if not (server.pictures or self.hf.tail):
             raise ConfigError("pictures = false, but this target answers pictures only: remove it")
         if self.upstream or self.questions or server.questions_folder:
             raise ConfigError(

@@ -28,7 +28,11 @@ SERVER = {
     "questions": Meaning(
         "Taught questions in requests: asked, and unknown (this server has none of that name)", "what"
     ),
-    "prompts": Meaning("Prompts in requests: asked, and unknown (this server has none of that name)", "what"),
+    "prompts": Meaning(
+        "Prompts in requests: asked, and unknown (this server has none of that name); texts of prompts with a schema: "
+        "valid, and invalid (after a second try, too)",
+        "what",
+    ),
     "target_calls": Meaning(
         "Calls to another server as the target, by what became of them: answered, retried (called once more), "
         "usage_unknown (answered without token counts), repair (called since the answer does not match its schema), "

@@ -36,7 +36,7 @@ class PromptConfig(Struct, frozen=True, forbid_unknown_fields=True):
     system: Words = ""  # the system message; empty: none, since some models know none
     context: Words = ""  # what is normal in the camera's pictures
     language: Annotated[str, Meta(max_length=64)] = ""  # of the texts, such as "German"; empty: the model's choice
-    max_tokens: Annotated[int, Meta(ge=1, le=4096)] | None = None  # longest answer; None: that of [openai]
+    max_tokens: Annotated[int, Meta(ge=1, le=4096)] | None = None  # longest answer; None: the target's own
     frames: Annotated[int, Meta(ge=1, le=MAX_FRAMES)] = 1  # the camera's last pictures in one question
     schema: dict[str, Any] | str | None = None  # JSON Schema, or a file with it; None: the answer is a text
 
@@ -63,6 +63,15 @@ def read_prompts(configured: Mapping[str, PromptConfig]) -> dict[str, Prompt]:
                 f'prompts: {name[:64]!r} is no name: want 1 to 32 of the characters A-Z, a-z, 0-9, _ and -, not "none"'
             )
     return {name: _prompt(name, config) for name, config in tables.items()}
+
+
+def check_usual(name: str, prompts: Mapping[str, Prompt], table: str) -> None:
+    """Raises ConfigError if the prompt for requests that name none is not there. table: which names it."""
+    if name not in prompts:
+        raise ConfigError(
+            f'prompt = "{name}" in {table} is none of the prompts {", ".join(sorted(prompts))}: '
+            f"write a table [prompts.{name}], or name one of them"
+        )
 
 
 def _prompt(name: str, config: PromptConfig) -> Prompt:

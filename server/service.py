@@ -351,6 +351,8 @@ class Service:
             self._count("decoding", "accepted", answer.accepted)
             self._count("decoding", "tokens", len(answer.tokens))
             self._count("decoding", "passes", answer.passes)
+            if answer.checked:
+                self._count("prompts", "valid" if answer.checked.valid else "invalid")
         return answers
 
     def _reply(self, accepted: Accepted, job: Any, answer: Answer, started: float, decoded: float, done: float) -> None:

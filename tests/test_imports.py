@@ -55,6 +55,7 @@ MAY_IMPORT = {
         "edge_runtime.http_call",
         "edge_runtime.password_file",
         *("models.family", "models.labels", "models.lookahead", "models.questions", "models.stored_weights"),
+        "models.tower_tail",
         "edge_runtime.__version__",
     },
     "testbed": {"edge_runtime"},

@@ -6,7 +6,6 @@ coded against one; for a picture, the float head's. The engine itself (server/en
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -15,12 +14,12 @@ from numpy.typing import NDArray
 
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.sampling import sampler_of
-from edge_runtime.wire import BitstreamError, EnvelopeError, Header, Inter, Paradigm, decode, encode
+from edge_runtime.wire import EnvelopeError, Header, Paradigm, encode
 from edge_runtime.wire.envelope import seed_of
 from server.accepted import Accepted
 from server.engine import Job, Proof
 from server.questions import Questions
-from server.references import References
+from server.targets.latents import Latents
 from server.targets.target import Abilities, Answer, Limits, Target
 
 
@@ -53,7 +52,7 @@ class BundleTarget(Target[Job]):
         """tier: whose decoder answers, "edge" or "cloud"."""
         self.bundle, self.engine, self.tier = bundle, engine, tier
         self.questions = questions or Questions(bundle)
-        self.references = References()
+        self.latents = Latents(bundle)
         self.limits = Limits(batch=max_batch)
 
     @property
@@ -135,11 +134,4 @@ class BundleTarget(Target[Job]):
         tables = self.bundle.tables
         if accepted.pixels is not None:
             return self.engine.symbols(accepted.pixels), tables.levels - 1, tables.channels
-        board, inter = accepted.arrival.board, self.bundle.inter_tables
-        find = partial(self.references.find, board)
-        decoded = decode(accepted.request.content, tables, Inter(inter, find) if inter else None)
-        if not decoded.checked:  # a cut message and a damaged one look alike, and MQTT cuts none
-            raise BitstreamError("bitstream ends early, so its check is missing: send it whole")
-        if inter:
-            self.references.keep(board, accepted.request.id, decoded.header, decoded.symbols)
-        return decoded.symbols, decoded.header.level, decoded.complete_channels
+        return self.latents.symbols(accepted)

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from edge_runtime.http_call import CallError
 from edge_runtime.wire.envelope import MAX_TEXT, UInt32
 from server.prompts import Prompt
+from server.targets.prompted import objection, words
 from server.targets.target import PictureJob
 
 Message = dict[str, Any]
@@ -77,15 +78,8 @@ class Completion(Struct):
 
 def messages(prompt: Prompt, job: PictureJob) -> list[Message]:
     """The prompt and the pictures, the job's last."""
-    text = prompt.text
-    if job.earlier:
-        times = ", ".join(f"{earlier.seconds:.1f} s" for earlier in job.earlier)
-        number = len(job.earlier) + 1
-        text += (
-            f"\n\nThese {number} pictures are of the same camera, in the order of time: {times} before the last one."
-        )
     pictures = [*((earlier.media_type, earlier.picture) for earlier in job.earlier), (job.media_type, job.picture)]
-    content: list[Message] = [{"type": "text", "text": text}, *(_image(*each) for each in pictures)]
+    content: list[Message] = [{"type": "text", "text": words(prompt, job)}, *(_image(*each) for each in pictures)]
     asked: list[Message] = [{"role": "user", "content": content}]
     return [{"role": "system", "content": prompt.system}, *asked] if prompt.system else asked
 
@@ -96,8 +90,7 @@ def _image(media_type: str, picture: bytes) -> Message:
 
 def repair(asked: Sequence[Message], answer: str, wrong: str) -> list[Message]:
     """The same, and what is wrong with the answer."""
-    again = f"This is not what was asked for: {wrong}. Answer again, with the whole corrected JSON object alone."
-    return [*asked, {"role": "assistant", "content": answer}, {"role": "user", "content": again}]
+    return [*asked, {"role": "assistant", "content": answer}, {"role": "user", "content": objection(wrong)}]
 
 
 def body(model: str, asked: Sequence[Message], prompt: Prompt, max_tokens: int, **more: Any) -> bytes:

@@ -2,7 +2,7 @@
 
 A draft is verified in the pass that reads the prompt. Then the text goes on with proposals from the rest of the draft,
 from the prompt, and from what this model has written before. The text is the one of `generate` with `do_sample=False`,
-with any draft. A start test decides whether drafts are used (`prove`).
+with any draft and in any batch. A start test decides whether drafts and batches are used (`prove`).
 
 Knows nothing of messages, queues and deadlines.
 """
@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 
 from edge_runtime.errors import AiflowError
-from server.targets.huggingface_decoding import GreedyDecoding, NotFiniteError, Propose
+from server.targets.huggingface_decoding import GreedyDecoding, Propose, Row
 from server.targets.huggingface_drafts import DraftTokenizer
 from server.targets.huggingface_loading import Loaded, TargetError, load
-from server.targets.huggingface_prompts import PromptError, model_inputs
+from server.targets.huggingface_prompts import Job, PromptError, model_inputs
+from server.targets.huggingface_tower import Tower
 from server.targets.phrases import START, PhraseMemory, Proposer
 from server.verify import new_text
 
@@ -33,20 +33,12 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS = 1024  # of a text
 PHRASES = 20_000  # keys of the phrase memory, about 10 MB: hundreds of texts of 20 tokens
 PROBE_TOKENS = 16  # of a text of the start test
-PROBE_PROMPTS = ("Describe this in one sentence.", "What is unusual here?")
+PROBE_PROMPTS = ("Describe this in one sentence.", "What is unusual here?", "Describe this in one sentence.")
 SAFETY = 16  # times the deviation that the start test saw, to bound the deviations that it did not see
 
+Inputs = dict[str, Any]  # of `generate`: tensors by name
+
 FAILURES = (AiflowError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # of one job
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the target needs for one text."""
-
-    prompt: str
-    pixels: NDArray[np.uint8] | None = None  # RGB, [H, W, 3]; None for a language model
-    draft: str | None = None  # any text. None: the target writes alone, without proposals of its own either
-    max_tokens: int = 64  # longest text, end token included; 1 to MAX_TOKENS
 
 
 @dataclass(frozen=True)
@@ -72,6 +64,7 @@ class Proof:
     reads_draft_with_prompt: bool = False  # in one pass; else the prompt has a pass of its own
     # In float32, a text with two best scores closer than this is written again without proposals.
     near_tie: float = 0.0
+    batches: bool = False  # texts are the same if several are written in one pass
     numerics: str = ""  # short id of the bits; servers with different ones may answer differently
 
 
@@ -83,13 +76,16 @@ class HuggingFaceTarget:
         self.loaded = loaded
         self.drafts = DraftTokenizer(loaded.tokenizer, loaded.model.config)
         self.phrases = PhraseMemory(PHRASES)
-        self.rewritten = 0  # texts that were written again without proposals
+        self.tower: Tower | None = None  # puts image tokens in the place of a picture
+        self.rewritten = 0  # texts that were written again, alone and without proposals
+        self.on_pass: Callable[[], None] = lambda: None
         self.proof = Proof()
         self.proof = prove(self)
         logger.log(
             logging.INFO if self.proof.strict else logging.WARNING,
-            "target loaded model=%s architecture=%s strict=%s numerics=%s reason=%s",
-            *(loaded.name, loaded.architecture, self.proof.strict, self.proof.numerics, self.proof.reason),
+            "target loaded model=%s architecture=%s strict=%s batches=%s numerics=%s reason=%s",
+            *(loaded.name, loaded.architecture, self.proof.strict, self.proof.batches),
+            *(self.proof.numerics, self.proof.reason),
         )
 
     @classmethod
@@ -105,18 +101,63 @@ class HuggingFaceTarget:
         return self.loaded.processor is not None
 
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
-        """The texts of any number of jobs, in their order, one after the other. One that fails does not hurt others."""
-        return [self._answer(job) for job in jobs]
+        """The texts of any number of jobs, in their order. One that fails does not hurt the others.
 
-    def _answer(self, job: Job) -> Answer:
+        Jobs with inputs of equal shapes are written in the same passes, if the start test allows it.
+        """
+        answers: dict[int, Answer] = {}
+        groups: dict[Any, list[tuple[int, Inputs]]] = {}
+        for i, job in enumerate(jobs):
+            try:
+                inputs = self.inputs(job)
+            except FAILURES as error:
+                answers[i] = self._failed(error)
+                continue
+            shapes = frozenset((name, value.shape) for name, value in inputs.items())
+            groups.setdefault((shapes, job.max_tokens) if self.proof.batches else i, []).append((i, inputs))
+        for group in groups.values():
+            places, asked = [i for i, _ in group], [inputs for _, inputs in group]
+            written = self._write([jobs[i] for i in places], asked)
+            answers.update(zip(places, written, strict=True))
+        return [answers[i] for i in range(len(jobs))]
+
+    def _write(self, jobs: Sequence[Job], asked: Sequence[Inputs]) -> list[Answer]:
+        """The answers to jobs of one limit, with inputs of equal shapes."""
         try:
-            inputs = self.inputs(job)
-            draft = self.drafts.tokens(job.draft) if job.draft is not None and self.proof.strict else None
-            written = self._write(inputs, draft, job.max_tokens)
+            rows = self.decode(together(asked), [self._row(*each) for each in zip(jobs, asked, strict=True)]).rows
         except FAILURES as error:  # of foreign code on a foreign picture: they end this job, not the server
-            return Answer("", error=f"target {self.loaded.name}: {error}")
-        text = written.text
-        self.drafts.learn(text.without_end)
+            if len(jobs) == 1:
+                return [self._failed(error)]
+            logger.warning("texts are written one by one, since together they failed rows=%d why=%s", len(jobs), error)
+            return [self._write([job], [inputs])[0] for job, inputs in zip(jobs, asked, strict=True)]
+        return [self._answer(*each, len(jobs)) for each in zip(jobs, asked, rows, strict=True)]
+
+    def _row(self, job: Job, inputs: Inputs) -> Row:
+        """A text before its first pass."""
+        if job.draft is None or not self.proof.strict:
+            return self.row(job.max_tokens)
+        draft, own = self.drafts.tokens(job.draft), PhraseMemory(PHRASES)
+        own.learn([token for token in inputs["input_ids"][0].tolist() if token not in self.drafts.special])
+        return self.row(job.max_tokens, draft, Proposer(draft, own, self.phrases))
+
+    def _answer(self, job: Job, inputs: Inputs, row: Row, rows: int) -> Answer:
+        """Of a row that was written with so many rows, itself included."""
+        # The order of sums depends on how many tokens a pass reads. Here it may have decided between two tokens. And a
+        # draft can make a model in float16 overflow where its own text does not.
+        is_reference = rows == 1 and not row.widest
+        if not is_reference and (row.error or row.margin <= self.proof.near_tie):
+            self.rewritten += 1
+            passes = row.text.passes
+            try:
+                (row,) = self.decode(inputs, [self.row(job.max_tokens)]).rows
+            except FAILURES as error:
+                return self._failed(error)
+            row.text = replace(row.text, passes=row.text.passes + passes)
+        if row.error:
+            return self._failed(row.error)
+        text = row.text
+        if job.is_prose:
+            self.drafts.learn(text.without_end)
         self.phrases.learn((START, *text.without_end))
         return Answer(
             self.drafts.text(text.without_end),
@@ -125,14 +166,22 @@ class HuggingFaceTarget:
             text.proposed,
             text.accepted_again,
             text.passes,
-            math.exp(written.log_probability / len(text.tokens)),
+            math.exp(row.log_probability / len(text.tokens)),
         )
 
-    def inputs(self, job: Job) -> dict[str, Any]:
+    def _failed(self, error: BaseException) -> Answer:
+        return Answer("", error=f"target {self.loaded.name}: {error}")
+
+    def inputs(self, job: Job) -> Inputs:
         """The model's inputs for a job. Raises PromptError."""
         if not 1 <= job.max_tokens <= MAX_TOKENS:
             raise PromptError(f"max_tokens = {job.max_tokens}: want 1 to {MAX_TOKENS}")
-        inputs = model_inputs(self.loaded, job.prompt, job.pixels)
+        if job.image_tokens is None:
+            inputs = model_inputs(self.loaded, job)
+        elif self.tower:
+            inputs = self.tower.inputs(job)
+        else:
+            raise PromptError("image tokens come from a tail, and this target has none: set `tail` in [hf]")
         positions = getattr(self.loaded.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if not (length := inputs["input_ids"].shape[1]):
             raise PromptError(f"{self.loaded.architecture} has no tokens for this prompt: want one in its language")
@@ -143,41 +192,20 @@ class HuggingFaceTarget:
             )
         return inputs
 
-    def _write(self, inputs: dict[str, Any], draft: tuple[int, ...] | None, limit: int) -> GreedyDecoding:
-        if draft is None:
-            return self.decode(inputs, limit)
-        own = PhraseMemory(PHRASES)
-        own.learn([token for token in inputs["input_ids"][0].tolist() if token not in self.drafts.special])
-        proposer, wasted = Proposer(draft, own, self.phrases), 0
-        try:
-            written = self.decode(inputs, limit, draft, proposer, self.proof.reads_draft_with_prompt)
-            if not written.widest or written.margin > self.proof.near_tie:
-                return written
-            # The order of sums depends on how many tokens a pass reads. Here it may have decided between two tokens.
-            wasted = written.text.passes
-        except NotFiniteError as error:  # a draft can make a model in float16 overflow where its own text does not
-            wasted = error.passes
-        self.rewritten += 1
-        alone = self.decode(inputs, limit)
-        alone.text = replace(alone.text, passes=alone.text.passes + wasted)
-        return alone
+    def row(self, limit: int, draft: Sequence[int] = (), proposer: Propose | None = None) -> Row:
+        """A text of at most `limit` tokens before its first pass."""
+        return Row(new_text(draft, self.drafts.vocabulary, limit, special=self.drafts.special), proposer)
 
     def decode(
-        self,
-        inputs: dict[str, Any],
-        limit: int,
-        draft: Sequence[int] = (),
-        proposer: Propose | None = None,
-        reads_draft_with_prompt: bool = True,
-        **settings: Any,
+        self, inputs: Inputs, rows: Sequence[Row], reads_draft_with_prompt: bool | None = None, **settings: Any
     ) -> GreedyDecoding:
-        """One text of at most `limit` tokens, with this draft. settings: more arguments of `generate`."""
-        text = new_text(draft, self.drafts.vocabulary, limit, special=self.drafts.special)
-        decoding = GreedyDecoding(text, proposer, reads_draft_with_prompt)
+        """Writes the rows, which have one limit. reads_draft_with_prompt: None: as proven. settings: of `generate`."""
+        with_prompt = self.proof.reads_draft_with_prompt if reads_draft_with_prompt is None else reads_draft_with_prompt
+        decoding = GreedyDecoding(rows, with_prompt, self.on_pass)
         self.loaded.model.generate(
-            **inputs,
+            **(self.tower.placed(inputs) if self.tower else inputs),
             custom_generate=decoding,
-            max_new_tokens=limit,
+            max_new_tokens=rows[0].text.limit,
             do_sample=False,
             num_beams=1,
             cache_implementation="dynamic",
@@ -186,55 +214,80 @@ class HuggingFaceTarget:
         return decoding
 
 
+def together(asked: Sequence[Inputs]) -> Inputs:
+    """Inputs of equal shapes as those of one batch: rows, pictures and patches come one after the other."""
+    return {name: torch.cat([inputs[name] for inputs in asked]) for name in asked[0]}
+
+
 def prove(target: HuggingFaceTarget) -> Proof:
-    """The start test: texts without a draft, then with right and wrong ones. Raises TargetError if none can be written.
+    """The start test: texts without a draft, then with right and wrong ones, alone and in one batch.
+
+    Raises TargetError if none can be written.
 
     Libraries choose the order of sums by shape, so the bits of a token may depend on how many tokens a pass reads. In
     float32 they differ in the last places, and texts only where two tokens are almost equally likely.
     """
-    random = np.random.default_rng(0)
+    loaded, random = target.loaded, np.random.default_rng(0)
+    pictures = [random.integers(0, 256, (224, 224, 3), dtype=np.uint8) for _ in range(2)]
     jobs = [
-        Job(prompt, random.integers(0, 256, (224, 224, 3), dtype=np.uint8) if target.takes_pictures else None)
-        for prompt in PROBE_PROMPTS
+        Job(prompt, picture if target.takes_pictures else None, max_tokens=PROBE_TOKENS)
+        for prompt, picture in zip(PROBE_PROMPTS, (*pictures, pictures[1]), strict=True)
     ]
-    loaded = target.loaded
+    decode, row = partial(target.decode, min_new_tokens=PROBE_TOKENS), partial(target.row, PROBE_TOKENS)
     try:
-        asked = [target.inputs(Job(job.prompt, job.pixels, max_tokens=PROBE_TOKENS)) for job in jobs]
-        decode = partial(target.decode, limit=PROBE_TOKENS, min_new_tokens=PROBE_TOKENS)
-        alone = [decode(inputs) for inputs in asked]
+        asked = [target.inputs(job) for job in jobs]
+        written = [decode(inputs, [row()]) for inputs in asked]
+        alone = [decoding.rows[0] for decoding in written]
+        if error := next((each.error for each in alone if each.error), None):
+            raise error
     except FAILURES as error:
         raise TargetError(f"{loaded.name}: {loaded.architecture} fails at a first text: {error}") from error
-    for written in alone:
-        target.drafts.learn(written.text.without_end)
+    for each in alone:
+        target.drafts.learn(each.text.without_end)
     threads = torch.get_num_threads()
-    seen = [(written.text.tokens, written.log_probability) for written in alone]
+    seen = [(each.text.tokens, each.log_probability) for each in alone]
     setting = (torch.__version__, transformers.__version__, loaded.model.device.type, loaded.model.dtype, threads, seen)
     numerics = hashlib.sha256(repr(setting).encode()).hexdigest()[:8]
-    if not all(written.can_roll_back for written in alone):
-        return Proof(reason=f"the cache of {loaded.architecture} cannot be rolled back", numerics=numerics)
-    for with_prompt in (True, False):
-        again = partial(decode, reads_draft_with_prompt=with_prompt)
-        deviation = max(
-            _deviation(written, partial(again, inputs, draft=draft))
-            for inputs, written in zip(asked, alone, strict=True)
-            for draft in _probe_drafts(written.text.tokens, target.drafts)
-        )
-        if deviation < math.inf:
-            near_tie = SAFETY * max(deviation, 1e-6) if loaded.model.dtype == torch.float32 else 0.0
-            return Proof(True, "", with_prompt, near_tie, numerics)
-    return Proof(reason=f"texts of {loaded.architecture} differ with drafts", numerics=numerics)
+    drafts = [_probe_drafts(each.text.tokens, target.drafts) for each in alone]
+    reason, with_prompt, deviation = f"texts of {loaded.architecture} differ with drafts", True, math.inf
+    if not all(decoding.can_roll_back for decoding in written):
+        reason = f"the cache of {loaded.architecture} cannot be rolled back"
+    else:
+        for with_prompt in (True, False):
+            again = partial(decode, reads_draft_with_prompt=with_prompt)
+            deviation = max(
+                _deviation([each], partial(again, inputs, [row(draft)]))
+                for inputs, each, tried in zip(asked, alone, drafts, strict=True)
+                for draft in tried
+            )
+            if deviation < math.inf:
+                break
+    strict = deviation < math.inf
+    # Twice two pictures; of each row something else is accepted.
+    rows = [(0, ()), (0, drafts[0][0]), (2, drafts[2][1]), (2, drafts[2][2])]
+    batch = [row(draft if strict else ()) for _, draft in rows]
+    inputs = together([asked[i] for i, _ in rows])
+    shared = _deviation([alone[i] for i, _ in rows], partial(decode, inputs, batch, with_prompt))
+    # Penalties for words of the prompt know the prompts of the whole batch, and are asked about one row.
+    settings = loaded.model.generation_config
+    batches = shared < math.inf and not settings.encoder_no_repeat_ngram_size
+    batches = batches and settings.encoder_repetition_penalty in (None, 1.0)
+    seen_apart = max(1e-6, *(each for each in (deviation, shared) if each < math.inf), 0.0)
+    near_tie = SAFETY * seen_apart if loaded.model.dtype == torch.float32 and (strict or batches) else 0.0
+    return Proof(strict, "" if strict else reason, strict and with_prompt, near_tie, batches, numerics)
 
 
-def _deviation(alone: GreedyDecoding, decode: Callable[[], GreedyDecoding]) -> float:
-    """By how much the text's log-probability differs if it is written so; infinite if the text does, or if it fails."""
+def _deviation(alone: Sequence[Row], decode: Callable[[], GreedyDecoding]) -> float:
+    """By how much the texts' log-probabilities differ if they are written so; infinite if a text does, or fails."""
     try:
-        again = decode()
+        again = decode().rows
     except FAILURES as error:
-        logger.info("a text with a draft failed in the start test: %s", error)
+        logger.info("texts with drafts or together failed in the start test: %s", error)
         return math.inf
-    if again.text.tokens != alone.text.tokens:
+    pairs = list(zip(alone, again, strict=True))
+    if any(b.error or a.text.tokens != b.text.tokens for a, b in pairs):
         return math.inf
-    return abs(again.log_probability - alone.log_probability)
+    return max(abs(a.log_probability - b.log_probability) for a, b in pairs)
 
 
 def _probe_drafts(tokens: tuple[int, ...], drafts: DraftTokenizer) -> list[tuple[int, ...]]:

@@ -3,10 +3,14 @@
 `generate` prepares prompt, picture, encoder, cache and logits processors for each architecture; its parameter
 `custom_generate` replaces the loop after that. This loop reads several tokens per pass: the last one written, then
 proposals. The rule which of them count is `server/verify.py`. What the cache holds for rejected proposals is removed.
+
+Several texts after prompts of equal length are written in the same passes. All rows of the cache end where the row with
+the fewest tokens does, and the tokens that the others have written beyond that are read once more in the next pass. So
+no row is padded inside, and positions, masks and windows are those of a text alone, whatever the architecture.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,16 +35,51 @@ class NotFiniteError(AiflowError, ArithmeticError):
 
 
 @dataclass
-class GreedyDecoding:
-    """One text, and how it was written. Call it through `custom_generate`; read `text` afterwards."""
+class Row:
+    """One text, and how it was written."""
 
-    text: Text  # before the first pass: the draft, and which tokens end it; then the written text
+    text: Text  # before the first pass: the draft; then the written text
     propose: Propose | None = None  # proposals after the draft; None: only the draft's own
-    reads_draft_with_prompt: bool = True  # in one pass; else the prompt has a pass of its own
     log_probability: float = 0.0  # of the written tokens
     margin: float = float("inf")  # smallest difference between the two best scores where a token was chosen
     widest: int = 0  # most proposals in a pass
     misses: int = 0  # last passes in a row of which no proposal was accepted
+    error: NotFiniteError | None = None  # why there is no text
+
+    @property
+    def is_done(self) -> bool:
+        return self.text.is_done or self.error is not None
+
+    def proposals(self) -> tuple[int, ...]:
+        """What may follow the last token."""
+        if self.propose and self.text.needs_proposals:
+            self.text = propose_again(self.text, self.propose(self.text.tokens, self.misses))
+        return self.text.rest
+
+    def verify(self, scores: Tensor) -> None:
+        """Adds the model's choices after a pass to the text. scores: float32 [proposals + 1, vocabulary]."""
+        before = len(self.text.tokens)
+        self.text = verify(self.text, scores.argmax(-1).tolist())  # of equal scores the first, as `generate` does
+        written = len(self.text.tokens) - before
+        self.widest = max(self.widest, len(scores) - 1)
+        self.misses = self.misses + 1 if written == 1 else 0
+        best, second = scores[:written].topk(2).values.unbind(-1)
+        # argmax takes a NaN for a token. Here it stays NaN, and infinite scores become NaN.
+        gain = float((best - scores[:written].logsumexp(-1)).sum())
+        if math.isnan(gain):
+            self.error = NotFiniteError(self.text.passes)
+            return
+        self.log_probability += gain
+        self.margin = min(self.margin, float((best - second).min()))
+
+
+@dataclass
+class GreedyDecoding:
+    """Texts that are written in the same passes. Call it through `custom_generate`; read `rows` afterwards."""
+
+    rows: Sequence[Row]
+    reads_draft_with_prompt: bool = True  # in one pass; else the prompt has a pass of its own
+    on_pass: Callable[[], None] = lambda: None
     can_roll_back: bool = False  # the model's cache, known after the first pass
 
     @torch.no_grad()
@@ -53,71 +92,79 @@ class GreedyDecoding:
         generation_config: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Writes the text after `input_ids` [1, T] and returns both, [1, T + N]. Raises NotFiniteError.
+        """Writes the texts after `input_ids` [B, T], which it returns. The rows have the texts.
 
-        Ends at one of the text's end tokens or at its limit. The stopping criteria say the same and are not used.
+        Each ends at one of its end tokens or at its limit. The stopping criteria say the same and are not used.
         """
-        self.text = replace(self.text, ends=_ends(generation_config))
-        is_first, is_recorded = True, bool(self.text.rest or self.propose)
+        for row in self.rows:
+            row.text = replace(row.text, ends=_ends(generation_config))
+        prompt = input_ids.shape[1]
+        # Of every row: tokens that the cache holds, and tokens that the masks and positions in kwargs are for.
+        cached, covered = 0, prompt
+        is_recorded = any(row.text.rest or row.propose for row in self.rows)
         if is_recorded:
             kwargs["cache"].activate_past_recording()  # sliding windows then keep what `crop` needs
-        while not self.text.is_done:
-            proposals = self._proposals(is_first)
-            ahead = torch.cat([input_ids, input_ids.new_tensor([proposals], dtype=torch.long)], -1)
+        while unfinished := [row for row in self.rows if not row.is_done]:
+            is_first = not cached
+            tails = self._tails(None if is_first else cached - prompt, unfinished)
+            end = prompt + max(map(len, tails))
+            ahead = torch.cat([input_ids, input_ids.new_tensor(_filled_up(tails), dtype=torch.long)], -1)
             inputs = model.prepare_inputs_for_generation(
                 ahead,
-                next_sequence_length=None if is_first else len(proposals) + 1,
+                next_sequence_length=None if is_first else end - cached,
                 is_first_iteration=is_first,
-                **_longer(model, kwargs, {}, len(proposals)),
+                **_longer(model, kwargs, {}, end - covered),
             )
+            first = prompt + min(len(row.text.tokens) for row in unfinished) - 1  # of the positions whose logits count
             if "logits_to_keep" in inputs:
-                inputs["logits_to_keep"] = len(proposals) + 1
+                inputs["logits_to_keep"] = end - first
             outputs = model(**inputs, return_dict=True)
             cache = outputs.get("cache")
             self.can_roll_back = cache is not None and cache.is_croppable
-            logits = outputs.logits[0, -len(proposals) - 1 :].to(input_ids.device, torch.float32)
-            written = self._verify(logits, ahead, logits_processor, len(proposals))
+            logits = outputs.logits[:, first - end :].to(input_ids.device, torch.float32)
+            for i, (row, tail) in enumerate(zip(self.rows, tails, strict=True)):
+                known = prompt + len(row.text.tokens)
+                if not row.is_done and known <= end:
+                    scores = logits[i, known - 1 - first : prompt + len(tail) - first]
+                    row.verify(_processed(scores, ahead[i : i + 1], known, logits_processor))
+            self.on_pass()
+            ends = [prompt + len(row.text.tokens) - 1 for row in unfinished if not row.is_done]
+            cached = min([end, *ends])
             if is_recorded:
-                cache.crop(written - 1 - len(proposals))
-            input_ids = torch.cat([input_ids, input_ids.new_tensor([self.text.tokens[-written:]])], -1)
-            kwargs = _longer(model, kwargs, outputs, written)
-            is_first = False
+                cache.crop(cached - end)
+            kwargs = _longer(model, kwargs, outputs, cached + 1 - covered)
+            covered = cached + 1
         return input_ids
 
-    def _proposals(self, is_first: bool) -> tuple[int, ...]:
-        """What the next pass reads after the last token."""
-        if is_first and not self.reads_draft_with_prompt:
-            return ()
-        if self.propose and self.text.needs_proposals:
-            self.text = propose_again(self.text, self.propose(self.text.tokens, self.misses))
-        proposals = self.text.rest if is_first else self.text.rest[: BLOCK - 1]
-        self.widest = max(self.widest, len(proposals))
-        return proposals
+    def _tails(self, cached: int | None, unfinished: Sequence[Row]) -> list[list[int]]:
+        """What the next pass reads of each row after the prompt: its text, then proposals.
 
-    def _verify(self, logits: Tensor, ahead: Tensor, logits_processor: Any, proposals: int) -> int:
-        """Adds the model's choices after a pass to the text, and returns how many there are.
-
-        logits: float32 [proposals + 1, vocabulary]. Logits processors see the text before each position, as they would
-        without proposals.
+        cached: tokens of them in the cache; None: before the first pass, which reads whole drafts.
         """
-        known = ahead.shape[1] - proposals
-        scores = logits
-        if len(logits_processor):
-            scores = torch.cat(
-                [logits_processor(ahead[:, : known + i], logits[i : i + 1]) for i in range(proposals + 1)]
-            )
-        before = len(self.text.tokens)
-        self.text = verify(self.text, scores.argmax(-1).tolist())  # of equal scores the first, as `generate` does
-        written = len(self.text.tokens) - before
-        self.misses = self.misses + 1 if written == 1 else 0
-        best, second = scores[:written].topk(2).values.unbind(-1)
-        # argmax takes a NaN for a token. Here it stays NaN, and infinite scores become NaN.
-        gain = float((best - scores[:written].logsumexp(-1)).sum())
-        if math.isnan(gain):
-            raise NotFiniteError(self.text.passes)
-        self.log_probability += gain
-        self.margin = min(self.margin, float((best - second).min()))
-        return written
+        end = None
+        if cached is not None:  # at least the last token of one row, so that each pass writes something
+            end = max(cached + BLOCK, min(len(row.text.tokens) for row in unfinished))
+        reads_drafts = cached is not None or self.reads_draft_with_prompt
+        return [
+            [] if row.is_done else [*row.text.tokens, *(row.proposals() if reads_drafts else ())][:end]
+            for row in self.rows
+        ]
+
+
+def _filled_up(tails: Sequence[list[int]]) -> list[list[int]]:
+    """All as long as the longest, by its tokens: they are valid, and no row sees what comes after its own last one."""
+    longest = max(tails, key=len)
+    return [[*tail, *longest[len(tail) :]] for tail in tails]
+
+
+def _processed(scores: Tensor, ahead: Tensor, known: int, logits_processor: Any) -> Tensor:
+    """The scores after logits processors, which see the text before each position, as they would without proposals.
+
+    scores: float32 [N, vocabulary]. ahead: [1, T]; the first row of the scores is of the first `known` tokens of it.
+    """
+    if not len(logits_processor):
+        return scores
+    return torch.cat([logits_processor(ahead[:, : known + i], scores[i : i + 1]) for i in range(len(scores))])
 
 
 def _longer(model: Any, kwargs: dict[str, Any], outputs: Any, tokens: int) -> dict[str, Any]:

@@ -1,63 +1,144 @@
 """A model of Hugging Face as what answers a server's requests: from a request's picture to the model's job and back."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.wire import ContentKind
 from server.accepted import Accepted
 from server.config import HuggingFaceConfig
-from server.targets.huggingface import HuggingFaceTarget, Job
-from server.targets.target import Abilities, Answer, Limits, PictureJob, Target, Verified, picture_job
+from server.prompts import Prompt
+from server.targets.huggingface import MAX_TOKENS, HuggingFaceTarget
+from server.targets.huggingface_features import FeatureReader
+from server.targets.huggingface_prompts import Job, PromptError
+from server.targets.prompted import PromptedTarget, objection, words
+from server.targets.target import Abilities, Answer, Limits, PictureJob, Verified, picture_job
 
-SILENT_S = 300.0
+SILENT_S = 300.0  # of one pass: a large model reads several pictures on a CPU within it
+BLANK = np.zeros((224, 224, 3), np.uint8)
 
 
-class PictureModel(Target[PictureJob]):
+class PictureModel(PromptedTarget):
     """For one thread, except `status`."""
 
-    # It answers jobs one after the other. A large model writes a long text on a CPU within SILENT_S.
-    limits = Limits(batch=1, silent_s=SILENT_S)
+    def __init__(
+        self,
+        model: HuggingFaceTarget,
+        config: HuggingFaceConfig,
+        bundle: Bundle | None = None,
+        prompts: Mapping[str, Prompt] | None = None,
+        max_batch: int = 1,
+        features: FeatureReader | None = None,
+    ) -> None:
+        """bundle, prompts: see PromptedTarget. max_batch: requests in one pass, if the start test allows it.
 
-    def __init__(self, model: HuggingFaceTarget, config: HuggingFaceConfig, bundle: Bundle | None = None) -> None:
-        """bundle: whose vocabulary spells the drafts; None: drafts are not used. Raises ConfigError."""
+        features: of boards; None: only pictures are read.
+
+        Raises ConfigError, also for a prompt that this model cannot read.
+        """
+        super().__init__(prompts, config.prompt, config.max_tokens, bundle)
         if not model.takes_pictures:
             raise ConfigError(f"{model.loaded.name} takes no pictures: want an image-text-to-text model")
-        self.model, self.config, self.bundle = model, config, bundle
+        self.model, self.features = model, features
+        self.limits = Limits(batch=max_batch if model.proof.batches else 1, silent_s=SILENT_S)
+        for name, prompt in self._prompts.items():
+            self._try(name, prompt)
+
+    def _try(self, name: str, prompt: Prompt) -> None:
+        """Raises ConfigError for a prompt that can never be answered."""
+        limit = min(prompt.max_tokens or self._max_tokens, MAX_TOKENS)
+        job = Job(
+            prompt.text,
+            BLANK,
+            system=prompt.system,
+            max_tokens=limit,
+            earlier=(BLANK,) * (prompt.frames - 1),
+            is_prose=False,
+        )
+        try:
+            self.model.inputs(job)
+        except PromptError as error:
+            raise ConfigError(f"prompt {name}: {error}") from error
+        if prompt.frames > 1:  # some processors take them, and then the model does not
+            (answer,) = self.model.answer([replace(job, max_tokens=1)])
+            if answer.error:
+                raise ConfigError(f"prompt {name}: {prompt.frames} pictures in one question: {answer.error}")
 
     @property
     def abilities(self) -> Abilities:
         uses_drafts = self.model.proof.strict
         # The start test found equal texts. That is less than the bundle's proof, which is to the bit.
         verified: Verified = "server" if uses_drafts else "none"
+        # Nobody wants a draft of a JSON object.
+        takes_drafts = uses_drafts and self._bundle is not None and self._prompts[self._usual].schema is None
         name = f"hf:{self.model.loaded.name}"
-        return Abilities(name, verified, drafts=uses_drafts and self.bundle is not None)
-
-    def job(self, accepted: Accepted) -> PictureJob:
-        return picture_job(accepted, self.bundle)
-
-    def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
-        return [self._answer(job) for job in jobs]
-
-    def _answer(self, job: PictureJob) -> Answer:
-        # Decoded once before, within limits; here in its own size and proportions.
-        pixels = decode_picture(job.picture)
-        limit = min(job.max_tokens or self.config.max_tokens, self.config.max_tokens)
-        started = time.monotonic()
-        (written,) = self.model.answer([Job(self.config.prompt, pixels, job.draft, limit)])
-        return Answer(
-            text=written.text,
-            accepted=written.accepted,
-            proposed=written.proposed,
-            accepted_again=written.accepted_again,
-            passes=written.passes,
-            confidence=written.confidence,
-            error=written.error,
-            stages_ms={"passes": 1e3 * (time.monotonic() - started)},  # the first pass reads the picture
+        return Abilities(
+            name,
+            verified,
+            bundles=(self.features.bundle.id,) if self.features else (),
+            drafts=takes_drafts,
+            references=self.features is not None and self.features.bundle.inter_tables is not None,
+            prompts=tuple(sorted(self._prompts)),
         )
 
+    def job(self, accepted: Accepted) -> PictureJob:
+        if not self.features or accepted.request.content_kind is not ContentKind.LATENT:
+            return super().job(accepted)
+        # Earlier frames are not kept: a prompt that shows several pictures is asked about this one.
+        return picture_job(accepted, self._bundle, self.features.tokens(accepted))
+
+    def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
+        first = self._written([self._asked(job) for job in jobs])
+        return [self._checked(job, answer) for job, answer in zip(jobs, first, strict=True)]
+
+    def on_step(self, step: Callable[[], None]) -> None:
+        self.model.on_pass = step
+
     def status(self) -> dict[str, Any]:
-        bundles = {self.bundle.id.hex(): self.bundle.manifest.name} if self.bundle else {}
+        bundles = {self._bundle.id.hex(): self._bundle.manifest.name} if self._bundle else {}
         return {"numerics": self.model.proof.numerics, "bundles": bundles}
+
+    def _asked(self, job: PictureJob, draft: str | None = None, repair: tuple[str, str] | None = None) -> Job:
+        prompt = self._prompt_of(job)
+        if draft is None:
+            draft = job.draft if prompt.schema is None else ""
+        return Job(
+            words(prompt, job),
+            # Decoded once before, within limits; here in their own size and proportions.
+            decode_picture(job.picture) if job.image_tokens is None else None,
+            draft,
+            min(self._limit(job), MAX_TOKENS),
+            prompt.system,
+            tuple(decode_picture(earlier.picture) for earlier in job.earlier),
+            repair,
+            is_prose=prompt.schema is None,
+            image_tokens=job.image_tokens,
+        )
+
+    def _repair(self, job: PictureJob, text: str, wrong: str, until: float) -> Answer:
+        # The corrected text is likely to be much like the first.
+        return self._written([self._asked(job, draft=text, repair=(text, objection(wrong)))])[0]
+
+    def _written(self, jobs: Sequence[Job]) -> list[Answer]:
+        started = time.monotonic()
+        answers = self.model.answer(jobs)
+        passes_ms = 1e3 * (time.monotonic() - started)  # the first pass reads the pictures
+        return [
+            Answer(
+                text=written.text,
+                accepted=written.accepted,
+                proposed=written.proposed,
+                accepted_again=written.accepted_again,
+                passes=written.passes,
+                confidence=written.confidence,
+                error=written.error,
+                stages_ms={"passes": passes_ms},
+            )
+            for written in answers
+        ]

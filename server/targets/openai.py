@@ -8,9 +8,6 @@ https://platform.openai.com/docs/guides/predicted-outputs. A server that refuses
 
 A call that fails for a while is made again within the request's deadline, after a random time that doubles with each
 try. What does not get better (any other status, a response that is none) is an error at once.
-
-If the prompt has a schema, the answer is checked here, whatever the other server promises. An answer that does not
-match goes back once with what is wrong, within the same deadline and budget.
 """
 
 import logging
@@ -18,23 +15,20 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from edge_runtime.errors import AiflowError
 from edge_runtime.http_call import PERMANENT, TEMPORARY, CallError
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.wire import CheckedObject, Usage
+from edge_runtime.wire import Usage
 from edge_runtime.wire.envelope import MAX_UINT32
-from server.accepted import Accepted
-from server.answer_schema import AnswerError, AnswerSchema
 from server.config import OpenAIConfig
-from server.prompts import Prompt, read_prompts
+from server.prompts import Prompt
 from server.targets import chat
 from server.targets.draft_style import DraftStyle
-from server.targets.paid_calls import LAST_WAIT_S, PaidCalls, added
-from server.targets.recent_pictures import RecentPictures
-from server.targets.target import Abilities, Answer, Limits, PictureJob, Target, picture_job
+from server.targets.paid_calls import LAST_WAIT_S, PaidCalls
+from server.targets.prompted import PromptedTarget
+from server.targets.target import Abilities, Answer, Limits, PictureJob
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +42,7 @@ class DraftError(AiflowError):
     """The other server did not do with a draft what its API promises."""
 
 
-class OpenAITarget(Target[PictureJob]):
+class OpenAITarget(PromptedTarget):
     """`answer` may be called on `config.calls` threads at once; one slow call delays no other."""
 
     kind = "openai"
@@ -67,10 +61,8 @@ class OpenAITarget(Target[PictureJob]):
         chance: uniform in [0, 1). prompts: by name; None: `door` alone. bundle: whose vocabulary spells the drafts;
         None: drafts are not used. Raises ConfigError for a spent_file that cannot be used.
         """
-        self.config, self._url = config, url
-        self._prompts = read_prompts({}) if prompts is None else prompts
-        self._bundle, self._style, self._recent = bundle, DraftStyle(), RecentPictures()
-        self._shows_several = any(prompt.frames > 1 for prompt in self._prompts.values())
+        super().__init__(prompts, config.prompt, config.max_tokens, bundle)
+        self.config, self._url, self._style = config, url, DraftStyle()
         # Nobody wants a draft of a JSON object. False: the other server does not take drafts, either.
         self._takes_drafts = config.prediction and self._prompts[config.prompt].schema is None
         # More than its tries: two calls with a draft, one to repair an answer.
@@ -86,16 +78,6 @@ class OpenAITarget(Target[PictureJob]):
             drafts=self._takes_drafts and self._bundle is not None,
             prompts=tuple(sorted(self._prompts)),
         )
-
-    def job(self, accepted: Accepted) -> PictureJob:
-        job, options = picture_job(accepted, self._bundle), accepted.request.options
-        # To a tier above, all boards of an edge server are one: their cameras cannot be told apart.
-        if not self._shows_several or (options and options.via):
-            return job
-        camera, frames = options.camera if options else "", self._prompt_of(job).frames
-        request, board = accepted.request, accepted.arrival.board
-        earlier = self._recent.add(board, camera, request.id, job.picture, job.media_type, frames)
-        return replace(job, earlier=earlier)
 
     def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
         return [self._answer(job) for job in jobs]
@@ -118,14 +100,9 @@ class OpenAITarget(Target[PictureJob]):
         draft = self._style.apply(job.draft) if self._takes_drafts and prompt.schema is None else ""
         answer = self._try_draft(asked, prompt, job, draft) if draft else None
         answer = answer or self._plain(asked, prompt, job)
-        if answer.error or prompt.schema is None:
+        if prompt.schema is None and not answer.error:
             self._style.learn(answer.text)
-            return answer
-        try:
-            return _as_object(answer, prompt.schema)
-        except AnswerError as error:
-            body = self._body(chat.repair(asked, answer.text, str(error)), prompt, job)
-            return self._repaired(answer, prompt.schema, body, job.deadline)
+        return self._checked(job, answer)
 
     def _try_draft(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob, draft: str) -> Answer | None:
         """The answer by way of the draft; None: ask without one."""
@@ -150,13 +127,13 @@ class OpenAITarget(Target[PictureJob]):
     def _with_draft(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob, draft: str) -> Answer | None:
         """The answer by way of the draft; None: there is none. Raises CallError and DraftError."""
         started = time.monotonic()
-        body = self._body(asked, prompt, job, prediction={"type": "content", "content": draft})
+        body = self._body(asked, job, prediction={"type": "content", "content": draft})
         completion, usage = self.calls.ask(body, job.deadline)
         return self._answer_of(completion, usage, started)
 
     def _plain(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob) -> Answer:
         """The answer without a draft."""
-        return self._ask(self._body(asked, prompt, job), job.deadline)
+        return self._ask(self._body(asked, job), job.deadline)
 
     def _answer_of(self, completion: chat.Completion, usage: Usage | None, started: float) -> Answer:
         accepted, rejected = completion.prediction
@@ -187,41 +164,18 @@ class OpenAITarget(Target[PictureJob]):
             else:
                 return self._answer_of(completion, usage, started)
 
-    def _repaired(self, first: Answer, schema: AnswerSchema, body: bytes, deadline: float) -> Answer:
-        """The answer to one more call, or the first text as it is. body: of that call."""
-        raw = replace(first, checked=CheckedObject(schema.name, valid=False))
-        started, until = time.monotonic(), deadline - REPLY_S
-        # The second call is likely to take as long as the first. One that has no time is paid for in vain.
-        if started + sum(first.stages_ms.values()) / 1e3 >= until:
-            self.calls.count("invalid")
-            return raw
-        self.calls.count("repair")
+    def _repair(self, job: PictureJob, text: str, wrong: str, until: float) -> Answer:
+        """One call, within the same budget."""
+        started = time.monotonic()
+        body = self._body(chat.repair(chat.messages(self._prompt_of(job), job), text, wrong), job)
         try:
-            completion, usage = self.calls.ask(body, until)
+            return self._answer_of(*self.calls.ask(body, until), started)
         except CallError as error:
             self.calls.count(error.kind)
-            self.calls.count("invalid")
-            return raw
-        stages_ms = {**first.stages_ms, "repair": 1e3 * (time.monotonic() - started)}
-        raw = replace(raw, stages_ms=stages_ms, usage=added(first.usage, usage))
-        try:
-            return _as_object(replace(raw, text=completion.text.strip()), schema)
-        except AnswerError:
-            self.calls.count("invalid")
-            return raw
+            return Answer(error=str(error))
 
-    def _prompt_of(self, job: PictureJob) -> Prompt:
-        return self._prompts[job.prompt or self.config.prompt]
+    def _count(self, what: str) -> None:
+        self.calls.count(what)
 
-    def _limit(self, prompt: Prompt, job: PictureJob) -> int:
-        """Of the tokens of a text."""
-        limit = prompt.max_tokens or self.config.max_tokens
-        return min(limit, job.max_tokens or limit)
-
-    def _body(self, asked: Sequence[chat.Message], prompt: Prompt, job: PictureJob, **more: Any) -> bytes:
-        return chat.body(self.config.model, asked, prompt, self._limit(prompt, job), **more)
-
-
-def _as_object(answer: Answer, schema: AnswerSchema) -> Answer:
-    """The answer with the object alone as its text. Raises AnswerError."""
-    return replace(answer, text=schema.object_in(answer.text), checked=CheckedObject(schema.name, valid=True))
+    def _body(self, asked: Sequence[chat.Message], job: PictureJob, **more: Any) -> bytes:
+        return chat.body(self.config.model, asked, self._prompt_of(job), self._limit(job), **more)

@@ -17,7 +17,6 @@ from typing import Any
 from edge_runtime.errors import ConfigError
 from edge_runtime.http_call import MAY_BE_BILLED, CallError, Endpoint
 from edge_runtime.wire import Usage
-from edge_runtime.wire.envelope import MAX_UINT32
 from server.config import OpenAIConfig
 from server.targets import chat
 from server.targets.spending import Spending, next_day
@@ -148,15 +147,6 @@ class PaidCalls:
     def count(self, what: str) -> None:
         with self._lock:
             self._calls[what] += 1
-
-
-def added(one: Usage | None, other: Usage | None) -> Usage | None:
-    """What two calls used; None: one of them did not say."""
-    if one is None or other is None:
-        return None
-    cost = None if one.cost is None or other.cost is None else one.cost + other.cost
-    inputs, outputs = one.input_tokens + other.input_tokens, one.output_tokens + other.output_tokens
-    return Usage(min(inputs, MAX_UINT32), min(outputs, MAX_UINT32), cost, one.currency)
 
 
 def retry_after_s(header: str | None, now: float) -> float:

@@ -78,14 +78,15 @@ class EarlierPicture:
 class PictureJob:
     """A picture and what is wanted of it, for a target that has a vision model of its own."""
 
-    picture: bytes  # as the board sent it; it has been decoded once, so it is a picture
+    picture: bytes  # as the board sent it; it has been decoded once, so it is a picture; empty with image tokens
     media_type: MediaType
-    pixels: NDArray[np.uint8]  # the same, RGB [224, 224, 3]
+    pixels: NDArray[np.uint8] | None  # the same, RGB [224, 224, 3]; None with image tokens
     deadline: float  # seconds, time.monotonic(): an answer is of no use later
     draft: str = ""  # text of the board or of a lower tier
     max_tokens: int | None = None  # longest text, as the request wants it
     prompt: str = ""  # name of one of the target's prompts; empty: its usual one
     earlier: tuple[EarlierPicture, ...] = ()  # the oldest first; for a prompt that shows several pictures
+    image_tokens: Any = None  # of a latent: what the model's tower would have made of the picture, Tensor [N, D]
 
 
 @dataclass(frozen=True)
@@ -160,17 +161,20 @@ class Target(ABC, Generic[Job]):
         """Ends calls of `answer` early: each returns soon, with an error."""
 
 
-def picture_job(accepted: Accepted, bundle: Bundle | None = None) -> PictureJob:
-    """The job of a request that has a picture. bundle: whose vocabulary spells the draft; None: there is no draft."""
+def picture_job(accepted: Accepted, bundle: Bundle | None = None, image_tokens: Any = None) -> PictureJob:
+    """The job of a request that has a picture, or image tokens in its place.
+
+    bundle: whose vocabulary spells the draft; None: there is no draft.
+    """
     request = accepted.request
-    assert accepted.pixels is not None  # the service decodes a picture before it asks for a job
     draft = bundle.text(request.draft_ids) if bundle and request.draft and request.bundle == bundle.id else ""
     return PictureJob(
-        request.content,
+        request.content if image_tokens is None else b"",
         "image/webp" if request.content_kind is ContentKind.WEBP else "image/jpeg",
         accepted.pixels,
         accepted.deadline,
         draft,
         request.options.max_tokens if request.options else None,
         request.options.prompt if request.options else "",
+        image_tokens=image_tokens,
     )

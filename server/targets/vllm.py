@@ -24,7 +24,7 @@ from edge_runtime.wire import Usage
 from server.prompts import Prompt
 from server.targets import chat
 from server.targets.openai import DraftError, OpenAITarget
-from server.targets.paid_calls import added
+from server.targets.prompted import added
 from server.targets.target import Abilities, Answer, PictureJob
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class VllmTarget(OpenAITarget):
         job, prompt = replace(job, max_tokens=PROBE_TOKENS), self._prompts[self.config.prompt]
         asked = chat.messages(prompt, job)
         try:
-            own, _ = self.calls.ask(self._body(asked, prompt, job), job.deadline)
+            own, _ = self.calls.ask(self._body(asked, job), job.deadline)
             right = self._read_draft(asked, prompt, job, own.text.strip())[0]
             wrong = self._read_draft(asked, prompt, job, WRONG_DRAFT)[0]
         except CallError as error:
@@ -146,7 +146,7 @@ class VllmTarget(OpenAITarget):
     def _with_draft(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob, draft: str) -> Answer | None:
         if not draft.isascii():  # a token may be a part of a character, which nothing spells
             return None
-        started, limit = time.monotonic(), self._limit(prompt, job)
+        started, limit = time.monotonic(), self._limit(job)
         found, completion, usage = self._read_draft(asked, prompt, job, draft)
         accepted = min(found.accepted, limit)
         text = draft[: found.ends[accepted - 1]] if accepted else ""

@@ -69,6 +69,40 @@ def test_device_times_stages_and_watches_a_board(bundle: Path, photos: Path, bac
     assert figures["first_event_s"] > 0
 
 
+def test_speculation_compares_ways_that_write_the_same_tokens(bundle: Path, photos: Path, capsys) -> None:
+    figures = bench(bundle, photos, "speculation", "--limit", "3", "--rounds", "1")
+    assert figures["captions"] == 3
+    for ways in figures["batches"].values():
+        assert list(ways) == ["alone", "board's draft", "server's proposals", "both"]
+        assert {way["same_tokens"] for way in ways.values()} == {1.0}
+        assert max(way["passes"] for way in ways.values()) == ways["alone"]["passes"]
+        for name, way in ways.items():
+            at_once, later = way["ms_at_delay"]["0"], way["ms_at_delay"]["30"]
+            assert later - at_once == pytest.approx(60)
+            assert (at_once > figures["draft_ms"]) or name in ("alone", "server's proposals")
+    assert "server's proposals" in capsys.readouterr().out
+
+
+def test_speculation_compares_a_model_of_transformers_with_its_assisted_generation(
+    bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from tests.server.targets.tiny_models import smolvlm
+
+    smolvlm(folder := tmp_path / "model")
+    figures = bench(bundle, photos, "speculation", "--target", f"hf:{folder}", "--limit", "3", "--rounds", "1")
+    for size, ways in figures["batches"].items():
+        assert list(ways) == ["alone", "board's draft", "server's proposals", "assisted generation", "both"], size
+        assert {way["same_tokens"] for way in ways.values()} == {1.0}
+        assert ways["server's proposals"]["passes"] <= ways["assisted generation"]["passes"] < ways["alone"]["passes"]
+
+
+def test_speculation_refuses_a_target_of_another_kind(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "speculation", "--target", "openai:http://127.0.0.1/v1"])
+    assert "want hf:FOLDER" in capsys.readouterr().err
+
+
 def test_gateway_answers_every_board(bundle: Path, photos: Path) -> None:
     figures = bench(bundle, photos, "gateway", "--seconds", "1")
     for asked in (figures["alone"], figures["16 boards"]):

@@ -273,7 +273,7 @@ def test_a_server_whose_bundle_has_no_tables_for_references_keeps_none(make_serv
     service.receive(lane.arrival(request(bundle)))
     service.answer(service.batcher.take(0))
     assert (lane.replies[0].status, lane.replies[0].is_reference) == (Status.OK, False)
-    assert service.target.references.bytes == 0
+    assert service.target.latents.references.bytes == 0
 
 
 def test_a_request_that_passed_this_server_before_is_counted_as_a_loop(make_service, bundle) -> None:

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from transformers.generation import CandidateGenerator
 
 import server.targets.huggingface_decoding as decoding
+from server.targets import huggingface
 from server.targets.huggingface import MAX_TOKENS, Answer, HuggingFaceTarget, Job, prove
 from server.targets.huggingface_loading import TargetError
 from server.targets.phrases import PhraseMemory
@@ -254,7 +255,9 @@ def test_a_job_without_finite_numbers_fails_by_name_and_alone(tmp_path) -> None:
     snow = target.loaded.tokenizer.convert_tokens_to_ids("snow")
     with torch.no_grad():
         target.loaded.model.model.embed_tokens.weight[snow] = float("nan")
-    bad, after, drafted = target.answer([replace(good, prompt="the snow"), good, replace(good, draft="a dog snow")])
+    # In one pass with the good ones.
+    bad = replace(good, prompt="describe the snow")
+    bad, after, drafted = target.answer([bad, good, replace(good, draft="a dog snow")])
     assert "no finite numbers" in bad.error
     assert (bad.text, bad.tokens) == ("", ())
     assert after.tokens == drafted.tokens == own.tokens
@@ -361,19 +364,104 @@ def test_passes_are_no_more_than_those_of_prompt_lookup(llama: HuggingFaceTarget
 def test_what_the_target_has_written_before_is_proposed_again(llama: HuggingFaceTarget, monkeypatch) -> None:
     monkeypatch.setattr(llama, "phrases", PhraseMemory(1000))
     job = replace(jobs(llama)[1], draft="")
-    first, again = llama.answer([job, job])
+    (first,), (again,) = llama.answer([job]), llama.answer([job])
     assert again.tokens == first.tokens
     assert again.passes < first.passes
     assert again.accepted_again > 0
 
 
-def test_numbers_of_passes_are_those_that_the_model_ran(llama: HuggingFaceTarget) -> None:
-    counted = []
+@pytest.fixture
+def passes(llama: HuggingFaceTarget) -> Iterator[list[int]]:
+    """One entry per forward pass of the model."""
+    counted: list[int] = []
     hook = llama.loaded.model.register_forward_hook(lambda *_: counted.append(1))
-    answers = llama.answer([*jobs(llama), *jobs(llama, draft="the dog is running")])
+    yield counted
     hook.remove()
+
+
+def test_numbers_of_passes_are_those_that_the_model_ran(llama: HuggingFaceTarget, passes: list[int]) -> None:
+    asked = [*jobs(llama), *jobs(llama, draft="the dog is running")]
+    answers = [llama.answer([job])[0] for job in asked]
     assert llama.proof.strict
-    assert len(counted) == sum(answer.passes for answer in answers)
+    assert len(passes) == sum(answer.passes for answer in answers)
+
+
+def same_question(target: HuggingFaceTarget) -> list[Job]:
+    """Jobs that can share passes: of one length, with other pictures, or with other words if it takes none."""
+    asked = jobs(target)
+    return [replace(job, prompt=PROMPTS[0]) for job in asked] if target.takes_pictures else asked
+
+
+def test_texts_that_are_written_together_are_those_of_generate_whatever_the_drafts(target: HuggingFaceTarget) -> None:
+    assert target.proof.batches
+    asked = same_question(target)
+    own = [target.answer([job])[0] for job in asked]
+    together = target.answer(asked)
+    assert [answer.tokens for answer in together] == [of_generate(target, job) for job in asked]
+    halves = [" ".join([*answer.text.split()[: 2 + 3 * i], "dog"]) for i, answer in enumerate(own)]
+    drafts = [own[0].text, halves[1], halves[2]]
+    drafted = target.answer([replace(job, draft=draft) for job, draft in zip(asked, drafts, strict=True)])
+    assert [answer.tokens for answer in drafted] == [answer.tokens for answer in own]
+    assert all(a.passes <= b.passes for a, b in zip(drafted, own, strict=True))
+    assert drafted[0].accepted == drafted[0].proposed > 0
+    short = replace(asked[0], max_tokens=3)  # not in the same passes: at its limit, Florence-2 is made to end
+    assert target.answer([*asked, short])[3].tokens == of_generate(target, short)
+
+
+def test_texts_of_one_length_are_written_in_the_same_passes(llama: HuggingFaceTarget, passes: list[int]) -> None:
+    asked = [replace(job, max_tokens=48) for job in same_question(llama)]
+    own = [answer.text for answer in llama.answer(asked)]
+    assert len(passes) == 48
+    passes.clear()
+    # The first row is soon far ahead of the last, and must wait for it.
+    drafts = [own[0], " ".join([*own[1].split()[:5], "dog"]), None]
+    answers = llama.answer([replace(job, draft=draft) for job, draft in zip(asked, drafts, strict=True)])
+    assert [answer.text for answer in answers] == own
+    assert len(passes) == max(answer.passes for answer in answers) == 48
+    assert answers[0].passes == 1
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_batch_of_any_drafts_gives_the_texts_of_none(llama: HuggingFaceTarget, data) -> None:
+    limit = data.draw(st.sampled_from([1, 7, 40]))
+    asked, wanted = [], []
+    for job in data.draw(st.lists(st.sampled_from(jobs(llama)), min_size=1, max_size=5)):
+        own = llama.answer([replace(job, max_tokens=limit)])[0]
+        near = [data.draw(st.sampled_from((word, word, word, word, "dog"))) for word in own.text.split()]
+        draft = data.draw(st.sampled_from([None, "", own.text, " ".join(near)]))
+        asked.append(replace(job, max_tokens=limit, draft=draft))
+        wanted.append(own.tokens)
+    assert [answer.tokens for answer in llama.answer(asked)] == wanted
+
+
+def test_rows_that_get_the_picture_of_another_row_would_be_found(tmp_path_factory, monkeypatch) -> None:
+    target, right = vision_target(tmp_path_factory), huggingface.together
+
+    def careless(asked):
+        return {name: value.flip(0) if "pixel" in name else value for name, value in right(asked).items()}
+
+    monkeypatch.setattr(huggingface, "together", careless)
+    proof = prove(target)
+    assert (proof.strict, proof.batches) == (True, False)
+
+
+def test_rows_that_are_not_rolled_back_to_the_shortest_would_be_found(llama: HuggingFaceTarget, monkeypatch) -> None:
+    monkeypatch.setattr(decoding, "min", max, raising=False)
+    assert not prove(llama).batches
+
+
+def test_a_batch_that_fails_is_written_one_by_one(llama: HuggingFaceTarget, monkeypatch) -> None:
+    asked, right = same_question(llama), huggingface.together
+    own = [answer.tokens for answer in llama.answer(asked)]
+
+    def fails(inputs):
+        if len(inputs) > 1:
+            raise RuntimeError("out of memory")
+        return right(inputs)
+
+    monkeypatch.setattr(huggingface, "together", fails)
+    assert [answer.tokens for answer in llama.answer(asked)] == own
 
 
 def test_bfloat16_is_proven_anew_and_never_written_again_for_a_near_tie(tmp_path) -> None:

@@ -20,8 +20,7 @@ from server.gateway import Arrival
 from server.prompts import PromptConfig, read_prompts
 from server.reply_cache import ReplyCache
 from server.service import Service
-from server.targets import PictureJob, paid_calls
-from server.targets import openai as openai_module
+from server.targets import PictureJob, paid_calls, prompted
 from server.targets.openai import OpenAITarget
 from testbed.chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, Asked, ChatServer, text_of
 from tests.brokers import Mosquitto
@@ -141,7 +140,7 @@ def test_a_repair_leaves_time_for_its_reply(other: ChatServer, monkeypatch: pyte
         return post(path, body, headers, timeout_s)
 
     monkeypatch.setattr(target.calls.endpoint, "post", noted)
-    monkeypatch.setattr(openai_module, "REPLY_S", 0.5 * PATIENCE_S)
+    monkeypatch.setattr(prompted, "REPLY_S", 0.5 * PATIENCE_S)
     target.answer([job()])
     first_s, second_s = limits_s
     assert second_s <= first_s - 0.5 * PATIENCE_S
@@ -156,7 +155,7 @@ def test_a_repair_that_stalls_leaves_the_first_text(other: ChatServer) -> None:
 
 
 def test_without_time_for_it_no_repair_is_paid_for(other: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_module, "REPLY_S", PATIENCE_S)
+    monkeypatch.setattr(prompted, "REPLY_S", PATIENCE_S)
     other.say = lambda _: BAD
     target = target_of(other)
     (answer,) = target.answer([job()])

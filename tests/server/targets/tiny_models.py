@@ -92,19 +92,21 @@ def language_model(kind: str, tokenizer: PreTrainedTokenizerFast | None = None, 
     return save
 
 
-def smolvlm(folder: Path, kind: str = "SmolVLM") -> None:
+def smolvlm(folder: Path, kind: str = "SmolVLM", side: int = 32, **vision: int) -> None:
+    """side: of a picture, in pixels; one token for 2 x 2 patches. vision: other sizes of the tower."""
     config = getattr(transformers, f"{kind}Config")(
         text_config={"model_type": "llama", **TEXT},
-        vision_config=VISION,
+        vision_config={**VISION, "image_size": side, **vision},
         scale_factor=2,
         image_token_id=4,
         pad_token_id=0,
     )
     picture = getattr(transformers, f"{kind}ImageProcessorPil")(
-        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
+        size={"longest_edge": side}, max_image_size={"longest_edge": side}, do_image_splitting=False
     )
     tokenizer = words(("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"))
-    _save(folder, config, f"{kind}Processor", picture, tokenizer, "<image>", image_seq_len=4)
+    tokens = (side // config.vision_config.patch_size // 2) ** 2
+    _save(folder, config, f"{kind}Processor", picture, tokenizer, "<image>", image_seq_len=tokens)
 
 
 def idefics3(folder: Path) -> None:
@@ -235,7 +237,7 @@ def _save(
     tokenizer.save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": processor, **settings}))
     if mark:
-        part = f"{{% if part['type'] == 'image' %}}{mark} {{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+        part = f"{{% if part['type'] == 'image' %}}{mark} {{% else %}}{{{{ part['text'] }}}} {{% endif %}}"
         (folder / "chat_template.jinja").write_text(
             "{% for message in messages %}{% for part in message['content'] %}" + part + "{% endfor %}{% endfor %}"
         )
