@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from edge_runtime.errors import AiflowError
 from server.verify import Text, propose_again, verify
 
 BLOCK = 16  # tokens per pass at most, after the prompt's pass: beyond it a pass costs noticeably more
+
+SHARED_BLOCK = 8  # tokens per pass and row of several: the cost grows with all of them
 
 # From the tokens written so far, and how many passes in a row accepted no proposal, to the likely next tokens.
 Propose = Callable[[tuple[int, ...], int], tuple[int, ...]]
@@ -98,63 +101,85 @@ class GreedyDecoding:
         """
         for row in self.rows:
             row.text = replace(row.text, ends=_ends(generation_config))
-        prompt = input_ids.shape[1]
+        rows, batch, prompt = list(self.rows), input_ids, input_ids.shape[1]
         # Of every row: tokens that the cache holds, and tokens that the masks and positions in kwargs are for.
         cached, covered = 0, prompt
-        is_recorded = any(row.text.rest or row.propose for row in self.rows)
+        is_recorded = any(row.text.rest or row.propose for row in rows)
         if is_recorded:
             kwargs["cache"].activate_past_recording()  # sliding windows then keep what `crop` needs
-        while unfinished := [row for row in self.rows if not row.is_done]:
+        while True:
             is_first = not cached
-            tails = self._tails(None if is_first else cached - prompt, unfinished)
+            tails = self._tails(rows, None if is_first else cached - prompt)
             end = prompt + max(map(len, tails))
-            ahead = torch.cat([input_ids, input_ids.new_tensor(_filled_up(tails), dtype=torch.long)], -1)
+            ahead = torch.cat([batch, batch.new_tensor(_filled_up(tails), dtype=torch.long)], -1)
             inputs = model.prepare_inputs_for_generation(
                 ahead,
                 next_sequence_length=None if is_first else end - cached,
                 is_first_iteration=is_first,
                 **_longer(model, kwargs, {}, end - covered),
             )
-            first = prompt + min(len(row.text.tokens) for row in unfinished) - 1  # of the positions whose logits count
+            first = prompt + min(len(row.text.tokens) for row in rows) - 1  # of the positions whose logits count
             if "logits_to_keep" in inputs:
                 inputs["logits_to_keep"] = end - first
             outputs = model(**inputs, return_dict=True)
             cache = outputs.get("cache")
             self.can_roll_back = cache is not None and cache.is_croppable
-            logits = outputs.logits[:, first - end :].to(input_ids.device, torch.float32)
-            for i, (row, tail) in enumerate(zip(self.rows, tails, strict=True)):
+            logits = outputs.logits[:, first - end :].to(batch.device, torch.float32)
+            for i, (row, tail) in enumerate(zip(rows, tails, strict=True)):
                 known = prompt + len(row.text.tokens)
-                if not row.is_done and known <= end:
+                if known <= end:
                     scores = logits[i, known - 1 - first : prompt + len(tail) - first]
                     row.verify(_processed(scores, ahead[i : i + 1], known, logits_processor))
             self.on_pass()
-            ends = [prompt + len(row.text.tokens) - 1 for row in unfinished if not row.is_done]
-            cached = min([end, *ends])
+            left = [i for i, row in enumerate(rows) if not row.is_done]
+            if not left:
+                return input_ids
+            cached = kept(end, [prompt + len(rows[i].text.tokens) for i in left])
             if is_recorded:
                 cache.crop(cached - end)
             kwargs = _longer(model, kwargs, outputs, cached + 1 - covered)
             covered = cached + 1
-        return input_ids
+            if len(left) < len(rows):
+                index = torch.tensor(left, device=batch.device)
+                cache.reorder_cache(index)
+                kwargs = {name: _rows_of(value, index, len(rows), name) for name, value in kwargs.items()}
+                rows, batch = [rows[i] for i in left], batch[index]
 
-    def _tails(self, cached: int | None, unfinished: Sequence[Row]) -> list[list[int]]:
+    def _tails(self, rows: Sequence[Row], cached: int | None) -> list[list[int]]:
         """What the next pass reads of each row after the prompt: its text, then proposals.
 
         cached: tokens of them in the cache; None: before the first pass, which reads whole drafts.
         """
         end = None
         if cached is not None:  # at least the last token of one row, so that each pass writes something
-            end = max(cached + BLOCK, min(len(row.text.tokens) for row in unfinished))
+            width = BLOCK if len(rows) == 1 else SHARED_BLOCK
+            end = max(cached + width, min(len(row.text.tokens) for row in rows))
         reads_drafts = cached is not None or self.reads_draft_with_prompt
-        return [
-            [] if row.is_done else [*row.text.tokens, *(row.proposals() if reads_drafts else ())][:end]
-            for row in self.rows
-        ]
+        return [[*row.text.tokens, *(row.proposals() if reads_drafts else ())][:end] for row in rows]
+
+
+def kept(end: int, lengths: Sequence[int]) -> int:
+    """Tokens that the cache keeps after a pass that read up to `end`: each row reads its last token in the next one.
+
+    lengths: of the rows' texts with the prompt.
+    """
+    return min(end, min(lengths) - 1)
 
 
 def _filled_up(tails: Sequence[list[int]]) -> list[list[int]]:
     """All as long as the longest, by its tokens: they are valid, and no row sees what comes after its own last one."""
     longest = max(tails, key=len)
     return [[*tail, *longest[len(tail) :]] for tail in tails]
+
+
+def _rows_of(value: Any, index: Tensor, rows: int, name: str) -> Any:
+    """These rows of an argument of a batch's next pass. What only the first pass reads may be cut anyhow."""
+    if isinstance(value, ModelOutput):  # of an encoder
+        return type(value)(**{part: _rows_of(each, index, rows, part) for part, each in value.items()})
+    if not isinstance(value, Tensor):
+        return value
+    dim = value.ndim - 2 if name.endswith("position_ids") else 0  # some positions have several numbers
+    return value.index_select(dim, index) if value.ndim and value.shape[dim] == rows else value
 
 
 def _processed(scores: Tensor, ahead: Tensor, known: int, logits_processor: Any) -> Tensor:

@@ -18,7 +18,6 @@ from transformers import DynamicCache
 from transformers.generation import CandidateGenerator
 
 import server.targets.huggingface_decoding as decoding
-from server.targets import huggingface
 from server.targets.huggingface import MAX_TOKENS, Answer, HuggingFaceTarget, Job, prove
 from server.targets.huggingface_loading import TargetError
 from server.targets.phrases import PhraseMemory
@@ -37,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers
 
 LIMIT = 12
 PROMPTS = ("describe the photo", "what is unusual here", "the dog is running")
+OF_ONE_LENGTH = ("the dog is running", "the cat is sitting", "a man with hat")
 # The prompt's processor cuts it into other words, or the tokenizer has no such token: all are texts for a draft.
 HOSTILE = (
     "",
@@ -370,26 +370,20 @@ def test_what_the_target_has_written_before_is_proposed_again(llama: HuggingFace
     assert again.accepted_again > 0
 
 
-@pytest.fixture
-def passes(llama: HuggingFaceTarget) -> Iterator[list[int]]:
-    """One entry per forward pass of the model."""
-    counted: list[int] = []
+def test_numbers_of_passes_are_those_that_the_model_ran(llama: HuggingFaceTarget) -> None:
+    counted = []
     hook = llama.loaded.model.register_forward_hook(lambda *_: counted.append(1))
-    yield counted
-    hook.remove()
-
-
-def test_numbers_of_passes_are_those_that_the_model_ran(llama: HuggingFaceTarget, passes: list[int]) -> None:
     asked = [*jobs(llama), *jobs(llama, draft="the dog is running")]
     answers = [llama.answer([job])[0] for job in asked]
+    hook.remove()
     assert llama.proof.strict
-    assert len(passes) == sum(answer.passes for answer in answers)
+    assert len(counted) == sum(answer.passes for answer in answers)
 
 
 def same_question(target: HuggingFaceTarget) -> list[Job]:
     """Jobs that can share passes: of one length, with other pictures, or with other words if it takes none."""
-    asked = jobs(target)
-    return [replace(job, prompt=PROMPTS[0]) for job in asked] if target.takes_pictures else asked
+    prompts = PROMPTS[:1] * 3 if target.takes_pictures else OF_ONE_LENGTH
+    return [replace(job, prompt=prompt) for job, prompt in zip(jobs(target), prompts, strict=True)]
 
 
 def test_texts_that_are_written_together_are_those_of_generate_whatever_the_drafts(target: HuggingFaceTarget) -> None:
@@ -406,62 +400,6 @@ def test_texts_that_are_written_together_are_those_of_generate_whatever_the_draf
     assert drafted[0].accepted == drafted[0].proposed > 0
     short = replace(asked[0], max_tokens=3)  # not in the same passes: at its limit, Florence-2 is made to end
     assert target.answer([*asked, short])[3].tokens == of_generate(target, short)
-
-
-def test_texts_of_one_length_are_written_in_the_same_passes(llama: HuggingFaceTarget, passes: list[int]) -> None:
-    asked = [replace(job, max_tokens=48) for job in same_question(llama)]
-    own = [answer.text for answer in llama.answer(asked)]
-    assert len(passes) == 48
-    passes.clear()
-    # The first row is soon far ahead of the last, and must wait for it.
-    drafts = [own[0], " ".join([*own[1].split()[:5], "dog"]), None]
-    answers = llama.answer([replace(job, draft=draft) for job, draft in zip(asked, drafts, strict=True)])
-    assert [answer.text for answer in answers] == own
-    assert len(passes) == max(answer.passes for answer in answers) == 48
-    assert answers[0].passes == 1
-
-
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_batch_of_any_drafts_gives_the_texts_of_none(llama: HuggingFaceTarget, data) -> None:
-    limit = data.draw(st.sampled_from([1, 7, 40]))
-    asked, wanted = [], []
-    for job in data.draw(st.lists(st.sampled_from(jobs(llama)), min_size=1, max_size=5)):
-        own = llama.answer([replace(job, max_tokens=limit)])[0]
-        near = [data.draw(st.sampled_from((word, word, word, word, "dog"))) for word in own.text.split()]
-        draft = data.draw(st.sampled_from([None, "", own.text, " ".join(near)]))
-        asked.append(replace(job, max_tokens=limit, draft=draft))
-        wanted.append(own.tokens)
-    assert [answer.tokens for answer in llama.answer(asked)] == wanted
-
-
-def test_rows_that_get_the_picture_of_another_row_would_be_found(tmp_path_factory, monkeypatch) -> None:
-    target, right = vision_target(tmp_path_factory), huggingface.together
-
-    def careless(asked):
-        return {name: value.flip(0) if "pixel" in name else value for name, value in right(asked).items()}
-
-    monkeypatch.setattr(huggingface, "together", careless)
-    proof = prove(target)
-    assert (proof.strict, proof.batches) == (True, False)
-
-
-def test_rows_that_are_not_rolled_back_to_the_shortest_would_be_found(llama: HuggingFaceTarget, monkeypatch) -> None:
-    monkeypatch.setattr(decoding, "min", max, raising=False)
-    assert not prove(llama).batches
-
-
-def test_a_batch_that_fails_is_written_one_by_one(llama: HuggingFaceTarget, monkeypatch) -> None:
-    asked, right = same_question(llama), huggingface.together
-    own = [answer.tokens for answer in llama.answer(asked)]
-
-    def fails(inputs):
-        if len(inputs) > 1:
-            raise RuntimeError("out of memory")
-        return right(inputs)
-
-    monkeypatch.setattr(huggingface, "together", fails)
-    assert [answer.tokens for answer in llama.answer(asked)] == own
 
 
 def test_bfloat16_is_proven_anew_and_never_written_again_for_a_near_tie(tmp_path) -> None:
