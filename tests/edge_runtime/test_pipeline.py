@@ -290,7 +290,8 @@ def test_a_sampled_draft_has_the_noise_of_the_request_and_its_events_have_the_se
     latent = board.pipeline.head.latent(to_input(frame().pixels))
     drafted = board.pipeline.draft.write(latent.symbols(), Sampler(sampling, noise))
     assert tuple(request.draft_ids) == drafted.tokens == seen.tokens
-    assert drafted.tokens != board.pipeline.draft.write(latent.symbols()).tokens
+    if seed is not None:  # the noise of a random id may choose the likeliest tokens
+        assert drafted.tokens != board.pipeline.draft.write(latent.symbols()).tokens
     while not (update := board.next_event()).final:
         pass
     assert seen.seed == update.seed == f"{noise:016x}"

@@ -246,7 +246,7 @@ def test_a_tier_that_the_bundle_lacks_is_named(config: Callable[..., Path], bund
     (bundle / "manifest.json").unlink()
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     done = aiflow("validate", config(SERVER, 'tier = "cloud"'))
-    assert_one_line(done, "config.toml", 'tier = "cloud", but the bundle has edge')
+    assert_one_line(done, "config.toml", 'tier = "cloud", but the bundle', "has edge")
 
 
 MISTAKES = {
