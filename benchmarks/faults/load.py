@@ -49,7 +49,7 @@ EncodedPhoto = tuple[RatedSymbols, tuple[int, ...]]
 
 def encoded_photos(bundle: Bundle, photos: Sequence[bytes]) -> Iterator[EncodedPhoto]:
     """Features and draft of every photo, repeated without end."""
-    head, draft = load_head(bundle, "auto", 1), load_draft(bundle, "auto", 1)
+    head, draft = load_head(bundle, "onnx", 1), load_draft(bundle, "onnx", 1)
     encoded = []
     for latent in (head.latent(to_input(decode_picture(photo))) for photo in photos):
         features = features_of(latent, bundle)

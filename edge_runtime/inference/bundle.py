@@ -176,14 +176,14 @@ class Bundle:
     def check(self, for_server: bool) -> str:
         """Compares each file with its hash. Returns what was found, for a person. Raises BundleError.
 
-        for_server: False: the server's part may be missing.
+        for_server: whose part must be there; the other's may be missing.
         """
-        left_out = [] if for_server else self._missing(of_server=True)
+        left_out = self._missing(of_server=not for_server)
         names = [name for name in self.manifest.files if name not in left_out]
         for name in names:
             self.file(name)
         _ = self.tables, self.words  # their content too
-        part = f", the board's part: without {', '.join(left_out)}" if left_out else ""
+        part = f", the {'server' if for_server else 'board'}'s part: without {', '.join(left_out)}" if left_out else ""
         return f"{self.manifest.name}, id {self.id.hex()}, {len(names)} files match{part}"
 
     def _missing(self, of_server: bool) -> list[str]:

@@ -179,17 +179,17 @@ def test_a_missing_bundle_is_named(config: Callable[..., Path], bundle: Path, co
 
 
 @pytest.mark.parametrize(
-    ("command", "text", "name"),
+    ("command", "text", "more", "name"),
     [
-        ("run", BOARD, "head.onnx"),
-        ("run", BOARD, "draft_step.onnx"),
-        ("serve", SERVER, "edge.safetensors"),
-        ("validate", BOARD, "head.tflite"),
+        ("run", BOARD, 'backend = "onnx"', "head.onnx"),
+        ("run", BOARD, 'backend = "litert"', "head.tflite"),
+        ("serve", SERVER, "", "edge.safetensors"),
+        ("validate", BOARD, "", "head.tflite"),
     ],
 )
 @pytest.mark.parametrize("is_missing", [True, False])
 def test_a_missing_or_altered_model_is_named(
-    config: Callable[..., Path], bundle: Path, command: str, text: str, name: str, is_missing: bool
+    config: Callable[..., Path], bundle: Path, command: str, text: str, more: str, name: str, is_missing: bool
 ) -> None:
     data = bytearray((bundle / name).read_bytes())
     (bundle / name).unlink()
@@ -198,7 +198,7 @@ def test_a_missing_or_altered_model_is_named(
         (bundle / name).write_bytes(data)
     path = bundle.resolve()
     fault = f"{path} lacks {name}: " if is_missing else f"{path / name} is not the file that the manifest names"
-    assert_one_line(aiflow(command, config(text)), fault)
+    assert_one_line(aiflow(command, config(text, more)), fault)
 
 
 def test_an_error_after_the_start_is_none_of_the_configuration(config: Callable[..., Path]) -> None:

@@ -125,8 +125,8 @@ def test_photos_and_captions_alone_become_a_bundle_that_answers(interruptions: l
     bundle = open_bundle(folder / "bundle")
     assert len(bundle.manifest.classes) == len(bundle.manifest.class_ids) == 1000
     picture = next(iter(read_pictures(folder / "photos")))
-    symbols = load_head(bundle, "auto", 1).symbols(to_input(decode_picture(picture.data)))
-    draft = load_draft(bundle, "auto", 1).write(symbols).tokens
+    symbols = load_head(bundle, "onnx", 1).symbols(to_input(decode_picture(picture.data)))
+    draft = load_draft(bundle, "onnx", 1).write(symbols).tokens
     engine = load_engine(bundle, ("edge", "cloud"))
     engine.proof = prove(engine)
     for tier in ("edge", "cloud"):
