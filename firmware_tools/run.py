@@ -64,5 +64,5 @@ def closing_line(summary: "Values") -> str:
             flat += [(f"{name} {label}", number) for label, number in value.items()]
         else:
             flat.append((name, value))
-    counts = ", ".join(f"{count:g} {name.replace('_', ' ')}" for name, count in flat if count)
+    counts = ", ".join(f"{count:.15g} {name.replace('_', ' ')}" for name, count in flat if count)
     return f"the board has stopped: {counts or 'nothing happened'}"
