@@ -1,7 +1,7 @@
 """The server's configuration: one TOML file, read and checked as a whole at start, then passed on as frozen values."""
 
+import os.path
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -132,8 +132,8 @@ class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 def check_model(name: str) -> None:
     """Raises ConfigError for a path that is not the folder of a model. Any other name may be one on the hub."""
-    folder = Path(name)
-    if (folder.is_dir() or name.startswith(("/", ".", "~"))) and not (folder / "config.json").is_file():
+    is_path = os.path.isdir(name) or name.startswith(("/", ".", "~"))  # not pathlib's: that raises if it may not look
+    if is_path and not os.path.isfile(os.path.join(name, "config.json")):
         raise ConfigError(f"{name} holds no config.json: want the folder of a transformers model, or a name on the hub")
 
 
