@@ -58,9 +58,11 @@ def run(args: argparse.Namespace) -> int:
 def closing_line(summary: "Values") -> str:
     flat: list[tuple[str, float]] = []
     for name, value in summary.items():
-        if isinstance(value, Mapping):
+        if name == "answer_seconds" and isinstance(value, Mapping):
+            flat.append(("s to an answer on average", round(value["sum"] / max(1, value["count"]), 3)))
+        elif isinstance(value, Mapping):
             flat += [(f"{name} {label}", number) for label, number in value.items()]
         else:
             flat.append((name, value))
-    counts = ", ".join(f"{count:g} {name.replace('_', ' ')}" for name, count in flat if count)
+    counts = ", ".join(f"{count:.15g} {name.replace('_', ' ')}" for name, count in flat if count)
     return f"the board has stopped: {counts or 'nothing happened'}"

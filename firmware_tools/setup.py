@@ -42,7 +42,10 @@ class SetupError(AiflowError, ValueError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_board_flags(parser)
-    parser.epilog = "On a terminal, it asks for id, camera, broker, username and ca-file if they are left out."
+    parser.epilog = (
+        "On a terminal, it asks for id, camera, broker, username and ca-file if they are left out. "
+        "Elsewhere, id, camera and broker are needed."
+    )
     parser.add_argument("--out", type=Path, default=Path("board.toml"), metavar="FILE", help="default: board.toml")
     parser.add_argument("--force", action="store_true", help="replace the file if it exists")
 
@@ -81,6 +84,8 @@ def ask(args: argparse.Namespace) -> None:
     for flag, question in QUESTIONS.items():
         if flag == "ca_file" and not mqtt_table(args).get("tls"):
             continue
+        if flag not in defaults and not sys.stdin.isatty():
+            continue  # no answer is an answer to these
         while getattr(args, flag) is None:
             answer = _answer(flag.replace("_", "-"), question, defaults.get(flag, ""))
             try:

@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> None:
     _print_report(photos, taught)
     print(
         f"{out}: {args.name}, {len(photos.names)} photos, expected accuracy {question.record.accuracy:.3f}\n"
-        f'server.toml: [questions] {args.name} = "{out}"\n'
-        f'board.toml: [[cameras]] questions = ["{args.name}"]'
+        f'server.toml, below [questions]:   {args.name} = "{out}"\n'
+        f'board.toml, below [[cameras]]:   questions = ["{args.name}"]'
     )
 
 

@@ -1,5 +1,6 @@
 """The server's configuration: one TOML file, read and checked as a whole at start, then passed on as frozen values."""
 
+import os.path
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
@@ -123,8 +124,17 @@ class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
     def check(self, server: ServerConfig, prompts: Mapping[str, Prompt]) -> None:
         """Raises ConfigError for what can never work."""
         check_usual(self.prompt, prompts, "[hf]")
+        if server.target.startswith("hf:"):
+            check_model(server.target.removeprefix("hf:"))
         if self.tail and server.bundle is None:
             raise ConfigError("`tail` in [hf] reads features of the boards' bundle: name it as `bundle` in [server]")
+
+
+def check_model(name: str) -> None:
+    """Raises ConfigError for a path that is not the folder of a model. Any other name may be one on the hub."""
+    is_path = os.path.isdir(name) or name.startswith(("/", ".", "~"))  # not pathlib's: that raises if it may not look
+    if is_path and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ConfigError(f"{name} holds no config.json: want the folder of a transformers model, or a name on the hub")
 
 
 class RayConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -93,4 +93,6 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 def short(value: Any) -> str:
     """A value for people: "-" if there is none, four digits of a fraction."""
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+    return "-" if value is None else str(value)

@@ -51,7 +51,7 @@ class Backoff:
             self._evictions_in_row = 0
         if self._evictions_in_row >= FIGHT:
             delay = self._rng.uniform(*timing.duplicate_id)
-            reason += f", again and again: does another client use the id {self._client_id}?"
+            reason += f", again and again: does another client use the id {self._client_id}, or its account?"
         else:
             cap, base = timing.backoff_cap, timing.backoff_base
             if loss.refused:

@@ -37,6 +37,7 @@ class Snapshot:
     """What the policy decides on. Times are in ms."""
 
     is_online: bool = True  # the broker is connected, and there is a server behind it
+    why_offline: str = "no server takes requests"  # if it is not online
     link: LinkSnapshot = field(default_factory=LinkSnapshot)
     server: ServerSnapshot = field(default_factory=ServerSnapshot)
     board: BoardSnapshot = field(default_factory=BoardSnapshot)
@@ -154,8 +155,10 @@ class Measurements:
         now = self._now
         self._statuses.measured_pass_ms = self._server.pass_ms(now)
         last_minute, last_quarter = (self._bytes_spent(now, within_s) for within_s in (MINUTE_S, MINUTE_S / 4))
+        is_connected = self._is_connected
         return Snapshot(
-            is_online=self._is_connected and not self._statuses.all_refuse(now, self._link.answered_at),
+            is_online=is_connected and not self._statuses.all_refuse(now, self._link.answered_at),
+            why_offline="no server takes requests" if is_connected else "no connection to the broker",
             link=self._link.snapshot(now, self._server.usual_ms(now), last_minute, last_quarter),
             server=self._server.snapshot(now, self._statuses.claims(now)),
             board=self._board.snapshot(now),

@@ -57,6 +57,7 @@ class _LinkRetry:
 
     next_at: float
     wait_s: float
+    outage: Outage  # of the last frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,10 @@ class Policy:
         limit: float,
         now: float,
     ) -> Decision:
-        retry = self._retry = self._retry or _LinkRetry(now + FIRST_RETRY_S, FIRST_RETRY_S)
+        if self._retry and self._retry.outage == "offline" and outage != "offline":
+            self._retry = None  # broker or server are back: what was lost before says little about them
+        retry = self._retry = self._retry or _LinkRetry(now + FIRST_RETRY_S, FIRST_RETRY_S, outage)
+        retry.outage = outage
         if now >= retry.next_at:
             retry.wait_s = min(2 * retry.wait_s, LAST_RETRY_S)
             retry.next_at = now + retry.wait_s
@@ -227,7 +231,7 @@ def _find_outage(snapshot: Snapshot, affordable: list[Candidate], deadline_ms: f
     """Why the link cannot be used, and the same in words."""
     losses, loss, fastest_ms = snapshot.link.losses_in_row, snapshot.link.reply_loss, min(c.ms for c in affordable)
     if not snapshot.is_online:
-        return "offline", "link offline"
+        return "offline", snapshot.why_offline
     if losses >= LOST_IN_ROW:
         return "loss", f"no answer to the last {losses} requests"
     if losses and (loss or 0.0) > LOST_SHARE:

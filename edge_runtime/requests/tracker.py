@@ -136,6 +136,7 @@ class RequestTracker:
             "requests", self._lifecycle, self._receive, self._perform, self._reply, self._before_step
         )
         self.reply_arrived = self._thread.reply_arrived  # each message on the board's reply topic; any thread
+        self._unanswered: set[str] = set()  # questions that were logged; the board's own, so they are few
         self._submitted = 0  # by the frame path
         self._sent_bytes = 0  # of all requests that the broker has
         self._answer_seconds = (
@@ -344,6 +345,7 @@ class RequestTracker:
             self._answer_seconds = (self._answer_seconds[0] + 1, self._answer_seconds[1] + now - tracked.captured)
         if self._observer and answer.is_first:
             self._observer.answered(answer.reply, now, tracked.event.tokens)
+        self._warn_of_unanswered(tracked, answer.reply)
         try:
             update = self._update(tracked, answer.reply, now)
             self._events.publish(update)
@@ -353,6 +355,19 @@ class RequestTracker:
         else:
             tracked.event, tracked.has_answer = update, True
         return ()
+
+    def _warn_of_unanswered(self, tracked: Tracked, reply: Reply) -> None:
+        """A server leaves out the questions that it does not know. Each is logged once: it may be misspelt here."""
+        options = tracked.request.options
+        asked = options.questions if options and reply.final else ()
+        for name in set(asked) - (reply.answers or {}).keys() - self._unanswered:
+            self._unanswered.add(name)
+            logger.warning(
+                "question not answered question=%s camera=%s server=%r: its [questions] has none of that name",
+                name,
+                tracked.event.camera,
+                reply.server,
+            )
 
     def _update(self, tracked: Tracked, reply: Reply, now: float) -> Event:
         """The event that a reply is to the board's users. Raises WireError if it claims an object that is none."""

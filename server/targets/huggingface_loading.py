@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.utils import is_torchvision_available
 
 from edge_runtime.errors import ConfigError
+from server.config import check_model
 from server.loading import prepare_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,6 +69,7 @@ def load(name: str, dtype: str = "float32", device: str = "cpu", threads: int = 
     """
     if dtype not in DTYPES:
         raise TargetError(f"dtype = {dtype!r}: want one of {', '.join(DTYPES)}")
+    check_model(name)
     _refuse_pickle(name)
     prepare_device(device, threads)
     transformers.logging.disable_progress_bar()  # a server has no terminal
@@ -122,7 +124,7 @@ def _reason(error: BaseException, offline: bool) -> str:
     if "torchvision" in text.lower():
         return "its picture processor needs torchvision, which is not installed: want the build that fits this PyTorch"
     if isinstance(error, OSError) and offline:
-        text += " (nothing is downloaded: allow that, or download the model first)"
+        text += " (nothing is downloaded: download the model first, or set offline = false in [hf], or --online)"
     return f"cannot be loaded: {text[:600] or type(error).__name__}"
 
 

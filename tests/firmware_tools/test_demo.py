@@ -155,9 +155,8 @@ def test_a_child_that_fails_speaks_for_itself(tmp_path: Path, bundle: Path, phot
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for file in bundle.iterdir():
-        if file.suffix != ".onnx":
+        if file.name != "tail.safetensors":
             (damaged / file.name).symlink_to(file)
-    (damaged / "tail.safetensors").unlink()
     demo = start_demo(tmp_path, "--bundle", damaged, "--images", photos)
     out, err = demo.communicate(timeout=PATIENCE_S)
     assert (demo.returncode, out) == (1, "")

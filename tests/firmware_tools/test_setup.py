@@ -111,6 +111,16 @@ def test_without_a_terminal_a_missing_flag_is_named(tmp_path: Path) -> None:
     assert "--id is missing" in done.stderr
 
 
+def test_without_a_terminal_no_username_and_the_systems_authorities_are_the_defaults(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*command(tmp_path), "--id", "b", "--camera", "0", "--broker", "broker.lan"],
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    mqtt = load_toml(tmp_path / "board.toml", RuntimeConfig).mqtt
+    assert (done.returncode, mqtt.username, mqtt.tls, mqtt.ca_file) == (0, None, True, None)
+
+
 @pytest.mark.parametrize(
     ("typed", "refused"),
     [

@@ -57,7 +57,7 @@ def test_a_question_is_taught_measured_and_the_same_again(photos: Path, board_bu
     said = capsys.readouterr().out
     assert re.search(r"\| open \| 6 \| [01]\.\d\d \|", said)
     assert "expected accuracy" in said
-    assert '[questions] gate = "' in said
+    assert 'below [questions]:   gate = "' in said
     file = photos.parent / "gate.safetensors"
     question, first = read_question(file, board_bundle), file.read_bytes()
     assert question.record.classes == ("closed", "open")

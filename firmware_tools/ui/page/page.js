@@ -168,7 +168,7 @@ function showHour(parts) {
   parts.chart.querySelector(".lost").setAttribute("d", lost.map(([minute]) => `M${x(minute)} 32v4h${0.8 * slot}v-4z`).join(""));
   const total = (field) => shown.reduce((sum, minute) => sum + minute[field], 0);
   setText(parts.hour, shown.length
-    ? `last hour: ${count(total(1))} answered, ${count(total(2))} lost, up to ${millis(longest)}` : "no answer in the last hour");
+    ? `last hour: ${count(total(1))} answered, ${count(total(2))} lost${total(1) ? `, up to ${millis(longest)}` : ""}` : "no answer in the last hour");
 }
 
 // ---- updates ----

@@ -130,7 +130,7 @@ def test_a_link_that_is_down_leaves_the_frame_to_the_device():
     board.measurements.connected(False)
     plan = board.planner.plan("plain")
     assert (plan.paradigm, plan.keep) == ("device", False)
-    assert "link offline, next try in" in plan.why
+    assert "no connection to the broker, next try in" in plan.why
 
 
 def test_with_an_outbox_the_request_is_kept_while_the_link_is_down(tmp_path):

@@ -239,7 +239,7 @@ def test_a_paradigm_that_cannot_be_better_or_costs_much_is_never_probed():
 @pytest.mark.parametrize(
     ("changes", "outage", "words"),
     [
-        ({"is_online": False}, "offline", "link offline, next try in 1 s"),
+        ({"is_online": False}, "offline", "no server takes requests, next try in 1 s"),
         ({"losses_in_row": 3}, "loss", "no answer to the last 3 requests, next try in 1 s"),
         ({"losses_in_row": 1, "reply_loss": 0.6}, "loss", "no answer to 60% of the latest requests"),
         ({"estimate": LinkEstimate(60_000.0, 430.0)}, "deadline", "wanted within 5000 ms"),
@@ -259,6 +259,15 @@ def test_a_link_that_is_down_is_tested_at_growing_intervals_and_used_again_when_
     assert {decisions[second].paradigm for second in tries} == {"split"}  # the smallest
     assert policy.choose(KNOWN, 300.0, DEADLINE_MS).outage is None
     assert "next try in 1 s" in policy.choose(offline, 301.0, DEADLINE_MS).explain.reason
+
+
+def test_a_server_that_is_back_is_asked_soon_whatever_was_lost_while_it_was_away():
+    policy = Policy(PolicyConfig())
+    for second in range(40):
+        policy.choose(with_values(KNOWN, is_online=False), float(second), DEADLINE_MS)
+    back = with_values(KNOWN, losses_in_row=4)
+    decisions = [policy.choose(back, 40.0 + second, DEADLINE_MS) for second in range(12)]
+    assert [second for second, decision in enumerate(decisions) if decision.is_probe] == [1, 3, 7]
 
 
 def test_a_clock_that_steps_back_does_not_end_the_tests_of_the_link():

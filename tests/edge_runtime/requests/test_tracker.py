@@ -29,6 +29,7 @@ from edge_runtime.wire import (
     ContentKind,
     Event,
     Hop,
+    Options,
     Paradigm,
     Reply,
     Request,
@@ -92,7 +93,13 @@ class Board:
         if event.type != "new":  # one for each question: test_pipeline.py
             self.listener(event)
 
-    def ask(self, deadline_s: float = FOREVER_S, keeps: bool = False, announces: bool = True) -> Request:
+    def ask(
+        self,
+        deadline_s: float = FOREVER_S,
+        keeps: bool = False,
+        announces: bool = True,
+        options: Options | None = None,
+    ) -> Request:
         """One more question, and its draft behind it; its id is its number."""
         self.asked += 1
         request = Request(
@@ -104,6 +111,7 @@ class Board:
             content_kind=ContentKind.LATENT,
             content=b"symbols",
             draft=encode_tokens(DRAFT),
+            options=options,
         )
         seen = Event(
             type="new",
@@ -210,6 +218,17 @@ def test_a_reply_becomes_a_final_update_with_all_that_it_says(board, server):
     assert set(event.timings_ms) == {"head", "answer"}
     summary = board.tracker.summary()
     assert (summary["request_bytes"], summary["answer_seconds"]["count"]) == (event.bytes_up, 1)
+
+
+def test_a_question_that_no_server_knows_is_logged_once(board, server, caplog):
+    for _ in range(2):
+        board.ask(options=Options(questions=("door", "dorr")))
+        request = server.request()
+        server.say(not_final(request, "a dog", 7))  # the tier above may know both
+        server.reply(request, answers={"door": {"open": 0.75}})
+        assert [board.next_event().final for _ in range(2)] == [False, True]
+    unanswered = [record.getMessage() for record in caplog.records if "question not answered" in record.message]
+    assert ["question=dorr camera=door server='s1'" in line for line in unanswered] == [True]
 
 
 def test_an_answer_that_is_not_final_is_followed_by_the_higher_tiers(board, server):

@@ -100,8 +100,9 @@ def test_a_wrong_setting_says_what_is_wanted(folder: Path, arguments, message: s
 
 
 def test_a_model_that_is_not_here_is_not_downloaded(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="nothing is downloaded"):
-        load(str(tmp_path / "nothing"))
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(ConfigError, match=r"holds no config\.json"):
+            load(str(path))
     with pytest.raises(TargetError, match="nothing is downloaded"):
         load("aiflow-edge/no-such-model")
 
