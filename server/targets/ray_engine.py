@@ -23,6 +23,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
 from server.config import RayConfig, ServerConfig
 from server.engine import Job, Proof
+from server.pictures import PictureWorkerError
 from server.questions import Questions
 from server.targets.bundle import BundleTarget
 from server.targets.target import Answer, Limits
@@ -68,7 +69,7 @@ class RayEngine:
     def __init__(self, handle: Any, bundle: Bundle, timeout_s: float) -> None:
         """handle: of the deployed `Replica`. Waits for the first one. Raises ConfigError if its bundle is another."""
         self._handle, self._timeout_s = handle, timeout_s
-        self.on_step: Callable[[], None] = lambda: None  # a call has one step
+        self.on_step: Callable[[], None] = lambda: None  # called after each try
         try:
             facts: Facts = handle.facts.remote().result(timeout_s=START_S)
         except (RayError, TimeoutError) as error:
@@ -89,12 +90,14 @@ class RayEngine:
     def symbols(self, pixels: NDArray[np.uint8]) -> NDArray[np.int8]:
         symbols: NDArray[np.int8] | None = self._ask("symbols", pixels)
         if symbols is None:
-            raise RuntimeError("no replica has read the picture: see the logs of Ray")
+            raise PictureWorkerError("no replica has read the picture, see the logs of Ray")
         return symbols
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         for _ in range(TRIES):
-            if (answer := self._ask_once(method, *arguments)) is not None:
+            answer = self._ask_once(method, *arguments)
+            self.on_step()  # a picture takes two calls, and a batch of two bundles one for each
+            if answer is not None:
                 return answer
         return None
 
@@ -117,7 +120,7 @@ class RayTarget(BundleTarget):
         engine = RayEngine(_replicas(bundle, config, settings), bundle, settings.timeout_s)
         super().__init__(bundle, engine, config.tier, config.max_batch, questions)
         calls = CALLS_PER_REPLICA * max(settings.replicas, settings.max_replicas or 0)
-        self.limits = Limits(config.max_batch, calls, silent_s=TRIES * settings.timeout_s)
+        self.limits = Limits(config.max_batch, calls, silent_s=settings.timeout_s)
 
     def close(self) -> None:
         """Ends a cluster that this process has started. Replicas in another one go on for other servers."""

@@ -15,6 +15,7 @@ from edge_runtime.inference.bundle import Bundle
 from models.family import LATENT
 from server.config import RayConfig
 from server.engine import Engine, Job
+from server.pictures import PictureWorkerError
 from server.questions import Questions
 from tests.server.boards import config
 
@@ -66,6 +67,17 @@ def test_replicas_with_other_numerics_do_not_answer(target: ray_engine.RayTarget
         target.engine.proof = proof
     assert "no replica" in answer.error
     assert answer.retry_after_ms
+
+
+def test_each_try_is_a_step_and_a_picture_without_a_replica_is_for_another_server(
+    target: ray_engine.RayTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[None] = []
+    target.on_step(lambda: steps.append(None))
+    monkeypatch.setattr(target.engine, "_timeout_s", 0.0)
+    with pytest.raises(PictureWorkerError, match="no replica"):
+        target.engine.symbols(np.zeros((224, 224, 3), np.uint8))
+    assert len(steps) == ray_engine.TRIES
 
 
 def test_a_cluster_that_is_not_there_is_named(bundle: Bundle) -> None:
