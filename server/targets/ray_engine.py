@@ -6,6 +6,7 @@ job alone, so a batch whose replica died goes to another one, and several server
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from server.targets.target import Answer, Limits
 
 logger = logging.getLogger(__name__)
 
+CONNECT_S = 10.0  # to a cluster
 START_S = 600.0  # for the first replica: it loads torch and runs the start test
 TRIES = 3  # of a batch, each on a replica that is free
 RETRY_MS = 1000  # when boards may ask again, if no replica has answered
@@ -129,7 +131,10 @@ class RayTarget(BundleTarget):
 
 def _replicas(bundle: Bundle, config: ServerConfig, settings: RayConfig) -> Any:
     """The handle of the replicas of this bundle and tier."""
+    host, _, port = (settings.address or "").removeprefix("ray://").rpartition(":")
     try:
+        if host:  # Ray itself would try for a quarter of an hour
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
         ray.init(
             settings.address or "local",
             namespace="aiflow",
@@ -137,7 +142,7 @@ def _replicas(bundle: Bundle, config: ServerConfig, settings: RayConfig) -> Any:
             include_dashboard=False,
             ignore_reinit_error=True,  # with two bundles
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, OverflowError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray cluster at {settings.address or 'this machine'}: {_last_line(error)}: start one with `ray start "
             "--head` and name it as address in [ray], or leave address out"

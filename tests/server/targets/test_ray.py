@@ -39,6 +39,12 @@ def jobs(bundle: Bundle) -> list[Job]:
     return [Job(each, tier="edge", draft=(5, 6, 7)) for each in symbols]
 
 
+def test_a_cluster_that_is_not_there_is_named(bundle: Bundle) -> None:  # first: this process joins one cluster
+    nowhere = RayConfig(address="127.0.0.1:1")
+    with pytest.raises(ConfigError, match="no Ray cluster"):
+        ray_engine.RayTarget(bundle, config(bundle).server, nowhere, Questions(bundle))
+
+
 def test_replicas_write_the_texts_of_one_process(target: ray_engine.RayTarget, engine: Engine, jobs: list[Job]) -> None:
     expected = [answer.tokens for answer in engine.answer(jobs)]
     assert [answer.tokens for answer in target.answer(jobs)] == expected
@@ -78,9 +84,3 @@ def test_each_try_is_a_step_and_a_picture_without_a_replica_is_for_another_serve
     with pytest.raises(PictureWorkerError, match="no replica"):
         target.engine.symbols(np.zeros((224, 224, 3), np.uint8))
     assert len(steps) == ray_engine.TRIES
-
-
-def test_a_cluster_that_is_not_there_is_named(bundle: Bundle) -> None:
-    nowhere = RayConfig(address="127.0.0.1:1")
-    with pytest.raises(ConfigError, match="no Ray cluster"):
-        ray_engine.RayTarget(bundle, config(bundle).server, nowhere, Questions(bundle))
