@@ -97,6 +97,8 @@ class RayEngine:
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         for _ in range(TRIES):
+            if not ray.is_initialized():  # closed: a call would start another cluster
+                return None
             answer = self._ask_once(method, *arguments)
             self.on_step()  # a picture takes two calls, and a batch of two bundles one for each
             if answer is not None:

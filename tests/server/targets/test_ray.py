@@ -84,3 +84,12 @@ def test_each_try_is_a_step_and_a_picture_without_a_replica_is_for_another_serve
     with pytest.raises(PictureWorkerError, match="no replica"):
         target.engine.symbols(np.zeros((224, 224, 3), np.uint8))
     assert len(steps) == ray_engine.TRIES
+
+
+def test_a_target_that_is_closed_answers_with_an_error_and_starts_no_cluster(
+    target: ray_engine.RayTarget, jobs: list[Job]
+) -> None:  # last: nothing comes after
+    target.close()
+    (answer,) = target.answer(jobs[:1])
+    assert "no replica" in answer.error
+    assert not ray_engine.ray.is_initialized()
