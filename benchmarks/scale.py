@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.rate import RatedSymbols
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
+from edge_runtime.packages import how_to_install
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
 from edge_runtime.wire import RequestIds, Status, decode_reply, encode_request, topics
@@ -223,9 +224,7 @@ def ray_cluster(folder: Path, cpus: int) -> Iterator[str]:
     with (folder / "ray.log").open("wb") as log:
         started = subprocess.run([*ray, "start", *own], stdout=log, stderr=log, check=False)
     if started.returncode:
-        raise ProcessError(
-            f"Ray does not start: pip install 'aiflow-edge[ray]'. {(folder / 'ray.log').read_text()[-500:]}"
-        )
+        raise ProcessError(f"Ray does not start: {how_to_install('ray')}. {(folder / 'ray.log').read_text()[-500:]}")
     try:
         yield f"127.0.0.1:{port}"
     finally:

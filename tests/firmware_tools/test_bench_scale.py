@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-ray = pytest.importorskip("ray", reason='needs Ray: pip install "aiflow-edge[ray]"')
+ray = pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
 
 from benchmarks.scale import cluster_processes, ray_cluster  # noqa: E402
 

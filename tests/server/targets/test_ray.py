@@ -19,7 +19,7 @@ from server.pictures import PictureWorkerError
 from server.questions import Questions
 from tests.server.boards import config
 
-pytest.importorskip("ray", reason='needs Ray: pip install "aiflow-edge[ray]"')
+pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
 with warnings.catch_warnings(action="ignore"):  # of Ray's own libraries
     from server.targets import ray_engine
 
