@@ -88,8 +88,9 @@ def _measured(
     bundle: Bundle, names: Sequence[str], threads: int | None, providers: Sequence[str], tell: Callable[[float], None]
 ) -> tuple[Setup, str]:
     """The best setup, and why. Raises BundleError, BackendError."""
-    for name in names:
-        bundle.file(f"head{SUFFIXES[name]}")  # a bundle that lacks files says nothing about a runtime
+    for name in names:  # a bundle that lacks files says nothing about a runtime
+        for network in ("head", "draft_look", "draft_step"):
+            bundle.file(f"{network}{SUFFIXES[name]}")
     counts = [threads] if threads else [count for count in THREADS if count <= len(os.sched_getaffinity(0))]
     found: dict[float, tuple[Setup, str]] = {}  # by milliseconds
     failed = []

@@ -1,6 +1,7 @@
 """Backends are tried in child processes; the choice is kept while nothing that it depends on changes."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -168,6 +169,9 @@ def test_a_provider_that_this_onnxruntime_lacks_is_named_and_the_cpu_is_used(boa
     assert "bundle again" not in caplog.text
 
 
-def test_a_bundle_without_a_file_is_named_and_no_runtime_is_blamed(tmp_path, board_bundle):
-    with pytest.raises(BundleError, match="lacks"):
-        choose(replace(board_bundle, path=tmp_path))
+@pytest.mark.parametrize("name", ["head.onnx", "draft_step.onnx", "draft_look.tflite"])
+def test_a_bundle_without_a_file_is_named_and_no_runtime_is_blamed(tmp_path, board_bundle, name):
+    shutil.copytree(board_bundle.path, tmp_path / "bundle")
+    (tmp_path / "bundle" / name).unlink()
+    with pytest.raises(BundleError, match=f"lacks {name}"):
+        choose(replace(board_bundle, path=tmp_path / "bundle"))
