@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.rate import RatedSymbols
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
+from edge_runtime.packages import how_to_install
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
 from edge_runtime.wire import RequestIds, Status, decode_reply, encode_request, topics
@@ -187,7 +188,7 @@ def run(
             if count > 1:
                 with (
                     Boards(port, bundle, frames, boards, interval_s) as asking,
-                    _killing(servers[0], seconds / 2) as killed,
+                    _killing(servers[0], folder, seconds / 2) as killed,
                 ):
                     asking.run(seconds)
                     figures["while_some_are_killed"] = {"killed": killed, **asking.figures(seconds)}
@@ -215,6 +216,7 @@ def ray_cluster(folder: Path, cpus: int) -> Iterator[str]:
     port = free_port()
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     own = ["--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--num-cpus={cpus}"]
+    own.append(f"--temp-dir={folder / 'ray'}")
     os.environ |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -222,26 +224,37 @@ def ray_cluster(folder: Path, cpus: int) -> Iterator[str]:
     with (folder / "ray.log").open("wb") as log:
         started = subprocess.run([*ray, "start", *own], stdout=log, stderr=log, check=False)
     if started.returncode:
-        raise ProcessError(
-            f"Ray does not start: pip install 'aiflow-edge[ray]'. {(folder / 'ray.log').read_text()[-500:]}"
-        )
+        raise ProcessError(f"Ray does not start: {how_to_install('ray')}. {(folder / 'ray.log').read_text()[-500:]}")
     try:
         yield f"127.0.0.1:{port}"
     finally:
-        subprocess.run([*ray, "stop", "--force"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        for process in cluster_processes(folder):  # `ray stop` ends every cluster of this machine
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def cluster_processes(folder: Path) -> list[psutil.Process]:
+    """Those of the cluster with its files in this folder, and what they have started."""
+    place = str(folder / "ray")
+    found = [each for each in psutil.process_iter(["cmdline"]) if place in " ".join(each.info["cmdline"] or [])]
+    for process in list(found):
+        with suppress(psutil.NoSuchProcess):
+            found += process.children(recursive=True)
+    return found
 
 
 @contextmanager
-def _killing(server: AiflowProcess, after_s: float) -> Iterator[list[str]]:
+def _killing(server: AiflowProcess, folder: Path, after_s: float) -> Iterator[list[str]]:
     """Kills one replica and this server after so many seconds, on a thread of its own. Yields what was killed."""
     killed: list[str] = []
 
     def kill() -> None:
-        for process in psutil.process_iter(["cmdline"]):
-            if " ".join(process.info["cmdline"] or []).startswith(REPLICA):
-                process.kill()
-                killed.append("replica")
-                break
+        for process in cluster_processes(folder):
+            with suppress(psutil.NoSuchProcess):
+                if " ".join(process.cmdline()).startswith(REPLICA):
+                    process.kill()
+                    killed.append("replica")
+                    break
         server.kill()
         killed.append("server")
 

@@ -26,7 +26,7 @@ from edge_runtime.config import RuntimeConfig
 from edge_runtime.errors import ConfigError, RestartError
 from edge_runtime.firmware.updates import Updates, self_test, store_of
 from edge_runtime.inference.backends import BackendError
-from edge_runtime.inference.bundle import BundleError, open_bundle
+from edge_runtime.inference.bundle import Bundle, BundleError, open_bundle
 from edge_runtime.inference.choice import choose
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.networks import Networks, load_networks
@@ -152,8 +152,7 @@ class Board:
             sampling = self.config.sampling(bundle.words)
             if board.paradigm == "offload":
                 return Networks(), sampling
-            setup = choose(bundle, board.backend, self.config.threads, board.providers, self.notifier.starting)
-            return load_networks(bundle, setup, has_labels=board.labels != "never"), sampling
+            return fastest_networks(self.config, bundle, self.notifier.starting), sampling
         except (BundleError, BackendError, ConfigError) as error:
             if not self.updates or not self.updates.is_trial:
                 raise
@@ -339,6 +338,21 @@ class Board:
             }
         board = self.config.board
         return Publish(topics.status(board.site, board.id), json.dumps(value).encode(), qos=1, retain=True)
+
+
+def fastest_networks(config: RuntimeConfig, bundle: Bundle, tell: Callable[[float], None] = lambda _: None) -> Networks:
+    """As `choose` finds them: anew if what it kept no longer loads, such as after an update of the GPU's libraries.
+
+    Raises BundleError, BackendError.
+    """
+    board, has_labels = config.board, config.board.labels != "never"
+    find = partial(choose, bundle, board.backend, config.threads, board.providers, tell)
+    setup = find()
+    try:
+        return load_networks(bundle, setup, has_labels=has_labels)
+    except BackendError as error:
+        logger.warning("networks not loaded, the backends are tried again: %s", error)
+        return load_networks(bundle, find(again=True), has_labels=has_labels)
 
 
 def run_board(

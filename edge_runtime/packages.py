@@ -13,6 +13,8 @@ OPTIONAL = {
     "torch": ("torch", "pytorch"),
     "safetensors": ("safetensors", "pytorch"),
     "cryptography": ("cryptography", "signed"),
+    "transformers": ("transformers", "hf"),
+    "ray": ("ray[serve]", "ray"),
     "shtab": ("shtab", "completion"),
     "iotcore": ("iotcore", "demo"),
     "tomli_w": ("tomli-w", "demo"),
@@ -57,7 +59,7 @@ def how_to_install(module: str) -> str:
     distribution, extra = OPTIONAL[module]
     root = Path(__file__).resolve().parents[1]
     if not (root / "setup.cfg").is_file():
-        return f"pip install {distribution}"
+        return f"pip install '{distribution}'" if "[" in distribution else f"pip install {distribution}"
     return f"pip install '{'.' if Path.cwd() == root else root}[{extra}]'"
 
 

@@ -45,6 +45,9 @@ CAMERA_DEVICES = (
 JETSON_CAMERA = f"# nvargus-daemon listens in /tmp, and its client opens the devices of the GPU.\n{VIDEO}"
 NO_DEVICES_NOR_USERS = f"{NO_DEVICES}\nPrivateUsers=yes"
 GPU = "# A GPU.\nPrivateTmp=yes"
+BOARD_GPU = f"{GPU}\n{VIDEO}"  # the group has the devices of a Jetson's GPU, too
+COMPILES = "\n# CUDA and TensorRT take more memory than a board otherwise does.\nMemoryMax=80%"
+RAY = "\n# Ray starts a process for each core, each with dozens of threads.\nTasksMax=infinity"
 
 
 class ServiceError(AiflowError, RuntimeError):
@@ -98,7 +101,12 @@ def service_of(config: Path, aiflow: Path) -> Service:
 
 def _board(path: Path, config: RuntimeConfig, aiflow: Path) -> Service:
     kinds = {kind_of(camera.source) for camera in config.cameras}
-    devices = JETSON_CAMERA if "nvargus" in kinds else CAMERA_DEVICES if kinds & {"device", "rpicam"} else NO_DEVICES
+    devices = CAMERA_DEVICES if kinds & {"device", "rpicam"} else NO_DEVICES
+    if config.board.providers:
+        devices = BOARD_GPU
+    if "nvargus" in kinds:
+        devices = JETSON_CAMERA
+    devices += COMPILES if config.board.providers else ""
     files = [("[board] bundle", config.board.bundle), *_broker_files("mqtt", config.mqtt)]
     files += _broker_files("local", config.local)
     files += _named("frigate", config.frigate, "token_file", "ca_file")
@@ -116,12 +124,17 @@ def _board(path: Path, config: RuntimeConfig, aiflow: Path) -> Service:
 def _server(path: Path, config: "Config", aiflow: Path) -> Service:
     server = config.server
     devices = GPU if server.device.startswith("cuda") else NO_DEVICES_NOR_USERS
-    files = [*_broker_files("mqtt", config.mqtt), *_named("server", server, "bundle", "questions_folder")]
+    devices += RAY if config.ray else ""
+    files = list(_broker_files("mqtt", config.mqtt))
+    files += _named("server", server, "bundle", "second_bundle", "questions_folder")
     files += _named("openai", config.openai, "key_file", "ca_file")
+    files += _named("hf", config.hf, "tail")
     if (model := server.target.removeprefix("hf:")).startswith("/"):  # a folder; others are names
         files.append(("[server] target", model))
     files += _broker_files("upstream.mqtt", config.upstream.mqtt if config.upstream else None)
     files += [(f"[questions] {name}", file) for name, file in config.questions.items()]
+    schemas = {name: prompt.schema for name, prompt in config.prompts.items()}
+    files += [(f"[prompts.{name}] schema", file) for name, file in schemas.items() if isinstance(file, str)]
     unit = _unit("server", path, aiflow, server.stop_s, devices)
     return Service("server", path, unit, tuple(files), tuple(_named("openai", config.openai, "spent_file")))
 

@@ -159,10 +159,8 @@ def _bundle_target(config: Config, folder: str | None, questions: Mapping[str, s
 
     server = config.server
     if config.ray:
-        try:
-            from server.targets.ray_engine import RayTarget
-        except ImportError as error:
-            raise ConfigError('[ray] needs Ray Serve: pip install "aiflow-edge[ray]"') from error
+        from server.targets.ray_engine import RayTarget
+
         bundle = opened(folder)
         asked = Questions(bundle, questions, server.questions_folder)
         target: BundleTarget = RayTarget(bundle, server, config.ray, asked)
@@ -175,13 +173,11 @@ def _bundle_target(config: Config, folder: str | None, questions: Mapping[str, s
 
 
 def _picture_model(config: Config) -> Target[Any]:
+    from server.targets.huggingface import HuggingFaceTarget
+    from server.targets.huggingface_features import load_features
+    from server.targets.huggingface_target import PictureModel
+
     server = config.server
-    try:
-        from server.targets.huggingface import HuggingFaceTarget
-        from server.targets.huggingface_features import load_features
-        from server.targets.huggingface_target import PictureModel
-    except ImportError as error:
-        raise ConfigError(f'target = "{server.target}" needs transformers: pip install "aiflow-edge[hf]"') from error
     name, hf = server.target.removeprefix("hf:"), config.hf
     model = HuggingFaceTarget.load(name, hf.dtype, server.device, server.threads, hf.offline)
     bundle, prompts, features = _boards_bundle(server), read_prompts(config.prompts), None

@@ -41,7 +41,7 @@ class PictureCostError(PictureError):
 
 
 class PictureWorkerError(AiflowError):
-    """No process to decode pictures."""
+    """Nothing here can read a picture now; another server may."""
 
 
 class PictureDecoder:

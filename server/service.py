@@ -332,7 +332,12 @@ class Service:
         except WireError as error:
             is_lost = isinstance(error, ReferenceLostError)
             self._refuse(accepted, Status.REFERENCE_LOST if is_lost else Status.BAD_REQUEST, str(error))
-            return None
+        except PictureWorkerError as error:
+            self._busy(accepted, f"{error}: another server may answer")
+        except Exception as error:  # networks read pictures, and may read latents: as in `_compute`
+            logger.exception("content not read id=%s", accepted.request.id.hex())
+            self._refuse(accepted, Status.FAILED, _in_engine(error))
+        return None
 
     def _compute(self, jobs: list[Any]) -> list[Answer]:
         """The target's answers, and their times into the prices."""
@@ -341,7 +346,7 @@ class Service:
             answers = self.target.answer(jobs)
         except Exception as error:  # whatever it is, the boards must be told and the server must go on
             logger.exception("batch failed rows=%d", len(jobs))
-            return [Answer(error=f"{type(error).__name__} in the engine, see the server's log")] * len(jobs)
+            return [Answer(error=_in_engine(error))] * len(jobs)
         passes_ms = max(answer.stages_ms.get("passes", 0.0) for answer in answers)
         passes = max(1, *(answer.passes for answer in answers))
         self.batch_times.add(1e3 * (time.monotonic() - started), passes_ms / passes)
@@ -469,6 +474,10 @@ class Service:
     def _count(self, name: str, label: str = "", count: int = 1) -> None:
         with self._lock:
             self.counts[name, label] += count
+
+
+def _in_engine(error: Exception) -> str:
+    return f"{type(error).__name__} in the engine, see the server's log"
 
 
 class _Identified(msgspec.Struct, array_like=True):

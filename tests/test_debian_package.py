@@ -47,6 +47,10 @@ dpkg --install /package.deb && state updated
 dpkg --remove aiflow-edge && state removed
 dpkg --install /package.deb && state returned
 aiflow service install /etc/aiflow/board.toml && state started
+cp --preserve /etc/aiflow/board.toml /etc/aiflow/porch.toml
+aiflow service install /etc/aiflow/porch.toml && state renamed
+dpkg --install /package.deb && state "$(sed -n 's/^ExecStart=.* //p' /etc/systemd/system/aiflow-board.service)"
+systemctl disable --now aiflow-board && dpkg --install /package.deb && state disabled
 dpkg --purge aiflow-edge && state purged
 """
 UNIT = """
@@ -165,6 +169,9 @@ def test_the_service_starts_with_the_package_follows_its_updates_and_goes_with_i
         ["removed", "inactive"],
         ["returned", "inactive"],
         ["started", "active"],
+        ["renamed", "active"],
+        ["/etc/aiflow/porch.toml", "active"],
+        ["disabled", "inactive"],
         ["purged", "inactive"],
     ], log
     assert states[0][2] != states[1][2], "the update did not start the new program"

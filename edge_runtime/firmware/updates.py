@@ -192,7 +192,9 @@ class Updates:
         elif self._handled - failed >= TRIAL_FRAMES and self._try_to(self._store.keep):
             self.is_trial = False
             logger.info("bundle kept bundle=%s version=%d", self.bundle.manifest.name, self.version)
-            self._changed("idle")
+            if self._word == "trial":  # else another one comes or waits already
+                self._word = "idle"
+            self._on_change()
             self._say("kept", self.bundle.id.hex())
         elif self._handled - failed >= TRIAL_FRAMES:  # the disk refuses: again after as many frames
             self._handled = 0
@@ -266,7 +268,9 @@ class Updates:
 
     def _install_wanted(self, word: bytes) -> None:
         if word != INSTALL.encode() or self._word != "waiting" or self._incoming is None:
-            logger.warning("bundle not installed, none waits or the word is not %s", INSTALL)
+            self._unread += 1
+            if is_told(self._unread):
+                logger.warning("bundle not installed, none waits or the word is not %s count=%d", INSTALL, self._unread)
             return
         try:
             self._store.check_new(self._incoming.statement, self._today())  # it may have expired since

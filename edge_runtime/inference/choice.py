@@ -34,6 +34,7 @@ THREADS = (1, 2, 4)  # that are measured, as far as there are cores
 WORTH = 0.7  # twice the threads must take at most this fraction of the time: they also cost power and heat
 MAX_KEPT_BYTES = 16384
 MAX_WHY = 300  # characters of a child's last words
+STOPPED = ("SIGHUP", "SIGINT", "SIGTERM")  # of a terminal's children, when it ends the board
 CPU_INFO = re.compile(r"(?m)^(?:model name|flags|Features|CPU implementer|CPU part|Model)\s*:.*$")
 
 
@@ -59,25 +60,27 @@ def choose(
     threads: int | None = None,
     providers: Sequence[str] = (),
     tell: Callable[[float], None] = lambda _: None,
+    again: bool = False,
 ) -> Setup:
     """The setup that was kept; else the fastest of those that work, which is kept.
 
     backend: one of SUFFIXES, or "auto" for all that are installed. threads: None: measured. providers: of onnxruntime;
-    if they work they are used, without a comparison. tell: gets the seconds that the next child may take.
+    if they work they are used, without a comparison. tell: gets the seconds that the next child may take. again: what
+    was kept does not load.
     Raises BundleError, and BackendError if nothing works.
     """
     names = installed(backend)
     asked = {"backend": backend, "threads": str(threads), "providers": " ".join(providers)}
     key = {**asked, **_circumstances(names), "bundle": bundle.id.hex()}
     path = cache_folder() / f"{hashlib.sha256(msgspec.json.encode(key, order='sorted')).hexdigest()[:16]}.json"
-    if (kept := _read(path, key)) is None:
+    if again or (kept := _read(path, key)) is None:
         kept = _Kept(key, *_measured(bundle, names, threads, providers, tell))
         _keep(path, kept)
     setup = kept.setup
     if setup.providers:
         tell(BUILD_S)  # the cache of compiled networks may be gone
     used = " ".join(["", *setup.providers])
-    logger.info("backend=%s%s threads=%d why=%s", setup.backend, used, setup.threads, kept.why)
+    logger.info("backend=%s%s threads=%d kept=%s why=%s", setup.backend, used, setup.threads, path, kept.why)
     return setup
 
 
@@ -85,8 +88,9 @@ def _measured(
     bundle: Bundle, names: Sequence[str], threads: int | None, providers: Sequence[str], tell: Callable[[float], None]
 ) -> tuple[Setup, str]:
     """The best setup, and why. Raises BundleError, BackendError."""
-    for name in names:
-        bundle.file(f"head{SUFFIXES[name]}")  # a bundle that lacks files says nothing about a runtime
+    for name in names:  # a bundle that lacks files says nothing about a runtime
+        for network in ("head", "draft_look", "draft_step"):
+            bundle.file(f"{network}{SUFFIXES[name]}")
     counts = [threads] if threads else [count for count in THREADS if count <= len(os.sched_getaffinity(0))]
     found: dict[float, tuple[Setup, str]] = {}  # by milliseconds
     failed = []
@@ -134,6 +138,8 @@ def _probe(arguments: Sequence[str], limit_s: float) -> dict[int, float] | str:
         return f"cannot be tried: {error.strerror}"
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
+        if name in STOPPED:  # says nothing of the runtime
+            raise BackendError(f"the trial of {arguments[1]} was ended by {name}: start again")
         return f"was ended by {name}" + (": it was built for another processor" if name == "SIGILL" else "")
     if done.returncode:
         said = done.stderr.strip() or f"ended with exit code {done.returncode}"

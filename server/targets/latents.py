@@ -12,7 +12,7 @@ from server.references import References
 
 
 class Latents:
-    """For one thread. Keeps the latents that later frames may be coded against."""
+    """For any number of threads. Keeps the latents that later frames may be coded against."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.references = bundle, References()

@@ -6,6 +6,7 @@ job alone, so a batch whose replica died goes to another one, and several server
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,12 +24,14 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
 from server.config import RayConfig, ServerConfig
 from server.engine import Job, Proof
+from server.pictures import PictureWorkerError
 from server.questions import Questions
 from server.targets.bundle import BundleTarget
 from server.targets.target import Answer, Limits
 
 logger = logging.getLogger(__name__)
 
+CONNECT_S = 10.0  # to a cluster
 START_S = 600.0  # for the first replica: it loads torch and runs the start test
 TRIES = 3  # of a batch, each on a replica that is free
 RETRY_MS = 1000  # when boards may ask again, if no replica has answered
@@ -68,7 +71,7 @@ class RayEngine:
     def __init__(self, handle: Any, bundle: Bundle, timeout_s: float) -> None:
         """handle: of the deployed `Replica`. Waits for the first one. Raises ConfigError if its bundle is another."""
         self._handle, self._timeout_s = handle, timeout_s
-        self.on_step: Callable[[], None] = lambda: None  # a call has one step
+        self.on_step: Callable[[], None] = lambda: None  # called after each try
         try:
             facts: Facts = handle.facts.remote().result(timeout_s=START_S)
         except (RayError, TimeoutError) as error:
@@ -89,12 +92,16 @@ class RayEngine:
     def symbols(self, pixels: NDArray[np.uint8]) -> NDArray[np.int8]:
         symbols: NDArray[np.int8] | None = self._ask("symbols", pixels)
         if symbols is None:
-            raise RuntimeError("no replica has read the picture: see the logs of Ray")
+            raise PictureWorkerError("no replica has read the picture, see the logs of Ray")
         return symbols
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         for _ in range(TRIES):
-            if (answer := self._ask_once(method, *arguments)) is not None:
+            if not ray.is_initialized():  # closed: a call would start another cluster
+                return None
+            answer = self._ask_once(method, *arguments)
+            self.on_step()  # a picture takes two calls, and a batch of two bundles one for each
+            if answer is not None:
                 return answer
         return None
 
@@ -117,7 +124,7 @@ class RayTarget(BundleTarget):
         engine = RayEngine(_replicas(bundle, config, settings), bundle, settings.timeout_s)
         super().__init__(bundle, engine, config.tier, config.max_batch, questions)
         calls = CALLS_PER_REPLICA * max(settings.replicas, settings.max_replicas or 0)
-        self.limits = Limits(config.max_batch, calls, silent_s=TRIES * settings.timeout_s)
+        self.limits = Limits(config.max_batch, calls, silent_s=settings.timeout_s)
 
     def close(self) -> None:
         """Ends a cluster that this process has started. Replicas in another one go on for other servers."""
@@ -126,7 +133,10 @@ class RayTarget(BundleTarget):
 
 def _replicas(bundle: Bundle, config: ServerConfig, settings: RayConfig) -> Any:
     """The handle of the replicas of this bundle and tier."""
+    host, _, port = (settings.address or "").removeprefix("ray://").rpartition(":")
     try:
+        if host:  # Ray itself would try for a quarter of an hour
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
         ray.init(
             settings.address or "local",
             namespace="aiflow",
@@ -134,7 +144,7 @@ def _replicas(bundle: Bundle, config: ServerConfig, settings: RayConfig) -> Any:
             include_dashboard=False,
             ignore_reinit_error=True,  # with two bundles
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, OverflowError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray cluster at {settings.address or 'this machine'}: {_last_line(error)}: start one with `ray start "
             "--head` and name it as address in [ray], or leave address out"

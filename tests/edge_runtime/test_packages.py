@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[2]
 def test_each_package_is_in_the_extra_that_is_said_to_bring_it():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    extras = {name: re.findall(r"(?m)^[\w.-]+", text) for name, text in setup["options.extras_require"].items()}
+    extras = {
+        name: re.findall(r"(?m)^[\w.-]+(?:\[\w+\])?", text) for name, text in setup["options.extras_require"].items()
+    }
     for distribution, extra in OPTIONAL.values():
         assert distribution in extras[extra], distribution
 

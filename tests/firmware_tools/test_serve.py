@@ -62,3 +62,17 @@ def test_a_mistake_is_named_with_its_file_before_anything_is_loaded(
     said = capsys.readouterr().err
     assert says in said
     assert str(config) in said
+
+
+@pytest.mark.parametrize(("module", "extra", "more"), [("ray", "ray", "[ray]\n"), ("transformers", "hf", "")])
+def test_a_target_whose_package_is_missing_says_how_to_install_it_from_here(
+    tmp_path, board_bundle, monkeypatch, capsys, module, extra, more
+):
+    for name in [name for name in sys.modules if name.startswith(("server.targets.ray", "server.targets.huggingface"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    target = "bundle" if more else "hf:nothing"
+    config = tmp_path / "server.toml"
+    config.write_text(f'[server]\nid = "s1"\nbundle = "{board_bundle.path}"\ntarget = "{target}"\n{more}')
+    assert cli.main(["serve", str(config)])
+    assert f"[{extra}]'" in capsys.readouterr().err

@@ -156,6 +156,22 @@ def test_a_service_gets_the_devices_that_its_configuration_needs(
         assert not re.search(r"(?m)^(ProtectClock|DeviceAllow|DevicePolicy)=", unit)
 
 
+@pytest.mark.parametrize("source", ["mqtt", "/dev/video0", "nvargus"])
+def test_a_board_with_providers_gets_the_gpu_and_memory_to_compile_networks(
+    written: Callable[..., Path], source: str
+) -> None:
+    text = BOARD.replace("[[", 'providers = ["tensorrt", "cuda"]\n[[', 1)
+    unit = service_of(written(text, source), AIFLOW).unit
+    assert not re.search(r"(?m)^(PrivateDevices|ProtectClock|DeviceAllow|DevicePolicy)=", unit)
+    assert "SupplementaryGroups=video" in unit
+    assert re.findall(r"(?m)^MemoryMax=(.*)", unit)[-1] == "80%"  # the last one counts
+
+
+def test_a_server_with_replicas_gets_the_threads_of_ray(written: Callable[..., Path]) -> None:
+    unit = service_of(written(SERVER, "cpu", "[ray]\n"), AIFLOW).unit
+    assert re.findall(r"(?m)^TasksMax=(.*)", unit)[-1] == "infinity"
+
+
 # ---- what a service would not see ----
 
 
@@ -179,6 +195,14 @@ def test_a_service_gets_the_devices_that_its_configuration_needs(
             r"\[openai\] spent_file = /etc/spent: a ser",
         ),
         (HF, "cpu", "", r"\[server\] target = .* does not see"),
+        (HF.replace("HOME", "/srv"), "cpu", '[hf]\ntail = "HOME/tail"\n', r"\[hf\] tail = .* does not see"),
+        (
+            HF.replace("HOME", "/srv"),
+            "cpu",
+            '[prompts.gate]\nquestion = "?"\nschema = "s.json"\n',
+            r"schema = s.json: want",
+        ),
+        (SERVER, "cpu", 'second_bundle = "b"\n', r"\[server\] second_bundle = b: want an absolute path"),
         (SERVER, "cpu", '[upstream.mqtt]\nca_file = "HOME/ca"\n', r"\[upstream.mqtt\] ca_file = .* does not see"),
     ],
 )

@@ -36,8 +36,9 @@ from server.batch_times import BatchTimes
 from server.batcher import Batch
 from server.config import ServerConfig
 from server.engine import Answer, Job
-from server.pictures import Limits, PictureDecoder
+from server.pictures import Limits, PictureDecoder, PictureWorkerError
 from server.service import readable_id
+from server.targets.bundle import BundleTarget
 from testbed.broker import free_port
 from tests.brokers import Mosquitto
 from tests.bundles import tiny_bundle
@@ -530,6 +531,26 @@ def test_an_engine_that_breaks_fails_its_batch_by_name_and_the_next_is_served(
     service.receive(lane.arrival(request(bundle, 1)))
     service.answer(service.batcher.take(0))
     assert [reply.status for reply in lane.replies] == [Status.FAILED, Status.OK]
+    assert is_balanced(service)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("out of memory"), Status.FAILED), (PictureWorkerError("away"), Status.BUSY)]
+)
+def test_a_content_that_the_target_fails_to_read_fails_alone(make_service, bundle, monkeypatch, error, status) -> None:
+    service, lane, job = make_service(), Lane(), BundleTarget.job
+    for i in range(2):
+        service.receive(lane.arrival(request(bundle, i)))
+    first = iter([True])
+
+    def broken(target, accepted):
+        if next(first, False):
+            raise error
+        return job(target, accepted)
+
+    monkeypatch.setattr(BundleTarget, "job", broken)
+    service.answer(service.batcher.take(0))
+    assert [reply.status for reply in lane.replies] == [status, Status.OK]
     assert is_balanced(service)
 
 

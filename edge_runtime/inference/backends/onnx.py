@@ -42,7 +42,7 @@ class OnnxModel:
         if sums_saturate(platform.machine(), CPU_INFO.read_text() if CPU_INFO.is_file() else ""):
             options.add_session_config_entry("session.x64quantprecision", "1")
         wanted = [PROVIDERS[name] for name in providers]
-        folder = str(cache_folder())  # TensorRT keeps compiled networks there
+        folder = str(cache_folder())  # TensorRT keeps compiled networks there, and makes no folders above it
         engines = {"trt_engine_cache_enable": True, "trt_engine_cache_path": folder}
         given = [(name, engines if name == PROVIDERS["tensorrt"] else {}) for name in wanted]
         if missing := set(wanted) - set(onnxruntime.get_available_providers()):
@@ -50,6 +50,8 @@ class OnnxModel:
                 f"this onnxruntime has no {' or '.join(sorted(missing))}: install the wheel that has it"
             )
         try:
+            if "tensorrt" in providers:
+                os.makedirs(folder, exist_ok=True)
             self._session = onnxruntime.InferenceSession(data, options, providers=[*given, "CPUExecutionProvider"])
             notes = self._session.get_modelmeta().custom_metadata_map
             self.scale, self.zero_point = float(notes.get("scale", 1.0)), int(notes.get("zero_point", 0))

@@ -133,6 +133,17 @@ def test_a_signed_newer_bundle_is_received_installed_and_the_board_starts_again(
     assert running(store) == "b2"
 
 
+def test_a_bundle_that_waits_during_a_trial_can_be_installed_after_it(station, store, bundles):
+    install(store, bundles[2], 3)  # on trial
+    board = station(asks=True)
+    assert board.send_all(board.offer(sign(bundles[3], 4)[1]), bundles[3]).state == "waiting"
+    for _ in range(TRIAL_FRAMES):
+        board.updates.frame_handled(0)
+    assert board.next().state == "kept"
+    assert board.updates.status()["state"] == "waiting"
+    assert board.tell(b"install").state == "testing"
+
+
 def test_a_board_that_asks_installs_a_bundle_when_a_user_says_so_and_not_before(station, store, bundles):
     board, (_, signature) = station(asks=True), sign(bundles[2], 3)
     assert board.send_all(board.offer(signature), bundles[2]).state == "waiting"

@@ -1,12 +1,16 @@
 """Backends are tried in child processes; the choice is kept while nothing that it depends on changes."""
 
 import json
+import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
 
+from edge_runtime.app import fastest_networks
+from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
 from edge_runtime.inference import choice
-from edge_runtime.inference.backends import BackendError
+from edge_runtime.inference.backends import BackendError, load_model, onnx
 from edge_runtime.inference.bundle import BundleError
 from edge_runtime.inference.choice import Setup, choose
 from tests import runtimes
@@ -54,6 +58,13 @@ def test_a_runtime_that_does_not_work_leaves_the_work_to_the_other_and_is_named(
     assert setup == Setup("litert", 1)
     (kept,) = cache.iterdir()
     assert reason in json.loads(kept.read_text())["why"]
+
+
+def test_a_trial_that_a_terminal_ends_blames_no_runtime_and_keeps_nothing(tmp_path, monkeypatch, board_bundle, cache):
+    broken(tmp_path, monkeypatch, "onnxruntime", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    with pytest.raises(BackendError, match="the trial of onnx was ended by SIGTERM: start again"):
+        choose(board_bundle)
+    assert not cache.exists()
 
 
 def test_if_no_runtime_works_the_error_names_each_and_says_what_to_do(tmp_path, monkeypatch, board_bundle, cache):
@@ -118,6 +129,24 @@ def test_a_child_measures_what_it_is_asked(board_bundle):
     assert choose(board_bundle, "litert", 3) == Setup("litert", 3)
 
 
+def test_tensorrt_finds_the_folder_for_its_compiled_networks(board_bundle, cache, monkeypatch):
+    monkeypatch.setattr(onnx.onnxruntime, "get_available_providers", lambda: list(onnx.PROVIDERS.values()))
+    with pytest.raises(BackendError), warnings.catch_warnings(action="ignore"):
+        load_model(board_bundle.file("head.onnx"), providers=("tensorrt",))
+    assert cache.is_dir()
+
+
+def test_a_board_whose_kept_setup_loads_no_more_finds_another(board_bundle, cache):
+    choose(board_bundle, "onnx", 1)
+    (kept,) = cache.iterdir()
+    before = json.loads(kept.read_bytes())
+    lost = {**before, "setup": {**before["setup"], "providers": ["cuda"]}}  # as when its libraries are removed
+    kept.write_text(json.dumps(lost))
+    board = BoardConfig("b1", str(board_bundle.path), backend="onnx", threads=1)
+    assert fastest_networks(RuntimeConfig(board, (CameraConfig("door", "mqtt"),)), board_bundle).head
+    assert json.loads(kept.read_bytes())["setup"] == before["setup"]
+
+
 @pytest.mark.parametrize(
     ("works", "setup"),
     [
@@ -140,6 +169,9 @@ def test_a_provider_that_this_onnxruntime_lacks_is_named_and_the_cpu_is_used(boa
     assert "bundle again" not in caplog.text
 
 
-def test_a_bundle_without_a_file_is_named_and_no_runtime_is_blamed(tmp_path, board_bundle):
-    with pytest.raises(BundleError, match="lacks"):
-        choose(replace(board_bundle, path=tmp_path))
+@pytest.mark.parametrize("name", ["head.onnx", "draft_step.onnx", "draft_look.tflite"])
+def test_a_bundle_without_a_file_is_named_and_no_runtime_is_blamed(tmp_path, board_bundle, name):
+    shutil.copytree(board_bundle.path, tmp_path / "bundle")
+    (tmp_path / "bundle" / name).unlink()
+    with pytest.raises(BundleError, match=f"lacks {name}"):
+        choose(replace(board_bundle, path=tmp_path / "bundle"))

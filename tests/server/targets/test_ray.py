@@ -15,10 +15,11 @@ from edge_runtime.inference.bundle import Bundle
 from models.family import LATENT
 from server.config import RayConfig
 from server.engine import Engine, Job
+from server.pictures import PictureWorkerError
 from server.questions import Questions
 from tests.server.boards import config
 
-pytest.importorskip("ray", reason='needs Ray: pip install "aiflow-edge[ray]"')
+pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
 with warnings.catch_warnings(action="ignore"):  # of Ray's own libraries
     from server.targets import ray_engine
 
@@ -36,6 +37,12 @@ def target(bundle: Bundle) -> Iterator[ray_engine.RayTarget]:
 def jobs(bundle: Bundle) -> list[Job]:
     symbols = np.random.default_rng(1).integers(-2, 3, (6, *LATENT), dtype=np.int8)
     return [Job(each, tier="edge", draft=(5, 6, 7)) for each in symbols]
+
+
+def test_a_cluster_that_is_not_there_is_named(bundle: Bundle) -> None:  # first: this process joins one cluster
+    nowhere = RayConfig(address="127.0.0.1:1")
+    with pytest.raises(ConfigError, match="no Ray cluster"):
+        ray_engine.RayTarget(bundle, config(bundle).server, nowhere, Questions(bundle))
 
 
 def test_replicas_write_the_texts_of_one_process(target: ray_engine.RayTarget, engine: Engine, jobs: list[Job]) -> None:
@@ -68,7 +75,21 @@ def test_replicas_with_other_numerics_do_not_answer(target: ray_engine.RayTarget
     assert answer.retry_after_ms
 
 
-def test_a_cluster_that_is_not_there_is_named(bundle: Bundle) -> None:
-    nowhere = RayConfig(address="127.0.0.1:1")
-    with pytest.raises(ConfigError, match="no Ray cluster"):
-        ray_engine.RayTarget(bundle, config(bundle).server, nowhere, Questions(bundle))
+def test_each_try_is_a_step_and_a_picture_without_a_replica_is_for_another_server(
+    target: ray_engine.RayTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[None] = []
+    target.on_step(lambda: steps.append(None))
+    monkeypatch.setattr(target.engine, "_timeout_s", 0.0)
+    with pytest.raises(PictureWorkerError, match="no replica"):
+        target.engine.symbols(np.zeros((224, 224, 3), np.uint8))
+    assert len(steps) == ray_engine.TRIES
+
+
+def test_a_target_that_is_closed_answers_with_an_error_and_starts_no_cluster(
+    target: ray_engine.RayTarget, jobs: list[Job]
+) -> None:  # last: nothing comes after
+    target.close()
+    (answer,) = target.answer(jobs[:1])
+    assert "no replica" in answer.error
+    assert not ray_engine.ray.is_initialized()
