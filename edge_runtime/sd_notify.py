@@ -1,4 +1,4 @@
-"""What a service tells its manager: systemd's sd_notify protocol, without its library.
+"""Reports of a service to its manager: systemd's sd_notify protocol, without its library.
 
 Each message is a datagram on the AF_UNIX socket that NOTIFY_SOCKET names: man sd_notify(3). Knows nothing of boards and
 servers: it is told when there was progress. No thread of its own sends anything, so a program that hangs falls silent,

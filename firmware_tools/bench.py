@@ -283,7 +283,7 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
 def measure_server(
     args: argparse.Namespace, bundle: Bundle, pixels: list[Any], latents: list[Any], head_ms: float
 ) -> dict[str, Any]:
-    """What answers a board. pixels, latents: of the same photos. head_ms: from the one to the other."""
+    """Measures a target. pixels, latents: of the same photos. head_ms: from the one to the other."""
     from edge_runtime.inference.networks import load_draft
 
     draft, level = load_draft(bundle, args.backend or "onnx", 1), bundle.manifest.latent.default_level
@@ -311,7 +311,7 @@ def measure_server(
 
 
 def timed(step: Callable[[Any], Any], inputs: Sequence[Any]) -> tuple[list[Any], float]:
-    """What a step makes of each input, and its median time in ms of CPU time, which other programs do not change."""
+    """Results of a step for each input, its median time in ms of CPU time, which other programs do not change."""
     results, times_ms = [], []
     for each in inputs:
         started = time.process_time()

@@ -43,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="the boards' (default: the shipped bundle)")
     parser.add_argument(
-        "--work", type=Path, metavar="FOLDER", help="intermediate results, to resume after an interruption (default: OUT.work)"
+        "--work",
+        type=Path,
+        metavar="FOLDER",
+        help="results so far, to resume after an interruption (default: OUT.work)",
     )
     parser.add_argument("--prompt", help="the prompt in training (default: that of a server)")
     parser.add_argument(
@@ -168,7 +171,7 @@ def look(
     model: LanguageModel,
     weights: str,
 ) -> list[Path]:
-    """What head and model see in each photo: files in `work`. Those of an earlier run are used. Raises DistilError."""
+    """Results of head and model for each photo: files in `work`. Uses those of an earlier run. Raises DistilError."""
     from edge_runtime.capture.picture_checks import PictureError, decode_picture
     from edge_runtime.inference.preprocess import to_input
     from models.distilling import Seen, keep

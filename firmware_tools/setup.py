@@ -133,7 +133,7 @@ def tables(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _answer(flag: str, question: str, default: str) -> str:
-    """What a person answers. Raises SetupError if there is nobody to ask."""
+    """The answer of a person. Raises SetupError if there is nobody to ask."""
     if not sys.stdin.isatty():
         raise SetupError(f"--{flag} is missing: name it, or run this on a terminal, where it is asked for")
     hint = f" [{default}]" if default else ""

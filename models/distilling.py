@@ -197,7 +197,7 @@ def divergence(model: Model, seen: Seen, tokens: Tensor) -> Tensor:
 
 
 class Rate(NamedTuple):
-    """What a board sends of a frame."""
+    """The symbols that a board sends of a frame."""
 
     level: int
     groups: int

@@ -43,7 +43,7 @@ class PromptConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked of each picture."""
+    """The question about each picture, and its settings."""
 
     system: str  # empty: no system message
     text: str  # beside the picture

@@ -185,7 +185,7 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PolicyConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a board may spend, and what `paradigm = "auto"` must reach."""
+    """The budgets of a board, and the quality that `paradigm = "auto"` must reach."""
 
     # Accept a draft without verification if its predicted quality is at least this fraction of the server's; 1: never.
     quality_floor: Annotated[float, Meta(ge=0, le=1)] = 0.95

@@ -116,7 +116,7 @@ def _measured(
 
 
 def _variants(names: Sequence[str], providers: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """What is tried, in this order: onnxruntime with all providers, without the first of them, ..., the CPU alone."""
+    """The candidates, in this order: onnxruntime with all providers, without the first of them, ..., the CPU alone."""
     first = [("onnx", tuple(providers[start:])) for start in range(len(providers))] if "onnx" in names else []
     return [*first, *((name, ()) for name in names)]
 
@@ -145,7 +145,7 @@ def _probe(arguments: Sequence[str], limit_s: float) -> dict[int, float] | str:
 
 
 def _circumstances(names: Sequence[str]) -> dict[str, str]:
-    """What may change the speed of a backend, or whether it works."""
+    """Everything that may change the speed of a backend, or whether it works."""
     cpu_info = Path("/proc/cpuinfo")
     lines = sorted(set(CPU_INFO.findall(cpu_info.read_text()))) if cpu_info.is_file() else []
     runtimes = {runtime: _version(runtime) for name in names for runtime in RUNTIMES[name]}

@@ -98,7 +98,7 @@ def _token(listen: str, file: str | None) -> str | None:
 
 
 def _picture_check() -> tuple[Callable[[bytes], object] | None, str]:
-    """What refuses a picture that is too costly for a browser; or None, and why no picture is shown."""
+    """The check that refuses a picture that is too costly for a browser; or None, and why no picture is shown."""
     try:
         from edge_runtime.capture.picture_checks import check_picture
     except ModuleNotFoundError:

@@ -57,7 +57,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the start test found on this device, with these weights and this thread count."""
+    """The result of the start test on this device, with these weights and this thread count."""
 
     strict: bool = False  # texts are the same with drafts and without, and drafts are used
     reason: str = "the start test has not run"  # why drafts are ignored; empty if they are used

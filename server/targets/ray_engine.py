@@ -36,7 +36,7 @@ CALLS_PER_REPLICA = 2  # one is computed while the next one is on the way
 
 
 class Facts(NamedTuple):
-    """What a replica tells of itself."""
+    """A replica's description of itself."""
 
     bundle: bytes  # id
     proof: Proof

@@ -27,7 +27,7 @@ class TwoBundles(Target[OwnedJob]):
 
     @property
     def abilities(self) -> Abilities:
-        """What both can do."""
+        """The abilities that both have."""
         each = [target.abilities for target in self.both]
         return replace(
             each[0],
