@@ -56,7 +56,7 @@ class Notifier:
         return cls(address, int(usec or 0) / 1e6 if is_for_us else 0.0)
 
     def starting(self, silent_s: float) -> None:
-        """The next step of the start may take so long: systemd waits longer than its TimeoutStartSec=."""
+        """The next step of the start may take `silent_s`: systemd waits longer than its TimeoutStartSec=."""
         self._send(f"EXTEND_TIMEOUT_USEC={round(silent_s * 1e6)}", WAIT_S)
 
     @property

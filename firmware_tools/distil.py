@@ -80,7 +80,7 @@ def _device(text: str) -> str:
 
 
 class LanguageModel(NamedTuple):
-    """What models.distilling needs of the model behind the tower."""
+    """The interface of models.distilling to the language model behind the tower."""
 
     target: "HuggingFaceTarget"
     tower: "Tower"

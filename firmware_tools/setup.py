@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_board_flags(parser: argparse.ArgumentParser) -> None:
-    """What `tables` takes."""
+    """The arguments of `tables`."""
     board = parser.add_argument_group("board")
     board.add_argument("--id", help="a-z, 0-9 and - (default: from the host's name)")
     board.add_argument("--camera", metavar="SOURCE", help="an address, /dev/video0, rpicam, watch:FOLDER, mqtt, a path")
@@ -59,7 +59,7 @@ def add_board_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises ConfigError for a flag that cannot be, and SetupError if something is not answered or not written."""
+    """Raises ConfigError for an impossible flag, and SetupError if something is not answered or not written."""
     if args.out.exists() and not args.force:
         raise SetupError(f"{args.out} exists: name another --out, or replace it with --force")
     config_of_flags(args)
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def ask(args: argparse.Namespace) -> None:
-    """Asks a person for the QUESTIONS that no flag answers; again, if an answer cannot be. Raises SetupError."""
+    """Asks a person for the QUESTIONS that no flag answers; again after an impossible answer. Raises SetupError."""
     defaults = {"id": _host_id(), "camera": CAMERA, "broker": LOCAL}
     for flag, question in QUESTIONS.items():
         if flag == "ca_file" and not mqtt_table(args).get("tls"):

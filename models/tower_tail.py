@@ -64,7 +64,7 @@ class _Versioned(msgspec.Struct):
 
 
 class TowerTail(nn.Module):
-    """The output of the bundle's tail to image tokens. At first, it writes the mean tokens for every picture."""
+    """Maps the output of the bundle's tail to image tokens. At first, it writes the mean tokens for every picture."""
 
     mean: Tensor
     scale: Tensor

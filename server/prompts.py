@@ -66,7 +66,7 @@ def read_prompts(configured: Mapping[str, PromptConfig]) -> dict[str, Prompt]:
 
 
 def check_usual(name: str, prompts: Mapping[str, Prompt], table: str) -> None:
-    """Raises ConfigError if the prompt for requests that name none is not there. table: which names it."""
+    """Raises ConfigError if the prompt for requests that name none is not there. table: the one that names it."""
     if name not in prompts:
         raise ConfigError(
             f'prompt = "{name}" in {table} is none of the prompts {", ".join(sorted(prompts))}: '

@@ -289,7 +289,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def threads(self) -> int | None:
-        """Of the networks; None: measured. One if their share of a core is limited, which counts no second core."""
+        """Threads of the networks; None: measured. 1 if cpu_share limits them, since it is a share of one core."""
         return self.board.threads or (1 if self.policy.cpu_share < 1 else None)
 
     def sampling(self, words: Sequence[str]) -> dict[str, Options]:

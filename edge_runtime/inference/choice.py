@@ -1,7 +1,7 @@
 """Which backend runs the networks, and with how many threads: tried in child processes, measured once, and kept.
 
-A wheel that was built for another processor ends its process by SIGILL, a driver may hang: in a child, neither takes
-the board along. The result is kept in a file of the user's cache, named by everything that it depends on. So a board
+A wheel that was built for another processor ends its process by SIGILL, a driver may hang: in a child process, neither
+stops the board. The result is kept in a file of the user's cache, named by everything that it depends on. So a board
 whose packages, processor and bundle are still the same starts no child. Knows nothing of what the networks compute.
 """
 

@@ -43,7 +43,7 @@ class Tracked:
     delivered: int = 0  # of these, what the broker has acknowledged
 
     def has_ended(self, size: int, is_delivered: bool) -> None:
-        """The client is done with a copy of so many bytes."""
+        """The client has delivered or given up a copy of `size` bytes."""
         self.delivered += is_delivered * size
         self.ended += size
 

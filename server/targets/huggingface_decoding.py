@@ -167,7 +167,7 @@ def kept(end: int, lengths: Sequence[int]) -> int:
 
 
 def _filled_up(tails: Sequence[list[int]]) -> list[list[int]]:
-    """All as long as the longest, by its tokens: they are valid, and no row sees what comes after its own last one."""
+    """Rows filled up with tokens of the longest: they are valid, and no row reads those after its own last one."""
     longest = max(tails, key=len)
     return [[*tail, *longest[len(tail) :]] for tail in tails]
 

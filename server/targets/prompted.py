@@ -1,7 +1,7 @@
 """The common part of all targets that read named prompts: the words and pictures of a question, and checked answers.
 
-If a prompt has a schema, its answers are checked here, whatever the model promises. An answer that does not match goes
-back once with what is wrong, before the deadline of its request.
+If a prompt has a schema, its answers are checked here, whatever the model promises. If an answer does not match, the
+model gets it back once with the error, before the deadline of its request.
 """
 
 import time
