@@ -52,8 +52,8 @@ def add_board_flags(parser: argparse.ArgumentParser) -> None:
     board = parser.add_argument_group("board")
     board.add_argument("--id", help="a-z, 0-9 and - (default: from the host's name)")
     board.add_argument("--camera", metavar="SOURCE", help="an address, /dev/video0, rpicam, watch:FOLDER, mqtt, a path")
-    board.add_argument("--camera-username", metavar="NAME", help="if the camera has a login")
-    board.add_argument("--camera-password-file", metavar="FILE", help="with it")
+    board.add_argument("--camera-username", metavar="NAME", help="user name at the camera, if it has a login")
+    board.add_argument("--camera-password-file", metavar="FILE", help="its password; with --camera-username")
     board.add_argument("--bundle", type=Path, metavar="DIR", help="default: the shipped one")
     add_broker_arguments(parser)
 
