@@ -1,4 +1,4 @@
-"""Many boards and several servers: what a site answers with 1, 2, 4 replicas, and what a killed one costs.
+"""Many boards and several servers: the answers of a site with 1, 2, 4 replicas, and the losses if one is killed.
 
 Broker, servers and Ray's replicas are real processes. The boards are simulated: they share a few MQTT connections, and
 their latents are prepared before, since one machine cannot run a thousand heads. Like a real board, each sends a
@@ -164,8 +164,9 @@ def run(
     seconds: float,
     replicas: Sequence[int],
 ) -> dict[str, Any]:
-    """By number of replicas; 0: the server's own process, without Ray. From two replicas on, there are two servers, and
-    halfway through a second run one replica and one server are killed.
+    """The figures by number of replicas; 0: the server's own process, without Ray.
+
+    From two replicas on, there are two servers, and halfway through a second run one replica and one server are killed.
     """
     frames = cycle(list(zip(symbols, drafts, strict=True)))
     result: dict[str, Any] = {"tier": tier, "boards": boards, "interval_s": interval_s, "seconds": seconds}

@@ -85,7 +85,7 @@ def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[i
 def take_turns(
     ways: Mapping[str, Callable[[], Result]], rounds: int
 ) -> tuple[dict[str, Result], dict[str, list[float]], str]:
-    """What each way returns, and its seconds in each round by the clock of this name, after a round that warms up."""
+    """The result of each way, and its seconds in each round by the clock of this name, after a round that warms up."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     results = {name: way() for name, way in ways.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ways}

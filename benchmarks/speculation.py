@@ -1,7 +1,8 @@
 """Ways to write the same captions: a target alone, with the board's draft, with the server's own proposals, with both.
 
-All ways run in one process on the same photos and take turns. The time until a caption is there has writing the draft,
-the link in both directions, and the batch that the caption is in. The link is added as a number; nothing waits for it.
+All ways run in one process on the same photos and take turns. The time until a caption is there includes writing the
+draft, the link in both directions, and the batch that the caption is in. The link is added as a number; nothing waits
+for it.
 """
 
 import statistics

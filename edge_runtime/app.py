@@ -1,6 +1,6 @@
 """A board put together from its configuration: bundle, models, MQTT clients, cameras. `aiflow run` is this.
 
-This file knows how the parts fit together. What happens to a frame is in pipeline.py, what users do with a
+This file knows how the parts fit together. The path of a frame is in pipeline.py, what users do with a
 board in users.py.
 """
 
@@ -200,7 +200,7 @@ class Board:
             self.users.frame_handled(frame)
 
     def summary(self) -> Values:
-        """What the board has counted, with the names of reporting/counters.py; any thread."""
+        """The board's counts, with the names of reporting/counters.py; any thread."""
         rejected = Counter[str]()
         for router in self.routers:
             rejected.update(router.rejected())

@@ -319,11 +319,11 @@ class Pipeline:
         return event
 
     def _count_jpeg_bytes(self, work: FrameInProgress) -> None:
-        """What the frame would have cost as a picture."""
+        """The bytes of the frame as a JPEG."""
         work.jpeg_bytes = work.jpeg_bytes or len(to_jpeg(work.pixels, work.plan.jpeg_quality))
 
     def _event(self, work: FrameInProgress, **changes: Any) -> Event:
-        """What is known of the frame now."""
+        """An event with the present knowledge about the frame."""
         frame, plan = work.frame, work.plan
         values: dict[str, Any] = {
             "type": "new",
@@ -356,7 +356,7 @@ class Pipeline:
 
 
 def wanted(plan: Plan) -> Options:
-    """What decides an answer, besides the frame."""
+    """The settings that change an answer, besides the frame."""
     return msgspec.structs.replace(plan.sampling, tier=plan.tier, questions=plan.questions, prompt=plan.prompt)
 
 

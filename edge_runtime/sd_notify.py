@@ -1,4 +1,4 @@
-"""What a service tells its manager: systemd's sd_notify protocol, without its library.
+"""Reports of a service to its manager: systemd's sd_notify protocol, without its library.
 
 Each message is a datagram on the AF_UNIX socket that NOTIFY_SOCKET names: man sd_notify(3). Knows nothing of boards and
 servers: it is told when there was progress. No thread of its own sends anything, so a program that hangs falls silent,
@@ -56,7 +56,7 @@ class Notifier:
         return cls(address, int(usec or 0) / 1e6 if is_for_us else 0.0)
 
     def starting(self, silent_s: float) -> None:
-        """The next step of the start may take so long: systemd waits longer than its TimeoutStartSec=."""
+        """The next step of the start may take `silent_s`: systemd waits longer than its TimeoutStartSec=."""
         self._send(f"EXTEND_TIMEOUT_USEC={round(silent_s * 1e6)}", WAIT_S)
 
     @property

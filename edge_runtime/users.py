@@ -1,7 +1,7 @@
 """A board's side towards its users: what they may change, and the programs that they have, on the users' broker.
 
 People and programs change settings, camera software and Frigate publish pictures, Home Assistant reads what the board
-has, Frigate gets the answers. What every user hears, the events, is in reporting/events.py.
+has, Frigate gets the answers. The events, which every user gets, are in reporting/events.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -66,7 +66,7 @@ class Users:
             yield
 
     def routes(self) -> list[Route]:
-        """What is subscribed to at the users' broker."""
+        """The subscriptions at the users' broker."""
         return [
             Route(self.settings.filter, self._setting_arrived),
             *self._cameras.routes(self._site, self._board),

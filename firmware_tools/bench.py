@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             part.add_argument(
                 "--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="photos (default: the demo's)"
             )
-            part.add_argument("--limit", type=number, default=64, metavar="N", help="at most N of them (default: 64)")
+            part.add_argument("--limit", type=number, default=64, metavar="N", help="at most N photos (default: 64)")
             _add_arguments(part, name)
         part.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, metavar="DIR", help="default: the shipped one")
         part.add_argument("--json", type=new_file, metavar="FILE", help="write the figures to FILE")
@@ -79,9 +79,11 @@ def _add_rate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", metavar="NAME", help="only photos of this split")
     parser.add_argument("--classes", **many, help="photos named class/name, to measure labels")
     parser.add_argument("--limit", type=number, metavar="N", help="only N photos of either, evenly spread")
-    parser.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
-    parser.add_argument("--backend", choices=BACKENDS, default="onnx", help="of the head (default: onnx)")
-    parser.add_argument("--threads", type=number, default=1, metavar="N", help="of the networks (default: 1)")
+    parser.add_argument(
+        "--tier", choices=["edge", "cloud"], default="cloud", help="the tier that answers (default: cloud)"
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="onnx", help="the head's runtime (default: onnx)")
+    parser.add_argument("--threads", type=number, default=1, metavar="N", help="threads of the networks (default: 1)")
     parser.add_argument(
         "--budgets", type=number, nargs="+", default=[150, 250, 400], metavar="N", help="bytes (default: 150 250 400)"
     )
@@ -97,7 +99,9 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         parser.add_argument(
             "--row", action="extend", nargs="+", default=[], metavar="NAME", help="default: all but soak"
         )
-        parser.add_argument("--seconds", type=float, metavar="S", help="of each fault (default: each row's own)")
+        parser.add_argument(
+            "--seconds", type=float, metavar="S", help="duration of each fault (default: each row's own)"
+        )
         parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write the table to FILE")
         from benchmarks.faults.rows import ROWS
 
@@ -106,36 +110,48 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         )
         return
     if part == "capture":
-        parser.add_argument("--interval", type=float, default=10.0, metavar="S", help="of frames (default: 10)")
-        parser.add_argument("--cameras", type=number, default=1, metavar="N", help="at once (default: 1)")
-        parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of each stream (default: 20)")
+        parser.add_argument(
+            "--interval", type=float, default=10.0, metavar="S", help="time between frames (default: 10)"
+        )
+        parser.add_argument("--cameras", type=number, default=1, metavar="N", help="cameras at once (default: 1)")
+        parser.add_argument(
+            "--seconds", type=float, default=20.0, metavar="S", help="duration of each stream (default: 20)"
+        )
         return
     both = " (default: both)" if part == "device" else " (default: onnx)"
-    parser.add_argument("--backend", choices=BACKENDS, help=f"of head and draft{both}")
+    parser.add_argument("--backend", choices=BACKENDS, help=f"runtime of head and draft{both}")
     if part == "device":
         parser.add_argument("--frames", type=number, default=500, metavar="N", help="default: 500")
     if part == "static":
-        parser.add_argument("--frames", type=number, default=20, metavar="N", help="of each scene (default: 20)")
+        parser.add_argument("--frames", type=number, default=20, metavar="N", help="frames of each scene (default: 20)")
         parser.add_argument("--reuse-distance", type=float, default=0.2, metavar="X", help="default: 0.2")
     if part == "scale":
         parser.add_argument(
             "--replicas", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="0: without Ray (default: 0 1 2)"
         )
         parser.add_argument("--boards", type=number, default=1000, metavar="N", help="default: 1000")
-        parser.add_argument("--interval", type=float, default=10.0, metavar="S", help="of each board (default: 10)")
-        parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="of each run (default: 60)")
+        parser.add_argument(
+            "--interval", type=float, default=10.0, metavar="S", help="time between a board's requests (default: 10)"
+        )
+        parser.add_argument(
+            "--seconds", type=float, default=60.0, metavar="S", help="duration of each run (default: 60)"
+        )
         parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="default: edge")
     if part in ("server", "gateway", "speculation"):
         usual = "cloud" if part == "speculation" else "edge"
         parser.add_argument("--tier", choices=["edge", "cloud"], default=usual, help=f"default: {usual}")
-        parser.add_argument("--threads", type=number, default=1, metavar="N", help="of the networks (default: 1)")
+        parser.add_argument(
+            "--threads", type=number, default=1, metavar="N", help="threads of the networks (default: 1)"
+        )
     if part == "speculation":
         parser.add_argument(
             "--target", type=hf_model, metavar="hf:FOLDER", help="a model of transformers (default: the bundle's tier)"
         )
-        parser.add_argument("--rounds", type=number, default=5, metavar="N", help="that are timed (default: 5)")
+        parser.add_argument("--rounds", type=number, default=5, metavar="N", help="timed rounds (default: 5)")
     if part == "gateway":
-        parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each half (default: 10)")
+        parser.add_argument(
+            "--seconds", type=float, default=10.0, metavar="S", help="duration of each half (default: 10)"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -283,7 +299,7 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
 def measure_server(
     args: argparse.Namespace, bundle: Bundle, pixels: list[Any], latents: list[Any], head_ms: float
 ) -> dict[str, Any]:
-    """What answers a board. pixels, latents: of the same photos. head_ms: from the one to the other."""
+    """Measures a target. pixels, latents: of the same photos. head_ms: from the one to the other."""
     from edge_runtime.inference.networks import load_draft
 
     draft, level = load_draft(bundle, args.backend or "onnx", 1), bundle.manifest.latent.default_level
@@ -311,7 +327,7 @@ def measure_server(
 
 
 def timed(step: Callable[[Any], Any], inputs: Sequence[Any]) -> tuple[list[Any], float]:
-    """What a step makes of each input, and its median time in ms of CPU time, which other programs do not change."""
+    """Results of a step for each input, its median time in ms of CPU time, which other programs do not change."""
     results, times_ms = [], []
     for each in inputs:
         started = time.process_time()

@@ -27,9 +27,11 @@ def add_broker_arguments(parser: argparse.ArgumentParser) -> None:
         help="its first line is the password; a board's default: /etc/aiflow/password",
     )
     group.add_argument(
-        "--tls", action="store_true", help="with the system's authorities; the default on another machine"
+        "--tls",
+        action="store_true",
+        help="use TLS with the system's authorities; the default for a broker on another machine",
     )
-    group.add_argument("--ca-file", metavar="FILE", help="with this authority instead; implies TLS")
+    group.add_argument("--ca-file", metavar="FILE", help="use this authority instead; implies TLS")
     group.add_argument("--cert-file", metavar="FILE", help="a client certificate to log in with; implies TLS")
     group.add_argument("--key-file", metavar="FILE", help="its key")
     group.add_argument("--insecure", action="store_true", help="no TLS to a broker on another machine")

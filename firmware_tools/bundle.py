@@ -28,7 +28,7 @@ over MQTT:      aiflow bundle push --board porch --broker broker.lan models/zoo/
 
 
 class BundleCommandError(AiflowError):
-    """What the command was asked cannot be done."""
+    """The command cannot do what it was asked."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -53,7 +53,7 @@ class PhotoResult:
 
 @dataclass(frozen=True, slots=True)
 class AtLevel:
-    """What the server answers about a photo whose features are sent at one level."""
+    """The server's answer about a photo whose features are sent at one level."""
 
     bytes: int  # of the whole MQTT payload
     text: str
@@ -69,7 +69,7 @@ class TaughtQuestion:
     views: int  # crops and mirror images of these photos
 
     def answer(self, result: PhotoResult) -> str:
-        """What a server says about a photo, such as "nobody 70 %, somebody 30 %"; not about one that it was taught."""
+        """An answer about a photo, such as "nobody 70 %, somebody 30 %"; not about one that it was taught."""
         if self._taught(result):
             return "taught with this photo"
         scores = self._scores(result)

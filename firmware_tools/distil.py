@@ -39,19 +39,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="thousands of photos like those of the cameras; they need no captions",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="what `tail` in [hf] of a server names"
+        "--out", type=Path, required=True, metavar="FOLDER", help="the folder for `tail` in [hf] of a server"
     )
     parser.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="the boards' (default: the shipped bundle)")
     parser.add_argument(
-        "--work", type=Path, metavar="FOLDER", help="what was done, to go on after an interruption (default: OUT.work)"
+        "--work",
+        type=Path,
+        metavar="FOLDER",
+        help="results so far, to resume after an interruption (default: OUT.work)",
     )
-    parser.add_argument("--prompt", help="that the model is asked (default: that of a server)")
+    parser.add_argument("--prompt", help="the prompt in training (default: that of a server)")
     parser.add_argument(
-        "--pixels", type=_pixels, default=448, help="side of the square that the tower is shown (default: 448)"
+        "--pixels", type=_pixels, default=448, help="side of the square picture that the tower reads (default: 448)"
     )
     parser.add_argument("--limit", type=number, metavar="N", help="use the first N photos")
-    parser.add_argument("--steps", type=number, help="of the regression (default: 3000)")
-    parser.add_argument("--kl-steps", type=number, help="on the model's texts, after it (default: 500)")
+    parser.add_argument("--steps", type=number, help="steps towards the tower's tokens (default: 3000)")
+    parser.add_argument("--kl-steps", type=number, help="then steps on the model's texts (default: 500)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the model")
     parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--threads", type=number, default=1)
@@ -77,7 +80,7 @@ def _device(text: str) -> str:
 
 
 class LanguageModel(NamedTuple):
-    """What models.distilling needs of the model behind the tower."""
+    """The interface of models.distilling to the language model behind the tower."""
 
     target: "HuggingFaceTarget"
     tower: "Tower"
@@ -168,7 +171,7 @@ def look(
     model: LanguageModel,
     weights: str,
 ) -> list[Path]:
-    """What head and model see in each photo: files in `work`. Those of an earlier run are used. Raises DistilError."""
+    """Results of head and model for each photo: files in `work`. Uses those of an earlier run. Raises DistilError."""
     from edge_runtime.capture.picture_checks import PictureError, decode_picture
     from edge_runtime.inference.preprocess import to_input
     from models.distilling import Seen, keep

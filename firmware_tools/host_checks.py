@@ -190,7 +190,7 @@ def check_clock() -> Finding:
 
 
 def _is_synchronised() -> bool | None:
-    """What the kernel knows, whichever time service runs: adjtimex(2) with nothing to set. None: it does not say."""
+    """The kernel's answer, whichever time service runs: adjtimex(2) with nothing to set. None: it does not say."""
     try:
         state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(1024))  # struct timex has 208 bytes
     except (OSError, AttributeError):

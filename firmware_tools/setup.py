@@ -51,18 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_board_flags(parser: argparse.ArgumentParser) -> None:
-    """What `tables` takes."""
+    """The arguments of `tables`."""
     board = parser.add_argument_group("board")
     board.add_argument("--id", help="a-z, 0-9 and - (default: from the host's name)")
     board.add_argument("--camera", metavar="SOURCE", help="an address, /dev/video0, rpicam, watch:FOLDER, mqtt, a path")
-    board.add_argument("--camera-username", metavar="NAME", help="if the camera has a login")
-    board.add_argument("--camera-password-file", metavar="FILE", help="with it")
+    board.add_argument("--camera-username", metavar="NAME", help="user name at the camera, if it has a login")
+    board.add_argument("--camera-password-file", metavar="FILE", help="its password; with --camera-username")
     board.add_argument("--bundle", type=Path, metavar="DIR", help="default: the shipped one")
     add_broker_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises ConfigError for a flag that cannot be, and SetupError if something is not answered or not written."""
+    """Raises ConfigError for an impossible flag, and SetupError if something is not answered or not written."""
     if args.out.exists() and not args.force:
         raise SetupError(f"{args.out} exists: name another --out, or replace it with --force")
     config_of_flags(args)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def ask(args: argparse.Namespace) -> None:
-    """Asks a person for the QUESTIONS that no flag answers; again, if an answer cannot be. Raises SetupError."""
+    """Asks a person for the QUESTIONS that no flag answers; again after an impossible answer. Raises SetupError."""
     defaults = {"id": _host_id(), "camera": CAMERA, "broker": LOCAL}
     for flag, question in QUESTIONS.items():
         if flag == "ca_file" and not mqtt_table(args).get("tls"):
@@ -138,7 +138,7 @@ def tables(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _answer(flag: str, question: str, default: str) -> str:
-    """What a person answers. Raises SetupError if there is nobody to ask."""
+    """The answer of a person. Raises SetupError if there is nobody to ask."""
     if not sys.stdin.isatty():
         raise SetupError(f"--{flag} is missing: name it, or run this on a terminal, where it is asked for")
     hint = f" [{default}]" if default else ""

@@ -1,12 +1,12 @@
 """Trains a tail that imitates a vision tower (tower_tail.py), on photos without captions, and measures it.
 
-First by regression: the squared error of the image tokens, each dimension divided by its variance. Then also by what
-matters: the divergence of the language model's next-token distribution, on the texts that it writes about the same
-photos when it is fed the picture. Every row of a batch has a random level, and some have only their first groups, so
-that one tail serves all rates (as in recipe/stage3_bottleneck.py).
+First by regression: the squared error of the image tokens, each dimension divided by its variance. Then also by the
+divergence of the language model's next-token distribution, on the texts that it writes about the same photos when it is
+fed the picture. Every row of a batch has a random level, and some have only their first groups, so that one tail serves
+all rates (as in recipe/stage3_bottleneck.py).
 
 The tower sees each photo once, and a file per photo keeps what it found. Knows nothing of pictures and transformers:
-`Model` is what it needs of one.
+`Model` is its interface to one.
 """
 
 import hashlib
@@ -197,7 +197,7 @@ def divergence(model: Model, seen: Seen, tokens: Tensor) -> Tensor:
 
 
 class Rate(NamedTuple):
-    """What a board sends of a frame."""
+    """The symbols that a board sends of a frame."""
 
     level: int
     groups: int

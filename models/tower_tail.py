@@ -39,7 +39,7 @@ class TowerTailError(ConfigError):
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the manifest says."""
+    """The content of the manifest."""
 
     bundle: Annotated[str, Meta(pattern=r"^[0-9a-f]{16}\Z")]  # its id
     bundle_name: Annotated[str, Meta(max_length=64)]
@@ -58,13 +58,13 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Versioned(msgspec.Struct):
-    """What the manifest of every format has."""
+    """The fields that the manifest of every format has."""
 
     format: int
 
 
 class TowerTail(nn.Module):
-    """What the bundle's tail gives to image tokens. At first, it writes the mean tokens for every picture."""
+    """Maps the output of the bundle's tail to image tokens. At first, it writes the mean tokens for every picture."""
 
     mean: Tensor
     scale: Tensor
@@ -108,7 +108,7 @@ class SymbolReader:
 
 @torch.no_grad()
 def read_symbols(tail: Tail, symbols: NDArray[np.int8], levels: list[int], channels: list[int]) -> Tensor:
-    """What the bundle's tail gives of symbols int8 [B, 64, 7, 7]: its features and the map at the cut, [B, P, READ].
+    """Output of the bundle's tail for symbols int8 [B, 64, 7, 7]: its features and the map at the cut, [B, P, READ].
 
     levels, channels: of each row, its level and how many channels have arrived. The others are zero.
     """

@@ -97,7 +97,7 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
         check_ca_file(self.ca_file, "[openai]")
 
     def estimate(self, prompts: Iterable[Prompt] = ()) -> float:
-        """What a call may cost, in the currency, before there was one."""
+        """An estimate of the cost of a call before the first one, in the currency."""
         asked = list(prompts)
         frames = max((prompt.frames for prompt in asked), default=1)
         longest = max(self.max_tokens, *(prompt.max_tokens or 0 for prompt in asked), 0)
@@ -164,7 +164,7 @@ class UpstreamConfig(Struct, frozen=True, forbid_unknown_fields=True):
     resend_ms: Annotated[int, Meta(ge=20, le=60_000)] = 1500  # without a reply; then asked again
 
     def bounds(self) -> Bounds:
-        """What may be passed up. One board may hold half of the open requests, so that the others always get some."""
+        """The bounds of passed-up requests. One board may hold half of the open requests: others always get some."""
         half = (self.open_requests + 1) // 2
         return Bounds(self.min_confidence, self.max_share, self.explore, self.max_requested_share, half)
 

@@ -75,7 +75,7 @@ SERVER = {
     "mqtt_connected": Meaning("1 while the boards' broker answers", is_gauge=True),
     "info": Meaning("1 for the version of the program", "version", is_gauge=True),
 }
-# What has not happened yet is told too: an alert needs a number before the first fault.
+# Counts of events that have not happened yet are exported too: an alert needs a number before the first fault.
 NOTHING: dict[str, Any] = {name: {} if meaning.label else 0 for name, meaning in SERVER.items() if meaning.suffix}
 
 

@@ -43,7 +43,7 @@ class PromptConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked of each picture."""
+    """The question about each picture, and its settings."""
 
     system: str  # empty: no system message
     text: str  # beside the picture
@@ -66,7 +66,7 @@ def read_prompts(configured: Mapping[str, PromptConfig]) -> dict[str, Prompt]:
 
 
 def check_usual(name: str, prompts: Mapping[str, Prompt], table: str) -> None:
-    """Raises ConfigError if the prompt for requests that name none is not there. table: which names it."""
+    """Raises ConfigError if the prompt for requests that name none is not there. table: the one that names it."""
     if name not in prompts:
         raise ConfigError(
             f'prompt = "{name}" in {table} is none of the prompts {", ".join(sorted(prompts))}: '

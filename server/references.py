@@ -1,7 +1,7 @@
 """The latest frames of each board, which its later frames may be coded against. For any number of threads.
 
-A board uses a frame only after it has the reply to it. If the frame is gone by then, the board is told, and sends the
-next one whole. So what is dropped here costs bytes, and never a wrong answer.
+A board uses a frame only after it has the reply to it. If the server has dropped the frame by then, it tells the board,
+which sends the next one whole. So a dropped frame costs bytes, and never causes a wrong answer.
 """
 
 import threading

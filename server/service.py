@@ -3,7 +3,7 @@ tier above may know better: reply, ask there, reply once more.
 
 `receive` runs on the MQTT client's thread and never waits. Pictures are decoded on threads of their own, each with a
 process of its own. `serve` runs on the thread that calls the target (targets/target.py), and starts more of them for a
-target that takes several calls at once. What the tier above says comes on another thread. Between the threads are two
+target that takes several calls at once. Replies of the tier above come on another thread. Between the threads are two
 queues, one before the pictures' threads and one before the target, and the cache of replies. Every request ends in a
 status, which its board is told, and in a counter: received = last replies (by status) + repeated + joined + waiting +
 asked above.
@@ -62,7 +62,7 @@ TAKE_S = 0.2  # how often a thread that waits for work looks whether it should s
 
 
 class Service:
-    """What one server does with requests. Knows nothing of MQTT.
+    """The path of a request in one server. Knows nothing of MQTT.
 
     upstream: the tier above, if there is one. bounds: what may be passed up there. chance: uniform in [0, 1).
     """
@@ -132,7 +132,7 @@ class Service:
             self._enqueue(accepted, self.pictures)
 
     def _unknown_bundle(self, request: Request) -> str:
-        """What is wrong with a latent that another server of the pool may be able to read."""
+        """The error in a latent that another server of the pool may be able to read."""
         theirs, ours = request.bundle.hex(), " and ".join(each.hex() for each in self.target.abilities.bundles)
         if not ours:
             return f"the target of this server takes pictures only, no latents of bundle {theirs}: send pictures"
@@ -156,7 +156,7 @@ class Service:
         return "the target of this server does not sample: want no temperature and no other options of sampling"
 
     def _objection(self, request: Request) -> str | None:
-        """What is wrong with a request that this server can never answer."""
+        """The error in a request that this server can never answer."""
         options = request.options
         if options and is_loop(options, self.config.id):
             self._count("loop")
@@ -295,7 +295,7 @@ class Service:
             thread.join()
 
     def answer(self, batch: Batch[Accepted]) -> None:
-        """One batch, from contents to replies. What each request costs is charged to its board."""
+        """One batch, from contents to replies. The cost of each request is charged to its board."""
         self._tell_stale(batch)
         if not batch.items:
             return
@@ -323,7 +323,7 @@ class Service:
                 self.batcher.done(accepted.arrival.board, cost_ms)
 
     def _job(self, accepted: Accepted) -> Any:
-        """What the target is asked; None: the request was refused, its content is not readable."""
+        """The job for the target; None: the request was refused, its content is not readable."""
         options, known = accepted.request.options, self.target.question_names()
         for name in options.questions if options else ():
             self._count("questions", "asked" if name in known else "unknown")

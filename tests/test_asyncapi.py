@@ -28,7 +28,7 @@ SPECS = os.environ.get("AIFLOW_ASYNCAPI_SPECS")
 
 
 def resolved(reference: str) -> Any:
-    """What a reference within the document, or to a file beside it, points to. Raises KeyError, FileNotFoundError."""
+    """The target of a reference within the document, or to a file beside it. Raises KeyError, FileNotFoundError."""
     if not reference.startswith("#/"):
         return json.loads((ROOT / "docs" / reference).read_text())
     value = DOCUMENT
@@ -132,7 +132,7 @@ def validator(name: str) -> Draft7Validator:
 
 
 def as_json(value: Any) -> Any:
-    """What msgpack holds, with a character for each byte of a bin."""
+    """The content of msgpack, with a character for each byte of a bin."""
     if isinstance(value, bytes):
         return value.decode("latin-1")
     return [as_json(item) for item in value] if isinstance(value, list) else value

@@ -17,7 +17,7 @@ from testbed.arm64 import NOT_PACKAGED
 DEBIAN = os.environ.get("AIFLOW_DEBIAN_ROOT", "")
 ROOT = Path(__file__).parents[1]
 BUNDLE = "/opt/aiflow-edge/packages/models/zoo/everyday-lite0"
-# What stays after a removal: what an administrator wrote, the account, and what dpkg and systemd keep of any package.
+# These stay after a removal: an administrator's files, the account, and what dpkg and systemd keep of any package.
 KEPT = (
     "etc/aiflow",
     "etc/passwd",

@@ -18,7 +18,7 @@ def test_its_command_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     command = re.search(r"^    aiflow (bench rate (?:.*\\\n)*.*)$", PAGE, re.MULTILINE)
     assert command
-    args = cli._parse(shlex.split(command[1]), "bench")
+    args = cli.parser_with({"bench"}).parse_args(shlex.split(command[1]))
     assert (args.part, args.split, args.codec_tail) == ("rate", "dev", Path("codec-tail.safetensors"))
 
 

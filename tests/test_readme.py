@@ -1,4 +1,4 @@
-"""What the README and docs/FIGURES.md show works as it stands there."""
+"""Commands and figures of the README and of docs/FIGURES.md are true as they stand there."""
 
 import re
 import subprocess

@@ -16,7 +16,7 @@ def ending_with_parent(command: list[str]) -> list[str]:
 
 
 def end(process: "subprocess.Popen[bytes]", by_itself_s: float = 0.0) -> str:
-    """What became of it: "has ended with code 1". A process that does not end by itself, or is stopped, is killed.
+    """How it ended: "has ended with code 1". A process that does not end by itself, or is stopped, is killed.
 
     Waits for as long as the kernel keeps a killed process, which is for ever if it hangs inside of a driver.
     """

@@ -185,7 +185,7 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PolicyConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a board may spend, and what `paradigm = "auto"` must reach."""
+    """The budgets of a board, and the quality that `paradigm = "auto"` must reach."""
 
     # Accept a draft without verification if its predicted quality is at least this fraction of the server's; 1: never.
     quality_floor: Annotated[float, Meta(ge=0, le=1)] = 0.95
@@ -289,7 +289,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def threads(self) -> int | None:
-        """Of the networks; None: measured. One if their share of a core is limited, which counts no second core."""
+        """Threads of the networks; None: measured. 1 if cpu_share limits them, since it is a share of one core."""
         return self.board.threads or (1 if self.policy.cpu_share < 1 else None)
 
     def sampling(self, words: Sequence[str]) -> dict[str, Options]:

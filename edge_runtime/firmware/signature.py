@@ -1,7 +1,7 @@
 """Who has signed a bundle: Ed25519 (RFC 8032) over a statement of its name, version, expiry date and manifest.
 
 The manifest has the size and the hash of each file, so the signature covers all of them. The file `bundle.sig` beside
-the manifest has two lines: the statement as JSON, and the signature in base64. What is signed is CONTEXT and the bytes
+the manifest has two lines: the statement as JSON, and the signature in base64. It signs CONTEXT and the bytes
 of the first line, which are parsed only after a trusted key has confirmed them.
 """
 
@@ -37,7 +37,7 @@ class SignatureError(BundleError):
 
 
 class Statement(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a signature says of a bundle."""
+    """The signed statement about a bundle."""
 
     name: BundleName
     version: Annotated[int, Meta(ge=0, le=MAX_VERSION)]  # of one series for all names; 0: it is not signed

@@ -149,7 +149,7 @@ class Updates:
             self._try_to(self._store.forget_starts)
 
     def stop_with(self, stop: threading.Event) -> None:
-        """What ends the board when it has to start again."""
+        """Sets the event that ends the board when it has to start again."""
         self._stop = stop
 
     # ---- any thread ----

@@ -1,7 +1,7 @@
 """Which backend runs the networks, and with how many threads: tried in child processes, measured once, and kept.
 
-A wheel that was built for another processor ends its process by SIGILL, a driver may hang: in a child, neither takes
-the board along. The result is kept in a file of the user's cache, named by everything that it depends on. So a board
+A wheel that was built for another processor ends its process by SIGILL, a driver may hang: in a child process, neither
+stops the board. The result is kept in a file of the user's cache, named by everything that it depends on. So a board
 whose packages, processor and bundle are still the same starts no child. Knows nothing of what the networks compute.
 """
 
@@ -120,7 +120,7 @@ def _measured(
 
 
 def _variants(names: Sequence[str], providers: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """What is tried, in this order: onnxruntime with all providers, without the first of them, ..., the CPU alone."""
+    """The candidates, in this order: onnxruntime with all providers, without the first of them, ..., the CPU alone."""
     first = [("onnx", tuple(providers[start:])) for start in range(len(providers))] if "onnx" in names else []
     return [*first, *((name, ()) for name in names)]
 
@@ -151,7 +151,7 @@ def _probe(arguments: Sequence[str], limit_s: float) -> dict[int, float] | str:
 
 
 def _circumstances(names: Sequence[str]) -> dict[str, str]:
-    """What may change the speed of a backend, or whether it works."""
+    """Everything that may change the speed of a backend, or whether it works."""
     cpu_info = Path("/proc/cpuinfo")
     lines = sorted(set(CPU_INFO.findall(cpu_info.read_text()))) if cpu_info.is_file() else []
     runtimes = {runtime: _version(runtime) for name in names for runtime in RUNTIMES[name]}

@@ -16,7 +16,7 @@ from edge_runtime.inference.preprocess import PIXELS
 
 
 class Networks(NamedTuple):
-    """What a board runs on a frame. Without a head there are no others."""
+    """The networks that a board runs on a frame. Without a head there are no others."""
 
     head: Head | None = None
     draft: Draft | None = None

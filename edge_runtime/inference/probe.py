@@ -21,7 +21,7 @@ MEASURED_S, MIN_RUNS = 0.2, 5
 
 
 def milliseconds(bundle: Bundle, setup: Setup) -> float:
-    """Of the fastest of some runs: other work on the machine only adds to it. Raises BundleError, BackendError.
+    """The fastest of some runs, since other work on the machine only adds time. Raises BundleError, BackendError.
 
     For one thread it is CPU time. A board that has just been switched on is busy: the CPU time of a backend hardly
     depends on that, and several threads must show their advantage in spite of it.

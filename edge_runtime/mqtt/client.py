@@ -346,7 +346,7 @@ class MqttClient:
 
 
 def _likely_cause(error: Exception, settings: MqttSettings) -> str:
-    """What an operator should look at first."""
+    """The likely cause, which an operator should look at first."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f": is {settings.host} a name in the broker's certificate, and ca_file the authority that signed it?"
     if settings.uses_tls and isinstance(error, ssl.SSLError | ConnectionResetError):

@@ -32,7 +32,7 @@ from edge_runtime.mqtt.settings import MqttSettings
 
 logger = logging.getLogger(__name__)
 
-# What a PUBLISH adds to topic and payload: fixed header 5, topic length 2, packet id 2, properties 6 (MQTT 5, 3.3).
+# A PUBLISH adds to topic and payload: fixed header 5, topic length 2, packet id 2, properties 6 (MQTT 5, 3.3).
 PUBLISH_OVERHEAD = 16
 PENDING_ACKS_S = 0.1  # to read the PUBACKs that are about to arrive, before a connection is closed
 GOODBYE_S = 0.5  # to write what is left and the DISCONNECT

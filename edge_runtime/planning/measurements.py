@@ -1,4 +1,4 @@
-"""What the board has measured of its link, its servers and itself, from its own traffic.
+"""The board's measurements of its link, its servers and itself, from its own traffic.
 
 Whoever observes requests may do so from any thread: each observation is a message on a bounded queue. The frame path
 applies these messages to the estimators and gets a `Snapshot`. No clock is read: times are seconds of one clock that
@@ -34,7 +34,7 @@ IGNORED = (  # what was received and not used, by the name of its counter
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What the policy decides on. Times are in ms."""
+    """The input of the policy. Times are in ms."""
 
     is_online: bool = True  # the broker is connected, and there is a server behind it
     why_offline: str = "no server takes requests"  # if it is not online
@@ -124,7 +124,7 @@ class Measurements:
     # ---- the frame path ----
 
     def frame_handled(self, paradigm: ParadigmName, timings_ms: Mapping[str, float], now: float) -> None:
-        """What the stages of a frame took. paradigm: as planned, which says what was encoded, even if not sent."""
+        """The times of the stages of a frame. paradigm: as planned, which says what was encoded, even if not sent."""
         if self._is_good(now):
             good = {stage: ms for stage, ms in timings_ms.items() if self._is_good(ms)}
             if paradigm == "offload" and "encode" in good:

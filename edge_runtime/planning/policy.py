@@ -115,7 +115,7 @@ class Policy:
         return limit if limit < LONG_FEATURES * self._level_bytes[-1] else inf
 
     def _possible(self, snapshot: Snapshot, limit: float) -> list[Candidate]:
-        """What the board can do and has CPU time for, and a server takes."""
+        """The paradigms that the board can do, has CPU time for, and a server takes."""
         names: list[ParadigmName] = []
         if self._has_head and snapshot.takes.latents:
             names += ["speculative", "split"] if self._has_draft else ["split"]

@@ -84,10 +84,10 @@ class Claims(NamedTuple):
 
 
 class Takes(NamedTuple):
-    """What at least one of the servers takes, by what they say of themselves. If they say nothing: everything.
+    """The contents that at least one server takes, by their statuses. Without a status: everything.
 
-    A request that meets another server of the pool is refused and sent again, until it meets one that takes it. And a
-    single false claim takes nothing away from the others.
+    A request that meets another server of the pool is refused and sent again, until it meets one that takes it. So one
+    false claim does not keep requests from the other servers.
     """
 
     latents: bool = True

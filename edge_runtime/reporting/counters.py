@@ -11,7 +11,7 @@ Values = Mapping[str, float | Mapping[str, float]]  # an inner mapping is label 
 
 
 class Meaning(NamedTuple):
-    """What a number means, for people."""
+    """The meaning of a number, for people."""
 
     text: str
     label: str = ""  # what distinguishes the kinds, if the number comes in kinds

@@ -1,4 +1,4 @@
-"""What a board is to Home Assistant: one device with its entities, in one discovery message. Values in, JSON out.
+"""A board in Home Assistant: one device with its entities, in one discovery message. Values in, JSON out.
 
 Home Assistant 2024.12 and newer read it: "MQTT", "Device discovery payload" in its documentation, with the documented
 abbreviations as keys. No value is sent a second time: entities read the board's own topics by templates. Names in the

@@ -1,4 +1,4 @@
-"""What becomes of a request: `lifecycle.py` decides it, without I/O; `tracker.py` is the board's thread around it.
+"""The life of a request: `lifecycle.py` decides it, without I/O; `tracker.py` is the board's thread around it.
 
 A request is submitted, sent, sent again, answered, kept in the outbox or lost. Each ends in exactly one final event.
 The server's connection to the tier above uses the same lifecycle.

@@ -11,7 +11,7 @@ from edge_runtime.wire import Event, Request, encode_event, encode_request
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """What the path of a frame hands over."""
+    """The request that the path of a frame hands over."""
 
     request: Request
     payload: (
@@ -43,17 +43,17 @@ class Tracked:
     delivered: int = 0  # of these, what the broker has acknowledged
 
     def has_ended(self, size: int, is_delivered: bool) -> None:
-        """The client is done with a copy of so many bytes."""
+        """The client has delivered or given up a copy of `size` bytes."""
         self.delivered += is_delivered * size
         self.ended += size
 
     def bytes_up(self, is_online: bool) -> int:
-        """What the broker has, or is being sent. Without a connection, nothing is being sent."""
+        """The bytes that the broker has, or is being sent. Without a connection, nothing is being sent."""
         return self.delivered + (self.offered - self.ended if is_online else 0)
 
 
 def row_of(tracked: Tracked) -> Row:
-    """What the outbox stores of a request."""
+    """The part of a request that the outbox stores."""
     captured = tracked.event.captured.timestamp()
     kept = captured + time.monotonic() - tracked.captured  # a wall clock that jumped would make it years old
     payload = tracked.compact or encode_request(tracked.request)  # without a reference: a server soon forgets it

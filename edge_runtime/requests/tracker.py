@@ -63,7 +63,7 @@ NO_BYTES = Why("no_bytes", "no bytes left in this minute's budget")
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """What is known of a frame after its request was submitted."""
+    """A frame's event with its draft, which came after its request was submitted."""
 
     event: Event
     compact: bytes

@@ -38,13 +38,13 @@ class AnsweredBy(Struct, frozen=True, omit_defaults=True):
 
 
 class EventUsage(Struct, frozen=True, omit_defaults=True):
-    """What the answer used at somebody else's server, as that server says."""
+    """Tokens and cost of the answer at somebody else's server, as that server counts them."""
 
     input_tokens: Annotated[UInt32, Meta(description="Tokens of the prompt and of the picture.")]
     output_tokens: Annotated[UInt32, Meta(description="Tokens that the server's model wrote.")]
     cost: Annotated[
         Annotated[float, Meta(ge=0, le=1e9)] | None,
-        Meta(description="What they cost, in the currency. Left out if no prices are configured."),
+        Meta(description="Their cost, in the currency. Left out if no prices are configured."),
     ] = None
     currency: Annotated[str, Meta(max_length=8, description="The currency of the cost.")] = ""
 
@@ -62,7 +62,7 @@ class EventHop(Struct, frozen=True, omit_defaults=True):
     compute_ms: Annotated[Millis, Meta(description="Milliseconds that this server computed.")]
     stages_ms: Annotated[Stages, Meta(description="Parts of compute_ms: stage to milliseconds.")] = {}
     usage: Annotated[
-        EventUsage | None, Meta(description="What the answer used, if this server asked somebody else's.")
+        EventUsage | None, Meta(description="Tokens and cost of the answer, if this server asked somebody else's.")
     ] = None
 
     @classmethod
@@ -86,7 +86,7 @@ class Explain(Struct, frozen=True, omit_defaults=True):
         ),
     ] = {}
     facts: Annotated[
-        dict[Name, float], Meta(max_length=32, description="What the board had measured. Each name contains the unit.")
+        dict[Name, float], Meta(max_length=32, description="The board's measurements. Each name contains the unit.")
     ] = {}
 
 

@@ -22,7 +22,7 @@ def request(site: str, board: str) -> str:
 
 
 def request_share(pool: str, site: str) -> str:
-    """What the servers of a pool subscribe to: each request of the site goes to one of them (MQTT 5, section 4.8.2)."""
+    """The servers of a pool subscribe to this: each request of the site goes to one of them (MQTT 5, section 4.8.2)."""
     return f"$share/{_id('pool', pool)}/{ROOT}/{_id('site', site)}/+/up/request"
 
 

@@ -1,4 +1,4 @@
-"""What crosses the network while a board gets a new bundle; docs/protocol.md, section 14.
+"""The messages while a board gets a new bundle; docs/protocol.md, section 14.
 
 The offer is the content of a bundle.sig, so it needs no code here. A chunk is a msgpack array, as an envelope is. What
 the board says is JSON.
@@ -34,7 +34,7 @@ class Chunk(Struct, array_like=True, frozen=True):
 
 
 class UpdateState(Struct, frozen=True, omit_defaults=True):
-    """What a board says of an offered bundle."""
+    """A board's answer to an offered bundle."""
 
     state: UpdateWord
     bundle: Annotated[str, Meta(max_length=16)] = ""  # its id; "" if the offer could not be read

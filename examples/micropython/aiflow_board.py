@@ -262,7 +262,7 @@ class Board:
         self.client.publish(self._topic("up/last"), payload, True, 1)
 
     def device_event(self, text, label=None, confidence=None):
-        """What the board has found by itself, without a server. Returns the frame's name."""
+        """Publishes a text that the board has found by itself, without a server. Returns the frame's name."""
         frame = _frame(self._new_id())
         fields = {"text": text, "label": label, "confidence": confidence, "paradigm": "device"}
         self.event("new", frame, self.clock(), dict(fields, final=True, answered_by={"tier": "device"}))

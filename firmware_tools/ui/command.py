@@ -21,16 +21,23 @@ CLOSE_S = 10.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_broker_arguments(parser)
-    parser.add_argument("--port", type=number, default=PORT, help=f"of the page (default: {PORT})")
+    parser.add_argument("--port", type=number, default=PORT, help=f"port of the page (default: {PORT})")
     parser.add_argument(
-        "--listen", default="127.0.0.1", metavar="ADDRESS", help="of the page (default: 127.0.0.1, this machine alone)"
+        "--listen",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address of the page (default: 127.0.0.1, this machine alone)",
     )
     parser.add_argument("--token-file", metavar="FILE", help="ask for the first line of this file as a login")
     parser.add_argument(
         "--history", type=Path, metavar="FILE", help="keep the texts for the search here (default: until the end)"
     )
     parser.add_argument(
-        "--keep-days", type=number, default=KEEP_DAYS, metavar="N", help=f"of the history (default: {KEEP_DAYS})"
+        "--keep-days",
+        type=number,
+        default=KEEP_DAYS,
+        metavar="N",
+        help=f"days that the history keeps texts (default: {KEEP_DAYS})",
     )
 
 
@@ -98,7 +105,7 @@ def _token(listen: str, file: str | None) -> str | None:
 
 
 def _picture_check() -> tuple[Callable[[bytes], object] | None, str]:
-    """What refuses a picture that is too costly for a browser; or None, and why no picture is shown."""
+    """The check that refuses a picture that is too costly for a browser; or None, and why no picture is shown."""
     try:
         from edge_runtime.capture.picture_checks import check_picture
     except ModuleNotFoundError:

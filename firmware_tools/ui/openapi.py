@@ -33,7 +33,7 @@ def openapi() -> bytes:
     board = {"type": "string", "pattern": "^[a-z0-9-]{1,32}$"}
     camera = {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,32}$"}
     updates = {
-        "summary": "What the page shows, and each change of it",
+        "summary": "The content of the page, and each change of it",
         "description": "Server-sent events. The data of each event is an Update as JSON, with at most "
         f"{MAX_ROWS} rows. The first update has `is_first`; more of the present rows may follow.",
         "responses": {

@@ -1,4 +1,4 @@
-"""What the page shows, as values that the browser gets as JSON. `openapi.py` describes them from these types.
+"""The content of the page, as values that the browser gets as JSON. `openapi.py` describes them from these types.
 
 All text in them has passed `shown`: it came from the network, and the browser shows it as text, never as HTML.
 """
@@ -123,7 +123,7 @@ class Link(Struct):
 
 
 class Update(Struct):
-    """What has changed since the last update. The first one of a connection has everything, and `is_first`."""
+    """The changes since the last update. The first one of a connection has everything, and `is_first`."""
 
     now: float
     link: Link

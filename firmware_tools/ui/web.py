@@ -78,7 +78,7 @@ class WebServer(ThreadingHTTPServer):
 
     @property
     def hosts(self) -> set[str]:
-        """What a browser on this machine calls it."""
+        """The page's host name in a browser on this machine."""
         return {f"{name}:{self.server_port}" for name in ("localhost", "127.0.0.1", "[::1]")}
 
     def verify_request(self, *_: object) -> bool:

@@ -1,5 +1,5 @@
-"""The board's draft decoder, distilled from the cloud's own texts, so that its proposals are accepted, and then trained
-on its own score as well, since its texts also have to stand alone.
+"""The board's draft decoder. It is distilled from the cloud's own texts, so that its proposals are accepted. Then it is
+also trained on its own score, since its texts must be good without a server, too.
 
 Its inputs are the int8 head's symbols of the finest level, as on the board: it drafts from that, whatever it sends.
 """

@@ -46,7 +46,7 @@ class _UsageDetails(Struct):
 
 
 class Completion(Struct):
-    """What is read of a response. What is Any was not checked."""
+    """The part of a response that is read. Fields of the type Any were not checked."""
 
     choices: Annotated[tuple[_Choice, ...], Meta(min_length=1)]
     usage: Any = None

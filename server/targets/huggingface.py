@@ -57,7 +57,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Proof:
-    """What the start test found on this device, with these weights and this thread count."""
+    """The result of the start test on this device, with these weights and this thread count."""
 
     strict: bool = False  # texts are the same with drafts and without, and drafts are used
     reason: str = "the start test has not run"  # why drafts are ignored; empty if they are used
@@ -225,7 +225,7 @@ def prove(target: HuggingFaceTarget) -> Proof:
     Raises TargetError if none can be written.
 
     Libraries choose the order of sums by shape, so the bits of a token may depend on how many tokens a pass reads. In
-    float32 they differ in the last places, and texts only where two tokens are almost equally likely.
+    float32 they differ in the last places, and texts only if two tokens are almost equally likely.
     """
     loaded, random = target.loaded, np.random.default_rng(0)
     pictures = [random.integers(0, 256, (224, 224, 3), dtype=np.uint8) for _ in range(2)]
@@ -278,7 +278,7 @@ def prove(target: HuggingFaceTarget) -> Proof:
 
 
 def _deviation(alone: Sequence[Row], decode: Callable[[], GreedyDecoding]) -> float:
-    """By how much the texts' log-probabilities differ if they are written so; infinite if a text does, or fails."""
+    """The difference of the log-probabilities if the texts are written so; infinite if a text differs or fails."""
     try:
         again = decode().rows
     except FAILURES as error:

@@ -2,7 +2,7 @@
 
 `generate` prepares prompt, picture, encoder, cache and logits processors for each architecture; its parameter
 `custom_generate` replaces the loop after that. This loop reads several tokens per pass: the last one written, then
-proposals. The rule which of them count is `server/verify.py`. What the cache holds for rejected proposals is removed.
+proposals. The rule which of them count is `server/verify.py`. Rejected proposals are removed from the cache.
 
 Several texts after prompts of equal length are written in the same passes. All rows of the cache end where the row with
 the fewest tokens does, and the tokens that the others have written beyond that are read once more in the next pass. So
@@ -54,7 +54,7 @@ class Row:
         return self.text.is_done or self.error is not None
 
     def proposals(self) -> tuple[int, ...]:
-        """What may follow the last token."""
+        """Proposals for the tokens after the last one."""
         if self.propose and self.text.needs_proposals:
             self.text = propose_again(self.text, self.propose(self.text.tokens, self.misses))
         return self.text.rest
@@ -146,7 +146,7 @@ class GreedyDecoding:
                 rows, batch = [rows[i] for i in left], batch[index]
 
     def _tails(self, rows: Sequence[Row], cached: int | None) -> list[list[int]]:
-        """What the next pass reads of each row after the prompt: its text, then proposals.
+        """The tokens of each row after the prompt that the next pass reads: its text, then proposals.
 
         cached: tokens of them in the cache; None: before the first pass, which reads whole drafts.
         """
@@ -167,13 +167,13 @@ def kept(end: int, lengths: Sequence[int]) -> int:
 
 
 def _filled_up(tails: Sequence[list[int]]) -> list[list[int]]:
-    """All as long as the longest, by its tokens: they are valid, and no row sees what comes after its own last one."""
+    """Rows filled up with tokens of the longest: they are valid, and no row reads those after its own last one."""
     longest = max(tails, key=len)
     return [[*tail, *longest[len(tail) :]] for tail in tails]
 
 
 def _rows_of(value: Any, index: Tensor, rows: int, name: str) -> Any:
-    """These rows of an argument of a batch's next pass. What only the first pass reads may be cut anyhow."""
+    """These rows of an argument of a batch's next pass. Those that only the first pass reads may be cut in any way."""
     if isinstance(value, ModelOutput):  # of an encoder
         return type(value)(**{part: _rows_of(each, index, rows, part) for part, each in value.items()})
     if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The features of boards as what a model of transformers reads in the place of a picture: a tail of `aiflow distil`."""
+"""Features of boards as image tokens for a model of transformers, in place of a picture: a tail of `aiflow distil`."""
 
 from pathlib import Path
 

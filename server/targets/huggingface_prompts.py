@@ -1,4 +1,4 @@
-"""What a model reads: a prompt and pictures, in the form that its makers trained it with."""
+"""The input of a model: a prompt and pictures, in the form that its makers trained it with."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from server.targets.huggingface_loading import Loaded
 
 MAX_PROMPT = 16_384  # characters; a page of instructions has about 3,000
 INPUTS_TO_DROP = ("labels",)  # for training only
-# What processors and chat templates raise for what they do not know.
+# Errors of processors and chat templates for inputs that they do not support.
 READING_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, TemplateError)
 
 
@@ -25,7 +25,7 @@ class PromptError(AiflowError, ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """What the target needs for one text."""
+    """The input of the target for one text."""
 
     prompt: str
     pixels: NDArray[np.uint8] | None = None  # RGB, [H, W, 3]; None for a language model and with image tokens

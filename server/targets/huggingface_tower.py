@@ -1,4 +1,4 @@
-"""The seam between the vision tower of a transformers model and its language model: image tokens, taken out and put in.
+"""Image tokens between the vision tower of a transformers model and its language model: read, and replaced.
 
 transformers encodes pictures before it decodes: `generate` and `forward` take what `get_image_features` returned as
 `mm_encoder_outputs`. Each architecture places the tokens by itself. Whether a model reads them just as it reads the

@@ -7,7 +7,7 @@ With `prediction = true` it gets the board's draft as a predicted output, which 
 https://platform.openai.com/docs/guides/predicted-outputs. A server that refuses a draft gets no more of them.
 
 A call that fails for a while is made again within the request's deadline, after a random time that doubles with each
-try. What does not get better (any other status, a response that is none) is an error at once.
+try. A failure that a further try cannot mend (any other status, a response that is none) is an error at once.
 """
 
 import logging

@@ -64,7 +64,7 @@ class PaidCalls:
         return ""
 
     def status(self) -> dict[str, Any]:
-        """What was used, for the server's status."""
+        """Calls, tokens and cost so far, for the server's status."""
         with self._lock:
             calls, tokens = dict(self._calls), dict(self._tokens)
         return {

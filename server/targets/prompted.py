@@ -1,7 +1,7 @@
-"""What the targets that read named prompts have in common: the words and pictures of a question, and checked answers.
+"""The common part of all targets that read named prompts: the words and pictures of a question, and checked answers.
 
-If a prompt has a schema, its answers are checked here, whatever the model promises. An answer that does not match goes
-back once with what is wrong, before the deadline of its request.
+If a prompt has a schema, its answers are checked here, whatever the model promises. If an answer does not match, the
+model gets it back once with the error, before the deadline of its request.
 """
 
 import time
@@ -91,7 +91,7 @@ class PromptedTarget(Target[PictureJob]):
 
 
 def added(one: Usage | None, other: Usage | None) -> Usage | None:
-    """What two calls used; None: one of them did not say."""
+    """Tokens and cost of two calls; None: one of them did not say."""
     if one is None or other is None:
         return None
     cost = None if one.cost is None or other.cost is None else one.cost + other.cost
@@ -111,7 +111,7 @@ def words(prompt: Prompt, job: PictureJob) -> str:
 
 
 def objection(wrong: str) -> str:
-    """What a model is told of an answer that does not match."""
+    """The message to a model about an answer that does not match."""
     return f"This is not what was asked for: {wrong}. Answer again, with the whole corrected JSON object alone."
 
 

@@ -39,7 +39,7 @@ CALLS_PER_REPLICA = 2  # one is computed while the next one is on the way
 
 
 class Facts(NamedTuple):
-    """What a replica tells of itself."""
+    """A replica's description of itself."""
 
     bundle: bytes  # id
     proof: Proof
@@ -58,7 +58,7 @@ class Replica:
         return Facts(self.bundle.id, self.engine.proof, self.engine.head is not None)
 
     def answer(self, jobs: Sequence[Job], numerics: str) -> list[Answer] | None:
-        """None: this replica's numbers differ from those that the server promises, so its texts might."""
+        """None if this replica's numerics are not those that the server promises, since its texts might differ too."""
         return self.engine.answer(jobs) if self.engine.proof.numerics == numerics else None
 
     def symbols(self, pixels: NDArray[np.uint8]) -> NDArray[np.int8]:
@@ -66,7 +66,7 @@ class Replica:
 
 
 class RayEngine:
-    """What `BundleTarget` needs of an engine. For any number of threads."""
+    """The engine for `BundleTarget`, on replicas. For any number of threads."""
 
     def __init__(self, handle: Any, bundle: Bundle, timeout_s: float) -> None:
         """handle: of the deployed `Replica`. Waits for the first one. Raises ConfigError if its bundle is another."""

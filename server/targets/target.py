@@ -1,4 +1,4 @@
-"""What every target offers to the path of a request (service.py), and what is known of a target before it is asked.
+"""The interface of every target for the path of a request (service.py), and its abilities, known before it is asked.
 
 A target gets jobs and returns answers. It knows nothing of queues, replies and MQTT. Ours reads latents; other people's
 models read pictures (`PictureJob`) and answer with a text of a vocabulary that boards do not have.
@@ -27,7 +27,7 @@ Job = TypeVar("Job")
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What a target takes and can do. The server's status publishes it, and boards offer only what is possible."""
+    """The abilities of a target. The server's status publishes it, and boards offer only what is possible."""
 
     name: str  # as in the configuration
     verified: Verified
@@ -114,14 +114,14 @@ class Answer:
 
 
 class Target(ABC, Generic[Job]):
-    """What answers requests. `job` and `answer` are called on `limits.calls` threads, everything else on any."""
+    """Answers requests. `job` and `answer` are called on `limits.calls` threads, everything else on any."""
 
     limits = Limits()
 
     @property
     @abstractmethod
     def abilities(self) -> Abilities:
-        """What it takes and can do, now."""
+        """Its present abilities."""
 
     @abstractmethod
     def job(self, accepted: Accepted) -> Job:
@@ -151,7 +151,7 @@ class Target(ABC, Generic[Job]):
         return ""
 
     def status(self) -> dict[str, Any]:
-        """What the server's status says of it besides the abilities; its keys are those of docs/protocol.md."""
+        """Its part of the server's status besides the abilities; its keys are those of docs/protocol.md."""
         return {}
 
     def on_step(self, step: Callable[[], None]) -> None:

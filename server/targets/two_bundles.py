@@ -14,7 +14,7 @@ OwnedJob = tuple[BundleTarget, Job]
 
 
 class TwoBundles(Target[OwnedJob]):
-    """For as many threads as each of them. A batch with requests of both is computed one after the other."""
+    """May be called on as many threads as each of its targets. A batch for both bundles is computed in two parts."""
 
     def __init__(self, first: BundleTarget, second: BundleTarget) -> None:
         """first: answers the taught questions, and pictures of a bundle that is not here.
@@ -27,7 +27,7 @@ class TwoBundles(Target[OwnedJob]):
 
     @property
     def abilities(self) -> Abilities:
-        """What both can do."""
+        """The abilities that both have."""
         each = [target.abilities for target in self.both]
         return replace(
             each[0],

@@ -46,7 +46,7 @@ _Positions = list[dict[str, _Logprob] | None]  # of each token of the prompt: by
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the model thinks of a draft."""
+    """The model's verdict on a draft."""
 
     tokens: tuple[int, ...]  # the draft in the model's vocabulary
     ends: tuple[int, ...]  # for each token, how many characters of the draft there are with it

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not NODE, reason="Node is not installed: apt ins
 
 
 def read(kind: str, payloads: list[bytes]) -> list[Any]:
-    """What the example reads in them, or {"refused": why}; kind: reply or event."""
+    """The values that the example reads in them, or {"refused": why}; kind: reply or event."""
     command = [str(NODE), str(Path(__file__).with_name("read.mjs"))]
     asked = json.dumps([(kind, payload.hex()) for payload in payloads])
     result = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)

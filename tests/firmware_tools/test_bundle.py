@@ -252,7 +252,7 @@ def test_a_pushed_bundle_survives_a_killed_board_is_tried_and_kept(site: Site, s
     output, _ = push.communicate(timeout=START_S)
     assert push.returncode == 0, output
     assert "the board runs the bundle, and keeps it" in output
-    # What was stored before the kill was not sent again: at most the window that was on its way.
+    # Data that was stored before the kill was not sent again: at most the window that was on its way.
     sent = [(chunk.file, chunk.offset) for chunk in map(decode_chunk, payloads(chunks))]
     assert len(sent) - len(set(sent)) <= WINDOW_BYTES // CHUNK_BYTES
     # Of the board's files, only those came that it did not have.
@@ -261,7 +261,7 @@ def test_a_pushed_bundle_survives_a_killed_board_is_tried_and_kept(site: Site, s
 
 
 def payloads(listener: Listener) -> Iterator[bytes]:
-    """What has arrived so far."""
+    """The bytes that have arrived so far."""
     while not listener.heard.empty():
         yield listener.heard.get().payload
 

@@ -44,7 +44,7 @@ DATA = os.environ.get("AIFLOW_CLASS_PHOTOS", "")  # a tar or a folder of photos 
 
 @dataclass(frozen=True)
 class Made:
-    """What the command was given, and what it made and said of it."""
+    """The input of the command, its folder and its output."""
 
     model: Path
     photos: Path

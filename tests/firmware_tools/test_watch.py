@@ -1,4 +1,4 @@
-"""What people read while a board runs."""
+"""The lines that people read while a board runs."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What tests ask a server with: boards at a broker, and boards without one."""
+"""Boards for tests of a server, at a broker and without one."""
 
 import json
 import queue

@@ -1,4 +1,4 @@
-"""What a board does with offers and chunks of anybody: python-tuf's list of attacks, over a real broker."""
+"""A board gets offers and chunks of anybody: python-tuf's list of attacks, over a real broker."""
 
 import json
 import threading
@@ -78,12 +78,12 @@ class Station:
         self.client.publish(topics.bundle_state(SITE, BOARD), payload)
 
     def offer(self, signature: bytes) -> UpdateState:
-        """What the board says to an offer."""
+        """The board's answer to an offer."""
         self.sender.client.publish(OFFER, signature)
         return self.next()
 
     def tell(self, word: bytes) -> UpdateState:
-        """What the board says to a user's word."""
+        """The board's answer to a user's word."""
         self.sender.client.publish(topics.bundle_install(SITE, BOARD), word)
         return self.next()
 

@@ -76,7 +76,7 @@ def jobs(target: HuggingFaceTarget, **changes) -> list[Job]:
 
 
 def of_generate(target: HuggingFaceTarget, job: Job, **more) -> tuple[int, ...]:
-    """What transformers writes itself, without the end token."""
+    """The text of transformers itself, without the end token."""
     inputs = target.inputs(job)
     model = target.loaded.model
     asked = {"max_new_tokens": job.max_tokens, "do_sample": False, "num_beams": 1, **more}

@@ -31,7 +31,7 @@ def loaded(bundle: Bundle, second: Bundle) -> TwoBundles:
 
 
 def own_texts(bundle: Bundle) -> list[tuple[int, ...]]:
-    """What this bundle writes if it is the only one."""
+    """The text of this bundle if it is the only one."""
     _, engine = load(ServerConfig("s1"), str(bundle.path))
     return [engine.answer([Job(symbols)])[0].tokens for symbols in SYMBOLS[:4]]
 
