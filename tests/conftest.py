@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -40,6 +41,15 @@ def _choices_are_kept_for_the_tests_alone(tmp_path_factory: pytest.TempPathFacto
 def _events_follow_their_contract(_events_are_seen: None) -> Iterator[None]:
     yield
     event_contract.check()
+
+
+@pytest.fixture(autouse=True)
+def _log_level_is_restored() -> Iterator[None]:
+    """`aiflow doctor` and `aiflow validate --connect` silence the runtime's log, for their own process."""
+    logger = logging.getLogger("edge_runtime")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
