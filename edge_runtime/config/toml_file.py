@@ -29,7 +29,7 @@ from edge_runtime.errors import ConfigError
 
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_SHOWN = 64  # characters of a refused value in a message
-# What a value of a type is, for a person.
+# Types in words, for a person.
 WORDS: dict[Any, str] = {
     IntType: "a whole number",
     FloatType: "a number",

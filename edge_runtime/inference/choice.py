@@ -165,7 +165,7 @@ def _circumstances(names: Sequence[str]) -> dict[str, str]:
 
 
 def _version(module: str) -> str:
-    """Where a package is, its version, and when it was installed. Its metadata would take long. "": not installed."""
+    """A package's folder, version and time of installation. Reading its metadata would take long. "": not installed."""
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         return ""
