@@ -87,7 +87,8 @@ def exposed(board_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> I
             openai=OpenAIConfig("fake", input_price=1.0, budget_per_day=100.0),
             metrics=MetricsConfig(ports["server"]),
         )
-        door = CameraConfig("door", str(folder / "photo.jpg"), interval_s=0.1, repeat=True)
+        # One frame, and then the board rests: nothing is counted while its numbers are read.
+        door = CameraConfig("door", str(folder / "photo.jpg"), interval_s=600, repeat=True)
         board = RuntimeConfig(
             BoardConfig("b1", str(board_bundle.path), paradigm="offload", deadline_ms=60_000),
             (door, CameraConfig("front", "frigate")),
@@ -128,11 +129,10 @@ def test_what_was_answered_is_in_the_numbers(exposed):
     assert samples["aiflow_board_handled_total", "offload"] >= 1
     assert samples["aiflow_board_paradigm", "offload"] == 1
     assert samples["aiflow_board_request_bytes_total",] > samples["aiflow_board_jpeg_bytes_total",] > 0
-    # The board goes on while it is read, and an answer is timed before it is counted; so is a batch.
-    assert samples["aiflow_board_answer_seconds_count",] >= samples["aiflow_board_answered_total",] >= 1
+    assert samples["aiflow_board_answer_seconds_count",] == samples["aiflow_board_answered_total",] >= 1
     assert samples["aiflow_board_answer_seconds_sum",] > 0
     assert samples["aiflow_board_cameras", "live"] == samples["aiflow_board_mqtt_connected",] == 1
-    assert samples["aiflow_server_batch_seconds_count",] >= samples["aiflow_server_batched_total",] >= 1
+    assert samples["aiflow_server_batch_seconds_count",] == samples["aiflow_server_batched_total",] >= 1
     assert samples["aiflow_server_target_cost_today",] > 0
     assert (samples["aiflow_server_target_budget_per_day",], samples["aiflow_server_queue_capacity",]) == (100, 64)
     assert samples["aiflow_server_accepting",] == 1
