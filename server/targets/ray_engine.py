@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to others
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends no usage statistics
 
 import ray
 from ray import serve
