@@ -238,11 +238,9 @@ def proven_chain(
         min_confidence = Calibration(bundle.manifest.draft_calibration).min_confidence(floor)
     if paradigm == "device":
         return Chain(bundle, paradigm, backend, tier, None, rate=rate)
-    from server.loading import load_engine
-    from server.numerics import prove
+    from server.loading import ready_engine
 
-    engine = load_engine(bundle, [tier] if tier else [], threads=threads)
-    engine.proof = prove(engine)
+    engine = ready_engine(bundle, [tier] if tier else [], threads=threads)
     return Chain(bundle, paradigm, backend, tier, engine, min_confidence, rate, sends_labels)
 
 

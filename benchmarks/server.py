@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from operator import truediv
 from typing import Any, TypeVar
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as in server/__init__.py
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.inference.bundle import Bundle
 from server.engine import SIZES, Engine, Job, Proof
-from server.loading import load_engine
+from server.loading import load_engine, ready_engine
 from server.numerics import prove
 from server.targets import Answer
 
@@ -39,19 +40,22 @@ def run(
     threads: int = 1,
 ) -> dict[str, Any]:
     """A bundle's tier on symbols int8 [N, 64, 7, 7] of the default level, with a draft each: `captions_per_second`."""
-    engine = load_engine(bundle, (tier,), threads=threads)
-    engine.proof = prove(engine)
+    engine, plain = ready_engine(bundle, (tier,), threads=threads), load_engine(bundle, (tier,), threads=threads)
+    plain.proof = prove(plain)
     level = bundle.manifest.latent.default_level
     jobs = [Job(s, level, draft=tuple(draft), tier=tier) for s, draft in zip(symbols, drafts, strict=True)]
-    return {"threads": threads, **captions_per_second(engine, jobs, batches, rounds)}
+    return {"threads": threads, **captions_per_second(engine, plain, jobs, batches, rounds)}
 
 
-def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Medians over rounds, by batch size, of four ways to write the same captions.
+def captions_per_second(
+    engine: Engine, plain: Engine, jobs: Sequence[Job], batches: Sequence[int], rounds: int
+) -> dict[str, Any]:
+    """Medians over rounds, by batch size, of five ways to write the same captions.
 
     verified: with the drafts. alone: the target by itself, with passes of the same shape. self_drafted: without a
     draft, with the server's own proposals. one_by_one: alone, with passes of one token, like a server that never
-    verifies. Its texts may differ, so `same_texts` counts the equal ones.
+    verifies. unpacked: with the drafts, by `plain`, an engine whose weights are not packed (server/packed.py). The
+    texts of these two may differ, so `same_texts` counts the equal ones.
     """
     undrafted, self_drafted = ([replace(job, draft=draft) for job in jobs] for draft in (None, ()))
     proven = engine.proof
@@ -63,15 +67,17 @@ def captions_per_second(engine: Engine, jobs: Sequence[Job], batches: Sequence[i
             "alone": partial(_write, engine, undrafted, size, proven),
             "self_drafted": partial(_write, engine, self_drafted, size, proven),
             "one_by_one": partial(_write, engine, undrafted, size, single),
+            "unpacked": partial(_write, plain, jobs, size, plain.proof),
         }
         answers, seconds, result["clock"] = take_turns(ways, rounds)
-        ratios = [alone / verified for alone, verified in zip(seconds["alone"], seconds["verified"], strict=True)]
-        versus_one = [one / verified for one, verified in zip(seconds["one_by_one"], seconds["verified"], strict=True)]
+        faster = {
+            way: round(statistics.median(map(truediv, seconds[way], seconds["verified"])), 3)
+            for way in ("alone", "one_by_one", "unpacked")
+        }
         result["batches"][size] = {
             "per_second": {name: round(len(jobs) / statistics.median(s), 2) for name, s in seconds.items()},
             "passes": {name: round(statistics.mean(a.passes for a in answers[name]), 3) for name in ways},
-            "verified_to_alone": round(statistics.median(ratios), 3),
-            "verified_to_one_by_one": round(statistics.median(versus_one), 3),
+            **{f"verified_to_{way}": ratio for way, ratio in faster.items()},
             "same_texts": {name: _same(answers["alone"], answers[name]) for name in ways},
         }
     verified = [engine.answer([job])[0] for job in jobs]

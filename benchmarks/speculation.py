@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.server import Drafts, take_turns
 from edge_runtime.inference.bundle import Bundle
 from server.engine import Engine, Job
-from server.loading import load_engine
-from server.numerics import prove
+from server.loading import ready_engine
 from testbed.terminal import markdown_table, short
 
 DELAYS_MS = (0, 30, 100)  # of a link, in one direction
@@ -55,8 +54,7 @@ def run(
     batches: Sequence[int] = BATCHES,
 ) -> dict[str, Any]:
     """A bundle's tier on symbols int8 [N, 64, 7, 7] of the default level, with a draft each. draft_ms: to write one."""
-    engine = load_engine(bundle, (tier,), threads=threads)
-    engine.proof = prove(engine)
+    engine = ready_engine(bundle, (tier,), threads=threads)
     level = bundle.manifest.latent.default_level
     jobs = [Job(s, level, draft=tuple(draft), tier=tier) for s, draft in zip(symbols, drafts, strict=True)]
     undrafted, own = ([replace(job, draft=draft) for job in jobs] for draft in (None, ()))

@@ -76,14 +76,19 @@ class MatrixConv(Conv):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3)
+        self.product: nn.Module | None = None  # instead of the plain one, on a server
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weights [C', 9 C]: a view if their memory is channels last, as on a server."""
+        return self.weight.permute(0, 2, 3, 1).flatten(1)
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """Float [B, C, H, W] to float [B, C', H, W]. scale and shift, [B, C'], change each row before the ReLU6."""
         H, W = x.shape[2:]
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         windows = torch.cat([padded[:, i : i + H, j : j + W] for i in range(3) for j in range(3)], -1)
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # a view if the memory is channels last, as on a server
-        y = F.linear(windows, weight, self.bias)
+        y = self.product(windows) if self.product else F.linear(windows, self.matrix, self.bias)
         if scale is not None and shift is not None:
             y = y * scale[:, None, None] + shift[:, None, None]
         return F.relu6(y).permute(0, 3, 1, 2)
@@ -313,6 +318,7 @@ class TextDecoder(nn.Module):
         banned = torch.zeros(shape.vocabulary)
         banned[list(NEVER_EMITTED)] = -math.inf
         self.register_buffer("never_emitted", banned, persistent=False)
+        self.scores: nn.Module | None = None  # `choose` instead of the plain product, on a server
 
     def encode_image(self, features: Tensor, labels: Tensor | None = None, drop: Dropout | None = None) -> Memory:
         """Features [B, N, 1280] and words of labels, int64 [B, label_words], PAD where there are none, to the memory.
@@ -365,6 +371,9 @@ class TextDecoder(nn.Module):
 
     def choose(self, hidden: Tensor) -> Tensor:
         """Hidden states of `read`, float [..., D], to logits of the next token [..., V]."""
+        if self.scores:
+            scores: Tensor = self.scores(hidden)
+            return scores
         return F.linear(hidden, self.tokens.weight) + self.never_emitted
 
     def read(self, tokens: Tensor, start: Tensor, memory: Memory, cache: Cache) -> Tensor:

@@ -65,13 +65,11 @@ def check(path: Path, config: Config) -> str:
 def load(config: ServerConfig, folder: str | None) -> "tuple[Bundle, Engine]":
     """Opens a bundle, loads the tier's networks and runs the start test. Raises BundleError."""
     from server.engine import SIZES
-    from server.loading import load_engine
-    from server.numerics import prove
+    from server.loading import ready_engine
 
     bundle = opened(folder)
-    engine = load_engine(bundle, (config.tier,), config.device, config.threads)
-    engine.proof = prove(engine, [size for size in SIZES if size <= config.max_batch])
-    return bundle, engine
+    sizes = [size for size in SIZES if size <= config.max_batch]
+    return bundle, ready_engine(bundle, (config.tier,), config.device, config.threads, sizes)
 
 
 def opened(folder: str | None) -> Bundle:

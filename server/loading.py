@@ -1,5 +1,6 @@
 """From a bundle's files to an engine."""
 
+import logging
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -14,7 +15,11 @@ from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDeco
 from models.labels import words_of_labels
 from models.lookahead import Lookahead, lookahead_file
 from models.stored_weights import unpack
-from server.engine import Engine
+from server.engine import SIZES, Engine
+from server.numerics import prove
+from server.packed import pack
+
+logger = logging.getLogger(__name__)
 
 HEAD = "head.safetensors"  # a bundle may lack it
 
@@ -53,6 +58,20 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
     return Engine(
         tail, decoders, classifier, manifest.classes, head, lookaheads, label_words, manifest.label_temperature, device
     )
+
+
+def ready_engine(
+    bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threads: int = 1, sizes: Sequence[int] = SIZES
+) -> Engine:
+    """`load_engine`, with packed weights where they are as exact, and the start test's proof for these batch sizes."""
+    engine = load_engine(bundle, tiers, device, threads)
+    packed = pack(engine.tail, *engine.decoders.values())
+    engine.proof = prove(engine, sizes)
+    if packed and not engine.proof.may_speculate:
+        logger.warning("packed weights do not pass the start test on this machine: plain ones are used")
+        engine = load_engine(bundle, tiers, device, threads)
+        engine.proof = prove(engine, sizes)
+    return engine
 
 
 def prepare_device(device: str, threads: int) -> None:

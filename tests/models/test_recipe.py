@@ -28,8 +28,7 @@ from models.recipe import (
 )
 from models.recipe.workspace import Workspace, shortened
 from server.engine import Job
-from server.loading import load_engine
-from server.numerics import prove
+from server.loading import load_engine, ready_engine
 from tests import exports
 
 SMALL = (  # what is trained on in a step
@@ -127,8 +126,7 @@ def test_photos_and_captions_alone_become_a_bundle_that_answers(interruptions: l
     picture = next(iter(read_pictures(folder / "photos")))
     symbols = load_head(bundle, "onnx", 1).symbols(to_input(decode_picture(picture.data)))
     draft = load_draft(bundle, "onnx", 1).write(symbols).tokens
-    engine = load_engine(bundle, ("edge", "cloud"))
-    engine.proof = prove(engine)
+    engine = ready_engine(bundle, ("edge", "cloud"))
     for tier in ("edge", "cloud"):
         alone, verified = engine.answer([Job(symbols, tier=tier), Job(symbols, draft=draft, tier=tier)])
         assert alone.tokens == verified.tokens

@@ -8,8 +8,7 @@ import pytest
 from edge_runtime.inference.bundle import Bundle
 from server.app import run_server
 from server.engine import Engine
-from server.loading import load_engine
-from server.numerics import prove
+from server.loading import ready_engine
 from server.reply_cache import ReplyCache
 from server.service import Service
 from server.targets.bundle import BundleTarget
@@ -26,9 +25,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="session")
 def engine(bundle: Bundle) -> Engine:
     """Both tiers, on one thread, with every proven batch size."""
-    engine = load_engine(bundle, ("edge", "cloud"), threads=1)
-    engine.proof = prove(engine)
-    return engine
+    return ready_engine(bundle, ("edge", "cloud"), threads=1)
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from models.family import LATENT, DecoderShape, Tail, TextDecoder
 from models.lookahead import Lookahead, LookaheadNet
 from models.recipe.stage10_lookahead import Texts, loss_of
 from server.engine import BLOCK, LONE_BLOCK, Answer, DecodingBatch, Engine, Job, Proof, Shape, cheapest, encode_image
-from server.loading import load_engine
+from server.loading import load_engine, ready_engine
 from server.numerics import REJECTED, prove, read
+from server.packed import PackedLinear, pack
 from server.verify import new_text
 from tests.bundles import CLASSES, MAX_TOKENS, VOCABULARY, lively, random_symbols, tiny_bundle
 
@@ -125,8 +126,7 @@ def taught(engine: Engine, texts: list[tuple[int, ...]]) -> Lookahead:
 
 @pytest.mark.parametrize("size", [1, 8])
 def test_a_lookahead_saves_passes_where_there_is_a_draft_and_changes_no_text(bundle: Bundle, alone, size: int) -> None:
-    informed = load_engine(bundle, TIERS)
-    informed.proof = prove(informed)
+    informed = ready_engine(bundle, TIERS)
     informed.lookaheads = {"edge": taught(informed, [answer.tokens for answer in alone["edge"]])}
     # Wrong from the first word on, empty, and none.
     for draft, saves in (((4, 4, 4), True), ((), True), (None, False)):
@@ -200,6 +200,7 @@ def test_the_cheapest_shape_holds_all_rows_and_reads_the_fewest_tokens(rows: int
 
 def test_an_engine_without_proof_ignores_drafts_and_answers_the_same(bundle: Bundle, alone) -> None:
     unproven = load_engine(bundle, TIERS)
+    pack(unproven.tail, *unproven.decoders.values())
     assert unproven.proof == Proof()
     answers = unproven.answer([Job(s, draft=(5, 6, 7), wants_label=True) for s in SYMBOLS[:5]])
     assert [result(a) for a in answers] == [result(a) for a in alone["edge"][:5]]
@@ -256,18 +257,48 @@ def test_a_batch_size_with_other_bits_is_not_used(engine: Engine, monkeypatch) -
     assert proof.numerics == engine.proof.numerics  # one row alone has the bits it had
 
 
+def test_packed_weights_give_the_same_texts_as_plain_ones(engine: Engine, bundle: Bundle, alone) -> None:
+    plain = load_engine(bundle, TIERS)
+    assert any(isinstance(layer, PackedLinear) for layer in engine.tail.modules())
+    jobs = [Job(symbols, wants_label=True) for symbols in SYMBOLS]
+    assert torch.allclose(plain.features(jobs, (8,)), engine.features(jobs, (8,)), atol=1e-4)
+    answers = [plain.answer([job])[0] for job in jobs]
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in alone["edge"]]
+    assert [a.confidence for a in answers] == pytest.approx([a.confidence for a in alone["edge"]], abs=1e-4)
+
+
+def test_plain_weights_are_used_where_packed_ones_would_forbid_drafts(bundle: Bundle, monkeypatch) -> None:
+    product = PackedLinear.forward
+
+    def flawed(self: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[-2], dtype=torch.float32)
+        return product(self, x) + 1e-5 * places[:, None]  # bits depend on a token's place in its block
+
+    monkeypatch.setattr(PackedLinear, "forward", flawed)
+    engine = ready_engine(bundle, ("edge",), sizes=(1,))
+    assert engine.proof.may_speculate
+    assert not any(
+        isinstance(layer, PackedLinear) for layer in (*engine.tail.modules(), *engine.decoders["edge"].modules())
+    )
+
+
+def test_weights_stay_plain_where_the_operators_are_missing(bundle: Bundle, monkeypatch) -> None:
+    engine = load_engine(bundle, ("edge",))
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert not pack(engine.tail, *engine.decoders.values())
+    assert engine.answer([Job(SYMBOLS[0])])[0].tokens
+
+
 TWO_THREADS = """
 import sys
 from dataclasses import replace
 from pathlib import Path
 from edge_runtime.inference.bundle import open_bundle
 from server.engine import Job
-from server.loading import load_engine
-from server.numerics import prove
+from server.loading import ready_engine
 from tests.bundles import random_symbols
 
-engine = load_engine(open_bundle(Path(sys.argv[1])), ("edge",), threads=2)
-engine.proof = prove(engine, (1, 2))
+engine = ready_engine(open_bundle(Path(sys.argv[1])), ("edge",), threads=2, sizes=(1, 2))
 jobs = [Job(symbols) for symbols in random_symbols(3, seed=1)]
 own = [engine.answer([job])[0] for job in jobs]
 drafted = [replace(job, draft=(*answer.tokens[:-3], 5, 6)) for job, answer in zip(jobs, own)]

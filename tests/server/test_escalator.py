@@ -35,6 +35,7 @@ from server.config import ServerConfig, UpstreamConfig
 from server.engine import Engine, Job
 from server.gateway import Gateway
 from server.loading import load_engine
+from server.packed import pack
 from server.reply_cache import ReplyCache
 from server.service import Service
 from server.targets.bundle import BundleTarget
@@ -67,6 +68,7 @@ class Sites:
     ) -> Iterator[Service]:
         """A server on a thread, as `run_server` puts it together, once its brokers have answered."""
         own = load_engine(self.bundle, (tier,))  # an engine is for one thread
+        pack(own.tail, *own.decoders.values())
         own.proof = self.engine.proof
         upstream = Upstream(up, name) if up else None
         settings = ServerConfig(id=name, bundle="", site=site, tier=tier)
