@@ -155,11 +155,11 @@ class ServerStatuses:
     def find_silence(self) -> str:
         """Why no server can be expected to answer, in words; "" if one can. Any thread."""
         statuses = [each.status for each in self._received.values()]
-        if any(status.takes_requests for status in statuses):
+        # A server that has answered without ever publishing a status may answer again.
+        if any(status.takes_requests for status in statuses) or self._answered.keys() - self._received.keys():
             return ""
         if not statuses:
-            unheard = "no server has been heard: does `aiflow serve` run, with the same site and broker?"
-            return "" if self._answered else unheard
+            return "no server has been heard: does `aiflow serve` run, with the same site and broker?"
         names = ", ".join(f"{status.server} ({status.state})" for status in statuses)
         return f"no server takes requests: {names}: look at the server's log"
 

@@ -225,9 +225,9 @@ class RequestTracker:
 
     def _before_step(self, now: float) -> bool:
         self._lifecycle.can_store = self._outbox is not None and self._outbox.has_room()
+        self._lifecycle.can_be_answered = self._client.state is State.ONLINE and not self._find_silence()
         budget = self._budget.bytes_per_minute
-        has_bytes = not budget or self._budget.spent(now) < budget / 2  # live frames come first
-        return has_bytes and self._client.state is State.ONLINE
+        return not budget or self._budget.spent(now) < budget / 2  # live frames come first
 
     def _receive(self, message: _Message, now: float) -> Sequence[Action[Tracked]]:
         actions: Sequence[Action[Tracked]] = ()

@@ -199,3 +199,13 @@ def test_a_target_that_is_none_is_refused(target):
     statuses = Statuses()
     statuses.receive("a", 0.0, target=target)
     assert statuses.counts == {"status_refused": 1}
+
+
+def test_no_server_can_answer_while_all_are_offline_unless_one_answered_without_a_status():
+    statuses = Statuses()
+    assert "no server has been heard" in statuses.find_silence()
+    statuses.receive("a", 0.0, state="offline")
+    statuses.answered("a")
+    assert "a (offline)" in statuses.find_silence()
+    statuses.answered("b")
+    assert not statuses.find_silence()

@@ -492,6 +492,13 @@ def test_a_loss_says_why_no_server_could_answer_and_the_log_says_it_once(broker,
     assert caplog.text.count("no answer: nobody is there") == 1
 
 
+def test_while_no_server_can_answer_a_request_is_sent_once(broker, board_bundle):
+    with Board(broker.port, board_bundle, resend_s=0.05, silence="all servers are offline") as board:
+        board.ask(deadline_s=SOON_S)
+        assert board.next_event().type == "lost"
+        assert board.tracker.summary()["resent"] == 0
+
+
 def test_a_request_that_never_left_is_no_bytes(broker, board_bundle):
     with Board(broker.port, board_bundle) as board:
         broker.kill()
