@@ -198,6 +198,7 @@ class Camera:
         """Logs and reports a change. The same failure again is no change: it must not fill the log every night."""
         if self._state[:2] != (state, why):
             level = logging.WARNING if why else logging.INFO  # only failures have a reason
-            logger.log(level, "camera %s camera=%s%s", state, self.config.name, f" reason={why}" if why else "")
+            again = "; it is opened again until it works" if state in ("stalled", "lost") else ""
+            logger.log(level, "camera %s camera=%s%s", state, self.config.name, f" reason={why}{again}" if why else "")
             self._state = state, why, time.time()
             self._on_change()

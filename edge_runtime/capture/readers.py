@@ -94,9 +94,9 @@ def _open_video(camera: CameraConfig, stop: threading.Event) -> VideoCapture:
 def check_source(camera: CameraConfig) -> tuple[str, str]:
     """Looks at a source once, on this thread. Returns an error and a warning, "" for none.
 
-    The error is what can never work: an unknown scheme, a missing program, a file that is no picture, video or tar. The
-    warning is what may pass by itself: a path that does not exist yet or cannot be read, a directory without a picture.
-    Does not contact streams.
+    The error is what can never work: an unknown scheme, a missing program, a file that is no picture, video or tar, a
+    directory without a picture that is read once. The warning is what may pass by itself: a path that does not exist
+    yet or cannot be read, a directory without a picture that is read again. Does not contact streams.
     """
     kind = kind_of(camera.source)
     if kind in ("device", "watch", "video", "pictures"):
@@ -127,6 +127,8 @@ def _check_path(camera: CameraConfig) -> tuple[str, str]:
     except OSError as error:
         return "", f"{path} cannot be read: {error.strerror}"
     except PictureError as error:
+        if path.is_dir() and not camera.repeat:
+            return f"{error}, and is read once: name one that has, or watch:{path} to wait for pictures", ""
         return (str(error), "") if path.is_file() else ("", str(error))
     except DriverError as error:
         return "", f"{path}: {error}"

@@ -61,7 +61,9 @@ def test_every_source_that_can_never_work_is_named_before_any_is_opened(tmp_path
         "picture": str(tmp_path / "p.jpg"),
         "tar": str(tmp_path / "notes"),
         "typo": "rtps://camera/1",
+        "empty": str(tmp_path / "empty"),
     }
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError) as raised:
         Cameras([CameraConfig(*pair) for pair in sources.items()]).check()
     for name, fault in {
@@ -69,9 +71,10 @@ def test_every_source_that_can_never_work_is_named_before_any_is_opened(tmp_path
         "picture": "does not start a JPEG, PNG or WebP",
         "tar": "notes is no tar",
         "typo": "rtps:// is an unknown kind of stream",
+        "empty": "empty holds no picture .* read once: .* watch:.*/empty to wait for",
     }.items():
         assert re.search(f"camera {name}: [^;]*{fault}", str(raised.value))
-    assert str(raised.value).count("camera ") == 4
+    assert str(raised.value).count("camera ") == 5
     assert not [t for t in threading.enumerate() if t.name.startswith("source-")]
 
 
@@ -82,15 +85,15 @@ def test_a_source_that_may_appear_later_is_a_warning(tmp_path):
         "away": "rtsp://127.0.0.1:1/x",
         "unplugged": "/dev/no-such-camera",
         "unmounted": str(tmp_path / "disk/photos"),
-        "empty": str(tmp_path / "empty"),
         "video": str(tmp_path / "later.mp4"),
     }
-    warnings = Cameras([CameraConfig(*pair) for pair in sources.items()]).check()
+    cameras = [CameraConfig(*pair) for pair in sources.items()]
+    warnings = Cameras([*cameras, CameraConfig("empty", str(tmp_path / "empty"), repeat=True)]).check()
     assert [re.sub(rf"{tmp_path}/", "", warning).split(" (")[0] for warning in warnings] == [
         "camera unplugged: /dev/no-such-camera does not exist yet",
         "camera unmounted: disk/photos does not exist yet",
-        "camera empty: empty holds no picture",
         "camera video: later.mp4 does not exist yet",
+        "camera empty: empty holds no picture",
     ]
 
 
@@ -100,7 +103,7 @@ def test_a_directory_with_one_damaged_photo_is_accepted(tmp_path):
     Cameras([camera]).check()
 
 
-def test_a_missing_or_empty_directory_is_tried_again_while_the_other_cameras_go_on(tmp_path, stop, no_pause):
+def test_a_missing_or_empty_directory_is_tried_again_while_the_other_cameras_go_on(tmp_path, stop, no_pause, caplog):
     (tmp_path / "empty").mkdir()
     paths = {name: tmp_path / name for name in ("unmounted", "empty")}
     cameras = Cameras(
@@ -115,6 +118,7 @@ def test_a_missing_or_empty_directory_is_tried_again_while_the_other_cameras_go_
         assert next(frames).camera == "other"
     assert "unmounted does not exist" in cameras.states()["unmounted"].why
     assert "empty holds no picture" in cameras.states()["empty"].why
+    assert caplog.text.count("opened again until it works") == len(paths)
     write_photos(tmp_path / "mounted", 10)
     (tmp_path / "mounted").rename(paths["unmounted"])
     (paths["empty"] / "0.jpg").write_bytes(jpeg(10))

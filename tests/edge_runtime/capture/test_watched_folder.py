@@ -64,6 +64,18 @@ def test_new_pictures_come_once_and_those_that_were_there_do_not(folder, stop):
     assert watching.taken.empty()
 
 
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_folder_without_a_new_picture_says_once_what_it_waits_for(folder, stop, caplog, existing):
+    caplog.set_level("INFO")
+    (folder / "old.jpg").write_bytes(jpeg(10))
+    watching = Watching(folder, stop, existing=existing)
+    if existing:
+        assert watching.next() == ("old.jpg", 10)
+    watching.listed()
+    watching.listed()
+    assert caplog.text.count(f"{folder} has no new picture, and 1 from before") == 1
+
+
 def test_pictures_that_were_there_come_if_they_are_asked_for(folder, stop):
     (folder / "old.jpg").write_bytes(jpeg(10))
     assert Watching(folder, stop, existing=True).next() == ("old.jpg", 10)
