@@ -1,6 +1,7 @@
 """Python packages that an installation may lack, the command that installs each, and systems that have none of them."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from edge_runtime.errors import ConfigError
@@ -14,6 +15,7 @@ OPTIONAL = {
     "safetensors": ("safetensors", "pytorch"),
     "cryptography": ("cryptography", "signed"),
     "transformers": ("transformers", "hf"),
+    "jsonschema": ("jsonschema", "json"),
     "ray": ("ray[serve]", "ray"),
     "shtab": ("shtab", "completion"),
     "iotcore": ("iotcore", "demo"),
@@ -49,6 +51,13 @@ class MissingPackageError(ConfigError):
 
     def __init__(self, module: str) -> None:
         super().__init__(f"the Python package {OPTIONAL[module][0]} is not installed: {how_to_install(module)}")
+
+
+def require(*modules: str) -> None:
+    """Raises MissingPackageError for the first optional module that is not installed. Imports none."""
+    for module in modules:
+        if find_spec(module) is None:
+            raise MissingPackageError(module)
 
 
 def how_to_install(module: str) -> str:

@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    command = next((argument for argument in arguments if argument in COMMANDS), "")
+    command, args = next((argument for argument in arguments if argument in COMMANDS), ""), argparse.Namespace()
     try:
         refuse_32_bit()
         args = parser_with({command}).parse_args(arguments)
@@ -77,11 +77,11 @@ def _run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in Python's buffer
         return EXIT_FAILED
     except AiflowError as error:
-        return _report(error, command)
+        return _report(error, command, args)
     except ModuleNotFoundError as error:
         if (missing := missing_package(error)) is None:
             raise
-        return _report(missing, command)
+        return _report(missing, command, args)
 
 
 def whole_parser() -> argparse.ArgumentParser:
@@ -121,9 +121,12 @@ def parser_with(commands: Collection[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _report(error: AiflowError, command: str) -> int:
+def _report(error: AiflowError, command: str, args: argparse.Namespace) -> int:
+    """A mistake in a configuration begins with the file's path."""
     logger.debug("traceback of the error", exc_info=error)
-    print(f"aiflow {command}: {error}", file=sys.stderr)
+    file = str(getattr(args, "config", None) or getattr(args, "path", None) or "")
+    where = f"{file}: " if isinstance(error, ConfigError) and file not in str(error) else ""
+    print(f"aiflow {command}: {where}{error}", file=sys.stderr)
     if isinstance(error, RestartError):
         return EXIT_RESTART
     return EXIT_CONFIG if isinstance(error, ConfigError) and command in CONFIGURED else EXIT_FAILED

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_toml(args.config, Config)
     if args.engine:
         config = replace(config, ray=(config.ray or RayConfig()) if args.engine == "ray" else None)
-    check(args.config, config)
+    check(config)
     loaded = load_target(config)
     notifier = Notifier.from_environment(os.environ)
     stop = stop_when_told(config.server.stop_s, reloads=notifier.is_heard)

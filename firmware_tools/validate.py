@@ -48,7 +48,7 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
     from server.app import check
 
     server = config.server
-    if found := check(path, config):
+    if found := check(config):
         print(found)
     print(f"{path}: server {server.id} of site {server.site} is in order")
     # Not the share of requests: a member that does not answer would take some of them from the running servers.

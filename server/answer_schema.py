@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime.errors import AiflowError, ConfigError
+from edge_runtime.packages import require
 from edge_runtime.wire import EnvelopeError, decode_object
 from edge_runtime.wire.json_object import check_object
 
@@ -93,10 +94,9 @@ def _checked(given: Any) -> dict[str, Any]:
         check_object(given, 2 * MAX_DEPTH, MAX_VALUES)
     except EnvelopeError as error:
         raise ConfigError(str(error)) from error
-    try:
-        from jsonschema import Draft202012Validator, SchemaError
-    except ImportError as error:
-        raise ConfigError("needs the package jsonschema: pip install '.[json]'") from error
+    require("jsonschema")
+    from jsonschema import Draft202012Validator, SchemaError
+
     try:
         Draft202012Validator.check_schema(given)
     except SchemaError as error:

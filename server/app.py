@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.mqtt import connection_text
+from edge_runtime.packages import require
 from edge_runtime.reporting.metrics import exported
 from edge_runtime.sd_notify import Notifier
 from server.config import Config, ServerConfig
@@ -31,34 +32,40 @@ logger = logging.getLogger(__name__)
 Loaded = tuple[Target[Any], Any]  # the target, and what hears of a message that sets its questions, if anything does
 
 
-def check(path: Path, config: Config) -> str:
+def check(config: Config) -> str:
     """Finds mistakes of server.toml without a connection, and before networks are loaded. Says what the bundles are.
 
-    Raises ConfigError, which begins with the path, and BundleError.
+    Raises ConfigError, and BundleError or MissingPackageError, which are such.
     """
-    server, found = config.server, list[str]()
-    try:
-        config.mqtt_settings()
-        config.check_target()
-        if config.upstream:
-            config.upstream.settings(server.id)
-        for folder in filter(None, (server.bundle, server.second_bundle)):
-            bundle = open_bundle(Path(folder))
-            is_read = server.target == "bundle" or config.hf.tail is not None
-            found.append(f"{bundle.path}: bundle {bundle.check(for_server=is_read)}")
-            targets = bundle.manifest.targets
-            if server.target == "bundle" and server.tier not in targets:
-                raise ConfigError(f'tier = "{server.tier}", but the bundle {bundle.path} has {", ".join(targets)}')
-            if config.questions and folder == server.bundle:
-                from server.questions import Questions
+    server = config.server
+    config.mqtt_settings()
+    config.check_target()
+    if config.upstream:
+        config.upstream.settings(server.id)
+    if config.ray:
+        require("ray")  # first: its extra brings PyTorch, too
+    if server.target.startswith("hf:"):
+        require("transformers")
+    if config.openai is None:
+        require("torch", "safetensors")
+    bundles = [open_bundle(Path(folder)) for folder in (server.bundle, server.second_bundle) if folder]
+    if len({bundle.id for bundle in bundles}) < len(bundles):
+        raise ConfigError("bundle and second_bundle are the same bundle: remove second_bundle")
+    found = []
+    for bundle in bundles:
+        is_read = server.target == "bundle" or config.hf.tail is not None
+        found.append(f"{bundle.path}: bundle {bundle.check(for_server=is_read)}")
+        targets = bundle.manifest.targets
+        if server.target == "bundle" and server.tier not in targets:
+            raise ConfigError(f'tier = "{server.tier}", but the bundle {bundle.path} has {", ".join(targets)}')
+        if config.hf.tail:
+            from models.tower_tail import read_tower_tail
 
-                Questions(bundle, config.questions)
-            if config.hf.tail:
-                from models.tower_tail import read_tower_tail
+            read_tower_tail(Path(config.hf.tail), bundle)
+    if config.questions:
+        from server.questions import Questions
 
-                read_tower_tail(Path(config.hf.tail), bundle)
-    except ConfigError as error:
-        raise type(error)(f"{path}: {error}") from error
+        Questions(bundles[0], config.questions)
     return "\n".join(found)
 
 

@@ -127,9 +127,9 @@ def _check_path(camera: CameraConfig) -> tuple[str, str]:
     except OSError as error:
         return "", f"{path} cannot be read: {error.strerror}"
     except PictureError as error:
-        if path.is_dir() and not camera.repeat:
-            return f"{error}, and is read once: name one that has, or watch:{path} to wait for pictures", ""
-        return (str(error), "") if path.is_file() else ("", str(error))
+        is_once = path.is_dir() and not camera.repeat
+        hint = f", and is read once: name one that has, or watch:{path} to wait for pictures" if is_once else ""
+        return (f"{error}{hint}", "") if is_once or path.is_file() else ("", str(error))
     except DriverError as error:
         return "", f"{path}: {error}"
     return "", ""

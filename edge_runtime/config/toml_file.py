@@ -1,6 +1,7 @@
 """A TOML file as checked values, and its mistakes in the words of somebody who reads the file.
 
-Knows no key: the types say what is wanted. An unknown key is an error that suggests the nearest known one.
+Knows no key but the table that tells a board's file from a server's: the types say what is wanted. An unknown key is an
+error that suggests the nearest known one.
 """
 
 import difflib
@@ -38,6 +39,8 @@ WORDS: dict[Any, str] = {
     VarTupleType: "a list",
     StructType: "a table",
 }
+# The other kind of file and its command, by the table that a file must have.
+OTHERS = {"board": ("server", "aiflow serve"), "server": ("board", "aiflow run")}
 T = TypeVar("T")
 
 
@@ -48,6 +51,10 @@ def load_toml(path: Path, kind: type[T]) -> T:
 
 def convert(path: Path, data: Any, kind: type[T]) -> T:
     """The tables of a file as values; the path is for messages. Raises ConfigError."""
+    wanted = next(iter(getattr(kind, "__struct_fields__", ())), "")
+    other, command = OTHERS.get(wanted, ("", ""))
+    if isinstance(data, dict) and other in data and wanted not in data:
+        raise ConfigError(f"{path}: this is a {other}'s configuration, for `{command}`: name a {wanted}'s")
     try:
         return msgspec.convert(data, kind, str_keys=True)
     except msgspec.ValidationError as error:

@@ -9,7 +9,6 @@ import base64
 import binascii
 import hashlib
 from datetime import date
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -18,7 +17,7 @@ from msgspec import Meta, Struct
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, BundleError, BundleName, Sha256
-from edge_runtime.packages import MissingPackageError
+from edge_runtime.packages import require
 
 SIGNATURE = "bundle.sig"
 CONTEXT = b"aiflow bundle\n"  # so that a key that also signs other things signs no bundle by accident
@@ -171,8 +170,7 @@ def read_trust(path: Path) -> Trust:
     """The keys of a trust file: one per line, in base64, with an optional comment behind it. Raises ConfigError, and
     MissingPackageError now, not when the first signature is checked.
     """
-    if find_spec("cryptography") is None:
-        raise MissingPackageError("cryptography")
+    require("cryptography")
     try:
         text = _read(path, MAX_KEY_FILE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:

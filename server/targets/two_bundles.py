@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edge_runtime.errors import ConfigError
 from server.accepted import Accepted
 from server.engine import Job
 from server.targets.bundle import BundleTarget
@@ -17,12 +16,7 @@ class TwoBundles(Target[OwnedJob]):
     """May be called on as many threads as each of its targets. A batch for both bundles is computed in two parts."""
 
     def __init__(self, first: BundleTarget, second: BundleTarget) -> None:
-        """first: answers the taught questions, and pictures of a bundle that is not here.
-
-        Raises ConfigError for one bundle twice.
-        """
-        if first.bundle.id == second.bundle.id:
-            raise ConfigError("bundle and second_bundle are the same bundle: remove second_bundle")
+        """first: answers the taught questions, and pictures of a bundle that is not here."""
         self.first, self.both, self.limits = first, (first, second), first.limits
 
     @property

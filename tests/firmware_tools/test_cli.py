@@ -162,6 +162,27 @@ def test_a_server_s_unknown_key_is_named_with_the_nearest(config: Callable[..., 
     assert_one_line(aiflow("validate", config(SERVER, 'teer = "edge"')), "unknown key `teer`", "did you mean tier?")
 
 
+@pytest.mark.parametrize(
+    ("command", "text", "says"),
+    [
+        (["run"], SERVER, "this is a server's configuration, for `aiflow serve`: name a board's"),
+        (["doctor", "--config"], SERVER, "this is a server's configuration"),
+        (["serve"], BOARD, "this is a board's configuration, for `aiflow run`: name a server's"),
+    ],
+)
+def test_a_configuration_of_the_other_kind_is_called_so(
+    config: Callable[..., Path], command: list[str], text: str, says: str
+) -> None:
+    done = aiflow(*command, config(text))
+    assert f"config.toml: {says}" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "validate"])
+def test_a_mistake_that_only_the_start_finds_names_the_file(config: Callable[..., Path], command: str) -> None:
+    done = aiflow(command, config(BOARD + '[mqtt]\nhost = "broker.lan"\n'))
+    assert_one_line(done, "config.toml: mqtt broker broker.lan", "TLS is off")
+
+
 @pytest.mark.parametrize("text", [BOARD, SERVER])
 def test_nobody_is_called_as_the_servers_topics_are(config: Callable[..., Path], text: str) -> None:
     path = config(text.replace("b1", "server").replace("s1", "server"))
@@ -279,9 +300,13 @@ def test_what_cannot_work_is_found_by_validate_and_by_run(config: Callable[..., 
 @pytest.mark.parametrize(
     ("raised", "code", "shown"),
     [
-        ("ConfigError('in one line')", EXIT_CONFIG, ["aiflow run: in one line"]),
+        ("ConfigError('in one line')", EXIT_CONFIG, ["aiflow run: x: in one line"]),
         ("AiflowError('in one line')", EXIT_FAILED, ["aiflow run: in one line"]),
-        ("ModuleNotFoundError(name='torch')", EXIT_CONFIG, ["aiflow run: the Python package torch is not installed"]),
+        (
+            "ModuleNotFoundError(name='torch')",
+            EXIT_CONFIG,
+            ["aiflow run: x: the Python package torch is not installed"],
+        ),
         ("ModuleNotFoundError(name='edge_runtime.tyop')", EXIT_FAILED, ["Traceback"]),
         ("ValueError('a bug')", EXIT_FAILED, ["Traceback", "ValueError: a bug"]),
         ("OSError('a bug')", EXIT_FAILED, ["Traceback", "OSError: a bug"]),

@@ -46,6 +46,7 @@ def test_a_signal_ends_a_server_that_still_loads_at_once_and_without_a_traceback
         ("nowhere", "", "nowhere holds no manifest.json: name the directory of a bundle"),
         ("{bundle}", 'username = "s1"\npassword_file = "nowhere"\n', "password_file = nowhere: cannot be read"),
         ("{bundle}", 'host = "broker.lan"\n', "TLS is off"),
+        ('{bundle}"\nsecond_bundle = "{bundle}', "", "are the same bundle"),
         ("{damaged}", "", "tail.safetensors"),
     ],
 )
@@ -64,15 +65,24 @@ def test_a_mistake_is_named_with_its_file_before_anything_is_loaded(
     assert str(config) in said
 
 
-@pytest.mark.parametrize(("module", "extra", "more"), [("ray", "ray", "[ray]\n"), ("transformers", "hf", "")])
+@pytest.mark.parametrize("command", ["serve", "validate"])
+@pytest.mark.parametrize(
+    ("module", "extra", "target", "more"),
+    [
+        ("ray", "ray", "bundle", "[ray]\n"),
+        ("transformers", "hf", "hf:nothing", ""),
+        ("torch", "pytorch", "bundle", ""),
+        ("jsonschema", "json", "hf:nothing", '[prompts.gate]\nschema = {type = "object"}\n'),
+    ],
+)
 def test_a_target_whose_package_is_missing_says_how_to_install_it_from_here(
-    tmp_path, board_bundle, monkeypatch, capsys, module, extra, more
+    tmp_path, board_bundle, monkeypatch, capsys, command, module, extra, target, more
 ):
-    for name in [name for name in sys.modules if name.startswith(("server.targets.ray", "server.targets.huggingface"))]:
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("server.app.load_target", None)  # would be called
     monkeypatch.setitem(sys.modules, module, None)
-    target = "bundle" if more else "hf:nothing"
     config = tmp_path / "server.toml"
     config.write_text(f'[server]\nid = "s1"\nbundle = "{board_bundle.path}"\ntarget = "{target}"\n{more}')
-    assert cli.main(["serve", str(config)])
-    assert f"[{extra}]'" in capsys.readouterr().err
+    assert cli.main([command, str(config)]) == cli.EXIT_CONFIG
+    said = capsys.readouterr().err
+    assert f"[{extra}]'" in said
+    assert str(config) in said

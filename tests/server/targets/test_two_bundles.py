@@ -8,7 +8,7 @@ import pytest
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.wire import Status
-from server.app import load, load_target, run_server
+from server.app import check, load, load_target, run_server
 from server.config import ServerConfig
 from server.engine import Job
 from server.targets.bundle import BundleTarget
@@ -71,9 +71,10 @@ def test_what_only_one_of_the_bundles_can_is_not_promised(bundle, second, loaded
     assert not TwoBundles(loaded.first, blind).abilities.pictures
 
 
-def test_one_bundle_twice_and_a_second_one_beside_another_model_are_refused_by_name(bundle, loaded) -> None:
+def test_one_bundle_twice_and_a_second_one_beside_another_model_are_refused_by_name(bundle, tmp_path) -> None:
+    (tmp_path / "again").symlink_to(bundle.path)
     with pytest.raises(ConfigError, match="are the same bundle"):
-        TwoBundles(loaded.first, loaded.first)
+        check(config(bundle, second_bundle=str(tmp_path / "again")))
     settings = config(bundle, target="hf:x", second_bundle="y")
     with pytest.raises(ConfigError, match="second_bundle is of no use with"):
         settings.check_target()
