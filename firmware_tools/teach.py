@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from models.teaching import Taught
 
 LEAST_SURE = 5  # photos that are shown
+ENOUGH = 10  # photos of a class, to say how many are right
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,8 +161,10 @@ def _print_report(photos: "ClassPhotos", taught: "Taught") -> None:
         rows.append((name, str(counts[label]), right))
     print_table(markdown_table(rows))
     for label, name in enumerate(photos.classes):
-        if counts[label] == 1:
-            print(f"class {name} has one photo, so nothing is known of its accuracy: add more")
+        if counts[label] < ENOUGH:
+            print(
+                f"class {name} has {counts[label]} photos, too few to trust the accuracy: add some, to {ENOUGH} or more"
+            )
     if photos.again:
         print(f"{photos.again} photos left out: the same files are there twice")
     rows = [("least sure", "taken for", "probability of its class")]

@@ -16,6 +16,7 @@ from testbed.terminal import number
 
 MAX_WAITING = 1000  # lines that wait for a slow reader; further ones are counted and not shown
 CLOSE_S = 2.0  # for the last lines to be printed
+QUIET_S = 5.0  # connected, and without an event: then it says what it waits for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,10 +31,11 @@ def run(args: argparse.Namespace) -> None:
     from edge_runtime.wire import WireError, decode_event
 
     settings = broker_settings(args, "watch")
-    shown = 0
+    shown, heard = 0, threading.Event()
 
     def arrived(message: Message) -> None:
         nonlocal shown
+        heard.set()
         if lines.done.is_set():
             return
         try:
@@ -46,8 +48,11 @@ def run(args: argparse.Namespace) -> None:
         if shown == args.count:
             lines.done.set()
 
-    subscriptions = [(f"aiflow/{args.site}/{args.board}/up/event", 1)]
-    with Lines() as lines, MqttClient(settings, subscriptions=subscriptions, on_message=arrived):
+    topic = f"aiflow/{args.site}/{args.board}/up/event"
+    with Lines() as lines, MqttClient(settings, subscriptions=[(topic, 1)], on_message=arrived) as client:
+        client.wait_online()
+        if not heard.wait(QUIET_S):
+            print(f"nothing has been published on {topic} yet: does a board of that site run?", file=sys.stderr)
         lines.done.wait()
 
 

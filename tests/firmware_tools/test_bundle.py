@@ -154,6 +154,11 @@ def test_a_bundle_is_signed_verified_installed_listed_and_taken_back(
     new = signed("new", 3)
     assert aiflow("bundle", "verify", "--trust", site.trust, new.path) == 0
     assert "new version 3" in capsys.readouterr().out
+    assert aiflow("bundle", "verify", new.path) == 0
+    assert "new version 3" in (said := capsys.readouterr().out)
+    assert "who signed it was not checked" in said
+    assert aiflow("bundle", "verify", site.bundle.path) == 0
+    assert "its files match; it is unsigned" in capsys.readouterr().out
     assert aiflow("bundle", "install", "--config", site.config, new.path) == 0
     (entry,) = (path.name for path in (site.folder / "bundles").iterdir() if path.is_dir())
     assert entry == f"new-3-{new.id.hex()}"
@@ -205,6 +210,18 @@ def test_a_bundle_that_does_not_work_here_is_not_installed(
     assert aiflow("bundle", "install", "--config", site.config, bad.path) == 1
     assert "self-test" in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "bundles").iterdir()} == {INCOMING}
+
+
+def test_without_keys_a_changed_file_and_a_signature_of_another_manifest_are_found(
+    signed: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = signed("one", 1).path, signed("other", 2).path
+    (one / "bundle.sig").write_bytes((other / "bundle.sig").read_bytes())
+    assert aiflow("bundle", "verify", one) == 1
+    assert "the signature is of another manifest" in capsys.readouterr().err
+    (other / "head.onnx").write_bytes(b"changed")
+    assert aiflow("bundle", "verify", other) == 1
+    assert "head.onnx is not the file that the manifest names" in capsys.readouterr().err
 
 
 def test_a_private_key_is_its_owners_alone_and_is_not_overwritten(site: Site) -> None:

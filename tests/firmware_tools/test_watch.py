@@ -130,6 +130,14 @@ def test_it_ends_quietly_when_its_reader_does(broker):
         assert (watch.returncode, watch.stderr.read()) == (0, b"")
 
 
+def test_a_site_where_nobody_publishes_is_told_with_its_topic(broker):
+    command = [sys.executable, "-m", "firmware_tools", "watch", "--broker-port", str(broker.port), "--site", "hmoe"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as watch:
+        assert watch.stderr is not None
+        assert "nothing has been published on aiflow/hmoe/+/up/event yet" in watch.stderr.readline()
+        watch.kill()
+
+
 def test_a_reader_that_stops_holds_up_nobody_and_is_told_what_it_missed(monkeypatch):
     read, write = os.pipe()
     with os.fdopen(write, "w") as stdout, os.fdopen(read) as reader:

@@ -139,7 +139,8 @@ function showNumbers(parts, camera) {
   const jpeg = camera.jpeg_bytes
     ? bytes(camera.jpeg_bytes) + (camera.bytes_up ? ` (${(camera.jpeg_bytes / camera.bytes_up).toFixed(1)} ×)` : "") : "–";
   const sure = camera.confidence === null ? "–" : percent(camera.confidence);
-  setList(parts.figures, [["answered by", camera.by || "–"], ["answered after", millis(camera.after_ms)], ["sent", sent],
+  setList(parts.figures, [["answered by", camera.by || "–"],
+    [camera.type === "lost" ? "lost after" : "answered after", millis(camera.after_ms)], ["sent", sent],
     ["as a JPEG", jpeg], ["confidence", sure]]);
   parts.bar.replaceChildren(...camera.latency.map(([, ms]) => {
     const part = element("i");

@@ -114,6 +114,10 @@ def test_it_shows_what_boards_and_servers_say(start: Callable[..., str], boards:
     assert "1 answered, 0 lost" in chromium.read("document.querySelector('figure').innerText")
     assert chromium.until("document.querySelector('.picture img').naturalWidth") == 64
     assert chromium.read("document.querySelector('.picture').innerText").startswith("picture: ")
+    assert "answered after" in figures.lower()
+    boards.say("porch/up/event", event("lost", "02", text="a cat laying on a bed", after_ms=5000.0))
+    figures = "document.querySelector('.numbers').innerText.toLowerCase()"
+    chromium.until(figures, lambda text: "lost after" in text and "answered after" not in text)
 
 
 @needs_chromium
