@@ -166,7 +166,6 @@ class Board:
         not a mistake in the configuration, and the board is worth starting again. Raises RestartError after an orderly
         end, if another bundle is to run.
         """
-        self.cameras.check()
         with ExitStack() as running:
             for client in (clients := {self.servers, self.local}):
                 running.enter_context(client)
@@ -177,6 +176,7 @@ class Board:
             if self.updates:
                 self.updates.stop_with(stop)
                 running.enter_context(self.updates)
+            self.cameras.check()
             self.notifier.ready()  # a board works without a broker: it does not wait for one
             try:
                 self.pipeline.run(self._frames(stop))

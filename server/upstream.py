@@ -68,7 +68,7 @@ class Upstream:
             config.open_requests, min_resend_s=config.resend_ms / 1e3, rng=random.Random()
         )
         self._thread: LifecycleThread[UpstreamRequest, UpstreamRequest] = LifecycleThread(
-            "upstream", self._lifecycle, self._receive, self._perform, before_step=self._before_step
+            "upstream", self._lifecycle, self._receive, self._perform
         )
         self._asked = 0  # written and read by the asking thread alone
         self._trips: tuple[tuple[float, float], ...] = ()  # (when, seconds), replaced as a whole: two threads read it
@@ -125,10 +125,6 @@ class Upstream:
         return latest[ceil(share * len(latest)) - 1] if latest else 0.0
 
     # ---- the thread of its own ----
-
-    def _before_step(self, _: float) -> bool:
-        self._lifecycle.can_be_answered = self._client.state is State.ONLINE
-        return True
 
     def _receive(self, asked: UpstreamRequest, now: float) -> Sequence[Action[UpstreamRequest]]:
         return self._lifecycle.on_request(asked.request.id, asked, asked.until, now)

@@ -49,7 +49,7 @@ ENDED = 4096  # ended requests that are remembered, to tell late and duplicate r
 STORE_S = 0.3  # a request that must be on disk first is sent after this time even if the disk has not answered
 RETRY_DEADLINE_S = 30.0  # for the reply to a request that comes out of the outbox
 AWAY_S = 5.0  # after a frame found the link away, nothing is retried for this time
-POLL_S = 0.5  # between two looks whether a kept request may be retried, or another one be sent again
+POLL_S = 0.5  # between two looks whether a kept request may be retried
 DEFAULT_BUSY_S = 1.0  # for a server that says "busy" without a time
 MAX_STORED = 65_536  # requests in the outbox; the index takes some 300 bytes of memory for each
 # Kept requests are given up (too many, too old) at this rate: each has an event, and live requests come first.
@@ -103,8 +103,7 @@ class RequestLifecycle(Generic[T]):
     dropped, a slow server would see each request end shortly before its reply.
 
     outbox: its limits, if there is one; size_of: the bytes that a content takes there.
-    can_store: whether the outbox takes one more request. can_be_answered: whether a server hears what is sent; until
-    then nothing is sent again. The caller keeps both up to date.
+    can_store: whether the outbox takes one more request. The caller keeps it up to date.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class RequestLifecycle(Generic[T]):
     ) -> None:
         if capacity < 1 or min_resend_s <= 0:
             raise ValueError(f"capacity = {capacity}, min_resend_s = {min_resend_s}: want at least 1, and more than 0")
-        self.can_store, self.can_be_answered = outbox is not None, True
+        self.can_store = outbox is not None
         self._capacity, self._rng, self._outbox, self._size_of = capacity, rng, outbox, size_of
         self._resend = ResendTimer(min_resend_s, rng)
         self._retry = RetryTimer(outbox.replay_per_s if outbox else 1.0, rng)
@@ -288,18 +287,16 @@ class RequestLifecycle(Generic[T]):
     def on_time(self, now: float, *, link_is_free: bool = True) -> list[Action[T]]:
         """What is due now. Call it after every other call, and at `next_at`.
 
-        link_is_free: with bytes to spare for requests out of the outbox.
+        link_is_free: online, a server answers, and there are bytes to spare for requests out of the outbox.
         """
         actions: list[Action[T]] = []
         for entry in list(self._live.values()):
             if entry.deadline <= now:
                 actions += self._deadline(entry, now)
-            elif entry.resend_at <= now and entry.state is State.STORING:
-                actions += self._send_first(entry, now)
-            elif entry.resend_at <= now and self.can_be_answered:
-                actions.append(self._send_again(entry, now))
             elif entry.resend_at <= now:
-                entry.resend_at = now + POLL_S
+                actions += (
+                    self._send_first(entry, now) if entry.state is State.STORING else [self._send_again(entry, now)]
+                )
         return [*actions, *self._give_up_old(now), *self._retry_one(now, link_is_free)]
 
     def close(self, why: Why, now: float) -> list[Action[T]]:
@@ -500,7 +497,7 @@ class RequestLifecycle(Generic[T]):
             return []
         self._poll_at = now + POLL_S
         is_idle = self.open_count < max(1, self._capacity // 2) and now - self._away_at > AWAY_S
-        if not (link_is_free and self.can_be_answered and is_idle):
+        if not (link_is_free and is_idle):
             return []
         kept = (entry for entry in self._stored.values() if entry.state is State.KEPT and entry.retry_at <= now)
         if (entry := next(kept, None)) is None:

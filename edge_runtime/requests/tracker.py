@@ -225,9 +225,9 @@ class RequestTracker:
 
     def _before_step(self, now: float) -> bool:
         self._lifecycle.can_store = self._outbox is not None and self._outbox.has_room()
-        self._lifecycle.can_be_answered = self._client.state is State.ONLINE and not self._find_silence()
         budget = self._budget.bytes_per_minute
-        return not budget or self._budget.spent(now) < budget / 2  # live frames come first
+        has_bytes = not budget or self._budget.spent(now) < budget / 2  # live frames come first
+        return has_bytes and self._client.state is State.ONLINE and not self._find_silence()
 
     def _receive(self, message: _Message, now: float) -> Sequence[Action[Tracked]]:
         actions: Sequence[Action[Tracked]] = ()
@@ -304,6 +304,8 @@ class RequestTracker:
 
     def _send(self, send: Send[Tracked], now: float) -> Sequence[Action[Tracked]]:
         tracked = send.content
+        if send.is_resend and (why := self._why_not_again(tracked)):
+            return self._lifecycle.on_unsent(send.id, Why("no_reply", why), now)
         payload = tracked.payload
         if send.is_resend or tracked.is_retry:
             payload = encode_request(aged(tracked.request, send.waited_s, send.left_s))
@@ -319,6 +321,12 @@ class RequestTracker:
         outcome = partial(self._ended, send.id, tracked, len(payload))
         self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, send.left_s), on_outcome=outcome)
         return ()
+
+    def _why_not_again(self, tracked: Tracked) -> str:
+        """Why another copy of a request would be in vain; "" if it would not."""
+        if tracked.offered > tracked.ended:
+            return "an earlier copy is still on its way to the broker"
+        return self._find_silence() if self._client.state is State.ONLINE else ""
 
     def _ended(self, request_id: bytes, tracked: Tracked, size: int, outcome: Outcome) -> None:
         """On the client's thread: what became of one copy of a request."""

@@ -290,15 +290,6 @@ def test_a_broker_that_is_away_is_offline(broker: Mosquitto) -> None:
         assert not upstream.above(time.monotonic()).is_online
 
 
-def test_while_the_broker_is_away_no_copies_of_a_request_pile_up(broker: Mosquitto) -> None:
-    below = Below()
-    with Upstream(config(broker, resend_ms=20), "e1") as upstream:
-        broker.kill()
-        ask(upstream, below, budget_s=1.0)
-        assert below.next() == (None, "no_reply")
-        assert upstream.status()["requests"]["resent"] == 0
-
-
 def test_a_connection_that_could_never_be_made_is_named() -> None:
     with pytest.raises(ConfigError, match="TLS is off"):
         Upstream(UpstreamConfig(MqttConfig(host="broker.example")), "e1")

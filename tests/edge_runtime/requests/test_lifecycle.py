@@ -119,19 +119,6 @@ def test_the_reply_to_a_request_that_was_sent_twice_is_not_measured() -> None:
     assert requests.next_at() <= 3.0  # doubled, but not four times 100
 
 
-def test_while_nobody_can_answer_nothing_is_sent_again_and_then_at_once() -> None:
-    requests = with_outbox()
-    requests.can_be_answered = False
-    requests.on_request(ONE, "x", 20.0, 0.0)
-    requests.on_request(TWO, "y", 0.0, 0.0, link_is_away=True)
-    for now in (2.0, 6.0, 10.0):
-        assert requests.on_time(now) == []
-        assert requests.next_at() == now + POLL_S  # the thread does not spin
-    requests.can_be_answered = True
-    assert kinds(requests.on_time(10.0 + POLL_S)) == [Send, Read]
-    assert requests.counts.resent == 1
-
-
 def test_a_resend_that_could_not_leave_counts_as_not_sent() -> None:
     requests = lifecycle()
     requests.on_request(ONE, "", 999.0, 0.0)

@@ -85,9 +85,9 @@ class Board:
             resend_s,
             outbox,
             byte_budget=self.budget,
-            find_silence=lambda: silence,
+            find_silence=lambda: self.silence,
         )
-        self.asked = 0
+        self.asked, self.silence = 0, silence
 
     def heard(self, event: Event) -> None:
         if event.type != "new":  # one for each question: test_pipeline.py
@@ -499,13 +499,28 @@ def test_while_no_server_can_answer_a_request_is_sent_once(broker, board_bundle)
         assert board.tracker.summary()["resent"] == 0
 
 
-def test_a_request_that_never_left_is_no_bytes(broker, board_bundle):
-    with Board(broker.port, board_bundle) as board:
+def test_what_was_kept_waits_until_a_server_can_answer(broker, board_bundle, server, tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_runtime.requests.lifecycle.AWAY_S", 0.0)
+    with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path), silence="all servers are offline") as board:
+        kept = board.ask(keeps=True)
+        board.ask(deadline_s=SOON_S)
+        assert "kept, asked again later" in board.next_event().why
+        assert board.tracker.summary()["replayed"] == 0
+        assert server.request().id != kept.id
+        board.silence = ""
+        for _ in range(2):
+            server.reply(server.request())
+            assert board.next_event().final
+
+
+def test_a_request_that_never_left_is_no_bytes_and_has_no_copies(broker, board_bundle):
+    with Board(broker.port, board_bundle, resend_s=0.05) as board:
         broker.kill()
         until(lambda: not board.client.wait_online(0))
         board.ask(deadline_s=SOON_S)
         event = board.next_event()
         assert (event.type, event.bytes_up) == ("lost", 0)
+        assert board.tracker.summary()["resent"] == 0
     assert board.tracker.summary()["request_bytes"] == 0
 
 
