@@ -53,6 +53,7 @@ MAY_IMPORT = {
         *("edge_runtime.inference.preprocess", "edge_runtime.inference.bundle", "edge_runtime.inference.sampling"),
         "edge_runtime.capture.picture_checks",
         "edge_runtime.http_call",
+        "edge_runtime.packages",
         "edge_runtime.password_file",
         *("models.family", "models.labels", "models.lookahead", "models.questions", "models.stored_weights"),
         "models.tower_tail",
