@@ -198,6 +198,7 @@ class Board:
             if self.updates:
                 self.updates.frame_handled(self.pipeline.failed)
             self.users.frame_handled(frame)
+            del frame  # see Frame
 
     def summary(self) -> Values:
         """The board's counts, with the names of reporting/counters.py; any thread."""

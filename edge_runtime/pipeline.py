@@ -125,6 +125,7 @@ class Pipeline:
         """Handles frames until there are no more."""
         for frame in frames:
             self.handle(frame)
+            del frame  # see Frame
 
     def handle(self, frame: Frame) -> Event | None:
         """Like `answer`, but a frame that fails is counted, and the next one can be handled."""

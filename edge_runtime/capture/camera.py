@@ -130,6 +130,7 @@ class Camera:
             for frame in self._frames():
                 self._handled.clear()
                 handover.put((self, frame))
+                del frame  # see Frame
                 if not self._closed:
                     self._handled.wait()
         finally:
@@ -146,6 +147,7 @@ class Camera:
                     self._not_before = frame.captured + self.config.min_interval_s
                     if self._passes(frame):
                         yield frame
+                    del frame  # see Frame
                 if not closing.is_set():
                     self._become("ended")
                     return

@@ -135,6 +135,7 @@ class Cameras:
                     yield frame
                 else:  # switched off since
                     camera.counters.skipped += 1
+                del frame  # see Frame
                 camera.handled()
         finally:
             for camera in self:

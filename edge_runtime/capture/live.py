@@ -83,6 +83,7 @@ def live_frames(
                     continue
                 unreadable_since = 0.0
             yield frame
+            del frame  # see Frame
     finally:
         abandoned.set()
         capture.hang_up()

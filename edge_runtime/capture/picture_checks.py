@@ -54,7 +54,7 @@ def decode_picture(data: bytes, max_pixels: int = MAX_PICTURE_PIXELS) -> np.ndar
             raise PictureError(
                 f"picture claims {width} x {height} pixels and has {pixels.shape[1]} x {pixels.shape[0]}: it is damaged"
             )
-        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, pixels)  # in place
     except cv2.error as error:
         raise PictureError(f"picture cannot be decoded: {error.msg}") from error
 

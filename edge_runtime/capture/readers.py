@@ -48,6 +48,7 @@ def file_frames(camera: CameraConfig, stop: threading.Event, counters: Counters)
                 logger.warning("picture unreadable camera=%s name=%s error=%s", camera.name, name, error)
             else:
                 yield Frame(camera.name, pixels, time.time(), time.monotonic(), picture.name, picture.data)
+                del pixels  # see Frame
             if stop.wait(max(0.0, camera.min_interval_s - (time.monotonic() - started))):
                 return
         if not camera.repeat:

@@ -3,6 +3,7 @@
 import math
 import queue
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -345,6 +346,19 @@ def test_device_sends_nothing_and_its_event_is_final(start):
     assert (event.type, event.final, event.bytes_up) == ("new", True, 0)
     assert board.order == ["new"]
     assert board.client.stats()["published"] == 2  # the event, and the retained last one
+
+
+def test_a_frame_that_was_handled_is_free_before_the_next_one_is_read(start):
+    def frames() -> Iterator[Frame]:
+        for seed in range(2):
+            held = [frame(seed)]
+            pixels = weakref.ref(held[0].pixels)
+            yield held.pop()
+            assert pixels() is None
+
+    board = start("device")
+    board.pipeline.run(frames())
+    assert board.pipeline.handled["device"] == 2
 
 
 def test_a_draft_with_enough_confidence_is_the_answer_and_nothing_is_sent(start):

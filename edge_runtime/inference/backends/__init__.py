@@ -62,7 +62,8 @@ def load_model(path: Path, threads: int = 1, providers: Sequence[str] = ()) -> M
     """Loads a network; the suffix of its file decides the backend. Raises BackendError.
 
     providers: of onnxruntime, before the CPU, see PROVIDERS in onnx.py; one that does not load is an error.
-    A backend gets the content of the file, never its path: a network must not read other files.
+    A network must not read other files: onnxruntime gets the content of the file, not its path. Networks of LiteRT
+    cannot name other files, so LiteRT maps the file, which must not be changed in place while the network is used.
     """
     names = [name for name, suffix in SUFFIXES.items() if suffix == path.suffix]
     if not names:
@@ -70,10 +71,11 @@ def load_model(path: Path, threads: int = 1, providers: Sequence[str] = ()) -> M
     (name,) = installed(names[0])
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_MODEL_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(MAX_MODEL_BYTES) if name == "onnx" else b""
     except OSError as error:
         raise BackendError(f"{path} cannot be read: {error.strerror}: install the bundle again") from error
-    if len(data) > MAX_MODEL_BYTES:
+    if size > MAX_MODEL_BYTES:
         raise BackendError(f"{path} has more than {MAX_MODEL_BYTES} bytes: install the bundle again")
     try:
         if name == "onnx":
@@ -82,7 +84,7 @@ def load_model(path: Path, threads: int = 1, providers: Sequence[str] = ()) -> M
             return OnnxModel(data, threads, providers)
         from edge_runtime.inference.backends.litert import LiteRtModel
 
-        return LiteRtModel(data, threads)
+        return LiteRtModel(path, threads)
     except ProviderError:
         raise
     except ImportError as error:

@@ -15,6 +15,13 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import onnxruntime
 
+# One arena for all networks, since they run one after the other. It grows by what is asked for, not to powers of two.
+ARENA = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+onnxruntime.create_and_register_allocator(
+    onnxruntime.OrtMemoryInfo("Cpu", ARENA, 0, onnxruntime.OrtMemType.DEFAULT),
+    onnxruntime.OrtArenaCfg({"arena_extend_strategy": 1}),
+)
+
 CPU_INFO = Path("/proc/cpuinfo")
 # The key of a tensor's external data (onnx.proto, TensorProto.external_data). onnxruntime would read such a file even
 # for a model that it gets as bytes. The networks of our export never contain the word.
@@ -37,6 +44,8 @@ class OnnxModel:
         options.enable_cpu_mem_arena = True
         options.enable_mem_pattern = False  # one more block per network, 1.5 MB in all, and no faster here
         options.log_severity_level = 3
+        if not providers:
+            options.add_session_config_entry("session.use_env_allocators", "1")  # the arena above
         # Waiting threads would use a core that the board needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if sums_saturate(platform.machine(), CPU_INFO.read_text() if CPU_INFO.is_file() else ""):
@@ -53,6 +62,7 @@ class OnnxModel:
             if "tensorrt" in providers:
                 os.makedirs(folder, exist_ok=True)
             self._session = onnxruntime.InferenceSession(data, options, providers=[*given, "CPUExecutionProvider"])
+            self._session._model_bytes = None  # onnxruntime would keep the file's content as long as the session
             notes = self._session.get_modelmeta().custom_metadata_map
             self.scale, self.zero_point = float(notes.get("scale", 1.0)), int(notes.get("zero_point", 0))
             if not -128 <= self.zero_point <= 255:

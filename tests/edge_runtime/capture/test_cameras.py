@@ -4,8 +4,12 @@ import re
 import signal
 import threading
 import time
+import tracemalloc
+from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 
+import cv2
 import pytest
 
 from edge_runtime.capture import Cameras, Frame, camera
@@ -13,7 +17,7 @@ from edge_runtime.capture.frigate import FrigateTopics
 from edge_runtime.capture.mqtt_pictures import MAX_PICTURE, MqttPictures
 from edge_runtime.config import CameraConfig
 from edge_runtime.errors import ConfigError
-from tests.edge_runtime.capture.helpers import in_background, jpeg, shade_of, write_photos
+from tests.edge_runtime.capture.helpers import grey, in_background, jpeg, shade_of, write_photos
 from tests.listener import PATIENCE_S, until
 from tests.rtsp_camera import RtspCamera
 
@@ -25,6 +29,21 @@ def test_frames_of_several_cameras_come_until_all_have_ended(tmp_path, stop):
     for name, expected in shades.items():
         assert [shade_of(f) for f in frames if f.camera == name] == list(expected)
     assert len(frames) == 6
+
+
+def test_the_memory_of_a_frame_is_free_before_the_next_one_is_decoded(tmp_path, stop):
+    source = write_photos(tmp_path / "photos", 10, 20, 30)
+    size = 3 * 4000 * 4000  # larger than the buffer of 32 MB with which a file is read
+    for path in Path(source).iterdir():
+        path.write_bytes(cv2.imencode(".jpg", grey(10, 4000))[1].tobytes())
+    frames = Cameras([CameraConfig("door", source, interval_s=0)]).frames(stop)
+    tracemalloc.start()
+    try:
+        deque(frames, maxlen=0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size <= peak < 2 * size
 
 
 def test_a_slow_board_gets_the_newest_frame_and_none_is_queued(stop, monkeypatch):

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import onnx
@@ -89,6 +90,18 @@ def test_a_model_that_takes_weights_from_another_file_is_refused(tmp_path, monke
     onnx.save_model(model, "head.onnx", save_as_external_data=True, location="other.bin", size_threshold=0)
     with pytest.raises(BackendError, match="takes weights from other files"):
         load_model(tmp_path / "head.onnx")
+
+
+@each_backend
+def test_a_loaded_network_keeps_no_copy_of_its_file(tmp_path, suffix):
+    exports.loaded(tmp_path, f"head{suffix}")  # imports the runtime
+    tracemalloc.start()
+    try:
+        _model = exports.loaded(tmp_path, f"head{suffix}")
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < len(exports.files()[f"head{suffix}"]) / 2
 
 
 @each_backend
