@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 MAX_ADDRESS = 107  # bytes: sun_path of unix(7) without its end
 MAX_STATUS = 256  # characters
-PINGS = 4  # per watchdog timeout; man sd_watchdog_enabled(3) recommends two
+# Per watchdog timeout; man sd_watchdog_enabled(3) recommends two. A ping is sent with the first progress after it is due,
+# so work without progress may take this much of the timeout: 1 - 1 / PINGS.
+PINGS = 10
 WAIT_S = 5.0  # for room in the manager's queue, for messages that come once
 
 

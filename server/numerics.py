@@ -108,7 +108,9 @@ def _equal(
     orders = [[(row + shift) % len(alone) for row in range(len(alone))] for shift in (0, 3)]
 
     def is_equal(option: Option) -> bool:
-        return all(torch.equal(again(rows, option), alone[rows]) for rows in orders)
+        size = option if isinstance(option, int) else option[0]
+        # A row without neighbours has one place: the second order would repeat the first.
+        return all(torch.equal(again(rows, option), alone[rows]) for rows in orders[:size])
 
     return tuple(option for option in options if is_equal(option))
 

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from testbed.processes import Process, ProcessError
@@ -29,7 +29,8 @@ printf '/opt/code\\n/opt/site\\n' >"$(echo /opt/aiflow/lib/python3*/site-package
 printf '{SCRIPT}' >{AIFLOW}
 chmod 755 {AIFLOW}
 """
-MEMORY = Path("/sys/fs/cgroup/memory")  # exists with cgroup v1 only
+CONTROLLERS = [Path("/sys/fs/cgroup", name) for name in ("memory", "cpu")]  # of cgroup v1
+HAS_V1 = all((controller / "cgroup.procs").exists() for controller in CONTROLLERS)
 BOOT_S = 60.0
 COMMAND_S = 300.0  # a server that starts on a busy machine
 
@@ -73,12 +74,12 @@ def booted(folder: Path, binds: Mapping[str, Path], log: Path) -> Iterator[Conta
     options = [f"--bind-ro={outside}:{inside}" for inside, outside in code.items()]
     options += [f"--bind={outside}:{inside}" for inside, outside in binds.items()]
     options += ["--volatile=overlay", "--register=no", "--keep-unit", "--link-journal=no", "--console=pipe"]
-    with _memory_group() as group:
-        command = ["systemd-nspawn", f"--directory={folder}", "--boot", *options]
-        if group:
-            command = ["sh", "-c", f'echo $$ >{group}/cgroup.procs; exec "$@"', "sh", *command]
-        with Process(command, log, "container") as process:  # its end shuts the container down
-            yield _running(process, has_group=group is not None)
+    with ExitStack() as stack:
+        groups = [stack.enter_context(_group(controller)) for controller in CONTROLLERS if HAS_V1]
+        joining = "".join(f"echo $$ >{group}/cgroup.procs; " for group in groups)
+        command = ["sh", "-c", f'{joining}exec "$@"', "sh", "systemd-nspawn", f"--directory={folder}", "--boot"]
+        # Its end shuts the container down.
+        yield _running(stack.enter_context(Process([*command, *options], log, "container")))
 
 
 def _make(folder: Path) -> None:
@@ -89,11 +90,11 @@ def _make(folder: Path) -> None:
     new.rename(folder)
 
 
-def _running(process: Process, has_group: bool) -> Container:
+def _running(process: Process) -> Container:
     container = _started(process)
-    if has_group:  # with cgroup v1, nspawn gives systemd no limits of memory to set
-        remount = ["mount", "--options", "remount,bind,rw", str(MEMORY)]
-        for words in (remount, ["systemctl", "daemon-reexec"]):
+    if HAS_V1:  # there, nspawn gives systemd no limits to set
+        remounts = [["mount", "--options", "remount,bind,rw", str(controller)] for controller in CONTROLLERS]
+        for words in (*remounts, ["systemctl", "daemon-reexec"]):
             assert container.call(*words).returncode == 0
     done = container.call("sh", "-c", PREPARE)
     assert done.returncode == 0, done.stderr
@@ -114,13 +115,11 @@ def _started(process: Process) -> Container:
 
 
 @contextmanager
-def _memory_group() -> Iterator[Path | None]:
-    """With cgroup v1, a group below our own, for the container."""
-    if not (MEMORY / "cgroup.procs").exists():
-        yield None
-        return
-    own = next(line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line)
-    group = MEMORY / own.strip("/") / f"aiflow-test-{os.getpid()}"
+def _group(controller: Path) -> Iterator[Path]:
+    """A group of cgroup v1 for the container, below our own."""
+    name = f":{controller.name}:"
+    own = next(line.split(":")[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if name in line)
+    group = controller / own.strip("/") / f"aiflow-test-{os.getpid()}"
     group.mkdir()
     try:
         yield group

@@ -33,13 +33,13 @@ def test_without_a_service_manager_nothing_is_sent_and_nothing_fails() -> None:
     assert notifier.failed == 0
 
 
-def test_progress_sends_four_messages_per_timeout_however_often_it_is_called(tmp_path: Path) -> None:
+def test_progress_sends_ten_messages_per_timeout_however_often_it_is_called(tmp_path: Path) -> None:
     clock = itertools.count(100.0, 0.125)
     with at(tmp_path) as manager:
         notifier = Notifier(manager.address, watchdog_s=20, clock=lambda: next(clock))
         for _ in range(8 * 20):
             notifier.progress()
-        assert manager.pending() == ["WATCHDOG=1"] * 4
+        assert manager.pending() == ["WATCHDOG=1"] * 10
 
 
 def test_work_that_may_take_long_makes_systemd_wait_longer(tmp_path: Path) -> None:
