@@ -23,7 +23,7 @@ from edge_runtime import __version__
 from edge_runtime.capture import Cameras, Frame
 from edge_runtime.capture.camera import StateName
 from edge_runtime.config import RuntimeConfig
-from edge_runtime.errors import ConfigError, RestartError
+from edge_runtime.errors import ConfigError, RestartError, StoppedError
 from edge_runtime.firmware.updates import Updates, self_test, store_of
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import Bundle, BundleError, open_bundle
@@ -58,10 +58,12 @@ class Board:
         config: RuntimeConfig,
         listener: Callable[[Event], None] | None = None,
         notifier: Notifier | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
         """Raises the named error of a part that can never start. A broker that is away is not an error.
 
-        notifier: to the service manager; None: there is none.
+        notifier: to the service manager; None: there is none. stop: ends the trials of backends when it is set, by
+        StoppedError.
         """
         self.config, self.notifier, self._listener = config, notifier or Notifier(), listener
         board, site = config.board, config.board.site
@@ -79,7 +81,7 @@ class Board:
                 store, partial(self_test, config), self._update_state, self.publish_status, asks=asks
             )
         self.bundle = bundle = self.updates.bundle if self.updates else open_bundle(Path(board.bundle))
-        (head, draft, labels), sampling = self._of_bundle()
+        (head, draft, labels), sampling = self._of_bundle(stop)
 
         self.thermal, self.cameras = ThermalReader(), Cameras(config.cameras, self.publish_status)
         self.users = Users(
@@ -142,9 +144,9 @@ class Board:
             self.references,
         )
 
-    def _of_bundle(self) -> tuple[Networks, dict[str, Options]]:
-        """Its networks, and how each camera's tokens are chosen. Raises BundleError, BackendError, and ConfigError for
-        stop words that the bundle does not have; RestartError if another bundle is to run.
+    def _of_bundle(self, stop: threading.Event | None) -> tuple[Networks, dict[str, Options]]:
+        """Its networks, and how each camera's tokens are chosen. Raises BundleError, BackendError, StoppedError, and
+        ConfigError for stop words that the bundle does not have; RestartError if another bundle is to run.
         """
         board, bundle = self.config.board, self.bundle
         try:
@@ -152,7 +154,11 @@ class Board:
             sampling = self.config.sampling(bundle.words)
             if board.paradigm == "offload":
                 return Networks(), sampling
-            return fastest_networks(self.config, bundle, self.notifier.starting), sampling
+            return fastest_networks(self.config, bundle, self.notifier.starting, stop), sampling
+        except StoppedError:
+            if self.updates:
+                self.updates.forget_starts()
+            raise
         except (BundleError, BackendError, ConfigError) as error:
             if not self.updates or not self.updates.is_trial:
                 raise
@@ -341,13 +347,18 @@ class Board:
         return Publish(topics.status(board.site, board.id), json.dumps(value).encode(), qos=1, retain=True)
 
 
-def fastest_networks(config: RuntimeConfig, bundle: Bundle, tell: Callable[[float], None] = lambda _: None) -> Networks:
+def fastest_networks(
+    config: RuntimeConfig,
+    bundle: Bundle,
+    tell: Callable[[float], None] = lambda _: None,
+    stop: threading.Event | None = None,
+) -> Networks:
     """As `choose` finds them: anew if what it kept no longer loads, such as after an update of the GPU's libraries.
 
-    Raises BundleError, BackendError.
+    Raises BundleError, BackendError, StoppedError.
     """
     board, has_labels = config.board, config.board.labels != "never"
-    find = partial(choose, bundle, board.backend, config.threads, board.providers, tell)
+    find = partial(choose, bundle, board.backend, config.threads, board.providers, tell, stop)
     setup = find()
     try:
         return load_networks(bundle, setup, has_labels=has_labels)
@@ -362,8 +373,15 @@ def run_board(
     listener: Callable[[Event], None] | None = None,
     notifier: Notifier | None = None,
 ) -> Values:
-    """`Board.run` of a new board, with its numbers exported if [metrics] is configured."""
-    board = Board(config, listener, notifier)
+    """`Board.run` of a new board, with its numbers exported if [metrics] is configured.
+
+    Nothing, if it is told to stop before its start is over.
+    """
+    try:
+        board = Board(config, listener, notifier, stop)
+    except StoppedError as error:
+        logger.info("board stopped: %s", error)
+        return {}
     if config.metrics is None:
         return board.run(stop)
     from edge_runtime.reporting.metrics import exported  # a few megabytes that most boards need not load

@@ -18,3 +18,7 @@ class ConfigError(AiflowError, ValueError):
 
 class RestartError(AiflowError):
     """The board has to start again: another bundle is to run. `aiflow run` exits with 75, and systemd starts it."""
+
+
+class StoppedError(AiflowError):
+    """The board was told to stop before its start was over. It then ends as if it had started."""

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ADDRESS = 107  # bytes: sun_path of unix(7) without its end
 MAX_STATUS = 256  # characters
-# Per watchdog timeout; man sd_watchdog_enabled(3) recommends two. A ping is sent with the first progress after it is due,
-# so work without progress may take this much of the timeout: 1 - 1 / PINGS.
+# Per watchdog timeout; man sd_watchdog_enabled(3) recommends two. The more there are, the longer work without progress
+# may take: progress that comes before a ping is due sends none, and systemd counts from the ping before it.
 PINGS = 10
 WAIT_S = 5.0  # for room in the manager's queue, for messages that come once
 

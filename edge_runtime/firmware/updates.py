@@ -145,8 +145,7 @@ class Updates:
         with suppress(queue.Full):  # then it wakes anyway
             self._messages.put_nowait(None)
         self._thread.join(STOP_S)  # a self-test is not waited for
-        if self.is_trial and not self.restart_why:
-            self._try_to(self._store.forget_starts)
+        self.forget_starts()
 
     def stop_with(self, stop: threading.Event) -> None:
         """Sets the event that ends the board when it has to start again."""
@@ -198,6 +197,11 @@ class Updates:
             self._say("kept", self.bundle.id.hex())
         elif self._handled - failed >= TRIAL_FRAMES:  # the disk refuses: again after as many frames
             self._handled = 0
+
+    def forget_starts(self) -> None:
+        """The board was stopped in order: a trial goes on with the next start."""
+        if self.is_trial and not self.restart_why:
+            self._try_to(self._store.forget_starts)
 
     def give_up(self, why: str) -> None:
         """The bundle on trial does not work: the next start has the one before it."""

@@ -13,7 +13,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +25,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime import __version__
+from edge_runtime.errors import StoppedError
 from edge_runtime.inference.backends import RUNTIMES, SUFFIXES, BackendError, cache_folder, hint, installed
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.logs import printable
@@ -29,6 +33,7 @@ from edge_runtime.logs import printable
 logger = logging.getLogger(__name__)
 
 PROBE_S = 60.0  # a slow SD card takes long to read a runtime
+POLL_S = 0.2  # how often a trial looks whether the board is to stop
 BUILD_S = 1200.0  # TensorRT compiles each network, which takes minutes on a Jetson
 THREADS = (1, 2, 4)  # that are measured, as far as there are cores
 WORTH = 0.7  # twice the threads must take at most this fraction of the time: they also cost power and heat
@@ -60,21 +65,22 @@ def choose(
     threads: int | None = None,
     providers: Sequence[str] = (),
     tell: Callable[[float], None] = lambda _: None,
+    stop: threading.Event | None = None,
     again: bool = False,
 ) -> Setup:
     """The setup that was kept; else the fastest of those that work, which is kept.
 
     backend: one of SUFFIXES, or "auto" for all that are installed. threads: None: measured. providers: of onnxruntime;
-    if they work they are used, without a comparison. tell: gets the seconds that the next child may take. again: what
-    was kept does not load.
-    Raises BundleError, and BackendError if nothing works.
+    if they work they are used, without a comparison. tell: gets the seconds that the next child may take. stop: ends
+    the trials when it is set. again: what was kept does not load.
+    Raises BundleError, BackendError if nothing works, and StoppedError.
     """
     names = installed(backend)
     asked = {"backend": backend, "threads": str(threads), "providers": " ".join(providers)}
     key = {**asked, **_circumstances(names), "bundle": bundle.id.hex()}
     path = cache_folder() / f"{hashlib.sha256(msgspec.json.encode(key, order='sorted')).hexdigest()[:16]}.json"
     if again or (kept := _read(path, key)) is None:
-        kept = _Kept(key, *_measured(bundle, names, threads, providers, tell))
+        kept = _Kept(key, *_measured(bundle, names, threads, providers, tell, stop or threading.Event()))
         _keep(path, kept)
     setup = kept.setup
     if setup.providers:
@@ -85,9 +91,14 @@ def choose(
 
 
 def _measured(
-    bundle: Bundle, names: Sequence[str], threads: int | None, providers: Sequence[str], tell: Callable[[float], None]
+    bundle: Bundle,
+    names: Sequence[str],
+    threads: int | None,
+    providers: Sequence[str],
+    tell: Callable[[float], None],
+    stop: threading.Event,
 ) -> tuple[Setup, str]:
-    """The best setup, and why. Raises BundleError, BackendError."""
+    """The best setup, and why. Raises BundleError, BackendError, StoppedError."""
     for name in names:  # a bundle that lacks files says nothing about a runtime
         for network in ("head", "draft_look", "draft_step"):
             bundle.file(f"{network}{SUFFIXES[name]}")
@@ -98,7 +109,7 @@ def _measured(
         title = " with ".join([name, *([" and ".join(given)] if given else [])])
         tell((BUILD_S if given else PROBE_S) + PROBE_S)  # and then the board loads them
         arguments = [str(bundle.path), name, ",".join(map(str, counts)), ",".join(given)]
-        took = _probe(arguments, BUILD_S if given else PROBE_S)
+        took = _probe(arguments, BUILD_S if given else PROBE_S, stop)
         if isinstance(took, str):
             logger.warning("backend=%s does not work: %s", title, took)
             failed.append(f"{title} {took}")
@@ -125,27 +136,43 @@ def _variants(names: Sequence[str], providers: Sequence[str]) -> list[tuple[str,
     return [*first, *((name, ()) for name in names)]
 
 
-def _probe(arguments: Sequence[str], limit_s: float) -> dict[int, float] | str:
-    """Milliseconds per frame by number of threads, as probe.py prints them; or what went wrong."""
+def _probe(arguments: Sequence[str], limit_s: float, stop: threading.Event) -> dict[int, float] | str:
+    """Milliseconds per frame by number of threads, as probe.py prints them; or what went wrong. Raises StoppedError."""
     command = [sys.executable, "-m", "edge_runtime.inference.probe", *arguments]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=limit_s, check=False, input=""
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
-    except subprocess.TimeoutExpired:
-        return f"hangs: no result within {limit_s:g} s"
     except OSError as error:
         return f"cannot be tried: {error.strerror}"
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
+    until, output, errors = time.monotonic() + limit_s, "", ""
+    with child:
+        try:
+            while not stop.is_set() and child.returncode is None and time.monotonic() < until:
+                with suppress(subprocess.TimeoutExpired):
+                    output, errors = child.communicate(timeout=POLL_S)
+        finally:
+            has_ended = child.returncode is not None
+            child.kill()
+    if stop.is_set():
+        raise StoppedError(f"told to stop during the trial of {arguments[1]}")
+    if not has_ended:
+        return f"hangs: no result within {limit_s:g} s"
+    if child.returncode < 0:
+        name = signal.Signals(-child.returncode).name
         if name in STOPPED:  # says nothing of the runtime
             raise BackendError(f"the trial of {arguments[1]} was ended by {name}: start again")
         return f"was ended by {name}" + (": it was built for another processor" if name == "SIGILL" else "")
-    if done.returncode:
-        said = done.stderr.strip() or f"ended with exit code {done.returncode}"
+    if child.returncode:
+        said = errors.strip() or f"ended with exit code {child.returncode}"
         return f"fails: {printable(said.splitlines()[-1], MAX_WHY)}"
     try:
-        return msgspec.json.decode(done.stdout.splitlines()[-1], type=dict[int, float])
+        return msgspec.json.decode(output.splitlines()[-1], type=dict[int, float])
     except (IndexError, msgspec.MsgspecError):
         return "fails: it ended before it was measured"
 

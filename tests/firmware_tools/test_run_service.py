@@ -14,6 +14,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import MqttClient, MqttConfig
 from edge_runtime.wire import topics
 from firmware_tools.cli import EXIT_RESTART
+from tests import runtimes
 from tests.brokers import Mosquitto
 from tests.edge_runtime.capture.helpers import jpeg, write_photos
 from tests.listener import PATIENCE_S, Listener
@@ -163,6 +164,22 @@ def test_a_hangup_ends_a_board_in_order_to_be_started_again(
     process.send_signal(signal.SIGHUP)
     manager.wait_for("STOPPING=1")
     assert process.wait(PATIENCE_S) == EXIT_RESTART
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, os.EX_OK), (signal.SIGHUP, EXIT_RESTART)])
+def test_a_board_that_is_told_to_stop_while_it_tries_a_backend_ends_in_order(
+    start: Callable[..., "subprocess.Popen[str]"],
+    manager: ServiceManager,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+) -> None:
+    runtimes.install(tmp_path / "packages", monkeypatch, "onnxruntime", runtimes.HANGS)
+    process = start("mqtt")
+    manager.wait_for("EXTEND_TIMEOUT_USEC=")
+    process.send_signal(number)
+    assert process.wait(PATIENCE_S) == code
 
 
 def test_programs_that_a_board_starts_do_not_speak_to_the_manager(manager: ServiceManager) -> None:

@@ -27,7 +27,7 @@ from tests.listener import Listener
 from tests.rtsp_camera import RtspCamera
 
 DEBIAN = os.environ.get("AIFLOW_DEBIAN_ROOT", "")
-BACK_S = 180.0  # the watchdog takes 10 s, a server loads PyTorch, and the machine may be busy
+BACK_S = 180.0  # the watchdog takes some seconds, a server loads PyTorch, and the machine may be busy
 STARVED = "40M"  # too little for either to start
 SLOW = "CPUQuota=25%"  # of one core
 SLOW_ANSWERS = 20
@@ -157,7 +157,7 @@ def site(camera: RtspCamera, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def recovery(site: Site, capsys: pytest.CaptureFixture[str]) -> Callable[[str], AbstractContextManager[None]]:
-    """A `with` block in which the fault of this name happens. Then there is an answer again, and its time is printed."""
+    """A `with` block for the fault of this name. After it, the next answer is awaited, and its time printed."""
 
     @contextmanager
     def recovery(fault: str) -> Iterator[None]:

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.app import Board
+from edge_runtime.app import Board, run_board
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, SamplingConfig, UpdatesConfig
 from edge_runtime.errors import RestartError
 from edge_runtime.firmware.incoming import StoreError
 from edge_runtime.firmware.signature import MAX_SIGNATURE_BYTES
-from edge_runtime.firmware.store import INCOMING, Store
+from edge_runtime.firmware.store import INCOMING, MAX_STARTS, Store
 from edge_runtime.firmware.updates import TRIAL_FRAMES, Updates, store_of
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
@@ -335,6 +335,27 @@ def test_a_bundle_on_trial_that_does_not_load_or_fit_the_configuration_is_given_
     board.servers.close()
     status = json.loads(board._status("online").payload)
     assert (status["bundle"], status["update"]["failed"]) == (board_bundle.id.hex(), f"bad-1-{bad.id.hex()}")
+
+
+def test_a_board_that_is_stopped_while_it_tries_a_backend_goes_on_with_the_trial_of_its_bundle(
+    board_bundle, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing is kept there
+    trust(tmp_path)
+    config = RuntimeConfig(
+        BoardConfig(BOARD, str(board_bundle.path)),
+        (CameraConfig("door", "mqtt"),),
+        updates=UpdatesConfig(str(tmp_path / "store"), str(tmp_path / "trust")),
+    )
+    store = store_of(config)
+    assert store is not None
+    new = variant(board_bundle, tmp_path / "new", "new", name="new")
+    install(store, new, 1)
+    stop = threading.Event()
+    stop.set()
+    for _ in range(MAX_STARTS + 1):
+        assert run_board(config, stop) == {}
+    assert running(store) == new.manifest.name
 
 
 @given(

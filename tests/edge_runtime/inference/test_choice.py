@@ -31,7 +31,7 @@ def measured(monkeypatch):
     """By backend and providers: what a child finds. Remembers what was asked of children."""
     table, asked = {}, []
 
-    def probe(arguments, limit_s):
+    def probe(arguments, limit_s, stop):
         _, backend, threads, providers = arguments
         asked.append((backend, threads, providers))
         return table[f"{backend} {providers}".strip()]
