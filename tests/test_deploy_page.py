@@ -97,8 +97,11 @@ def test_its_figures_of_the_units_are_those_that_the_tests_hold_them_to():
 
 def test_its_configurations_make_services(tmp_path):
     configured(tmp_path)
-    for name in ("board.toml", "server.toml"):
+    for role in ("board", "server"):
+        name = f"{role}.toml"
         service = service_of(tmp_path / name, Path("/opt/aiflow/bin/aiflow"))
         check_files(replace(service, config=Path("/etc/aiflow", name)))  # a service does not see the tests' folder
-        for line in re.findall(r"`((?:Type|WatchdogSec|Restart)=[a-z0-9-]+)`", PAGE):
+        (watchdog_s,) = re.findall(rf"`WatchdogSec` .*?\b(\d+) s for a {role}", PAGE)
+        lines = re.findall(r"`((?:Type|Restart)=[a-z0-9-]+)`", PAGE)
+        for line in (*lines, f"WatchdogSec={watchdog_s}"):
             assert f"{line}\n" in service.unit
