@@ -26,6 +26,7 @@ PARTS = {
     "static": "a static camera: bytes against an earlier frame, and frames that need no answer of their own",
     "capture": "CPU time and memory of live cameras: only frames that are due converted, against all of them",
     "device": "a board alone: stages, memory",
+    "users": "memory of the live page after many events; what Home Assistant and Prometheus cost a board",
     "server": "a server's engine: texts per second, with drafts and without",
     "speculation": "ways to write the same captions: target alone, drafts of the board, of the server, of transformers",
     "gateway": "a server behind a broker: requests per second",
@@ -117,6 +118,13 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         parser.add_argument(
             "--seconds", type=float, default=20.0, metavar="S", help="duration of each stream (default: 20)"
         )
+        return
+    if part == "users":
+        parser.add_argument("--events", type=number, default=10_000, metavar="N", help="of the page (default: 10000)")
+        parser.add_argument(
+            "--seconds", type=float, default=120.0, metavar="S", help="duration of the boards (default: 120)"
+        )
+        parser.add_argument("--boards", type=number, default=2, metavar="N", help="of each kind (default: 2)")
         return
     both = " (default: both)" if part == "device" else " (default: onnx)"
     parser.add_argument("--backend", choices=BACKENDS, help=f"runtime of head and draft{both}")
@@ -280,6 +288,10 @@ def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
         from benchmarks import device
 
         return device.run(bundle, pictures, [args.backend] if args.backend else BACKENDS, args.frames)
+    if args.part == "users":
+        from benchmarks import users
+
+        return users.run(bundle, pictures, args.events, args.seconds, args.boards)
     head = load_head(bundle, args.backend or "onnx", 1)
     if args.part == "static":
         from benchmarks import static
