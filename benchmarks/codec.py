@@ -11,7 +11,8 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from edge_runtime.wire import Tables, cost_bits, decode, encode
+from edge_runtime.wire.bitstream import decode, encode
+from edge_runtime.wire.tables import Tables, cost_bits
 
 
 def zstd_bytes(symbols: NDArray[np.int8]) -> int:

@@ -24,10 +24,10 @@ from typing import Any
 from benchmarks.e2e_figures import BASELINE, PhotoOutcome, against_oracle, compared, outcome_of, slots_of
 from benchmarks.e2e_site import DEADLINE_S, MeasuredBoard, Site, machine, run_site
 from benchmarks.quality import Chain, Photos, score
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.picture_checks import decode_picture
 from testbed.link_simulator import LinkSimulator
 from testbed.sample_photos import to_jpeg
 from testbed.shaping import Profile

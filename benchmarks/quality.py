@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime import wire
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.config import PolicyConfig
 from edge_runtime.errors import AiflowError
@@ -25,8 +24,10 @@ from edge_runtime.inference.labels import Labels, worth_sending
 from edge_runtime.inference.networks import load_draft, load_head, load_labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols, features_of
+from edge_runtime.picture_checks import decode_picture
 from edge_runtime.pipeline import build_request
 from edge_runtime.planning import Plan
+from edge_runtime.wire.bitstream import decode
 from models.captions import captioned_as, words_of
 from testbed.sample_photos import is_readable
 
@@ -167,7 +168,7 @@ class Chain:
             assert self.engine is not None
             received = self.engine.symbols(to_input(decode_picture(request.content)))
             return Sent(picture.name, len(payload), draft, received)
-        decoded = wire.decode(request.content, self.bundle.tables)
+        decoded = decode(request.content, self.bundle.tables)
         assert decoded.checked  # nothing on the way can have cut it
         level, channels = decoded.header.level, decoded.complete_channels
         seen = request.seen_labels

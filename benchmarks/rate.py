@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from benchmarks.codec import zstd_bytes
 from benchmarks.quality import Chain, EvaluationError, best_classes, ciders, class_names, class_of
 from benchmarks.rate_figures import Point, figures
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture
 from edge_runtime.inference.bundle import BundleError
 from edge_runtime.inference.head import Latent
 from edge_runtime.inference.preprocess import PIXELS, to_input
 from edge_runtime.inference.rate import RatedSymbols, choose_rate
+from edge_runtime.picture_checks import decode_picture
 from edge_runtime.pipeline import build_request
 from edge_runtime.wire import bitstream, decode_labels, encode_labels, encode_request
 from edge_runtime.wire.tables import entropy_bytes

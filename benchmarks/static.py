@@ -17,7 +17,7 @@ from edge_runtime.inference.bundle import Bundle, BundleError
 from edge_runtime.inference.head import Head, Latent
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.reuse import distance
-from edge_runtime.wire import Reference, encode
+from edge_runtime.wire.bitstream import Reference, encode
 from models.recipe.scenes import SCENES, Pixels, frames_of
 
 APPEARING = 0.12, 0.2  # side of an object that appears, share of the height

@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -78,7 +79,7 @@ def measure_page(pictures: Sequence[bytes], events: int) -> dict[str, float]:
                     if frame % PICTURE_FRAMES == 0:
                         client.publish(topics.image(SITE, board, "front"), pictures[number % len(pictures)], qos=0)
                 # The broker queues a thousand messages for the page: let it read these before the next ones come.
-                _wait(page, lambda words=words: _found(address, words))
+                _wait(page, partial(_found, address, words))
                 resident.append(psutil.Process(page.pid).memory_info().rss / 1e6)
     return {"first_mb": round(resident[0], 1), "last_mb": round(resident[-1], 1)}
 
@@ -157,7 +158,7 @@ def measure_boards(
                 scraped.append(f"http://127.0.0.1:{tables['metrics']['port']}/metrics")
             boards[board] = kind, running.enter_context(AiflowProcess("run", tables, folder, board))
         for board, (_, process) in boards.items():
-            _wait(process, lambda board=board: events[board] >= WARM_EVENTS)
+            _wait(process, partial(_has_reported, events, board))
         before = {board: _cpu_s(process) for board, (_, process) in boards.items()}
         started = time.monotonic()
         while (left := started + seconds - time.monotonic()) > 0:
@@ -177,6 +178,10 @@ def measure_boards(
         }
         for kind in KINDS
     }
+
+
+def _has_reported(events: Counter[str], board: str) -> bool:
+    return events[board] >= WARM_EVENTS
 
 
 def _cpu_s(process: Process) -> float:

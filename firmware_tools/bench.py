@@ -16,9 +16,10 @@ from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.inference.preprocess import to_input
 from firmware_tools.evaluate import CAPTIONS_HELP
 from models import SHIPPED_BUNDLE
+from testbed.argument_types import new_file, number
 from testbed.processes import interrupted_once
 from testbed.sample_photos import collect, frames
-from testbed.terminal import new_file, number, print_figures, print_table, track
+from testbed.terminal import print_figures, print_table, track
 
 BACKENDS = ("onnx", "litert")
 PARTS = {

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from edge_runtime.errors import AiflowError
 from firmware_tools.broker_arguments import add_broker_arguments, broker_settings
-from testbed.terminal import number, print_rows
+from testbed.argument_types import number
+from testbed.terminal import print_rows
 
 if TYPE_CHECKING:
     from edge_runtime.config import RuntimeConfig

@@ -9,9 +9,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.errors import AiflowError
+from edge_runtime.picture_checks import PictureError
 from models.questions import MAX_CLASS, MAX_CLASSES, MAX_PHOTOS
 
 MIN_PHOTOS = 3

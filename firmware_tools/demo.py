@@ -24,10 +24,11 @@ from firmware_tools.demo_page import AtLevel, PhotoResult, Results, TaughtQuesti
 from firmware_tools.event_parts import answered_by, labels, marked, stages
 from firmware_tools.teach import learn
 from models import SHIPPED_BUNDLE
+from testbed.argument_types import new_file, number
 from testbed.broker import start_embedded
 from testbed.processes import START_S, AiflowProcess, interrupted_once, wait_serving
 from testbed.sample_photos import TAUGHT, Photo, collect, write_taught
-from testbed.terminal import new_file, number, print_figures
+from testbed.terminal import print_figures
 
 SITE, BOARD, SERVER = "demo", "demo-board", "demo-server"
 QUESTION = "person"

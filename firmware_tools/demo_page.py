@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
-from edge_runtime.capture.picture_checks import decode_picture
+from edge_runtime.picture_checks import decode_picture
 from edge_runtime.wire import Event
 from firmware_tools.event_parts import answered_by, labels, marked, stages
 from testbed.processes import read_event

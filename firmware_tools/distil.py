@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edge_runtime.capture.picture_files import read_pictures
 from models import SHIPPED_BUNDLE
-from testbed.terminal import markdown_table, number, print_table, track
+from testbed.argument_types import number
+from testbed.terminal import markdown_table, print_table, track
 
 if TYPE_CHECKING:
     import numpy as np
@@ -172,8 +173,8 @@ def look(
     weights: str,
 ) -> list[Path]:
     """Results of head and model for each photo: files in `work`. Uses those of an earlier run. Raises DistilError."""
-    from edge_runtime.capture.picture_checks import PictureError, decode_picture
     from edge_runtime.inference.preprocess import to_input
+    from edge_runtime.picture_checks import PictureError, decode_picture
     from models.distilling import Seen, keep
 
     setting = f"{bundle.id.hex()} {weights} {model.tower.pixels} {model.tower.count} {model.prompt}"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from edge_runtime.config import PolicyConfig
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from models import SHIPPED_BUNDLE
-from testbed.terminal import new_file, number, print_figures, share, track
+from testbed.argument_types import new_file, number, share
+from testbed.terminal import print_figures, track
 
 if TYPE_CHECKING:
     from benchmarks.quality import RateLimit

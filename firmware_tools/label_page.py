@@ -14,9 +14,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs
 
-from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.capture.picture_files import SUFFIXES
 from edge_runtime.logs import printable
+from edge_runtime.picture_checks import PictureError, decode_picture
 from testbed.sample_photos import to_jpeg
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from edge_runtime.capture.picture_files import Picture
 from edge_runtime.config import QUESTION
 from edge_runtime.inference.bundle import Bundle
 from models import SHIPPED_BUNDLE
-from testbed.terminal import markdown_table, new_file, print_table, track
+from testbed.argument_types import new_file
+from testbed.terminal import markdown_table, print_table, track
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ from edge_runtime.logs import printable
 from edge_runtime.wire import Event
 from firmware_tools.broker_arguments import add_broker_arguments, broker_settings, topic_level
 from firmware_tools.event_parts import labels
-from testbed.terminal import number
+from testbed.argument_types import number
 
 MAX_WAITING = 1000  # lines that wait for a slow reader; further ones are counted and not shown
 CLOSE_S = 2.0  # for the last lines to be printed

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.wire import encode
+from edge_runtime.wire.bitstream import encode
 from models.family import GROUPS, LATENT, Tail
 from models.recipe.training import Training
 from models.recipe.workspace import Workspace

@@ -34,8 +34,8 @@ def main(cpu_s: float, memory_bytes: int, max_pixels: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     import cv2
 
-    from edge_runtime.capture.picture_checks import PictureError, decode_picture
     from edge_runtime.inference.preprocess import to_input
+    from edge_runtime.picture_checks import PictureError, decode_picture
 
     os.nice(5)  # gives way to the engine: every request needs that
     cv2.setNumThreads(1)

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.preprocess import PIXELS
+from edge_runtime.picture_checks import PictureError
 from server import picture_worker
 from server.picture_worker import OK, PICTURE, receive, send
 

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.wire import Header
-from edge_runtime.wire.bitstream import KEPT_FRAMES
+from edge_runtime.wire.bitstream import KEPT_FRAMES, Header
 
 MAX_BYTES = 64 << 20  # of all boards together: 20,000 frames of 3 KB
 

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime import __version__
-from edge_runtime.capture.picture_checks import PictureError
+from edge_runtime.picture_checks import PictureError
 from edge_runtime.sd_notify import Notifier
 from edge_runtime.wire import (
     ContentKind,

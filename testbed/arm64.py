@@ -22,10 +22,10 @@ from typing import Any
 
 import cv2
 
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
+from edge_runtime.picture_checks import decode_picture
 from edge_runtime.wire import topics
 from testbed.broker import start_embedded
 from testbed.emulation import EmulatedDebian, EmulationError, NoEmulationError, output

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge_runtime import wire
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.inference.labels import worth_sending
 from edge_runtime.inference.networks import load_draft, load_head, load_labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import features_of
+from edge_runtime.picture_checks import decode_picture
 from edge_runtime.pipeline import build_request
 from edge_runtime.planning import Plan
 

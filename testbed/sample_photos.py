@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.inference import preprocess
 from edge_runtime.packages import how_to_install
+from edge_runtime.picture_checks import PictureError, decode_picture
 
 logger = logging.getLogger(__name__)
 

@@ -1,9 +1,6 @@
-"""Types of command-line arguments, and output: tables and progress bars on a terminal, plain lines elsewhere."""
+"""Output: tables and progress bars on a terminal, plain lines elsewhere."""
 
-import argparse
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -15,34 +12,11 @@ from rich.text import Text
 T = TypeVar("T")
 
 
-def number(text: str) -> int:
-    """An argument's type: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, want a whole number from 1")
-    return int(text)
-
-
-def share(text: str) -> float:
-    """An argument's type: a number from 0 to 1."""
-    with suppress(ValueError):
-        if 0 <= (value := float(text)) <= 1:
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r}, want a number from 0 to 1")
-
-
 def markdown_table(rows: Iterable[Sequence[str]]) -> str:
     """A table in GitHub's Markdown; the first row is the header."""
     header, *others = rows
     lines = [header, ("---",) * len(header), *others]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-
-
-def new_file(text: str) -> Path:
-    """An argument's type: a file to write at the end. Its directory is checked now, before anything runs."""
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no such directory to write to: create it first")
-    return path
 
 
 def is_terminal() -> bool:

@@ -23,8 +23,7 @@ from edge_runtime.inference.bundle import (
     file_hash,
     open_bundle,
 )
-from edge_runtime.wire import count_tables
-from edge_runtime.wire.tables import count_inter_tables
+from edge_runtime.wire.tables import count_inter_tables, count_tables
 from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
 from models.lookahead import LookaheadNet, lookahead_file, tensors_of

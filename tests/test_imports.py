@@ -51,7 +51,7 @@ MAY_IMPORT = {
         ),
         *("edge_runtime.errors", "edge_runtime.shutdown", "edge_runtime.reporting", "edge_runtime.sd_notify"),
         *("edge_runtime.inference.preprocess", "edge_runtime.inference.bundle", "edge_runtime.inference.sampling"),
-        "edge_runtime.capture.picture_checks",
+        "edge_runtime.picture_checks",
         "edge_runtime.http_call",
         "edge_runtime.packages",
         "edge_runtime.password_file",
@@ -127,6 +127,13 @@ def test_the_boards_commands_load_without_torch():
     )
     assert {"firmware_tools.run", "firmware_tools.validate", "firmware_tools.watch"} <= loaded
     assert not {"torch", "safetensors", "server", "models"} & loaded
+
+
+def test_the_live_page_loads_nothing_large():
+    parts = ", ".join(f"firmware_tools.ui.{part}" for part in ("command", "history", "live", "meaning", "site", "web"))
+    loaded = loaded_by(f"import firmware_tools.cli, edge_runtime.mqtt, edge_runtime.shutdown, {parts}")
+    assert "firmware_tools.ui.web" in loaded
+    assert not {"numpy", "cv2", "rich", "torch"} & loaded
 
 
 def test_onnxruntimes_telemetry_is_off_before_it_is_imported():

@@ -20,9 +20,9 @@ from benchmarks.faults import report
 from benchmarks.faults.rows import ROWS
 from benchmarks.faults.scenario import Fault, FaultResult, Scenario
 from benchmarks.faults.site import FaultSite
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.picture_checks import decode_picture
 from testbed.sample_photos import to_jpeg
 
 PHOTO_PIXELS = 320  # as a small camera sends; decoding large photos is not measured here

@@ -19,12 +19,12 @@ import psutil
 
 from benchmarks.faults.scenario import Scenario
 from benchmarks.faults.site import SERVER, SITE
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.networks import load_draft, load_head
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.mqtt import MqttClient, MqttConfig, State
+from edge_runtime.picture_checks import decode_picture
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
 from edge_runtime.reporting.events import Events

@@ -15,11 +15,11 @@ from edge_runtime.capture.frame import POLL_S, Counters, Frame
 from edge_runtime.capture.frigate_events import COUNTED, FrigateEvents
 from edge_runtime.capture.frigate_messages import FrigateMessageError, ObjectChange, ReviewChange, read_message
 from edge_runtime.capture.mqtt_pictures import MAX_MQTT_PIXELS, MAX_PICTURE
-from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.config import CameraConfig
 from edge_runtime.logs import is_told, printable
 from edge_runtime.mqtt import Message
 from edge_runtime.mqtt.routes import Rejection, Route
+from edge_runtime.picture_checks import PictureError, decode_picture
 
 if TYPE_CHECKING:
     from edge_runtime.capture.camera import Camera

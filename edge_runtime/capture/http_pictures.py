@@ -16,10 +16,10 @@ from edge_runtime.capture.diagnosis import in_words, status_in_words
 from edge_runtime.capture.frame import CameraError, Counters, NewestFrame, arrived, stalled
 from edge_runtime.capture.jpeg_stream import JpegStream
 from edge_runtime.capture.login import authorization, login_of, same_server, with_login
-from edge_runtime.capture.picture_checks import MAX_PICTURE_BYTES
 from edge_runtime.config import CameraConfig
 from edge_runtime.config.camera_source import HTTP, PLACEHOLDERS
 from edge_runtime.logs import printable
+from edge_runtime.picture_checks import MAX_PICTURE_BYTES
 
 ANSWER_S = 5.0  # for a connection, and for each part of the answer's headers
 MAX_REDIRECTS = 3

@@ -8,7 +8,7 @@ left out too: the next one starts at the next start marker. Knows no sockets and
 import re
 
 from edge_runtime.capture.frame import CameraError
-from edge_runtime.capture.picture_checks import END_OF_IMAGE, MAX_PICTURE_BYTES, START_OF_SCAN
+from edge_runtime.picture_checks import END_OF_IMAGE, MAX_PICTURE_BYTES, START_OF_SCAN
 
 MAX_GAP_BYTES = 4 << 20  # without a complete picture; the headers between two have about 100 bytes
 START = b"\xff\xd8\xff"

@@ -15,12 +15,12 @@ from typing import Protocol
 from edge_runtime.capture.child import ChildPictures
 from edge_runtime.capture.frame import CameraError, Counters, Frame, NewestFrame, stalled
 from edge_runtime.capture.http_pictures import HttpPictures
-from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.capture.video_capture import VideoCapture
 from edge_runtime.config import CameraConfig
 from edge_runtime.config.camera_source import HTTP, kind_of, scheme_of
 from edge_runtime.errors import AiflowError
 from edge_runtime.logs import is_told
+from edge_runtime.picture_checks import PictureError, decode_picture
 from edge_runtime.shutdown import DriverThread, threads_in_driver
 
 logger = logging.getLogger(__name__)

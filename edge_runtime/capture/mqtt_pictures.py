@@ -7,9 +7,9 @@ from dataclasses import replace
 from math import inf
 
 from edge_runtime.capture.frame import Counters, Frame, NewestFrame, arrived
-from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.config import CameraConfig
 from edge_runtime.logs import is_told
+from edge_runtime.picture_checks import PictureError, decode_picture
 
 logger = logging.getLogger(__name__)
 

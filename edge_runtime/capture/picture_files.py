@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from edge_runtime.capture.picture_checks import MAX_PICTURE_BYTES, PictureError
 from edge_runtime.logs import printable
+from edge_runtime.picture_checks import MAX_PICTURE_BYTES, PictureError
 
 logger = logging.getLogger(__name__)
 

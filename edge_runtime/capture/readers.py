@@ -13,13 +13,13 @@ from pathlib import Path
 from edge_runtime.capture.child import missing_program
 from edge_runtime.capture.frame import CameraError, Counters, Frame
 from edge_runtime.capture.live import live_frames
-from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.capture.picture_files import SUFFIXES, read_pictures
 from edge_runtime.capture.video_capture import DriverError, VideoCapture
 from edge_runtime.capture.watched_folder import folder_of
 from edge_runtime.config import CameraConfig
 from edge_runtime.config.camera_source import SCHEMES, kind_of, scheme_of
 from edge_runtime.logs import printable
+from edge_runtime.picture_checks import PictureError, decode_picture
 
 logger = logging.getLogger(__name__)
 

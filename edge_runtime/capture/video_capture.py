@@ -23,10 +23,10 @@ from edge_runtime import opencv_process
 from edge_runtime.capture.diagnosis import why_not_opened
 from edge_runtime.capture.frame import CameraError
 from edge_runtime.capture.login import login_of, with_login
-from edge_runtime.capture.picture_checks import MAX_PICTURE_PIXELS
 from edge_runtime.capture.processes import end, ending_with_parent
 from edge_runtime.config import CameraConfig
 from edge_runtime.opencv_process import GRAB, GRABBED, MAX_PACKET, OPENED, RETRIEVE, SIZE
+from edge_runtime.picture_checks import MAX_PICTURE_PIXELS
 
 ROOT = Path(__file__).parents[2]
 START_S = 15.0  # to load Python and OpenCV from a slow SD card

@@ -14,11 +14,11 @@ from math import inf
 from pathlib import Path
 
 from edge_runtime.capture.frame import CameraError, Counters, Frame
-from edge_runtime.capture.picture_checks import MAX_PICTURE_BYTES, PictureError, decode_picture
 from edge_runtime.capture.picture_files import SUFFIXES
 from edge_runtime.config import CameraConfig
 from edge_runtime.config.camera_source import WATCH
 from edge_runtime.logs import is_told, printable
+from edge_runtime.picture_checks import MAX_PICTURE_BYTES, PictureError, decode_picture
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from edge_runtime.inference.bundle import open_bundle
 from edge_runtime.inference.choice import Setup
 from edge_runtime.inference.networks import load_networks
 from edge_runtime.inference.preprocess import PIXELS
-from edge_runtime.wire import decode, encode
+from edge_runtime.wire.bitstream import decode, encode
 
 
 def check(folder: Path, setup: Setup) -> None:

@@ -17,9 +17,9 @@ from msgspec import Meta
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.draft_calibration import MAX_POINTS, Calibration
-from edge_runtime.wire import Tables, TablesError
+from edge_runtime.wire import TablesError
 from edge_runtime.wire.envelope import MAX_TOKEN, MAX_TOKENS, Share
-from edge_runtime.wire.tables import MAX_CHANNELS, MAX_SIDE
+from edge_runtime.wire.tables import MAX_CHANNELS, MAX_SIDE, Tables
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

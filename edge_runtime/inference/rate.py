@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.head import SHIFT, Latent
-from edge_runtime.wire import Tables
 from edge_runtime.wire.bitstream import MAX_OVERHEAD
-from edge_runtime.wire.tables import cost_bits
+from edge_runtime.wire.tables import Tables, cost_bits
 
 MAX_SHRINKAGE = (1 << SHIFT) // 16  # of a symbol
 

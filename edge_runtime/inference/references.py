@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.wire import Reference, Reply, Status
-from edge_runtime.wire.bitstream import KEPT_FRAMES
+from edge_runtime.wire import Reply, Status
+from edge_runtime.wire.bitstream import KEPT_FRAMES, Reference
 
 WAITING = 64  # frames without a reply yet that are remembered, 3 KB each
 QUEUE = 256  # replies between two frames; then the oldest is dropped, and its frame is no reference

@@ -1,6 +1,7 @@
 """The messages between boards, servers and users, as values and functions of values. See docs/protocol.md.
 
-- `tables`, `entropy`, `bitstream`: a latent's symbols as a few hundred bytes
+- `tables`, `entropy`, `bitstream`: a latent's symbols as a few hundred bytes. Imported by name, since
+  they load numpy, which reading messages does not need
 - `envelope`: request and reply, msgpack; `labels`: those in a request
 - `json_object`: a text that is an answer as JSON
 - `update`: a new bundle for a board
@@ -11,7 +12,6 @@ No I/O, no clock and no model: it imports numpy, msgspec and `edge_runtime.error
 """
 
 from edge_runtime.wire import topics
-from edge_runtime.wire.bitstream import Header, Inter, Reference, decode, encode
 from edge_runtime.wire.envelope import (
     MAX_ENVELOPE,
     CheckedObject,
@@ -44,7 +44,6 @@ from edge_runtime.wire.errors import (
 from edge_runtime.wire.event import AnsweredBy, Event, EventHop, Explain, decode_event, encode_event
 from edge_runtime.wire.json_object import decode_object
 from edge_runtime.wire.labels import decode_labels, encode_labels
-from edge_runtime.wire.tables import Tables, cost_bits, count_tables
 
 __all__ = [
     "MAX_ENVELOPE",
@@ -56,34 +55,26 @@ __all__ = [
     "Event",
     "EventHop",
     "Explain",
-    "Header",
     "Hop",
-    "Inter",
     "Options",
     "Paradigm",
-    "Reference",
     "ReferenceLostError",
     "Reply",
     "Request",
     "RequestIds",
     "Status",
-    "Tables",
     "TablesError",
     "Tier",
     "TopicError",
     "Usage",
     "WireError",
     "aged",
-    "cost_bits",
-    "count_tables",
-    "decode",
     "decode_event",
     "decode_labels",
     "decode_object",
     "decode_reply",
     "decode_request",
     "decode_tokens",
-    "encode",
     "encode_event",
     "encode_labels",
     "encode_reply",

@@ -1,9 +1,7 @@
 """`aiflow ui`: how the parts of the live page meet."""
 
 import argparse
-from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -11,11 +9,10 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.password_file import read_password
 from firmware_tools.broker_arguments import add_broker_arguments, broker_settings
 from firmware_tools.ui.history import KEEP_DAYS
-from testbed.terminal import number
+from testbed.argument_types import number
 
 PORT = 8700
 MIN_TOKEN = 16  # characters: nothing limits how often a stranger may guess
-MAX_PICTURE_PIXELS = 640 * 640  # a board sends no larger ones
 CLOSE_S = 10.0
 
 
@@ -52,13 +49,12 @@ def run(args: argparse.Namespace) -> int:
     from firmware_tools.ui.web import WebServer
 
     token, settings = _token(args.listen, args.token_file), broker_settings(args, "ui")
-    check_picture, no_pictures = _picture_check()
-    site = Site(args.site, check_picture)
+    site = Site(args.site)
     stop = stop_when_told(CLOSE_S)
     with ExitStack() as running:  # ends in the opposite order
         history = running.enter_context(History(args.history, args.keep_days))
         meaning = running.enter_context(Meaning(history))
-        live = Live(site, history, meaning, settings, no_pictures)
+        live = Live(site, history, meaning, settings)
         try:
             server = running.enter_context(WebServer((args.listen, args.port), live, history, meaning, token))
         except (OSError, OverflowError) as error:  # OverflowError: no such port
@@ -102,12 +98,3 @@ def _token(listen: str, file: str | None) -> str | None:
             f"openssl rand -hex 16 >{file}"
         )
     return token
-
-
-def _picture_check() -> tuple[Callable[[bytes], object] | None, str]:
-    """The check that refuses a picture that is too costly for a browser; or None, and why no picture is shown."""
-    try:
-        from edge_runtime.capture.picture_checks import check_picture
-    except ModuleNotFoundError:
-        return None, "OpenCV is not installed, which checks pictures: pip install opencv-python-headless"
-    return partial(check_picture, max_pixels=MAX_PICTURE_PIXELS), ""

@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from edge_runtime.errors import AiflowError, ConfigError
 from edge_runtime.logs import printable
 from firmware_tools.ui.rows import Found, shown
 from firmware_tools.ui.site import Answer
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +139,9 @@ class History:
         with self._lock:
             return self._database.execute(WITHOUT_VECTOR, (MAX_VECTORS, count)).fetchall()
 
-    def add_vectors(self, ids: Iterable[int], vectors: NDArray[np.float32]) -> None:
+    def add_vectors(self, ids: Iterable[int], vectors: "NDArray[np.float32]") -> None:
         """vectors: of length 1, [ids, VECTOR]. Those of texts that are forgotten are left out. Raises sqlite3.Error."""
-        rows = [(each, vector.astype(np.float16).tobytes()) for each, vector in zip(ids, vectors, strict=True)]
+        rows = [(each, vector.astype("float16").tobytes()) for each, vector in zip(ids, vectors, strict=True)]
 
         def write() -> None:
             with self._database:
@@ -148,11 +150,13 @@ class History:
 
         self._write_or_shrink(write)
 
-    def nearest(self, vector: NDArray[np.float32], label: str = "", board: str = "") -> list[Found]:
+    def nearest(self, vector: "NDArray[np.float32]", label: str = "", board: str = "") -> list[Found]:
         """The FOUND answers with the most similar vectors, the most similar first. vector: of length 1.
 
         label: as in `search`. Raises SearchError.
         """
+        import numpy as np  # here: a page without search by meaning does not load it
+
         wanted, values = ["1"], list[str]()
         if board:
             wanted.append("id IN (SELECT id FROM answers WHERE board = ?)")

@@ -31,10 +31,9 @@ class FullError(AiflowError):
 class Live:
     """Any thread."""
 
-    def __init__(self, site: Site, history: History, meaning: Meaning, broker: MqttConfig, pictures: str = "") -> None:
-        """pictures: why none are shown."""
+    def __init__(self, site: Site, history: History, meaning: Meaning, broker: MqttConfig) -> None:
         self._site, self._history, self._meaning, self._broker = site, history, meaning, broker
-        self._link = Link(site.name, pictures=pictures)
+        self._link = Link(site.name)
         self._changed = threading.Condition()  # and the lock over all here
         self._browsers: list[dict[tuple[str, str], None]] = []
         self._is_closed = False

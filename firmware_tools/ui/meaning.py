@@ -8,22 +8,23 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, TypeAlias
 
 from edge_runtime.logs import printable
 from edge_runtime.packages import MissingPackageError, require
 from firmware_tools.ui.history import CLOSE_S, MAX_QUERY, History, SearchError
 from firmware_tools.ui.rows import Found
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 logger = logging.getLogger(__name__)
 
 BATCH = 32  # texts of one pass
 IDLE_S = 1.0  # between two looks for new texts
 # Texts to vectors of length 1, float32 [texts, VECTOR].
-Encode: TypeAlias = Callable[[Sequence[str]], NDArray[np.float32]]
+Encode: TypeAlias = Callable[[Sequence[str]], "NDArray[np.float32]"]
 
 
 def load_model() -> Encode:
@@ -38,7 +39,7 @@ def load_model() -> Encode:
     torch.set_num_threads(1)  # it works beside everything else here
     model = SentenceTransformer(str(get_model_path()), device="cpu", local_files_only=True)
 
-    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+    def encode(texts: Sequence[str]) -> "NDArray[np.float32]":
         found: NDArray[np.float32] = model.encode(
             list(texts), batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False
         )
@@ -92,6 +93,6 @@ class Meaning:
             except sqlite3.Error:  # the history reports the same fault
                 self._stop.wait(IDLE_S)
 
-    def _vectors(self, encode: Encode, texts: Sequence[str]) -> NDArray[np.float32]:
+    def _vectors(self, encode: Encode, texts: Sequence[str]) -> "NDArray[np.float32]":
         with self._encoding:
             return encode(texts)

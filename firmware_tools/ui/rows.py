@@ -119,7 +119,6 @@ class Link(Struct):
     ignored: int = 0  # messages that are none of this project's
     history: str = ""  # why texts are not kept at present; empty: they are
     meaning: str = ""  # why there is no search by meaning at present; empty: there is
-    pictures: str = ""  # why pictures are not shown; empty: they are
 
 
 class Update(Struct):

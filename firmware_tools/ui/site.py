@@ -6,10 +6,10 @@ heard from: beyond MAX_BOARDS, its messages are counted and left out until anoth
 
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_runtime.errors import AiflowError
+from edge_runtime.picture_checks import check_picture
 from edge_runtime.wire import Event, decode_event, topics
 from firmware_tools.ui.answer_view import count_minute, show_answer
 from firmware_tools.ui.rows import BoardRow, CameraRow, ServerRow, shown
@@ -19,6 +19,7 @@ MAX_BOARDS, MAX_CAMERAS, MAX_SERVERS = 1000, 16, 64
 QUIET_S = 3600.0
 MAX_DRAFTS = 16  # of a camera, for frames that no server has answered yet
 MAX_PICTURES = 16 << 20  # bytes of all pictures together
+MAX_PICTURE_PIXELS = 640 * 640  # boards send no larger ones, and a browser decodes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,9 @@ NOTHING = Change()
 class Site:
     """Not safe for several threads: `Live` has the lock."""
 
-    def __init__(self, name: str, check_picture: Callable[[bytes], object] | None) -> None:
-        """check_picture: raises AiflowError for a picture that a browser shall not decode; None: show no pictures.
-
-        Raises TopicError for a name that is no site's.
-        """
-        self.name, self._check_picture = name, check_picture
+    def __init__(self, name: str) -> None:
+        """Raises TopicError for a name that is no site's."""
+        self.name = name
         self.boards: dict[str, BoardRow] = {}  # the one that was quiet for the longest time first
         self.servers: dict[str, ServerRow] = {}
         self.counts = Counter({"not_shown": 0, "ignored": 0})
@@ -77,7 +75,7 @@ class Site:
     @property
     def optional(self) -> list[str]:
         """Filters that the broker may refuse: most accounts may not see pictures."""
-        return [f"{topics.ROOT}/{self.name}/+/up/image/+"] if self._check_picture else []
+        return [f"{topics.ROOT}/{self.name}/+/up/image/+"]
 
     def take(self, topic: str, payload: bytes, retained: bool, now: float) -> Change:
         """now: Unix seconds. A message that is not one of this site's, or breaks its bounds, is counted."""
@@ -204,9 +202,9 @@ class Site:
         return (("server", server.server),)
 
     def _picture(self, board: str, camera: str, data: bytes, now: float) -> Change:
-        if self._check_picture is None or not data.startswith(b"\xff\xd8"):  # boards send JPEGs only
+        if not data.startswith(b"\xff\xd8"):  # boards send JPEGs only
             raise MessageError("no picture that is shown")
-        self._check_picture(data)
+        check_picture(data, MAX_PICTURE_PIXELS)
         row, keys = self._board(board, now)
         if row is None:
             return Change(keys)

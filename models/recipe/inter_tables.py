@@ -12,14 +12,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import read_pictures
 from edge_runtime.inference.bundle import INTER_TABLES, MANIFEST, FileRecord, file_hash, open_bundle
 from edge_runtime.inference.head import Head
 from edge_runtime.inference.networks import load_head
 from edge_runtime.inference.preprocess import to_input
-from edge_runtime.wire import Tables
-from edge_runtime.wire.tables import count_inter_tables
+from edge_runtime.picture_checks import decode_picture
+from edge_runtime.wire.tables import Tables, count_inter_tables
 from models.recipe.scenes import SCENES, Pixels, frames_of
 
 PHOTOS = 600  # with 8 frames of each

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import read_pictures
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import BOS, EOS, PAD, UNKNOWN
 from edge_runtime.inference.preprocess import PIXELS, to_input
+from edge_runtime.picture_checks import decode_picture
 from models.captions import read_captions, words_of
 from models.imagenet import imagenet_classes
 from models.recipe.nouns import nouns

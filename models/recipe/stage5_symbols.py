@@ -13,9 +13,9 @@ from edge_runtime.inference.backends import load_model
 from edge_runtime.inference.bundle import INTER_TABLES
 from edge_runtime.inference.head import Head, codes_to_symbols, symbol_factor
 from edge_runtime.inference.labels import Labels, worth_sending
-from edge_runtime.wire import Tables, bitstream, decode_labels, encode_labels
+from edge_runtime.wire import bitstream, decode_labels, encode_labels
 from edge_runtime.wire.labels import LABEL_BYTES, MAX_LABELS
-from edge_runtime.wire.tables import count_tables, entropy_bytes
+from edge_runtime.wire.tables import Tables, count_tables, entropy_bytes
 from models.family import GROUPS, LATENT
 from models.imagenet import imagenet_classes
 from models.recipe import inter_tables

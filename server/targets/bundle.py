@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.sampling import sampler_of
-from edge_runtime.wire import EnvelopeError, Header, Paradigm, encode
+from edge_runtime.wire import EnvelopeError, Paradigm
+from edge_runtime.wire.bitstream import Header, encode
 from edge_runtime.wire.envelope import seed_of
 from server.accepted import Accepted
 from server.engine import Job, Proof

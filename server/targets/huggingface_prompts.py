@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from edge_runtime.capture.picture_checks import MAX_PICTURE_PIXELS
 from edge_runtime.errors import AiflowError
+from edge_runtime.picture_checks import MAX_PICTURE_PIXELS
 from server.targets.huggingface_loading import Loaded
 
 MAX_PROMPT = 16_384  # characters; a page of instructions has about 3,000

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.picture_checks import decode_picture
 from edge_runtime.wire import ContentKind
 from server.accepted import Accepted
 from server.config import HuggingFaceConfig

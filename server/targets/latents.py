@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.wire import BitstreamError, Inter, decode
+from edge_runtime.wire import BitstreamError
+from edge_runtime.wire.bitstream import Inter, decode
 from server.accepted import Accepted
 from server.references import References
 

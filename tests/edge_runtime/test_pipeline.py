@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from edge_runtime.capture.cameras import Cameras, Frame
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, RuntimeConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted
@@ -25,6 +24,7 @@ from edge_runtime.inference.references import ReferenceFrames
 from edge_runtime.inference.reuse import Answers
 from edge_runtime.inference.sampling import Sampler
 from edge_runtime.mqtt import MqttClient, MqttSettings
+from edge_runtime.picture_checks import decode_picture
 from edge_runtime.pipeline import Pipeline, build_request, to_jpeg
 from edge_runtime.planning import BoardPlanner, FixedPlanner, Measurements, Plan
 from edge_runtime.reporting import RemoteSettings, board_settings

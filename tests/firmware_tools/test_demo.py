@@ -17,8 +17,8 @@ import numpy as np
 import psutil
 import pytest
 
-from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.mqtt import MqttClient, MqttSettings
+from edge_runtime.picture_checks import PictureError
 from edge_runtime.wire import AnsweredBy, Event, EventHop, encode_event, topics
 from firmware_tools.demo_page import AtLevel, PhotoResult, Results, TaughtQuestion, page, summary
 from firmware_tools.event_parts import marked, stages

@@ -20,7 +20,8 @@ from edge_runtime.config import RuntimeConfig, load_toml
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.mqtt import MqttConfig
-from edge_runtime.wire import ContentKind, Event, decode, decode_request, topics
+from edge_runtime.wire import ContentKind, Event, decode_request, topics
+from edge_runtime.wire.bitstream import decode
 from firmware_tools import cli
 from models.distilling import Settings
 from models.tower_tail import TowerTailError, read_tower_tail

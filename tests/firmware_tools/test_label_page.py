@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_runtime.capture.picture_checks import PictureError
+from edge_runtime.picture_checks import PictureError
 from firmware_tools.label_page import MAX_FORM, Labels, LabelServer
 
 PATIENCE_S = 60

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from edge_runtime.capture.picture_checks import MAX_SCANS, decode_picture
+from edge_runtime.picture_checks import MAX_SCANS, decode_picture
 
 SIDE = 1000  # pixels
 PROGRESSIVE = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]

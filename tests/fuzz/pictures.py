@@ -1,6 +1,6 @@
 """Foreign pictures: what the checks accept is decoded too, and has the size that it claims."""
 
-from edge_runtime.capture.picture_checks import PictureError, check_picture, decode_picture
+from edge_runtime.picture_checks import PictureError, check_picture, decode_picture
 from tests.fuzz.target import Target
 
 MAX_PIXELS = 1 << 16  # what decoding costs grows with the pixels; a fuzzer finds nothing new in many of them

@@ -10,21 +10,18 @@ from edge_runtime.capture.frigate_events import FrigateEvents
 from edge_runtime.capture.frigate_messages import FrigateMessageError, ObjectChange, ReviewChange, read_message
 from edge_runtime.wire import (
     EnvelopeError,
-    Inter,
-    Reference,
-    Tables,
     TopicError,
     WireError,
-    decode,
     decode_event,
     decode_reply,
     decode_request,
-    encode,
     encode_event,
     encode_reply,
     encode_request,
     topics,
 )
+from edge_runtime.wire.bitstream import Inter, Reference, decode, encode
+from edge_runtime.wire.tables import Tables
 from tests.fuzz.mutations import JSON, MSGPACK
 from tests.fuzz.target import Target
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import read_pictures
 from edge_runtime.inference.bundle import open_bundle
 from edge_runtime.inference.networks import load_draft, load_head
 from edge_runtime.inference.preprocess import to_input
+from edge_runtime.picture_checks import decode_picture
 from models.recipe import __main__ as recipe
 from models.recipe import (
     stage3_bottleneck,

@@ -12,17 +12,8 @@ import msgspec
 
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, MqttSettings
-from edge_runtime.wire import (
-    ContentKind,
-    Paradigm,
-    Reply,
-    Request,
-    decode_reply,
-    encode,
-    encode_request,
-    encode_tokens,
-    topics,
-)
+from edge_runtime.wire import ContentKind, Paradigm, Reply, Request, decode_reply, encode_request, encode_tokens, topics
+from edge_runtime.wire.bitstream import encode
 from server.config import Config, ServerConfig
 from server.gateway import Arrival
 from server.service import Service

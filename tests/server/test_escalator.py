@@ -19,17 +19,16 @@ from edge_runtime.inference.sampling import Sampler
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, MqttSettings
 from edge_runtime.wire import (
     Options,
-    Reference,
     Reply,
     Status,
     Tier,
     decode_reply,
     decode_request,
-    encode,
     encode_reply,
     encode_tokens,
     topics,
 )
+from edge_runtime.wire.bitstream import Reference, encode
 from edge_runtime.wire.envelope import seed_of
 from server.config import ServerConfig, UpstreamConfig
 from server.engine import Engine, Job

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
-from edge_runtime.capture.picture_checks import PictureError, decode_picture
 from edge_runtime.inference.preprocess import to_input
+from edge_runtime.picture_checks import PictureError, decode_picture
 from server.pictures import ROOT, Limits, PictureCostError, PictureDecoder, PictureWorkerError
 
 

@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.picture_checks import decode_picture
 from edge_runtime.wire import ContentKind, Options, Paradigm, Reply, Status, Tier, topics
 from models.questions import FEATURES, Question, Record
 from server.app import run_server

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.wire import Header
-from edge_runtime.wire.bitstream import KEPT_FRAMES
+from edge_runtime.wire.bitstream import KEPT_FRAMES, Header
 from server.references import References
 
 

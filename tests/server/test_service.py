@@ -15,22 +15,21 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.config import MetricsConfig
 from edge_runtime.inference.bundle import MANIFEST, Bundle, BundleError, FileRecord, file_hash
+from edge_runtime.picture_checks import decode_picture
 from edge_runtime.wire import (
     ContentKind,
     Options,
     Paradigm,
-    Reference,
     Reply,
     Request,
     Status,
     Tier,
-    encode,
     encode_labels,
     encode_request,
 )
+from edge_runtime.wire.bitstream import Reference, encode
 from server.app import load, run_server
 from server.batch_times import BatchTimes
 from server.batcher import Batch

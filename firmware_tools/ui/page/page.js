@@ -200,7 +200,7 @@ function show(update) {
   byId("meaning").disabled = link.meaning !== "";
   setText(byId("no-meaning"), link.meaning && `no search by meaning: ${link.meaning}`);
   setState(byId("link"), joined(link.broker, link.not_shown && `${count(link.not_shown)} messages of more boards not shown`,
-    link.ignored && `${count(link.ignored)} messages ignored`, link.history && `texts are not kept: ${link.history}`, link.pictures),
+    link.ignored && `${count(link.ignored)} messages ignored`, link.history && `texts are not kept: ${link.history}`),
     link.is_online);
 }
 

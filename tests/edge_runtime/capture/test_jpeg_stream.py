@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.capture.frame import CameraError
 from edge_runtime.capture.jpeg_stream import JpegStream
-from edge_runtime.capture.picture_checks import check_picture
+from edge_runtime.picture_checks import check_picture
 from tests.edge_runtime.capture.helpers import jpeg, large_jpeg
 
 SMALL = [jpeg(shade) for shade in (10, 100, 200)]

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from edge_runtime.capture.motion_gate import MAX_WIDTH, WARM_UP_FRAMES, Inspection, MotionGate, shrink
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.config import MotionConfig
 from edge_runtime.errors import ConfigError
+from edge_runtime.picture_checks import decode_picture
 from testbed.sample_photos import SHIPPED, shipped
 
 ON = MotionConfig(enabled=True)

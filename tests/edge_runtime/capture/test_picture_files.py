@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime.capture.picture_checks import MAX_PICTURE_BYTES, PictureError, decode_picture
 from edge_runtime.capture.picture_files import read_pictures
+from edge_runtime.picture_checks import MAX_PICTURE_BYTES, PictureError, decode_picture
 
 JPEG = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
 NAMES = ["a.jpg", "b/a.PNG", "b/c/x.webp", "z.jpeg"]  # sorted

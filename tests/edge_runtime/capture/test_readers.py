@@ -16,10 +16,10 @@ from edge_runtime.capture import frame as frame_module
 from edge_runtime.capture.frame import CameraError, NewestFrame
 from edge_runtime.capture.live import ArrivalTimes, live_frames
 from edge_runtime.capture.mqtt_pictures import MqttPictures
-from edge_runtime.capture.picture_checks import PictureError
 from edge_runtime.capture.readers import file_frames, reader_of, video_frames
 from edge_runtime.capture.video_capture import Grabbed
 from edge_runtime.config import CameraConfig
+from edge_runtime.picture_checks import PictureError
 from edge_runtime.shutdown import DriverThread
 from tests.edge_runtime.capture.helpers import (
     MjpegCamera,

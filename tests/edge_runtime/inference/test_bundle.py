@@ -19,7 +19,7 @@ from edge_runtime.inference.bundle import (
     file_hash,
     open_bundle,
 )
-from edge_runtime.wire import Tables
+from edge_runtime.wire.tables import Tables
 
 WORDS = ("<pad>", "<start>", "<end>", "<unknown>", "a", "dog", "runs")
 

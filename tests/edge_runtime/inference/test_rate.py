@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from edge_runtime.inference.head import SHIFT, Latent, codes_to_symbols, symbol_factor
 from edge_runtime.inference.rate import RatedSymbols, choose_rate
-from edge_runtime.wire import Tables, count_tables, encode
+from edge_runtime.wire.bitstream import encode
+from edge_runtime.wire.tables import Tables, count_tables
 
 GAINS = tuple(1.2 ** (level - 7) for level in range(8))
 GROUPS = 4

@@ -16,21 +16,9 @@ from edge_runtime.inference.references import (
     ReferenceFrames,
     SentFrame,
 )
-from edge_runtime.wire import (
-    Header,
-    Hop,
-    Inter,
-    Reference,
-    ReferenceLostError,
-    Reply,
-    Status,
-    Tier,
-    count_tables,
-    decode,
-    encode,
-)
-from edge_runtime.wire.bitstream import KEPT_FRAMES
-from edge_runtime.wire.tables import count_inter_tables
+from edge_runtime.wire import Hop, ReferenceLostError, Reply, Status, Tier
+from edge_runtime.wire.bitstream import KEPT_FRAMES, Header, Inter, Reference, decode, encode
+from edge_runtime.wire.tables import count_inter_tables, count_tables
 from server.references import References
 from tests.edge_runtime.wire.conftest import later, peaked
 

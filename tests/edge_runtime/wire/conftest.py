@@ -5,8 +5,7 @@ import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
 
-from edge_runtime.wire import Tables, count_tables
-from edge_runtime.wire.tables import count_inter_tables
+from edge_runtime.wire.tables import Tables, count_inter_tables, count_tables
 
 # A busy machine may take any time for an example, and the limit on a whole test stays.
 settings.register_profile("untimed", deadline=None)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from edge_runtime.wire import BitstreamError, Tables, cost_bits, decode, encode
-from edge_runtime.wire.bitstream import Header
+from edge_runtime.wire import BitstreamError
+from edge_runtime.wire.bitstream import Header, decode, encode
 from edge_runtime.wire.entropy import rans_encode
-from edge_runtime.wire.tables import neighbour_signs
+from edge_runtime.wire.tables import Tables, cost_bits, neighbour_signs
 
 Symbols = NDArray[np.int8]
 usual = st.integers(-2, 2)

@@ -16,25 +16,22 @@ from edge_runtime.wire import (
     ContentKind,
     EnvelopeError,
     Hop,
-    Inter,
     Paradigm,
-    Reference,
     Reply,
     Request,
     Status,
-    Tables,
     Tier,
-    decode,
     decode_event,
     decode_reply,
     decode_request,
-    encode,
     encode_event,
     encode_labels,
     encode_reply,
     encode_request,
     encode_tokens,
 )
+from edge_runtime.wire.bitstream import Inter, Reference, decode, encode
+from edge_runtime.wire.tables import Tables
 
 ROOT = Path(__file__).parents[3]
 BITSTREAMS = json.loads((ROOT / "tests/golden/bitstream.json").read_text())

@@ -6,7 +6,8 @@ import sys
 
 def test_wire_loads_without_any_model_network_or_camera_library():
     code = (
-        "import sys, edge_runtime.wire; print(*{m.split('.')[0] for m in sys.modules} - set(sys.stdlib_module_names))"
+        "import sys, edge_runtime.wire, edge_runtime.wire.bitstream\n"
+        "print(*{m.split('.')[0] for m in sys.modules} - set(sys.stdlib_module_names))"
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert {"numpy", "msgspec"} <= set(loaded)

@@ -11,20 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from edge_runtime.wire import (
-    BitstreamError,
-    Header,
-    Inter,
-    Reference,
-    ReferenceLostError,
-    Tables,
-    TablesError,
-    cost_bits,
-    count_tables,
-    decode,
-    encode,
-)
-from edge_runtime.wire.tables import count_inter_tables
+from edge_runtime.wire import BitstreamError, ReferenceLostError, TablesError
+from edge_runtime.wire.bitstream import Header, Inter, Reference, decode, encode
+from edge_runtime.wire.tables import Tables, cost_bits, count_inter_tables, count_tables
 from tests.edge_runtime.wire.conftest import later, peaked
 
 Symbols = NDArray[np.int8]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from edge_runtime.wire import Tables, TablesError, cost_bits, count_tables
-from edge_runtime.wire.tables import _integers, entropy_bytes
+from edge_runtime.wire import TablesError
+from edge_runtime.wire.tables import Tables, _integers, cost_bits, count_tables, entropy_bytes
 
 Symbols = NDArray[np.int8]
 uniform = np.full((1, 4, 1, 4), 1024, np.uint16)

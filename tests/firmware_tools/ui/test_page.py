@@ -2,7 +2,6 @@
 
 import json
 import queue
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -10,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import urlopen
 
-import cv2
-import numpy as np
 import pytest
 
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Timing
@@ -24,7 +21,7 @@ from testbed.broker import free_port
 from testbed.processes import Process
 from tests.brokers import Mosquitto
 from tests.chromium import Chromium, needs_chromium
-from tests.firmware_tools.ui.test_site import event, server_status
+from tests.firmware_tools.ui.test_site import JPEG, event, server_status
 from tests.listener import PATIENCE_S, until
 from tests.sites import login, site_broker
 
@@ -90,10 +87,6 @@ def chromium(tmp_path: Path) -> Iterator[Chromium]:
         assert not chromium.errors
 
 
-def picture() -> bytes:
-    return cv2.imencode(".jpg", np.full((48, 64, 3), 90, np.uint8))[1].tobytes()
-
-
 @needs_chromium
 def test_it_shows_what_boards_and_servers_say(start: Callable[..., str], boards: Publisher, chromium: Chromium):
     boards.say("porch/up/status", b'{"state": "online", "problems": {"metrics": "port in use"}}', retain=True)
@@ -102,7 +95,7 @@ def test_it_shows_what_boards_and_servers_say(start: Callable[..., str], boards:
     chromium.until("document.querySelector('.server .state')?.textContent == 'takes no requests'")
     assert "3 of 64" in chromium.read("document.querySelector('.server').innerText")
     assert chromium.until("document.querySelector('.board .trouble')?.textContent") == "metrics: port in use"
-    boards.say("porch/up/image/front", picture())
+    boards.say("porch/up/image/front", JPEG)
     boards.say("porch/up/event", event("new", text="a cat laying on a bed"))
     by = AnsweredBy("cloud", "attic")
     boards.say("porch/up/event", event(text="a cat sitting on a bed", answered_by=by, bytes_up=408, jpeg_bytes=10_200))
@@ -171,7 +164,7 @@ def test_a_site_with_more_retained_messages_than_a_broker_queues_is_whole_at_onc
 
 
 def test_a_person_s_account_may_see_all_but_pictures(tmp_path: Path):
-    home, heard = Site("home", lambda _: None), queue.Queue[Message]()
+    home, heard = Site("home"), queue.Queue[Message]()
     with site_broker(tmp_path, BrokerSite("home", [Board("porch")], ["attic"], ["anna"])) as broker:
         anna, porch = (login(tmp_path, name, broker.port).settings(name) for name in ("anna", "porch"))
         with (
@@ -279,15 +272,3 @@ def test_what_cannot_work_is_named(
     said = capsys.readouterr().err
     assert says in said
     assert code == (1 if options[0] == "--site" else EXIT_CONFIG)
-
-
-def test_it_starts_without_opencv_and_torch_and_then_shows_no_pictures():
-    code = (
-        "import sys\nsys.modules['cv2'] = None\n"
-        "from firmware_tools.ui.command import _picture_check\n"
-        "import firmware_tools.ui.web\n"
-        "print(_picture_check(), 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("(None, 'OpenCV is not installed")
-    assert done.stdout.endswith("False\n")

@@ -86,7 +86,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Page]]:
         def start(token: str | None = None, load: Callable[[], Encode] = no_model) -> Page:
             history = running.enter_context(History(None))
             meaning = running.enter_context(Meaning(history, load))
-            live = Live(Site("home", lambda _: None), history, meaning, MqttConfig())
+            live = Live(Site("home"), history, meaning, MqttConfig())
             page = running.enter_context(Page(("127.0.0.1", 0), live, history, meaning, token))
             thread = threading.Thread(target=page.serve_forever, kwargs={"poll_interval": 0.05})
             thread.start()
@@ -271,7 +271,7 @@ def test_any_request_is_answered_as_described(running: Page, path: str, method: 
 def running() -> Iterator[Page]:
     with History(None) as history:
         meaning = Meaning(history, no_model)  # without a thread: it is being loaded for ever
-        live = Live(Site("home", None), history, meaning, MqttConfig())
+        live = Live(Site("home"), history, meaning, MqttConfig())
         with Page(("127.0.0.1", 0), live, history, meaning) as page:
             thread = threading.Thread(target=page.serve_forever, kwargs={"poll_interval": 0.05})
             thread.start()

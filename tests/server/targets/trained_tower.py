@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from edge_runtime.capture.picture_checks import decode_picture
 from edge_runtime.capture.picture_files import Picture
+from edge_runtime.picture_checks import decode_picture
 from server.targets.huggingface_loading import load
 from server.targets.huggingface_prompts import Job, model_inputs
 from tests.server.targets.tiny_models import END, WORDS, smolvlm

@@ -13,11 +13,12 @@ that a server decodes: 50 ms in all. Memory: 15 MB per megapixel.
 import re
 import struct
 from collections import Counter
-
-import cv2
-import numpy as np
+from typing import TYPE_CHECKING
 
 from edge_runtime.errors import AiflowError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_PICTURE_BYTES = 32 << 20  # a JPEG of 24 megapixels at the best quality has about 20 MB
 MAX_PICTURE_PIXELS = 50_000_000  # 150 MB once decoded
@@ -43,9 +44,12 @@ class PictureError(AiflowError, ValueError):
     """Bytes that are no picture we can decode, or one that is too expensive to try."""
 
 
-def decode_picture(data: bytes, max_pixels: int = MAX_PICTURE_PIXELS) -> np.ndarray:
+def decode_picture(data: bytes, max_pixels: int = MAX_PICTURE_PIXELS) -> "np.ndarray":
     """A JPEG, PNG or WebP to uint8 RGB [H, W, 3], turned upright as its EXIF data says. Raises PictureError."""
     width, height, checked = check_picture(data, max_pixels)
+    import cv2  # here, since the live page only checks pictures, and then needs 30 MB less
+    import numpy as np
+
     try:
         pixels = cv2.imdecode(np.frombuffer(checked, np.uint8), cv2.IMREAD_COLOR)
         if pixels is None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from edge_runtime.capture.picture_checks import (
+from edge_runtime.picture_checks import (
     MAX_PARTS,
     MAX_PICTURE_BYTES,
     MAX_SCANS,
@@ -209,7 +209,7 @@ def peak_growth_kib(tmp_path, data: bytes) -> int:
     path.write_bytes(data)
     code = """
 import resource, sys
-from edge_runtime.capture.picture_checks import PictureError, decode_picture
+from edge_runtime.picture_checks import PictureError, decode_picture
 data = open(sys.argv[1], "rb").read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try: decode_picture(data)
