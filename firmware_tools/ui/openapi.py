@@ -53,7 +53,11 @@ def openapi() -> bytes:
             _parameter("query", "by", "How; by words if it is missing.", type="string", enum=["words", "meaning"]),
             _parameter("query", "before", "Only ids below this.", type="integer", minimum=0, maximum=10**16 - 1),
         ],
-        "responses": {"200": _response("Texts.", "application/json", answers)} | errors,
+        "responses": {
+            "200": _response("Texts.", "application/json", answers),
+            "404": _response("By meaning: there is no sentence model.", "application/json", error),
+        }
+        | errors,
     }
     picture = {
         "summary": "The last picture of a camera, if its board publishes pictures",

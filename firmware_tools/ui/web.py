@@ -25,7 +25,7 @@ from edge_runtime.errors import AiflowError
 from edge_runtime.logs import is_told
 from firmware_tools.ui.history import FOUND, History, SearchError
 from firmware_tools.ui.live import MAX_BROWSERS, FullError, Live
-from firmware_tools.ui.meaning import Meaning
+from firmware_tools.ui.meaning import Meaning, NoModelError
 from firmware_tools.ui.rows import Answers, Error
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 found = self.server.history.search(words, label, board, int(query.get("before", 2**53)))
         except SearchError as error:
-            raise RefusedError(400, str(error)) from error
+            raise RefusedError(404 if isinstance(error, NoModelError) else 400, str(error)) from error
         self._send_json(200, Answers(found, len(found) == FOUND and not is_by_meaning))
 
     def _send_updates(self) -> None:

@@ -59,6 +59,15 @@ def test_capture_compares_a_camera_s_frames_that_are_due_with_all_of_them(bundle
         assert min(figures[stream].values()) >= 0
 
 
+def test_users_of_a_board_and_a_page_that_stays_below_50_mb(bundle: Path, photos: Path) -> None:
+    figures = bench(bundle, photos, "users", "--seconds", "1", "--boards", "1")
+    assert figures["events"] == 10_000
+    assert 10 < figures["page"]["first_mb"] <= figures["page"]["last_mb"] <= 50
+    assert list(figures["boards"]) == ["events-only", "discovery-metrics", "pictures-too"]
+    for board in figures["boards"].values():
+        assert board["resident_mb"] > 10
+
+
 @pytest.mark.parametrize("backend", ["onnx", "litert"])
 def test_device_times_stages_and_watches_a_board(bundle: Path, photos: Path, backend: str) -> None:
     figures = bench(bundle, photos, "device", "--backend", backend, "--frames", "5")[backend]

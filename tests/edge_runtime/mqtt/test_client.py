@@ -483,6 +483,15 @@ def test_a_message_larger_than_the_broker_takes_is_never_sent(
     assert board.client.stats()["losses"] == 0
 
 
+def test_a_message_of_10_mb_is_kept_from_a_client_by_the_broker(broker: Mosquitto, start: Start) -> None:
+    user = start(broker.port, "user", subscriptions=[("up/#", 1)])
+    attacker = start(broker.port, "b1", settings={"max_publish_bytes": 10_000_000, "queue_bytes": 10_000_000})
+    attacker.publish("up/1", b"x" * 10_000_000)
+    attacker.publish("up/1", b"y")
+    assert user.received() == b"y"
+    assert user.client.stats()["inbound_oversized"] == 0
+
+
 def test_a_message_that_costs_every_connection_is_given_up_and_the_others_are_delivered(
     start_broker: Callable[..., Mosquitto], start: Start
 ) -> None:

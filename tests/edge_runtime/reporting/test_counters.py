@@ -62,6 +62,13 @@ def test_what_is_not_zero_is_shown():
     assert not_zero({"lost": 0, "accepted": 12, "reply": {"ok": 11, "busy": 0}}) == "accepted=12 reply{ok}=11"
 
 
+@pytest.mark.parametrize("meanings", [BOARD, SERVER], ids=["board", "server"])
+def test_no_two_numbers_have_the_same_name_in_prometheus(meanings):
+    suffixes = {name: ("_sum", "_count") if each.is_summary else (each.suffix,) for name, each in meanings.items()}
+    names = [name + suffix for name, ends in suffixes.items() for suffix in ends]
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.parametrize(("prefix", "meanings"), [("board", BOARD), ("server", SERVER)])
 def test_every_counter_is_documented(prefix, meanings):
     page = (Path(__file__).parents[3] / "docs/RELIABILITY.md").read_text()

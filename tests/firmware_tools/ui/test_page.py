@@ -195,6 +195,26 @@ def test_it_survives_a_restart_of_the_broker(
 
 
 @needs_chromium
+def test_it_does_not_grow_in_a_browser_over_ten_thousand_events(
+    start: Callable[..., str], boards: Publisher, chromium: Chromium
+):
+    chromium.open(start())
+    chromium.until("document.querySelector('#link.good') != null")
+    heap = []  # bytes, after each thousand events
+    for frame in range(100):
+        for number in range(100):
+            payload = event(frame=str(frame), text=f"text {frame} of {number}")
+            boards.client.publish(topics.event("home", f"b{number}"), payload, qos=0)
+        if frame % 5 == 4:  # the broker queues a thousand messages for the page
+            chromium.until(f"document.body.textContent.includes('text {frame} of 99')")
+        if frame % 10 == 9:
+            chromium.do("HeapProfiler.collectGarbage")
+            heap.append(chromium.read("performance.memory.usedJSHeapSize"))
+    assert chromium.read("document.querySelectorAll('.board').length") == 100
+    assert heap[-1] < 1.5 * heap[0] < 10_000_000
+
+
+@needs_chromium
 def test_it_is_usable_on_a_phone_and_in_the_dark(start: Callable[..., str], boards: Publisher, chromium: Chromium):
     boards.say("porch/up/last", event(text=f"a dog {'w' * 300}", bytes_up=408, jpeg_bytes=10_200), retain=True)
     boards.say("server/attic/status", server_status(why="x" * 200), retain=True)

@@ -219,7 +219,7 @@ def test_texts_are_found_by_meaning_if_a_model_is_there_and_the_page_says_if_not
     other = start()
     until(lambda: "no model" in other.meaning.problem)
     status, _, body = other.ask("/api/search?q=dog&by=meaning")
-    assert (status, json.loads(body)["error"]) == (400, "no search by meaning: there is no model")
+    assert (status, json.loads(body)["error"]) == (404, "no search by meaning: there is no model")
     with other.updates() as updates:
         assert updates.next()["link"]["meaning"] == "there is no model"
 
