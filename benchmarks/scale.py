@@ -2,7 +2,8 @@
 
 Broker, servers and Ray's replicas are real processes. The boards are simulated: they share a few MQTT connections, and
 their latents are prepared before, since one machine cannot run a thousand heads. Like a real board, each sends a
-request at its interval, sends it once more if no reply comes, and counts it as lost after its deadline.
+request at its interval, asks again if no reply comes or a server is busy, later each time, and counts the request as
+lost after its deadline.
 """
 
 import heapq
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.packages import how_to_install
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
-from edge_runtime.wire import RequestIds, Status, decode_reply, encode_request, topics
+from edge_runtime.requests.timing import busy_wait_s
+from edge_runtime.wire import Request, RequestIds, Status, aged, decode_reply, encode_request, topics
 from testbed.broker import free_port, start_embedded
 from testbed.processes import AiflowProcess, ProcessError, wait_serving
 
@@ -46,6 +49,18 @@ REPLICA = "ray::ServeReplica:aiflow-"
 Frames = Iterator[tuple[NDArray[np.int8], Sequence[int]]]
 
 
+@dataclass
+class Asked:
+    """An open request."""
+
+    board: str
+    request: Request
+    at: float  # seconds, monotonic
+    sends: int = 0
+    refusals: int = 0
+    resend_at: float = 0.0
+
+
 class Boards:
     """Simulated boards. `with` connects them."""
 
@@ -54,7 +69,7 @@ class Boards:
         self._plan = Plan("speculative", "benchmark", int(1e3 * BUDGET_S))
         self.names = [f"board-{number}" for number in range(count)]
         self._replies: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
-        self._open: dict[bytes, tuple[str, float, bytes]] = {}  # request: board, when it was sent first, payload
+        self._open: dict[bytes, Asked] = {}
         self._due: list[tuple[float, str, bytes]] = []  # a heap: when, board, request to send again or none
         self.reply_ms: dict[str, list[float]] = {name: [] for name in self.names}
         self.counts: Counter[str] = Counter()
@@ -66,7 +81,7 @@ class Boards:
             )
             for i in range(min(CONNECTIONS, count))
         ]
-        self._running = ExitStack()
+        self._running, self._random = ExitStack(), random.Random()
 
     def __enter__(self) -> "Boards":
         with ExitStack() as started:
@@ -91,7 +106,7 @@ class Boards:
             while self._due and self._due[0][0] <= now:
                 _, name, request_id = heapq.heappop(self._due)
                 if request_id:
-                    self._again(name, request_id)
+                    self._again(request_id)
                 elif now < end:
                     self._ask(name)
                     heapq.heappush(self._due, (now + self._period(name), name, b""))
@@ -103,40 +118,52 @@ class Boards:
         symbols, draft = next(self._frames)
         features = RatedSymbols(symbols, self._bundle.manifest.latent.default_level, self._bundle.tables.groups)
         request_id = self._ids.next(int(time.time() * 1e3), secrets.randbits(16))
-        payload = encode_request(build_request(self._bundle, request_id, self._plan, NO_PIXELS, features, tuple(draft)))
-        self._open[request_id] = (name, time.monotonic(), payload)
+        request = build_request(self._bundle, request_id, self._plan, NO_PIXELS, features, tuple(draft))
+        self._open[request_id] = asked = Asked(name, request, time.monotonic())
         self.counts["asked"] += 1
-        self._send(name, request_id, payload)
+        self._send(asked)
 
-    def _send(self, name: str, request_id: bytes, payload: bytes) -> None:
-        client = self._clients[self.names.index(name) % CONNECTIONS]
-        client.publish(topics.request(SITE, name), payload)
-        heapq.heappush(self._due, (time.monotonic() + RESEND_S, name, request_id))
+    def _send(self, asked: Asked) -> None:
+        waited_s = time.monotonic() - asked.at
+        client, left_s = self._clients[self.names.index(asked.board) % CONNECTIONS], BUDGET_S - waited_s
+        payload = encode_request(aged(asked.request, waited_s, left_s))
+        client.publish(topics.request(SITE, asked.board), payload, expiry_s=left_s)
+        self._wait(asked, RESEND_S * 2.0**asked.sends * random.uniform(1, 1.5))
+        asked.sends += 1
 
-    def _again(self, name: str, request_id: bytes) -> None:
-        if (waiting := self._open.get(request_id)) is None:
+    def _wait(self, asked: Asked, wait_s: float) -> None:
+        """Before it is sent again."""
+        asked.resend_at = min(time.monotonic() + wait_s, asked.at + BUDGET_S)
+        heapq.heappush(self._due, (asked.resend_at, asked.board, asked.request.id))
+
+    def _again(self, request_id: bytes) -> None:
+        now, asked = time.monotonic(), self._open.get(request_id)
+        if asked is None or asked.resend_at > now:
             return
-        _, sent_at, payload = waiting
-        if time.monotonic() > sent_at + BUDGET_S:
+        if now >= asked.at + BUDGET_S:
             del self._open[request_id]
             self.counts["lost"] += 1
         else:
             self.counts["sent_again"] += 1
-            self._send(name, request_id, payload)
+            self._send(asked)
 
     def _read_until(self, due: float) -> None:
-        while (wait_s := due - time.monotonic()) > 0:
+        """Reads all replies that have arrived, even if it is late already, and those that arrive before `due`."""
+        while True:
             try:
-                at, message = self._replies.get(timeout=wait_s)
+                at, message = self._replies.get(timeout=max(0.0, due - time.monotonic()))
             except queue.Empty:
                 return
             reply = decode_reply(message.payload)
-            if reply.status is Status.BUSY:
-                self.counts["busy"] += 1  # it is sent again
-            elif (asked := self._open.pop(reply.id, None)) is None:
+            if (asked := self._open.pop(reply.id, None)) is None:
                 self.counts["second_reply"] += 1
+            elif reply.status is Status.BUSY:
+                self.counts["busy"] += 1
+                self._open[reply.id] = asked
+                self._wait(asked, busy_wait_s((reply.retry_after_ms or 0) / 1e3, asked.refusals, self._random))
+                asked.refusals += 1
             elif reply.status is Status.OK:
-                self.reply_ms[asked[0]].append(1e3 * (at - asked[1]))
+                self.reply_ms[asked.board].append(1e3 * (at - asked.at))
             else:
                 self.counts["refused"] += 1
 
