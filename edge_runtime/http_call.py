@@ -1,4 +1,4 @@
-"""One POST to another server within bounds of time and bytes, and checks of its address.
+"""One POST or GET to another server within bounds of time and bytes, and checks of its address.
 
 Knows nothing of what is asked, of retries and prices.
 
@@ -106,6 +106,13 @@ class Endpoint:
 
     def post(self, path: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> bytes:
         """The body of the response to a POST of JSON, if its status is 200. Raises CallError, within timeout_s."""
+        return self._call("POST", path, body, {"Content-Type": "application/json", **headers}, timeout_s)
+
+    def get(self, path: str, headers: Mapping[str, str], timeout_s: float) -> bytes:
+        """The same of a GET."""
+        return self._call("GET", path, None, headers, timeout_s)
+
+    def _call(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float) -> bytes:
         until = time.monotonic() + timeout_s
         connection = self._connect(min(CONNECT_S, timeout_s))
         sock = connection.sock
@@ -116,8 +123,8 @@ class Endpoint:
             with self._listed(sock):
                 # A model may think all the time before it answers.
                 sock.settimeout(max(0.001, until - time.monotonic()))
-                headers = {"Content-Type": "application/json", "Accept": "application/json", **headers}
-                connection.request("POST", self._path + path, body, {**headers, "Connection": "close"})
+                headers = {"Accept": "application/json", **headers, "Connection": "close"}
+                connection.request(method, self._path + path, body, headers)
                 response = connection.getresponse()
                 _check_status(response, self._remedies)
                 sock.settimeout(max(0.001, min(STALL_S, until - time.monotonic())))

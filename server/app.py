@@ -26,6 +26,7 @@ from server.watchdog import Watchdog
 if TYPE_CHECKING:
     from server.engine import Engine
     from server.targets.bundle import BundleTarget
+    from server.targets.features import FeatureReader
 
 logger = logging.getLogger(__name__)
 
@@ -46,22 +47,22 @@ def check(config: Config) -> str:
         require("ray")  # first: its extra brings PyTorch, too
     if server.target.startswith("hf:"):
         require("transformers")
-    if config.openai is None:
+    if config.openai is None or config.tail:
         require("torch", "safetensors")
     bundles = [open_bundle(Path(folder)) for folder in (server.bundle, server.second_bundle) if folder]
     if len({bundle.id for bundle in bundles}) < len(bundles):
         raise ConfigError("bundle and second_bundle are the same bundle: remove second_bundle")
     found = []
     for bundle in bundles:
-        is_read = server.target == "bundle" or config.hf.tail is not None
+        is_read = server.target == "bundle" or config.tail is not None
         found.append(f"{bundle.path}: bundle {bundle.check(for_server=is_read)}")
         targets = bundle.manifest.targets
         if server.target == "bundle" and server.tier not in targets:
             raise ConfigError(f'tier = "{server.tier}", but the bundle {bundle.path} has {", ".join(targets)}')
-        if config.hf.tail:
+        if config.tail:
             from models.tower_tail import read_tower_tail
 
-            read_tower_tail(Path(config.hf.tail), bundle)
+            read_tower_tail(Path(config.tail), bundle)
     if config.questions:
         from server.questions import Questions
 
@@ -145,8 +146,15 @@ def load_target(config: Config) -> Loaded:
         from server.targets.vllm import VllmTarget
 
         kind, _, url = server.target.partition(":")
-        other = VllmTarget if kind == "vllm" else OpenAITarget
-        return other(url, config.openai, prompts=read_prompts(config.prompts), bundle=_boards_bundle(server)), None
+        bundle, prompts = _boards_bundle(server), read_prompts(config.prompts)
+        if kind == "openai":
+            return OpenAITarget(url, config.openai, prompts=prompts, bundle=bundle), None
+        embeds = None
+        if reader := _features(config, bundle):
+            from server.targets.image_embeds import ImageEmbeds
+
+            embeds = ImageEmbeds(reader)
+        return VllmTarget(url, config.openai, prompts=prompts, bundle=bundle, features=embeds), None
     if server.target.startswith("hf:"):
         return _picture_model(config), None
     from server.targets.two_bundles import TwoBundles
@@ -179,16 +187,24 @@ def _bundle_target(config: Config, folder: str | None, questions: Mapping[str, s
 
 def _picture_model(config: Config) -> Target[Any]:
     from server.targets.huggingface import HuggingFaceTarget
-    from server.targets.huggingface_features import load_features
     from server.targets.huggingface_target import PictureModel
+    from server.targets.huggingface_tower import Tower
 
     server = config.server
     name, hf = server.target.removeprefix("hf:"), config.hf
     model = HuggingFaceTarget.load(name, hf.dtype, server.device, server.threads, hf.offline)
-    bundle, prompts, features = _boards_bundle(server), read_prompts(config.prompts), None
-    if hf.tail and bundle:
-        features = load_features(Path(hf.tail), bundle, model, prompts[hf.prompt].text, server.device)
+    bundle, prompts = _boards_bundle(server), read_prompts(config.prompts)
+    if features := _features(config, bundle):
+        model.tower = Tower.of_tail(model.loaded, features.record, prompts[hf.prompt].text)
     return PictureModel(model, hf, bundle, prompts, server.max_batch, features)
+
+
+def _features(config: Config, bundle: Bundle | None) -> "FeatureReader | None":
+    if not (config.tail and bundle):
+        return None
+    from server.targets.features import load_features
+
+    return load_features(Path(config.tail), bundle, config.server.device, config.server.threads)
 
 
 def _boards_bundle(server: ServerConfig) -> Bundle | None:

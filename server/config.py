@@ -126,8 +126,12 @@ class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
         check_usual(self.prompt, prompts, "[hf]")
         if server.target.startswith("hf:"):
             check_model(server.target.removeprefix("hf:"))
-        if self.tail and server.bundle is None:
-            raise ConfigError("`tail` in [hf] reads features of the boards' bundle: name it as `bundle` in [server]")
+
+
+class VllmConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a vLLM server takes besides [openai]."""
+
+    tail: Annotated[str, Meta(min_length=1)] | None = None  # folder of `aiflow distil`: features are answered, too
 
 
 def check_model(name: str) -> None:
@@ -186,6 +190,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     questions: dict[str, str] = {}  # taught ones, which boards ask by name: name to file
     prompts: dict[str, PromptConfig] = {}  # which boards ask by name, besides `door`
     openai: OpenAIConfig | None = None  # with the targets "openai:..." and "vllm:..."
+    vllm: VllmConfig = VllmConfig()  # with the target "vllm:..."
     hf: HuggingFaceConfig = HuggingFaceConfig()  # with the target "hf:..."
     ray: RayConfig | None = None  # with the target "bundle"
     upstream: UpstreamConfig | None = None
@@ -202,29 +207,34 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             receive_maximum=queue,  # requests are acknowledged when accepted, so the broker keeps the rest
         )
 
+    @property
+    def tail(self) -> str | None:
+        """The folder of a tail that turns features into image tokens for another model."""
+        return self.hf.tail or self.vllm.tail
+
     def check_target(self) -> None:
         """Raises ConfigError if the target lacks what it needs, or has what it cannot use."""
         server, (kind, _, where) = self.server, self.server.target.partition(":")
         is_other_server = kind in ("openai", "vllm")
-        if self.openai and not is_other_server:
-            raise ConfigError(
-                f'[openai] is of no use with target = "{kind}": set target = "openai:http://HOST:PORT/v1", or remove it'
-            )
-        if self.prompts and kind == "bundle":
-            raise ConfigError(
-                f'[prompts] is of no use with target = "{kind}", which reads no named prompts: remove it, or set '
-                'target = "openai:http://HOST:PORT/v1" or "hf:FOLDER"'
-            )
-        if self.ray and kind != "bundle":
-            raise ConfigError(f'[ray] is of no use with target = "{kind}": set target = "bundle", or remove it')
-        if self.hf != HuggingFaceConfig() and kind != "hf":
-            raise ConfigError(f'[hf] is of no use with target = "{kind}": set target = "hf:FOLDER", or remove it')
-        if server.second_bundle and kind != "bundle":
-            raise ConfigError(f'second_bundle is of no use with target = "{kind}": remove it, or set target = "bundle"')
+        address = "http://HOST:PORT/v1"
+        for name, is_set, kinds, example in (
+            ("[openai]", self.openai is not None, ("openai", "vllm"), f"openai:{address}"),
+            ("[vllm]", self.vllm != VllmConfig(), ("vllm",), f"vllm:{address}"),
+            ("[hf]", self.hf != HuggingFaceConfig(), ("hf",), "hf:FOLDER"),
+            ("[prompts]", bool(self.prompts), ("openai", "vllm", "hf"), f'openai:{address}" or "hf:FOLDER'),
+            ("[ray]", self.ray is not None, ("bundle",), "bundle"),
+            ("second_bundle", server.second_bundle is not None, ("bundle",), "bundle"),
+        ):
+            if is_set and kind not in kinds:
+                raise ConfigError(f'{name} is of no use with target = "{kind}": set target = "{example}", or remove it')
         if kind == "bundle":
             if server.bundle is None:
                 raise ConfigError('required key `bundle` is missing (in server), which has target = "bundle"')
             return
+        if self.tail and server.bundle is None:
+            raise ConfigError(
+                f"`tail` in [{kind}] reads features of the boards' bundle: name it as `bundle` in [server]"
+            )
         prompts = read_prompts(self.prompts)
         self.hf.check(server, prompts)
         if is_other_server:
@@ -236,7 +246,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
                     'prediction = true in [openai] wants target = "openai:..." and the boards\' bundle as `bundle` in '
                     "[server], whose words their drafts have"
                 )
-        if not (server.pictures or self.hf.tail):
+        if not (server.pictures or self.tail):
             raise ConfigError("pictures = false, but this target answers pictures only: remove it")
         if self.upstream or self.questions or server.questions_folder:
             raise ConfigError(

@@ -49,7 +49,7 @@ from server.escalator import Escalator
 from server.gateway import Arrival
 from server.pictures import PictureCostError, PictureDecoder, PictureWorkerError
 from server.reply_cache import ReplyCache, Seen
-from server.targets import Answer, Target
+from server.targets import Answer, FeaturesError, Target
 from server.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -334,6 +334,8 @@ class Service:
             self._refuse(accepted, Status.REFERENCE_LOST if is_lost else Status.BAD_REQUEST, str(error))
         except PictureWorkerError as error:
             self._busy(accepted, f"{error}: another server may answer")
+        except FeaturesError as error:
+            self._refuse(accepted, Status.FAILED, str(error))
         except Exception as error:  # networks read pictures, and may read latents: as in `_compute`
             logger.exception("content not read id=%s", accepted.request.id.hex())
             self._refuse(accepted, Status.FAILED, _in_engine(error))

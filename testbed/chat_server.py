@@ -181,7 +181,10 @@ class ChatServer(ThreadingHTTPServer):
         self.behave, self.retry_after = behave, "1"
         self.say: Callable[[Asked], str] = lambda asked: text_of(asked.picture)  # the text of an answer
         self.key: str | None = None  # requests with another one are refused; None: any
+        # An answer to "List models": https://platform.openai.com/docs/api-reference/models/list
+        self.models: list[dict[str, Any]] = [{"id": "fake", "object": "model", "created": 1, "owned_by": "fake"}]
         self.objections: list[str] = []  # what was wrong with requests that broke the schema
+        self.refused: list[str] = []  # and with others that it did not take
         self.asked: list[Asked] = []
         self.billed: Counter[str] = Counter()  # answers that were sent whole, by the text of the answer
         self.hold = threading.Event()  # an "answer" waits for it; set at first
@@ -210,7 +213,7 @@ class ChatServer(ThreadingHTTPServer):
         """The client went away, as it may."""
 
     def take(self, body: bytes, headers: dict[str, str]) -> "Asked | None":
-        """A request that arrived; None: it breaks the schema."""
+        """A request that arrived; None: it is refused."""
         try:
             read = json.loads(body)
             found = [error.message for error in self._schema.iter_errors(read)]
@@ -221,11 +224,18 @@ class ChatServer(ThreadingHTTPServer):
             if found:
                 return None
             text, *images = next(message["content"] for message in read["messages"] if message["role"] == "user")
-            urls = (image["image_url"]["url"] for image in images)
-            pictures = tuple(base64.b64decode(url.partition(",")[2], validate=True) for url in urls)
+            try:
+                pictures = tuple(self.content_of(image) for image in images)
+            except ValueError as error:
+                self.refused.append(str(error))
+                return None
             asked = Asked(pictures, text["text"], read, headers, self.behave(len(self.asked)))
             self.asked.append(asked)
             return asked
+
+    def content_of(self, image: dict[str, Any]) -> bytes:
+        """The picture in a part of a message. Raises ValueError."""
+        return base64.b64decode(image["image_url"]["url"].partition(",")[2], validate=True)
 
     def respond(self, asked: Asked, usage: dict[str, Any] | None) -> bytes:
         """The body of an answer."""
@@ -267,6 +277,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Nothing: tests look at what the server remembers."""
+
+    def do_GET(self) -> None:
+        self.close_connection = True
+        if self.path != "/v1/models":
+            return self._error(404)
+        return self._send(json.dumps({"object": "list", "data": self.server.models}).encode())
 
     def do_POST(self) -> None:
         length = min(int(self.headers["Content-Length"]), MAX_REQUEST)

@@ -1,10 +1,12 @@
-"""A vLLM server for tests: what ChatServer says, with vLLM's fields for verifying a draft, honest or lying.
+"""A vLLM server for tests: what ChatServer says, with vLLM's fields for drafts and image tokens, honest or lying.
 
 Its model knows words: a token is a word with the space before it. It writes the words of `say` one after the other,
 whatever came before. Fields: ChatCompletionRequest and ChatCompletionResponse in vLLM's
-vllm/entrypoints/openai/chat_completion/protocol.py.
+vllm/entrypoints/openai/chat_completion/protocol.py; for image tokens its documentation, "Multimodal Inputs".
 """
 
+import base64
+import io
 import json
 import re
 from typing import Any, Literal
@@ -12,7 +14,26 @@ from zlib import crc32
 
 from testbed.chat_server import REQUEST, Asked, ChatServer, completion, usage
 
-TEMPLATE = [7, 7, 8, 9]  # tokens of the chat template and of the picture
+IMAGE_TOKENS, WIDTH = 4, 24  # of its model: tokens of a picture, and numbers in each
+
+
+def template(image_tokens: int) -> list[int]:
+    """Tokens of the chat template and of the picture."""
+    return [7, 7, *[5] * image_tokens, 8, 9]
+
+
+TEMPLATE = template(IMAGE_TOKENS)
+# A tensor in base64. For some models it is an object with more tensors, and null names an earlier one, see its `uuid`.
+EMBEDS_PART = {
+    "type": "object",
+    "required": ["type", "image_embeds"],
+    "additionalProperties": False,
+    "properties": {
+        "type": {"const": "image_embeds"},
+        "image_embeds": {"type": "string", "pattern": "^[A-Za-z0-9+/]+={0,2}$"},
+        "uuid": {"type": "string"},
+    },
+}
 VLLM_REQUEST: dict[str, Any] = REQUEST | {
     "properties": {
         **REQUEST["properties"],
@@ -21,6 +42,7 @@ VLLM_REQUEST: dict[str, Any] = REQUEST | {
         "prompt_logprobs": {"type": "integer", "minimum": 0},
         "return_token_ids": {"type": "boolean"},
     },
+    "$defs": {"part": {"oneOf": [*REQUEST["$defs"]["part"]["oneOf"], EMBEDS_PART]}},
     # vLLM refuses the first together with the second, whose default is true; the last message is the assistant's.
     "dependentSchemas": {
         "continue_final_message": {
@@ -31,7 +53,7 @@ VLLM_REQUEST: dict[str, Any] = REQUEST | {
 }
 
 Lie = Literal[
-    "no_ids",
+    "no_ids",  # without a draft neither
     "no_logprobs",
     "fewer_logprobs",  # than tokens
     "no_ranks",
@@ -44,31 +66,63 @@ Lie = Literal[
 
 
 class VllmServer(ChatServer):
-    """lie: what it says wrongly of a draft; None: nothing. recut: it reads the beginning of a text as other tokens."""
+    """Its attributes may be changed at any time."""
 
     request_schema = VLLM_REQUEST
-    lie: Lie | None = None
-    recut = False
+    lie: Lie | None = None  # what it says wrongly of a draft
+    recut = False  # it reads the beginning of a text as other tokens
+    takes_embeds = True  # it was started with --enable-mm-embeds
+    ignores_embeds = False  # it leaves out parts that it does not know
+    image_tokens, width = IMAGE_TOKENS, WIDTH
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.models[0]["root"] = "hub/tiny"  # what it has loaded
+
+    def content_of(self, image: dict[str, Any]) -> bytes:
+        """Of image tokens: their file."""
+        if image["type"] != "image_embeds":
+            return super().content_of(image)
+        if not self.takes_embeds:
+            raise ValueError("You must set `--enable-mm-embeds` to input `image_embeds`")
+        tensor = embeds_of(image)
+        if tensor.ndim != 3 or len(tensor) != 1 or tensor.shape[2] != self.width or not tensor.is_floating_point():
+            raise ValueError(f"image_embeds {tensor.dtype} {list(tensor.shape)}, want [1, tokens, {self.width}]")
+        return base64.b64decode(image["image_embeds"])
+
+    def template_of(self, asked: Asked) -> list[int]:
+        """The beginning of its prompt."""
+        image = next(message for message in asked.body["messages"] if message["role"] == "user")["content"][-1]
+        if image["type"] != "image_embeds":
+            return template(self.image_tokens)
+        return template(0 if self.ignores_embeds else embeds_of(image).shape[1])
 
     def respond(self, asked: Asked, counts: dict[str, Any] | None) -> bytes:
-        body, own = asked.body, words(self.say(asked))
+        body, own, first = asked.body, words(self.say(asked)), self.template_of(asked)
         begun = words(body["messages"][-1]["content"]) if body.get("continue_final_message") else []
         rest = own[len(begun) :]
         written = rest[: body["max_tokens"]]
         ended = len(written) < body["max_tokens"] or written == rest == []
-        counts = counts and usage(len(TEMPLATE) + len(begun), len(written) + ended)
+        counts = counts and usage(len(first) + len(begun), len(written) + ended)
         said = json.loads(completion("".join(written), counts))
         said["choices"][0]["finish_reason"] = "stop" if ended else "length"
         if body.get("return_token_ids"):
             tokens = [token_of(word) + self.recut * ("prompt_logprobs" not in body) for word in begun]
-            said["prompt_token_ids"] = TEMPLATE + tokens
+            said["prompt_token_ids"] = first + tokens
             said["choices"][0]["token_ids"] = [token_of(word) for word in written]
         if "prompt_logprobs" in body:
-            said["prompt_logprobs"] = [None, *({str(token): logprob("<x>", 1)} for token in TEMPLATE[1:])]
+            said["prompt_logprobs"] = [None, *({str(token): logprob("<x>", 1)} for token in first[1:])]
             said["prompt_logprobs"] += [position(word, own, n) for n, word in enumerate(begun)]
-        if begun and self.lie:
+        if self.lie and (begun or self.lie == "no_ids"):
             tell(said, self.lie, len(begun))
         return json.dumps(said).encode()
+
+
+def embeds_of(image: dict[str, Any]) -> Any:
+    """The tensor of a part with image tokens, as vLLM reads it."""
+    import torch
+
+    return torch.load(io.BytesIO(base64.b64decode(image["image_embeds"], validate=True)), weights_only=True)
 
 
 def words(text: str) -> list[str]:
@@ -95,7 +149,7 @@ def tell(said: dict[str, Any], lie: Lie, draft_words: int) -> None:
     positions = said.get("prompt_logprobs", [])
     drafted = [entry for position in positions[-draft_words:] for entry in position.values()] if positions else []
     if lie == "no_ids":
-        del said["prompt_token_ids"]
+        said.pop("prompt_token_ids", None)
     elif lie == "no_logprobs":
         said["prompt_logprobs"] = None
     elif lie == "odd_logprobs":

@@ -77,9 +77,12 @@ class Completion(Struct):
 
 
 def messages(prompt: Prompt, job: PictureJob) -> list[Message]:
-    """The prompt and the pictures, the job's last."""
-    pictures = [*((earlier.media_type, earlier.picture) for earlier in job.earlier), (job.media_type, job.picture)]
-    content: list[Message] = [{"type": "text", "text": words(prompt, job)}, *(_image(*each) for each in pictures)]
+    """The prompt and the pictures, the job's last; vLLM takes image tokens in its place."""
+    last = _image(job.media_type, job.picture)
+    if job.image_tokens is not None:
+        last = {"type": "image_embeds", "image_embeds": job.image_tokens}
+    pictures = [*(_image(earlier.media_type, earlier.picture) for earlier in job.earlier), last]
+    content: list[Message] = [{"type": "text", "text": words(prompt, job)}, *pictures]
     asked: list[Message] = [{"role": "user", "content": content}]
     return [{"role": "system", "content": prompt.system}, *asked] if prompt.system else asked
 

@@ -10,15 +10,12 @@ import numpy as np
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.picture_checks import decode_picture
-from edge_runtime.wire import ContentKind
-from server.accepted import Accepted
 from server.config import HuggingFaceConfig
 from server.prompts import Prompt
 from server.targets.huggingface import MAX_TOKENS, HuggingFaceTarget
-from server.targets.huggingface_features import FeatureReader
 from server.targets.huggingface_prompts import Job, PromptError
-from server.targets.prompted import PromptedTarget, objection, words
-from server.targets.target import Abilities, Answer, Limits, PictureJob, Verified, picture_job
+from server.targets.prompted import Features, PromptedTarget, objection, words
+from server.targets.target import Abilities, Answer, Limits, PictureJob, Verified
 
 SILENT_S = 300.0  # of one pass: a large model reads several pictures on a CPU within it
 BLANK = np.zeros((224, 224, 3), np.uint8)
@@ -34,18 +31,16 @@ class PictureModel(PromptedTarget):
         bundle: Bundle | None = None,
         prompts: Mapping[str, Prompt] | None = None,
         max_batch: int = 1,
-        features: FeatureReader | None = None,
+        features: Features | None = None,
     ) -> None:
-        """bundle, prompts: see PromptedTarget. max_batch: requests in one pass, if the start test allows it.
-
-        features: of boards; None: only pictures are read.
+        """bundle, prompts, features: see PromptedTarget. max_batch: requests in one pass, if the start test allows it.
 
         Raises ConfigError, also for a prompt that this model cannot read.
         """
-        super().__init__(prompts, config.prompt, config.max_tokens, bundle)
+        super().__init__(prompts, config.prompt, config.max_tokens, bundle, features)
         if not model.takes_pictures:
             raise ConfigError(f"{model.loaded.name} takes no pictures: want an image-text-to-text model")
-        self.model, self.features = model, features
+        self.model = model
         self.limits = Limits(batch=max_batch if model.proof.batches else 1, silent_s=SILENT_S)
         for name, prompt in self._prompts.items():
             self._try(name, prompt)
@@ -78,20 +73,8 @@ class PictureModel(PromptedTarget):
         # Nobody wants a draft of a JSON object.
         takes_drafts = uses_drafts and self._bundle is not None and self._prompts[self._usual].schema is None
         name = f"hf:{self.model.loaded.name}"
-        return Abilities(
-            name,
-            verified,
-            bundles=(self.features.bundle.id,) if self.features else (),
-            drafts=takes_drafts,
-            references=self.features is not None and self.features.bundle.inter_tables is not None,
-            prompts=tuple(sorted(self._prompts)),
-        )
-
-    def job(self, accepted: Accepted) -> PictureJob:
-        if not self.features or accepted.request.content_kind is not ContentKind.LATENT:
-            return super().job(accepted)
-        # Earlier frames are not kept: a prompt that shows several pictures is asked about this one.
-        return picture_job(accepted, self._bundle, self.features.tokens(accepted))
+        prompts = tuple(sorted(self._prompts))
+        return self._with_features(Abilities(name, verified, drafts=takes_drafts, prompts=prompts))
 
     def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
         first = self._written([self._asked(job) for job in jobs])

@@ -133,7 +133,7 @@ class OpenAITarget(PromptedTarget):
 
     def _plain(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob) -> Answer:
         """The answer without a draft."""
-        return self._ask(self._body(asked, job), job.deadline)
+        return self._ask(self._body(asked, job), job)
 
     def _answer_of(self, completion: chat.Completion, usage: Usage | None, started: float) -> Answer:
         accepted, rejected = completion.prediction
@@ -146,19 +146,23 @@ class OpenAITarget(PromptedTarget):
             usage=usage,
         )
 
-    def _ask(self, body: bytes, deadline: float) -> Answer:
+    def _refused(self, error: CallError, job: PictureJob) -> Answer:
+        """The answer after a failure that no further try can mend."""
+        return Answer(error=str(error))
+
+    def _ask(self, body: bytes, job: PictureJob) -> Answer:
         """The first text, after as many tries as it takes."""
         started, tries = time.monotonic(), 0
         while True:
             tries += 1
             try:
-                completion, usage = self.calls.ask(body, deadline)
+                completion, usage = self.calls.ask(body, job.deadline)
             except CallError as error:
                 self.calls.count(error.kind)
                 wait_s = self.calls.wait_s(error, tries)
                 if error.kind in PERMANENT:
-                    return Answer(error=str(error))
-                if error.kind not in TEMPORARY or tries == TRIES or not self.calls.wait(wait_s, deadline):
+                    return self._refused(error, job)
+                if error.kind not in TEMPORARY or tries == TRIES or not self.calls.wait(wait_s, job.deadline):
                     return Answer(error=str(error), retry_after_ms=max(BUSY_RETRY_MS, math.ceil(1e3 * wait_s)))
                 self.calls.count("retried")
             else:

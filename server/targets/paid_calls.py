@@ -96,7 +96,7 @@ class PaidCalls:
             raise CallError("over_budget", "the budget of the day is spent: another server may answer")
         cost = set_aside  # until it is known
         try:
-            completion = chat.read(self._call(body, deadline), may_be_empty)
+            completion = chat.read(self._call(deadline, "/chat/completions", body), may_be_empty)
             if counts := completion.counts:
                 cost = self._config.cost(counts.prompt_tokens, counts.completion_tokens)
         except CallError as error:
@@ -106,7 +106,11 @@ class PaidCalls:
             self._spending.end(set_aside, cost, self._wall_clock())
         return completion, self._usage(completion, cost)
 
-    def _call(self, body: bytes, deadline: float) -> bytes:
+    def models(self, deadline: float) -> bytes:
+        """The other server's list of its models, which costs nothing. Raises CallError."""
+        return self._call(deadline, "/models")
+
+    def _call(self, deadline: float, path: str, body: bytes | None = None) -> bytes:
         """Raises CallError."""
         try:
             key = self._config.key()  # read each time: it may be replaced while the server runs
@@ -114,7 +118,9 @@ class PaidCalls:
             raise CallError("no_connection", str(error)) from error
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout_s = max(0.001, min(self._config.timeout_s, deadline - time.monotonic()))
-        return self.endpoint.post("/chat/completions", body, headers, timeout_s)
+        if body is None:
+            return self.endpoint.get(path, headers, timeout_s)
+        return self.endpoint.post(path, body, headers, timeout_s)
 
     def wait_s(self, error: CallError, tries: int) -> float:
         """Before the next try. If the other server says how long, all calls wait."""

@@ -8,32 +8,48 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, Protocol
 
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.wire import CheckedObject, Usage
+from edge_runtime.wire import CheckedObject, ContentKind, Usage
 from edge_runtime.wire.envelope import MAX_UINT32
 from server.accepted import Accepted
 from server.answer_schema import AnswerError, AnswerSchema
 from server.prompts import Prompt, read_prompts
 from server.targets.recent_pictures import RecentPictures
-from server.targets.target import Answer, PictureJob, Target, picture_job
+from server.targets.target import Abilities, Answer, PictureJob, Target, picture_job
 
 REPLY_S = 1.0  # before the deadline, for the reply's way to the board
+
+
+class Features(Protocol):
+    """Turns features of boards into image tokens for a model."""
+
+    bundle: Bundle  # whose latents it reads
+
+    def tokens(self, accepted: Accepted) -> Any:
+        """`PictureJob.image_tokens` of a request with a latent. Raises BitstreamError and FeaturesError."""
 
 
 class PromptedTarget(Target[PictureJob]):
     """Shows a model the pictures of a camera and asks it in the words of a prompt."""
 
     def __init__(
-        self, prompts: Mapping[str, Prompt] | None, usual: str, max_tokens: int, bundle: Bundle | None = None
+        self,
+        prompts: Mapping[str, Prompt] | None,
+        usual: str,
+        max_tokens: int,
+        bundle: Bundle | None = None,
+        features: Features | None = None,
     ) -> None:
         """prompts: by name; None: `door` alone. usual: the name of the prompt for requests that name none.
 
         max_tokens: longest text of a prompt that does not say. bundle: whose vocabulary spells the drafts; None: drafts
-        are not used.
+        are not used. features: of boards; None: only pictures are read.
         """
         self._prompts = read_prompts({}) if prompts is None else prompts
         self._usual, self._max_tokens, self._bundle = usual, max_tokens, bundle
+        self.features = features
         self._recent = RecentPictures()
         self._shows_several = any(prompt.frames > 1 for prompt in self._prompts.values())
 
@@ -44,7 +60,17 @@ class PromptedTarget(Target[PictureJob]):
     def _count(self, what: str) -> None:
         """Of checked answers: `repair`, `invalid`."""
 
+    def _with_features(self, can: Abilities) -> Abilities:
+        """The same, and the latents that `features` reads."""
+        if self.features is None:
+            return can
+        bundle = self.features.bundle
+        return replace(can, bundles=(bundle.id,), references=bundle.inter_tables is not None)
+
     def job(self, accepted: Accepted) -> PictureJob:
+        if self.features and accepted.request.content_kind is ContentKind.LATENT:
+            # Earlier frames are not kept: a prompt that shows several pictures is asked about this one.
+            return picture_job(accepted, self._bundle, self.features.tokens(accepted))
         job, options = picture_job(accepted, self._bundle), accepted.request.options
         # To a tier above, all boards of an edge server are one: their cameras cannot be told apart.
         if not self._shows_several or (options and options.via):

@@ -12,6 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.wire import CheckedObject, ContentKind, Usage
 from server.accepted import Accepted
@@ -23,6 +24,10 @@ MediaType = Literal["image/jpeg", "image/webp"]
 Verified = Literal["strict", "server", "none"]
 
 Job = TypeVar("Job")
+
+
+class FeaturesError(AiflowError):
+    """Features of boards that cannot be given to another model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,9 @@ class PictureJob:
     max_tokens: int | None = None  # longest text, as the request wants it
     prompt: str = ""  # name of one of the target's prompts; empty: its usual one
     earlier: tuple[EarlierPicture, ...] = ()  # the oldest first; for a prompt that shows several pictures
-    image_tokens: Any = None  # of a latent: what the model's tower would have made of the picture, Tensor [N, D]
+    image_tokens: Any = (
+        None  # of a latent: what the model's tower would have made of the picture: a Tensor [N, D], or that as a text
+    )
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,10 @@ class Target(ABC, Generic[Job]):
 
     @abstractmethod
     def job(self, accepted: Accepted) -> Job:
-        """What `answer` needs of a request that the abilities allow. Raises WireError for unreadable content."""
+        """What `answer` needs of a request that the abilities allow.
+
+        Raises WireError for unreadable content, and FeaturesError.
+        """
 
     @abstractmethod
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:

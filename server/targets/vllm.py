@@ -6,6 +6,10 @@ it is the one that the model would have written (rank 1). The draft is accepted 
 the model continues from there, unless the text ends.
 
 Whether a server does that with pictures is not read from its version: a probe writes a text and has it verified.
+
+With a tail of `aiflow distil` it also answers features: their image tokens go in the place of a picture
+(image_embeds.py). vLLM's documentation warns that its engine may crash if their shape is wrong. So a second probe first
+asks what cannot hurt: which model this is, and how many tokens a picture has in it.
 """
 
 import logging
@@ -13,19 +17,25 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import groupby
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import msgspec
 import numpy as np
 
-from edge_runtime.http_call import PERMANENT, CallError
+from edge_runtime.errors import AiflowError
+from edge_runtime.http_call import PERMANENT, CallError, Kind
 from edge_runtime.wire import Usage
 from server.prompts import Prompt
 from server.targets import chat
-from server.targets.openai import DraftError, OpenAITarget
+from server.targets.openai import BUSY_RETRY_MS, DraftError, OpenAITarget
 from server.targets.prompted import added
-from server.targets.target import Abilities, Answer, PictureJob
+from server.targets.target import Abilities, Answer, FeaturesError, PictureJob
+
+if TYPE_CHECKING:
+    from server.targets.image_embeds import ImageEmbeds
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +44,16 @@ PROBE_TOKENS = 16  # of its text
 PROBE_AGAIN_S = 30.0  # after a try that showed nothing, since the other server did not answer
 PROBE_PIXELS = np.linspace(0, 255, 224 * 224 * 3).astype(np.uint8).reshape(224, 224, 3)
 WRONG_DRAFT = "zebra zebra zebra zebra"
+BAD_REQUEST = 400  # how vLLM refuses a part that it does not take
+
+
+class _Model(msgspec.Struct):
+    id: str
+    root: str | None = None  # name or folder that it was loaded from
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
 
 
 class _Logprob(msgspec.Struct):
@@ -87,26 +107,30 @@ def verdict(completion: chat.Completion, draft: str) -> Verdict:
 
 
 class VllmTarget(OpenAITarget):
-    """Starts to probe the other server at once, on a thread of its own, if there is a bundle that spells drafts."""
+    """Starts to probe the other server at once, on a thread of its own, if it may get drafts or features."""
 
     kind = "vllm"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As OpenAITarget."""
+    def __init__(self, *args: Any, features: "ImageEmbeds | None" = None, **kwargs: Any) -> None:
+        """As OpenAITarget. features: of boards; None: only pictures are read."""
         super().__init__(*args, **kwargs)
-        self._takes_drafts = False  # until the probe has shown it
-        if self._bundle and self._prompts[self.config.prompt].schema is None:
+        self._takes_drafts = self._takes_features = False  # until the probe has shown it
+        self.features = self._embeds = features
+        self._may_take_drafts = self._bundle is not None and self._prompts[self.config.prompt].schema is None
+        if self._may_take_drafts or features:
             threading.Thread(target=self._probe_until_known, name="probe", daemon=True).start()
 
     @property
     def abilities(self) -> Abilities:
         can = super().abilities
-        return replace(can, verified="server" if can.drafts else "none")
+        can = replace(can, verified="server" if can.drafts else "none")
+        return self._with_features(can) if self._takes_features else can
 
-    # ---- the probe ----
+    # ---- the probes ----
 
     def _probe_until_known(self) -> None:
-        while not self.probe() and not self.calls.stop.wait(PROBE_AGAIN_S):
+        probes = [self.probe] * self._may_take_drafts + [self.probe_features] * (self._embeds is not None)
+        while (probes := [probe for probe in probes if not probe()]) and not self.calls.stop.wait(PROBE_AGAIN_S):
             pass
 
     def probe(self) -> bool:
@@ -137,7 +161,73 @@ class VllmTarget(OpenAITarget):
             logger.info("drafts are verified by the other server target=%s", self.abilities.name)
         return True
 
+    def probe_features(self) -> bool:
+        """Whether it is known now if image tokens are taken: the prompt is as long as with a picture."""
+        assert self._embeds is not None
+        record = self._embeds.record
+        hopeless: frozenset[Kind] = PERMANENT
+        picture = cv2.imencode(".jpg", cv2.resize(PROBE_PIXELS, (record.pixels, record.pixels)))[1].tobytes()
+        job = PictureJob(picture, "image/jpeg", PROBE_PIXELS, time.monotonic() + self.config.timeout_s)
+        try:
+            self._check_model(record.target, job.deadline)
+            seen = self._read_prompt(job)
+            if (run := max((len(list(same)) for _, same in groupby(seen)), default=0)) != record.tokens:
+                raise FeaturesError(
+                    f"the tail makes {record.tokens} tokens, and a picture of {record.pixels} x {record.pixels} has "
+                    f"{run} there: want the same preprocessor_config.json, or run `aiflow distil` again"
+                )
+            hopeless = PERMANENT | {"cut_off", "server_error"}  # as of an engine that crashed, and would again
+            read = self._read_prompt(replace(job, image_tokens=self._embeds.mean()))
+            if read != seen:
+                raise FeaturesError(f"{len(read)} tokens in a prompt with image tokens, {len(seen)} with a picture")
+        except (CallError, FeaturesError) as error:
+            if isinstance(error, CallError):
+                self.calls.count(error.kind)
+                if error.kind not in hopeless:
+                    return False
+            self._refuse_features(error)
+            return True
+        self._takes_features = True
+        logger.info("features are taken by the other server target=%s", self.abilities.name)
+        return True
+
+    def _check_model(self, wanted: str, deadline: float) -> None:
+        """Raises FeaturesError if it serves another model than the one that the tail was made for, and CallError."""
+        try:
+            known = msgspec.json.decode(self.calls.models(deadline), type=_Models).data
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            raise FeaturesError(f"its list of models is none: {error}") from error
+        roots = [model.root or model.id for model in known if model.id == self.config.model]
+        if not any(PurePath(root).name == PurePath(wanted).name for root in roots):
+            raise FeaturesError(
+                f"the tail was made for {wanted}, and {self.config.model} there is {', '.join(roots) or 'not known'}: "
+                "want the same name or folder name, or run `aiflow distil` for that model"
+            )
+
+    def _read_prompt(self, job: PictureJob) -> list[int]:
+        """The tokens of the usual prompt and a picture. Raises CallError and FeaturesError."""
+        prompt = self._prompts[self.config.prompt]
+        body = chat.body(self.config.model, chat.messages(prompt, job), prompt, 1, return_token_ids=True)
+        completion, _ = self.calls.ask(body, job.deadline, may_be_empty=True)
+        try:
+            return msgspec.convert(completion.prompt_token_ids, list[int])
+        except msgspec.ValidationError as error:
+            raise FeaturesError(f"no prompt_token_ids as vLLM has them: {error}") from error
+
+    def _refuse_features(self, error: AiflowError) -> None:
+        self.calls.count("features_refused")
+        self._takes_features = False
+        logger.warning(
+            "pictures only for the other server until this one starts again target=%s why=%s", self._url, error
+        )
+
     # ---- one request ----
+
+    def _refused(self, error: CallError, job: PictureJob) -> Answer:
+        if job.image_tokens is None or error.status != BAD_REQUEST:
+            return super()._refused(error, job)
+        self._refuse_features(error)
+        return Answer(error=str(error), retry_after_ms=BUSY_RETRY_MS)  # a picture, or another server, may do
 
     def _plain(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob) -> Answer:
         answer = super()._plain(asked, prompt, job)
