@@ -122,7 +122,9 @@ class OpenAITarget(PromptedTarget):
     def _refuse_drafts(self, what: str, error: AiflowError) -> None:
         self.calls.count(what)
         self._takes_drafts = False
-        logger.warning("no more drafts for the other server until this one starts again target=%s why=%s", what, error)
+        logger.warning(
+            "no more drafts for the other server until this one starts again target=%s why=%s", self._url, error
+        )
 
     def _with_draft(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob, draft: str) -> Answer | None:
         """The answer by way of the draft; None: there is none. Raises CallError and DraftError."""
