@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="thousands of photos like those of the cameras; they need no captions",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="the folder for `tail` in [hf] of a server"
+        "--out", type=Path, required=True, metavar="FOLDER", help="the folder for `tail` in [hf] or [vllm] of a server"
     )
     parser.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="the boards' (default: the shipped bundle)")
     parser.add_argument(

@@ -25,6 +25,13 @@ def test_its_server_works_as_it_stands() -> None:
     assert config.server.bundle is None
 
 
+def test_its_server_with_a_tail_works_as_it_stands() -> None:
+    blocks = [block for block in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL) if "\n[vllm]\n" in block]
+    (config,) = (convert(Path("server.toml"), msgspec.toml.decode(block), Config) for block in blocks)
+    config.check_target()
+    assert (config.tail, config.server.target) == ("llava-tail", "vllm:http://127.0.0.1:8000/v1")
+
+
 def test_its_addresses_are_targets() -> None:
     addresses = re.findall(r"`((?:openai|vllm):http[^`]*)`", PAGE)
     assert len(addresses) == 3
