@@ -35,5 +35,5 @@ def encoded(tokens: Tensor) -> str:
     bfloat16 has the range of float32 in half of its bytes, and vLLM converts it to the type that its model computes in.
     """
     file = io.BytesIO()
-    torch.save(tokens[None].to("cpu", torch.bfloat16, copy=True), file)  # a view would be saved with all that it views
+    torch.save(tokens[None].to("cpu", torch.bfloat16), file)
     return base64.b64encode(file.getvalue()).decode()

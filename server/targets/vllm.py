@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from edge_runtime.errors import AiflowError
-from edge_runtime.http_call import PERMANENT, CallError, Kind
+from edge_runtime.http_call import PERMANENT, CallError
 from edge_runtime.wire import Usage
 from server.prompts import Prompt
 from server.targets import chat
@@ -165,7 +165,6 @@ class VllmTarget(OpenAITarget):
         """Whether it is known now if image tokens are taken: the prompt is as long as with a picture."""
         assert self._embeds is not None
         record = self._embeds.record
-        hopeless: frozenset[Kind] = PERMANENT
         picture = cv2.imencode(".jpg", cv2.resize(PROBE_PIXELS, (record.pixels, record.pixels)))[1].tobytes()
         job = PictureJob(picture, "image/jpeg", PROBE_PIXELS, time.monotonic() + self.config.timeout_s)
         try:
@@ -176,15 +175,15 @@ class VllmTarget(OpenAITarget):
                     f"the tail makes {record.tokens} tokens, and a picture of {record.pixels} x {record.pixels} has "
                     f"{run} there: want the same preprocessor_config.json, or run `aiflow distil` again"
                 )
-            hopeless = PERMANENT | {"cut_off", "server_error"}  # as of an engine that crashed, and would again
-            read = self._read_prompt(replace(job, image_tokens=self._embeds.mean()))
+            read = self._read_mean(job, self._embeds)
             if read != seen:
                 raise FeaturesError(f"{len(read)} tokens in a prompt with image tokens, {len(seen)} with a picture")
-        except (CallError, FeaturesError) as error:
-            if isinstance(error, CallError):
-                self.calls.count(error.kind)
-                if error.kind not in hopeless:
-                    return False
+        except CallError as error:
+            self.calls.count(error.kind)
+            if error.kind in PERMANENT:
+                self._refuse_features(error)
+            return error.kind in PERMANENT
+        except FeaturesError as error:
             self._refuse_features(error)
             return True
         self._takes_features = True
@@ -203,6 +202,20 @@ class VllmTarget(OpenAITarget):
                 f"the tail was made for {wanted}, and {self.config.model} there is {', '.join(roots) or 'not known'}: "
                 "want the same name or folder name, or run `aiflow distil` for that model"
             )
+
+    def _read_mean(self, job: PictureJob, embeds: "ImageEmbeds") -> list[int]:
+        """The tokens of a prompt with image tokens. Raises CallError if a later try may do, and FeaturesError."""
+        try:
+            return self._read_prompt(replace(job, image_tokens=embeds.mean()))
+        except CallError as error:
+            # After the last two, the engine may have crashed, and would again.
+            if error.kind not in PERMANENT | {"cut_off", "server_error"}:
+                raise
+            self.calls.count(error.kind)
+            raise FeaturesError(
+                f"it does not take image tokens of {embeds.record.width} numbers ({error}): start vLLM with "
+                "--enable-mm-embeds and a model of this width that takes image_embeds"
+            ) from error
 
     def _read_prompt(self, job: PictureJob) -> list[int]:
         """The tokens of the usual prompt and a picture. Raises CallError and FeaturesError."""

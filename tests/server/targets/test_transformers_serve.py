@@ -7,8 +7,6 @@ as here: `pip install 'transformers[serving]==5.24.0' torch torchvision`.
 import base64
 import json
 import os
-import re
-import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from server.prompts import QUESTION
 from tests.brokers import Mosquitto
 from tests.listener import Listener
 from tests.server.boards import PATIENCE_S, board_of
+from tests.server.targets.real_servers import serving
 from tests.server.targets.test_vllm_features import Site
 from tests.server.targets.tiny_models import llava
 
@@ -72,24 +71,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     (folder / "generation_config.json").write_text(json.dumps(settings | {"min_new_tokens": 4}))  # no empty texts
     code = "from transformers.cli.transformers import main; main()"
     options = ["--host", "127.0.0.1", "--port", "0", "--device", "cpu", "--log-level", "info"]
-    command = [PYTHON, "-c", code, "serve", str(folder), *options]
-    said: list[str] = []
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    ) as process:
-        try:
-            for line in process.stderr:
-                said.append(line)
-                if found := re.search(r"running on (http://[\d.:]+)", line):
-                    break
-            else:
-                pytest.fail("".join(said))
-            reading = threading.Thread(target=process.stderr.read)  # else it waits when the pipe is full
-            reading.start()
-            yield Served(f"{found[1]}/v1", str(folder))
-        finally:
-            process.terminate()
-        reading.join(PATIENCE_S)
+    with serving([PYTHON, "-c", code, "serve", str(folder), *options], r"running on (http://[\d.:]+)") as found:
+        yield Served(f"{found[1]}/v1", str(folder))
 
 
 @pytest.mark.timeout(600)
@@ -129,8 +112,7 @@ def test_a_boards_pictures_become_events_with_its_texts(
 
 @pytest.mark.timeout(600)
 def test_the_probes_of_vllm_find_that_it_is_another_server(served: Served, bundle: Bundle, tmp_path: Path) -> None:
-    site = Site(served, bundle, tmp_path, target="hub/tiny")
-    site.target.config = OpenAIConfig(served.model)
+    site = Site(served.url, bundle, tmp_path, served.model)
     assert site.target.probe()
     assert site.target.probe_features()
     can = site.target.abilities

@@ -80,10 +80,10 @@ class Target(VllmTarget):
 class Site:
     """A server without a broker, and a board."""
 
-    def __init__(self, other: VllmServer, bundle: Bundle, folder: Path, **tail: object) -> None:
+    def __init__(self, url: str, bundle: Bundle, folder: Path, model: str = "fake", **tail: object) -> None:
         self.bundle, self.reader = bundle, load_features(write_tail(folder, bundle, **tail), bundle, "cpu", 1)
         embeds, prompts = ImageEmbeds(self.reader), read_prompts({})
-        self.target = Target(other.url, OpenAIConfig("fake"), prompts=prompts, bundle=bundle, features=embeds)
+        self.target = Target(url, OpenAIConfig(model), prompts=prompts, bundle=bundle, features=embeds)
         self.service, self.lane = Service(ServerConfig("s1", target="vllm:x"), self.target, ReplyCache()), Lane()
 
     def ask(self, *requests: object) -> list:
@@ -111,7 +111,7 @@ class Site:
 @pytest.fixture
 def site(other: VllmServer, bundle: Bundle, tmp_path: Path) -> Site:
     """It has probed the other server, whose calls count from here."""
-    site = Site(other, bundle, tmp_path / "tail")
+    site = Site(other.url, bundle, tmp_path / "tail")
     assert site.target.probe_features()
     other.asked.clear()
     return site
@@ -150,7 +150,7 @@ def test_a_draft_that_comes_with_features_is_verified(
 def test_features_are_offered_when_the_probe_has_shown_that_they_are_taken(
     other: VllmServer, bundle: Bundle, tmp_path: Path
 ) -> None:
-    site = Site(other, bundle, tmp_path)
+    site = Site(other.url, bundle, tmp_path)
     assert not site.service.status()["target"]["latents"]
     (early,) = site.ask(latent(bundle))
     assert early.status is Status.UNKNOWN_BUNDLE
@@ -174,8 +174,8 @@ REFUSED: dict[str, tuple[Callable[[VllmServer], object], dict[str, object], str,
     "not its model": (lambda other: other.models.clear(), {}, "fake there is not known", 0),
     "models of no kind": (lambda other: setattr(other, "models", "html"), {}, "list of models is none", 0),
     "another count": (lambda other: None, {"tokens": 9}, "makes 9 tokens, and a picture of 96 x 96 has 4 there", 1),
-    "another width": (lambda other: None, {"width": 32}, "says 400", 1),
-    "no flag": (lambda other: setattr(other, "takes_embeds", False), {}, "says 400", 1),
+    "another width": (lambda other: None, {"width": 32}, "image tokens of 32 numbers .*says 400", 1),
+    "no flag": (lambda other: setattr(other, "takes_embeds", False), {}, "says 400.*with --enable-mm-embeds", 1),
     "ignored": (
         lambda other: setattr(other, "ignores_embeds", True),
         {},
@@ -198,7 +198,7 @@ def test_a_server_that_does_not_take_them_gets_pictures_only_and_the_log_says_wh
 ) -> None:
     spoil, tail, said, calls = REFUSED[case]
     spoil(other)
-    site = Site(other, bundle, tmp_path, **tail)
+    site = Site(other.url, bundle, tmp_path, **tail)
     with caplog.at_level(logging.WARNING):
         assert site.target.probe_features()
     assert caplog.text.count("pictures only") == 1
@@ -216,7 +216,7 @@ def test_a_server_that_does_not_take_them_gets_pictures_only_and_the_log_says_wh
 def test_a_server_that_is_away_is_probed_again(
     other: VllmServer, bundle: Bundle, tmp_path: Path, behaviour: Behaviour
 ) -> None:
-    site = Site(other, bundle, tmp_path)
+    site = Site(other.url, bundle, tmp_path)
     other.behave = lambda _: behaviour
     assert not site.target.probe_features()
     other.behave = lambda _: "answer"
