@@ -89,9 +89,13 @@ schema:  ## docs/event.schema.json and docs/ui-openapi.json, from the types in t
 	$(BIN)/python -m edge_runtime.wire.event_schema >docs/event.schema.json
 	$(BIN)/python -m firmware_tools.ui.openapi >docs/ui-openapi.json
 
-wheels: venv  ## dist/ with sdists and wheels: the board's part small, the server's part of the bundle apart
-	rm -f dist/*.whl dist/*.tar.gz
+# The signature of the shipped bundle is in the board's wheel. It is no part of the repository: its time is that of the build.
+wheels: venv  ## dist/ with sdists and wheels, the server's part of the bundle apart; KEY=signing.pem BUNDLE_VERSION=N signs
+	rm -f dist/*.whl dist/*.tar.gz models/zoo/*/bundle.sig
+	$(if $(KEY),for bundle in models/zoo/*/; do $(BIN)/aiflow bundle sign --key '$(KEY)' \
+	  --version '$(BUNDLE_VERSION)' $$bundle || exit 1; done,@echo 'The shipped bundle is NOT signed: no KEY=signing.pem')
 	for part in . models/zoo; do $(BIN)/python -m build --outdir dist $$part || exit 1; done
+	rm -f models/zoo/*/bundle.sig
 
 man: venv  ## build/aiflow.1, the manual page, from what `aiflow --help` says
 	mkdir -p build

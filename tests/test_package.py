@@ -1,7 +1,9 @@
 """What a wheel holds, asked of the build itself without building one."""
 
+import base64
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +11,15 @@ from pathlib import Path
 import pytest
 from setuptools import Distribution
 
+from edge_runtime.firmware.signature import SIGNATURE, new_key, verified
+
 ROOT = Path(__file__).parents[1]
 
 
 MODELS = ROOT / "models" / "zoo"  # the distribution of the server's part
 
 
-def packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+def packed(folder: Path, monkeypatch: pytest.MonkeyPatch, root: Path = ROOT) -> set[Path]:
     """The files that are no Python in the wheel of this folder, relative to the repository."""
     monkeypatch.chdir(folder)
     distribution = Distribution()
@@ -23,7 +27,7 @@ def packed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
     distribution.parse_config_files(found)
     build = distribution.get_command_obj("build_py")
     build.ensure_finalized()
-    return {(folder / source / name).relative_to(ROOT) for _, source, _, names in build.data_files for name in names}
+    return {(folder / source / name).relative_to(root) for _, source, _, names in build.data_files for name in names}
 
 
 def test_the_two_wheels_together_hold_the_shipped_bundle_and_a_board_installs_no_weights_of_pytorch(monkeypatch):
@@ -38,6 +42,38 @@ def test_the_two_wheels_together_hold_the_shipped_bundle_and_a_board_installs_no
     assert server == {file for file in whole if file.suffix == ".safetensors"}
     assert not board & server
     assert Path("edge_runtime", "py.typed") in board
+
+
+def test_the_shipped_bundle_is_signed_into_a_boards_wheel_if_there_is_a_key(tmp_path, monkeypatch):
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "models", tmp_path / "models")
+    shutil.copytree(ROOT / "edge_runtime", tmp_path / "edge_runtime")
+    private, public = new_key()
+    (tmp_path / "key").write_bytes(private)
+    (tmp_path / "bin").mkdir()
+    kept = tmp_path / SIGNATURE
+    scripts = {
+        "aiflow": f'PYTHONPATH={ROOT} exec {sys.executable} -m firmware_tools "$@"',
+        "python": f"cp models/zoo/*/{SIGNATURE} {kept} || true",  # builds nothing, which would need a network
+    }
+    for name, script in scripts.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    bundle = next(tmp_path.glob("models/zoo/*/manifest.json")).parent
+    (bundle / SIGNATURE).write_bytes(b"of an earlier build that was interrupted")
+
+    make = ["make", "--old-file=venv", "BIN=bin", "wheels"]
+    subprocess.run(make, cwd=tmp_path, check=True)
+    assert not kept.exists()
+    subprocess.run([*make, "KEY=key", "BUNDLE_VERSION=7"], cwd=tmp_path, check=True)
+    statement = verified(kept.read_bytes(), (base64.b64decode(public),))
+    assert (statement.name, statement.version) == (bundle.name, 7)
+    assert not (bundle / SIGNATURE).exists()  # a later build would pack it
+    shutil.move(kept, bundle)
+    signature = bundle.relative_to(tmp_path) / SIGNATURE
+    assert signature in packed(tmp_path, monkeypatch, tmp_path)
+    assert signature not in packed(tmp_path / "models" / "zoo", monkeypatch, tmp_path)
 
 
 def test_the_extra_of_a_server_wants_the_models_of_this_checkout():
