@@ -1,22 +1,26 @@
-"""What live cameras cost a board in CPU time and memory: with all frames converted, with only those that are due, and
-with OpenCV in a process of its own for each camera, as the runtime does.
+"""What live cameras cost a board in CPU time and memory: with all frames converted, with only those that are due, with
+OpenCV in a process of its own for each camera, as the runtime does, and all processes of a board that also answers.
 
 The cameras are a process of their own, which serves frames of 1920 x 1080 pixels over HTTP: as MJPEG, which the runtime
 reads without OpenCV, and as a video that OpenCV decodes (MPEG-4, as its wheels cannot encode H.264). Each way to read
-them is a fresh process. They read for the same time, one after the other.
+them is a fresh process. They read for the same time, one after the other, in several rounds. The board has no server.
+A second scene has noise and no motion: a board with a motion gate answers none of its frames.
 """
 
 import itertools
 import json
 import mmap
 import queue
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle, islice
 from math import inf
@@ -31,42 +35,91 @@ from numpy.typing import NDArray
 from edge_runtime.capture import Counters
 from edge_runtime.capture.live import live_frames
 from edge_runtime.config import CameraConfig
+from edge_runtime.inference.bundle import Bundle
 from edge_runtime.shutdown import threads_in_driver
+from testbed.broker import start_embedded
+from testbed.processes import AiflowProcess
 
 SIZE = 1920, 1080
 FPS = 15
 VIEWS = 30  # different frames, which repeat
 SPARE_S = 15.0  # of the streams, for opening them
+ROUNDS = 3  # the ways take turns, since other work on the machine changes the cost of all
+NOISE = 2.0  # standard deviation of the scene without motion, of 255
+PATIENCE_S = 60.0
 BOUNDARY = b"frame"
 COMMAND = [sys.executable, "-m", "benchmarks.capture"]
 ROOT = Path(__file__).parents[1]
 
 
-def run(pictures: Sequence[NDArray[np.uint8]], interval_s: float, seconds: float, cameras: int) -> dict[str, Any]:
+def run(
+    bundle: Bundle, pictures: Sequence[NDArray[np.uint8]], interval_s: float, seconds: float, cameras: int
+) -> dict[str, Any]:
     """Figures by kind of stream. pictures: uint8 RGB [H, W, 3]. interval_s: of the frames that are due."""
+    count = round(FPS * (seconds + SPARE_S))
+    figures: dict[str, Any] = {"cameras": cameras, "interval_s": interval_s}
     with tempfile.TemporaryDirectory() as folder:
-        count = round(FPS * (seconds + SPARE_S))
-        _write_streams(Path(folder), pictures, count)
-        return {
-            "cameras": cameras,
-            "interval_s": interval_s,
-            **{
-                kind: _compare(Path(folder) / name, count, [str(v) for v in (interval_s, seconds, cameras)])
-                for kind, name in STREAMS.items()
-            },
-        }
-
-
-def _compare(stream: Path, count: int, arguments: list[str]) -> dict[str, float]:
-    """CPU milliseconds per frame of a stream, their ratio to the first way, and memory in MB, by way to read it."""
-    figures: dict[str, float] = {}
-    with _served(stream, count) as url:
-        for way in WAYS:
-            read = subprocess.run([*COMMAND, way, url, *arguments], stdout=subprocess.PIPE, cwd=ROOT, check=True)
-            figures |= {f"{way}_{name}": value for name, value in json.loads(read.stdout).items()}
-    for way in list(WAYS)[1:]:
-        figures[f"{way}_ratio"] = round(figures[f"{way}_ms"] / figures[f"{next(iter(WAYS))}_ms"], 3)
+        board = partial(_board, bundle.path, interval_s=interval_s, seconds=seconds)
+        write_streams(Path(folder), pictures, count)
+        for kind, name in STREAMS.items():
+            with served(Path(folder, name), count) as url:
+                arguments = [url, *(str(value) for value in (interval_s, seconds, cameras))]
+                figures[kind] = _compare(arguments, partial(board, url, cameras=cameras))
+        write_streams(Path(folder), pictures, count, moves=False)
+        for kind, name in STREAMS.items():
+            with served(Path(folder, name), count) as url:
+                shares = [board(url, cameras=1, motion={"enabled": True})["ms"] * FPS / 1e3 for _ in range(ROUNDS)]
+            figures[kind]["still_board_cpu_share"] = round(statistics.median(shares), 4)
     return figures
+
+
+def _compare(arguments: list[str], board: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """CPU milliseconds per frame of a stream, their ratio to the first way, and memory in MB, by way to read it."""
+    figures = defaultdict[str, list[float]](list)
+    for _ in range(ROUNDS):
+        first_ms = 0.0
+        for way in [*WAYS, "whole_board"]:
+            found = board() if way == "whole_board" else _read_apart(way, arguments)
+            first_ms = first_ms or found["ms"]
+            for name, value in {**found, "ratio": found["ms"] / first_ms}.items():
+                figures[f"{way}_{name}"].append(value)
+    return {name: round(statistics.median(values), 3) for name, values in figures.items()}
+
+
+def _read_apart(way: str, arguments: list[str]) -> dict[str, float]:
+    """What `_read` returns, in a process of its own."""
+    read = subprocess.run([*COMMAND, way, *arguments], stdout=subprocess.PIPE, cwd=ROOT, check=True)
+    return dict(json.loads(read.stdout))
+
+
+def _board(
+    bundle: Path, url: str, interval_s: float, seconds: float, cameras: int, motion: dict[str, bool] | None = None
+) -> dict[str, float]:
+    """The same of `aiflow run` with its processes, from the time on when all cameras are live."""
+    more = {"interval_s": interval_s, "motion": motion or {}}
+    tables: dict[str, Any] = {
+        "board": {"id": "board", "bundle": str(bundle), "backend": "onnx", "threads": 1, "paradigm": "device"},
+        "cameras": [{"name": f"camera-{number}", "source": url, **more} for number in range(cameras)],
+    }
+    with start_embedded() as port, tempfile.TemporaryDirectory() as folder:
+        process = AiflowProcess("run", {**tables, "mqtt": {"port": port}}, Path(folder))
+        with process:
+            wait_live(process, cameras)
+            board = psutil.Process(process.pid)
+            processes = [board, *board.children(recursive=True)]
+            cpu_s, started = sum(map(_cpu_s, processes)), time.monotonic()
+            time.sleep(seconds)
+            cpu_s, taken_s = sum(map(_cpu_s, processes)) - cpu_s, time.monotonic() - started
+            memory = sum(one.memory_full_info().pss for one in processes)
+    return {"ms": 1e3 * cpu_s / (FPS * taken_s * cameras), "mb": memory / 1e6}
+
+
+def wait_live(board: AiflowProcess, cameras: int) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while board.said().count("camera live") < cameras:
+        board.check_running()
+        assert time.monotonic() < end, board.said()
+        time.sleep(0.05)
 
 
 # ---- reading ----
@@ -143,11 +196,16 @@ WAYS: dict[str, Callable[[str, threading.Event, Counters, float], Iterator[NDArr
 STREAMS = {"mjpeg": "camera.mjpg", "video": "camera.mkv"}
 
 
-def _write_streams(folder: Path, pictures: Sequence[NDArray[np.uint8]], count: int) -> None:
-    """The bytes of both streams, `count` frames each: a moving section of a photo, as from a camera that turns."""
+def write_streams(folder: Path, pictures: Sequence[NDArray[np.uint8]], count: int, moves: bool = True) -> None:
+    """The bytes of both streams, `count` frames each: a section of a photo. It moves, as from a camera that turns, or
+    it has noise only.
+    """
     large = cv2.resize(pictures[0], (SIZE[0] + 8 * VIEWS, SIZE[1]), interpolation=cv2.INTER_CUBIC)
-    sections = (large[:, 8 * number :][:, : SIZE[0]] for number in range(VIEWS))
+    sections = (large[:, 8 * number * moves :][:, : SIZE[0]] for number in range(VIEWS))
     views = [cv2.cvtColor(np.ascontiguousarray(section), cv2.COLOR_RGB2BGR) for section in sections]
+    if not moves:
+        rng = np.random.default_rng(0)
+        views = [np.clip(view + rng.normal(0, NOISE, view.shape), 0, 255).astype(np.uint8) for view in views]
     fourcc = cv2.VideoWriter.fourcc(*"mp4v")
     writer = cv2.VideoWriter(str(folder / STREAMS["video"]), fourcc, FPS, SIZE)
     for view in islice(cycle(views), count):
@@ -161,7 +219,7 @@ def _write_streams(folder: Path, pictures: Sequence[NDArray[np.uint8]], count: i
 
 
 @contextmanager
-def _served(stream: Path, count: int) -> Iterator[str]:
+def served(stream: Path, count: int) -> Iterator[str]:
     """The address of a process that serves the stream at its own rate."""
     command = [*COMMAND, "serve", str(stream), str(count)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, cwd=ROOT, text=True) as process:

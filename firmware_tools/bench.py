@@ -25,7 +25,8 @@ BACKENDS = ("onnx", "litert")
 PARTS = {
     "codec": "the entropy coder, on the photos' symbols",
     "static": "a static camera: bytes against an earlier frame, and frames that need no answer of their own",
-    "capture": "CPU time and memory of live cameras: only frames that are due converted, against all of them",
+    "capture": "CPU time and memory of live cameras, and of a whole board with them, against converting every frame",
+    "stops": "boards with live cameras that get SIGTERM: their exit codes, and how long it takes",
     "device": "a board alone: stages, memory",
     "users": "memory of the live page after many events; what Home Assistant and Prometheus cost a board",
     "server": "a server's engine: texts per second, with drafts and without",
@@ -111,13 +112,16 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
             f"  {row.name:26}{row.title}" for row in ROWS
         )
         return
+    if part == "stops":
+        parser.add_argument("--boards", type=number, default=50, metavar="N", help="default: 50")
+        return
     if part == "capture":
         parser.add_argument(
             "--interval", type=float, default=10.0, metavar="S", help="time between frames (default: 10)"
         )
         parser.add_argument("--cameras", type=number, default=1, metavar="N", help="cameras at once (default: 1)")
         parser.add_argument(
-            "--seconds", type=float, default=20.0, metavar="S", help="duration of each stream (default: 20)"
+            "--seconds", type=float, default=10.0, metavar="S", help="duration of each measurement (default: 10)"
         )
         return
     if part == "users":
@@ -171,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
         return end_to_end(args)
     if args.part == "rate":
         return rate(args)
-    figures = capture(args) if args.part == "capture" else measure(args, open_bundle(args.bundle))
+    figures = cameras(args) if args.part in ("capture", "stops") else measure(args, open_bundle(args.bundle))
     if args.part == "speculation":
         from benchmarks.speculation import markdown
 
@@ -183,10 +187,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def capture(args: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks import capture
+def cameras(args: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks import capture, stops
 
-    return capture.run(list(frames(args.images, args.limit)), args.interval, args.seconds, args.cameras)
+    bundle, pictures = open_bundle(args.bundle), list(frames(args.images, args.limit))
+    if args.part == "stops":
+        return stops.run(bundle, pictures, args.boards)
+    return capture.run(bundle, pictures, args.interval, args.seconds, args.cameras)
 
 
 def faults(args: argparse.Namespace) -> int:
