@@ -100,9 +100,9 @@ def bounded(check: Check) -> Finding:
 
 
 def host(config: "RuntimeConfig | None") -> list[Check]:
-    """The checks that need no configuration; with one, the disk is that of the outbox."""
-    outbox = config.outbox if config else None
-    folder = Path(outbox.file).parent if outbox else Path.cwd()
+    """The checks that need no configuration; with one, the disk is that of the outbox or of the installed bundles."""
+    kept = Path(config.updates.folder) if config and config.updates else None
+    kept = Path(config.outbox.file).parent if config and config.outbox else kept
     return [
         Check("python", host_checks.check_python),
         Check("packages", host_checks.check_packages, LONG_S),
@@ -110,7 +110,7 @@ def host(config: "RuntimeConfig | None") -> list[Check]:
         Check("memory", host_checks.check_memory),
         Check("temperature", host_checks.check_temperature),
         Check("power", host_checks.check_power),
-        Check("disk", partial(host_checks.check_disk, folder, outbox is not None)),
+        Check("disk", partial(host_checks.check_disk, kept or Path.cwd(), kept is not None)),
         Check("clock", host_checks.check_clock),
     ]
 
@@ -157,6 +157,8 @@ def _updates(config: "RuntimeConfig") -> Finding:
     store = store_of(config)
     assert store is not None
     state = store.state()
+    if state.current:
+        store.installed(state.current)  # the board would go back to the one before
     found = f"{state.current or store.factory} is in use, {len(store.trust)} trusted key(s)"
     if state.starts is not None:
         return Finding(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from edge_runtime.errors import AiflowError
 from edge_runtime.firmware.store import State
 from edge_runtime.inference.bundle import Bundle
 from firmware_tools import cli, host_checks, probes
-from firmware_tools.doctor import Check, bounded
+from firmware_tools.doctor import Check, _with_config, bounded
 from firmware_tools.host_checks import Finding, ok
 from tests.brokers import Mosquitto
 from tests.edge_runtime.capture.helpers import large_jpeg, write_photos
@@ -52,6 +53,12 @@ def examine(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     assert result["status"] == next(word for word in ("failure", "warning", "ok") if word in statuses)
     assert code == {"ok": 0, "warning": 1, "failure": 2}[result["status"]]
     return code, {check["name"]: check for check in result["checks"]}
+
+
+def found_by(name: str, path: Path) -> Finding:
+    """What one check says about the board of this configuration."""
+    (check,) = [check for check in _with_config(path) if check.name == name]
+    return bounded(check)
 
 
 # ---- the whole ----
@@ -88,6 +95,32 @@ def test_a_bundle_that_was_given_up_is_a_warning(
     _, checks = examine(capsys, "--config", path)
     assert checks["updates"]["status"] == "warning"
     assert "new-2-0123456789abcdef was given up: it crashes" in checks["updates"]["found"]
+
+
+def test_an_installed_bundle_that_is_damaged_is_named_although_the_one_of_the_configuration_is_in_order(
+    config: Callable[..., Path], tmp_path: Path, board_bundle: Bundle
+) -> None:
+    path = config(str(tmp_path / "photo.jpg"), more=f'[updates]\nfolder = "{tmp_path}"\n')
+    entry = "new-0-0123456789abcdef"
+    shutil.copytree(board_bundle.path, tmp_path / entry)
+    (tmp_path / "state.json").write_bytes(msgspec.json.encode(State(entry)))
+    assert found_by("updates", path).status == "ok"
+    (tmp_path / entry / "head.onnx").write_bytes(b"x")
+    finding = found_by("updates", path)
+    assert finding.status == "failure"
+    assert f"{entry}/head.onnx is not the file" in finding.found
+
+
+@pytest.mark.parametrize("kept", ['[outbox]\nfile = "/proc/outbox"', '[updates]\nfolder = "/proc/bundles"'])
+def test_a_disk_that_cannot_be_written_is_a_failure_if_the_board_keeps_something_there(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+) -> None:
+    monkeypatch.setattr(host_checks.os, "access", lambda *_: False)  # root may write anywhere
+    path = config(str(tmp_path / "photo.jpg"))
+    assert found_by("disk", path).status == "ok"
+    path.write_text(f"{path.read_text()}\n{kept}\n")
+    finding = found_by("disk", path)
+    assert (finding.status, finding.found) == ("failure", "/proc: not writable for this user")
 
 
 def test_what_is_broken_is_named_and_the_rest_is_checked(
