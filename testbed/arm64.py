@@ -1,7 +1,8 @@
 """The board's wheel on emulated arm64, compared with this machine: `python -m testbed.arm64`, or `make arm64`.
 
 It installs the wheel of this checkout from wheels for arm64 only, then runs there: the golden vectors of the wire, the
-shipped bundle in both runtimes, and a board against a broker and a server on this machine. Equal on both must be what
+shipped bundle in both runtimes, and a board against a broker and a server on this machine. The files of the Debian
+package are unpacked there, and its program is run; its scripts are not. Equal on both must be what
 the protocol promises: the bytes for the same symbols, and the text for the same bytes. It proves nothing about speed,
 cameras, or the kernel of a board.
 
@@ -99,6 +100,7 @@ def compare(folder: Path, suite: str) -> list[str]:
         same[backend] = [x["picture"] for x, y in zip(here, there, strict=True) if x["request"] == y["request"]]
     for picture in pictures.glob("*-photo.jpg"):
         picture.unlink()
+    faults += try_package(folder, debian, wheel)
     return faults + through_a_server(folder, debian, sites, bundle, pictures, same)
 
 
@@ -109,6 +111,24 @@ def build_wheel(folder: Path) -> Path:
     output([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", f"--wheel-dir={folder}", str(source)])
     shutil.rmtree(source)
     return next(folder.glob("aiflow_edge-*.whl"))
+
+
+def try_package(folder: Path, debian: EmulatedDebian, wheel: Path) -> list[str]:
+    """Builds the Debian package and runs what it holds. Prints a line. Returns what does not work."""
+    manual = folder / "aiflow.1"  # an empty one: this page is the same on all processors
+    manual.touch()
+    settings = [f"PYTHON={sys.executable}", f"PYTHON_VERSION={debian.python_version}", "ARCH=arm64"]
+    output(["env", *settings, "sh", str(ROOT / "debian/build.sh"), str(wheel), str(manual), str(folder)])
+    package = next(folder.glob("aiflow-edge_*_arm64.deb"))
+    output(["dpkg-deb", "--extract", str(package), str(debian.folder)])
+    programs = debian.folder / "opt/aiflow-edge/bin"
+    (programs / "python3").unlink()  # a link, which this machine's kernel would follow to its own Python
+    aiflow = [str(debian.starts_python(programs / "python3")), str(programs / "aiflow")]
+    # It exits with 1 if the clock of this machine is not synchronised.
+    report = json.loads(output([*aiflow, "doctor", "--json"], codes=(0, 1)))
+    found = {check["name"]: check for check in report["checks"]}
+    print(f"package: {output([*aiflow, '--version']).strip()}, {found['packages']['found']}", flush=True)
+    return [f"package: {found[name]['found']}" for name in ("python", "packages") if found[name]["status"] != "ok"]
 
 
 def zoo(site: Path, bundle: str) -> Path:

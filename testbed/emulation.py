@@ -2,14 +2,14 @@
 
 qemu looks up every path below the directory first (its option -L). So this needs no root, no chroot, no mount and no
 handler of binary formats, and leaves none behind. Only the emulated program itself is emulated: it cannot start other
-programs of the directory.
+programs of the directory. Its Python can start itself, since it takes a script that calls qemu for its own program.
 """
 
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from edge_runtime.errors import AiflowError
@@ -78,13 +78,20 @@ class EmulatedDebian:
         ]
         if len(pythons) != 1:
             raise EmulationError(f"{folder}/usr/bin has {len(pythons)} Pythons, want 1: {pythons}")
-        self._python = pythons[0]
-        self.python_version = self._python.name.removeprefix("python")
+        self.python_version = pythons[0].name.removeprefix("python")
+        self._python = self.starts_python(folder.with_name(f"{folder.name}-python"))
+
+    def starts_python(self, script: Path) -> Path:
+        """Writes a script that runs this Debian's Python, whose sys.executable is then the script."""
+        python = self.folder / "usr/bin" / f"python{self.python_version}"
+        script.write_text(f'#!/bin/sh\nexec {self._qemu} -cpu {CPU} -L {self.folder} -0 "$0" {python} "$@"\n')
+        script.chmod(0o755)
+        return script
 
     def python(self, path: Sequence[Path], *arguments: str) -> list[str]:
         """The command that runs this Debian's Python with these directories of packages."""
-        environment = [f"QEMU_CPU={CPU}", f"PYTHONPATH={':'.join(map(str, path))}", "PYTHONSAFEPATH=1"]
-        return ["env", *environment, self._qemu, "-L", str(self.folder), str(self._python), *arguments]
+        environment = [f"PYTHONPATH={':'.join(map(str, path))}", "PYTHONSAFEPATH=1"]
+        return ["env", *environment, str(self._python), *arguments]
 
     def install(self, site: Path, *requirements: str) -> None:
         """Installs packages for this Debian into a directory, from wheels for arm64 only. Raises EmulationError."""
@@ -94,13 +101,13 @@ class EmulatedDebian:
         output([*pip, *options, *platforms, f"--target={site}", *requirements])
 
 
-def output(command: Sequence[str]) -> str:
-    """Runs a program; its standard output. Raises EmulationError with what it said last."""
+def output(command: Sequence[str], codes: Collection[int] = (0,)) -> str:
+    """Runs a program; its standard output. Raises EmulationError with what it said last, if its exit code is another."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise EmulationError(f"{' '.join(command)} did not end within {PATIENCE_S:.0f} s") from error
-    if done.returncode:
+    if done.returncode not in codes:
         said = (done.stdout + done.stderr)[-LAST:]
         raise EmulationError(f"{' '.join(command)} ended with exit code {done.returncode}; it said last:\n{said}")
     return done.stdout
