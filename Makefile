@@ -92,8 +92,8 @@ schema:  ## docs/event.schema.json and docs/ui-openapi.json, from the types in t
 # The signature of the shipped bundle is in the board's wheel. It is no part of the repository: its time is that of the build.
 wheels: venv  ## dist/ with sdists and wheels, the server's part of the bundle apart; KEY=signing.pem BUNDLE_VERSION=N signs
 	rm -f dist/*.whl dist/*.tar.gz models/zoo/*/bundle.sig
-	$(if $(KEY),for bundle in models/zoo/*/; do $(BIN)/aiflow bundle sign --key '$(KEY)' \
-	  --version '$(BUNDLE_VERSION)' $$bundle || exit 1; done,@echo 'The shipped bundle is NOT signed: no KEY=signing.pem')
+	$(if $(KEY),for manifest in models/zoo/*/manifest.json; do $(BIN)/aiflow bundle sign --key '$(KEY)' \
+	  --version '$(BUNDLE_VERSION)' $${manifest%/*} || exit 1; done,@echo 'The shipped bundle is NOT signed: no KEY=signing.pem')
 	for part in . models/zoo; do $(BIN)/python -m build --outdir dist $$part || exit 1; done
 	rm -f models/zoo/*/bundle.sig
 

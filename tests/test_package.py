@@ -60,6 +60,7 @@ def test_the_shipped_bundle_is_signed_into_a_boards_wheel_if_there_is_a_key(tmp_
     for name, script in scripts.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "models/zoo/left_by_an_earlier_build.egg-info").mkdir()
     bundle = next(tmp_path.glob("models/zoo/*/manifest.json")).parent
     (bundle / SIGNATURE).write_bytes(b"of an earlier build that was interrupted")
 
