@@ -1,6 +1,9 @@
+import json
+import os
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,7 +13,12 @@ from onnx import helper, numpy_helper
 from edge_runtime.inference import backends
 from edge_runtime.inference.backends import SUFFIXES, BackendError, installed, load_model
 from edge_runtime.inference.backends.onnx import sums_saturate
+from models import SHIPPED_BUNDLE
+from testbed.arm64 import write_pictures
 from tests import exports
+
+ROOT = Path(__file__).parents[3]
+TFLITE = os.environ.get("AIFLOW_TFLITE_PYTHON", "")  # a Python with the extra `tflite`, whose numpy is an older one
 
 each_backend = pytest.mark.parametrize("suffix", SUFFIXES.values())
 
@@ -143,3 +151,18 @@ def test_outputs_outlive_the_next_run(tmp_path, suffix):
 )
 def test_only_x86_without_vnni_needs_the_exact_path(machine, cpu_info, saturates):
     assert sums_saturate(machine, cpu_info) == saturates
+
+
+@pytest.mark.skipif(not TFLITE, reason="AIFLOW_TFLITE_PYTHON names no Python with the extra `tflite`")
+def test_tflite_runtime_gives_nearly_the_symbols_of_litert(tmp_path):
+    """Its older kernels round differently: 2 % of the symbols differ, by one step."""
+    pictures = write_pictures(tmp_path / "pictures")
+    program = ["-m", "testbed.board_outputs", str(SHIPPED_BUNDLE), "litert", str(pictures)]
+    (theirs, ours) = (
+        json.loads(subprocess.run([python, *program], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
+        for python in (TFLITE, sys.executable)
+    )
+    symbols = [np.frombuffer(b"".join(bytes.fromhex(o["symbols"]) for o in found), np.int8) for found in (theirs, ours)]
+    distance = np.abs(symbols[0].astype(int) - symbols[1])
+    assert distance.max() <= 1
+    assert np.count_nonzero(distance) < 0.05 * distance.size
