@@ -118,6 +118,7 @@ def try_package(folder: Path, debian: EmulatedDebian, wheel: Path) -> list[str]:
     manual = folder / "aiflow.1"  # an empty one: this page is the same on all processors
     manual.touch()
     settings = [f"PYTHON={sys.executable}", f"PYTHON_VERSION={debian.python_version}", "ARCH=arm64"]
+    settings.append("DPKG_DEB_COMPRESSOR_TYPE=none")  # compressing takes a minute
     output(["env", *settings, "sh", str(ROOT / "debian/build.sh"), str(wheel), str(manual), str(folder)])
     package = next(folder.glob("aiflow-edge_*_arm64.deb"))
     output(["dpkg-deb", "--extract", str(package), str(debian.folder)])

@@ -102,7 +102,7 @@ class EmulatedDebian:
 
 
 def output(command: Sequence[str], codes: Collection[int] = (0,)) -> str:
-    """Runs a program; its standard output. Raises EmulationError with what it said last, if its exit code is another."""
+    """Runs a program; its standard output. Raises EmulationError, with what it said last, for another exit code."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     except subprocess.TimeoutExpired as error:
