@@ -12,6 +12,7 @@ from collections.abc import Collection
 
 from edge_runtime import __version__
 from edge_runtime.errors import AiflowError, ConfigError, RestartError
+from edge_runtime.logs import ERROR_MARK, is_journal, log_to_stderr
 from edge_runtime.packages import missing_package, refuse_32_bit
 from edge_runtime.shutdown import leave
 
@@ -67,7 +68,7 @@ def _run(arguments: list[str]) -> int:
         refuse_32_bit()
         args = parser_with({command}).parse_args(arguments)
         level = logging.DEBUG if args.verbose else logging.INFO if command in SERVICES else logging.WARNING
-        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        log_to_stderr(level)
         code: int = args.run(args) or 0
         sys.stdout.flush()
         return code
@@ -126,7 +127,8 @@ def _report(error: AiflowError, command: str, args: argparse.Namespace) -> int:
     logger.debug("traceback of the error", exc_info=error)
     file = str(getattr(args, "config", None) or getattr(args, "path", None) or "")
     where = f"{file}: " if isinstance(error, ConfigError) and file not in str(error) else ""
-    print(f"aiflow {command}: {where}{error}", file=sys.stderr)
+    mark = ERROR_MARK if is_journal() else ""
+    print(f"{mark}aiflow {command}: {where}{error}", file=sys.stderr)
     if isinstance(error, RestartError):
         return EXIT_RESTART
     return EXIT_CONFIG if isinstance(error, ConfigError) and command in CONFIGURED else EXIT_FAILED
