@@ -44,7 +44,6 @@ SIZE = 1920, 1080
 FPS = 15
 VIEWS = 30  # different frames, which repeat
 SPARE_S = 15.0  # of the streams, for opening them
-ROUNDS = 3  # the ways take turns, since other work on the machine changes the cost of all
 NOISE = 2.0  # standard deviation of the scene without motion, of 255
 PATIENCE_S = 60.0
 BOUNDARY = b"frame"
@@ -53,9 +52,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(
-    bundle: Bundle, pictures: Sequence[NDArray[np.uint8]], interval_s: float, seconds: float, cameras: int
+    bundle: Bundle, pictures: Sequence[NDArray[np.uint8]], interval_s: float, seconds: float, cameras: int, rounds: int
 ) -> dict[str, Any]:
-    """Figures by kind of stream. pictures: uint8 RGB [H, W, 3]. interval_s: of the frames that are due."""
+    """Figures by kind of stream, medians of the rounds. pictures: uint8 RGB [H, W, 3]. interval_s: of the frames that
+    are due. rounds: the ways take turns, since other work on the machine changes the cost of all.
+    """
     count = round(FPS * (seconds + SPARE_S))
     figures: dict[str, Any] = {"cameras": cameras, "interval_s": interval_s}
     with tempfile.TemporaryDirectory() as folder:
@@ -64,19 +65,19 @@ def run(
         for kind, name in STREAMS.items():
             with served(Path(folder, name), count) as url:
                 arguments = [url, *(str(value) for value in (interval_s, seconds, cameras))]
-                figures[kind] = _compare(arguments, partial(board, url, cameras=cameras))
+                figures[kind] = _compare(arguments, partial(board, url, cameras=cameras), rounds)
         write_streams(Path(folder), pictures, count, moves=False)
         for kind, name in STREAMS.items():
             with served(Path(folder, name), count) as url:
-                shares = [board(url, cameras=1, motion={"enabled": True})["ms"] * FPS / 1e3 for _ in range(ROUNDS)]
+                shares = [board(url, cameras=1, motion={"enabled": True})["ms"] * FPS / 1e3 for _ in range(rounds)]
             figures[kind]["still_board_cpu_share"] = round(statistics.median(shares), 4)
     return figures
 
 
-def _compare(arguments: list[str], board: Callable[[], dict[str, float]]) -> dict[str, float]:
+def _compare(arguments: list[str], board: Callable[[], dict[str, float]], rounds: int) -> dict[str, float]:
     """CPU milliseconds per frame of a stream, their ratio to the first way, and memory in MB, by way to read it."""
     figures = defaultdict[str, list[float]](list)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         first_ms = 0.0
         for way in [*WAYS, "whole_board"]:
             found = board() if way == "whole_board" else _read_apart(way, arguments)

@@ -21,9 +21,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.capture import Frame
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.inference.head import Head
 from edge_runtime.inference.networks import load_draft, load_head, load_labels
-from edge_runtime.inference.preprocess import to_input
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import FixedPlanner, Plan
@@ -35,6 +33,7 @@ from testbed.processes import AiflowProcess, read_event
 
 SITE, BOARD = "bench", "board"
 CAMERA = (640, 480)  # width and height of the frames, as a cheap camera has
+NETWORKS = ("head", "draft", "labels")  # the stages that run them
 STARTS = 3
 LONG_MS = 600_000  # so that no deadline and no resend interferes
 PATIENCE_S = 120.0
@@ -55,9 +54,10 @@ def run(
 
 
 def time_stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, count: int) -> dict[str, Any]:
-    """Median milliseconds of each stage, and the share of a frame's time outside head and draft."""
+    """Median milliseconds of each stage, and the share of a frame's time outside the networks."""
     cv2.setNumThreads(1)  # as the runtime does
     head, draft = load_head(bundle, backend, 1), load_draft(bundle, backend, 1)
+    labels = load_labels(bundle, head, backend, 1)
     plan = Plan("speculative", "benchmark", LONG_MS)
     published: queue.SimpleQueue[float] = queue.SimpleQueue()
     timings: list[dict[str, float]] = []
@@ -65,7 +65,7 @@ def time_stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: st
         client.wait_online(PATIENCE_S)
         events = Events(client, SITE, BOARD, lambda _: published.put(time.perf_counter()))
         with RequestTracker(client, bundle, SITE, BOARD, events, count, LONG_MS / 1e3) as tracker:
-            pipeline = Pipeline(bundle, head, draft, FixedPlanner(plan), tracker, events)
+            pipeline = Pipeline(bundle, head, draft, FixedPlanner(plan), tracker, events, labels=labels)
             for pixels in islice(cycle(frames), count):
                 # A fresh copy is in the CPU's caches, like a frame that a camera's decoder has just written.
                 frame, started = Frame("camera", pixels.copy(), time.time(), time.monotonic()), time.perf_counter()
@@ -73,30 +73,13 @@ def time_stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: st
                 # Request and event are published by another thread; its time counts too.
                 total_ms = 1e3 * (published.get(timeout=PATIENCE_S) - started)
                 timings.append({**stages_ms, "publish": total_ms - sum(stages_ms.values())})
-    other = [sum(t.values()) - t["head"] - t["draft"] for t in timings]
-    labels_ms = time_labels(bundle, head, frames, backend, count)
+    other = [sum(ms for stage, ms in t.items() if stage not in NETWORKS) for t in timings]
     shares = [ms / sum(t.values()) for ms, t in zip(other, timings, strict=True)]
     return {
         "stages_ms": {name: round(statistics.median(t[name] for t in timings), 3) for name in timings[0]},
         "other_ms": round(statistics.median(other), 3),
         "other_share": round(statistics.median(shares), 3),
-        **({"labels_ms": labels_ms} if labels_ms else {}),
     }
-
-
-def time_labels(
-    bundle: Bundle, head: Head, frames: Sequence[NDArray[np.uint8]], backend: str, count: int
-) -> float | None:
-    """Median milliseconds of the labels, which a board only computes for frames that nobody verifies."""
-    if not (labels := load_labels(bundle, head, backend, 1)):
-        return None
-    taken = []
-    for backbone_map in islice(cycle([head.latent(to_input(frame)).backbone_map for frame in frames]), count):
-        assert backbone_map is not None
-        started = time.perf_counter()
-        labels.likeliest(backbone_map)
-        taken.append(1e3 * (time.perf_counter() - started))
-    return round(statistics.median(taken), 3)
 
 
 def measure_process(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, count: int) -> dict[str, Any]:

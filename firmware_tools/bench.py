@@ -123,6 +123,7 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         parser.add_argument(
             "--seconds", type=float, default=10.0, metavar="S", help="duration of each measurement (default: 10)"
         )
+        parser.add_argument("--rounds", type=number, default=3, metavar="N", help="of all measurements (default: 3)")
         return
     if part == "users":
         parser.add_argument("--events", type=number, default=10_000, metavar="N", help="of the page (default: 10000)")
@@ -193,7 +194,7 @@ def cameras(args: argparse.Namespace) -> dict[str, Any]:
     bundle, pictures = open_bundle(args.bundle), list(frames(args.images, args.limit))
     if args.part == "stops":
         return stops.run(bundle, pictures, args.boards)
-    return capture.run(bundle, pictures, args.interval, args.seconds, args.cameras)
+    return capture.run(bundle, pictures, args.interval, args.seconds, args.cameras, args.rounds)
 
 
 def faults(args: argparse.Namespace) -> int:

@@ -160,7 +160,7 @@ def _vcgencmd() -> int | None:
 
 
 def check_disk(folder: Path, is_needed: bool) -> Finding:
-    """Whether a folder can be written to, and its disk has room. is_needed: the board keeps an outbox or bundles there."""
+    """Whether a folder can be written to, and its disk has room. is_needed: the board keeps files there."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     state = os.statvfs(existing)
     free_mb = state.f_bavail * state.f_frsize >> 20
@@ -169,7 +169,9 @@ def check_disk(folder: Path, is_needed: bool) -> Finding:
         why = "read-only" if state.f_flag & os.ST_RDONLY else "not writable for this user"
         if not is_needed:
             return ok(f"{existing}: {why}; a board without [outbox] and [updates] writes nothing")
-        return Finding("failure", f"{existing}: {why}", "mount it writable, or name another place in [outbox] and [updates]")
+        return Finding(
+            "failure", f"{existing}: {why}", "mount it writable, or name another place in [outbox] and [updates]"
+        )
     if free_mb < FULL_MB:
         return Finding("failure" if is_needed else "warning", found, "delete files: the disk is full")
     if free_mb < NEARLY_FULL_MB:

@@ -53,10 +53,21 @@ def test_static_compares_frames_of_a_scene(tmp_path: Path, photos: Path) -> None
     assert figures["cut"]["ratio"] <= 1
 
 
-def test_capture_compares_a_camera_s_frames_that_are_due_with_all_of_them(bundle: Path, photos: Path) -> None:
-    figures = bench(bundle, photos, "capture", "--seconds", "1", "--interval", "5")
+def test_capture_compares_a_board_and_ways_to_read_a_camera_with_converting_every_frame(
+    bundle: Path, photos: Path
+) -> None:
+    figures = bench(bundle, photos, "capture", "--seconds", "1", "--interval", "5", "--rounds", "1")
     for stream in ("mjpeg", "video"):
         assert min(figures[stream].values()) >= 0
+        assert figures[stream]["all_converted_ratio"] == 1
+        assert figures[stream]["whole_board_mb"] > figures[stream]["own_process_mb"]
+        assert figures[stream]["still_board_cpu_share"] < 1
+
+
+def test_stops_ends_boards_with_live_cameras(bundle: Path, photos: Path) -> None:
+    figures = bench(bundle, photos, "stops", "--boards", "2")
+    assert (figures["boards"], figures["exit_codes"]) == (2, {"0": 2})
+    assert 0 < figures["median_s"] <= figures["longest_s"]
 
 
 def test_users_of_a_board_and_a_page_that_stays_below_50_mb(bundle: Path, photos: Path) -> None:
@@ -71,7 +82,7 @@ def test_users_of_a_board_and_a_page_that_stays_below_50_mb(bundle: Path, photos
 @pytest.mark.parametrize("backend", ["onnx", "litert"])
 def test_device_times_stages_and_watches_a_board(bundle: Path, photos: Path, backend: str) -> None:
     figures = bench(bundle, photos, "device", "--backend", backend, "--frames", "5")[backend]
-    assert list(figures["stages_ms"]) == ["resize", "head", "draft", "encode", "publish"]
+    assert list(figures["stages_ms"]) == ["resize", "head", "draft", "labels", "encode", "publish"]
     assert 0 < figures["other_share"] < 1
     assert list(figures["resident_mb"]) == ["after 1", "after 5"]
     assert min(figures["resident_mb"].values()) > 10
