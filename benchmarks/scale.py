@@ -132,7 +132,7 @@ class Boards:
         asked.sends += 1
 
     def _wait(self, asked: Asked, wait_s: float) -> None:
-        """Before it is sent again."""
+        """Schedules the next send."""
         asked.resend_at = min(time.monotonic() + wait_s, asked.at + BUDGET_S)
         heapq.heappush(self._due, (asked.resend_at, asked.board, asked.request.id))
 

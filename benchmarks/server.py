@@ -55,7 +55,7 @@ def captions_per_second(
     verified: with the drafts. alone: the target by itself, with passes of the same shape. self_drafted: without a
     draft, with the server's own proposals. one_by_one: alone, with passes of one token, like a server that never
     verifies. unpacked: with the drafts, by `plain`, an engine whose weights are not packed (server/packed.py). The
-    texts of these two may differ, so `same_texts` counts the equal ones.
+    texts of one_by_one and unpacked may differ, so `same_texts` counts the equal ones.
     """
     undrafted, self_drafted = ([replace(job, draft=draft) for job in jobs] for draft in (None, ()))
     proven = engine.proof

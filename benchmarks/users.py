@@ -1,4 +1,4 @@
-"""What a site's users cost: memory of the live page after many events; CPU time and memory that a board needs for them.
+"""The cost of a site's users: memory of the live page after many events, and CPU time and memory of the boards.
 
 The boards run at the same time, with the same photos, so that other work on the machine affects all of them alike:
 some do nothing for users but report events, some also announce themselves to Home Assistant and are read by Prometheus,
@@ -36,10 +36,10 @@ from testbed.processes import AiflowProcess, Process, ProcessError
 
 SITE = "bench"
 PAGE_BOARDS = 100  # with a camera each
-PICTURE_FRAMES = 10  # one of so many comes with a picture
+PICTURE_FRAMES = 10  # one of this many frames comes with a picture
 CAMERA = (640, 480)  # width and height of the boards' frames, as a cheap camera has
 WARM_EVENTS = 10  # a board grows until it has handled some frames
-SCRAPE_S = 15.0  # of a usual Prometheus
+SCRAPE_S = 15.0  # as in Prometheus's example configuration
 PATIENCE_S = 60.0
 KINDS: dict[str, dict[str, Any]] = {
     "events-only": {},
@@ -51,7 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def run(
     bundle: Bundle, frames: Sequence[NDArray[np.uint8]], events: int, seconds: float, boards: int
 ) -> dict[str, Any]:
-    """frames: uint8 RGB [H, W, 3]. events: that the page reads. seconds: of the boards. boards: of each kind."""
+    """frames: uint8 RGB [H, W, 3]. events: for the page. seconds: that the boards run. boards: of each kind."""
     return {
         "events": events,
         "page": measure_page([small_jpeg(frame) for frame in frames], events),
@@ -123,7 +123,7 @@ def _wait(process: Process, is_so: Callable[[], bool]) -> None:
     while not is_so():
         process.check_running()
         if time.monotonic() > deadline:
-            raise ProcessError(f"{process.name} did not do what was waited for within {PATIENCE_S:.0f} s")
+            raise ProcessError(f"{process.name} did not respond as expected within {PATIENCE_S:.0f} s")
         time.sleep(0.05)  # there is no event for what another process has done
 
 

@@ -62,8 +62,8 @@ class Board:
     ) -> None:
         """Raises the named error of a part that can never start. A broker that is away is not an error.
 
-        notifier: to the service manager; None: there is none. stop: ends the trials of backends when it is set, by
-        StoppedError.
+        notifier: to the service manager; None: there is none. stop: if it is set while backends are tried,
+        StoppedError is raised.
         """
         self.config, self.notifier, self._listener = config, notifier or Notifier(), listener
         board, site = config.board, config.board.site
@@ -375,7 +375,7 @@ def run_board(
 ) -> Values:
     """`Board.run` of a new board, with its numbers exported if [metrics] is configured.
 
-    Nothing, if it is told to stop before its start is over.
+    Returns {} if `stop` is set before the start is over.
     """
     try:
         board = Board(config, listener, notifier, stop)

@@ -21,4 +21,4 @@ class RestartError(AiflowError):
 
 
 class StoppedError(AiflowError):
-    """The board was told to stop before its start was over. It then ends as if it had started."""
+    """The board was told to stop before its start was over. `aiflow run` then ends in order."""

@@ -109,7 +109,7 @@ class Endpoint:
         return self._call("POST", path, body, {"Content-Type": "application/json", **headers}, timeout_s)
 
     def get(self, path: str, headers: Mapping[str, str], timeout_s: float) -> bytes:
-        """The same of a GET."""
+        """The same for a GET."""
         return self._call("GET", path, None, headers, timeout_s)
 
     def _call(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout_s: float) -> bytes:

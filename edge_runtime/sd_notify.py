@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ADDRESS = 107  # bytes: sun_path of unix(7) without its end
 MAX_STATUS = 256  # characters
-# Per watchdog timeout; man sd_watchdog_enabled(3) recommends two. The more there are, the longer work without progress
-# may take: progress that comes before a ping is due sends none, and systemd counts from the ping before it.
+# Messages per watchdog timeout; sd_watchdog_enabled(3) recommends two. Progress sends none if the last one was less
+# than a tenth of the timeout ago, and systemd counts from that one. So one step may take nine tenths of the timeout.
 PINGS = 10
 WAIT_S = 5.0  # for room in the manager's queue, for messages that come once
 

@@ -126,11 +126,13 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         parser.add_argument("--rounds", type=number, default=3, metavar="N", help="of all measurements (default: 3)")
         return
     if part == "users":
-        parser.add_argument("--events", type=number, default=10_000, metavar="N", help="of the page (default: 10000)")
         parser.add_argument(
-            "--seconds", type=float, default=120.0, metavar="S", help="duration of the boards (default: 120)"
+            "--events", type=number, default=10_000, metavar="N", help="events for the page (default: 10000)"
         )
-        parser.add_argument("--boards", type=number, default=2, metavar="N", help="of each kind (default: 2)")
+        parser.add_argument(
+            "--seconds", type=float, default=120.0, metavar="S", help="time that the boards run (default: 120)"
+        )
+        parser.add_argument("--boards", type=number, default=2, metavar="N", help="boards of each kind (default: 2)")
         return
     both = " (default: both)" if part == "device" else " (default: onnx)"
     parser.add_argument("--backend", choices=BACKENDS, help=f"runtime of head and draft{both}")

@@ -127,7 +127,7 @@ def _verify(args: argparse.Namespace) -> None:
     if statement.id != bundle.id.hex():
         raise BundleCommandError(f"{args.bundle}: the signature is of another manifest: sign the bundle again")
     check_new(statement, 0, today())
-    unchecked = "" if args.trust else "; its files match, who signed it was not checked: name the keys with --trust"
+    unchecked = "" if args.trust else "; its files match, but the signature was not checked: name the keys with --trust"
     said = f"{statement.name} version {statement.version}, id {statement.id}, until {statement.expires}"
     print(f"{args.bundle}: {said}{unchecked}")
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from models.teaching import Taught
 
 LEAST_SURE = 5  # photos that are shown
-ENOUGH = 10  # photos of a class, to say how many are right
+ENOUGH = 10  # photos of a class; with fewer, its accuracy is not reliable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,9 +163,7 @@ def _print_report(photos: "ClassPhotos", taught: "Taught") -> None:
     print_table(markdown_table(rows))
     for label, name in enumerate(photos.classes):
         if counts[label] < ENOUGH:
-            print(
-                f"class {name} has {counts[label]} photos, too few to trust the accuracy: add some, to {ENOUGH} or more"
-            )
+            print(f"class {name} has too few photos for a reliable accuracy: {counts[label]}, want {ENOUGH} or more")
     if photos.again:
         print(f"{photos.again} photos left out: the same files are there twice")
     rows = [("least sure", "taken for", "probability of its class")]

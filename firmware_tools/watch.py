@@ -16,7 +16,7 @@ from testbed.argument_types import number
 
 MAX_WAITING = 1000  # lines that wait for a slow reader; further ones are counted and not shown
 CLOSE_S = 2.0  # for the last lines to be printed
-QUIET_S = 5.0  # connected, and without an event: then it says what it waits for
+QUIET_S = 5.0  # after this time without an event, a line says what it waits for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -76,7 +76,7 @@ class MatrixConv(Conv):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3)
-        self.product: nn.Module | None = None  # instead of the plain one, on a server
+        self.product: nn.Module | None = None  # with packed weights, on a server; None: the plain product
 
     @property
     def matrix(self) -> Tensor:
@@ -318,7 +318,7 @@ class TextDecoder(nn.Module):
         banned = torch.zeros(shape.vocabulary)
         banned[list(NEVER_EMITTED)] = -math.inf
         self.register_buffer("never_emitted", banned, persistent=False)
-        self.scores: nn.Module | None = None  # `choose` instead of the plain product, on a server
+        self.scores: nn.Module | None = None  # `choose` with packed weights, on a server; None: the plain product
 
     def encode_image(self, features: Tensor, labels: Tensor | None = None, drop: Dropout | None = None) -> Memory:
         """Features [B, N, 1280] and words of labels, int64 [B, label_words], PAD where there are none, to the memory.

@@ -36,7 +36,7 @@ Loaded = tuple[Target[Any], Any]  # the target, and what hears of a message that
 def check(config: Config) -> str:
     """Finds mistakes of server.toml without a connection, and before networks are loaded. Says what the bundles are.
 
-    Raises ConfigError, and BundleError or MissingPackageError, which are such.
+    Raises ConfigError, of which BundleError and MissingPackageError are kinds.
     """
     server = config.server
     config.mqtt_settings()

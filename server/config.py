@@ -129,7 +129,7 @@ class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class VllmConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a vLLM server takes besides [openai]."""
+    """Settings for a vLLM server, besides [openai]."""
 
     tail: Annotated[str, Meta(min_length=1)] | None = None  # folder of `aiflow distil`: features are answered, too
 

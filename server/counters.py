@@ -37,7 +37,7 @@ SERVER = {
         "Calls to another server as the target, by what became of them: answered, retried (called once more), "
         "usage_unknown (answered without token counts), repair (called since the answer does not match its schema), "
         "invalid (no text matched it), draft_refused and draft_unread (no more drafts are sent), draft_recut (asked "
-        "again without the draft), features_refused (pictures only from now on); paused and over_budget were not made",
+        "again without the draft), features_refused (no more features are sent); paused and over_budget were not made",
         "what",
     ),
     "target_tokens": Meaning(

@@ -63,7 +63,7 @@ def load_engine(bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threa
 def ready_engine(
     bundle: Bundle, tiers: Sequence[str], device: str = "cpu", threads: int = 1, sizes: Sequence[int] = SIZES
 ) -> Engine:
-    """`load_engine`, with packed weights where they are as exact, and the start test's proof for these batch sizes."""
+    """`load_engine`, with the start test's proof for these batch sizes. Packed weights are used if they pass it."""
     engine = load_engine(bundle, tiers, device, threads)
     packed = pack(engine.tail, *engine.decoders.values())
     engine.proof = prove(engine, sizes)

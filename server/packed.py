@@ -1,8 +1,8 @@
-"""Weights in the layout that a CPU's matrix products read fastest.
+"""Packed weights: in the memory layout that a CPU's matrix products read fastest.
 
-PyTorch lays the weights of each product out anew, pass after pass, and for a few rows that costs more than the product.
-oneDNN can do it once. The operators are those that PyTorch's own compiler uses for frozen networks on a CPU; they are
-not part of its public interface, so `pack` tries them first, and whatever they answer must pass the start test.
+In each pass, PyTorch's ordinary product first rearranges the weights, and for a few rows that takes longer than the
+product itself. oneDNN can do it once. The operators are those that PyTorch's compiler uses for frozen networks on a
+CPU. They are not a public interface, so `pack` tries them first, and their results must pass the start test.
 """
 
 import logging
@@ -16,14 +16,14 @@ from models.family import FeedForward, MatrixConv, Tail, TextDecoder
 
 logger = logging.getLogger(__name__)
 
-ROWS = 8  # of the products that the layout is best for: measured best of 1, 8 and 64
+ROWS = 8  # of the inputs that oneDNN chooses the layout for: the fastest of 1, 8 and 64
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without weights of its own that could be trained or stored."""
+    """A linear layer with packed weights, which cannot be trained or stored."""
 
     def __init__(self, weight: Tensor, bias: Tensor, has_gelu: bool = False) -> None:
-        """weight [outputs, inputs], bias [outputs]; has_gelu: a GELU follows in the same pass over memory."""
+        """weight [outputs, inputs], bias [outputs]; has_gelu: a GELU follows, computed by the same operator."""
         super().__init__()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
         self._bias = bias.detach()
@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedConv(nn.Module):
-    """A convolution of one pixel: a linear layer over channels."""
+    """A 1 x 1 convolution, as a linear layer over channels."""
 
     def __init__(self, conv: Conv) -> None:
         super().__init__()
@@ -46,13 +46,14 @@ class PackedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Float [B, C, H, W] to float [B, C', H, W]."""
         y: Tensor = self.product(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        # Not within the product as a GELU, since oneDNN would make a number of NaN.
+        # Unlike the GELU not by the same operator: oneDNN's ReLU6 turns NaN into a number.
         return y if self.linear else F.relu6(y)
 
 
 def pack(tail: Tail, *decoders: TextDecoder) -> bool:
-    """Packs the networks' weights in place; they can't be trained or saved afterwards. False: left as they are, since
-    this machine's PyTorch does not have the operators, or they compute something else.
+    """Packs the networks' weights in place; they cannot be trained or saved afterwards.
+
+    Returns False and changes nothing if the device is no CPU, or if PyTorch's operators are missing or wrong here.
     """
     if tail.linear.weight.device.type != "cpu" or not _works():
         return False

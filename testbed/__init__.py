@@ -6,7 +6,7 @@
 - `chat_server`, `vllm_server`: other people's servers, which do as they are told
 - `arm64`, `emulation`, `board_outputs`: the board's part on emulated arm64, compared with this machine
 - `sample_photos`: photos to run on
-- `argument_types`: of the command line; `terminal`: tables and progress bars
+- `argument_types`: types of command-line arguments; `terminal`: tables and progress bars
 
 It imports `edge_runtime` and nothing else of this project.
 """

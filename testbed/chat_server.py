@@ -184,7 +184,7 @@ class ChatServer(ThreadingHTTPServer):
         # An answer to "List models": https://platform.openai.com/docs/api-reference/models/list
         self.models: list[dict[str, Any]] = [{"id": "fake", "object": "model", "created": 1, "owned_by": "fake"}]
         self.objections: list[str] = []  # what was wrong with requests that broke the schema
-        self.refused: list[str] = []  # and with others that it did not take
+        self.refused: list[str] = []  # why it did not take other requests
         self.asked: list[Asked] = []
         self.billed: Counter[str] = Counter()  # answers that were sent whole, by the text of the answer
         self.hold = threading.Event()  # an "answer" waits for it; set at first

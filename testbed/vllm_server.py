@@ -23,7 +23,7 @@ def template(image_tokens: int) -> list[int]:
 
 
 TEMPLATE = template(IMAGE_TOKENS)
-# A tensor in base64. For some models it is an object with more tensors, and null names an earlier one, see its `uuid`.
+# A tensor in base64. vLLM also takes an object of more tensors, and null for an earlier one with the same `uuid`.
 EMBEDS_PART = {
     "type": "object",
     "required": ["type", "image_embeds"],
@@ -53,7 +53,7 @@ VLLM_REQUEST: dict[str, Any] = REQUEST | {
 }
 
 Lie = Literal[
-    "no_ids",  # without a draft neither
+    "no_ids",  # also not without a draft
     "no_logprobs",
     "fewer_logprobs",  # than tokens
     "no_ranks",
@@ -80,7 +80,7 @@ class VllmServer(ChatServer):
         self.models[0]["root"] = "hub/tiny"  # what it has loaded
 
     def content_of(self, image: dict[str, Any]) -> bytes:
-        """Of image tokens: their file."""
+        """The picture, or the file of the image tokens."""
         if image["type"] != "image_embeds":
             return super().content_of(image)
         if not self.takes_embeds:

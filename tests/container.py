@@ -92,7 +92,7 @@ def _make(folder: Path) -> None:
 
 def _running(process: Process) -> Container:
     container = _started(process)
-    if HAS_V1:  # there, nspawn gives systemd no limits to set
+    if HAS_V1:  # with cgroup v1, nspawn leaves systemd no limits to set
         remounts = [["mount", "--options", "remount,bind,rw", str(controller)] for controller in CONTROLLERS]
         for words in (*remounts, ["systemctl", "daemon-reexec"]):
             assert container.call(*words).returncode == 0

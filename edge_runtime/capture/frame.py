@@ -27,8 +27,8 @@ def stalled(stall_s: float) -> CameraError:
 class Frame:
     """One picture of one camera.
 
-    A picture of 1080p has 6 MB. Whoever has handed a frame on deletes its variable before the next frame is read, so
-    that the memory is used again.
+    A picture of 1080p has 6 MB. Code that has passed a frame on deletes its own variable before it reads the next
+    frame, so that this memory is free by then.
     """
 
     camera: str

@@ -129,7 +129,7 @@ def _check_path(camera: CameraConfig) -> tuple[str, str]:
         return "", f"{path} cannot be read: {error.strerror}"
     except PictureError as error:
         is_once = path.is_dir() and not camera.repeat
-        hint = f", and is read once: name one that has, or watch:{path} to wait for pictures" if is_once else ""
+        hint = f", and is read once: name one with pictures, or use watch:{path} to wait for some" if is_once else ""
         return (f"{error}{hint}", "") if is_once or path.is_file() else ("", str(error))
     except DriverError as error:
         return "", f"{path}: {error}"

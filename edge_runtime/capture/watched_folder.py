@@ -44,7 +44,7 @@ class WatchedFolder:
         self._on_listed = on_listed
         self._camera, self._counters, self._folder = camera, counters, folder_of(camera)
         self._is_first = not camera.existing  # the next listing only tells what is there already
-        self._is_told = False  # what the camera waits for
+        self._is_told = False  # by the log: that the camera waits
         self._read: dict[str, Version] = {}  # path -> the version that was read or refused
         self._growing: dict[str, tuple[Version, float]] = {}  # path -> its version, and since when it has that
         self._refused: set[str] = set()  # paths that have been reported
@@ -57,7 +57,7 @@ class WatchedFolder:
             ready = self._ready(started)
             self._on_listed()
             if not (self._is_told or ready or self._growing):
-                self._is_told, wait = True, f"{self._folder} has no new picture, and {len(self._read)} from before"
+                self._is_told, wait = True, f"{self._folder} has no new picture (old ones: {len(self._read)})"
                 logger.info("camera waits camera=%s reason=%s: put one there", self._camera.name, printable(wait))
             pause_s = max(POLL_S, (time.monotonic() - started) / SCAN_SHARE)
             for path, version in ready:

@@ -72,7 +72,7 @@ def choose(
 
     backend: one of SUFFIXES, or "auto" for all that are installed. threads: None: measured. providers: of onnxruntime;
     if they work they are used, without a comparison. tell: gets the seconds that the next child may take. stop: ends
-    the trials when it is set. again: what was kept does not load.
+    the trials as soon as it is set. again: what was kept does not load.
     Raises BundleError, BackendError if nothing works, and StoppedError.
     """
     names = installed(backend)

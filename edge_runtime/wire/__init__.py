@@ -1,7 +1,7 @@
 """The messages between boards, servers and users, as values and functions of values. See docs/protocol.md.
 
-- `tables`, `entropy`, `bitstream`: a latent's symbols as a few hundred bytes. Imported by name, since
-  they load numpy, which reading messages does not need
+- `tables`, `entropy`, `bitstream`: a latent's symbols as a few hundred bytes. Import these modules directly: they load
+  numpy, which the others do not need
 - `envelope`: request and reply, msgpack; `labels`: those in a request
 - `json_object`: a text that is an answer as JSON
 - `update`: a new bundle for a board

@@ -55,7 +55,7 @@ def openapi() -> bytes:
         ],
         "responses": {
             "200": _response("Texts.", "application/json", answers),
-            "404": _response("By meaning: there is no sentence model.", "application/json", error),
+            "404": _response("Search by meaning: no sentence model is loaded.", "application/json", error),
         }
         | errors,
     }

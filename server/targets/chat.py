@@ -77,7 +77,7 @@ class Completion(Struct):
 
 
 def messages(prompt: Prompt, job: PictureJob) -> list[Message]:
-    """The prompt and the pictures, the job's last; vLLM takes image tokens in its place."""
+    """The prompt and the pictures, the job's last. If it has image tokens, they take the place of its picture."""
     last = _image(job.media_type, job.picture)
     if job.image_tokens is not None:
         last = {"type": "image_embeds", "image_embeds": job.image_tokens}

@@ -13,7 +13,7 @@ from server.targets.target import FeaturesError
 
 
 class FeatureReader:
-    """For any number of threads."""
+    """Computes image tokens from requests, on any number of threads."""
 
     def __init__(self, bundle: Bundle, record: Record, reader: SymbolReader) -> None:
         """bundle: whose latents it reads. record: of the tail."""
@@ -21,7 +21,7 @@ class FeatureReader:
         self._latents = Latents(bundle)
 
     def tokens(self, accepted: Accepted) -> Tensor:
-        """Of a request with a latent: image tokens [N, D], finite. Raises BitstreamError and FeaturesError."""
+        """Image tokens [N, D], finite, for a request with a latent. Raises BitstreamError and FeaturesError."""
         found = self.reader.tokens(*self._latents.symbols(accepted))
         if not found.isfinite().all():
             raise FeaturesError(
@@ -31,7 +31,7 @@ class FeatureReader:
 
 
 def load_features(folder: Path, bundle: Bundle, device: str, threads: int) -> FeatureReader:
-    """The tail in a folder, for this bundle. device, threads: of networks. Raises TowerTailError and BundleError."""
+    """The tail in a folder, for this bundle. device, threads: to compute on. Raises TowerTailError and BundleError."""
     record, tower_tail = read_tower_tail(folder, bundle)
     _ = bundle.tables, bundle.inter_tables  # a mistake in them is found at the start
     tail = load_engine(bundle, (), device, threads).tail

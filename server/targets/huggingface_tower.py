@@ -67,7 +67,7 @@ class Tower:
 
     @classmethod
     def of_tail(cls, loaded: Loaded, record: Record, prompt: str) -> "Tower":
-        """The tower that a tail imitates. Raises TowerTailError if it is another one, TargetError and PromptError."""
+        """The tower that a tail imitates. Raises TowerTailError if this is another one, TargetError and PromptError."""
         tower, remedy = cls(loaded, record.pixels, prompt), f"run `aiflow distil --target hf:{loaded.name}`"
         if (tower.count, tower.width) != (record.tokens, record.width):
             raise TowerTailError(

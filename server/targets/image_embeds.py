@@ -15,17 +15,17 @@ from server.targets.features import FeatureReader
 
 
 class ImageEmbeds:
-    """For any number of threads."""
+    """Encodes the image tokens of a tail, on any number of threads."""
 
     def __init__(self, reader: FeatureReader) -> None:
         self._reader, self.bundle, self.record = reader, reader.bundle, reader.record
 
     def tokens(self, accepted: Accepted) -> str:
-        """Of a request with a latent. Raises BitstreamError and FeaturesError."""
+        """The image tokens for a request with a latent. Raises BitstreamError and FeaturesError."""
         return encoded(self._reader.tokens(accepted))
 
     def mean(self) -> str:
-        """Of no photo: the mean tokens of the tail's photos."""
+        """The mean image tokens of the photos that the tail was made with."""
         return encoded(self._reader.reader.tower_tail.mean)
 
 

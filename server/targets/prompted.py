@@ -45,7 +45,7 @@ class PromptedTarget(Target[PictureJob]):
         """prompts: by name; None: `door` alone. usual: the name of the prompt for requests that name none.
 
         max_tokens: longest text of a prompt that does not say. bundle: whose vocabulary spells the drafts; None: drafts
-        are not used. features: of boards; None: only pictures are read.
+        are not used. features: reads boards' features; None: only pictures are read.
         """
         self._prompts = read_prompts({}) if prompts is None else prompts
         self._usual, self._max_tokens, self._bundle = usual, max_tokens, bundle
@@ -61,7 +61,7 @@ class PromptedTarget(Target[PictureJob]):
         """Of checked answers: `repair`, `invalid`."""
 
     def _with_features(self, can: Abilities) -> Abilities:
-        """The same, and the latents that `features` reads."""
+        """These abilities, and the latents that `features` reads."""
         if self.features is None:
             return can
         bundle = self.features.bundle

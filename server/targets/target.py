@@ -91,9 +91,7 @@ class PictureJob:
     max_tokens: int | None = None  # longest text, as the request wants it
     prompt: str = ""  # name of one of the target's prompts; empty: its usual one
     earlier: tuple[EarlierPicture, ...] = ()  # the oldest first; for a prompt that shows several pictures
-    image_tokens: Any = (
-        None  # of a latent: what the model's tower would have made of the picture: a Tensor [N, D], or that as a text
-    )
+    image_tokens: Any = None  # of a latent, in place of the picture: a Tensor [N, D], or its text of image_embeds.py
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class Target(ABC, Generic[Job]):
 
     @abstractmethod
     def job(self, accepted: Accepted) -> Job:
-        """What `answer` needs of a request that the abilities allow.
+        """The job for `answer` from a request that the abilities allow.
 
         Raises WireError for unreadable content, and FeaturesError.
         """

@@ -7,9 +7,9 @@ the model continues from there, unless the text ends.
 
 Whether a server does that with pictures is not read from its version: a probe writes a text and has it verified.
 
-With a tail of `aiflow distil` it also answers features: their image tokens go in the place of a picture
+With a tail of `aiflow distil` it also answers features: their image tokens are sent in place of a picture
 (image_embeds.py). vLLM's documentation warns that its engine may crash if their shape is wrong. So a second probe first
-asks what cannot hurt: which model this is, and how many tokens a picture has in it.
+asks which model is loaded and how many tokens a picture has, and only then sends image tokens.
 """
 
 import logging
@@ -112,7 +112,7 @@ class VllmTarget(OpenAITarget):
     kind = "vllm"
 
     def __init__(self, *args: Any, features: "ImageEmbeds | None" = None, **kwargs: Any) -> None:
-        """As OpenAITarget. features: of boards; None: only pictures are read."""
+        """As OpenAITarget. features: encodes boards' features; None: only pictures are read."""
         super().__init__(*args, **kwargs)
         self._takes_drafts = self._takes_features = False  # until the probe has shown it
         self.features = self._embeds = features
@@ -162,7 +162,7 @@ class VllmTarget(OpenAITarget):
         return True
 
     def probe_features(self) -> bool:
-        """Whether it is known now if image tokens are taken: the prompt is as long as with a picture."""
+        """Finds out whether vLLM reads image tokens as it reads a picture. False: it gave no answer, so try again."""
         assert self._embeds is not None
         record = self._embeds.record
         picture = cv2.imencode(".jpg", cv2.resize(PROBE_PIXELS, (record.pixels, record.pixels)))[1].tobytes()
@@ -172,12 +172,14 @@ class VllmTarget(OpenAITarget):
             seen = self._read_prompt(job)
             if (run := max((len(list(same)) for _, same in groupby(seen)), default=0)) != record.tokens:
                 raise FeaturesError(
-                    f"the tail makes {record.tokens} tokens, and a picture of {record.pixels} x {record.pixels} has "
-                    f"{run} there: want the same preprocessor_config.json, or run `aiflow distil` again"
+                    f"the tail makes {record.tokens} tokens, but a picture of {record.pixels} x {record.pixels} has "
+                    f"{run} in vLLM: want the same preprocessor_config.json, or run `aiflow distil` again"
                 )
             read = self._read_mean(job, self._embeds)
             if read != seen:
-                raise FeaturesError(f"{len(read)} tokens in a prompt with image tokens, {len(seen)} with a picture")
+                raise FeaturesError(
+                    f"a prompt has {len(read)} tokens with image tokens, and {len(seen)} other ones with a picture"
+                )
         except CallError as error:
             self.calls.count(error.kind)
             if error.kind in PERMANENT:
@@ -195,20 +197,20 @@ class VllmTarget(OpenAITarget):
         try:
             known = msgspec.json.decode(self.calls.models(deadline), type=_Models).data
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise FeaturesError(f"its list of models is none: {error}") from error
+            raise FeaturesError(f"its list of models cannot be read: {error}") from error
         roots = [model.root or model.id for model in known if model.id == self.config.model]
         if not any(PurePath(root).name == PurePath(wanted).name for root in roots):
             raise FeaturesError(
-                f"the tail was made for {wanted}, and {self.config.model} there is {', '.join(roots) or 'not known'}: "
+                f"the tail was made for {wanted}, but vLLM's {self.config.model} is {', '.join(roots) or 'not known'}: "
                 "want the same name or folder name, or run `aiflow distil` for that model"
             )
 
     def _read_mean(self, job: PictureJob, embeds: "ImageEmbeds") -> list[int]:
-        """The tokens of a prompt with image tokens. Raises CallError if a later try may do, and FeaturesError."""
+        """The tokens of a prompt with image tokens. Raises CallError if a later try may work, and FeaturesError."""
         try:
             return self._read_prompt(replace(job, image_tokens=embeds.mean()))
         except CallError as error:
-            # After the last two, the engine may have crashed, and would again.
+            # After the last two, the engine may have crashed. Another try could crash it again.
             if error.kind not in PERMANENT | {"cut_off", "server_error"}:
                 raise
             self.calls.count(error.kind)
@@ -225,13 +227,13 @@ class VllmTarget(OpenAITarget):
         try:
             return msgspec.convert(completion.prompt_token_ids, list[int])
         except msgspec.ValidationError as error:
-            raise FeaturesError(f"no prompt_token_ids as vLLM has them: {error}") from error
+            raise FeaturesError(f"its response has no prompt_token_ids like vLLM's: {error}") from error
 
     def _refuse_features(self, error: AiflowError) -> None:
         self.calls.count("features_refused")
         self._takes_features = False
         logger.warning(
-            "pictures only for the other server until this one starts again target=%s why=%s", self._url, error
+            "the other server gets pictures only until this one starts again target=%s why=%s", self._url, error
         )
 
     # ---- one request ----
@@ -240,7 +242,9 @@ class VllmTarget(OpenAITarget):
         if job.image_tokens is None or error.status != BAD_REQUEST:
             return super()._refused(error, job)
         self._refuse_features(error)
-        return Answer(error=str(error), retry_after_ms=BUSY_RETRY_MS)  # a picture, or another server, may do
+        return Answer(
+            error=str(error), retry_after_ms=BUSY_RETRY_MS
+        )  # the board may send a picture, or another server may answer
 
     def _plain(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob) -> Answer:
         answer = super()._plain(asked, prompt, job)

@@ -57,7 +57,7 @@ def test_a_question_is_taught_measured_and_the_same_again(photos: Path, board_bu
     said = capsys.readouterr().out
     assert re.search(r"\| open \| 6 \| [01]\.\d\d \|", said)
     assert "expected accuracy" in said
-    assert "class open has 6 photos, too few to trust the accuracy" in said
+    assert "class open has too few photos for a reliable accuracy: 6," in said
     assert 'below [questions]:   gate = "' in said
     file = photos.parent / "gate.safetensors"
     question, first = read_question(file, board_bundle), file.read_bytes()
@@ -143,7 +143,7 @@ def test_fewer_than_three_photos_are_refused_and_three_teach(photos: Path, board
     assert teach(photos, board_bundle) == 0
     said = capsys.readouterr().out
     assert "| open | 1 | - |" in said
-    assert "class open has 1 photos, too few to trust" in said
+    assert "class open has too few photos for a reliable accuracy: 1," in said
     assert "1 photos left out" in said
 
 

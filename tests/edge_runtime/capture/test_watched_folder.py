@@ -73,7 +73,7 @@ def test_a_folder_without_a_new_picture_says_once_what_it_waits_for(folder, stop
         assert watching.next() == ("old.jpg", 10)
     watching.listed()
     watching.listed()
-    assert caplog.text.count(f"{folder} has no new picture, and 1 from before") == 1
+    assert caplog.text.count(f"{folder} has no new picture (old ones: 1)") == 1
 
 
 def test_pictures_that_were_there_come_if_they_are_asked_for(folder, stop):

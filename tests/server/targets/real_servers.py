@@ -12,7 +12,7 @@ import pytest
 
 @contextmanager
 def serving(command: list[str], ready: str) -> Iterator[re.Match[str]]:
-    """A server runs, which has written a line with the pattern `ready`: where it was found."""
+    """Runs a server. Yields the match of the pattern `ready` once the server has written a line with it."""
     said: list[str] = []
     with subprocess.Popen(
         command,
@@ -28,7 +28,7 @@ def serving(command: list[str], ready: str) -> Iterator[re.Match[str]]:
                     break
             else:
                 pytest.fail("".join(said[-100:]))
-            reading = threading.Thread(target=process.stdout.read)  # else it waits when the pipe is full
+            reading = threading.Thread(target=process.stdout.read)  # else the server waits when the pipe is full
             reading.start()
             yield found
         finally:

@@ -104,7 +104,7 @@ def test_features_are_answered_and_their_drafts_verified(site: Site, monkeypatch
         assert (right.accepted, right.proposed, half.accepted) == (len(own), len(own), len(own) // 2)
         assert right.passes < alone.passes
         texts.add(alone.text)
-    assert len(texts) > 1  # it tells them apart
+    assert len(texts) > 1  # the model tells them apart
 
 
 def test_the_towers_tokens_are_read_as_the_picture(site: Site, model: Path) -> None:
@@ -119,7 +119,7 @@ def test_the_towers_tokens_are_read_as_the_picture(site: Site, model: Path) -> N
         first, second = site.target.answer([seen, read])
         assert (first.error, second.text) == ("", first.text)
         texts.add(first.text)
-    assert len(texts) > 1  # it tells them apart
+    assert len(texts) > 1  # the model tells them apart
 
 
 def test_a_tail_of_another_width_or_count_is_refused_and_vllm_goes_on(

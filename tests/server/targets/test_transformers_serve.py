@@ -107,7 +107,7 @@ def test_a_boards_pictures_become_events_with_its_texts(
         assert event.text == response["choices"][0]["message"]["content"].strip() != ""
         assert event.answered_by == AnsweredBy("cloud", "s1")
         assert event.hops[0].usage.input_tokens == response["usage"]["prompt_tokens"]
-    assert len({event.text for event in updates.values()}) == 2  # it tells them apart
+    assert len({event.text for event in updates.values()}) == 2  # the model tells them apart
 
 
 @pytest.mark.timeout(600)

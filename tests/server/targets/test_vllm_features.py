@@ -118,7 +118,7 @@ def site(other: VllmServer, bundle: Bundle, tmp_path: Path) -> Site:
 
 
 def parts(other: VllmServer) -> list[str]:
-    """What each call showed."""
+    """The type of the picture in each call."""
     return [asked.body["messages"][0]["content"][-1]["type"] for asked in other.asked]
 
 
@@ -164,22 +164,22 @@ def test_features_are_offered_when_the_probe_has_shown_that_they_are_taken(
 
 
 REFUSED: dict[str, tuple[Callable[[VllmServer], object], dict[str, object], str, int]] = {
-    # What is done to the other server, the tail, what the log says, and how many calls were made.
+    # A change of the other server, one of the tail, the expected log, and the number of calls.
     "another model": (
         lambda other: other.models[0].update(root="hub/large"),
         {},
-        "made for hub/tiny, and fake.*large",
+        "made for hub/tiny, but vLLM's fake.*large",
         0,
     ),
-    "not its model": (lambda other: other.models.clear(), {}, "fake there is not known", 0),
-    "models of no kind": (lambda other: setattr(other, "models", "html"), {}, "list of models is none", 0),
-    "another count": (lambda other: None, {"tokens": 9}, "makes 9 tokens, and a picture of 96 x 96 has 4 there", 1),
+    "not its model": (lambda other: other.models.clear(), {}, "fake is not known", 0),
+    "models of no kind": (lambda other: setattr(other, "models", "html"), {}, "list of models cannot be read", 0),
+    "another count": (lambda other: None, {"tokens": 9}, "makes 9 tokens, but a picture of 96 x 96 has 4 in vLLM", 1),
     "another width": (lambda other: None, {"width": 32}, "image tokens of 32 numbers .*says 400", 1),
     "no flag": (lambda other: setattr(other, "takes_embeds", False), {}, "says 400.*with --enable-mm-embeds", 1),
     "ignored": (
         lambda other: setattr(other, "ignores_embeds", True),
         {},
-        "4 tokens in a prompt .* 8 with a picture",
+        "4 tokens with image tokens, and 8 .* a picture",
         2,
     ),
     "no token ids": (lambda other: setattr(other, "lie", "no_ids"), {}, "no prompt_token_ids", 1),
