@@ -89,7 +89,7 @@ schema:  ## docs/event.schema.json and docs/ui-openapi.json, from the types in t
 	$(BIN)/python -m edge_runtime.wire.event_schema >docs/event.schema.json
 	$(BIN)/python -m firmware_tools.ui.openapi >docs/ui-openapi.json
 
-# The signature of the shipped bundle is in the board's wheel. It is no part of the repository: its time is that of the build.
+# The signature of the shipped bundle is in the board's wheel, not in the repository: it expires a year after the build.
 wheels: venv  ## dist/ with sdists and wheels, the server's part of the bundle apart; KEY=signing.pem BUNDLE_VERSION=N signs
 	rm -f dist/*.whl dist/*.tar.gz models/zoo/*/bundle.sig
 	$(if $(KEY),for manifest in models/zoo/*/manifest.json; do $(BIN)/aiflow bundle sign --key '$(KEY)' \

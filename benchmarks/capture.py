@@ -1,5 +1,5 @@
-"""What live cameras cost a board in CPU time and memory: with all frames converted, with only those that are due, with
-OpenCV in a process of its own for each camera, as the runtime does, and all processes of a board that also answers.
+"""CPU time and memory that live cameras take: if all frames are converted; if only those that are due are; the same
+with OpenCV in a process of its own per camera, as the runtime does; and for all processes of a board that also answers.
 
 The cameras are a process of their own, which serves frames of 1920 x 1080 pixels over HTTP: as MJPEG, which the runtime
 reads without OpenCV, and as a video that OpenCV decodes (MPEG-4, as its wheels cannot encode H.264). Each way to read
@@ -88,7 +88,7 @@ def _compare(arguments: list[str], board: Callable[[], dict[str, float]], rounds
 
 
 def _read_apart(way: str, arguments: list[str]) -> dict[str, float]:
-    """What `_read` returns, in a process of its own."""
+    """Calls `_read` in a process of its own."""
     read = subprocess.run([*COMMAND, way, *arguments], stdout=subprocess.PIPE, cwd=ROOT, check=True)
     return dict(json.loads(read.stdout))
 
@@ -96,7 +96,7 @@ def _read_apart(way: str, arguments: list[str]) -> dict[str, float]:
 def _board(
     bundle: Path, url: str, interval_s: float, seconds: float, cameras: int, motion: dict[str, bool] | None = None
 ) -> dict[str, float]:
-    """The same of `aiflow run` with its processes, from the time on when all cameras are live."""
+    """The same figures for `aiflow run` and its processes, measured once all cameras are live."""
     more = {"interval_s": interval_s, "motion": motion or {}}
     tables: dict[str, Any] = {
         "board": {"id": "board", "bundle": str(bundle), "backend": "onnx", "threads": 1, "paradigm": "device"},

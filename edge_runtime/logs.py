@@ -12,7 +12,7 @@ ERROR_MARK = f"<{PRIORITIES[logging.ERROR]}>"
 
 
 class JournalFormatter(logging.Formatter):
-    """Begins each line with its priority in angle brackets, which the journal takes off: sd-daemon(3)."""
+    """Begins each line with its priority in angle brackets, which the journal removes: sd-daemon(3)."""
 
     def format(self, record: logging.LogRecord) -> str:
         mark = f"<{PRIORITIES.get(record.levelno, 6)}>"
@@ -20,7 +20,7 @@ class JournalFormatter(logging.Formatter):
 
 
 def log_to_stderr(level: int) -> None:
-    """For entry points. With priorities if standard error is the journal's."""
+    """For entry points. Lines have priorities if standard error is the journal's."""
     handler = logging.StreamHandler()
     handler.setFormatter(JournalFormatter(FORMAT) if is_journal() else logging.Formatter(FORMAT))
     logging.basicConfig(level=level, handlers=[handler])

@@ -113,7 +113,9 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         )
         return
     if part == "stops":
-        parser.add_argument("--boards", type=number, default=50, metavar="N", help="default: 50")
+        parser.add_argument(
+            "--boards", type=number, default=50, metavar="N", help="boards, one after the other (default: 50)"
+        )
         return
     if part == "capture":
         parser.add_argument(
@@ -123,7 +125,9 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         parser.add_argument(
             "--seconds", type=float, default=10.0, metavar="S", help="duration of each measurement (default: 10)"
         )
-        parser.add_argument("--rounds", type=number, default=3, metavar="N", help="of all measurements (default: 3)")
+        parser.add_argument(
+            "--rounds", type=number, default=3, metavar="N", help="repeat all this often, for medians (default: 3)"
+        )
         return
     if part == "users":
         parser.add_argument(

@@ -1,10 +1,10 @@
 """The board's wheel on emulated arm64, compared with this machine: `python -m testbed.arm64`, or `make arm64`.
 
 It installs the wheel of this checkout from wheels for arm64 only, then runs there: the golden vectors of the wire, the
-shipped bundle in both runtimes, and a board against a broker and a server on this machine. The files of the Debian
-package are unpacked there, and its program is run; its scripts are not. Equal on both must be what
-the protocol promises: the bytes for the same symbols, and the text for the same bytes. It proves nothing about speed,
-cameras, or the kernel of a board.
+shipped bundle in both runtimes, and a board against a broker and a server on this machine. It also unpacks
+the Debian package there and runs its program, but not its scripts. Both machines must give what the protocol promises:
+the same bytes for the same symbols, and the same text for the same bytes. It proves nothing about speed, cameras, or
+the kernel of a board.
 
 Exit codes: 0 all is equal; 1 something differs or fails; 77 this machine cannot (as test drivers of automake say it).
 """
@@ -114,7 +114,7 @@ def build_wheel(folder: Path) -> Path:
 
 
 def try_package(folder: Path, debian: EmulatedDebian, wheel: Path) -> list[str]:
-    """Builds the Debian package and runs what it holds. Prints a line. Returns what does not work."""
+    """Builds the Debian package and runs its program. Prints a line. Returns what does not work."""
     manual = folder / "aiflow.1"  # an empty one: this page is the same on all processors
     manual.touch()
     settings = [f"PYTHON={sys.executable}", f"PYTHON_VERSION={debian.python_version}", "ARCH=arm64"]
