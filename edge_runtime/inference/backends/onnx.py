@@ -62,7 +62,8 @@ class OnnxModel:
             if "tensorrt" in providers:
                 os.makedirs(folder, exist_ok=True)
             self._session = onnxruntime.InferenceSession(data, options, providers=[*given, "CPUExecutionProvider"])
-            self._session._model_bytes = None  # onnxruntime would keep the file's content as long as the session
+            if not providers:  # with providers it loads the network anew, on the CPU, when one of them fails
+                self._session._model_bytes = None  # it would keep the file's content as long as the session
             notes = self._session.get_modelmeta().custom_metadata_map
             self.scale, self.zero_point = float(notes.get("scale", 1.0)), int(notes.get("zero_point", 0))
             if not -128 <= self.zero_point <= 255:

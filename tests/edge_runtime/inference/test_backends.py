@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
 from edge_runtime.inference import backends
 from edge_runtime.inference.backends import SUFFIXES, BackendError, installed, load_model
+from edge_runtime.inference.backends import onnx as onnx_backend
 from edge_runtime.inference.backends.onnx import sums_saturate
 from models import SHIPPED_BUNDLE
 from testbed.arm64 import write_pictures
@@ -110,6 +112,16 @@ def test_a_loaded_network_keeps_no_copy_of_its_file(tmp_path, suffix):
     finally:
         tracemalloc.stop()
     assert kept < len(exports.files()[f"head{suffix}"]) / 2
+
+
+def test_a_network_whose_provider_fails_can_fall_back_to_the_cpu(tmp_path, monkeypatch):
+    (tmp_path / "head.onnx").write_bytes(exports.files()["head.onnx"])
+    if "AzureExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has no second provider that needs no hardware")
+    monkeypatch.setitem(onnx_backend.PROVIDERS, "azure", "AzureExecutionProvider")
+    session = load_model(tmp_path / "head.onnx", providers=["azure"])._session
+    session.set_providers(["CPUExecutionProvider"])  # as onnxruntime does it
+    assert session.get_providers() == ["CPUExecutionProvider"]
 
 
 @each_backend
