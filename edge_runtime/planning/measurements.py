@@ -175,7 +175,8 @@ class Measurements:
             case RequestAnswered(reply, draft):
                 if (request := self._link.answered(reply.id, at)) is None:
                     return
-                self._statuses.answered(reply.server)
+                # A higher tier, which `server` may name, publishes its status to another broker.
+                self._statuses.answered(reply.hops[0].server if reply.hops else reply.server)
                 total_ms = 1e3 * (at - request.sent_at)
                 server_ms = sum(hop.queue_ms + hop.compute_ms for hop in reply.hops)
                 if server_ms <= total_ms:

@@ -22,7 +22,8 @@ TEXT = tuple(range(4, 14))
 
 def reply_to(number: int, *, hops: tuple[Hop, ...] | None = None, **fields_of: object) -> Reply:
     if hops is None:
-        hops = (Hop(Tier.EDGE, "server", 2.0, 20.0, {"tail": 4.0, "passes": 16.0}),)
+        server = str(fields_of.get("server", "server"))
+        hops = (Hop(Tier.EDGE, server, 2.0, 20.0, {"tail": 4.0, "passes": 16.0}),)
     values = {"tokens": encode_tokens(TEXT), "passes": 10} | fields_of
     return Reply(id=number.to_bytes(8, "big"), status=Status.OK, hops=hops, **values)
 
@@ -234,6 +235,15 @@ def test_a_server_that_answers_is_not_offline_because_it_repeats_that_its_share_
     assert exchange(measurements, 1).is_online
     measurements.status_arrived(topic("a"), status_of(share_proven=False), 10.0)
     assert measurements.snapshot(10.5).is_online
+
+
+def test_an_answer_that_came_by_way_of_a_server_says_nothing_of_the_tier_above_it():
+    measurements = Measurements()
+    hops = (Hop(Tier.EDGE, "a", 2.0, 20.0), Hop(Tier.CLOUD, "above", 2.0, 20.0))
+    exchange(measurements, 0, hops=hops, server="above")
+    assert not measurements.find_silence()
+    measurements.status_arrived(topic("a"), status_of("a", "offline"), 1.0)
+    assert "a (offline)" in measurements.find_silence()
 
 
 def test_a_flood_of_statuses_evicts_no_server_that_has_answered():
