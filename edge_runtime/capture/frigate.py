@@ -91,6 +91,7 @@ class FrigatePictures:
             due = now + self._camera.min_interval_s
             captured_unix = time.time() - (now - snapshot.arrived)
             yield Frame(self._camera.name, pixels, captured_unix, now, encoded=snapshot.data, frigate=event)
+            del pixels  # see Frame
 
 
 class FrigateTopics:

@@ -51,3 +51,4 @@ class MqttPictures:
                 continue
             due = max(due, frame.captured) + interval
             yield replace(frame, pixels=pixels)
+            del pixels  # see Frame

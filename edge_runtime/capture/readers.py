@@ -72,6 +72,7 @@ def video_frames(camera: CameraConfig, stop: threading.Event, counters: Counters
                         yield Frame(camera.name, pixels, time.time(), started, f"{Path(camera.source).name}#{number}")
                     else:
                         counters.unreadable += not stop.is_set()
+                    del pixels  # see Frame
                     stop.wait(max(0.0, camera.min_interval_s - (time.monotonic() - started)))
                 number, more = number + 1, capture.grab() is not None
         if not camera.repeat:

@@ -66,6 +66,7 @@ class WatchedFolder:
                 if (frame := self._picture(path, version)) is not None:
                     due = time.monotonic() + self._camera.min_interval_s
                     yield frame
+                    del frame  # see Frame
             stop.wait(pause_s)
 
     def _ready(self, now: float) -> list[tuple[str, Version]]:

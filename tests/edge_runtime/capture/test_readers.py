@@ -4,6 +4,7 @@ import hashlib
 import re
 import threading
 import time
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from edge_runtime.capture.live import ArrivalTimes, live_frames
 from edge_runtime.capture.mqtt_pictures import MqttPictures
 from edge_runtime.capture.readers import file_frames, reader_of, video_frames
 from edge_runtime.capture.video_capture import Grabbed
+from edge_runtime.capture.watched_folder import WatchedFolder
 from edge_runtime.config import CameraConfig
 from edge_runtime.picture_checks import PictureError
 from edge_runtime.shutdown import DriverThread
@@ -259,6 +261,46 @@ def test_a_frame_or_a_close_ends_the_waiting_at_a_slot(stop, monkeypatch, wake):
 def test_a_stop_ends_the_waiting_at_a_slot(stop):
     threading.Timer(0.05, stop.set).start()
     assert NewestFrame(Counters()).take(1e6, stop) is None
+
+
+class StopAfterFrame(threading.Event):
+    """Looks, when a source asks it after its first frame, whether that one's pixels are free; then it is set."""
+
+    pixels: "weakref.ref[np.ndarray] | None" = None
+    found_free = False
+
+    def is_set(self) -> bool:
+        return self.wait(0)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if self.pixels and not super().is_set():
+            self.found_free = self.pixels() is None
+            self.set()
+        return super().wait(timeout)
+
+
+@pytest.mark.parametrize("kind", ["photos", "video", "folder", "mqtt"])
+def test_a_frame_is_free_before_its_source_reads_the_next_one(kind, video, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(jpeg(50))
+    source = {"photos": str(tmp_path / "photos"), "video": video, "folder": f"watch:{tmp_path / 'photos'}"}.get(kind)
+    camera, stop, counters = (
+        CameraConfig("door", source or kind, existing=kind == "folder"),
+        StopAfterFrame(),
+        Counters(),
+    )
+    if kind == "mqtt":
+        pictures = MqttPictures(camera, counters)
+        pictures.put(jpeg(50))
+        frames = pictures.frames(stop)
+    elif kind == "folder":
+        frames = WatchedFolder(camera, counters).frames(stop)
+    else:
+        frames = reader_of(camera)(camera, stop, counters)
+    held = [next(frames)]
+    stop.pixels = weakref.ref(held.pop().pixels)
+    assert next(frames, None) is None
+    assert stop.found_free
 
 
 def test_the_newest_picture_over_mqtt_is_decoded_when_it_is_taken(stop):
