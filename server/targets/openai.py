@@ -112,7 +112,8 @@ class OpenAITarget(PromptedTarget):
             self.calls.count(error.kind)
             wait_s = self.calls.wait_s(error, 1)
             if error.kind in PERMANENT:  # without a draft it may work
-                self._refuse_drafts("draft_refused", error)
+                if job.image_tokens is None:  # else these may be what is refused: the next call shows it
+                    self._refuse_drafts("draft_refused", error)
             elif error.kind not in TEMPORARY:
                 return Answer(error=str(error), retry_after_ms=max(BUSY_RETRY_MS, math.ceil(1e3 * wait_s)))
         except DraftError as error:

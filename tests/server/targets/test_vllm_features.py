@@ -231,6 +231,16 @@ def test_a_server_that_takes_them_no_more_gets_pictures_only(other: VllmServer, 
     assert (site.calls["features_refused"], len(other.refused)) == (1, 1)
 
 
+def test_a_refusal_of_features_that_come_with_a_draft_says_nothing_about_drafts(
+    other: VllmServer, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert site.target.probe()
+    monkeypatch.setitem(vars(site.bundle), "words", ("<pad>", "<start>", "<end>", "<unknown>", "a", "man"))
+    other.takes_embeds = False
+    (reply,) = site.ask(latent(site.bundle, draft=(4, 5)))
+    assert (reply.status, site.target.abilities.bundles, site.target.abilities.drafts) == (Status.BUSY, (), True)
+
+
 def test_a_wrong_key_says_nothing_about_features(other: VllmServer, site: Site) -> None:
     other.key = "another"
     (reply,) = site.ask(latent(site.bundle))
