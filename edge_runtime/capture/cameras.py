@@ -93,9 +93,8 @@ class Cameras:
         """Looks at every source before the start; does not contact streams.
 
         Raises ConfigError, naming each camera, for sources that can never work: an unknown kind of stream, a missing
-        program, a file that is no picture, video or tar, a directory without a picture that is read once. Returns
-        warnings about what may pass by itself, since `frames` tries it again: a path that does not exist yet or cannot
-        be read, a directory without a picture that is read again.
+        program, a file that is no picture, video or tar. Returns warnings about what may pass by itself, since `frames`
+        tries it again: a path that does not exist yet or cannot be read, a directory without a picture.
         """
         found = {name: check_source(camera.config) for name, camera in self._cameras.items()}
         if errors := [f"camera {name}: {printable(error)}" for name, (error, _) in found.items() if error]:

@@ -96,9 +96,9 @@ def _open_video(camera: CameraConfig, stop: threading.Event) -> VideoCapture:
 def check_source(camera: CameraConfig) -> tuple[str, str]:
     """Looks at a source once, on this thread. Returns an error and a warning, "" for none.
 
-    The error is what can never work: an unknown scheme, a missing program, a file that is no picture, video or tar, a
-    directory without a picture that is read once. The warning is what may pass by itself: a path that does not exist
-    yet or cannot be read, a directory without a picture that is read again. Does not contact streams.
+    The error is what can never work: an unknown scheme, a missing program, a file that is no picture, video or tar. The
+    warning is what may pass by itself: a path that does not exist yet or cannot be read, a directory without a picture.
+    Does not contact streams.
     """
     kind = kind_of(camera.source)
     if kind in ("device", "watch", "video", "pictures"):
@@ -129,9 +129,8 @@ def _check_path(camera: CameraConfig) -> tuple[str, str]:
     except OSError as error:
         return "", f"{path} cannot be read: {error.strerror}"
     except PictureError as error:
-        is_once = path.is_dir() and not camera.repeat
-        hint = f", and is read once: name one with pictures, or use watch:{path} to wait for some" if is_once else ""
-        return (f"{error}{hint}", "") if is_once or path.is_file() else ("", str(error))
+        # A directory may be mounted or filled later.
+        return (str(error), "") if path.is_file() else ("", str(error))
     except DriverError as error:
         return "", f"{path}: {error}"
     return "", ""

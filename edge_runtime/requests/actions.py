@@ -27,6 +27,7 @@ class Send(Generic[T]):
     waited_s: float  # since the content was handed over
     left_s: float  # until the deadline
     is_resend: bool  # it left before, in this try. Then send it without a reference to an earlier frame
+    is_asked_for: bool = False  # by a server's reply: so a server is there, and has seen the copy before
 
 
 @dataclass(frozen=True, slots=True)

@@ -320,16 +320,17 @@ class RequestLifecycle(Generic[T]):
         return [self._send(entry, now, is_resend=False)]
 
     def _send_again(self, entry: _Entry[T], now: float) -> Send[T]:
-        entry.doublings += not entry.was_told_when  # a server that says "busy" is not silent
-        entry.was_told_when = False
+        is_asked_for, entry.was_told_when = entry.was_told_when, False
+        entry.doublings += not is_asked_for  # a server that says "busy" is not silent
         entry.resend_at = now + self._resend.interval(entry.doublings)
         entry.sends += 1
         self._counts["resent"] += 1
-        return self._send(entry, now, is_resend=True)
+        return self._send(entry, now, is_resend=True, is_asked_for=is_asked_for)
 
-    def _send(self, entry: _Entry[T], now: float, is_resend: bool) -> Send[T]:
+    def _send(self, entry: _Entry[T], now: float, is_resend: bool, is_asked_for: bool = False) -> Send[T]:
         assert entry.content is not None
-        return Send(entry.id, entry.content, now - entry.handed_over_at, entry.deadline - now, is_resend)
+        waited_s, left_s = now - entry.handed_over_at, entry.deadline - now
+        return Send(entry.id, entry.content, waited_s, left_s, is_resend, is_asked_for)
 
     # ---- replies ----
 

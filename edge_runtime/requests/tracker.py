@@ -304,7 +304,7 @@ class RequestTracker:
 
     def _send(self, send: Send[Tracked], now: float) -> Sequence[Action[Tracked]]:
         tracked = send.content
-        if send.is_resend and (why := self._why_not_again(tracked)):
+        if send.is_resend and not send.is_asked_for and (why := self._why_not_again(tracked)):
             return self._lifecycle.on_unsent(send.id, Why("no_reply", why), now)
         payload = tracked.payload
         if send.is_resend or tracked.is_retry:

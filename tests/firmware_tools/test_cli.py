@@ -23,7 +23,6 @@ bundle = "{bundle}"
 [[cameras]]
 name = "door"
 source = "{bundle}"
-repeat = true
 """
 SERVER = """
 [server]
@@ -248,14 +247,6 @@ def test_a_source_without_a_picture_is_a_warning_since_it_may_be_filled_later(
     done = aiflow("validate", config(BOARD))
     assert done.returncode == 0
     assert f"warning: camera door: {bundle} holds no picture" in done.stdout
-
-
-def test_a_folder_without_a_picture_that_is_read_once_ends_the_board(config: Callable[..., Path]) -> None:
-    path = config(BOARD.replace("repeat = true", ""), 'paradigm = "device"')
-    for command in ("validate", "run"):
-        done = aiflow(command, path)
-        assert done.returncode == EXIT_CONFIG
-        assert "holds no picture (.jpg, .jpeg, .png, .webp), and is read once" in done.stderr
 
 
 def test_a_source_that_can_never_work_is_named(config: Callable[..., Path], bundle: Path) -> None:

@@ -292,7 +292,7 @@ def test_a_lost_reference_is_told_once_and_the_frame_is_sent_alone_at_once() -> 
     requests = lifecycle()
     requests.on_request(ONE, "x", 9.0, 0.0)
     (sent,) = requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 0.1)
-    assert sent == Send(ONE, "x", 0.1, 8.9, is_resend=True)
+    assert sent == Send(ONE, "x", 0.1, 8.9, is_resend=True, is_asked_for=True)
     assert requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 0.2) == []  # to a second copy of the first one
     assert requests.next_at() >= 1.1  # not doubled: nothing was lost
     (answer,) = requests.on_reply(reply(ONE), 0.3)

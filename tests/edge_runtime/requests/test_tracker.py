@@ -499,6 +499,15 @@ def test_while_no_server_can_answer_a_request_is_sent_once(broker, board_bundle)
         assert board.tracker.summary()["resent"] == 0
 
 
+def test_a_copy_that_a_server_asks_for_is_sent_whatever_the_statuses_say(broker, board_bundle, server):
+    with Board(broker.port, board_bundle, silence="all servers are offline") as board:
+        board.ask()
+        first = server.request()
+        server.reply(first, Status.BUSY, retry_after_ms=0)
+        server.reply(server.request())
+        assert board.next_event().final
+
+
 def test_what_was_kept_waits_until_a_server_can_answer(broker, board_bundle, server, tmp_path, monkeypatch):
     monkeypatch.setattr("edge_runtime.requests.lifecycle.AWAY_S", 0.0)
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path), silence="all servers are offline") as board:
