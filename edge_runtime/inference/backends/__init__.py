@@ -62,8 +62,8 @@ def load_model(path: Path, threads: int = 1, providers: Sequence[str] = ()) -> M
     """Loads a network; the suffix of its file decides the backend. Raises BackendError.
 
     providers: of onnxruntime, before the CPU, see PROVIDERS in onnx.py; one that does not load is an error.
-    A network must not read other files: onnxruntime gets the content of the file, not its path. LiteRT
-    cannot name other files, so LiteRT maps the file, which must not be changed in place while the network is used.
+    A network must not read other files. So onnxruntime gets the content of the file, not its path. LiteRT reads no
+    other files: it maps this one, which must not be changed in place while the network is used.
     """
     names = [name for name, suffix in SUFFIXES.items() if suffix == path.suffix]
     if not names:
