@@ -82,11 +82,5 @@ def test_the_usual_prompt_must_be_there(tmp_path: Path) -> None:
         loaded(tmp_path, 'prompt = "drive"\n')
 
 
-def test_prompts_for_networks_that_read_none_are_a_mistake(tmp_path: Path) -> None:
-    (tmp_path / "server.toml").write_text('[server]\nid = "s1"\nbundle = "one"\n[prompts.a]\n')
-    with pytest.raises(ConfigError, match="which reads no named prompts"):
-        load_toml(tmp_path / "server.toml", Config).check_target()
-
-
 def test_a_board_reads_as_many_names_as_a_server_may_publish() -> None:
     assert server_status.MAX_PROMPTS == MAX_PROMPTS
