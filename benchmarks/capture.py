@@ -108,19 +108,15 @@ def _board(
             wait_live(process, cameras)
             board = psutil.Process(process.pid)
             processes = [board, *board.children(recursive=True)]
-            cpu_s, started = sum(map(_cpu_s, processes)), time.monotonic()
+            cpu_s, started = sum(map(cpu_seconds, processes)), time.monotonic()
             time.sleep(seconds)
-            cpu_s, taken_s = sum(map(_cpu_s, processes)) - cpu_s, time.monotonic() - started
+            cpu_s, taken_s = sum(map(cpu_seconds, processes)) - cpu_s, time.monotonic() - started
             memory = sum(one.memory_full_info().pss for one in processes)
     return {"ms": 1e3 * cpu_s / (FPS * taken_s * cameras), "mb": memory / 1e6}
 
 
 def wait_live(board: AiflowProcess, cameras: int) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while board.said().count("camera live") < cameras:
-        board.check_running()
-        assert time.monotonic() < end, board.said()
-        time.sleep(0.05)
+    board.wait_for(lambda: board.said().count("camera live") >= cameras, PATIENCE_S)
 
 
 # ---- reading ----
@@ -147,11 +143,11 @@ def _read(way: str, url: str, interval_s: float, seconds: float, cameras: int) -
         next(stream)
     threads = [threading.Thread(target=take, args=[number]) for number in range(cameras)]
     processes = [psutil.Process(), *psutil.Process().children()]
-    cpu_s, frames = sum(map(_cpu_s, processes)), received()
+    cpu_s, frames = sum(map(cpu_seconds, processes)), received()
     for thread in threads:
         thread.start()
     stop.wait(seconds)
-    cpu_s, frames = sum(map(_cpu_s, processes)) - cpu_s, received() - frames
+    cpu_s, frames = sum(map(cpu_seconds, processes)) - cpu_s, received() - frames
     memory = sum(process.memory_full_info().pss for process in processes)
     stop.set()
     for thread in [*threads, *threads_in_driver()]:
@@ -159,7 +155,7 @@ def _read(way: str, url: str, interval_s: float, seconds: float, cameras: int) -
     return {"ms": round(1e3 * cpu_s / frames, 2), "mb": round(memory / 1e6, 1)}
 
 
-def _cpu_s(process: psutil.Process) -> float:
+def cpu_seconds(process: psutil.Process) -> float:
     times = process.cpu_times()
     return float(times.user + times.system)
 

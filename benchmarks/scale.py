@@ -128,7 +128,7 @@ class Boards:
         client, left_s = self._clients[self.names.index(asked.board) % CONNECTIONS], BUDGET_S - waited_s
         payload = encode_request(aged(asked.request, waited_s, left_s))
         client.publish(topics.request(SITE, asked.board), payload, expiry_s=left_s)
-        self._wait(asked, RESEND_S * 2.0**asked.sends * random.uniform(1, 1.5))
+        self._wait(asked, RESEND_S * 2.0**asked.sends * self._random.uniform(1, 1.5))
         asked.sends += 1
 
     def _wait(self, asked: Asked, wait_s: float) -> None:

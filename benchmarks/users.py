@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from functools import partial
@@ -27,12 +27,13 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from benchmarks.capture import cpu_seconds
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import MqttClient, MqttConfig
 from edge_runtime.reporting.images import small_jpeg
 from edge_runtime.wire import AnsweredBy, Event, EventHop, Explain, encode_event, topics
 from testbed.broker import free_port, start_embedded
-from testbed.processes import AiflowProcess, Process, ProcessError
+from testbed.processes import AiflowProcess, Process
 
 SITE = "bench"
 PAGE_BOARDS = 100  # with a camera each
@@ -69,7 +70,7 @@ def measure_page(pictures: Sequence[bytes], events: int) -> dict[str, float]:
             Process(command, Path(folder, "ui.log"), "aiflow ui") as page,
             MqttClient(MqttConfig(port=broker).settings("boards", queue_messages=1024)) as client,
         ):
-            _wait(page, lambda: address in page.said())
+            page.wait_for(lambda: address in page.said(), PATIENCE_S)
             threading.Thread(target=_look_at, args=[address], daemon=True).start()
             for frame in range(max(1, events // 2 // PAGE_BOARDS)):
                 for number in range(PAGE_BOARDS):
@@ -79,7 +80,7 @@ def measure_page(pictures: Sequence[bytes], events: int) -> dict[str, float]:
                     if frame % PICTURE_FRAMES == 0:
                         client.publish(topics.image(SITE, board, "front"), pictures[number % len(pictures)], qos=0)
                 # The broker queues a thousand messages for the page: let it read these before the next ones come.
-                _wait(page, partial(_found, address, words))
+                page.wait_for(partial(_found, address, words), PATIENCE_S)
                 resident.append(psutil.Process(page.pid).memory_info().rss / 1e6)
     return {"first_mb": round(resident[0], 1), "last_mb": round(resident[-1], 1)}
 
@@ -118,15 +119,6 @@ def _found(address: str, words: str) -> bool:
         return bool(json.load(found)["answers"])
 
 
-def _wait(process: Process, is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not is_so():
-        process.check_running()
-        if time.monotonic() > deadline:
-            raise ProcessError(f"{process.name} did not respond as expected within {PATIENCE_S:.0f} s")
-        time.sleep(0.05)  # there is no event for what another process has done
-
-
 def measure_boards(
     bundle: Bundle, frames: Sequence[NDArray[np.uint8]], seconds: float, count: int
 ) -> dict[str, dict[str, float]]:
@@ -158,8 +150,8 @@ def measure_boards(
                 scraped.append(f"http://127.0.0.1:{tables['metrics']['port']}/metrics")
             boards[board] = kind, running.enter_context(AiflowProcess("run", tables, folder, board))
         for board, (_, process) in boards.items():
-            _wait(process, partial(_has_reported, events, board))
-        before = {board: _cpu_s(process) for board, (_, process) in boards.items()}
+            process.wait_for(partial(_has_reported, events, board), PATIENCE_S)
+        before = {board: cpu_seconds(psutil.Process(process.pid)) for board, (_, process) in boards.items()}
         started = time.monotonic()
         while (left := started + seconds - time.monotonic()) > 0:
             for address in scraped:
@@ -169,7 +161,7 @@ def measure_boards(
         cpu, memory = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
         for board, (kind, process) in boards.items():
             process.check_running()
-            cpu[kind].append(100 * (_cpu_s(process) - before[board]) / took)
+            cpu[kind].append(100 * (cpu_seconds(psutil.Process(process.pid)) - before[board]) / took)
             memory[kind].append(psutil.Process(process.pid).memory_info().rss / 1e6)
     return {
         kind: {
@@ -182,8 +174,3 @@ def measure_boards(
 
 def _has_reported(events: Counter[str], board: str) -> bool:
     return events[board] >= WARM_EVENTS
-
-
-def _cpu_s(process: Process) -> float:
-    times = psutil.Process(process.pid).cpu_times()
-    return float(times.user + times.system)

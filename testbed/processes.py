@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,6 +123,15 @@ class Process:
         """Raises ProcessError if it has ended."""
         if self.has_ended():
             raise ProcessError(self._last_words(0))
+
+    def wait_for(self, is_so: Callable[[], bool], patience_s: float) -> None:
+        """Raises ProcessError if it has ended, or if it has not done after so many seconds what is waited for."""
+        deadline = time.monotonic() + patience_s
+        while not is_so():
+            self.check_running()
+            if time.monotonic() > deadline:
+                raise ProcessError(f"{self.name} did not respond as expected within {patience_s:.0f} s")
+            time.sleep(0.05)  # there is no event for what another process has done
 
     def said(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""

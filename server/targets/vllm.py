@@ -115,7 +115,7 @@ class VllmTarget(OpenAITarget):
         """As OpenAITarget. features: encodes boards' features; None: only pictures are read."""
         super().__init__(*args, **kwargs)
         self._takes_drafts = self._takes_features = False  # until the probe has shown it
-        self.features = self._embeds = features
+        self.features: ImageEmbeds | None = features
         self._may_take_drafts = self._bundle is not None and self._prompts[self.config.prompt].schema is None
         if self._may_take_drafts or features:
             threading.Thread(target=self._probe_until_known, name="probe", daemon=True).start()
@@ -129,7 +129,7 @@ class VllmTarget(OpenAITarget):
     # ---- the probes ----
 
     def _probe_until_known(self) -> None:
-        probes = [self.probe] * self._may_take_drafts + [self.probe_features] * (self._embeds is not None)
+        probes = [self.probe] * self._may_take_drafts + [self.probe_features] * (self.features is not None)
         while (probes := [probe for probe in probes if not probe()]) and not self.calls.stop.wait(PROBE_AGAIN_S):
             pass
 
@@ -163,8 +163,8 @@ class VllmTarget(OpenAITarget):
 
     def probe_features(self) -> bool:
         """Finds out whether vLLM reads image tokens as it reads a picture. False: it gave no answer, so try again."""
-        assert self._embeds is not None
-        record = self._embeds.record
+        assert self.features is not None
+        record = self.features.record
         picture = cv2.imencode(".jpg", cv2.resize(PROBE_PIXELS, (record.pixels, record.pixels)))[1].tobytes()
         job = PictureJob(picture, "image/jpeg", PROBE_PIXELS, time.monotonic() + self.config.timeout_s)
         try:
@@ -175,7 +175,7 @@ class VllmTarget(OpenAITarget):
                     f"the tail makes {record.tokens} tokens, but a picture of {record.pixels} x {record.pixels} has "
                     f"{run} in vLLM: want the same preprocessor_config.json, or run `aiflow distil` again"
                 )
-            read = self._read_mean(job, self._embeds)
+            read = self._read_mean(job, self.features)
             if read != seen:
                 raise FeaturesError(
                     f"a prompt has {len(read)} tokens with image tokens, and {len(seen)} other ones with a picture"
@@ -242,9 +242,8 @@ class VllmTarget(OpenAITarget):
         if job.image_tokens is None or error.status != BAD_REQUEST:
             return super()._refused(error, job)
         self._refuse_features(error)
-        return Answer(
-            error=str(error), retry_after_ms=BUSY_RETRY_MS
-        )  # the board may send a picture, or another server may answer
+        # The board may send a picture, or another server may answer.
+        return Answer(error=str(error), retry_after_ms=BUSY_RETRY_MS)
 
     def _plain(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob) -> Answer:
         answer = super()._plain(asked, prompt, job)

@@ -41,7 +41,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Target(VllmTarget):
-    """Probes only when it is told to."""
+    """Its probes run when a test calls them."""
 
     def _probe_until_known(self) -> None:
         pass

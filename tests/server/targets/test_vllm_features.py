@@ -28,7 +28,6 @@ from server.reply_cache import ReplyCache
 from server.service import Service
 from server.targets.features import load_features
 from server.targets.image_embeds import ImageEmbeds
-from server.targets.vllm import VllmTarget
 from testbed.chat_server import Behaviour
 from testbed.vllm_server import IMAGE_TOKENS, WIDTH, VllmServer
 from tests.brokers import Mosquitto
@@ -37,6 +36,7 @@ from tests.listener import Listener
 from tests.server.boards import PATIENCE_S, SYMBOLS, Lane, board_of, is_balanced
 from tests.server.boards import request as latent
 from tests.server.targets.test_service import offload
+from tests.server.targets.test_vllm import Target
 
 TEXT = "A man opens a door of the house."
 PIXELS = 96
@@ -68,13 +68,6 @@ def other() -> Iterator[VllmServer]:
         server.say = lambda _: TEXT
         yield server
     assert server.objections == []  # every request has only documented fields
-
-
-class Target(VllmTarget):
-    """Probes only when it is told to."""
-
-    def _probe_until_known(self) -> None:
-        pass
 
 
 class Site:
