@@ -210,9 +210,9 @@ def run(
                 wait_serving(server, port, SITE, name)
             figures = {}
             with Boards(port, bundle, frames, boards, interval_s) as asking:
-                before = _memory_mb(servers)
-                asking.run(seconds)
-                figures = asking.figures(seconds) | {"memory_mb": before, "memory_mb_after": _memory_mb(servers)}
+                with _memory_mb(servers, seconds / 6) as memory_mb:
+                    asking.run(seconds)
+                figures = asking.figures(seconds) | {"memory_mb": memory_mb}
             if count > 1:
                 with (
                     Boards(port, bundle, frames, boards, interval_s) as asking,
@@ -234,8 +234,27 @@ def _server(
     return AiflowProcess("serve", tables, folder, name)
 
 
-def _memory_mb(servers: Sequence[AiflowProcess]) -> float:
-    return round(sum(int(psutil.Process(server.pid).memory_info().rss) for server in servers) / 1e6, 1)
+@contextmanager
+def _memory_mb(servers: Sequence[AiflowProcess], period_s: float) -> Iterator[list[float]]:
+    """The resident memory of all servers together: at the start, after each period, and at the end."""
+    samples, is_over = list[float](), threading.Event()
+
+    def sample() -> None:
+        samples.append(round(sum(int(psutil.Process(server.pid).memory_info().rss) for server in servers) / 1e6, 1))
+
+    def watch() -> None:
+        while not is_over.wait(period_s):
+            sample()
+
+    sample()
+    thread = threading.Thread(target=watch, name="memory")
+    thread.start()
+    try:
+        yield samples
+    finally:
+        is_over.set()
+        thread.join()
+        sample()
 
 
 @contextmanager

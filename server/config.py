@@ -40,6 +40,8 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
         str, Meta(pattern=r"^(cpu|cuda(:[0-9]{1,2})?)\Z", description='"cpu", "cuda" or, of several, "cuda:1"')
     ] = "cpu"
     threads: Annotated[int, Meta(ge=1, le=256)] = 1  # of the networks on a CPU; the bits of the answers depend on it
+    # Batches of the bundle's networks at the same time, each on `threads` of its own; none: 2, if there are the cores.
+    calls: Annotated[int, Meta(ge=1, le=64)] | None = None
     max_batch: Annotated[int, Meta(ge=1, le=8)] = 8  # requests per pass, as far as the start test allows
     batch_wait_ms: Annotated[float, Meta(ge=0, le=1000)] = 2.0  # for others, if the last ones came together
     queue: Annotated[int, Meta(ge=1, le=4096)] = 64  # requests that wait; when full, boards are told to come back later
@@ -224,10 +226,13 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             ("[prompts]", bool(self.prompts), ("openai", "vllm", "hf"), f'openai:{address}" or "hf:FOLDER'),
             ("[ray]", self.ray is not None, ("bundle",), "bundle"),
             ("second_bundle", server.second_bundle is not None, ("bundle",), "bundle"),
+            ("calls in [server]", server.calls is not None, ("bundle",), "bundle"),
         ):
             if is_set and kind not in kinds:
                 raise ConfigError(f'{name} is of no use with target = "{kind}": set target = "{example}", or remove it')
         if kind == "bundle":
+            if self.ray and server.calls:
+                raise ConfigError("calls in [server] is of no use with [ray], which calls its replicas: remove it")
             if server.bundle is None:
                 raise ConfigError('required key `bundle` is missing (in server), which has target = "bundle"')
             return

@@ -78,7 +78,7 @@ class Proof:
 
 
 class Engine:
-    """The tail that all targets share, and one text decoder per tier. For one thread.
+    """The tail that all targets share, and one text decoder per tier. Any number of threads may call `answer`.
 
     A `proof` must come from `numerics.prove` on the same device and thread count. Without one, every row runs alone and
     drafts are ignored.

@@ -58,6 +58,7 @@ MIN_RETRY_MS = 50
 ELSEWHERE_RETRY_MS = 100  # the broker gives the next copy to another server of the pool, which may have the bundle
 # Threads that decode pictures. One board occupies one of them, so the pictures of another one do not wait for it.
 PICTURE_THREADS = 2
+SILENT_S = 1.0  # a batch without a step for longer may hang: what other threads do is then no progress
 TAKE_S = 0.2  # how often a thread that waits for work looks whether it should stop
 
 
@@ -223,11 +224,18 @@ class Service:
         """
         notifier = notifier or Notifier()
         notifier.allow(self.target.limits.silent_s)
-        self.target.on_step(notifier.progress)
+
+        def progress() -> None:
+            now = time.monotonic()
+            self.batch_times.step(now)
+            if self.batch_times.silent_s(now) <= SILENT_S + self.target.limits.silent_s:
+                notifier.progress()
+
+        self.target.on_step(progress)
         with self._threads(), self._bounded_stop(stop):
             while not stop.is_set():
                 self.answer(self.batcher.take(TAKE_S))
-                notifier.progress()
+                progress()
             notifier.stopping()
             self._accept_no_more()
             # In this order: a picture goes from the first to the second.

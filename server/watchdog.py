@@ -1,4 +1,4 @@
-"""A thread that tells a server's status, watches its engine, and reads new questions from disk.
+"""A thread that tells a server's status, watches its engine, reads new questions and gives back freed memory.
 
 It is not the engine's thread, so the status is told while the engine hangs, and says so. A server whose engine hangs
 leaves the share, since the broker would go on giving it requests; it comes back when the engine does. So does a server
@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 
+from server.freed_memory import give_back
 from server.gateway import Gateway
 from server.service import Service
 
@@ -65,4 +66,5 @@ class Watchdog:
         if self._service.load_questions():
             self._next_beat = now  # the status says at once what became of the message
         if now >= self._next_beat:
+            give_back()
             self._next_beat = now + (STATUS_PERIOD_S if self._gateway.heartbeat() else PROBE_PERIOD_S)

@@ -1,6 +1,7 @@
 """A service manager's end of sd_notify: the socket that systemd would listen on."""
 
 import socket
+import time
 from pathlib import Path
 
 from tests.listener import PATIENCE_S
@@ -49,6 +50,14 @@ class ServiceManager:
                 messages.append(self._socket.recv(4096).decode())
         except BlockingIOError:
             return messages
+
+    def hears_the_last_ping(self) -> bool:
+        """Pings end, after some more."""
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            if self.is_silent():
+                return True
+        return False
 
     def is_silent(self) -> bool:
         """No ping comes from now on."""

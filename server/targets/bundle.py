@@ -49,12 +49,13 @@ class BundleTarget(Target[Job]):
         tier: str = "edge",
         max_batch: int = 8,
         questions: Questions | None = None,
+        calls: int = 1,
     ) -> None:
-        """tier: whose decoder answers, "edge" or "cloud"."""
+        """tier: whose decoder answers, "edge" or "cloud". calls: batches at the same time."""
         self.bundle, self.engine, self.tier = bundle, engine, tier
         self.questions = questions or Questions(bundle)
         self.latents = Latents(bundle)
-        self.limits = Limits(batch=max_batch)
+        self.limits = Limits(max_batch, calls)
 
     @property
     def abilities(self) -> Abilities:

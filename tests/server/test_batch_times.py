@@ -32,8 +32,10 @@ def test_the_oldest_of_several_batches_counts() -> None:
     other.start()
     other.join()
     assert times.busy_s(8.0) == 8.0
+    times.step(7.0)
+    assert (times.busy_s(8.0), times.silent_s(8.0)) == (8.0, 3.0)  # silent is the other thread
     times.end()
-    assert times.busy_s(8.0) == 3.0
+    assert (times.busy_s(8.0), times.silent_s(8.0)) == (3.0, 3.0)
 
 
 def test_a_call_that_may_take_long_does_not_hang_before() -> None:

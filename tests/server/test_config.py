@@ -82,6 +82,7 @@ def test_another_server_as_target_needs_no_bundle(tmp_path: Path) -> None:
         (OPENAI.replace("openai:", "vllm:"), r"needs the table \[openai\]"),
         (OPENAI.replace("openai:", "vllm:") + 'bundle = "b"\n' + TABLE + "prediction = true\n", "prediction = true"),
         (OPENAI + TABLE + '[vllm]\ntail = "t"\n', r"\[vllm\] is of no use with target"),
+        (OPENAI.replace("[server]\n", "[server]\ncalls = 2\n") + TABLE, "calls in .* is of no use with target"),
         (OPENAI.replace("openai:", "vllm:") + TABLE + '[vllm]\ntail = "t"\n', r"`tail` in \[vllm\] reads features"),
         (OPENAI + TABLE + 'spent_file = "spent.json"\n', "without budget_per_day"),
         (OPENAI.replace("127.0.0.1", "gpu.lan") + TABLE, r"gpu\.lan is not on this machine and its address is http"),

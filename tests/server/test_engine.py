@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def result(answer: Answer) -> tuple[object, ...]:
 def alone(engine: Engine) -> dict[str, list[Answer]]:
     """Every latent's answer by itself, without a draft."""
     return {tier: [engine.answer([Job(s, tier=tier, wants_label=True)])[0] for s in SYMBOLS] for tier in TIERS}
+
+
+def test_an_answer_is_the_same_while_another_thread_computes(engine: Engine, alone: dict[str, list[Answer]]) -> None:
+    def answers(seed: int) -> None:
+        order = random.Random(seed).sample(range(len(SYMBOLS)), len(SYMBOLS))
+        for tier in TIERS:
+            jobs = [Job(SYMBOLS[i], tier=tier, wants_label=True) for i in order]
+            assert list(map(result, engine.answer(jobs))) == [result(alone[tier][i]) for i in order]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(answers, range(8)))
 
 
 def test_the_small_bundle_writes_texts_worth_comparing(alone: dict[str, list[Answer]]) -> None:

@@ -1,7 +1,9 @@
 """What a server tells its service manager: ready, progress with each step of its engine, silence when that hangs."""
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def test_a_server_whose_engine_hangs_falls_silent_until_it_works_again(
     board.wait_for_status(state="online", share_proven=True)
     board.ask(request(bundle))
     assert hangs.wait(PATIENCE_S)
-    assert manager.is_silent()
+    assert manager.hears_the_last_ping()
     release.set()
     assert board.reply().status is Status.OK
     manager.wait_for("WATCHDOG=1")
@@ -101,3 +103,19 @@ def test_a_target_whose_answers_are_one_long_step_makes_systemd_wait_longer(
     stop.set()
     service.serve(stop, Notifier(manager.address, watchdog_s=20))
     assert manager.pending() == ["WATCHDOG_USEC=320000000", "STOPPING=1"]
+
+
+def test_a_server_whose_batch_hangs_on_another_thread_falls_silent(make_service, manager: ServiceManager) -> None:
+    service, stop = make_service(), threading.Event()
+    thread = threading.Thread(target=service.serve, args=(stop, Notifier(manager.address, WATCHDOG_S)))
+    thread.start()
+    try:
+        manager.wait_for("WATCHDOG=1")
+        with ThreadPoolExecutor(1) as other:
+            other.submit(service.batch_times.begin, time.monotonic()).result()
+            assert manager.hears_the_last_ping()
+            other.submit(service.batch_times.end).result()
+        manager.wait_for("WATCHDOG=1")
+    finally:
+        stop.set()
+        thread.join(PATIENCE_S)

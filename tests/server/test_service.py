@@ -187,6 +187,7 @@ def test_a_server_process_ends_well_on_sigterm(board: Board, bundle: Bundle, bro
 def test_a_broker_that_comes_back_empty_finds_the_server_again(server, board, bundle, broker) -> None:
     broker.kill()
     broker.start()
+    board.status.queue.clear()  # those of before
     board.wait_for_status(state="online", share_proven=True)
     assert board.client.wait_online(PATIENCE_S)
     board.ask(request(bundle, 2))
