@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from edge_runtime.bounded_file import read_bounded
 from testbed.shaping import Line, LinkError, Profile, Shape, parse_trace
 
 logger = logging.getLogger(__name__)
@@ -360,13 +361,8 @@ def _limit_receive_buffer(sock: socket.socket) -> None:
 def read_trace(path: Path) -> list[tuple[float, Profile]]:
     """Reads a trace file, see `parse_trace`. Raises LinkError."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TRACE_BYTES + 1)
+        return parse_trace(read_bounded(path, MAX_TRACE_BYTES).decode(), str(path))
     except OSError as error:
         raise LinkError(f"{path}: {error.strerror}: name a file with a trace") from error
-    if len(data) > MAX_TRACE_BYTES:
-        raise LinkError(f"{path}: more than {MAX_TRACE_BYTES} bytes: shorten the trace")
-    try:
-        return parse_trace(data.decode(), str(path))
     except UnicodeDecodeError as error:
         raise LinkError(f"{path}: not UTF-8 at byte {error.start}, want lines such as 0<TAB>wifi") from None
