@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
+from edge_runtime.wire.bounded import decode_bounded
 from edge_runtime.wire.envelope import MAX_TOKEN, MAX_TOKENS, Answers, Hop, Millis, Name, Share, Text, UInt32, Usage
 from edge_runtime.wire.errors import EnvelopeError
 from edge_runtime.wire.json_object import check_object
@@ -248,12 +249,7 @@ def encode_event(event: Event) -> bytes:
 
 def decode_event(data: bytes) -> Event:
     """Raises EnvelopeError for anything that is not an event within its bounds; fields it does not know are ignored."""
-    if len(data) > MAX_EVENT:
-        raise EnvelopeError(f"event of {len(data)} bytes, at most {MAX_EVENT} are read: shorten its text")
-    try:
-        event = _event.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise EnvelopeError(f"not an event: {error}") from error
+    event = decode_bounded(_event, data, MAX_EVENT, "an event")
     if event.object is not None:
         check_object(event.object)
     return event
