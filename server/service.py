@@ -10,11 +10,10 @@ asked above.
 """
 
 import logging
-import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -64,7 +63,7 @@ TAKE_S = 0.2  # how often a thread that waits for work looks whether it should s
 class Service:
     """The path of a request in one server. Knows nothing of MQTT.
 
-    upstream: the tier above, if there is one. bounds: what may be passed up there. chance: uniform in [0, 1).
+    upstream: the tier above, if there is one. bounds: what may be passed up there.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class Service:
         replies: ReplyCache,
         upstream: Upstream | None = None,
         bounds: Bounds | None = None,
-        chance: Callable[[], float] = random.random,
     ) -> None:
         self.config, self.target, self.replies, self.upstream = config, target, replies, upstream
         self.tier, limits = Tier[config.tier.upper()], target.limits
@@ -88,9 +86,7 @@ class Service:
         self.counts: Counter[tuple[str, str]] = Counter()  # by name and label, see counters.py
         self._lock = threading.Lock()  # over counts and _is_stopping; held for a few statements
         self._is_stopping = False
-        self.escalator = Escalator(
-            upstream, bounds or Bounds(), config.id, self.tier, self._count, self._finish, chance
-        )
+        self.escalator = Escalator(upstream, bounds or Bounds(), config.id, self.tier, self._count, self._finish)
         self._decoders = [PictureDecoder() for _ in range(PICTURE_THREADS)] if self.takes_pictures else []
 
     # ---- the MQTT client's thread ----

@@ -61,14 +61,13 @@ class LinkSimulator:
         *,
         listen: Address = ("127.0.0.1", 0),
         cut_in_outage: bool = False,
-        seed: int = 0,
     ) -> None:
         self._target = target
         self._listen = listen
         self._cut_in_outage = cut_in_outage
         self._profile = profile
-        self._up = _Direction(profile.up, random.Random(seed))
-        self._down = _Direction(profile.down, random.Random(seed + 1))
+        self._up = _Direction(profile.up, random.Random(0))
+        self._down = _Direction(profile.down, random.Random(1))
         self._accepted = 0
         self._connections: set[asyncio.Task[None]] = set()
         self._traces: set[asyncio.Task[None]] = set()  # at most one: the trace that is playing
