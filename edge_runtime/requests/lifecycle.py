@@ -141,9 +141,8 @@ class RequestLifecycle(Generic[T]):
     @property
     def counts(self) -> Counts:
         """A copy."""
-        names = ("accepted", "found", "answered", "lost", "resent", "retried", "busy", "duplicate", "late", "unknown")
         return Counts(
-            **{name: self._counts[name] for name in (*names, "repeated")},
+            **self._counts,
             open=self.open_count,
             kept=self._in_state[State.KEPT] + self._in_state[State.READING],
             improvable=self._in_state[State.IMPROVABLE],
