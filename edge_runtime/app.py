@@ -103,13 +103,13 @@ class Board:
             site,
             board.id,
             self.events,
-            board.open_requests,
-            board.resend_ms / 1e3,
-            config.outbox,
-            self.measurements,
-            byte_budget,
-            self.references.heard,
-            self._find_silence,
+            capacity=board.open_requests,
+            resend_s=board.resend_ms / 1e3,
+            outbox=config.outbox,
+            observer=self.measurements,
+            byte_budget=byte_budget,
+            on_reply=self.references.heard,
+            find_silence=self._find_silence,
         )
         self.pipeline = self._new_pipeline(networks, sampling)
 
@@ -159,16 +159,14 @@ class Board:
         )
         return Pipeline(
             self.bundle,
-            networks.head,
-            networks.draft,
+            networks,
             planner,
             self.tracker,
             self.events,
-            board.slowdown,
-            networks.labels,
-            board.labels == "send",
-            self.answers,
-            self.references,
+            slowdown=board.slowdown,
+            sends_labels=board.labels == "send",
+            answers=self.answers,
+            references=self.references,
         )
 
     def run(self, stop: threading.Event) -> Values:
