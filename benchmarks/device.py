@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from edge_runtime.capture import Frame
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.inference.networks import load_draft, load_head, load_labels
+from edge_runtime.inference.choice import Setup
+from edge_runtime.inference.networks import load_networks
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.pipeline import Pipeline
 from edge_runtime.planning import FixedPlanner, Plan
@@ -56,8 +57,7 @@ def run(
 def time_stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: str, count: int) -> dict[str, Any]:
     """Median milliseconds of each stage, and the share of a frame's time outside the networks."""
     cv2.setNumThreads(1)  # as the runtime does
-    head, draft = load_head(bundle, backend, 1), load_draft(bundle, backend, 1)
-    labels = load_labels(bundle, head, backend, 1)
+    networks = load_networks(bundle, Setup(backend, 1), has_labels=True)
     plan = Plan("speculative", "benchmark", LONG_MS)
     published: queue.SimpleQueue[float] = queue.SimpleQueue()
     timings: list[dict[str, float]] = []
@@ -65,7 +65,7 @@ def time_stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: st
         client.wait_online(PATIENCE_S)
         events = Events(client, SITE, BOARD, lambda _: published.put(time.perf_counter()))
         with RequestTracker(client, bundle, SITE, BOARD, events, count, LONG_MS / 1e3) as tracker:
-            pipeline = Pipeline(bundle, head, draft, FixedPlanner(plan), tracker, events, labels=labels)
+            pipeline = Pipeline(bundle, networks, FixedPlanner(plan), tracker, events)
             for pixels in islice(cycle(frames), count):
                 # A fresh copy is in the CPU's caches, like a frame that a camera's decoder has just written.
                 frame, started = Frame("camera", pixels.copy(), time.time(), time.monotonic()), time.perf_counter()

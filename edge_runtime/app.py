@@ -74,14 +74,9 @@ class Board:
 
         # OpenCV's own threads do not make the resize of a frame faster, and it waits for them if all cores are busy.
         cv2.setNumThreads(1)
-        self.updates: Updates | None = None
-        if (store := store_of(config)) is not None:
-            asks = config.updates is not None and config.updates.ask
-            self.updates = Updates(
-                store, partial(self_test, config), self._update_state, self.publish_status, asks=asks
-            )
+        self.updates = self._new_updates()
         self.bundle = bundle = self.updates.bundle if self.updates else open_bundle(Path(board.bundle))
-        (head, draft, labels), sampling = self._of_bundle(stop)
+        networks, sampling = self._of_bundle(stop)
 
         self.thermal, self.cameras = ThermalReader(), Cameras(config.cameras, self.publish_status)
         self.users = Users(
@@ -108,41 +103,23 @@ class Board:
             site,
             board.id,
             self.events,
-            board.open_requests,
-            board.resend_ms / 1e3,
-            config.outbox,
-            self.measurements,
-            byte_budget,
-            self.references.heard,
-            self._find_silence,
+            capacity=board.open_requests,
+            resend_s=board.resend_ms / 1e3,
+            outbox=config.outbox,
+            observer=self.measurements,
+            byte_budget=byte_budget,
+            on_reply=self.references.heard,
+            find_silence=self._find_silence,
         )
+        self.pipeline = self._new_pipeline(networks, sampling)
 
-        # What decides, and the path of a frame.
-        planner = BoardPlanner(
-            config,
-            self.cameras,
-            self.users.settings,
-            self.measurements,
-            Calibration(bundle.manifest.draft_calibration),
-            has_head=head is not None,
-            has_draft=draft is not None,
-            level_bytes=bundle.manifest.latent.level_bytes,
-            has_room=self.tracker.has_room,
-            sampling=sampling,
-        )
-        self.pipeline = Pipeline(
-            bundle,
-            head,
-            draft,
-            planner,
-            self.tracker,
-            self.events,
-            board.slowdown,
-            labels,
-            board.labels == "send",
-            self.answers,
-            self.references,
-        )
+    def _new_updates(self) -> Updates | None:
+        """None: the board has no [updates]."""
+        config = self.config
+        if config.updates is None or (store := store_of(config)) is None:
+            return None
+        test = partial(self_test, config)
+        return Updates(store, test, self._update_state, self.publish_status, asks=config.updates.ask)
 
     def _of_bundle(self, stop: threading.Event | None) -> tuple[Networks, dict[str, Options]]:
         """Its networks, and how each camera's tokens are chosen. Raises BundleError, BackendError, StoppedError, and
@@ -164,6 +141,33 @@ class Board:
                 raise
             self.updates.give_up(str(error))
             raise RestartError(self.updates.restart_why) from error
+
+    def _new_pipeline(self, networks: Networks, sampling: dict[str, Options]) -> Pipeline:
+        """The path of a frame, and what decides on it."""
+        board, manifest = self.config.board, self.bundle.manifest
+        planner = BoardPlanner(
+            self.config,
+            self.cameras,
+            self.users.settings,
+            self.measurements,
+            Calibration(manifest.draft_calibration),
+            has_head=networks.head is not None,
+            has_draft=networks.draft is not None,
+            level_bytes=manifest.latent.level_bytes,
+            has_room=self.tracker.has_room,
+            sampling=sampling,
+        )
+        return Pipeline(
+            self.bundle,
+            networks,
+            planner,
+            self.tracker,
+            self.events,
+            slowdown=board.slowdown,
+            sends_labels=board.labels == "send",
+            answers=self.answers,
+            references=self.references,
+        )
 
     def run(self, stop: threading.Event) -> Values:
         """Handles frames until the sources end or `stop` is set; returns `summary`.
@@ -249,7 +253,7 @@ class Board:
         """On any thread: every broker that has the board's status hears of the change."""
         status = self._status("online")
         for client in {self.servers, self.local}:
-            client.publish(status.topic, status.payload, qos=status.qos, retain=status.retain)
+            client.send(status)
 
     def report_problem(self, part: str, problem: str) -> None:
         """On any thread: show in the status what is wrong with a part; "" when it works again."""

@@ -21,9 +21,10 @@ import numpy.typing as npt
 from edge_runtime.capture import Frame
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.inference.draft import Draft, Drafted
-from edge_runtime.inference.head import Head, Latent
-from edge_runtime.inference.labels import Labels, worth_sending
+from edge_runtime.inference.draft import Drafted
+from edge_runtime.inference.head import Latent
+from edge_runtime.inference.labels import worth_sending
+from edge_runtime.inference.networks import Networks
 from edge_runtime.inference.preprocess import shrunk, to_input, to_jpeg
 from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.inference.references import ReferenceFrames, SentFrame
@@ -96,13 +97,11 @@ class Pipeline:
     def __init__(
         self,
         bundle: Bundle,
-        head: Head | None,
-        draft: Draft | None,
+        networks: Networks,
         planner: Planner,
         tracker: RequestTracker,
         events: Events,
         slowdown: float = 1.0,
-        labels: Labels | None = None,
         sends_labels: bool = True,
         answers: Answers | None = None,
         references: ReferenceFrames | None = None,
@@ -110,7 +109,8 @@ class Pipeline:
         """Without a head, every plan must be to offload. sends_labels: with the features; otherwise there are only
         labels on the device for frames that nobody verifies. answers, references: both are told what servers reply.
         """
-        self.bundle, self.head, self.draft, self.labels, self.planner = bundle, head, draft, labels, planner
+        self.head, self.draft, self.labels = networks
+        self.bundle, self.planner = bundle, planner
         self.sends_labels = sends_labels
         self.tracker, self.events, self.slowdown = tracker, events, slowdown
         self.ids = RequestIds()

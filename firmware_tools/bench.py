@@ -16,7 +16,7 @@ from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.inference.preprocess import to_input
 from firmware_tools.evaluate import CAPTIONS_HELP
 from models import SHIPPED_BUNDLE
-from testbed.argument_types import new_file, number
+from testbed.argument_types import PHOTOS, new_file, number
 from testbed.processes import interrupted_once
 from testbed.sample_photos import collect, frames
 from testbed.terminal import print_figures, print_table, track
@@ -50,17 +50,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         elif name == "rate":
             _add_rate_arguments(part)
         else:
-            part.add_argument(
-                "--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="photos (default: the demo's)"
-            )
-            part.add_argument("--limit", type=number, default=64, metavar="N", help="at most N photos (default: 64)")
+            part.add_argument("--images", **PHOTOS, help="photos (default: the demo's)")
+            _number(part, "--limit", 64, "at most N photos")
             _add_arguments(part, name)
         part.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, metavar="DIR", help="default: the shipped one")
         part.add_argument("--json", type=new_file, metavar="FILE", help="write the figures to FILE")
 
 
+def _number(parser: argparse.ArgumentParser, name: str, default: int, what: str) -> None:
+    parser.add_argument(name, type=number, default=default, metavar="N", help=f"{what} (default: {default})")
+
+
+def _seconds(parser: argparse.ArgumentParser, name: str, default: float, what: str) -> None:
+    parser.add_argument(name, type=float, default=default, metavar="S", help=f"{what} (default: {default:g})")
+
+
 def _add_e2e_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR", help="photos")
+    parser.add_argument("--images", **PHOTOS, required=True, help="photos")
     parser.add_argument("--captions", type=Path, required=True, metavar="TSV", help=CAPTIONS_HELP)
     parser.add_argument("--split", metavar="NAME", help="only photos of this split")
     parser.add_argument("--limit", type=number, metavar="N", help="only the first N photos")
@@ -76,17 +82,16 @@ def _add_e2e_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_rate_arguments(parser: argparse.ArgumentParser) -> None:
-    many: Any = {"type": Path, "nargs": "+", "metavar": "DIR_OR_TAR"}
-    parser.add_argument("--images", **many, help="photos with captions")
+    parser.add_argument("--images", **PHOTOS, help="photos with captions")
     parser.add_argument("--captions", type=Path, metavar="TSV", help=CAPTIONS_HELP)
     parser.add_argument("--split", metavar="NAME", help="only photos of this split")
-    parser.add_argument("--classes", **many, help="photos named class/name, to measure labels")
+    parser.add_argument("--classes", **PHOTOS, help="photos named class/name, to measure labels")
     parser.add_argument("--limit", type=number, metavar="N", help="only N photos of either, evenly spread")
     parser.add_argument(
         "--tier", choices=["edge", "cloud"], default="cloud", help="the tier that answers (default: cloud)"
     )
     parser.add_argument("--backend", choices=BACKENDS, default="onnx", help="the head's runtime (default: onnx)")
-    parser.add_argument("--threads", type=number, default=1, metavar="N", help="threads of the networks (default: 1)")
+    _number(parser, "--threads", 1, "threads of the networks")
     parser.add_argument(
         "--budgets", type=number, nargs="+", default=[150, 250, 400], metavar="N", help="bytes (default: 150 250 400)"
     )
@@ -98,109 +103,96 @@ def _add_rate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
-    if part == "faults":
+    if part in ("codec", "static", "server", "speculation", "gateway", "scale"):
         parser.add_argument(
-            "--row", action="extend", nargs="+", default=[], metavar="NAME", help="default: all but soak"
+            "--backend", choices=BACKENDS, default="onnx", help="runtime of head and draft (default: onnx)"
         )
-        parser.add_argument(
-            "--seconds", type=float, metavar="S", help="duration of each fault (default: each row's own)"
-        )
-        parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write the table to FILE")
-        from benchmarks.faults.rows import ROWS
-
-        parser.epilog = "Needs mosquitto, which it kills and freezes. Rows:\n" + "\n".join(
-            f"  {row.name:26}{row.title}" for row in ROWS
-        )
-        return
-    if part == "stops":
-        parser.add_argument(
-            "--boards", type=number, default=50, metavar="N", help="boards, one after the other (default: 50)"
-        )
-        return
-    if part == "capture":
-        parser.add_argument(
-            "--interval", type=float, default=10.0, metavar="S", help="time between frames (default: 10)"
-        )
-        parser.add_argument("--cameras", type=number, default=1, metavar="N", help="cameras at once (default: 1)")
-        parser.add_argument(
-            "--seconds", type=float, default=10.0, metavar="S", help="duration of each measurement (default: 10)"
-        )
-        parser.add_argument(
-            "--rounds", type=number, default=3, metavar="N", help="repeat all this often, for medians (default: 3)"
-        )
-        return
-    if part == "users":
-        parser.add_argument(
-            "--events", type=number, default=10_000, metavar="N", help="events for the page (default: 10000)"
-        )
-        parser.add_argument(
-            "--seconds", type=float, default=120.0, metavar="S", help="time that the boards run (default: 120)"
-        )
-        parser.add_argument("--boards", type=number, default=2, metavar="N", help="boards of each kind (default: 2)")
-        return
-    both = " (default: both)" if part == "device" else " (default: onnx)"
-    parser.add_argument("--backend", choices=BACKENDS, help=f"runtime of head and draft{both}")
-    if part == "device":
-        parser.add_argument("--frames", type=number, default=500, metavar="N", help="default: 500")
-    if part == "static":
-        parser.add_argument("--frames", type=number, default=20, metavar="N", help="frames of each scene (default: 20)")
-        parser.add_argument("--reuse-distance", type=float, default=0.2, metavar="X", help="default: 0.2")
-    if part == "scale":
-        parser.add_argument(
-            "--replicas", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="0: without Ray (default: 0 1 2)"
-        )
-        parser.add_argument("--boards", type=number, default=1000, metavar="N", help="default: 1000")
-        parser.add_argument(
-            "--interval", type=float, default=10.0, metavar="S", help="time between a board's requests (default: 10)"
-        )
-        parser.add_argument(
-            "--seconds", type=float, default=60.0, metavar="S", help="duration of each run (default: 60)"
-        )
-        parser.add_argument("--tier", choices=["edge", "cloud"], default="edge", help="default: edge")
-    if part in ("server", "gateway", "speculation"):
+    if part in ("server", "speculation", "gateway", "scale"):
         usual = "cloud" if part == "speculation" else "edge"
         parser.add_argument("--tier", choices=["edge", "cloud"], default=usual, help=f"default: {usual}")
-        parser.add_argument(
-            "--threads", type=number, default=1, metavar="N", help="threads of the networks (default: 1)"
-        )
-    if part == "speculation":
-        parser.add_argument(
-            "--target", type=hf_model, metavar="hf:FOLDER", help="a model of transformers (default: the bundle's tier)"
-        )
-        parser.add_argument("--rounds", type=number, default=5, metavar="N", help="timed rounds (default: 5)")
-    if part == "gateway":
-        parser.add_argument(
-            "--seconds", type=float, default=10.0, metavar="S", help="duration of each half (default: 10)"
-        )
+    if part in ("server", "speculation", "gateway"):
+        _number(parser, "--threads", 1, "threads of the networks")
+    match part:
+        case "static":
+            _number(parser, "--frames", 20, "frames of each scene")
+            parser.add_argument("--reuse-distance", type=float, default=0.2, metavar="X", help="default: 0.2")
+        case "capture":
+            _seconds(parser, "--interval", 10.0, "time between frames")
+            _number(parser, "--cameras", 1, "cameras at once")
+            _seconds(parser, "--seconds", 10.0, "duration of each measurement")
+            _number(parser, "--rounds", 3, "repeat all this often, for medians")
+        case "stops":
+            _number(parser, "--boards", 50, "boards, one after the other")
+        case "device":
+            parser.add_argument("--backend", choices=BACKENDS, help="runtime of head and draft (default: both)")
+            _number(parser, "--frames", 500, "frames that the board handles")
+        case "users":
+            _number(parser, "--events", 10_000, "events for the page")
+            _seconds(parser, "--seconds", 120.0, "time that the boards run")
+            _number(parser, "--boards", 2, "boards of each kind")
+        case "speculation":
+            parser.add_argument(
+                "--target",
+                type=hf_model,
+                metavar="hf:FOLDER",
+                help="a model of transformers (default: the bundle's tier)",
+            )
+            _number(parser, "--rounds", 5, "timed rounds")
+        case "gateway":
+            _seconds(parser, "--seconds", 10.0, "duration of each half")
+        case "scale":
+            parser.add_argument(
+                "--replicas",
+                type=int,
+                nargs="+",
+                default=[0, 1, 2],
+                metavar="N",
+                help="0: without Ray (default: 0 1 2)",
+            )
+            _number(parser, "--boards", 1000, "simulated boards")
+            _seconds(parser, "--interval", 10.0, "time between a board's requests")
+            _seconds(parser, "--seconds", 60.0, "duration of each run")
+        case "faults":
+            from benchmarks.faults.rows import ROWS
+
+            parser.add_argument(
+                "--row", action="extend", nargs="+", default=[], metavar="NAME", help="default: all but soak"
+            )
+            parser.add_argument(
+                "--seconds", type=float, metavar="S", help="duration of each fault (default: each row's own)"
+            )
+            parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write the table to FILE")
+            rows = "\n".join(f"  {row.name:26}{row.title}" for row in ROWS)
+            parser.epilog = f"Needs mosquitto, which it kills and freezes. Rows:\n{rows}"
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures and writes the JSON. Returns 1 if a row of the fault matrix did not hold."""
-    if args.part == "faults":
-        return faults(args)
-    if args.part == "e2e":
-        return end_to_end(args)
-    if args.part == "rate":
-        return rate(args)
-    figures = cameras(args) if args.part in ("capture", "stops") else measure(args, open_bundle(args.bundle))
-    if args.part == "speculation":
-        from benchmarks.speculation import markdown
+    match args.part:
+        case "faults":
+            return faults(args)
+        case "e2e":
+            end_to_end(args)
+        case "rate":
+            rate(args)
+        case _:
+            figures = measure(args, open_bundle(args.bundle), list(frames(args.images, args.limit)))
+            if args.part == "speculation":
+                from benchmarks.speculation import markdown
 
-        print_table(markdown(figures))
-    else:
-        print_figures(figures)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+                print_table(markdown(figures))
+            else:
+                print_figures(figures)
+            write(args, figures)
     return 0
 
 
-def cameras(args: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks import capture, stops
-
-    bundle, pictures = open_bundle(args.bundle), list(frames(args.images, args.limit))
-    if args.part == "stops":
-        return stops.run(bundle, pictures, args.boards)
-    return capture.run(bundle, pictures, args.interval, args.seconds, args.cameras, args.rounds)
+def write(args: argparse.Namespace, figures: Any, markdown: str = "") -> None:
+    """Into the files that the arguments name."""
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if markdown and args.markdown:
+        args.markdown.write_text(markdown, encoding="utf-8")
 
 
 def faults(args: argparse.Namespace) -> int:
@@ -216,14 +208,11 @@ def faults(args: argparse.Namespace) -> int:
     with interrupted_once():
         results = play(rows, open_bundle(args.bundle), photos, args.seconds, console.log)
     print_table(table := report.markdown(results))
-    if args.markdown:
-        args.markdown.write_text(table, encoding="utf-8")
-    if args.json:
-        args.json.write_text(json.dumps({"rows": [asdict(result) for result in results]}, indent=2) + "\n")
+    write(args, {"rows": [asdict(result) for result in results]}, table)
     return int(any(result.held is False for result in results))
 
 
-def end_to_end(args: argparse.Namespace) -> int:
+def end_to_end(args: argparse.Namespace) -> None:
     """Runs the paradigms over the links, shows tables and writes the files that the arguments name."""
     from benchmarks import e2e, e2e_report
     from benchmarks.quality import Photos
@@ -242,16 +231,12 @@ def end_to_end(args: argparse.Namespace) -> int:
     with interrupted_once():
         runs = e2e.run(open_bundle(args.bundle), case, paradigms, profiles, trace)
     e2e_report.print_runs(runs)
-    if args.json:
-        args.json.write_text(json.dumps(runs if runs[1:] else runs[0], indent=2) + "\n")
-    if args.markdown:
-        args.markdown.write_text(e2e_report.markdown(runs), encoding="utf-8")
+    write(args, runs if runs[1:] else runs[0], e2e_report.markdown(runs))
     if args.plot:
         e2e_report.plot(runs, args.plot)
-    return 0
 
 
-def rate(args: argparse.Namespace) -> int:
+def rate(args: argparse.Namespace) -> None:
     """Measures quality over bytes, shows tables and writes the files that the arguments name."""
     from benchmarks import rate, rate_report
     from benchmarks.e2e_report import check_plot
@@ -286,68 +271,77 @@ def rate(args: argparse.Namespace) -> int:
         options["progress"] = lambda photos: track(photos, "labels", len(labelled))
         run["labels"] = rate.measure_labels(chain, labelled, **options)
     rate_report.print_run(run)
-    if args.json:
-        args.json.write_text(json.dumps(run, indent=2) + "\n")
-    if args.markdown:
-        args.markdown.write_text(rate_report.markdown(run), encoding="utf-8")
+    write(args, run, rate_report.markdown(run))
     if args.plot:
         rate_report.plot(run, args.plot)
-    return 0
 
 
-def measure(args: argparse.Namespace, bundle: Bundle) -> dict[str, Any]:
+def measure(args: argparse.Namespace, bundle: Bundle, pictures: list[Any]) -> dict[str, Any]:
+    """pictures: uint8 RGB [H, W, 3]."""
+    match args.part:
+        case "capture":
+            from benchmarks import capture
+
+            return capture.run(bundle, pictures, args.interval, args.seconds, args.cameras, args.rounds)
+        case "stops":
+            from benchmarks import stops
+
+            return stops.run(bundle, pictures, args.boards)
+        case "device":
+            from benchmarks import device
+
+            return device.run(bundle, pictures, [args.backend] if args.backend else BACKENDS, args.frames)
+        case "users":
+            from benchmarks import users
+
+            return users.run(bundle, pictures, args.events, args.seconds, args.boards)
+    return measure_networks(args, bundle, pictures)
+
+
+def measure_networks(args: argparse.Namespace, bundle: Bundle, pictures: list[Any]) -> dict[str, Any]:
+    """Measures what works with the head's output."""
     from edge_runtime.inference.networks import load_head
 
-    pictures = list(frames(args.images, args.limit))
-    if args.part == "device":
-        from benchmarks import device
-
-        return device.run(bundle, pictures, [args.backend] if args.backend else BACKENDS, args.frames)
-    if args.part == "users":
-        from benchmarks import users
-
-        return users.run(bundle, pictures, args.events, args.seconds, args.boards)
-    head = load_head(bundle, args.backend or "onnx", 1)
+    head = load_head(bundle, args.backend, 1)
     if args.part == "static":
         from benchmarks import static
 
         return static.run(bundle, head, pictures, args.frames, args.reuse_distance)
-    pixels = [to_input(picture) for picture in pictures]
+    pixels, level = [to_input(picture) for picture in pictures], bundle.manifest.latent.default_level
     latents, head_ms = timed(head.latent, pixels)
+    symbols = np.stack([latent.symbols(level) for latent in latents])
     if args.part == "codec":
         from benchmarks import codec
 
-        level = bundle.manifest.latent.default_level
-        symbols = np.stack([latent.symbols(level) for latent in latents])
         return codec.run(symbols, bundle.tables, level)
-    return measure_server(args, bundle, pixels, latents, head_ms)
+    return measure_server(args, bundle, pixels, latents, symbols, head_ms)
 
 
 def measure_server(
-    args: argparse.Namespace, bundle: Bundle, pixels: list[Any], latents: list[Any], head_ms: float
+    args: argparse.Namespace, bundle: Bundle, pixels: list[Any], latents: list[Any], symbols: Any, head_ms: float
 ) -> dict[str, Any]:
-    """Measures a target. pixels, latents: of the same photos. head_ms: from the one to the other."""
+    """Measures a target. pixels, latents, symbols: of the same photos. head_ms: from the first to the second."""
     from edge_runtime.inference.networks import load_draft
 
-    draft, level = load_draft(bundle, args.backend or "onnx", 1), bundle.manifest.latent.default_level
+    draft = load_draft(bundle, args.backend, 1)
     drafts, draft_ms = timed(lambda latent: draft.write(latent.symbols()).tokens, latents)
-    symbols = np.stack([latent.symbols(level) for latent in latents])
-    if args.part == "server":
-        from benchmarks import server
+    match args.part:
+        case "server":
+            from benchmarks import server
 
-        return server.run(bundle, symbols, drafts, args.tier, threads=args.threads)
-    if args.part == "scale":
-        from benchmarks import scale
+            return server.run(bundle, symbols, drafts, args.tier, threads=args.threads)
+        case "scale":
+            from benchmarks import scale
 
-        site = (args.tier, args.boards, args.interval, args.seconds, args.replicas)
-        return scale.run(bundle, symbols, drafts, *site)
-    if args.part == "speculation":
-        from benchmarks import speculation
+            site = (args.tier, args.boards, args.interval, args.seconds, args.replicas)
+            return scale.run(bundle, symbols, drafts, *site)
+        case "speculation":
+            from benchmarks import speculation
 
-        settings: dict[str, Any] = {"rounds": args.rounds, "threads": args.threads}
-        if args.target:  # for its pictures, the board runs the head for the draft alone
-            return speculation.run_hf(bundle, pixels, drafts, head_ms + draft_ms, args.target, **settings)
-        return speculation.run(bundle, symbols, drafts, draft_ms, args.tier, **settings)
+            settings: dict[str, Any] = {"rounds": args.rounds, "threads": args.threads}
+            if args.target:  # for its pictures, the board runs the head for the draft alone
+                return speculation.run_hf(bundle, pixels, drafts, head_ms + draft_ms, args.target, **settings)
+            return speculation.run(bundle, symbols, drafts, draft_ms, args.tier, **settings)
     from benchmarks import gateway
 
     return gateway.run(bundle, symbols, drafts, args.tier, seconds=args.seconds, threads=args.threads)

@@ -4,18 +4,29 @@ import argparse
 import os
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from edge_runtime.config import RuntimeConfig, load_toml
 from edge_runtime.errors import AiflowError
+from edge_runtime.firmware.incoming import Incoming
+from edge_runtime.firmware.signature import (
+    SIGNATURE,
+    check_new,
+    claimed,
+    new_key,
+    read_signature,
+    read_trust,
+    required_signature,
+    signed,
+    statement_of,
+    verified,
+)
+from edge_runtime.firmware.store import UNSIGNED, Store
+from edge_runtime.firmware.updates import self_test, store_of, today
+from edge_runtime.inference.bundle import CHUNK, Bundle, open_bundle
 from firmware_tools.broker_arguments import add_broker_arguments, broker_settings
+from firmware_tools.push import Push
 from testbed.argument_types import number
 from testbed.terminal import print_rows
-
-if TYPE_CHECKING:
-    from edge_runtime.config import RuntimeConfig
-    from edge_runtime.firmware.incoming import Incoming
-    from edge_runtime.firmware.store import Store
-    from edge_runtime.inference.bundle import Bundle
 
 DAYS, MAX_DAYS = 365, 36500  # that a signature is good for
 PUSH_S = 3600  # for 14 MB over a thin link, and the trial
@@ -79,8 +90,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _key(args: argparse.Namespace) -> None:
-    from edge_runtime.firmware.signature import new_key
-
     pem, public = new_key()
     try:
         with open(args.file, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
@@ -91,9 +100,6 @@ def _key(args: argparse.Namespace) -> None:
 
 
 def _sign(args: argparse.Namespace) -> None:
-    from edge_runtime.firmware.signature import SIGNATURE, signed, statement_of
-    from edge_runtime.firmware.updates import today
-
     if args.days > MAX_DAYS:
         raise BundleCommandError(f"--days {args.days}: want at most {MAX_DAYS}")
     bundle = _checked(args.bundle, complete=True)
@@ -106,16 +112,6 @@ def _sign(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from edge_runtime.firmware.signature import (
-        check_new,
-        claimed,
-        read_signature,
-        read_trust,
-        required_signature,
-        verified,
-    )
-    from edge_runtime.firmware.updates import today
-
     if args.trust:
         statement = verified(required_signature(args.bundle), read_trust(args.trust))
     bundle = _checked(args.bundle, complete=False)
@@ -133,14 +129,9 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _install(args: argparse.Namespace) -> None:
-    from edge_runtime.firmware.signature import Statement, required_signature, statement_of, verified
-    from edge_runtime.firmware.store import UNSIGNED
-    from edge_runtime.firmware.updates import self_test, today
-
     config, store = _store(args)
     bundle = _checked(args.bundle, complete=False)
     signature = required_signature(args.bundle) if store.trust else b""
-    statement: Statement
     if store.trust:
         statement = verified(signature, store.trust)
         if not args.force:
@@ -153,10 +144,8 @@ def _install(args: argparse.Namespace) -> None:
     print(f"{statement.name} version {statement.version} is installed: the board tries it at its next start")
 
 
-def _fill(incoming: "Incoming", bundle: "Bundle") -> None:
+def _fill(incoming: Incoming, bundle: Bundle) -> None:
     """Copies what the store needs, as it would arrive over MQTT."""
-    from edge_runtime.inference.bundle import CHUNK
-
     while wanted := incoming.wanted():
         with (bundle.path / wanted.name).open("rb") as file:
             file.seek(wanted.offset)
@@ -182,19 +171,13 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from edge_runtime.firmware.signature import required_signature
-    from firmware_tools.push import Push
-
     bundle = _checked(args.bundle, complete=False)
     push = Push(bundle, required_signature(args.bundle), args.site, args.board, lambda text: print(text, flush=True))
     push.run(broker_settings(args, "push"), float(args.timeout))
     print(f"{push.sent} bytes were sent")
 
 
-def _store(args: argparse.Namespace) -> "tuple[RuntimeConfig, Store]":
-    from edge_runtime.config import RuntimeConfig, load_toml
-    from edge_runtime.firmware.updates import store_of
-
+def _store(args: argparse.Namespace) -> tuple[RuntimeConfig, Store]:
     config = load_toml(args.config, RuntimeConfig)
     if (store := store_of(config)) is None:
         raise BundleCommandError(f"{args.config} has no [updates]: add the table, with a folder")
@@ -206,10 +189,8 @@ def _store(args: argparse.Namespace) -> "tuple[RuntimeConfig, Store]":
     return config, store
 
 
-def _checked(path: Path, *, complete: bool) -> "Bundle":
+def _checked(path: Path, *, complete: bool) -> Bundle:
     """Compares the files that are there with the manifest. complete: none may be missing. Raises BundleError."""
-    from edge_runtime.inference.bundle import open_bundle
-
     bundle = open_bundle(path)
     for name in bundle.manifest.files:
         if complete or (bundle.path / name).exists():

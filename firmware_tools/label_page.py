@@ -83,9 +83,9 @@ class LabelServer(HTTPServer):
 
     timeout = 0.5  # seconds after which it looks at `is_done` again, without a request
 
-    def __init__(self, labels: Labels, port: int = 0) -> None:
+    def __init__(self, labels: Labels) -> None:
         self.labels, self.token, self.is_done = labels, secrets.token_urlsafe(16), False
-        super().__init__(("127.0.0.1", port), _Handler)
+        super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
     def address(self) -> str:

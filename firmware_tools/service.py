@@ -7,10 +7,9 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from firmware_tools.systemd_units import Role, Service
+from firmware_tools import systemd_units
+from firmware_tools.systemd_units import ACCOUNT, STATE, USER, VIDEO, Role, Service, ServiceError, mark, unit_name
 
 UNITS = Path("etc/systemd/system")
 BOOTED = Path("run/systemd/system")  # exists if systemd runs the system: man sd_booted(3)
@@ -36,8 +35,6 @@ SHOWN = {
 
 def run_command(command: Sequence[str]) -> str:
     """Its standard output. Raises ServiceError if it fails, hangs or does not exist."""
-    from firmware_tools.systemd_units import ServiceError
-
     shown = shlex.join(command)
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMMAND_S, check=False)
@@ -58,15 +55,11 @@ class System:
     run: Callable[[Sequence[str]], str] = run_command
     is_root: bool = os.geteuid() == 0
 
-    def unit(self, role: "Role") -> Path:
-        from firmware_tools.systemd_units import unit_name
-
+    def unit(self, role: Role) -> Path:
         return self.root / UNITS / unit_name(role)
 
     def check(self, *, changes: bool) -> None:
         """Raises ServiceError if systemd does not run here, or may not be changed by this user."""
-        from firmware_tools.systemd_units import ServiceError
-
         if not (self.root / BOOTED).is_dir():
             raise ServiceError(
                 "systemd does not run this system (a container?): let what starts it here run `aiflow run board.toml` "
@@ -93,12 +86,10 @@ def run(args: argparse.Namespace, system: System | None = None) -> int:
     """Raises ConfigError for a configuration that a service cannot use, and ServiceError for what the system lacks."""
     system = system or System()
     if args.action == "install":
-        from firmware_tools.systemd_units import check_files, check_program, program, service_of
-
-        aiflow = program()
-        check_program(aiflow)
-        service = service_of(args.config, aiflow)
-        check_files(service)
+        aiflow = systemd_units.program()
+        systemd_units.check_program(aiflow)
+        service = systemd_units.service_of(args.config, aiflow)
+        systemd_units.check_files(service)
         install(service, aiflow, system, dry_run=args.dry_run)
         return 0
     if args.action == "uninstall":
@@ -107,10 +98,8 @@ def run(args: argparse.Namespace, system: System | None = None) -> int:
     return status(args.role, system)
 
 
-def install(service: "Service", aiflow: Path, system: System, *, dry_run: bool) -> None:
+def install(service: Service, aiflow: Path, system: System, *, dry_run: bool) -> None:
     """Prints what it does. Raises ServiceError; before the account can use the configuration, no unit is written."""
-    from firmware_tools.systemd_units import ACCOUNT, USER, VIDEO, ServiceError
-
     path, name = system.unit(service.role), system.unit(service.role).name
     before = _installed(path, service.role)
     account = ["systemd-sysusers", "--inline", ACCOUNT]
@@ -157,10 +146,8 @@ def install(service: "Service", aiflow: Path, system: System, *, dry_run: bool) 
         print(f"Nothing has changed. If the configuration has: systemctl restart {name}")
 
 
-def uninstall(role: "Role", system: System, *, dry_run: bool) -> None:
+def uninstall(role: Role, system: System, *, dry_run: bool) -> None:
     """Stops the service and removes what `install` wrote. Prints what stays. Raises ServiceError."""
-    from firmware_tools.systemd_units import STATE, USER, ServiceError
-
     path = system.unit(role)
     if _installed(path, role) is None:
         raise ServiceError(f"{path} does not exist: the {role} is not installed as a service")
@@ -184,10 +171,8 @@ def uninstall(role: "Role", system: System, *, dry_run: bool) -> None:
     )
 
 
-def status(role: "Role", system: System) -> int:
+def status(role: Role, system: System) -> int:
     """Prints a table, and returns the exit code."""
-    from firmware_tools.systemd_units import unit_name
-
     if not system.unit(role).exists():
         print(f"{unit_name(role)} is not installed: aiflow service install CONFIG")
         return EXIT_NOT_INSTALLED
@@ -221,10 +206,8 @@ def megabytes(text: str) -> str:
     return f"{int(text) / 1e6:.0f} MB" if text.isdigit() else "no limit"
 
 
-def _installed(path: Path, role: "Role") -> str | None:
+def _installed(path: Path, role: Role) -> str | None:
     """The text of our unit; None: there is none. Raises ServiceError if there is one that is not ours."""
-    from firmware_tools.systemd_units import ServiceError, mark
-
     if not path.exists() and not path.is_symlink():
         return None
     text = ""
@@ -241,8 +224,6 @@ def _installed(path: Path, role: "Role") -> str | None:
 
 def _write(path: Path, text: str) -> None:
     """The whole file or nothing, readable by all. Raises ServiceError."""
-    from firmware_tools.systemd_units import ServiceError
-
     new = path.with_name(f".{path.name}.new")
     try:
         new.write_text(text, encoding="utf-8")

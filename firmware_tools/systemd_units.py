@@ -12,7 +12,6 @@ from string import Template
 from typing import TYPE_CHECKING, Literal
 
 import edge_runtime
-from edge_runtime.app import STOP_S
 from edge_runtime.config import RuntimeConfig, load_toml, read_toml
 from edge_runtime.config.camera_source import WATCH, kind_of
 from edge_runtime.errors import AiflowError, ConfigError
@@ -100,6 +99,8 @@ def service_of(config: Path, aiflow: Path) -> Service:
 
 
 def _board(path: Path, config: RuntimeConfig, aiflow: Path) -> Service:
+    from edge_runtime.app import STOP_S  # here, since it loads OpenCV
+
     kinds = {kind_of(camera.source) for camera in config.cameras}
     devices = CAMERA_DEVICES if kinds & {"device", "rpicam"} else NO_DEVICES
     if config.board.providers:

@@ -17,6 +17,7 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
+from edge_runtime.bounded_file import read_bounded
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.wire.envelope import Share
@@ -102,12 +103,9 @@ class Question:
 def read_question(path: Path, bundle: Bundle) -> Question:
     """A question for this bundle, checked. Raises QuestionError."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_bounded(path, MAX_BYTES)
     except OSError as error:
         raise QuestionError(f"{path}: {error.strerror}: name a file that `aiflow teach` wrote") from error
-    if len(data) > MAX_BYTES:
-        raise QuestionError(f"{path} is larger than {MAX_BYTES} bytes: no question is, name another file")
     record = _read_record(path, data)
     if record.bundle != bundle.id.hex():
         raise QuestionError(

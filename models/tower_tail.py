@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from edge_runtime.bounded_file import read_bounded
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import MANIFEST, Bundle, Sha256, file_hash
 from models.backbone import CUT_CHANNELS, FEATURES
@@ -157,12 +158,7 @@ def read_tower_tail(folder: Path, bundle: Bundle) -> tuple[Record, TowerTail]:
 
 def _read_record(path: Path) -> Record:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_MANIFEST + 1)
-        if len(data) > MAX_MANIFEST:
-            raise TowerTailError(
-                f"{path} is larger than {MAX_MANIFEST} bytes: name a folder that `aiflow distil` wrote"
-            )
+        data = read_bounded(path, MAX_MANIFEST)
         if (found := msgspec.json.decode(data, type=_Versioned).format) != FORMAT:
             raise TowerTailError(f"{path} has format {found}, this version reads {FORMAT}: distil again, or update")
         return msgspec.json.decode(data, type=Record)

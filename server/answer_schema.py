@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from edge_runtime.bounded_file import read_bounded
 from edge_runtime.errors import AiflowError, ConfigError
 from edge_runtime.packages import require
 from edge_runtime.wire import EnvelopeError, decode_object
@@ -74,14 +75,9 @@ class AnswerSchema:
 def _read(path: str) -> Any:
     """The JSON in a file. Raises ConfigError."""
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_SCHEMA + 1)
+        return msgspec.json.decode(read_bounded(Path(path), MAX_SCHEMA))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    if len(data) > MAX_SCHEMA:
-        raise ConfigError(f"{path}: larger than {MAX_SCHEMA} bytes: want a smaller one, models forget such a long one")
-    try:
-        return msgspec.json.decode(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"{path}: is not JSON: {error}") from error
 

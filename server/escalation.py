@@ -22,6 +22,7 @@ RESERVE = 0.1  # of a request's time, kept for the last reply's way to the board
 MAX_RESERVE_S = 1.0
 MAX_HOPS = 16  # of a reply
 MAX_BOARDS = 1024  # whose allowances are remembered
+LATEST = 512  # answers, among which a new one is ranked
 MAX_SAVED = 8.0  # requests that a board may pass up at once after it has asked for less than it may
 
 Reason = Literal["tier", "confidence", "explore"]
@@ -58,8 +59,8 @@ class Ranks:
     tells better which texts would come back unchanged (area under the curve 0.85 to 0.82).
     """
 
-    def __init__(self, size: int = 512) -> None:
-        self._latest: deque[float] = deque(maxlen=size)
+    def __init__(self) -> None:
+        self._latest: deque[float] = deque(maxlen=LATEST)
 
     def rank(self, confidence: float, chance: float) -> float:
         """The share of the latest answers that were less sure, in [0, 1); the next call compares with this one too.

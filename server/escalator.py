@@ -4,6 +4,7 @@ The rules are in escalation.py, the connection is in upstream.py. A request that
 also if nothing comes back.
 """
 
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class Escalator:
     """For the threads that call the target, except where it says otherwise; with an upstream, for one of them.
 
     upstream: the tier above, if there is one. count: adds one to a counter, by name and label. finish: sends a final
-    reply. chance: uniform in [0, 1).
+    reply.
     """
 
     def __init__(
@@ -55,10 +56,9 @@ class Escalator:
         tier: Tier,
         count: Callable[[str, str], None],
         finish: Callable[[Accepted, Reply], None],
-        chance: Callable[[], float],
     ) -> None:
         self._upstream, self._bounds, self._server, self._tier = upstream, bounds, server, tier
-        self._count, self._finish, self._chance = count, finish, chance
+        self._count, self._finish = count, finish
         self._lock = threading.Lock()  # over the next two
         self._ranks, self._allowances = Ranks(), Allowances(bounds.max_requested_share)
         self._first_replies: dict[Key, bytes] = {}  # for a board that asks again because it lost the first reply
@@ -100,9 +100,9 @@ class Escalator:
     def _reason_to_ask(self, accepted: Accepted, confidence: float) -> Reason | None:
         requested = requested_reason(accepted.request.options, self._tier, confidence)
         with self._lock:
-            rank = self._ranks.rank(confidence, self._chance())
+            rank = self._ranks.rank(confidence, random.random())
             may_ask = self._allowances.spend(accepted.arrival.board, requested is not None)
-        own = own_reason(confidence, rank, self._bounds, self._chance())
+        own = own_reason(confidence, rank, self._bounds, random.random())
         if requested and not may_ask:
             self._count("alone", "asked_too_often")
         return requested if may_ask else own

@@ -19,92 +19,52 @@ from typing import Any, Literal, get_args
 MAX_REQUEST = 1 << 20  # bytes
 PROMPT_TOKENS, COMPLETION_TOKENS = 300, 20  # that each answer is billed for
 
+
+def closed_object(required: str, **properties: Any) -> dict[str, Any]:
+    """The schema of an object without other fields, so that one with a typing error is found."""
+    return {
+        "type": "object",
+        "required": required.split(),
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
 # What a client may send, as far as aiflow uses it: the request body of "Create chat completion" in OpenAI's API
-# reference (https://platform.openai.com/docs/api-reference/chat/create), whose other fields are optional. No other
-# field is allowed here, so that one with a typing error is found.
+# reference (https://platform.openai.com/docs/api-reference/chat/create), whose other fields are optional.
+JSON_SCHEMA = closed_object(
+    "name schema",
+    name={"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
+    schema={"$ref": "https://json-schema.org/draft/2020-12/schema"},
+)
+PARTS = {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/part"}}
+MESSAGE = closed_object(
+    "role content",
+    role={"enum": ["system", "user", "assistant"]},
+    content={"oneOf": [{"type": "string"}, PARTS]},
+)
+TEXT_PART = closed_object("type text", type={"const": "text"}, text={"type": "string"})
+IMAGE_PART = closed_object(
+    "type image_url",
+    type={"const": "image_url"},
+    image_url=closed_object(
+        "url",
+        url={"type": "string", "pattern": "^data:image/(jpeg|png|webp);base64,[A-Za-z0-9+/]+={0,2}$"},
+        detail={"enum": ["auto", "low", "high"]},
+    ),
+)
 REQUEST: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "type": "object",
-    "required": ["model", "messages"],
-    "additionalProperties": False,
-    "properties": {
-        "model": {"type": "string", "minLength": 1},
-        "max_tokens": {"type": "integer", "minimum": 1},
-        "temperature": {"type": "number", "minimum": 0, "maximum": 2},
-        "prediction": {
-            "type": "object",
-            "required": ["type", "content"],
-            "additionalProperties": False,
-            "properties": {"type": {"const": "content"}, "content": {"type": "string"}},
-        },
-        "response_format": {
-            "type": "object",
-            "required": ["type", "json_schema"],
-            "additionalProperties": False,
-            "properties": {
-                "type": {"const": "json_schema"},
-                "json_schema": {
-                    "type": "object",
-                    "required": ["name", "schema"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "name": {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"},
-                        "schema": {"$ref": "https://json-schema.org/draft/2020-12/schema"},
-                    },
-                },
-            },
-        },
-        "messages": {
-            "type": "array",
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "required": ["role", "content"],
-                "additionalProperties": False,
-                "properties": {
-                    "role": {"enum": ["system", "user", "assistant"]},
-                    "content": {
-                        "oneOf": [
-                            {"type": "string"},
-                            {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/part"}},
-                        ]
-                    },
-                },
-            },
-        },
-    },
-    "$defs": {
-        "part": {
-            "oneOf": [
-                {
-                    "type": "object",
-                    "required": ["type", "text"],
-                    "additionalProperties": False,
-                    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-                },
-                {
-                    "type": "object",
-                    "required": ["type", "image_url"],
-                    "additionalProperties": False,
-                    "properties": {
-                        "type": {"const": "image_url"},
-                        "image_url": {
-                            "type": "object",
-                            "required": ["url"],
-                            "additionalProperties": False,
-                            "properties": {
-                                "url": {
-                                    "type": "string",
-                                    "pattern": "^data:image/(jpeg|png|webp);base64,[A-Za-z0-9+/]+={0,2}$",
-                                },
-                                "detail": {"enum": ["auto", "low", "high"]},
-                            },
-                        },
-                    },
-                },
-            ]
-        }
-    },
+    **closed_object(
+        "model messages",
+        model={"type": "string", "minLength": 1},
+        max_tokens={"type": "integer", "minimum": 1},
+        temperature={"type": "number", "minimum": 0, "maximum": 2},
+        prediction=closed_object("type content", type={"const": "content"}, content={"type": "string"}),
+        response_format=closed_object("type json_schema", type={"const": "json_schema"}, json_schema=JSON_SCHEMA),
+        messages={"type": "array", "minItems": 1, "items": MESSAGE},
+    ),
+    "$defs": {"part": {"oneOf": [TEXT_PART, IMAGE_PART]}},
 }
 
 Behaviour = Literal[

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from edge_runtime.bounded_file import read_bounded
 from testbed.shaping import Line, LinkError, Profile, Shape, parse_trace
 
 logger = logging.getLogger(__name__)
@@ -60,14 +61,13 @@ class LinkSimulator:
         *,
         listen: Address = ("127.0.0.1", 0),
         cut_in_outage: bool = False,
-        seed: int = 0,
     ) -> None:
         self._target = target
         self._listen = listen
         self._cut_in_outage = cut_in_outage
         self._profile = profile
-        self._up = _Direction(profile.up, random.Random(seed))
-        self._down = _Direction(profile.down, random.Random(seed + 1))
+        self._up = _Direction(profile.up, random.Random(0))
+        self._down = _Direction(profile.down, random.Random(1))
         self._accepted = 0
         self._connections: set[asyncio.Task[None]] = set()
         self._traces: set[asyncio.Task[None]] = set()  # at most one: the trace that is playing
@@ -360,13 +360,8 @@ def _limit_receive_buffer(sock: socket.socket) -> None:
 def read_trace(path: Path) -> list[tuple[float, Profile]]:
     """Reads a trace file, see `parse_trace`. Raises LinkError."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_TRACE_BYTES + 1)
+        return parse_trace(read_bounded(path, MAX_TRACE_BYTES).decode(), str(path))
     except OSError as error:
         raise LinkError(f"{path}: {error.strerror}: name a file with a trace") from error
-    if len(data) > MAX_TRACE_BYTES:
-        raise LinkError(f"{path}: more than {MAX_TRACE_BYTES} bytes: shorten the trace")
-    try:
-        return parse_trace(data.decode(), str(path))
     except UnicodeDecodeError as error:
         raise LinkError(f"{path}: not UTF-8 at byte {error.start}, want lines such as 0<TAB>wifi") from None

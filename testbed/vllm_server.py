@@ -12,7 +12,7 @@ import re
 from typing import Any, Literal
 from zlib import crc32
 
-from testbed.chat_server import REQUEST, Asked, ChatServer, completion, usage
+from testbed.chat_server import REQUEST, Asked, ChatServer, closed_object, completion, usage
 
 IMAGE_TOKENS, WIDTH = 4, 24  # of its model: tokens of a picture, and numbers in each
 
@@ -24,16 +24,12 @@ def template(image_tokens: int) -> list[int]:
 
 TEMPLATE = template(IMAGE_TOKENS)
 # A tensor in base64. vLLM also takes an object of more tensors, and null for an earlier one with the same `uuid`.
-EMBEDS_PART = {
-    "type": "object",
-    "required": ["type", "image_embeds"],
-    "additionalProperties": False,
-    "properties": {
-        "type": {"const": "image_embeds"},
-        "image_embeds": {"type": "string", "pattern": "^[A-Za-z0-9+/]+={0,2}$"},
-        "uuid": {"type": "string"},
-    },
-}
+EMBEDS_PART = closed_object(
+    "type image_embeds",
+    type={"const": "image_embeds"},
+    image_embeds={"type": "string", "pattern": "^[A-Za-z0-9+/]+={0,2}$"},
+    uuid={"type": "string"},
+)
 VLLM_REQUEST: dict[str, Any] = REQUEST | {
     "properties": {
         **REQUEST["properties"],

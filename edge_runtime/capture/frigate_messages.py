@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.errors import AiflowError
+from edge_runtime.wire.bounded import decode_bounded
 from edge_runtime.wire.envelope import Name
 from edge_runtime.wire.event import FrigateId
 
@@ -63,9 +64,6 @@ class ReviewChange(Struct, frozen=True):
 
 def read_message(payload: bytes, kind: type[Message]) -> Message:
     """Raises FrigateMessageError."""
-    if len(payload) > MAX_MESSAGE:
-        raise FrigateMessageError(f"a message of {len(payload)} bytes, at most {MAX_MESSAGE} are read")
-    try:
-        return msgspec.json.decode(payload, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise FrigateMessageError(f"not a message of Frigate's: {error}") from error
+    return decode_bounded(
+        msgspec.json.Decoder(kind), payload, MAX_MESSAGE, "a message of Frigate's", FrigateMessageError
+    )

@@ -26,6 +26,7 @@ from msgspec.inspect import (
     VarTupleType,
 )
 
+from edge_runtime.bounded_file import read_bounded
 from edge_runtime.errors import ConfigError
 
 MAX_CONFIG_BYTES = 256 * 1024
@@ -64,15 +65,10 @@ def convert(path: Path, data: Any, kind: type[T]) -> T:
 def read_toml(path: Path) -> Any:
     """The tables of a file as dictionaries, `~/` already replaced. Raises ConfigError."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
+        text = read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8-sig")  # Windows editors write a byte order mark
+        return _expanded(msgspec.toml.decode(text))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: name an existing configuration file") from error
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes: this is not a configuration")
-    try:
-        text = data.decode("utf-8-sig")  # Windows editors write a byte order mark
-        return _expanded(msgspec.toml.decode(text))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
 

@@ -15,6 +15,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec import Meta, Struct
 
+from edge_runtime.bounded_file import read_bounded
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, BundleError, BundleName, Sha256
 from edge_runtime.packages import require
@@ -148,7 +149,7 @@ def read_signature(folder: Path) -> bytes:
     """The content of a bundle's bundle.sig, b"" if it has none. Raises SignatureError."""
     path = folder / SIGNATURE
     try:
-        return _read(path, MAX_SIGNATURE_BYTES)
+        return read_bounded(path, MAX_SIGNATURE_BYTES)
     except FileNotFoundError:
         return b""
     except OSError as error:
@@ -172,7 +173,7 @@ def read_trust(path: Path) -> Trust:
     """
     require("cryptography")
     try:
-        text = _read(path, MAX_KEY_FILE_BYTES).decode()
+        text = read_bounded(path, MAX_KEY_FILE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"trust file {path} cannot be read: {error}") from error
     keys = []
@@ -188,12 +189,3 @@ def read_trust(path: Path) -> Trust:
     if not 1 <= len(keys) <= MAX_KEYS:
         raise ConfigError(f"trust file {path} has {len(keys)} keys: want 1 to {MAX_KEYS}, one per line")
     return tuple(keys)
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    """Raises OSError, also for a larger file: none of ours is."""
-    with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise OSError(None, f"it has more than {max_bytes} bytes")
-    return data

@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from edge_runtime.bounded_file import read_bounded
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.draft_calibration import MAX_POINTS, Calibration
 from edge_runtime.wire import TablesError
@@ -271,17 +272,13 @@ def open_bundle(path: Path) -> Bundle:
     if not manifest_path.is_file():
         raise BundleError(f"{path} holds no {MANIFEST}: name the directory of a bundle, such as models/zoo/<bundle>")
     try:
-        with manifest_path.open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        raise BundleError(f"{manifest_path} cannot be read: {error.strerror}") from error
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{manifest_path} is larger than {MAX_MANIFEST_BYTES} bytes: this is not a manifest")
-    try:
+        data = read_bounded(manifest_path, MAX_MANIFEST_BYTES)
         schema = msgspec.json.decode(data, type=_Versioned).schema
         if schema != SCHEMA:
             raise BundleError(f"{manifest_path} has schema {schema}, this version reads {SCHEMA}: update the older")
         manifest = msgspec.json.decode(data, type=Manifest)
+    except OSError as error:
+        raise BundleError(f"{manifest_path} cannot be read: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{manifest_path}: {error}: copy the bundle again, or build it again") from error
     return Bundle(path, manifest, hashlib.sha256(data).digest()[:8])

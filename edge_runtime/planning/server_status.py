@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 
 from edge_runtime.errors import AiflowError
 from edge_runtime.wire import TopicError, topics
+from edge_runtime.wire.bounded import decode_bounded
 from edge_runtime.wire.envelope import Millis, Name, UInt32
 
 logger = logging.getLogger(__name__)
@@ -68,12 +69,7 @@ _status = msgspec.json.Decoder(ServerStatus)
 
 def decode_status(payload: bytes) -> ServerStatus:
     """Raises StatusError."""
-    if len(payload) > MAX_STATUS:
-        raise StatusError(f"status of {len(payload)} bytes, at most {MAX_STATUS} are read: no server publishes this")
-    try:
-        return _status.decode(payload)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise StatusError(f"not a server's status: {error}") from error
+    return decode_bounded(_status, payload, MAX_STATUS, "a server's status", StatusError)
 
 
 class Claims(NamedTuple):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
+from edge_runtime.bounded_file import read_bounded
+
 MAX_BYTES = 64  # of one such file; a longer one is something else
 MAX_ZONES = 64
 # Bits of the firmware's get_throttled: 1 frequency capped, 2 throttled, 3 soft temperature limit. Bit 0, low voltage,
@@ -80,11 +82,9 @@ def _folders(parent: Path, pattern: str) -> list[Path]:
 
 def _text(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        return read_bounded(path, MAX_BYTES).decode("ascii", "replace").strip()
     except OSError:  # absent, or a sensor that is switched off
         return None
-    return data.decode("ascii", "replace").strip() if len(data) <= MAX_BYTES else None
 
 
 def _number(path: Path, base: int = 10) -> int | None:

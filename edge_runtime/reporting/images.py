@@ -18,16 +18,14 @@ QUALITIES = (75, 50, 25, 5)  # of a JPEG; even noise of 640 x 640 pixels fits wi
 class Images:
     """Publishes pictures on `up/image/<camera>`. They are not retained: no broker keeps them."""
 
-    def __init__(
-        self, publish: Callable[[Publish], None], site: str, board: str, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, publish: Callable[[Publish], None], site: str, board: str) -> None:
         """publish: to the users' broker, never blocks."""
-        self._publish, self._site, self._board, self._clock = publish, site, board, clock
+        self._publish, self._site, self._board = publish, site, board
         self._due: dict[str, float] = {}  # by camera
 
     def show(self, camera: str, pixels: np.ndarray) -> None:
         """A frame that was handled, uint8 RGB [H, W, 3]. Never waits for the network."""
-        now = self._clock()
+        now = time.monotonic()
         if now < self._due.get(camera, now):
             return
         self._due[camera] = now + PERIOD_S

@@ -2,7 +2,6 @@
 
 import random
 from collections import deque
-from collections.abc import Collection
 from math import ceil, inf
 
 SAMPLES = 64  # reply times that the resend interval is made from: some seconds of a busy board
@@ -79,8 +78,3 @@ class RetryTimer:
         Backoff and Jitter", 2015.
         """
         return min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(tries - 1, MAX_DOUBLINGS)) * self._rng.uniform(0.5, 1)
-
-    @property
-    def waiting(self) -> Collection[bytes]:
-        """Those that have been asked and have no reply."""
-        return self._out

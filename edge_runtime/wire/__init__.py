@@ -5,6 +5,7 @@
 - `envelope`: request and reply, msgpack; `labels`: those in a request
 - `json_object`: a text that is an answer as JSON
 - `update`: a new bundle for a board
+- `bounded`: decodes a message within a bound
 - `event`: what users of a board receive, JSON
 - `topics`: the MQTT topic of each; used as `topics.request(site, board)`
 

@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
+from edge_runtime.wire.bounded import decode_bounded
 from edge_runtime.wire.errors import EnvelopeError
 from edge_runtime.wire.labels import LABEL_BYTES, MAX_LABELS, decode_labels
 
@@ -251,15 +252,10 @@ def _encode(envelope: Request | Reply, check: Callable[[bytes], object]) -> byte
 
 
 def _decode(data: bytes, decoder: "msgspec.msgpack.Decoder[Envelope]") -> Envelope:
-    if len(data) > MAX_ENVELOPE:
-        raise EnvelopeError(f"envelope of {len(data)} bytes, at most {MAX_ENVELOPE} are read: send less")
-    try:
-        version = _version.decode(data).version
-        if version != VERSION:
-            raise EnvelopeError(f"envelope of version {version}, this side speaks {VERSION}: update the older side")
-        return decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise EnvelopeError(f"not an envelope of version {VERSION}: {error}") from error
+    version = decode_bounded(_version, data, MAX_ENVELOPE, "an envelope").version
+    if version != VERSION:
+        raise EnvelopeError(f"envelope of version {version}, this side speaks {VERSION}: update the older side")
+    return decode_bounded(decoder, data, MAX_ENVELOPE, f"an envelope of version {VERSION}")
 
 
 def encode_tokens(ids: Sequence[int]) -> bytes:

@@ -4,12 +4,12 @@ The offer is the content of a bundle.sig, so it needs no code here. A chunk is a
 the board says is JSON.
 """
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from edge_runtime.wire.errors import EnvelopeError
+from edge_runtime.wire.bounded import decode_bounded
 
 VERSION = 1
 CHUNK_BYTES = 16 * 1024  # of a file in one message: it passes a link of 16 kbit/s within a keepalive of 10 s
@@ -21,7 +21,6 @@ MAX_FILE_BYTES = 1 << 36  # as in a manifest
 
 # wants: the sender has to send more. kept, refused and waiting (for a user, who installs it) are the end.
 UpdateWord = Literal["wants", "waiting", "testing", "installed", "trial", "kept", "refused"]
-M = TypeVar("M")
 
 
 class Chunk(Struct, array_like=True, frozen=True):
@@ -46,15 +45,16 @@ class UpdateState(Struct, frozen=True, omit_defaults=True):
     why: Annotated[str, Meta(max_length=1024)] = ""  # refused: for people
 
 
+_chunk, _update_state = msgspec.msgpack.Decoder(Chunk), msgspec.json.Decoder(UpdateState)
+
+
 def encode_chunk(chunk: Chunk) -> bytes:
     return msgspec.msgpack.encode(chunk)
 
 
 def decode_chunk(data: bytes) -> Chunk:
     """Raises EnvelopeError."""
-    if len(data) > MAX_CHUNK:
-        raise EnvelopeError(f"chunk of {len(data)} bytes, want at most {MAX_CHUNK}")
-    return _decoded(msgspec.msgpack.Decoder(Chunk), data, "chunk")
+    return decode_bounded(_chunk, data, MAX_CHUNK, "a chunk")
 
 
 def encode_update_state(state: UpdateState) -> bytes:
@@ -63,13 +63,4 @@ def encode_update_state(state: UpdateState) -> bytes:
 
 def decode_update_state(data: bytes) -> UpdateState:
     """Raises EnvelopeError."""
-    if len(data) > MAX_UPDATE_STATE:
-        raise EnvelopeError(f"update state of {len(data)} bytes, want at most {MAX_UPDATE_STATE}")
-    return _decoded(msgspec.json.Decoder(UpdateState), data, "update state")
-
-
-def _decoded(decoder: "msgspec.msgpack.Decoder[M] | msgspec.json.Decoder[M]", data: bytes, what: str) -> M:
-    try:
-        return decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise EnvelopeError(f"{what}: {error}: update the older side") from error
+    return decode_bounded(_update_state, data, MAX_UPDATE_STATE, "an update state")

@@ -13,9 +13,9 @@ MAX_TEXT = 1000  # characters of a text that are shown; a caption has about 60
 Runs: TypeAlias = list[tuple[str, bool]]  # the words of a text; true: they differ from the other text
 
 
-def shown(text: str, limit: int = MAX_TEXT) -> str:
+def shown(text: str) -> str:
     """A text from the network, cut, with a visible sign for each control and bidirectional character."""
-    return printable(text, limit) + ("…" if len(text) > limit else "")
+    return printable(text, MAX_TEXT) + ("…" if len(text) > MAX_TEXT else "")
 
 
 class Minute(Struct, array_like=True):

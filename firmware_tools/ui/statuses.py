@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.errors import AiflowError
+from edge_runtime.wire.bounded import decode_bounded
 from edge_runtime.wire.envelope import Millis, Name, UInt32
 
 MAX_STATUS = 16 * 1024  # bytes of JSON; a server writes 1 KB
@@ -79,9 +80,4 @@ S = TypeVar("S", BoardStatus, ServerStatus)
 
 def read_status(payload: bytes, kind: type[S]) -> S:
     """Raises MessageError for what is not a status within its bounds; fields it does not know are ignored."""
-    if len(payload) > MAX_STATUS:
-        raise MessageError(f"status of {len(payload)} bytes, at most {MAX_STATUS} are read")
-    try:
-        return msgspec.json.decode(payload, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MessageError(f"not a status: {error}") from error
+    return decode_bounded(msgspec.json.Decoder(kind), payload, MAX_STATUS, "a status", MessageError)

@@ -17,7 +17,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.labels import MIN_SENT
-from edge_runtime.inference.networks import load_draft, load_head, load_labels
+from edge_runtime.inference.networks import Networks, load_draft, load_head, load_labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols
 from edge_runtime.inference.references import ReferenceFrames
@@ -106,8 +106,9 @@ class Board:
         writes_draft = plan.paradigm in ("device", "speculative") or plan.sends_draft
         draft = load_draft(bundle, "onnx", 1) if writes_draft else None
         labels = load_labels(bundle, head, "onnx", 1) if head else None
+        networks = Networks(head, draft, labels)
         self.pipeline = Pipeline(
-            bundle, head, draft, FixedPlanner(plan), self.tracker, events, 1.0, labels, True, answers, references
+            bundle, networks, FixedPlanner(plan), self.tracker, events, answers=answers, references=references
         )
         stack.enter_context(self.client)
         stack.enter_context(self.tracker)
