@@ -77,10 +77,11 @@ def run_hf(
     rounds: int = 5,
     threads: int = 1,
     batches: Sequence[int] = BATCHES,
+    assistant: str | None = None,
 ) -> dict[str, Any]:
     """A model of transformers on pictures uint8 [224, 224, 3] with a draft of the bundle's words each.
 
-    model: see `HuggingFaceTarget.load`. Raises TargetError.
+    model: see `HuggingFaceTarget.load`. assistant: a smaller language model, for one more way. Raises TargetError.
     """
     from server.config import HuggingFaceConfig
     from server.prompts import QUESTION
@@ -94,8 +95,13 @@ def run_hf(
         Job(QUESTION, picture, bundle.text(list(draft)), limit) for picture, draft in zip(pixels, drafts, strict=True)
     ]
 
-    def answers(draft: str | None, size: int, has_draft: bool = False) -> list[Written]:
+    if assistant:
+        target.add_assistant(assistant, threads=threads)
+    loaded_assistant = target.assistant
+
+    def answers(draft: str | None, size: int, has_draft: bool = False, has_assistant: bool = False) -> list[Written]:
         target.phrases = PhraseMemory(PHRASES)  # these photos were not asked about before
+        target.assistant = loaded_assistant if has_assistant else None
         asked = jobs if has_draft else [replace(job, draft=draft) for job in jobs]
         written = [answer for part in _parts(asked, size) for answer in target.answer(part)]
         return [Written(answer.tokens, answer.passes) for answer in written]
@@ -130,6 +136,8 @@ def run_hf(
         "assisted generation": Way(assisted),
         "both": Way(partial(answers, None, has_draft=True), has_draft=True),
     }
+    if loaded_assistant:
+        ways["server's and assistant's proposals"] = Way(partial(answers, "", has_assistant=True))
     about = {"target": f"hf:{model}", "proof": asdict(target.proof)}
     return about | compare(ways, draft_ms, rounds, batches)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.inference.preprocess import to_input
 from firmware_tools.evaluate import CAPTIONS_HELP
@@ -137,6 +138,9 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
                 metavar="hf:FOLDER",
                 help="a model of transformers (default: the bundle's tier)",
             )
+            parser.add_argument(
+                "--assistant", metavar="FOLDER", help="with --target: a smaller language model that proposes tokens"
+            )
             _number(parser, "--rounds", 5, "timed rounds")
         case "gateway":
             _seconds(parser, "--seconds", 10.0, "duration of each half")
@@ -176,6 +180,8 @@ def run(args: argparse.Namespace) -> int:
         case "rate":
             rate(args)
         case _:
+            if args.part == "speculation" and args.assistant and not args.target:
+                raise ConfigError("--assistant proposes to a model of transformers: name it with --target hf:FOLDER")
             figures = measure(args, open_bundle(args.bundle), list(frames(args.images, args.limit)))
             if args.part == "speculation":
                 from benchmarks.speculation import markdown
@@ -340,6 +346,7 @@ def measure_server(
 
             settings: dict[str, Any] = {"rounds": args.rounds, "threads": args.threads}
             if args.target:  # for its pictures, the board runs the head for the draft alone
+                settings["assistant"] = args.assistant
                 return speculation.run_hf(bundle, pixels, drafts, head_ms + draft_ms, args.target, **settings)
             return speculation.run(bundle, symbols, drafts, draft_ms, args.tier, **settings)
     from benchmarks import gateway

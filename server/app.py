@@ -203,9 +203,11 @@ def _picture_model(config: Config) -> Target[Any]:
     from server.targets.huggingface_target import PictureModel
     from server.targets.huggingface_tower import Tower
 
-    server = config.server
-    name, hf = server.target.removeprefix("hf:"), config.hf
-    model = HuggingFaceTarget.load(name, hf.dtype, server.device, server.threads, hf.offline)
+    server, hf = config.server, config.hf
+    how = (hf.dtype, server.device, server.threads, hf.offline)
+    model = HuggingFaceTarget.load(server.target.removeprefix("hf:"), *how)
+    if hf.assistant:
+        model.add_assistant(hf.assistant, *how)
     bundle, prompts = _boards_bundle(server), read_prompts(config.prompts)
     if features := _features(config, bundle):
         model.tower = Tower.of_tail(model.loaded, features.record, prompts[hf.prompt].text)

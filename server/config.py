@@ -121,6 +121,8 @@ class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_tokens: Annotated[int, Meta(ge=1, le=1024)] = 60  # longest text, unless the prompt says otherwise
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     tail: Annotated[str, Meta(min_length=1)] | None = None  # folder of `aiflow distil`: features are answered, too
+    # A smaller language model of the same family, a folder or a name on the hub: proposes tokens.
+    assistant: Annotated[str, Meta(min_length=1)] | None = None
     offline: bool = True  # false: a model that is not on this machine is downloaded at the first start
 
     def check(self, server: ServerConfig, prompts: Mapping[str, Prompt]) -> None:
@@ -128,6 +130,8 @@ class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
         check_usual(self.prompt, prompts, "[hf]")
         if server.target.startswith("hf:"):
             check_model(server.target.removeprefix("hf:"))
+            if self.assistant:
+                check_model(self.assistant)
 
 
 class VllmConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -48,6 +48,11 @@ SERVER = {
     "target_cost": Meaning("Cost of those calls in the configured currency, estimated if one broke off"),
     "target_cost_today": Meaning("Cost of those calls since the day began (UTC), kept over a restart", is_gauge=True),
     "target_budget_per_day": Meaning("The budget of a day for those calls, if there is one", is_gauge=True),
+    "assistant": Meaning(
+        "The assistant of a model of transformers: tokens proposed and accepted (of those), its passes, and failed "
+        "(texts for which it failed)",
+        "what",
+    ),
     "setting": Meaning("Messages that set the questions: set, refused (nothing has changed)", "what"),
     "late": Meaning("How often the engine was found to hang: the server leaves its share until it works again"),
     "escalated": Meaning("Requests passed up, by reason", "reason"),
@@ -102,6 +107,8 @@ def values(status: Mapping[str, Any]) -> Values:
         numbers["target_cost_today"] = usage["cost_today"]
         if usage["budget_per_day"]:
             numbers["target_budget_per_day"] = usage["budget_per_day"]
+    if assistant := status.get("assistant"):
+        numbers["assistant"] = {name: count for name, count in assistant.items() if name != "model"}
     if above := status.get("upstream"):
         requests = {name: count for name, count in above["requests"].items() if name != "open"}
         numbers["upstream"] = requests | {f"reply_{name}": count for name, count in above["replies"].items()}

@@ -393,6 +393,7 @@ class Service:
             "questions": {},
             "questions_error": "",
             "usage": None,
+            "assistant": None,
             **self.target.status(),
             "counts": counts,
         }

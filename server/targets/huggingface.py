@@ -1,8 +1,9 @@
 """A model of Hugging Face transformers as a target, in the server's process: pictures and prompts in, texts out.
 
 A draft is verified in the pass that reads the prompt. Then the text goes on with proposals from the rest of the draft,
-from the prompt, and from what this model has written before. The text is the one of `generate` with `do_sample=False`,
-with any draft and in any batch. A start test decides whether drafts and batches are used (`prove`).
+from the prompt, from what this model has written before, and from a smaller model (`huggingface_assistant.py`). The
+text is the one of `generate` with `do_sample=False`, with any draft and in any batch. A start test decides whether
+drafts and batches are used (`prove`).
 
 Knows nothing of messages, queues and deadlines.
 """
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 import transformers
 
-from edge_runtime.errors import AiflowError
-from server.targets.huggingface_decoding import GreedyDecoding, Propose, Row
+from server.targets.huggingface_assistant import Assistant, AssistedText
+from server.targets.huggingface_decoding import FAILURES, GreedyDecoding, Propose, Row
 from server.targets.huggingface_drafts import DraftTokenizer
 from server.targets.huggingface_loading import Loaded, TargetError, load
 from server.targets.huggingface_prompts import Job, PromptError, model_inputs
@@ -37,8 +38,6 @@ PROBE_PROMPTS = ("Describe this in one sentence.", "What is unusual here?", "Des
 SAFETY = 16  # times the deviation that the start test saw, to bound the deviations that it did not see
 
 Inputs = dict[str, Any]  # of `generate`: tensors by name
-
-FAILURES = (AiflowError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # of one job
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,7 @@ class HuggingFaceTarget:
         self.drafts = DraftTokenizer(loaded.tokenizer, loaded.model.config)
         self.phrases = PhraseMemory(PHRASES)
         self.tower: Tower | None = None  # puts image tokens in the place of a picture
+        self.assistant: Assistant | None = None  # proposes if phrases do not
         self.rewritten = 0  # texts that were written again, alone and without proposals
         self.on_pass: Callable[[], None] = lambda: None
         self.proof = Proof()
@@ -94,6 +94,12 @@ class HuggingFaceTarget:
     ) -> "HuggingFaceTarget":
         """From a folder or a name on the hub, see `huggingface_loading.load`. Raises TargetError."""
         return cls(load(name, dtype, device, threads, offline))
+
+    def add_assistant(
+        self, name: str, dtype: str = "float32", device: str = "cpu", threads: int = 1, offline: bool = True
+    ) -> None:
+        """Lets a smaller language model propose, see `huggingface_loading.load`. Raises TargetError."""
+        self.assistant = Assistant(load(name, dtype, device, threads, offline), self.loaded, self.drafts.special)
 
     @property
     def takes_pictures(self) -> bool:
@@ -123,22 +129,29 @@ class HuggingFaceTarget:
 
     def _write(self, jobs: Sequence[Job], asked: Sequence[Inputs]) -> list[Answer]:
         """The answers to jobs of one limit, with inputs of equal shapes."""
+        assisted = None
+        # Not in a batch: the assistant would have passes of its own for each row, and the slowest row decides.
+        if self.assistant and len(jobs) == 1:
+            assisted = AssistedText(self.assistant, asked[0]["input_ids"][0].tolist(), jobs[0].max_tokens)
         try:
-            rows = self.decode(together(asked), [self._row(*each) for each in zip(jobs, asked, strict=True)]).rows
-        except FAILURES as error:  # of foreign code on a foreign picture: they end this job, not the server
+            before = [self._row(*each, assisted) for each in zip(jobs, asked, strict=True)]
+            rows = self.decode(together(asked), before).rows
+        except FAILURES as error:
             if len(jobs) == 1:
                 return [self._failed(error)]
             logger.warning("texts are written one by one, since together they failed rows=%d why=%s", len(jobs), error)
             return [self._write([job], [inputs])[0] for job, inputs in zip(jobs, asked, strict=True)]
+        if assisted:
+            assisted.settle(rows[0].text.tokens)
         return [self._answer(*each, len(jobs)) for each in zip(jobs, asked, rows, strict=True)]
 
-    def _row(self, job: Job, inputs: Inputs) -> Row:
+    def _row(self, job: Job, inputs: Inputs, assisted: AssistedText | None) -> Row:
         """A text before its first pass."""
         if job.draft is None or not self.proof.strict:
             return self.row(job.max_tokens)
         draft, own = self.drafts.tokens(job.draft), PhraseMemory(PHRASES)
         own.learn([token for token in inputs["input_ids"][0].tolist() if token not in self.drafts.special])
-        return self.row(job.max_tokens, draft, Proposer(draft, own, self.phrases))
+        return self.row(job.max_tokens, draft, Proposer(draft, own, self.phrases, assisted))
 
     def _answer(self, job: Job, inputs: Inputs, row: Row, rows: int) -> Answer:
         """Of a row that was written with so many rows, itself included."""

@@ -42,7 +42,7 @@ class DraftTokenizer:
         if not text:
             return
         ways = (self._directly, self._after_space, self._after_newline)
-        self._encode = max(ways, key=lambda encode: _common_prefix(encode(text), tokens))
+        self._encode = max(ways, key=lambda encode: common_prefix(encode(text), tokens))
         self._style.learn(text)
 
     def _directly(self, text: str) -> list[int]:
@@ -58,7 +58,7 @@ class DraftTokenizer:
         return self._directly(f"\n{text}")[len(before) :]
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many of the first tokens are the same."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 

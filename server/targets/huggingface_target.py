@@ -85,7 +85,8 @@ class PictureModel(PromptedTarget):
 
     def status(self) -> dict[str, Any]:
         bundles = {self._bundle.id.hex(): self._bundle.manifest.name} if self._bundle else {}
-        return {"numerics": self.model.proof.numerics, "bundles": bundles}
+        assistant = self.model.assistant.status() if self.model.assistant else None
+        return {"numerics": self.model.proof.numerics, "bundles": bundles, "assistant": assistant}
 
     def _asked(self, job: PictureJob, draft: str | None = None, repair: tuple[str, str] | None = None) -> Job:
         prompt = self._prompt_of(job)

@@ -4,7 +4,7 @@ Captions repeat phrases, and so do the answers of one camera. Proposals by n-gra
 2023) and LLMA (Yang et al., arXiv 2304.04487). A wrong proposal changes no token, see `server/verify.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 LENGTH = 8  # tokens of a continuation: a pass of 8 tokens costs hardly more than one of 1
 LONGEST_KEY = 3  # tokens; longer ones hardly ever repeat in captions
@@ -43,9 +43,18 @@ class PhraseMemory:
 class Proposer:
     """Proposals for one text after its draft has ended or gone wrong."""
 
-    def __init__(self, draft: Sequence[int], own: PhraseMemory, shared: PhraseMemory) -> None:
-        """own: phrases of this text's prompt; it also learns the draft and the text. shared: of earlier texts."""
-        self.draft, self.own, self.shared = tuple(draft), own, shared
+    def __init__(
+        self,
+        draft: Sequence[int],
+        own: PhraseMemory,
+        shared: PhraseMemory,
+        assistant: Callable[[Sequence[int]], tuple[int, ...]] | None = None,
+    ) -> None:
+        """own: phrases of this text's prompt; it also learns the draft and the text. shared: of earlier texts.
+
+        assistant: proposes what may follow a text, at a cost.
+        """
+        self.draft, self.own, self.shared, self.assistant = tuple(draft), own, shared, assistant
         self._shift = 0  # tokens that the draft is ahead of the text
         self._known = 0
         own.learn((START, *draft))
@@ -55,11 +64,15 @@ class Proposer:
         text = (START, *tokens)
         self.own.learn(text, self._known)
         self._known = len(text)
-        sources: tuple[tuple[int, ...], ...] = ()
+        both, found = (self.own, self.shared), tuple[int, ...]()
         if misses < 2:
-            rest, phrase = self._rest_of_draft(tokens), self._phrases(text, (self.own,), 2)
-            sources = (phrase, rest) if misses else (rest, phrase)  # the draft was right until now
-        return next(filter(None, sources), None) or self._phrases(text, (self.own, self.shared), 1)
+            # An assistant knows more than what followed two tokens. At the beginning of a text there are no more.
+            memories, shortest = (both, min(LONGEST_KEY, len(text))) if self.assistant else ((self.own,), 2)
+            rest, phrase = self._rest_of_draft(tokens), self._phrases(text, memories, shortest)
+            found = phrase or rest if misses else rest or phrase  # the draft was right until now
+        if self.assistant and not found:
+            found = self.assistant(tokens)
+        return found or self._phrases(text, both, 1)
 
     def _phrases(self, text: tuple[int, ...], memories: Sequence[PhraseMemory], shortest: int) -> tuple[int, ...]:
         """Phrase after phrase, so that a short one or a repeated word fills a block too."""

@@ -107,12 +107,15 @@ def test_speculation_compares_a_model_of_transformers_with_its_assisted_generati
     bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from tests.server.targets.tiny_models import smolvlm
+    from tests.server.targets.tiny_models import SMOLVLM_MARKS, language_model, smolvlm, words
 
     smolvlm(folder := tmp_path / "model")
-    figures = bench(bundle, photos, "speculation", "--target", f"hf:{folder}", "--limit", "3", "--rounds", "1")
+    language_model("Llama", words(SMOLVLM_MARKS))(small := tmp_path / "assistant")
+    models = ("--target", f"hf:{folder}", "--assistant", str(small))
+    figures = bench(bundle, photos, "speculation", *models, "--limit", "3", "--rounds", "1")
+    names = ["alone", "board's draft", "server's proposals", "assisted generation", "both"]
     for size, ways in figures["batches"].items():
-        assert list(ways) == ["alone", "board's draft", "server's proposals", "assisted generation", "both"], size
+        assert list(ways) == [*names, "server's and assistant's proposals"], size
         assert {way["same_tokens"] for way in ways.values()} == {1.0}
         assert ways["server's proposals"]["passes"] <= ways["assisted generation"]["passes"] < ways["alone"]["passes"]
 
@@ -121,6 +124,8 @@ def test_speculation_refuses_a_target_of_another_kind(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["bench", "speculation", "--target", "openai:http://127.0.0.1/v1"])
     assert "want hf:FOLDER" in capsys.readouterr().err
+    assert cli.main(["bench", "speculation", "--assistant", "small"]) != 0
+    assert "name it with --target hf:FOLDER" in capsys.readouterr().err
 
 
 def test_gateway_answers_every_board(bundle: Path, photos: Path) -> None:

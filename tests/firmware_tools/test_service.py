@@ -196,6 +196,7 @@ def test_a_server_with_replicas_gets_the_threads_of_ray(written: Callable[..., P
         ),
         (HF, "cpu", "", r"\[server\] target = .* does not see"),
         (HF.replace("HOME", "/srv"), "cpu", '[hf]\ntail = "HOME/tail"\n', r"\[hf\] tail = .* does not see"),
+        (HF.replace("HOME", "/srv"), "cpu", '[hf]\nassistant = "HOME/m"\n', r"\[hf\] assistant = .* does not see"),
         (
             HF.replace("HOME", "/srv"),
             "cpu",

@@ -77,6 +77,7 @@ def test_another_server_as_target_needs_no_bundle(tmp_path: Path) -> None:
         (GOOD + '[prompts.gate]\nquestion = "Open?"\n', r"\[prompts\] is of no use with target"),
         ('[server]\nid = "s1"\ntarget = "hf:m"\n[hf]\nprompt = "gate"\n', r"\[hf\] is none of the prompts door"),
         ('[server]\nid = "s1"\ntarget = "hf:./no-such-folder"\n', r"holds no config\.json"),
+        ('[server]\nid = "s1"\ntarget = "hf:m"\n[hf]\nassistant = "./none"\n', r"none holds no config\.json"),
         (OPENAI + TABLE + "budget_per_day = 1.0\n", "set input_price"),
         (OPENAI + TABLE + "prediction = true\n", "wants target = .* and the boards' bundle"),
         (OPENAI.replace("openai:", "vllm:"), r"needs the table \[openai\]"),

@@ -39,6 +39,11 @@ def test_the_budget_of_a_day_is_told_if_there_is_one():
     assert "target_budget_per_day" not in values(STATUS | {"usage": usage | {"budget_per_day": None}})
 
 
+def test_an_assistant_is_told_by_what_it_did():
+    assistant = {"model": "small", "proposed": 9, "accepted": 7, "passes": 8, "failed": 0}
+    assert values(STATUS | {"assistant": assistant})["assistant"] == {k: assistant[k] for k in list(assistant)[1:]}
+
+
 def test_what_a_tier_above_says_unasked_is_counted():
     above = {"requests": {"accepted": 4, "unknown": 2, "open": 1}, "replies": {"ok": 3, "unreadable": 1}}
     read = values(STATUS | {"upstream": above})

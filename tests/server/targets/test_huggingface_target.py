@@ -43,7 +43,7 @@ from tests.brokers import Mosquitto
 from tests.listener import Listener
 from tests.server.boards import Lane, board_of, config, is_balanced
 from tests.server.targets.test_target import picture
-from tests.server.targets.tiny_models import LANGUAGE_MODELS, VISION_MODELS
+from tests.server.targets.tiny_models import LANGUAGE_MODELS, SMOLVLM_MARKS, VISION_MODELS, language_model, words
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")  # of its own calls of numpy
 
@@ -266,6 +266,19 @@ def test_the_configuration_names_the_model(folder: Path, bundle: Bundle) -> None
     server = ServerConfig("s1", str(bundle.path), target=f"hf:{folder}")
     target, _ = load_target(Config(server, hf=ASKED, prompts=TABLES))
     assert (target.abilities.name, target.abilities.drafts) == (f"hf:{folder}", True)
+
+
+def test_the_status_counts_what_its_assistant_proposed(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
+    language_model("Llama", words(SMOLVLM_MARKS))(tmp_path)
+    server = ServerConfig("s1", str(bundle.path), target=f"hf:{folder}")
+    target, _ = load_target(Config(server, hf=msgspec.structs.replace(ASKED, assistant=str(tmp_path)), prompts=TABLES))
+    service = Service(config(bundle).server, target, ReplyCache())
+    (reply,) = replies(service, picture(bundle, 0))
+    assert reply.status is Status.OK
+    status = service.status()["assistant"]
+    assert list(status) == ["model", "proposed", "accepted", "passes", "failed"]
+    assert (status["model"], status["failed"]) == (str(tmp_path), 0)
+    assert status["passes"] >= status["proposed"] > 0
 
 
 def test_its_table_without_its_target_is_an_error(bundle: Bundle) -> None:

@@ -1,5 +1,6 @@
 """What was written before is proposed again, within bounds."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,6 +57,32 @@ def test_after_two_misses_a_known_word_is_enough() -> None:
     again = proposer((1, 2, 3, 4, 5))
     assert again((8, 9, 2), 1) == (4, 5)
     assert again((8, 9, 2), 2) == (3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "misses", "found", "asks"),
+    [
+        ((9,), 0, (6,), False),  # the rest of the draft
+        ((9, 1, 2, 3), 0, (4,), False),  # three known words
+        ((9, 1, 2, 3), 2, (7,), True),  # twice, something else has followed
+        ((9, 9, 2, 3), 0, (7,), True),  # two known words
+        ((), 0, (4, 6), False),
+    ],
+)
+def test_an_assistant_is_asked_if_no_draft_and_no_phrase_of_three_words_says_what_follows(
+    text: tuple[int, ...], misses: int, found: tuple[int, ...], asks: bool
+) -> None:
+    asked = list[tuple[int, ...]]()
+    known = memory_of((1, 2, 3, 4), (START, 5))
+    again = Proposer((4, 6), memory_of(), known, lambda tokens: asked.append(tokens) or (7,))
+    assert again(text, misses) == found
+    assert asked == [text] * asks
+
+
+def test_how_texts_begin_is_known_without_an_assistant_and_one_known_word_helps_if_it_has_nothing() -> None:
+    known = memory_of((START, 5, 6), (8, 9))
+    assert Proposer((), memory_of(), known, lambda _: (7,))((), 0) == (5, 6)
+    assert Proposer((), memory_of(), known, lambda _: ())((3, 4, 8), 0) == (9,)
 
 
 def test_the_oldest_is_forgotten_first() -> None:

@@ -17,6 +17,7 @@ SENTENCE = (
 )
 WORDS = SENTENCE.split(" ")
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+SMOLVLM_MARKS = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
 VOCABULARY = 320
 END = 2
 TEXT = {
@@ -104,7 +105,7 @@ def smolvlm(folder: Path, kind: str = "SmolVLM", side: int = 32, **vision: int) 
     picture = getattr(transformers, f"{kind}ImageProcessorPil")(
         size={"longest_edge": side}, max_image_size={"longest_edge": side}, do_image_splitting=False
     )
-    tokenizer = words(("<fake_token_around_image>", "<global-img>", "<end_of_utterance>"))
+    tokenizer = words(SMOLVLM_MARKS)
     tokens = (side // config.vision_config.patch_size // 2) ** 2
     _save(folder, config, f"{kind}Processor", picture, tokenizer, "<image>", image_seq_len=tokens)
 
