@@ -105,7 +105,7 @@ class Live:
 
     def _update(self, keys: list[tuple[str, str]], is_first: bool) -> bytes:
         boards, servers = self._site.boards, self._site.servers
-        named = [name for kind, name in keys if kind == "board"]
+        named, asked = ([name for kind, name in keys if kind == wanted] for wanted in ("board", "server"))
         problems = {"history": self._history.problem, "meaning": self._meaning.problem}
         link = structs.replace(self._link, **problems, **self._site.counts)
         update = Update(
@@ -113,7 +113,8 @@ class Live:
             link,
             is_first,
             [boards[name] for name in named if name in boards],
-            [servers[name] for kind, name in keys if kind == "server"],
+            [servers[name] for name in asked if name in servers],
             [name for name in named if name not in boards],
+            [name for name in asked if name not in servers],
         )
         return json.encode(update)

@@ -81,10 +81,13 @@ class Site:
         """now: Unix seconds. A message that is not one of this site's, or breaks its bounds, is counted."""
         try:
             if topic.startswith(self._of_server):
-                return self._server_status(topics.server_of(topic), payload, now)
+                server = topics.server_of(topic)
+                return self._server_status(server, payload, now) if payload else self._retired("server", server)
             if (found := self._up.fullmatch(topic)) is None or found[1] == topics.SERVERS:
                 raise MessageError("a topic that nobody uses")
             board, kind, camera = found.groups()
+            if not payload and kind in ("status", "last"):
+                return self._retired("board", board) if kind == "status" else NOTHING
             if kind == "image":
                 return self._picture(board, camera or "", payload, now)
             if kind == "status":
@@ -110,6 +113,14 @@ class Site:
         row = self.boards[name] = row or BoardRow(name)
         row.at = now
         return row, keys
+
+    def _retired(self, kind: str, name: str) -> Change:
+        """Somebody has removed the retained status: an empty payload does that."""
+        if kind == "server":
+            self.servers.pop(name, None)
+        elif row := self.boards.get(name):
+            self._forget(row)
+        return Change(((kind, name),))
 
     def _forget(self, row: BoardRow) -> None:
         del self.boards[row.board]

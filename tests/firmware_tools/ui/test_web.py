@@ -132,6 +132,10 @@ def test_the_first_update_has_everything_and_the_next_only_what_has_changed(page
         assert second["servers"] == []
         page.live.connection_changed(State.BACKOFF, "Not authorized")
         assert updates.next()["link"]["broker"] == "broker 127.0.0.1:1883 backoff: Not authorized"
+        page.say("garage/up/status", b"")
+        page.say("server/attic/status", b"")
+        last = updates.next()
+        assert (last["gone"], last["gone_servers"]) == (["garage"], ["attic"])
 
 
 def test_a_thousand_boards_come_in_several_updates(page: Page):
