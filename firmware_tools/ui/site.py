@@ -81,17 +81,14 @@ class Site:
         """now: Unix seconds. A message that is not one of this site's, or breaks its bounds, is counted."""
         try:
             if topic.startswith(self._of_server):
-                server = topics.server_of(topic)
-                return self._server_status(server, payload, now) if payload else self._retired("server", server)
+                return self._server_status(topics.server_of(topic), payload, now)
             if (found := self._up.fullmatch(topic)) is None or found[1] == topics.SERVERS:
                 raise MessageError("a topic that nobody uses")
             board, kind, camera = found.groups()
-            if not payload and kind in ("status", "last"):
-                return self._retired("board", board) if kind == "status" else NOTHING
             if kind == "image":
                 return self._picture(board, camera or "", payload, now)
             if kind == "status":
-                return self._board_status(board, read_status(payload, BoardStatus), now)
+                return self._board_status(board, payload, now)
             if kind == "last" and not retained:  # the same message came as an event
                 return NOTHING
             return self._event(board, decode_event(payload), now)
@@ -114,14 +111,6 @@ class Site:
         row.at = now
         return row, keys
 
-    def _retired(self, kind: str, name: str) -> Change:
-        """Somebody has removed the retained status: an empty payload does that."""
-        if kind == "server":
-            self.servers.pop(name, None)
-        elif row := self.boards.get(name):
-            self._forget(row)
-        return Change(((kind, name),))
-
     def _forget(self, row: BoardRow) -> None:
         del self.boards[row.board]
         for camera in row.cameras:
@@ -138,7 +127,13 @@ class Site:
         row.cameras.append(camera)
         return camera
 
-    def _board_status(self, board: str, status: BoardStatus, now: float) -> Change:
+    def _board_status(self, board: str, payload: bytes, now: float) -> Change:
+        if not payload:  # its retained status is deleted
+            if board not in self.boards:
+                return NOTHING
+            self._forget(self.boards[board])
+            return Change((("board", board),))
+        status = read_status(payload, BoardStatus)
         row, keys = self._board(board, now)
         if row is None:
             return Change(keys)
@@ -151,6 +146,8 @@ class Site:
         return Change(keys)
 
     def _server_status(self, server: str, payload: bytes, now: float) -> Change:
+        if not payload:  # its retained status is deleted
+            return Change((("server", server),)) if self.servers.pop(server, None) else NOTHING
         status = read_status(payload, ServerStatus)
         if status.server != server or (server not in self.servers and len(self.servers) >= MAX_SERVERS):
             raise MessageError("another server's status, or too many servers")

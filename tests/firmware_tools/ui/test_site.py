@@ -200,7 +200,10 @@ def test_what_is_no_message_of_a_board_is_counted_and_changes_nothing(kind: str)
     assert not home.boards
 
 
-@given(st.binary(min_size=1, max_size=200), st.sampled_from(["porch/up/event", "porch/up/status", "server/attic/status", "x"]))
+ENDS = ["porch/up/event", "porch/up/status", "server/attic/status", "x"]
+
+
+@given(st.binary(min_size=1, max_size=200), st.sampled_from(ENDS))
 def test_any_payload_is_shown_or_counted(payload: bytes, end: str):
     home = site()
     home.take(f"aiflow/home/{end}", payload, False, NOW)
@@ -238,7 +241,7 @@ def test_a_board_or_server_whose_retained_status_is_removed_is_forgotten():
     assert (take(home, b"", "status").keys, home.boards, home.pictures) == ((("board", "porch"),), {}, {})
     assert home.take("aiflow/home/server/attic/status", b"", False, NOW).keys == (("server", "attic"),)
     assert (home.servers, home.counts["ignored"]) == ({}, 0)
-    take(home, b"", "status")
+    assert take(home, b"", "status") == Change()
     take(home, event(text="a dog"))
     assert "porch" in home.boards  # it has come back
 

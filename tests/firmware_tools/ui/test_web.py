@@ -154,6 +154,17 @@ def test_news_for_a_browser_that_is_slow_replace_each_other(page: Page):
         assert [board["cameras"][0]["text"] for board in update["boards"]] == [[["dog 299", False]]]
 
 
+def test_a_browser_that_is_told_of_too_many_boards_that_come_and_go_connects_again(page: Page, monkeypatch):
+    monkeypatch.setattr(live_module, "MAX_CHANGES", 10)
+    with page.live.updates() as next_update:
+        assert next_update()
+        for number in range(11):
+            for state in (b'{"state": "online"}', b""):
+                page.say(f"b{number}/up/status", state)
+        assert next_update() is None
+        assert not page.live._browsers
+
+
 def test_a_browser_that_never_reads_is_disconnected(page: Page, monkeypatch: pytest.MonkeyPatch):
     assert web_module._Handler.timeout == web_module.TIMEOUT_S
     monkeypatch.setattr(web_module._Handler, "timeout", 0.2)
