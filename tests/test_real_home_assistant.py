@@ -33,6 +33,7 @@ from edge_runtime.firmware.signature import read_signature
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.wire import Reply, Status, decode_request, encode_reply, topics
 from firmware_tools.push import Push
+from testbed.processes import AiflowProcess
 from tests.brokers import Mosquitto
 from tests.edge_runtime.firmware.helpers import sign, trust, variant
 from tests.edge_runtime.reporting.test_discovery import running
@@ -167,6 +168,27 @@ def test_a_board_appears_by_itself_dies_and_survives_a_restart_of_home_assistant
         with HomeAssistant(folder, broker.port) as home:
             until(lambda: home.state("switch.porch_yard_enabled") == "on")
             until(lambda: home.state("sensor.porch_front_caption") == shown[:255])  # from the retained last event
+            assert home.answer["faults"] == []
+
+
+@pytest.mark.timeout(300)
+def test_a_board_answers_home_assistants_start_and_is_unavailable_when_it_is_killed(board_bundle, broker, tmp_path):
+    tables = {
+        "board": {"id": BOARD, "site": SITE, "bundle": str(board_bundle.path)},
+        "cameras": [{"name": "front", "source": "mqtt"}],
+        "mqtt": {"port": broker.port},
+        "homeassistant": {},
+    }
+    topic = topics.discovery("homeassistant", SITE, BOARD)
+    with AiflowProcess("run", tables, tmp_path) as board:
+        with Listener(broker.port, topic) as user:
+            assert user.next()
+            user.client.publish(topic, b"", retain=True)
+            assert user.next() == b""  # so only the answer to Home Assistant's start has the entities
+        with HomeAssistant(tmp_path / "home-assistant", broker.port) as home:
+            until(lambda: home.state("switch.porch_paused") == "off")
+            board.kill()
+            until(lambda: home.state("switch.porch_paused") == "unavailable")
             assert home.answer["faults"] == []
 
 

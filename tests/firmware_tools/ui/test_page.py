@@ -2,6 +2,8 @@
 
 import json
 import queue
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -26,6 +28,7 @@ from tests.firmware_tools.ui.test_site import JPEG, event, server_status
 from tests.listener import PATIENCE_S, until
 from tests.sites import login, site_broker
 
+SCHEMATHESIS = shutil.which("schemathesis")
 HOSTILE = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>\u202e\n"
 TEXT = "document.querySelector('[data-slot=text]')?.textContent.trim()"
 
@@ -288,6 +291,16 @@ def test_a_user_logs_in_with_the_token(start: Callable[..., str], tmp_path: Path
     chromium.press("Enter")
     chromium.until("document.querySelector('#link.good') != null")
     assert chromium.read("document.cookie") == ""  # no script can read it
+
+
+@pytest.mark.skipif(not SCHEMATHESIS, reason="schemathesis is not installed")
+def test_schemathesis_finds_no_answer_that_is_not_described(start: Callable[..., str], boards: Publisher):
+    boards.say("porch/up/image/front", JPEG)
+    description = Path(__file__).parents[3] / "docs" / "ui-openapi.json"
+    command = [str(SCHEMATHESIS), "run", str(description), "--url", start().rstrip("/")]
+    # The updates do not end.
+    done = subprocess.run([*command, "--exclude-path", "/api/updates"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
