@@ -106,7 +106,7 @@ def server(broker: Mosquitto) -> Iterator[Listener]:
         shares = {"open": 0.75, "shut": 0.25} if next(answered) else {"open": 0.1, "shut": 0.9}
         request = decode_request(payload).id
         return encode_reply(
-            Reply(id=request, status=Status.OK, text=TEXT, server="s1", label="n1", answers={"gate": shares})
+            Reply(id=request, status=Status.OK, text=TEXT, server="s1", label="n\u202e1", answers={"gate": shares})
         )
 
     answers = Listener(broker.port, topics.request(SITE, BOARD), answer=answer, to=topics.reply(SITE, BOARD))
@@ -145,12 +145,13 @@ def test_a_board_appears_by_itself_dies_and_survives_a_restart_of_home_assistant
             until(lambda: home.state("sensor.porch_front_gate") == "shut")
             assert home.attributes("sensor.porch_front_gate")["probabilities"] == {"open": 0.1, "shut": 0.9}
             until(lambda: home.attributes("event.porch_front_event")["event_type"] == "update")
-            assert home.attributes("event.porch_front_event")["text"] == shown
+            shown_event = home.attributes("event.porch_front_event")
+            assert (shown_event["text"], shown_event["label"]) == (shown, "n 1")
             until(lambda: home.state("image.porch_front_last_frame") != "unknown")
             assert float(home.state("sensor.porch_front_bytes_sent") or 0) > 100
             assert (home.state("sensor.porch_front_paradigm"), home.state("sensor.porch_front_label")) == (
                 "split",
-                "n1",
+                "n 1",
             )
             # Of the other camera nothing has changed, and its events change nothing here.
             assert home.state("sensor.porch_yard_caption") == "unknown"

@@ -112,6 +112,7 @@ def test_it_shows_what_boards_and_servers_say(start: Callable[..., str], boards:
         "explain": Explain("speculative", "a draft saves passes", {"split": 90.0}),
         "accepted": 5,
         "proposed": 8,
+        "after_ms": 83.0,
     }
     boards.say("porch/up/event", event(text="a cat sitting on a bed", bytes_up=408, jpeg_bytes=10_200, **answered))
     chromium.until(TEXT, lambda text: text == "a cat sitting on a bed")
