@@ -1,7 +1,7 @@
 """A real Home Assistant finds a real board by itself, on a real Mosquitto, and shows what it says.
 
 Skipped unless HOME_ASSISTANT_PYTHON names the interpreter of an environment (Python 3.13) with Home Assistant:
-`pip install homeassistant==2024.12.5 paho-mqtt==1.6.1`.
+`pip install homeassistant==2024.12.5 paho-mqtt==1.6.1`, or `homeassistant==2025.4.4 paho-mqtt==2.1.0`.
 """
 
 import itertools
