@@ -10,16 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-# Of Frigate's OpenAPI description: the last part of the path, and the request body: field to types, length, bounds.
-BODIES: dict[str, dict[str, Any]] = {
-    "description": {"required": {"description"}, "description": (str, 10**9)},  # EventsDescriptionBody
-    "sub_label": {  # EventsSubLabelBody
-        "required": {"subLabel"},
-        "subLabel": (str, 100),
-        "subLabelScore": (float, 0.0, 1.0),  # above the first, at most the second
-        "camera": (str, 10**9),
-    },
-}
+import yaml
+from jsonschema import Draft202012Validator
+
+API = yaml.safe_load((Path(__file__).parent / "frigate-api.yaml").read_text())
 TOKEN = "header.claims.signature"
 Answer = tuple[int, str, bytes]  # status, content type, body
 SUCCESS: Answer = (200, "application/json", b'{"success": true, "message": "Event set"}')
@@ -41,7 +35,7 @@ def tracked(event: str, label: str = "person", camera: str = "front_door", age_s
             "attributes": [],
         },
         "label": label,
-        "sub_label": None,
+        "sub_label": ["John Smith", 0.79],
         "top_score": 0.958984375,
         "false_positive": False,
         "start_time": start,
@@ -82,22 +76,16 @@ def review(item: str, *events: str, severity: str = "alert", camera: str = "fron
 
 
 def faults(path: str, body: bytes) -> list[str]:
-    """What Frigate's OpenAPI description does not allow in a POST."""
-    found = re.fullmatch(r"/api/events/([^/?#]+)/([a-z_]+)", path)
-    if not found or found[2] not in BODIES:
+    """What Frigate's OpenAPI description does not allow in a POST, and fields that it does not know."""
+    found = re.fullmatch(r"/api/events/[^/?#]+(/[a-z_]+)", path)
+    operation = API["paths"].get(f"/events/{{event_id}}{found[1]}") if found else None
+    if operation is None:
         return [f"no such path: {path}"]
-    rules, fields = BODIES[found[2]], json.loads(body)
-    wrong = [f"unknown field {name}" for name in fields.keys() - rules.keys()]
-    wrong += [f"{name} is missing" for name in rules["required"] - fields.keys()]
-    for name, value in fields.items():
-        kind, *bounds = rules.get(name, (object,))
-        if not isinstance(value, kind):
-            wrong.append(f"{name} is no {kind.__name__}")
-        elif kind is str and len(value) > bounds[0]:
-            wrong.append(f"{name} has {len(value)} characters")
-        elif kind is float and not bounds[0] < value <= bounds[1]:
-            wrong.append(f"{name} = {value}")
-    return wrong
+    schema = operation["post"]["requestBody"]["content"]["application/json"]["schema"]
+    (kind,) = re.findall(r"\w+$", schema["$ref"])
+    fields, known = json.loads(body), API["components"]["schemas"][kind]["properties"]
+    wrong = Draft202012Validator(schema | {"components": API["components"]}).iter_errors(fields)
+    return [error.message for error in wrong] + [f"unknown field {name}" for name in fields.keys() - known.keys()]
 
 
 class FrigateServer:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from edge_runtime.config import RuntimeConfig, load_toml
 from server.config import Config
@@ -34,6 +35,15 @@ def test_its_files_are_in_order_and_its_page_names_them(example):
         assert f"`{path.name}`" in page
     links = re.findall(r"\]\(([^)#:]+)\)", page)
     assert [link for link in links if not (example / link).exists()] == []
+
+
+def test_the_server_with_replicas_joins_the_cluster_of_its_file_and_finds_its_bundle_there():
+    folder = ROOT / "examples" / "ray"
+    server, cluster = load_toml(folder / "server.toml", Config), yaml.safe_load((folder / "cluster.yaml").read_text())
+    assert server.ray
+    assert server.ray.address == f"{cluster['provider']['head_ip']}:6379"
+    assert cluster["min_workers"] == cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
+    assert (ROOT / cluster["file_mounts"][server.server.bundle] / "manifest.json").exists()
 
 
 @each

@@ -63,7 +63,7 @@ def test_its_commands_work_and_name_the_boards_topic(tmp_path):
     words = command.replace("site-home", str(tmp_path)).replace("--make-tls broker.lan ", "").split()[1:]
     assert main(words) == 0
     assert (tmp_path / "passwords" / "hass").exists()
-    named = re.findall(r"-t (\S+)", PAGE)
+    named = re.findall(r"-t (\S+/\S+)", PAGE)
     assert set(named) == {topics.discovery("homeassistant", "home", "porch")}
 
 

@@ -1,7 +1,7 @@
 """A real Home Assistant finds a real board by itself, on a real Mosquitto, and shows what it says.
 
 Skipped unless HOME_ASSISTANT_PYTHON names the interpreter of an environment (Python 3.13) with Home Assistant:
-`pip install homeassistant==2024.12.5 paho-mqtt==1.6.1`.
+`pip install homeassistant==2024.12.5 paho-mqtt==1.6.1`, or `homeassistant==2025.4.4 paho-mqtt==2.1.0`.
 """
 
 import itertools
@@ -33,6 +33,7 @@ from edge_runtime.firmware.signature import read_signature
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.wire import Reply, Status, decode_request, encode_reply, topics
 from firmware_tools.push import Push
+from testbed.processes import AiflowProcess
 from tests.brokers import Mosquitto
 from tests.edge_runtime.firmware.helpers import sign, trust, variant
 from tests.edge_runtime.reporting.test_discovery import running
@@ -105,7 +106,7 @@ def server(broker: Mosquitto) -> Iterator[Listener]:
         shares = {"open": 0.75, "shut": 0.25} if next(answered) else {"open": 0.1, "shut": 0.9}
         request = decode_request(payload).id
         return encode_reply(
-            Reply(id=request, status=Status.OK, text=TEXT, server="s1", label="n1", answers={"gate": shares})
+            Reply(id=request, status=Status.OK, text=TEXT, server="s1", label="n\u202e1", answers={"gate": shares})
         )
 
     answers = Listener(broker.port, topics.request(SITE, BOARD), answer=answer, to=topics.reply(SITE, BOARD))
@@ -144,12 +145,13 @@ def test_a_board_appears_by_itself_dies_and_survives_a_restart_of_home_assistant
             until(lambda: home.state("sensor.porch_front_gate") == "shut")
             assert home.attributes("sensor.porch_front_gate")["probabilities"] == {"open": 0.1, "shut": 0.9}
             until(lambda: home.attributes("event.porch_front_event")["event_type"] == "update")
-            assert home.attributes("event.porch_front_event")["text"] == shown
+            shown_event = home.attributes("event.porch_front_event")
+            assert (shown_event["text"], shown_event["label"]) == (shown, "n 1")
             until(lambda: home.state("image.porch_front_last_frame") != "unknown")
             assert float(home.state("sensor.porch_front_bytes_sent") or 0) > 100
             assert (home.state("sensor.porch_front_paradigm"), home.state("sensor.porch_front_label")) == (
                 "split",
-                "n1",
+                "n 1",
             )
             # Of the other camera nothing has changed, and its events change nothing here.
             assert home.state("sensor.porch_yard_caption") == "unknown"
@@ -167,6 +169,27 @@ def test_a_board_appears_by_itself_dies_and_survives_a_restart_of_home_assistant
         with HomeAssistant(folder, broker.port) as home:
             until(lambda: home.state("switch.porch_yard_enabled") == "on")
             until(lambda: home.state("sensor.porch_front_caption") == shown[:255])  # from the retained last event
+            assert home.answer["faults"] == []
+
+
+@pytest.mark.timeout(300)
+def test_a_board_answers_home_assistants_start_and_is_unavailable_when_it_is_killed(board_bundle, broker, tmp_path):
+    tables = {
+        "board": {"id": BOARD, "site": SITE, "bundle": str(board_bundle.path)},
+        "cameras": [{"name": "front", "source": "mqtt"}],
+        "mqtt": {"port": broker.port},
+        "homeassistant": {},
+    }
+    topic = topics.discovery("homeassistant", SITE, BOARD)
+    with AiflowProcess("run", tables, tmp_path) as board:
+        with Listener(broker.port, topic) as user:
+            assert user.next()
+            user.client.publish(topic, b"", retain=True)
+            assert user.next() == b""  # so only the answer to Home Assistant's start has the entities
+        with HomeAssistant(tmp_path / "home-assistant", broker.port) as home:
+            until(lambda: home.state("switch.porch_paused") == "off")
+            board.kill()
+            until(lambda: home.state("switch.porch_paused") == "unavailable")
             assert home.answer["faults"] == []
 
 

@@ -118,7 +118,11 @@ class ServerStatuses:
     def arrived(self, topic: str, payload: bytes, now: float) -> None:
         """A message on the topic of a server's status."""
         try:
-            server, status = topics.server_of(topic), decode_status(payload)
+            server = topics.server_of(topic)
+            if not payload:  # somebody has deleted the retained status of a server that is gone
+                self._received = {name: each for name, each in self._received.items() if name != server}
+                return
+            status = decode_status(payload)
             if status.server != server:
                 raise StatusError(f"it says that it is of {status.server!r}")
         except (TopicError, StatusError) as error:

@@ -21,13 +21,14 @@ from edge_runtime.wire.update import INSTALL
 MAX_STATE = 255  # characters of a state in Home Assistant
 MAX_PROMPT_NAME = 32  # characters
 CAMERA_STATES = ("starting", "live", "stalled", "frozen", "lost", "ended", "off")
-CAPTION_FIELDS = {"text": templates.TEXT} | templates.fields(
+CAPTION_FIELDS = {"text": templates.shown("text")} | templates.fields(
     "camera", "frame", "captured", final="false", confidence="none", unsure="false", answered_by="none"
 )
 EVENT_FIELDS = (
-    {"event_type": "value_json.type"}
+    {"event_type": "value_json.type", "label": f"{templates.shown('label')} or none"}
+    | {name: templates.shown(name) for name in ("trigger", "why")}
     | CAPTION_FIELDS
-    | templates.fields(label="none", answers="{}", trigger="''", why="''", frigate="none")
+    | templates.fields(answers="{}", frigate="none")
 )
 Entity = tuple[str, dict[str, Any]]  # name in the device, which no other entity of it has; its keys
 

@@ -13,7 +13,10 @@ PRINTABLE = f"regex_replace('{UNPRINTABLE}', ' ')"
 # A template cannot say "no change". So a state that is text stays by being repeated. None: unknown.
 KEEP = "this.state if this.state not in ('unknown', 'unavailable') else 'None'"
 
-TEXT = f"value_json.text | default('') | {PRINTABLE}"
+
+def shown(name: str) -> str:
+    """A field that is text, as an expression without unprintable characters; '' if it is left out."""
+    return f"value_json.{name} | default('') | {PRINTABLE}"
 
 
 def fields(*names: str, **defaults: str) -> dict[str, str]:
@@ -40,13 +43,21 @@ def text(condition: str, value: str) -> str:
 
 def event(condition: str, values: Mapping[str, str]) -> str:
     """The JSON of an event entity. Home Assistant ignores an empty text."""
-    return number(condition, as_json(values))
+    return number(condition, printable_json(values))
 
 
 def attributes(condition: str, values: Mapping[str, str]) -> str:
     """The attributes of an entity: these values if the condition holds, else what they were."""
-    kept = {name: f"this.attributes.{name} | default(none)" for name in values}
-    return f"{{% if {condition} %}}{{{{ {as_json(values)} }}}}{{% else %}}{{{{ {as_json(kept)} }}}}{{% endif %}}"
+    kept = as_json({name: f"this.attributes.{name} | default(none)" for name in values})
+    return f"{{% if {condition} %}}{{{{ {printable_json(values)} }}}}{{% else %}}{{{{ {kept} }}}}{{% endif %}}"
+
+
+def printable_json(values: Mapping[str, str]) -> str:
+    """As `as_json`, without characters that turn the direction of writing, also in keys of objects that servers name.
+
+    JSON escapes the control characters: `shown` removes them.
+    """
+    return f"{as_json(values)} | {PRINTABLE}"
 
 
 def as_json(values: Mapping[str, str]) -> str:

@@ -16,10 +16,12 @@ from edge_runtime.mqtt import Message, MqttConfig, State, connection_text
 from firmware_tools.ui.history import History
 from firmware_tools.ui.meaning import Meaning
 from firmware_tools.ui.rows import Link, Update, shown
-from firmware_tools.ui.site import Site
+from firmware_tools.ui.site import MAX_BOARDS, MAX_SERVERS, Site
 
 MAX_BROWSERS = 16  # at the same time; each has a thread
 MAX_ROWS = 100  # of one update
+# That wait for a browser. Boards that come and go can exceed it: then it has to connect again, and gets everything.
+MAX_CHANGES = 2 * (MAX_BOARDS + MAX_SERVERS)
 PACE_S = 0.5  # between two updates of a browser
 IDLE_S = 10.0  # an update is sent at least so often, which shows a browser that it is still connected
 
@@ -65,7 +67,7 @@ class Live:
 
     @contextmanager
     def updates(self) -> Iterator[Callable[[], bytes | None]]:
-        """For one browser: a function that waits for the next update and returns it as JSON; None: the page ends.
+        """For one browser: a function that waits for the next update and returns it as JSON; None: there is none more.
 
         Raises FullError.
         """
@@ -83,7 +85,7 @@ class Live:
                 if not is_first:
                     self._changed.wait_for(lambda: self._is_closed, PACE_S)
                     self._changed.wait_for(lambda: changed or self._is_closed, IDLE_S)
-                if self._is_closed:
+                if self._is_closed or not any(each is changed for each in self._browsers):
                     return None
                 keys = list(changed)[:MAX_ROWS]
                 for key in keys:
@@ -101,11 +103,12 @@ class Live:
     def _mark(self, keys: tuple[tuple[str, str], ...]) -> None:
         for browser in self._browsers:
             browser.update(dict.fromkeys(keys))
+        self._browsers[:] = [each for each in self._browsers if len(each) <= MAX_CHANGES]
         self._changed.notify_all()
 
     def _update(self, keys: list[tuple[str, str]], is_first: bool) -> bytes:
         boards, servers = self._site.boards, self._site.servers
-        named = [name for kind, name in keys if kind == "board"]
+        named, asked = ([name for kind, name in keys if kind == wanted] for wanted in ("board", "server"))
         problems = {"history": self._history.problem, "meaning": self._meaning.problem}
         link = structs.replace(self._link, **problems, **self._site.counts)
         update = Update(
@@ -113,7 +116,8 @@ class Live:
             link,
             is_first,
             [boards[name] for name in named if name in boards],
-            [servers[name] for kind, name in keys if kind == "server"],
+            [servers[name] for name in asked if name in servers],
             [name for name in named if name not in boards],
+            [name for name in asked if name not in servers],
         )
         return json.encode(update)

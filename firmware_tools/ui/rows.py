@@ -130,6 +130,7 @@ class Update(Struct):
     boards: list[BoardRow] = []
     servers: list[ServerRow] = []
     gone: list[str] = []  # boards that are forgotten
+    gone_servers: list[str] = []
 
 
 class Found(Struct):

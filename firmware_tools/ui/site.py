@@ -88,7 +88,7 @@ class Site:
             if kind == "image":
                 return self._picture(board, camera or "", payload, now)
             if kind == "status":
-                return self._board_status(board, read_status(payload, BoardStatus), now)
+                return self._board_status(board, payload, now)
             if kind == "last" and not retained:  # the same message came as an event
                 return NOTHING
             return self._event(board, decode_event(payload), now)
@@ -127,7 +127,13 @@ class Site:
         row.cameras.append(camera)
         return camera
 
-    def _board_status(self, board: str, status: BoardStatus, now: float) -> Change:
+    def _board_status(self, board: str, payload: bytes, now: float) -> Change:
+        if not payload:  # its retained status is deleted
+            if board not in self.boards:
+                return NOTHING
+            self._forget(self.boards[board])
+            return Change((("board", board),))
+        status = read_status(payload, BoardStatus)
         row, keys = self._board(board, now)
         if row is None:
             return Change(keys)
@@ -140,6 +146,8 @@ class Site:
         return Change(keys)
 
     def _server_status(self, server: str, payload: bytes, now: float) -> Change:
+        if not payload:  # its retained status is deleted
+            return Change((("server", server),)) if self.servers.pop(server, None) else NOTHING
         status = read_status(payload, ServerStatus)
         if status.server != server or (server not in self.servers and len(self.servers) >= MAX_SERVERS):
             raise MessageError("another server's status, or too many servers")

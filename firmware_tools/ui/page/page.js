@@ -183,9 +183,11 @@ function show(update) {
       rows.clear();
     }
   }
-  for (const name of update.gone) {
-    boards.get(name)?.root.remove();
-    boards.delete(name);
+  for (const [rows, gone] of [[boards, update.gone], [servers, update.gone_servers]]) {
+    for (const name of gone) {
+      rows.get(name)?.root.remove();
+      rows.delete(name);
+    }
   }
   update.servers.forEach(showServer);
   update.boards.forEach(showBoard);

@@ -35,10 +35,19 @@ class Statuses(ServerStatuses):
         self.arrived(topics.server_status("home", server), status_of(server, **status), now)
 
 
+def test_a_server_whose_retained_status_is_deleted_is_forgotten():
+    statuses = Statuses()
+    statuses.receive("a", 0.0, state="offline")
+    assert "a (offline)" in statuses.find_silence()
+    for server in ("a", "b"):
+        statuses.arrived(topics.server_status("home", server), b"", 1.0)
+    assert statuses.find_silence().startswith("no server has been heard")
+    assert not statuses.counts
+
+
 @pytest.mark.parametrize(
     "payload",
     [
-        b"",
         b"[]",
         b"\xff\xfe",
         b"[" * 10_000,

@@ -1,7 +1,10 @@
 """A real board announces itself over a real Mosquitto, and its entities show what its events say."""
 
 import json
+import os
 import queue
+import re
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -232,6 +235,19 @@ def test_without_discovery_the_device_is_removed_and_without_the_table_nothing_i
             assert user.next() == b""
             assert board.users.settings.filter in {route.filter for router in board.routers for route in router.routes}
     assert TOPIC not in kept(broker)
+
+
+def test_the_documented_command_deletes_all_that_a_broker_keeps_of_a_board(board_bundle, broker, photos, tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "homeassistant.md").read_text()
+    (command,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    program = tmp_path / "mosquitto_pub"
+    program.write_text('#!/bin/sh\nshift 9 && echo "$1"\n')  # the argument of -t
+    program.chmod(0o755)
+    shell = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    said = subprocess.run(["bash", "-c", command], env=shell, capture_output=True, text=True, check=True).stdout
+    with server(broker.port), running(configuration(board_bundle, broker.port, photos)) as board:
+        until(lambda: board.tracker.summary()["answered"] == 2)
+    assert set(said.split()) == kept(broker).keys()
 
 
 def test_the_near_broker_alone_gets_the_announcement_and_shows_a_lost_link(board_bundle, start_broker, photos):

@@ -30,6 +30,7 @@ from tests.home_assistant import DISCOVERY_TOPIC, MAX_STATE, Entity, check
 EVENT, LAST = topics.event("home", "porch"), topics.last("home", "porch")
 STATUS = topics.status("home", "porch")
 FRONT = CameraConfig("front", "mqtt", questions=("gate",))
+DIRECTION = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -159,6 +160,23 @@ def test_a_hostile_caption_is_shown_as_text_without_control_characters_and_never
     assert caption.state == shown[:MAX_STATE].strip()
     assert caption.attributes["text"] == fired.events[0]["text"] == shown
     assert (fired.events[0]["event_type"], caption.attributes["camera"]) == ("update", "front")
+    assert (fired.events[0]["label"], fired.events[0]["why"]) == (None, "")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_names_are_shown_as_text_that_keeps_its_direction(text):
+    name, shown = text[:64], UNPRINTABLE.sub(" ", text[:64])
+    payload = event(label=name, why=name, trigger=name, scores={name: 1.0}, answers={"gate": {name: 1.0}})
+    received = {kind: entity(f"camera.front.{kind}") for kind in ("event", "label", "question.gate")}
+    for each in received.values():
+        each.receive(LAST, payload)
+        each.receive(EVENT, payload)
+    (fired,) = received["event"].events
+    assert [fired[field] for field in ("label", "why", "trigger")] == [shown] * 3
+    assert received["label"].state == received["question.gate"].state == shown.strip()
+    for values in (fired["answers"]["gate"], received["label"].attributes["scores"]):
+        assert [UNPRINTABLE.sub(" ", key) for key in values] == [shown]
+        assert not any(DIRECTION.search(key) for key in values)
 
 
 SENSORS = {

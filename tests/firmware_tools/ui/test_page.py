@@ -2,17 +2,20 @@
 
 import json
 import queue
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
 
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Timing
-from edge_runtime.wire import AnsweredBy, topics
+from edge_runtime.wire import AnsweredBy, EventHop, Explain, topics
 from firmware_tools.cli import EXIT_CONFIG, main
 from firmware_tools.site_broker import Board
 from firmware_tools.site_broker import Site as BrokerSite
@@ -25,6 +28,7 @@ from tests.firmware_tools.ui.test_site import JPEG, event, server_status
 from tests.listener import PATIENCE_S, until
 from tests.sites import login, site_broker
 
+SCHEMATHESIS = shutil.which("schemathesis")
 HOSTILE = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>\u202e\n"
 TEXT = "document.querySelector('[data-slot=text]')?.textContent.trim()"
 
@@ -90,15 +94,27 @@ def chromium(tmp_path: Path) -> Iterator[Chromium]:
 @needs_chromium
 def test_it_shows_what_boards_and_servers_say(start: Callable[..., str], boards: Publisher, chromium: Chromium):
     boards.say("porch/up/status", b'{"state": "online", "problems": {"metrics": "port in use"}}', retain=True)
-    boards.say("server/attic/status", server_status(queue={"waiting": 3, "capacity": 64}), retain=True)
+    usage = {"cost": 0.5, "cost_today": 0.1, "budget_per_day": 2.0, "currency": "EUR"}
+    queue, price = {"waiting": 3, "capacity": 64}, {"batch": 40.0, "pass": 3.0}
+    boards.say("server/attic/status", server_status(queue=queue, price_ms=price, usage=usage), retain=True)
     chromium.open(start())
     chromium.until("document.querySelector('.server .state')?.textContent == 'takes no requests'")
-    assert "3 of 64" in chromium.read("document.querySelector('.server').innerText")
+    shown = chromium.read("document.querySelector('.server').innerText")
+    assert all(part in shown for part in ("3 of 64", "40 ms", "3.0 ms", "0.5000 EUR", "0.1000 of 2 EUR"))
     assert chromium.until("document.querySelector('.board .trouble')?.textContent") == "metrics: port in use"
     boards.say("porch/up/image/front", JPEG)
     boards.say("porch/up/event", event("new", text="a cat laying on a bed"))
-    by = AnsweredBy("cloud", "attic")
-    boards.say("porch/up/event", event(text="a cat sitting on a bed", answered_by=by, bytes_up=408, jpeg_bytes=10_200))
+    answered: dict[str, Any] = {
+        "answered_by": AnsweredBy("cloud", "attic"),
+        "hops": (EventHop("cloud", "attic", 2.0, 30.0),),
+        "timings_ms": {"head": 8.0, "answer": 75.0},
+        "paradigm": "speculative",
+        "explain": Explain("speculative", "a draft saves passes", {"split": 90.0}),
+        "accepted": 5,
+        "proposed": 8,
+        "after_ms": 83.0,
+    }
+    boards.say("porch/up/event", event(text="a cat sitting on a bed", bytes_up=408, jpeg_bytes=10_200, **answered))
     chromium.until(TEXT, lambda text: text == "a cat sitting on a bed")
     assert chromium.read("document.querySelector('.text ins').textContent") == "sitting"
     assert chromium.read("document.querySelector('.draft del').textContent") == "laying"
@@ -108,9 +124,18 @@ def test_it_shows_what_boards_and_servers_say(start: Callable[..., str], boards:
     assert chromium.until("document.querySelector('.picture img').naturalWidth") == 64
     assert chromium.read("document.querySelector('.picture').innerText").startswith("picture: ")
     assert "answered after" in figures.lower()
+    assert chromium.read("document.querySelector('summary').innerText").startswith("speculative")
+    assert chromium.read("document.querySelector('[data-slot=reason]').textContent") == "a draft saves passes"
+    latency = chromium.read("[...document.querySelectorAll('[data-slot=latency] > *')].map((each) => each.textContent)")
+    assert latency == ["head", "8.0 ms", "link", "43 ms", "cloud attic queue", "2.0 ms", "cloud attic", "30 ms"]
+    assert chromium.read("document.querySelector('.bars').getBBox().height") == 30  # the highest minute of the hour
+    assert "63 %" in chromium.read("document.querySelector('.server').innerText")
     boards.say("porch/up/event", event("lost", "02", text="a cat laying on a bed", after_ms=5000.0))
     figures = "document.querySelector('.numbers').innerText.toLowerCase()"
     chromium.until(figures, lambda text: "lost after" in text and "answered after" not in text)
+    for who in ("porch/up", "server/attic"):
+        boards.say(f"{who}/status", b"", retain=True)
+    chromium.until("!document.querySelector('.board, .server')")
 
 
 @needs_chromium
@@ -267,6 +292,16 @@ def test_a_user_logs_in_with_the_token(start: Callable[..., str], tmp_path: Path
     chromium.press("Enter")
     chromium.until("document.querySelector('#link.good') != null")
     assert chromium.read("document.cookie") == ""  # no script can read it
+
+
+@pytest.mark.skipif(not SCHEMATHESIS, reason="schemathesis is not installed")
+def test_schemathesis_finds_no_answer_that_is_not_described(start: Callable[..., str], boards: Publisher):
+    boards.say("porch/up/image/front", JPEG)
+    description = Path(__file__).parents[3] / "docs" / "ui-openapi.json"
+    command = [str(SCHEMATHESIS), "run", str(description), "--url", start().rstrip("/")]
+    # The updates do not end.
+    done = subprocess.run([*command, "--exclude-path", "/api/updates"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_a_long_text_is_cut_and_not_compared():
     assert (len(shown), differs) == (MAX_TEXT + 1, False)
 
 
-NONSENSE = [b"", b"\xff", b"[" * 50_000, b"{}", event()[:-1], b'{"state": "elsewhere"}', b"x" * (10 << 20)]
+NONSENSE = [b"\xff", b"[" * 50_000, b"{}", event()[:-1], b'{"state": "elsewhere"}', b"x" * (10 << 20)]
 
 
 @pytest.mark.parametrize("kind", ["event", "last", "status", "image/front", "image", "elsewhere"])
@@ -200,7 +200,10 @@ def test_what_is_no_message_of_a_board_is_counted_and_changes_nothing(kind: str)
     assert not home.boards
 
 
-@given(st.binary(max_size=200), st.sampled_from(["porch/up/event", "porch/up/status", "server/attic/status", "x"]))
+ENDS = ["porch/up/event", "porch/up/status", "server/attic/status", "x"]
+
+
+@given(st.binary(min_size=1, max_size=200), st.sampled_from(ENDS))
 def test_any_payload_is_shown_or_counted(payload: bytes, end: str):
     home = site()
     home.take(f"aiflow/home/{end}", payload, False, NOW)
@@ -227,6 +230,20 @@ def test_ten_thousand_boards_do_not_displace_those_that_are_heard_from(monkeypat
     assert change.keys == (("board", "late"), ("board", "b1"))
     assert "b0" in home.boards
     assert "b1" not in home.boards
+
+
+def test_a_board_or_server_whose_retained_status_is_removed_is_forgotten():
+    home = site()
+    take(home, event(text="a dog"))
+    take(home, JPEG, "image/front")
+    home.take("aiflow/home/server/attic/status", server_status(), True, NOW)
+    take(home, b"", "last")
+    assert (take(home, b"", "status").keys, home.boards, home.pictures) == ((("board", "porch"),), {}, {})
+    assert home.take("aiflow/home/server/attic/status", b"", False, NOW).keys == (("server", "attic"),)
+    assert (home.servers, home.counts["ignored"]) == ({}, 0)
+    assert take(home, b"", "status") == Change()
+    take(home, event(text="a dog"))
+    assert "porch" in home.boards  # it has come back
 
 
 def test_cameras_and_servers_are_bounded():

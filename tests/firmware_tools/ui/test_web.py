@@ -132,6 +132,10 @@ def test_the_first_update_has_everything_and_the_next_only_what_has_changed(page
         assert second["servers"] == []
         page.live.connection_changed(State.BACKOFF, "Not authorized")
         assert updates.next()["link"]["broker"] == "broker 127.0.0.1:1883 backoff: Not authorized"
+        page.say("garage/up/status", b"")
+        page.say("server/attic/status", b"")
+        last = updates.next()
+        assert (last["gone"], last["gone_servers"]) == (["garage"], ["attic"])
 
 
 def test_a_thousand_boards_come_in_several_updates(page: Page):
@@ -148,6 +152,17 @@ def test_news_for_a_browser_that_is_slow_replace_each_other(page: Page):
             page.say("porch/up/event", event(frame=f"{number:x}", text=f"dog {number}"))
         update = json.loads(next_update() or b"")
         assert [board["cameras"][0]["text"] for board in update["boards"]] == [[["dog 299", False]]]
+
+
+def test_a_browser_that_is_told_of_too_many_boards_that_come_and_go_connects_again(page: Page, monkeypatch):
+    monkeypatch.setattr(live_module, "MAX_CHANGES", 10)
+    with page.live.updates() as next_update:
+        assert next_update()
+        for number in range(11):
+            for state in (b'{"state": "online"}', b""):
+                page.say(f"b{number}/up/status", state)
+        assert next_update() is None
+        assert not page.live._browsers
 
 
 def test_a_browser_that_never_reads_is_disconnected(page: Page, monkeypatch: pytest.MonkeyPatch):

@@ -5,10 +5,12 @@ Ray is no part of the usual environment: without it, these tests are skipped.
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import yaml
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
@@ -37,6 +39,15 @@ def target(bundle: Bundle) -> Iterator[ray_engine.RayTarget]:
 def jobs(bundle: Bundle) -> list[Job]:
     symbols = np.random.default_rng(1).integers(-2, 3, (6, *LATENT), dtype=np.int8)
     return [Job(each, tier="edge", draft=(5, 6, 7)) for each in symbols]
+
+
+def test_ray_accepts_the_cluster_of_the_example() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    example = Path(__file__).parents[3] / "examples" / "ray" / "cluster.yaml"
+    cluster = prepare_config(yaml.safe_load(example.read_text()))
+    validate_config(cluster)
+    assert cluster["available_node_types"]["local.cluster.node"]["min_workers"] == 2
 
 
 def test_a_cluster_that_is_not_there_is_named(bundle: Bundle) -> None:  # first: this process joins one cluster
