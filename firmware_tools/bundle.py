@@ -195,7 +195,7 @@ def _store(args: argparse.Namespace) -> "tuple[RuntimeConfig, Store]":
     from edge_runtime.config import RuntimeConfig, load_toml
     from edge_runtime.firmware.updates import store_of
 
-    config = load_toml(args.config, RuntimeConfig)
+    config = load_toml(args.config, RuntimeConfig, "board")
     if (store := store_of(config)) is None:
         raise BundleCommandError(f"{args.config} has no [updates]: add the table, with a folder")
     place = next(path for path in (store.folder, *store.folder.absolute().parents) if path.exists())
