@@ -36,7 +36,7 @@ from edge_runtime.requests.actions import Action, Answer, Lose, Send
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.wire import Request, RequestIds, aged, decode_reply, encode_request, topics
 from testbed.broker import free_port, start_embedded
-from testbed.processes import AiflowProcess, ProcessError, wait_serving
+from testbed.processes import AiflowProcess, ProcessError, same_code, wait_serving
 
 SITE = "bench"
 CONNECTIONS = 20  # of all boards together
@@ -253,7 +253,7 @@ def ray_cluster(folder: Path, cpus: int) -> Iterator[str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }  # of this cluster, for the servers
     with (folder / "ray.log").open("wb") as log:
-        started = subprocess.run([*ray, "start", *own], stdout=log, stderr=log, check=False)
+        started = subprocess.run([*ray, "start", *own], stdout=log, stderr=log, env=same_code(), check=False)
     if started.returncode:
         raise ProcessError(f"Ray does not start: {how_to_install('ray')}. {(folder / 'ray.log').read_text()[-500:]}")
     try:

@@ -125,10 +125,10 @@ class Endpoint:
                 sock.settimeout(max(0.001, until - time.monotonic()))
                 headers = {"Accept": "application/json", **headers, "Connection": "close"}
                 connection.request(method, self._path + path, body, headers)
-                response = connection.getresponse()
-                _check_status(response, self._remedies)
-                sock.settimeout(max(0.001, min(STALL_S, until - time.monotonic())))
-                received = _read(response)
+                with connection.getresponse() as response:
+                    _check_status(response, self._remedies)
+                    sock.settimeout(max(0.001, min(STALL_S, until - time.monotonic())))
+                    received = _read(response)
                 if self._is_closed or time.monotonic() >= until:  # it may have been shut down in the middle
                     raise CallError("cut_off", "the response was shut down")
                 return received

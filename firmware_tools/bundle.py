@@ -178,7 +178,7 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def _store(args: argparse.Namespace) -> tuple[RuntimeConfig, Store]:
-    config = load_toml(args.config, RuntimeConfig)
+    config = load_toml(args.config, RuntimeConfig, "board")
     if (store := store_of(config)) is None:
         raise BundleCommandError(f"{args.config} has no [updates]: add the table, with a folder")
     place = next(path for path in (store.folder, *store.folder.absolute().parents) if path.exists())

@@ -120,7 +120,7 @@ def _with_config(path: Path) -> list[Check]:
     from edge_runtime.config import RuntimeConfig, load_toml
 
     try:
-        config = load_toml(path, RuntimeConfig)
+        config = load_toml(path, RuntimeConfig, "board")
     except AiflowError as error:
         finding = Finding("failure", str(error))
         return [*host(None), Check("configuration", lambda: finding)]

@@ -10,7 +10,7 @@ import msgspec
 from edge_runtime.errors import AiflowError
 from edge_runtime.firmware.signature import SignatureError, claimed
 from edge_runtime.inference.bundle import MANIFEST, Bundle
-from edge_runtime.mqtt import Message, MqttClient, MqttSettings
+from edge_runtime.mqtt import Message, MqttClient, MqttSettings, State
 from edge_runtime.wire import EnvelopeError, topics
 from edge_runtime.wire.update import CHUNK_BYTES, VERSION, Chunk, UpdateState, decode_update_state, encode_chunk
 
@@ -66,6 +66,8 @@ class Push:
             client.publish(self._offer, self._signature)
             while not is_done:
                 if (left_s := until - time.monotonic()) <= 0:
+                    if client.state in (State.CONNECTING, State.BACKOFF):
+                        self._fail(f"not done within {timeout_s:g} s: no connection to {settings.host}:{settings.port}")
                     self._fail(f"not done within {timeout_s:g} s, last word: {self._told or 'none: is it running?'}")
                 try:
                     message = arrived.get(timeout=min(SILENT_S, left_s))

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "want either a board.toml, or options of board and broker, such as --camera /dev/video0 --broker HOST"
         )
-    config = load_toml(args.config, RuntimeConfig) if args.config else config_of_flags(args)
+    config = load_toml(args.config, RuntimeConfig, "board") if args.config else config_of_flags(args)
     notifier = Notifier.from_environment(os.environ)
     stop = stop_when_told(STOP_S, reloads=notifier.is_heard)
     if not (sys.stdout.isatty() if args.show is None else args.show):

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from server.app import check, load_target, run_server
     from server.config import Config, RayConfig
 
-    config = load_toml(args.config, Config)
+    config = load_toml(args.config, Config, "server")
     if args.engine:
         config = replace(config, ray=(config.ray or RayConfig()) if args.engine == "ray" else None)
     check(config)

@@ -16,7 +16,7 @@ from testbed.argument_types import number
 
 MAX_WAITING = 1000  # lines that wait for a slow reader; further ones are counted and not shown
 CLOSE_S = 2.0  # for the last lines to be printed
-QUIET_S = 5.0  # after this time without an event, a line says what it waits for
+QUIET_S = 5.0  # after this time without a connection, and then without an event, a line says what it waits for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,10 @@ def run(args: argparse.Namespace) -> None:
 
     topic = f"aiflow/{args.site}/{args.board}/up/event"
     with Lines() as lines, MqttClient(settings, subscriptions=[(topic, 1)], on_message=arrived) as client:
-        client.wait_online()
+        if not client.wait_online(QUIET_S):
+            address = f"{settings.host}:{settings.port}"
+            print(f"no connection to {address} yet: are --broker and --broker-port those of a broker?", file=sys.stderr)
+            client.wait_online()
         if not heard.wait(QUIET_S):
             print(f"nothing has been published on {topic} yet: does a board of that site run?", file=sys.stderr)
         lines.done.wait()

@@ -36,8 +36,8 @@ SERVER = {
     "target_calls": Meaning(
         "Calls to another server as the target, by what became of them: answered, retried (called once more), "
         "usage_unknown (answered without token counts), repair (called since the answer does not match its schema), "
-        "invalid (no text matched it), draft_refused and draft_unread (no more drafts are sent), draft_recut (asked "
-        "again without the draft), features_refused (no more features are sent); paused and over_budget were not made",
+        "invalid (no text matched it), draft_refused, draft_unread and features_refused (a request or a probe: it may "
+        "be probed again), draft_recut (asked again without the draft); paused and over_budget were not made",
         "what",
     ),
     "target_tokens": Meaning(

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime.logs import printable
-from edge_runtime.mqtt import MqttClient, State
+from edge_runtime.mqtt import MqttClient, Outcome, State
 from edge_runtime.requests.actions import Action, Answer, Lose, Send, Settle, Why
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.thread import LifecycleThread
@@ -70,6 +70,7 @@ class Upstream:
         self._thread: LifecycleThread[UpstreamRequest, UpstreamRequest] = LifecycleThread(
             "upstream", self._lifecycle, self._receive, self._perform
         )
+        self._on_their_way: set[bytes] = set()  # requests with a copy that the broker does not have yet
         self._asked = 0  # written and read by the asking thread alone
         self._trips: tuple[tuple[float, float], ...] = ()  # (when, seconds), replaced as a whole: two threads read it
         self._client = MqttClient(
@@ -132,8 +133,11 @@ class Upstream:
     def _perform(self, action: Action[UpstreamRequest], now: float) -> Sequence[Action[UpstreamRequest]]:
         match action:
             case Send(request_id, asked, _, left_s):
+                if action.is_resend and not action.is_asked_for and request_id in self._on_their_way:
+                    return self._lifecycle.on_unsent(request_id, Why("no_reply", "an earlier copy has not left"), now)
                 payload = encode_request(aged(asked.request, now - asked.asked_at, left_s))
-                outcome = partial(self._thread.was_sent, request_id)
+                self._on_their_way.add(request_id)
+                outcome = partial(self._copy_ended, request_id)
                 self._client.publish(self._topic, payload, expiry_s=max(0.0, left_s), on_outcome=outcome)
             case Answer(_, asked, reply, _, round_trip_s):
                 if round_trip_s is not None:
@@ -145,6 +149,11 @@ class Upstream:
                 logger.info("no reply from above reason=%s", printable(why.text, 256))
                 asked.tell(None, why.code)
         return ()
+
+    def _copy_ended(self, request_id: bytes, outcome: Outcome) -> None:
+        """On the client's thread: the broker has a copy, or it was given up."""
+        self._on_their_way.discard(request_id)
+        self._thread.was_sent(request_id, outcome)
 
     def _add_trip(self, now: float, seconds: float) -> None:
         self._trips = (*self._trips[1 - TRIPS :], (now, seconds))

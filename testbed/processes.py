@@ -5,11 +5,13 @@ that an error can quote its last lines.
 """
 
 import logging
+import os
 import queue
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -71,6 +73,7 @@ class Process:
                 stdout=output,
                 stderr=output,
                 cwd=self.log.parent,
+                env=same_code(),
                 start_new_session=True,
             )
 
@@ -152,6 +155,18 @@ class AiflowProcess(Process):
         config.write_text(tomli_w.dumps(tables))
         module = [sys.executable, "-m", *through, "firmware_tools"]
         super().__init__([*module, command, str(config)], config.with_suffix(".log"), f"aiflow {command}")
+
+
+def same_code() -> dict[str, str]:
+    """The environment for a child process that runs the code of this one, wherever the child is started.
+
+    A checkout that was started from its own directory may not be the one that is installed.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if root == Path(sysconfig.get_path("purelib")).resolve():  # installed as a wheel: the child finds it by itself
+        return dict(os.environ)
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _ending_with_parent(command: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from zlib import crc32
 
 from testbed.chat_server import REQUEST, Asked, ChatServer, closed_object, completion, usage
 
+TEXT = "A man opens a door of the house."  # what it says of each picture, unless `say` is set
 IMAGE_TOKENS, WIDTH = 4, 24  # of its model: tokens of a picture, and numbers in each
 
 
@@ -74,6 +75,7 @@ class VllmServer(ChatServer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.models[0]["root"] = "hub/tiny"  # what it has loaded
+        self.say = lambda _: TEXT
 
     def content_of(self, image: dict[str, Any]) -> bytes:
         """The picture, or the file of the image tokens."""

@@ -22,16 +22,21 @@ from edge_runtime.capture.mqtt_pictures import MqttPictures
 from edge_runtime.capture.readers import reader_of
 from edge_runtime.capture.watched_folder import WatchedFolder
 from edge_runtime.config import CameraConfig
-from edge_runtime.config.camera_source import kind_of
+from edge_runtime.config.camera_source import Kind, kind_of
 from edge_runtime.errors import ConfigError
 from edge_runtime.logs import printable
 
 logger = logging.getLogger(__name__)
 
 MIN_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0  # before a camera is opened again
+FIRST_PICTURE_S = 60.0  # without a picture and without a failure; then the camera is waiting
 MAX_REASON = 256  # characters
 
-StateName = Literal["starting", "live", "stalled", "frozen", "lost", "ended", "off"]
+StateName = Literal["starting", "waiting", "live", "stalled", "frozen", "lost", "ended", "off"]
+MISSING: dict[Kind, str] = {  # what to look at if no picture comes
+    "mqtt": " over MQTT: does the camera's software publish on its topic?",
+    "frigate": " with an event of Frigate: are frigate_camera and the prefix those of Frigate?",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ class CameraState:
     """The state of a camera."""
 
     state: StateName
-    why: str  # of stalled, frozen, lost and off; printable
+    why: str  # of waiting, stalled, frozen, lost and off; printable
     since_unix: float  # seconds, wall clock
     enabled: bool
     motion: bool  # the motion gate is on
@@ -49,9 +54,10 @@ class CameraState:
 class Camera:
     """One camera at run time.
 
-    States: starting: no frame yet. live. stalled: worked until now, and is opened again. lost: the last try brought no
-    frame, and more tries follow. frozen: live, but always the same picture; opening it again would not change that.
-    ended: the files have been read. off: switched off or paused.
+    States: starting: no frame yet. waiting: still none after FIRST_PICTURE_S, or no new picture in its folder. live.
+    stalled: worked until now, and is opened again. lost: the last try brought no frame, and more tries follow. frozen:
+    live, but always the same picture; opening it again would not change that. ended: the files have been read. off:
+    switched off or paused.
     A camera whose pictures come over MQTT or into a folder does not stall, since nobody knows when its next one is due.
     Switching a camera off closes it; files start from the beginning when they are switched on again.
     """
@@ -67,7 +73,7 @@ class Camera:
         except ConfigError as error:
             raise ConfigError(f"camera {config.name}: {error}") from error
         login_of(config)
-        kind = kind_of(config.source)
+        self._kind = kind = kind_of(config.source)
         self.mqtt_pictures = MqttPictures(config, self.counters) if kind == "mqtt" else None
         self.frigate = FrigatePictures(config, self.counters) if kind == "frigate" else None
         self._watched_folder = WatchedFolder(config, self.counters, self._listed) if kind == "watch" else None
@@ -75,6 +81,7 @@ class Camera:
         self._can_freeze = config.frozen_s > 0 and is_live
         self._not_before = -inf  # a camera that is opened again keeps its interval
         self._state: tuple[StateName, str, float] = ("starting", "", time.time())
+        self._since = inf  # of the state, seconds, time.monotonic(); inf: nothing has been read yet
         self._enabled, self._paused, self._closed = True, False, False
         self._switched = threading.Condition()
         self._closing = threading.Event()  # ends the present reader
@@ -111,6 +118,15 @@ class Camera:
         if closed:
             self._handled.set()
 
+    def tell_if_nothing_comes(self, now: float) -> None:
+        """Reports a camera that has been starting for long. To be called now and then; now: time.monotonic()."""
+        with self._switched:
+            if self._state[0] == "starting" and self.is_on and now - self._since > FIRST_PICTURE_S:
+                counters, missing = self.counters, f"no picture has come{MISSING.get(self._kind, '')}"
+                if counters.unreadable and not counters.frames:
+                    missing = f"none of {counters.unreadable} picture(s) could be decoded"
+                self._become("waiting", missing)
+
     def picture_arrived(self, data: bytes) -> None:
         """A picture over MQTT for this camera. Never blocks. While the camera is off, it is skipped."""
         if self.mqtt_pictures and self.is_on:
@@ -126,6 +142,7 @@ class Camera:
 
     def hand_over(self, handover: "queue.Queue[tuple[Camera, Frame | None]]") -> None:
         """Puts frames into the queue, each after the last one has been handled, and None at the end."""
+        self._since = time.monotonic()
         try:
             for frame in self._frames():
                 self._handled.clear()
@@ -174,10 +191,12 @@ class Camera:
             return live_frames(self.config, closing, self.counters, self._not_before)
         return reader(self.config, closing, self.counters)
 
-    def _listed(self) -> None:
-        """A watched folder is back; its next picture may be hours away."""
+    def _listed(self, missing: str) -> None:
+        """A watched folder is there. missing: it has no new picture; the next one may be hours away."""
         if self._state[0] in ("stalled", "lost"):
             self._become("starting")
+        if missing and self._state[0] == "starting":
+            self._become("waiting", printable(missing, MAX_REASON))
 
     def _passes(self, frame: Frame) -> bool:
         passes = True
@@ -198,9 +217,11 @@ class Camera:
 
     def _become(self, state: StateName, why: str = "") -> None:
         """Logs and reports a change. The same failure again is no change: it must not fill the log every night."""
-        if self._state[:2] != (state, why):
-            level = logging.WARNING if why else logging.INFO  # only failures have a reason
+        with self._switched:
+            if self._state[:2] == (state, why):
+                return
+            level = logging.WARNING if why and state != "waiting" else logging.INFO  # that is no failure
             again = "; it is opened again until it works" if state in ("stalled", "lost") else ""
             logger.log(level, "camera %s camera=%s%s", state, self.config.name, f" reason={why}{again}" if why else "")
-            self._state = state, why, time.time()
+            self._state, self._since = (state, why, time.time()), time.monotonic()
             self._on_change()

@@ -123,6 +123,8 @@ class Cameras:
         try:
             while running and not stop.is_set():
                 on_turn()
+                for each in self:
+                    each.tell_if_nothing_comes(time.monotonic())
                 try:
                     camera, frame = handover.get(timeout=POLL_S)
                 except queue.Empty:

@@ -39,12 +39,13 @@ def folder_of(camera: CameraConfig) -> Path:
 class WatchedFolder:
     """The folder of one camera, and which of its files have been read. Links are followed."""
 
-    def __init__(self, camera: CameraConfig, counters: Counters, on_listed: Callable[[], None] = lambda: None) -> None:
-        """on_listed: called on the thread of `frames` whenever the folder could be listed."""
+    def __init__(
+        self, camera: CameraConfig, counters: Counters, on_listed: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """on_listed: called on the thread of `frames` whenever the folder could be listed, with what it waits for."""
         self._on_listed = on_listed
         self._camera, self._counters, self._folder = camera, counters, folder_of(camera)
         self._is_first = not camera.existing  # the next listing only tells what is there already
-        self._is_told = False  # by the log: that the camera waits
         self._read: dict[str, Version] = {}  # path -> the version that was read or refused
         self._growing: dict[str, tuple[Version, float]] = {}  # path -> its version, and since when it has that
         self._refused: set[str] = set()  # paths that have been reported
@@ -55,10 +56,8 @@ class WatchedFolder:
         while not stop.is_set():
             started = time.monotonic()
             ready = self._ready(started)
-            self._on_listed()
-            if not (self._is_told or ready or self._growing):
-                self._is_told, wait = True, f"{self._folder} has no new picture (old ones: {len(self._read)})"
-                logger.info("camera waits camera=%s reason=%s: put one there", self._camera.name, printable(wait))
+            empty = f"{self._folder} has no new picture (old ones: {len(self._read)}): put one there"
+            self._on_listed("" if ready or self._growing else empty)
             pause_s = max(POLL_S, (time.monotonic() - started) / SCAN_SHARE)
             for path, version in ready:
                 if stop.wait(max(0.0, due - time.monotonic())):

@@ -9,7 +9,7 @@ import json
 import os.path
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from msgspec.inspect import (
@@ -40,22 +40,25 @@ WORDS: dict[Any, str] = {
     VarTupleType: "a list",
     StructType: "a table",
 }
-# The other kind of file and its command, by the table that a file must have.
-OTHERS = {"board": ("server", "aiflow serve"), "server": ("board", "aiflow run")}
+FileOf = Literal["board", "server"]  # whose file it is, and the table that such a file must have
+OTHERS: dict[FileOf, tuple[FileOf, str]] = {"board": ("server", "aiflow serve"), "server": ("board", "aiflow run")}
 T = TypeVar("T")
 
 
-def load_toml(path: Path, kind: type[T]) -> T:
-    """Reads a TOML file and checks all of it. A value `~/...` starts at the home directory. Raises ConfigError."""
-    return convert(path, read_toml(path), kind)
+def load_toml(path: Path, kind: type[T], of: FileOf | None = None) -> T:
+    """Reads a TOML file and checks all of it. A value `~/...` starts at the home directory. Raises ConfigError.
+
+    of: whose file is wanted; the error then says if this is the other's.
+    """
+    return convert(path, read_toml(path), kind, of)
 
 
-def convert(path: Path, data: Any, kind: type[T]) -> T:
-    """The tables of a file as values; the path is for messages. Raises ConfigError."""
-    wanted = next(iter(getattr(kind, "__struct_fields__", ())), "")
-    other, command = OTHERS.get(wanted, ("", ""))
-    if isinstance(data, dict) and other in data and wanted not in data:
-        raise ConfigError(f"{path}: this is a {other}'s configuration, for `{command}`: name a {wanted}'s")
+def convert(path: Path, data: Any, kind: type[T], of: FileOf | None = None) -> T:
+    """The tables of a file as values; the path is for messages, `of` as for `load_toml`. Raises ConfigError."""
+    if of and isinstance(data, dict) and of not in data:
+        other, command = OTHERS[of]
+        if other in data:
+            raise ConfigError(f"{path}: this is a {other}'s configuration, for `{command}`: name a {of}'s")
     try:
         return msgspec.convert(data, kind, str_keys=True)
     except msgspec.ValidationError as error:

@@ -65,9 +65,12 @@ class LinkEstimator:
             self._losses.add(0.0, at)
         return request
 
-    def measured(self, request: OpenRequest, network_ms: float, at: float) -> None:
-        """network_ms: from sending the request to its reply, without server_ms."""
-        self._model.answered(request.size, network_ms, request.sent_at, at)
+    def measured(self, request: OpenRequest, network_ms: float | None, at: float) -> None:
+        """network_ms: from sending the request to its reply, without server_ms. None: that says nothing of the link."""
+        if network_ms is None:
+            self._model.not_overdue(request.sent_at)
+        else:
+            self._model.answered(request.size, network_ms, request.sent_at, at)
 
     def lost(self, request_id: bytes, server_ms: float, at: float) -> None:
         if request := self._open.pop(request_id, None):

@@ -95,8 +95,7 @@ class LinkModel:
 
     def answered(self, size: float, ms: float, sent_at: float, now: float) -> None:
         """A request of `size` bytes was answered. ms: from its first sending, without the servers' time."""
-        if self._overdue and sent_at >= self._overdue[0]:
-            self._overdue = None
+        self.not_overdue(sent_at)
         estimate, sample = self._estimate(now), (max(size, 1.0), max(ms, 0.1))
         low, high = 0.0, inf
         if estimate:
@@ -111,6 +110,11 @@ class LinkModel:
         self._samples.append(sample)
         if self._misfit is None:
             self._remember(now)
+
+    def not_overdue(self, sent_at: float) -> None:
+        """A request that was sent then was answered, so none of the earlier ones shows how slow the link is."""
+        if self._overdue and sent_at >= self._overdue[0]:
+            self._overdue = None
 
     def overdue(self, size: float, sent_at: float, ms: float, now: float) -> None:
         """A request has had no reply for this long, without the time that servers usually take."""

@@ -61,6 +61,7 @@ class RequestAnswered:
     reply: Reply
     draft: tuple[int, ...]  # of the board, whether the request contained it or not
     at: float
+    is_timed: bool = True  # False: its time says nothing of the link
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,12 @@ class Measurements:
         """A request is sent, or sent again. size: bytes of its whole payload."""
         self._put(RequestSent(request_id, paradigm, size, now), size, now)
 
-    def answered(self, reply: Reply, now: float, draft: Sequence[int] = ()) -> None:
-        """The first reply to a request, with status ok. draft: of the board, sent or not."""
-        self._put(RequestAnswered(reply, tuple(draft), now), now)
+    def answered(self, reply: Reply, now: float, draft: Sequence[int] = (), *, is_timed: bool = True) -> None:
+        """The first reply to a request, with status ok. draft: of the board, sent or not.
+
+        is_timed: False if the request has waited for the broker or for a server.
+        """
+        self._put(RequestAnswered(reply, tuple(draft), now, is_timed), now)
 
     def lost(self, request_id: bytes, now: float) -> None:
         """No server answered the request in time."""
@@ -172,7 +176,7 @@ class Measurements:
                 self._link.sent(request_id, paradigm, size, at)
             case RequestLost(request_id):
                 self._link.lost(request_id, self._server.usual_ms(at), at)
-            case RequestAnswered(reply, draft):
+            case RequestAnswered(reply, draft, _, is_timed):
                 if (request := self._link.answered(reply.id, at)) is None:
                     return
                 # A higher tier, which `server` may name, publishes its status to another broker.
@@ -180,7 +184,7 @@ class Measurements:
                 total_ms = 1e3 * (at - request.sent_at)
                 server_ms = sum(hop.queue_ms + hop.compute_ms for hop in reply.hops)
                 if server_ms <= total_ms:
-                    self._link.measured(request, total_ms - server_ms, at)
+                    self._link.measured(request, total_ms - server_ms if is_timed else None, at)
                     self._server.answered(request.paradigm, reply, draft, at)
                 else:
                     self.counts["hops_refused"] += 1

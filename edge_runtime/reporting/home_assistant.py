@@ -20,7 +20,7 @@ from edge_runtime.wire.update import INSTALL
 
 MAX_STATE = 255  # characters of a state in Home Assistant
 MAX_PROMPT_NAME = 32  # characters
-CAMERA_STATES = ("starting", "live", "stalled", "frozen", "lost", "ended", "off")
+CAMERA_STATES = ("starting", "waiting", "live", "stalled", "frozen", "lost", "ended", "off")
 CAPTION_FIELDS = {"text": templates.shown("text")} | templates.fields(
     "camera", "frame", "captured", final="false", confidence="none", unsure="false", answered_by="none"
 )

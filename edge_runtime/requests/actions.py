@@ -39,6 +39,7 @@ class Answer(Generic[T]):
     reply: Reply
     is_first: bool  # of this request's replies
     round_trip_s: float | None  # None: unknown, since the request was sent more than once, or replied to before
+    is_unclear: bool = False  # its time says nothing: a resend could not leave, or an earlier try was sent
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ class Entry(Generic[T]):
     sent_at: float = inf  # first, in this try
     resend_at: float = inf
     sends: int = 0  # in this try
+    is_unclear: bool = False  # the time of a reply says nothing: a resend could not leave, or an earlier try was sent
     doublings: int = 0  # of the resend interval
     refusals: int = 0  # replies in this try that asked to come back later
     was_told_when: bool = False  # the latest of these said when

@@ -162,6 +162,8 @@ class RequestLifecycle(Generic[T]):
         entry.sends -= 1
         if entry.sends:
             self._counts["resent"] -= 1
+            # The first copy may still wait for the broker or for a server, so its reply says nothing of the link.
+            entry.is_unclear = True
             return []
         return self._no_reply(entry, why, now)
 
@@ -198,7 +200,7 @@ class RequestLifecycle(Generic[T]):
             if item.id not in self._live and not self._stored.get(item.id):
                 self._counts["found"] += 1
                 entry: Entry[T] = Entry(item.id, None, now, inf, State.KEPT, is_stored=True, size=item.size)
-                entry.was_kept, entry.kept_at = True, now - item.age_s
+                entry.was_kept, entry.kept_at, entry.is_unclear = True, now - item.age_s, True
                 self._in_state[State.KEPT] += 1
                 self._stored.add(entry)
         self._stored.sort()
@@ -291,9 +293,10 @@ class RequestLifecycle(Generic[T]):
             # Each new text once, and no more than there can be tiers: a server answers each copy of a request.
             self._counts["repeated"] += 1
             return []
-        round_trip_s = now - entry.sent_at if is_first and entry.sends == 1 else None
+        is_timed = is_first and entry.sends == 1 and not entry.is_unclear
+        round_trip_s = now - entry.sent_at if is_timed else None
         assert entry.content is not None
-        actions: list[Action[T]] = [Answer(entry.id, entry.content, reply, is_first, round_trip_s)]
+        actions: list[Action[T]] = [Answer(entry.id, entry.content, reply, is_first, round_trip_s, entry.is_unclear)]
         if is_first:
             self._counts["answered"] += 1
             self._retry.end(entry.id)
@@ -406,6 +409,7 @@ class RequestLifecycle(Generic[T]):
             entry.retry_at = now + self._retry.delay_s(entry.vain_tries)
         else:
             entry.was_kept, entry.kept_at = True, now
+        entry.is_unclear |= entry.sends > 0  # a reply after the next send may be to a copy of this try
         entry.content, entry.sends, entry.deadline, entry.resend_at = None, 0, inf, inf
         entry.refusals, entry.refusal, entry.unknown_bundle = 0, None, 0
         self._move(entry, State.KEPT)

@@ -92,8 +92,11 @@ class Observer(Protocol):
     def sent(self, request_id: bytes, paradigm: ParadigmName, size: int, now: float) -> None:
         """A request is sent, or sent again; size: bytes."""
 
-    def answered(self, reply: Reply, now: float, draft: Sequence[int] = ()) -> None:
-        """The first reply to a request; draft: what the board wrote for it, sent or not."""
+    def answered(self, reply: Reply, now: float, draft: Sequence[int] = (), *, is_timed: bool = True) -> None:
+        """The first reply to a request; draft: what the board wrote for it, sent or not.
+
+        is_timed: False if the request has waited for the broker or for a server meanwhile.
+        """
 
     def lost(self, request_id: bytes, now: float) -> None:
         """No reply came in time."""
@@ -349,7 +352,7 @@ class RequestTracker:
         if answer.is_first and not tracked.is_retry:
             self._answer_seconds = (self._answer_seconds[0] + 1, self._answer_seconds[1] + now - tracked.captured)
         if self._observer and answer.is_first:
-            self._observer.answered(answer.reply, now, tracked.event.tokens)
+            self._observer.answered(answer.reply, now, tracked.event.tokens, is_timed=not answer.is_unclear)
         self._warn_of_unanswered(tracked, answer.reply)
         try:
             update = self._update(tracked, answer.reply, now)

@@ -4,7 +4,7 @@ It gets the picture as the board sent it and a prompt, and answers with a text. 
 that server says. API: https://platform.openai.com/docs/api-reference/chat/create
 
 With `prediction = true` it gets the board's draft as a predicted output, which saves it time where it is right:
-https://platform.openai.com/docs/guides/predicted-outputs. A server that refuses a draft gets no more of them.
+https://platform.openai.com/docs/guides/predicted-outputs. A server that refuses a draft gets none for a while.
 
 A call that fails for a while is made again within the request's deadline, after a random time that doubles with each
 try. A failure that a further try cannot mend (any other status, a response that is none) is an error at once.
@@ -20,11 +20,13 @@ from typing import Any
 from edge_runtime.errors import AiflowError
 from edge_runtime.http_call import PERMANENT, TEMPORARY, CallError
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.logs import printable
 from edge_runtime.wire import Usage
 from edge_runtime.wire.envelope import MAX_UINT32
 from server.config import OpenAIConfig
 from server.prompts import Prompt
 from server.targets import chat
+from server.targets.acceptance import Acceptance
 from server.targets.draft_style import DraftStyle
 from server.targets.paid_calls import LAST_WAIT_S, PaidCalls
 from server.targets.prompted import PromptedTarget
@@ -35,11 +37,17 @@ logger = logging.getLogger(__name__)
 TRIES = 4  # of one request
 BUSY_RETRY_MS = 1000  # for a board, if nobody says how long
 REPLY_S = 1.0  # before the deadline, for the reply's way to the board
+MAX_WHY = 256  # characters, of a reason in the status
 MARGIN_S = 5.0  # that a call may take beyond its timeout before it counts as hanging
 
 
 class DraftError(AiflowError):
     """The other server did not do with a draft what its API promises."""
+
+
+def draft_fault(error: AiflowError) -> str:
+    """As what a draft counts that was of no use."""
+    return "draft_unread" if isinstance(error, DraftError) else "draft_refused"
 
 
 class OpenAITarget(PromptedTarget):
@@ -63,8 +71,9 @@ class OpenAITarget(PromptedTarget):
         """
         super().__init__(prompts, config.prompt, config.max_tokens, bundle)
         self.config, self._url, self._style = config, url, DraftStyle()
-        # Nobody wants a draft of a JSON object. False: the other server does not take drafts, either.
-        self._takes_drafts = config.prediction and self._prompts[config.prompt].schema is None
+        # Nobody wants a draft of a JSON object.
+        self._may_send_drafts = bundle is not None and self._prompts[config.prompt].schema is None
+        self._drafts = Acceptance(is_taken=config.prediction and self._may_send_drafts)
         # More than its tries: two calls with a draft, one to repair an answer.
         call_s = (TRIES + 3) * (config.timeout_s + LAST_WAIT_S) + MARGIN_S
         self.limits = Limits(batch=1, calls=config.calls, call_s=call_s, silent_s=call_s)
@@ -72,12 +81,20 @@ class OpenAITarget(PromptedTarget):
 
     @property
     def abilities(self) -> Abilities:
+        takes_drafts, why = self._takes_drafts, self._drafts.in_words()
         return Abilities(
             name=f"{self.kind}:{self._url}",
             verified="none",
-            drafts=self._takes_drafts and self._bundle is not None,
+            drafts=takes_drafts,
             prompts=tuple(sorted(self._prompts)),
+            refused={"drafts": why} if why and not takes_drafts else {},
         )
+
+    @property
+    def _takes_drafts(self) -> bool:
+        """A draft that was refused a while ago is tried again with the next request."""
+        drafts = self._drafts
+        return drafts.is_taken or (bool(drafts.why) and drafts.due <= time.monotonic())
 
     def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
         return [self._answer(job) for job in jobs]
@@ -98,40 +115,52 @@ class OpenAITarget(PromptedTarget):
         prompt = self._prompt_of(job)
         asked = chat.messages(prompt, job)
         draft = self._style.apply(job.draft) if self._takes_drafts and prompt.schema is None else ""
-        answer = self._try_draft(asked, prompt, job, draft) if draft else None
+        answer, refusal = self._try_draft(asked, prompt, job, draft) if draft else (None, None)
         answer = answer or self._plain(asked, prompt, job)
+        if refusal and not answer.error:  # else it may be the request that is refused, whatever its draft
+            self._draft_failed(refusal)
         if prompt.schema is None and not answer.error:
             self._style.learn(answer.text)
         return self._checked(job, answer)
 
-    def _try_draft(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob, draft: str) -> Answer | None:
-        """The answer by way of the draft; None: ask without one."""
+    def _try_draft(
+        self, asked: list[chat.Message], prompt: Prompt, job: PictureJob, draft: str
+    ) -> tuple[Answer | None, AiflowError | None]:
+        """The answer by way of the draft; None: ask without one. Also what may say that drafts are not taken."""
         try:
-            return self._with_draft(asked, prompt, job, draft)
+            answer = self._with_draft(asked, prompt, job, draft)
         except CallError as error:
             self.calls.count(error.kind)
             wait_s = self.calls.wait_s(error, 1)
             if error.kind in PERMANENT:  # without a draft it may work
-                if job.image_tokens is None:  # else these may be what is refused: the next call shows it
-                    self._refuse_drafts("draft_refused", error)
-            elif error.kind not in TEMPORARY:
-                return Answer(error=str(error), retry_after_ms=max(BUSY_RETRY_MS, math.ceil(1e3 * wait_s)))
+                return None, error
+            if error.kind in TEMPORARY:
+                return None, None
+            return Answer(error=str(error), retry_after_ms=max(BUSY_RETRY_MS, math.ceil(1e3 * wait_s))), None
         except DraftError as error:
-            self._refuse_drafts("draft_unread", error)
-        return None
+            return None, error
+        return answer, None
 
-    def _refuse_drafts(self, what: str, error: AiflowError) -> None:
-        self.calls.count(what)
-        self._takes_drafts = False
-        logger.warning(
-            "no more drafts for the other server until this one starts again target=%s why=%s", self._url, error
-        )
+    def _draft_failed(self, error: AiflowError) -> None:
+        """A request was answered only without its draft."""
+        self._refuse_drafts(error)
+
+    def _refuse_drafts(self, error: AiflowError) -> None:
+        self.calls.count(draft_fault(error))
+        self._refuse(self._drafts, "the other server gets no drafts", error)
+
+    def _refuse(self, acceptance: Acceptance, words: str, error: AiflowError, may_crash: bool = False) -> None:
+        """words: for the log, what follows."""
+        if acceptance.refused(printable(str(error), MAX_WHY), time.monotonic(), may_crash):
+            logger.warning("%s target=%s why=%s", words, self._url, acceptance.in_words())
 
     def _with_draft(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob, draft: str) -> Answer | None:
         """The answer by way of the draft; None: there is none. Raises CallError and DraftError."""
         started = time.monotonic()
         body = self._body(asked, job, prediction={"type": "content", "content": draft})
         completion, usage = self.calls.ask(body, job.deadline)
+        if not self._drafts.is_taken:
+            self._drafts.taken(time.monotonic())
         return self._answer_of(completion, usage, started)
 
     def _plain(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob) -> Answer:

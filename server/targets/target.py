@@ -5,7 +5,7 @@ models read pictures (`PictureJob`) and answer with a text of a vocabulary that 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -44,6 +44,7 @@ class Abilities:
     references: bool = False  # it keeps latents, so that later frames may be coded against them
     prompts: tuple[str, ...] = ()  # names of the prompts that it answers
     tokenizer: str = ""  # identity of the vocabulary of its token ids; empty: it answers with a text alone
+    refused: Mapping[str, str] = field(default_factory=dict)  # "drafts", "features" -> why another server takes none
 
     def status(self) -> dict[str, Any]:
         """As the server publishes it."""
@@ -57,6 +58,7 @@ class Abilities:
             "verified": self.verified,
             "tokenizer": self.tokenizer,
             "prompts": self.prompts,
+            "refused": self.refused,
         }
 
 

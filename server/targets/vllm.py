@@ -6,6 +6,8 @@ it is the one that the model would have written (rank 1). The draft is accepted 
 the model continues from there, unless the text ends.
 
 Whether a server does that with pictures is not read from its version: a probe writes a text and has it verified.
+Nothing is known for good: the probe is repeated after it failed, after vLLM was away, and for another model. Requests
+that fail in a way that speaks against it only bring the next probe forward, since they may be at fault themselves.
 
 With a tail of `aiflow distil` it also answers features: their image tokens are sent in place of a picture
 (image_embeds.py). vLLM's documentation warns that its engine may crash if their shape is wrong. So a second probe first
@@ -15,7 +17,7 @@ asks which model is loaded and how many tokens a picture has, and only then send
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import PurePath
@@ -30,7 +32,8 @@ from edge_runtime.http_call import PERMANENT, CallError
 from edge_runtime.wire import Usage
 from server.prompts import Prompt
 from server.targets import chat
-from server.targets.openai import BUSY_RETRY_MS, DraftError, OpenAITarget
+from server.targets.acceptance import Acceptance
+from server.targets.openai import BUSY_RETRY_MS, DraftError, OpenAITarget, draft_fault
 from server.targets.prompted import added
 from server.targets.target import Abilities, Answer, FeaturesError, PictureJob
 
@@ -40,16 +43,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTINUE: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False, "return_token_ids": True}
+LOOK_S = 30.0  # between two looks at the list of models, which costs nothing
 PROBE_TOKENS = 16  # of its text
-PROBE_AGAIN_S = 30.0  # after a try that showed nothing, since the other server did not answer
 PROBE_PIXELS = np.linspace(0, 255, 224 * 224 * 3).astype(np.uint8).reshape(224, 224, 3)
 WRONG_DRAFT = "zebra zebra zebra zebra"
 BAD_REQUEST = 400  # how vLLM refuses a part that it does not take
 
 
 class _Model(msgspec.Struct):
+    """Without `created`, which is the time of the answer."""
+
     id: str
     root: str | None = None  # name or folder that it was loaded from
+    max_model_len: int | None = None
 
 
 class _Models(msgspec.Struct):
@@ -62,6 +68,10 @@ class _Logprob(msgspec.Struct):
 
 
 _Positions = list[dict[str, _Logprob] | None]  # of each token of the prompt: by id, the token itself and the likeliest
+
+
+class _CrashError(FeaturesError):
+    """After this question, the other server's engine may have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,34 +117,84 @@ def verdict(completion: chat.Completion, draft: str) -> Verdict:
 
 
 class VllmTarget(OpenAITarget):
-    """Starts to probe the other server at once, on a thread of its own, if it may get drafts or features."""
+    """Probes the other server on a thread of its own, if it may get drafts or features: at once, and when it is due."""
 
     kind = "vllm"
 
     def __init__(self, *args: Any, features: "ImageEmbeds | None" = None, **kwargs: Any) -> None:
         """As OpenAITarget. features: encodes boards' features; None: only pictures are read."""
         super().__init__(*args, **kwargs)
-        self._takes_drafts = self._takes_features = False  # until the probe has shown it
         self.features: ImageEmbeds | None = features
-        self._may_take_drafts = self._bundle is not None and self._prompts[self.config.prompt].schema is None
-        if self._may_take_drafts or features:
-            threading.Thread(target=self._probe_until_known, name="probe", daemon=True).start()
+        self._drafts, self._latents = Acceptance(), Acceptance()
+        self._probes: list[tuple[Acceptance, Callable[[], bool]]] = [(self._drafts, self.probe)] * self._may_send_drafts
+        self._probes += [(self._latents, self.probe_features)] * (features is not None)
+        self._served: list[_Model] | None = None  # of this target's name, as last seen
+        self._lost_connections = 0  # as last seen
+        self._is_due = threading.Event()  # a probe is, or this server stops
+        if self._probes:
+            threading.Thread(target=self._look_until_closed, name="probe", daemon=True).start()
 
     @property
     def abilities(self) -> Abilities:
         can = super().abilities
-        can = replace(can, verified="server" if can.drafts else "none")
-        return self._with_features(can) if self._takes_features else can
+        features = {"features": why} if (why := self._latents.in_words()) else {}
+        can = replace(can, verified="server" if can.drafts else "none", refused={**can.refused, **features})
+        return self._with_features(can) if self._latents.is_taken else can
+
+    @property
+    def _takes_drafts(self) -> bool:
+        return self._drafts.is_taken
+
+    def close(self) -> None:
+        super().close()
+        self._is_due.set()
 
     # ---- the probes ----
 
-    def _probe_until_known(self) -> None:
-        probes = [self.probe] * self._may_take_drafts + [self.probe_features] * (self.features is not None)
-        while (probes := [probe for probe in probes if not probe()]) and not self.calls.stop.wait(PROBE_AGAIN_S):
-            pass
+    def _look_until_closed(self) -> None:
+        while not self.calls.stop.is_set():
+            self.look()
+            self._is_due.wait(LOOK_S)
+            self._is_due.clear()
+
+    def look(self) -> None:
+        """Makes the probes that are due. First forgets what was known, if vLLM was away or serves another model."""
+        try:
+            served = self._models(time.monotonic() + self.config.timeout_s)
+        except CallError as error:
+            if error.kind == "no_connection":
+                self._forget(str(error))
+            if error.kind not in PERMANENT:
+                return  # it would not answer a probe either
+        except FeaturesError:
+            pass  # the probe of features says so
+        else:
+            if self._served not in (None, served):
+                self._forget("another model is served", other_model=True)
+            self._served = served
+        if self._lost() > self._lost_connections:
+            self._forget("the other server was away")
+        for acceptance, probe in self._probes:
+            if acceptance.due <= time.monotonic():
+                probe()
+        self._lost_connections = self._lost()
+
+    def _lost(self) -> int:
+        """How often a call has found nobody there."""
+        return int(self.calls.status()["calls"].get("no_connection", 0))
+
+    def _forget(self, why: str, other_model: bool = False) -> None:
+        for acceptance, _ in self._probes:
+            acceptance.forget(why, other_model)
+
+    def _doubt(self, acceptance: Acceptance) -> None:
+        """A request failed in a way that speaks against what is known."""
+        acceptance.doubted(now := time.monotonic())
+        if acceptance.due <= now:
+            self._is_due.set()
 
     def probe(self) -> bool:
-        """Whether it is known now if drafts are verified: a text of the model's own is accepted, another one is not."""
+        """Whether drafts are verified: a text of the model's own is accepted, and another one is not."""
         picture = cv2.imencode(".jpg", PROBE_PIXELS)[1].tobytes()
         job = PictureJob(picture, "image/jpeg", PROBE_PIXELS, time.monotonic() + self.config.timeout_s)
         job, prompt = replace(job, max_tokens=PROBE_TOKENS), self._prompts[self.config.prompt]
@@ -143,26 +203,25 @@ class VllmTarget(OpenAITarget):
             own, _ = self.calls.ask(self._body(asked, job), job.deadline)
             right = self._read_draft(asked, prompt, job, own.text.strip())[0]
             wrong = self._read_draft(asked, prompt, job, WRONG_DRAFT)[0]
+            accepted, of = right.accepted, len(right.tokens)
+            if accepted < of or wrong.accepted == len(wrong.tokens):
+                why = f"{accepted} of {of} tokens of its own text accepted, and {wrong.accepted} of a wrong one"
+                raise DraftError(why)
         except CallError as error:
             self.calls.count(error.kind)
             if error.kind in PERMANENT:
-                self._refuse_drafts("draft_refused", error)
-            return error.kind in PERMANENT
+                self._refuse_drafts(error)
+            else:
+                self._drafts.unknown(time.monotonic())
         except DraftError as error:
-            self._refuse_drafts("draft_unread", error)
-            return True
-        accepted, of = right.accepted, len(right.tokens)
-        if accepted < of or wrong.accepted == len(wrong.tokens):
-            why = f"{accepted} of {of} tokens of its own text accepted, and {wrong.accepted} of a wrong one"
-            self._refuse_drafts("draft_unread", DraftError(why))
+            self._refuse_drafts(error)
         else:
             self._style.learn(own.text.strip())
-            self._takes_drafts = True
-            logger.info("drafts are verified by the other server target=%s", self.abilities.name)
-        return True
+            self._taken(self._drafts, "drafts are verified by the other server")
+        return self._takes_drafts
 
     def probe_features(self) -> bool:
-        """Finds out whether vLLM reads image tokens as it reads a picture. False: it gave no answer, so try again."""
+        """Whether vLLM reads image tokens as it reads a picture."""
         assert self.features is not None
         record = self.features.record
         picture = cv2.imencode(".jpg", cv2.resize(PROBE_PIXELS, (record.pixels, record.pixels)))[1].tobytes()
@@ -184,21 +243,34 @@ class VllmTarget(OpenAITarget):
             self.calls.count(error.kind)
             if error.kind in PERMANENT:
                 self._refuse_features(error)
-            return error.kind in PERMANENT
+            else:
+                self._latents.unknown(time.monotonic())
         except FeaturesError as error:
             self._refuse_features(error)
-            return True
-        self._takes_features = True
-        logger.info("features are taken by the other server target=%s", self.abilities.name)
-        return True
+        else:
+            self._taken(self._latents, "features are taken by the other server")
+        return self._latents.is_taken
 
-    def _check_model(self, wanted: str, deadline: float) -> None:
-        """Raises FeaturesError if it serves another model than the one that the tail was made for, and CallError."""
+    def _refuse_features(self, error: AiflowError) -> None:
+        self.calls.count("features_refused")
+        self._refuse(self._latents, "the other server gets pictures only", error, isinstance(error, _CrashError))
+
+    def _taken(self, acceptance: Acceptance, words: str) -> None:
+        if not acceptance.is_taken:
+            logger.info("%s target=%s", words, self._url)
+        acceptance.taken(time.monotonic())
+
+    def _models(self, deadline: float) -> list[_Model]:
+        """What is served under this target's name. Raises CallError and FeaturesError."""
         try:
             known = msgspec.json.decode(self.calls.models(deadline), type=_Models).data
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise FeaturesError(f"its list of models cannot be read: {error}") from error
-        roots = [model.root or model.id for model in known if model.id == self.config.model]
+        return [model for model in known if model.id == self.config.model]
+
+    def _check_model(self, wanted: str, deadline: float) -> None:
+        """Raises FeaturesError if it serves another model than the one that the tail was made for, and CallError."""
+        roots = [model.root or model.id for model in self._models(deadline)]
         if not any(PurePath(root).name == PurePath(wanted).name for root in roots):
             raise FeaturesError(
                 f"the tail was made for {wanted}, but vLLM's {self.config.model} is {', '.join(roots) or 'not known'}: "
@@ -214,7 +286,8 @@ class VllmTarget(OpenAITarget):
             if error.kind not in PERMANENT | {"cut_off", "server_error"}:
                 raise
             self.calls.count(error.kind)
-            raise FeaturesError(
+            kind = FeaturesError if error.kind in PERMANENT else _CrashError
+            raise kind(
                 f"it does not take image tokens of {embeds.record.width} numbers ({error}): start vLLM with "
                 "--enable-mm-embeds and a model of this width that takes image_embeds"
             ) from error
@@ -229,21 +302,19 @@ class VllmTarget(OpenAITarget):
         except msgspec.ValidationError as error:
             raise FeaturesError(f"its response has no prompt_token_ids like vLLM's: {error}") from error
 
-    def _refuse_features(self, error: AiflowError) -> None:
-        self.calls.count("features_refused")
-        self._takes_features = False
-        logger.warning(
-            "the other server gets pictures only until this one starts again target=%s why=%s", self._url, error
-        )
-
     # ---- one request ----
 
     def _refused(self, error: CallError, job: PictureJob) -> Answer:
         if job.image_tokens is None or error.status != BAD_REQUEST:
             return super()._refused(error, job)
-        self._refuse_features(error)
+        self.calls.count("features_refused")
+        self._doubt(self._latents)
         # The board may send a picture, or another server may answer.
         return Answer(error=str(error), retry_after_ms=BUSY_RETRY_MS)
+
+    def _draft_failed(self, error: AiflowError) -> None:
+        self.calls.count(draft_fault(error))
+        self._doubt(self._drafts)
 
     def _plain(self, asked: list[chat.Message], prompt: Prompt, job: PictureJob) -> Answer:
         answer = super()._plain(asked, prompt, job)

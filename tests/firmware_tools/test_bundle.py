@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -248,6 +249,16 @@ def test_numbers_out_of_their_range_are_refused(
 
 
 # ---- over MQTT ----
+
+
+def test_a_broker_that_is_never_reached_is_named_and_not_the_board(
+    signed: Callable[..., Bundle], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = signed("new", 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections, and says nothing
+        port = silent.getsockname()[1]
+        assert aiflow("bundle", "push", "--board", BOARD, "--timeout", 1, "--broker-port", port, bundle.path) == 1
+    assert f"not done within 1 s: no connection to 127.0.0.1:{port}" in capsys.readouterr().err
 
 
 def test_a_pushed_bundle_survives_a_killed_board_is_tried_and_kept(site: Site, signed: Callable[..., Bundle]) -> None:

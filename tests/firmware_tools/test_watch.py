@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -136,6 +137,16 @@ def test_a_site_where_nobody_publishes_is_told_with_its_topic(broker):
         assert watch.stderr is not None
         assert "nothing has been published on aiflow/hmoe/+/up/event yet" in watch.stderr.readline()
         watch.kill()
+
+
+def test_a_broker_that_is_never_reached_is_told_with_its_address():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes connections, and says nothing
+        port = silent.getsockname()[1]
+        command = [sys.executable, "-m", "firmware_tools", "watch", "--broker-port", str(port)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as watch:
+            assert watch.stderr is not None
+            assert f"no connection to 127.0.0.1:{port} yet: are --broker" in watch.stderr.readline()
+            watch.kill()
 
 
 def test_a_reader_that_stops_holds_up_nobody_and_is_told_what_it_missed(monkeypatch):

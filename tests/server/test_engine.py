@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,20 @@ from edge_runtime.inference.bundle import BOS, EOS, PAD, Bundle, BundleError, Fi
 from models.family import LATENT, DecoderShape, Tail, TextDecoder
 from models.lookahead import Lookahead, LookaheadNet
 from models.recipe.stage10_lookahead import Texts, loss_of
-from server.engine import BLOCK, LONE_BLOCK, Answer, DecodingBatch, Engine, Job, Proof, Shape, cheapest, encode_image
+from server import loading
+from server.engine import (
+    BLOCK,
+    LONE_BLOCK,
+    WIDTHS,
+    Answer,
+    DecodingBatch,
+    Engine,
+    Job,
+    Proof,
+    Shape,
+    cheapest,
+    encode_image,
+)
 from server.loading import load_engine, ready_engine
 from server.numerics import REJECTED, prove, read
 from server.packed import PackedLinear, pack
@@ -280,18 +294,47 @@ def test_packed_weights_give_the_same_texts_as_plain_ones(engine: Engine, bundle
 
 
 def test_plain_weights_are_used_where_packed_ones_would_forbid_drafts(bundle: Bundle, monkeypatch) -> None:
-    product = PackedLinear.forward
+    forward = PackedLinear.forward
 
     def flawed(self: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         places = torch.arange(x.shape[-2], dtype=torch.float32)
-        return product(self, x) + 1e-5 * places[:, None]  # bits depend on a token's place in its block
+        return forward(self, x) + 1e-5 * places[:, None]  # bits depend on a token's place in its block
 
     monkeypatch.setattr(PackedLinear, "forward", flawed)
     engine = ready_engine(bundle, ("edge",), sizes=(1,))
     assert engine.proof.may_speculate
-    assert not any(
-        isinstance(layer, PackedLinear) for layer in (*engine.tail.modules(), *engine.decoders["edge"].modules())
-    )
+    assert not is_packed(engine)
+
+
+def is_packed(engine: Engine) -> bool:
+    layers = (*engine.tail.modules(), *engine.decoders["edge"].modules())
+    return any(isinstance(layer, PackedLinear) for layer in layers)
+
+
+def test_plain_weights_are_used_where_packed_ones_prove_fewer_batch_sizes(bundle: Bundle, monkeypatch) -> None:
+    forward = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: forward(self, x) * (1 + 1e-6 * (len(x) == 4)))
+    engine = ready_engine(bundle, ("edge",), sizes=(1, 4))
+    assert 4 in engine.proof.image_sizes
+    assert not is_packed(engine)
+
+
+def test_packed_weights_are_used_where_plain_ones_prove_no_more(bundle: Bundle, monkeypatch) -> None:
+    step = TextDecoder.step
+    odd = 1 + 1e-6
+    monkeypatch.setattr(TextDecoder, "step", lambda self, x, *rest: step(self, x, *rest) * (odd if len(x) == 4 else 1))
+    engine = ready_engine(bundle, ("edge",), sizes=(1, 4))
+    assert all(size == 1 for size, _ in engine.proof.shapes)
+    assert is_packed(engine)
+
+
+def test_the_start_test_runs_once_if_packed_weights_prove_everything(bundle: Bundle, monkeypatch) -> None:
+    loaded: list[Engine] = []
+    monkeypatch.setattr(loading, "load_engine", lambda *asked: loaded.append(load_engine(*asked)) or loaded[-1])
+    whole = Proof((1, 4), (1, 4), tuple(product((1, 4), WIDTHS)), may_speculate=True)
+    monkeypatch.setattr(loading, "prove", lambda *_: whole)
+    assert ready_engine(bundle, ("edge",), sizes=(1, 4)) is loaded[0]
+    assert len(loaded) == 1
 
 
 def test_weights_stay_plain_where_the_operators_are_missing(bundle: Bundle, monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """The connection to the tier above on a real broker; a test plays that tier, so that it can lie."""
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -288,6 +289,25 @@ def test_a_broker_that_is_away_is_offline(broker: Mosquitto) -> None:
     broker.kill()
     with Upstream(config(broker), "e1") as upstream:
         assert not upstream.above(time.monotonic()).is_online
+
+
+def test_while_the_broker_is_away_one_copy_of_a_request_waits_and_its_reply_is_not_measured(
+    broker: Mosquitto, above, connect
+) -> None:
+    upstream, below = connect(resend_ms=20), Below()
+    tries = threading.Semaphore(0)
+    on_unsent = upstream._lifecycle.on_unsent
+    upstream._lifecycle.on_unsent = lambda *said: tries.release() or on_unsent(*said)
+    broker.stop()
+    ask(upstream, below, PATIENCE_S)
+    for _ in range(3):
+        assert tries.acquire(timeout=PATIENCE_S)
+    assert upstream._client.stats()["pending"] == 1
+    assert upstream.status()["requests"]["resent"] == 0
+    broker.start()
+    above.say(ok(above.request(), 7))
+    assert below.next()[0].token_ids == [7]
+    assert upstream.above(time.monotonic()).round_trip_s == 0  # most of it was the time without a broker
 
 
 def test_a_connection_that_could_never_be_made_is_named() -> None:

@@ -1,7 +1,10 @@
 """Child processes: what they leave behind, and what an error says about them."""
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 
 from testbed.processes import AiflowProcess, Process, ProcessError, StatusFields, read_status
 
+ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240  # on a machine that may be busy
 
 
@@ -19,6 +23,21 @@ def test_the_error_of_a_failed_process_quotes_its_log(tmp_path: Path) -> None:
         process.process.wait(PATIENCE_S)
         with pytest.raises(ProcessError, match=r"(?s)exit code 78.*required key `bundle` is missing"):
             process.has_ended()
+
+
+def test_a_child_runs_the_checkout_of_its_parent_and_not_the_installed_one(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    for package in ("testbed", "edge_runtime"):
+        shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+    child = "import testbed; print(testbed.__file__)"
+    parent = (
+        "import sys; from pathlib import Path; from testbed.processes import Process\n"
+        f"with Process([sys.executable, '-c', {child!r}], Path({str(tmp_path / 'log')!r}), 'child') as process:\n"
+        f"    process.process.wait({PATIENCE_S})"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", parent], cwd=checkout, env=environment, check=True)
+    assert (tmp_path / "log").read_text().strip() == str(checkout / "testbed/__init__.py")
 
 
 def test_an_interrupt_while_a_process_starts_leaves_none(tmp_path: Path) -> None:

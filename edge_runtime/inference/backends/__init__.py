@@ -62,8 +62,8 @@ def load_model(path: Path, threads: int = 1, providers: Sequence[str] = ()) -> M
     """Loads a network; the suffix of its file decides the backend. Raises BackendError.
 
     providers: of onnxruntime, before the CPU, see PROVIDERS in onnx.py; one that does not load is an error.
-    A network must not read other files. So onnxruntime gets the content of the file, not its path. LiteRT reads no
-    other files: it maps this one, which must not be changed in place while the network is used.
+    A runtime gets the content of the file, not its path. So a network reads no other files, and its own may be
+    overwritten while it is used: if a runtime had mapped the file, SIGBUS would end the board.
     """
     names = [name for name, suffix in SUFFIXES.items() if suffix == path.suffix]
     if not names:
@@ -71,11 +71,10 @@ def load_model(path: Path, threads: int = 1, providers: Sequence[str] = ()) -> M
     (name,) = installed(names[0])
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            data = file.read(MAX_MODEL_BYTES) if name == "onnx" else b""
+            data = file.read(MAX_MODEL_BYTES + 1)
     except OSError as error:
         raise BackendError(f"{path} cannot be read: {error.strerror}: install the bundle again") from error
-    if size > MAX_MODEL_BYTES:
+    if len(data) > MAX_MODEL_BYTES:
         raise BackendError(f"{path} has more than {MAX_MODEL_BYTES} bytes: install the bundle again")
     try:
         if name == "onnx":
@@ -84,7 +83,7 @@ def load_model(path: Path, threads: int = 1, providers: Sequence[str] = ()) -> M
             return OnnxModel(data, threads, providers)
         from edge_runtime.inference.backends.litert import LiteRtModel
 
-        return LiteRtModel(path, threads)
+        return LiteRtModel(data, threads)
     except ProviderError:
         raise
     except ImportError as error:

@@ -1,7 +1,6 @@
 """Networks in LiteRT, or in its predecessor tflite-runtime if a board has only that."""
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -15,12 +14,12 @@ else:
 
 
 class LiteRtModel:
-    """A network from a .tflite file, which it maps; scale and zero point are those of its first output tensor."""
+    """A network from the content of a .tflite file; scale and zero point are those of its first output tensor."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, data: bytes, threads: int) -> None:
         """Raises BackendError."""
         try:
-            self._interpreter = Interpreter(model_path=str(path), num_threads=threads)
+            self._interpreter = Interpreter(model_content=data, num_threads=threads)
             self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
             raise BackendError(f"LiteRT refuses it: {error}") from error

@@ -1,16 +1,19 @@
 """The life cycle of a camera: failures, the motion gate, states, switches."""
 
 import threading
+from math import inf
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
-from edge_runtime.capture import Cameras, live
+from edge_runtime.capture import Cameras, camera, live
 from edge_runtime.config import CameraConfig, MotionConfig
 from edge_runtime.errors import ConfigError
 from tests.edge_runtime.capture.helpers import MjpegCamera, in_background, shade_of, write_photos
+from tests.http_camera import HttpCamera
+from tests.http_camera import picture as answer_with
 from tests.listener import PATIENCE_S, until
 
 
@@ -118,6 +121,50 @@ def test_a_camera_with_always_the_same_picture_is_reported_and_not_opened_again(
     assert caplog.text.count("camera frozen") == 1
     door.show(scene(7))
     assert (door.state, door.camera.counters.reopened, door.camera.counters.still) == ("live", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("mqtt", "over MQTT: does the camera's software publish on its topic?"),
+        ("frigate", "with an event of Frigate: are frigate_camera and the prefix those of Frigate?"),
+    ],
+)
+def test_a_camera_without_a_first_picture_is_waiting_and_the_log_says_so_once(
+    stop, monkeypatch, caplog, source, reason
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(camera, "FIRST_PICTURE_S", 0.0)
+    cameras = Cameras([CameraConfig("door", source)])
+    in_background(cameras.frames(stop))
+    until(lambda: cameras.states()["door"].state == "waiting")
+    assert cameras.states()["door"].why == f"no picture has come {reason}"
+    cameras["door"].tell_if_nothing_comes(inf)
+    assert caplog.text.count(f"camera waiting camera=door reason=no picture has come {reason}") == 1
+
+
+def test_pictures_that_cannot_be_decoded_are_no_first_picture(stop, monkeypatch):
+    monkeypatch.setattr(camera, "FIRST_PICTURE_S", 0.0)
+    cameras = Cameras([CameraConfig("door", "mqtt")])
+    cameras.arrived(None, b"no picture")
+    in_background(cameras.frames(stop))
+    until(lambda: cameras["door"].counters.unreadable == 1)
+    cameras["door"].switch(enabled=False)
+    cameras["door"].switch(enabled=True)
+    until(lambda: cameras.states()["door"].state == "waiting")
+    assert cameras.states()["door"].why == "none of 1 picture(s) could be decoded"
+    cameras.arrived(None, scene(1))
+    until(lambda: cameras.states()["door"].state == "live")
+
+
+def test_an_address_that_gives_only_a_picture_that_cannot_be_decoded_is_waiting(stop, monkeypatch):
+    monkeypatch.setattr(camera, "FIRST_PICTURE_S", 0.0)
+    with HttpCamera(lambda _: answer_with(b"no picture")) as door:
+        cameras = Cameras([CameraConfig("door", door.url, 0)])
+        in_background(cameras.frames(stop))
+        until(lambda: cameras["door"].counters.unreadable == 1)
+        until(lambda: cameras.states()["door"].state == "waiting")
+        stop.set()
 
 
 def test_a_camera_that_is_off_has_that_state_and_goes_on_when_it_is_on_again(stop):

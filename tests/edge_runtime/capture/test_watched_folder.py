@@ -64,16 +64,16 @@ def test_new_pictures_come_once_and_those_that_were_there_do_not(folder, stop):
     assert watching.taken.empty()
 
 
-@pytest.mark.parametrize("existing", [False, True])
-def test_a_folder_without_a_new_picture_says_once_what_it_waits_for(folder, stop, caplog, existing):
+def test_a_folder_without_a_new_picture_says_once_what_it_waits_for(folder, stop, caplog):
     caplog.set_level("INFO")
     (folder / "old.jpg").write_bytes(jpeg(10))
-    watching = Watching(folder, stop, existing=existing)
-    if existing:
-        assert watching.next() == ("old.jpg", 10)
-    watching.listed()
-    watching.listed()
-    assert caplog.text.count(f"{folder} has no new picture (old ones: 1)") == 1
+    cameras = Cameras([CameraConfig("door", f"watch:{folder}")])
+    taken = in_background(cameras.frames(stop))
+    until(lambda: cameras.states()["door"].state == "waiting")
+    (folder / "new.jpg").write_bytes(jpeg(50))
+    assert taken.get(timeout=PATIENCE_S).name == "new.jpg"
+    assert cameras.states()["door"].state == "live"
+    assert caplog.text.count(f"camera waiting camera=door reason={folder} has no new picture (old ones: 1)") == 1
 
 
 def test_pictures_that_were_there_come_if_they_are_asked_for(folder, stop):
@@ -191,7 +191,7 @@ def test_a_folder_that_goes_and_comes_back_gives_only_what_is_new(folder, stop, 
     until(lambda: cameras.states()["door"].state in ("stalled", "lost"))
     assert "cannot be listed: No such file" in cameras.states()["door"].why
     (folder.parent / "unmounted").rename(folder)
-    until(lambda: cameras.states()["door"].state == "starting")
+    until(lambda: cameras.states()["door"].state == "waiting")
     (folder / "b.jpg").write_bytes(jpeg(100))
     assert taken.get(timeout=PATIENCE_S).name == "b.jpg"
     assert taken.empty()

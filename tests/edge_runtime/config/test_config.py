@@ -19,6 +19,7 @@ from edge_runtime.config import (
     load_toml,
 )
 from edge_runtime.errors import ConfigError
+from edge_runtime.mqtt import MqttConfig
 from edge_runtime.wire.envelope import GREEDY, Options
 from firmware_tools.cli import EXIT_CONFIG
 
@@ -216,6 +217,19 @@ def test_a_key_may_be_called_anything_and_is_refused_by_name(key):
 def test_any_tables_are_a_configuration_or_a_config_error(data):
     with suppress(ConfigError):
         convert(Path("board.toml"), {"board": data} if not isinstance(data, dict) else data, RuntimeConfig)
+
+
+def test_the_caller_tells_whose_file_is_wanted_and_no_order_of_tables_does(tmp_path):
+    class Tables(msgspec.Struct, forbid_unknown_fields=True):
+        mqtt: MqttConfig | None = None
+        board: dict[str, str] | None = None
+
+    path = tmp_path / "server.toml"
+    path.write_text('[server]\nid = "s1"\n')
+    with pytest.raises(ConfigError, match="this is a server's configuration, for `aiflow serve`: name a board's"):
+        load_toml(path, Tables, "board")
+    with pytest.raises(ConfigError, match="unknown key `server`"):
+        load_toml(path, Tables)
 
 
 def test_two_cameras_of_one_name_are_refused(tmp_path):

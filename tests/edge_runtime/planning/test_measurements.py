@@ -228,6 +228,18 @@ def test_a_time_in_the_future_counts_as_now():
     assert measurements._link._open[b"12345678"].sent_at == 10.0
 
 
+def test_a_reply_that_waited_for_the_broker_says_nothing_of_the_link_but_that_it_is_back():
+    measurements = Measurements()
+    for number in range(5):
+        exchange(measurements, number)
+    known = measurements.snapshot(5.0).link.estimate
+    measurements.sent((9).to_bytes(8, "big"), "split", 430, 5.0)
+    assert measurements.snapshot(45.0).link.estimate.ms > 30_000  # overdue
+    measurements.answered(reply_to(9), 45.0, is_timed=False)
+    after = measurements.snapshot(45.0)
+    assert (after.link.estimate, after.link.answers) == (known, 6)
+
+
 def test_a_server_that_answers_is_not_offline_because_it_repeats_that_its_share_is_not_proven():
     measurements = Measurements()
     measurements.status_arrived(topic("a"), status_of(share_proven=False), 0.0)

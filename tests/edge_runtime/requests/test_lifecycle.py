@@ -125,9 +125,27 @@ def test_a_resend_that_could_not_leave_counts_as_not_sent() -> None:
         assert requests.on_unsent(sent.id, Why("no_bytes", ""), 2.0) == []
     assert requests.counts.resent == 0
     assert requests.next_at() >= 3.0  # at growing distances all the same
-    assert requests.on_reply(reply(ONE), 100.0)
+
+
+def test_the_reply_after_a_resend_that_could_not_leave_is_not_measured() -> None:
+    """The first copy may have waited for the broker all the time."""
+    requests = lifecycle()
+    requests.on_request(ONE, "", 999.0, 0.0)
+    (sent,) = requests.on_time(requests.next_at())
+    requests.on_unsent(sent.id, Why("no_reply", "an earlier copy is still on its way to the broker"), 2.0)
+    (answer,) = requests.on_reply(reply(ONE), 100.0)
+    assert (answer.round_trip_s, answer.is_unclear) == (None, True)
     requests.on_request(TWO, "", 999.0, 100.0)
-    assert requests.next_at() >= 500.0  # four times 100: its reply time was measured
+    assert requests.next_at() <= 103.0  # doubled, but not four times 100
+
+
+def test_a_reply_to_a_request_out_of_the_outbox_may_be_to_its_earlier_try_and_is_not_measured() -> None:
+    requests = with_outbox()
+    keep_one(requests)
+    assert requests.on_time(10.0) == [Read(ONE)]
+    requests.on_read(ONE, "x", 10.0)
+    answer, _ = requests.on_reply(reply(ONE), 10.01)
+    assert answer.round_trip_s is None
 
 
 @pytest.mark.parametrize("reply_s", [0.2, 1.6, 5.0, 30.0])
@@ -483,7 +501,7 @@ def test_a_reply_that_comes_while_its_request_is_kept_answers_it() -> None:
     keep_one(requests)
     late = reply(ONE)
     assert requests.on_reply(late, 2.0) == [Read(ONE)]
-    assert requests.on_read(ONE, "x", 2.1) == [Answer(ONE, "x", late, True, None), Delete(ONE)]
+    assert requests.on_read(ONE, "x", 2.1) == [Answer(ONE, "x", late, True, None, is_unclear=True), Delete(ONE)]
     assert (requests.counts.answered, requests.counts.retried) == (1, 0)
 
 

@@ -3,6 +3,7 @@ from collections.abc import Iterator
 import pytest
 
 from testbed.chat_server import ChatServer
+from testbed.vllm_server import VllmServer
 
 
 @pytest.fixture
@@ -11,3 +12,11 @@ def other() -> Iterator[ChatServer]:
     with ChatServer() as server:
         yield server
     assert server.objections == []  # every request was as the API's reference has it
+
+
+@pytest.fixture
+def vllm() -> Iterator[VllmServer]:
+    """A vLLM server."""
+    with VllmServer() as server:
+        yield server
+    assert server.objections == []  # every request has only documented fields

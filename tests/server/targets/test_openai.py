@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -373,7 +374,7 @@ def test_no_prediction_without_a_draft_or_for_an_object(other: ChatServer, bundl
     assert not any("prediction" in asked.body for asked in other.asked)
 
 
-def test_a_server_that_refuses_predictions_answers_without_and_gets_no_more(other: ChatServer, bundle) -> None:
+def test_a_server_that_refuses_predictions_answers_without_and_gets_none_for_a_while(other: ChatServer, bundle) -> None:
     other.behave = lambda call: "answer" if call else "error_400"
     target = predicting(other, bundle)
     for _ in range(2):
@@ -381,6 +382,21 @@ def test_a_server_that_refuses_predictions_answers_without_and_gets_no_more(othe
     assert ["prediction" in asked.body for asked in other.asked] == [True, False, False]
     assert calls(target) == {"refused": 1, "draft_refused": 1, "answered": 2}
     assert not target.abilities.drafts
+    assert "says 400" in target.abilities.refused["drafts"]
+    target._drafts.due = -inf  # the wait is over
+    assert (target.abilities.drafts, target.abilities.refused) == (True, {})
+    target.answer([job(draft="a dog")])
+    assert "prediction" in other.asked[-1].body
+    assert target._drafts.is_taken
+
+
+def test_a_request_that_is_refused_with_and_without_its_prediction_says_nothing_of_predictions(
+    other: ChatServer, bundle
+) -> None:
+    other.behave = lambda _: "error_400"
+    target = predicting(other, bundle)
+    assert target.answer([job(draft="a dog")])[0].error
+    assert target.abilities.drafts
 
 
 def test_a_budget_that_is_spent_counts_once_with_a_draft(other: ChatServer, bundle) -> None:

@@ -127,6 +127,6 @@ def test_a_tail_of_another_width_or_count_is_refused_and_vllm_goes_on(
 ) -> None:
     for name, sizes in {"width": {"tokens": TOKENS, "width": 48}, "count": {"tokens": 9, "width": WIDTH}}.items():
         other = Site(url, bundle, tmp_path / name, "tiny", **sizes)
-        assert other.target.probe_features()
+        assert not other.target.probe_features()
         assert (other.calls["features_refused"], other.target.abilities.bundles) == (1, ())
     assert site.ask(latent(bundle))[0].status is Status.OK

@@ -266,6 +266,7 @@ def test_its_status_says_what_it_takes_and_what_it_has_used(other: ChatServer) -
         "verified": "none",
         "tokenizer": "",
         "prompts": ["door"],
+        "refused": {},
     }
     assert (status["strict"], status["bundles"], status["pictures"]) == (False, {}, True)
     assert status["usage"]["budget_per_day"] == 5.0

@@ -126,4 +126,5 @@ def test_the_bundles_status_says_that_it_is_strict(bundle: Bundle, make_service)
         "verified": "strict",
         "tokenizer": bundle.id.hex(),
         "prompts": (),
+        "refused": {},
     }
