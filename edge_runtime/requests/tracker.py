@@ -32,21 +32,18 @@ from edge_runtime.requests.actions import (
     Store,
     Why,
 )
+from edge_runtime.requests.answer_event import answer_event
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.outbox import Outbox, Row
 from edge_runtime.requests.thread import LifecycleThread
 from edge_runtime.requests.tracked import NewRequest, Tracked, row_of
 from edge_runtime.wire import (
-    AnsweredBy,
     Event,
-    EventHop,
     Reply,
-    Tier,
     WireError,
     aged,
     decode_event,
-    decode_object,
     decode_request,
     encode_event,
     encode_request,
@@ -379,32 +376,15 @@ class RequestTracker:
 
     def _update(self, tracked: Tracked, reply: Reply, now: float) -> Event:
         """The event that a reply is to the board's users. Raises WireError if it claims an object that is none."""
-        event, checked = tracked.event, reply.checked
+        event = answer_event(tracked.event, reply, reply.text or self._bundle.text(reply.token_ids))
         # Unknown for a late reply to a request that an earlier run has sent.
         answer_ms = {} if tracked.sent_at is None else {"answer": round(1e3 * (now - tracked.sent_at), 1)}
-        changes: dict[str, Any] = {
-            "type": "update",
-            "final": reply.final,
-            "tokens": tuple(reply.token_ids),
-            "text": reply.text or self._bundle.text(reply.token_ids),
-            "answered_by": answered_by(reply),
-            "accepted": reply.accepted,
-            "proposed": reply.proposed,
-            "passes": reply.passes,
-            "hops": tuple(EventHop.from_hop(hop) for hop in reply.hops),
-            "label": reply.label,
-            "scores": reply.scores or {},
-            "confidence": reply.confidence,
-            "unsure": reply.unsure,
-            "answers": reply.answers or {},
-            "object": decode_object(reply.text) if checked and checked.valid else None,
-            "schema": checked.schema if checked else "",
-            "valid": checked.valid if checked else None,
-            "bytes_up": self._bytes_up(tracked),
-            "timings_ms": event.timings_ms | answer_ms,
-            "after_ms": _after_ms(now - tracked.captured),
-        }
-        return msgspec.structs.replace(event, **changes)
+        return msgspec.structs.replace(
+            event,
+            bytes_up=self._bytes_up(tracked),
+            timings_ms=event.timings_ms | answer_ms,
+            after_ms=_after_ms(now - tracked.captured),
+        )
 
     def _lose(self, lose: Lose[Tracked], now: float) -> None:
         why = self._reason(lose.why)[:1024]
@@ -440,11 +420,6 @@ class RequestTracker:
         age_s = max(0.0, row.kept - row.captured) + self._lifecycle.kept_for_s(row.id, now)
         request = msgspec.structs.replace(request, age_ms=min(int(1e3 * age_s), MAX_UINT32))
         return Tracked(request, row.payload, event, now - age_s, is_retry=True, delivered=event.bytes_up)
-
-
-def answered_by(reply: Reply) -> AnsweredBy:
-    """Whose text a reply has."""
-    return AnsweredBy("cloud" if reply.tier is Tier.CLOUD else "edge", reply.server)
 
 
 def _after_ms(seconds: float) -> float:
