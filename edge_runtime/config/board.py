@@ -299,25 +299,12 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         """Checks what no single key can say. Raises ConfigError."""
         names = [camera.name for camera in self.cameras]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"two cameras have the same name among {', '.join(names)}: give each its own")
         topics = [camera.topic for camera in self.cameras if camera.topic]
-        if len(set(topics)) < len(topics):
-            raise ConfigError(f"two cameras have the same topic among {', '.join(topics)}: give each its own")
+        for what, values in (("name", names), ("topic", topics)):
+            if len(set(values)) < len(values):
+                raise ConfigError(f"two cameras have the same {what} among {', '.join(values)}: give each its own")
         self._check_frigate()
-        where = [("[board]", self.board.paradigm)]
-        where += [(f"camera {camera.name}", camera.paradigm or "auto") for camera in self.cameras]
-        for place, paradigm in where:
-            if paradigm == "offload" and not self.policy.may_offload:
-                raise ConfigError(
-                    f'{place} has paradigm = "offload", but [policy] has may_offload = false: pictures may not leave '
-                    "this board; choose another paradigm, or set may_offload = true"
-                )
-        if self.homeassistant and self.homeassistant.images and not self.policy.may_offload:
-            raise ConfigError(
-                "[homeassistant] has images = true, but [policy] has may_offload = false: pictures may not leave this "
-                "board; set one of them differently"
-            )
+        self._check_pictures_stay()
         for camera in self.cameras:
             needs_server = camera.questions or camera.triggers or camera.prompt
             if needs_server and (camera.paradigm or self.board.paradigm) == "device":
@@ -325,8 +312,29 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
                     f"camera {camera.name} has questions, triggers or a prompt, which need answers of a server, and "
                     'paradigm = "device", which asks none: choose another paradigm, or remove them'
                 )
-        if self.board.paradigm != "offload":
+        if self.board.paradigm == "offload":
+            self._check_no_head_is_needed()
+
+    def _check_pictures_stay(self) -> None:
+        """Nothing sends pictures if may_offload forbids it. Raises ConfigError."""
+        if self.policy.may_offload:
             return
+        where = [("[board]", self.board.paradigm)]
+        where += [(f"camera {camera.name}", camera.paradigm or "auto") for camera in self.cameras]
+        for place, paradigm in where:
+            if paradigm == "offload":
+                raise ConfigError(
+                    f'{place} has paradigm = "offload", but [policy] has may_offload = false: pictures may not leave '
+                    "this board; choose another paradigm, or set may_offload = true"
+                )
+        if self.homeassistant and self.homeassistant.images:
+            raise ConfigError(
+                "[homeassistant] has images = true, but [policy] has may_offload = false: pictures may not leave this "
+                "board; set one of them differently"
+            )
+
+    def _check_no_head_is_needed(self) -> None:
+        """A board that offloads loads none. Raises ConfigError."""
         for camera in self.cameras:
             if camera.paradigm not in (None, "offload"):
                 raise ConfigError(
