@@ -14,7 +14,7 @@ from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.wire import Event, topics
 from testbed.broker import start_embedded
 from testbed.link_simulator import LinkSimulator
-from testbed.processes import START_S, AiflowProcess, ProcessError, read_event, read_status, wait_serving
+from testbed.processes import AiflowProcess, read_event, wait_online, wait_serving
 from testbed.shaping import Profile
 
 SITE = "bench"
@@ -70,7 +70,7 @@ class MeasuredBoard:
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._client = MqttClient(
             MqttConfig(port=site.local).settings(f"user-of-{name}"),
-            subscriptions=[(topics.event(SITE, name), 1), (topics.status(SITE, name), 1)],
+            subscriptions=[(topics.event(SITE, name), 1)],
             on_message=self._inbox.put,
         )
         self._earlier: set[str] = set()  # frames of earlier calls of `show`
@@ -79,7 +79,7 @@ class MeasuredBoard:
     def run(self) -> Iterator["MeasuredBoard"]:
         """Runs the board during the `with` block, from when frames reach it."""
         with self._client, self._process:
-            self._wait_online()
+            wait_online(self._process, self._site.local, SITE, self._name)
             yield self
 
     def show(self, picture: bytes) -> list[Event]:
@@ -97,26 +97,11 @@ class MeasuredBoard:
         self._earlier |= {event.frame for event in events}
         return events
 
-    def _wait_online(self) -> None:
-        """Waits for its status, which it sends after it has subscribed: frames sent from now on reach it."""
-        until = time.monotonic() + START_S
-        while time.monotonic() < until:
-            message = self._next_message()
-            is_status = message and message.topic == topics.status(SITE, self._name)
-            if message and is_status and read_status(message.payload).state == "online":
-                return
-        raise ProcessError(f"the board did not start within {START_S:.0f} s: try again when the machine is less busy")
-
     def _next_event(self) -> Event | None:
-        message = self._next_message()
-        is_event = message and message.topic == topics.event(SITE, self._name)
-        return read_event(message.payload) if message and is_event else None
-
-    def _next_message(self) -> Message | None:
         for process in (*self._site.servers, self._process):
             process.check_running()
         with suppress(queue.Empty):
-            return self._inbox.get(timeout=0.2)
+            return read_event(self._inbox.get(timeout=0.2).payload)
         return None
 
 

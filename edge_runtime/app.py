@@ -253,7 +253,7 @@ class Board:
         """On any thread: every broker that has the board's status hears of the change."""
         status = self._status("online")
         for client in {self.servers, self.local}:
-            client.publish(status.topic, status.payload, qos=status.qos, retain=status.retain)
+            client.send(status)
 
     def report_problem(self, part: str, problem: str) -> None:
         """On any thread: show in the status what is wrong with a part; "" when it works again."""

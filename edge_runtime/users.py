@@ -100,7 +100,7 @@ class Users:
         return None
 
     def _publish(self, message: Publish) -> None:
-        self._client().publish(message.topic, message.payload, qos=message.qos, retain=message.retain)
+        self._client().send(message)
 
     def _apply(self, setting: Setting) -> None:
         """A user has changed a run-time setting. Those that are not here are read for each frame."""

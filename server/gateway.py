@@ -176,12 +176,7 @@ class Gateway:
 
     def _publish_all(self) -> None:
         for message in (self._status_message(), *self._probe_messages()):
-            self._publish(message)
-
-    def _publish(self, message: Publish) -> None:
-        self.client.publish(
-            message.topic, message.payload, qos=message.qos, retain=message.retain, expiry_s=message.expiry_s
-        )
+            self.client.send(message)
 
     def _status_message(self) -> Publish:
         with self._lock:
@@ -262,7 +257,7 @@ class Gateway:
         if has_changed:
             if was_lossy:
                 logger.info("probes come back again server=%s", self.server)
-            self._publish(self._status_message())
+            self.client.send(self._status_message())
 
     def _reply(self, topic: str, data: bytes, expiry_s: float) -> None:
         self.client.publish(topic, data, expiry_s=max(expiry_s, MIN_REPLY_EXPIRY_S), on_outcome=self._replied)

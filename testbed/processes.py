@@ -224,13 +224,24 @@ def read_event(payload: bytes) -> Event | None:
 
 def wait_serving(server: Process, port: int, site: str, name: str) -> None:
     """Waits until a server's status says that requests reach it. Raises ProcessError."""
+    _wait_for_status(server, port, topics.server_status(site, name), lambda status: status.share_proven)
+
+
+def wait_online(board: Process, port: int, site: str, name: str) -> None:
+    """Waits for a board's status, which it sends after it has subscribed: frames reach it then. Raises ProcessError."""
+    _wait_for_status(board, port, topics.status(site, name), lambda status: status.state == "online")
+
+
+def _wait_for_status(process: Process, port: int, topic: str, is_ready: Callable[[StatusFields], bool]) -> None:
     statuses: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    settings = MqttConfig(port=port).settings(f"waits-for-{name}")
+    settings = MqttConfig(port=port).settings(f"waits-for-{process.pid}")
     deadline = time.monotonic() + START_S
-    with MqttClient(settings, subscriptions=[(topics.server_status(site, name), 1)], on_message=statuses.put):
+    with MqttClient(settings, subscriptions=[(topic, 1)], on_message=statuses.put):
         while time.monotonic() < deadline:
-            server.check_running()
+            process.check_running()
             with suppress(queue.Empty):
-                if read_status(statuses.get(timeout=0.2).payload).share_proven:
+                if is_ready(read_status(statuses.get(timeout=0.2).payload)):
                     return
-    raise ProcessError(f"the server did not start within {START_S:.0f} s: try again when the machine is less busy")
+    raise ProcessError(
+        f"`{process.name}` did not start within {START_S:.0f} s: try again when the machine is less busy"
+    )

@@ -162,6 +162,11 @@ class MqttClient:
         self._wake()
         return ended is None
 
+    def send(self, message: Publish) -> bool:
+        """`publish` of a message as a value."""
+        topic, payload, expiry_s = message.topic, message.payload, message.expiry_s
+        return self.publish(topic, payload, qos=message.qos, retain=message.retain, expiry_s=expiry_s)
+
     def set_subscriptions(self, subscriptions: Sequence[tuple[str, int]]) -> None:
         """Topic filters and their QoS from now on, instead of all earlier ones.
 
