@@ -16,13 +16,12 @@ from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.inference.preprocess import to_input
 from firmware_tools.evaluate import CAPTIONS_HELP
 from models import SHIPPED_BUNDLE
-from testbed.argument_types import new_file, number
+from testbed.argument_types import PHOTOS, new_file, number
 from testbed.processes import interrupted_once
 from testbed.sample_photos import collect, frames
 from testbed.terminal import print_figures, print_table, track
 
 BACKENDS = ("onnx", "litert")
-PHOTOS: dict[str, Any] = {"type": Path, "nargs": "+", "metavar": "DIR_OR_TAR"}
 PARTS = {
     "codec": "the entropy coder, on the photos' symbols",
     "static": "a static camera: bytes against an earlier frame, and frames that need no answer of their own",

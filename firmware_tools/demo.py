@@ -24,7 +24,7 @@ from firmware_tools.demo_page import AtLevel, PhotoResult, Results, TaughtQuesti
 from firmware_tools.event_parts import answered_by, labels, marked, stages
 from firmware_tools.teach import learn
 from models import SHIPPED_BUNDLE
-from testbed.argument_types import new_file, number
+from testbed.argument_types import PHOTOS, new_file, number
 from testbed.broker import start_embedded
 from testbed.processes import START_S, AiflowProcess, interrupted_once, wait_serving
 from testbed.sample_photos import TAUGHT, Photo, collect, write_taught
@@ -43,9 +43,7 @@ class DemoError(AiflowError, ValueError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--images", type=Path, nargs="+", metavar="DIR_OR_TAR", help="your photos, not the shipped ones"
-    )
+    parser.add_argument("--images", **PHOTOS, help="your photos, not the shipped ones")
     parser.add_argument("--limit", type=number, default=LIMIT, metavar="N", help=f"at most N photos (default: {LIMIT})")
     parser.add_argument(
         "--paradigm",

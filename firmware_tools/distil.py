@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edge_runtime.capture.picture_files import read_pictures
 from models import SHIPPED_BUNDLE
-from testbed.argument_types import number
+from testbed.argument_types import PHOTOS, number
 from testbed.terminal import markdown_table, print_table, track
 
 if TYPE_CHECKING:
@@ -33,10 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", type=_target, required=True, metavar="hf:NAME_OR_PATH", help="as in server.toml")
     parser.add_argument(
         "--photos",
-        type=Path,
-        nargs="+",
+        **PHOTOS,
         required=True,
-        metavar="DIR_OR_TAR",
         help="thousands of photos like those of the cameras; they need no captions",
     )
     parser.add_argument(

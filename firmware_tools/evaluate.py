@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from edge_runtime.config import PolicyConfig
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from models import SHIPPED_BUNDLE
-from testbed.argument_types import new_file, number, share
+from testbed.argument_types import PHOTOS, new_file, number, share
 from testbed.terminal import print_figures, track
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--groups", type=int, metavar="N", help="channel groups that are sent (default: all)")
         kind.add_argument("--bytes", type=number, metavar="N", help="longest features; coarser ones are sent if needed")
         kind.add_argument("--no-labels", action="store_true", help="send features without the board's labels")
-        kind.add_argument("--images", type=Path, nargs="+", required=True, metavar="DIR_OR_TAR")
+        kind.add_argument("--images", **PHOTOS, required=True)
         kind.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="default: the shipped bundle")
         kind.add_argument("--backend", choices=["onnx", "litert"], default="onnx")
         kind.add_argument("--limit", type=number, metavar="N", help="only the first N photos")

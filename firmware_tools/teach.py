@@ -12,7 +12,7 @@ from edge_runtime.capture.picture_files import Picture
 from edge_runtime.config import QUESTION
 from edge_runtime.inference.bundle import Bundle
 from models import SHIPPED_BUNDLE
-from testbed.argument_types import new_file
+from testbed.argument_types import PHOTOS, new_file
 from testbed.terminal import markdown_table, print_table, track
 
 if TYPE_CHECKING:
@@ -31,10 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", type=_name, help="what boards ask, such as gate")
     parser.add_argument(
         "--images",
-        type=Path,
-        nargs="+",
+        **PHOTOS,
         required=True,
-        metavar="DIR_OR_TAR",
         help="photos named class/name.jpg, from ten per class on, as the camera sees them",
     )
     parser.add_argument(

@@ -3,6 +3,9 @@
 import argparse
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+PHOTOS: dict[str, Any] = {"type": Path, "nargs": "+", "metavar": "DIR_OR_TAR"}  # of an argument that names photos
 
 
 def number(text: str) -> int:
