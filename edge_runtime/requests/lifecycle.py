@@ -15,12 +15,9 @@ an argument (seconds on one clock that never goes back), and so is the source of
 At every moment: accepted + found = answered + lost + open + kept.
 """
 
-import enum
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import islice
 from math import inf
 from typing import Generic, TypeVar
 
@@ -39,6 +36,7 @@ from edge_runtime.requests.actions import (
     Store,
     Why,
 )
+from edge_runtime.requests.entries import Entry, State, StoredEntries
 from edge_runtime.requests.timing import ResendTimer, RetryTimer, busy_wait_s
 from edge_runtime.wire import Reply, Status
 from edge_runtime.wire.envelope import MAX_VIA
@@ -51,49 +49,7 @@ RETRY_DEADLINE_S = 30.0  # for the reply to a request that comes out of the outb
 AWAY_S = 5.0  # after a frame found the link away, nothing is retried for this time
 POLL_S = 0.5  # between two looks whether a kept request may be retried
 DEFAULT_BUSY_S = 1.0  # for a server that says "busy" without a time
-MAX_STORED = 65_536  # requests in the outbox; the index takes some 300 bytes of memory for each
-# Kept requests are given up (too many, too old) at this rate: each has an event, and live requests come first.
-DROPS, DROP_EVERY_S = 16, 0.1
 MAX_UNKNOWN_BUNDLE = 6  # such replies in one try; with two servers, the right one is missed so often once in 64
-
-
-class State(enum.Enum):
-    STORING = "storing"  # must be on disk before it is sent
-    OPEN = "open"  # sent, waits for a reply
-    IMPROVABLE = "improvable"  # has a reply that is not final: a higher tier may answer once more
-    KEPT = "kept"  # in the outbox, waits for its next try
-    READING = "reading"  # the outbox has been asked for its content
-
-
-@dataclass(slots=True)
-class _Entry(Generic[T]):
-    """One request that has not ended."""
-
-    id: bytes
-    content: T | None  # None while only the outbox has it
-    handed_over_at: float  # when the content came
-    deadline: float
-    state: State
-    is_stored: bool = False  # in the outbox
-    size: int = 0  # bytes there
-    # In STORING, OPEN and IMPROVABLE:
-    sent_at: float = inf  # first, in this try
-    resend_at: float = inf
-    sends: int = 0  # in this try
-    doublings: int = 0  # of the resend interval
-    refusals: int = 0  # replies in this try that asked to come back later
-    was_told_when: bool = False  # the latest of these said when
-    refusal: Why | None = None  # and why
-    unknown_bundle: int = 0  # of these, from servers without the bundle
-    latest: tuple[str, bytes] = ("", b"")  # server and tokens of the latest reply that is not final
-    not_final: int = 0  # replies that are not final
-    # Of those that were KEPT:
-    was_kept: bool = False
-    kept_at: float = 0.0
-    vain_tries: int = 0  # out of the outbox
-    retry_at: float = -inf
-    late_reply: Reply | None = None  # came while the request was kept
-    drop_reason: Why | None = None  # why the outbox gives it up
 
 
 class RequestLifecycle(Generic[T]):
@@ -121,13 +77,11 @@ class RequestLifecycle(Generic[T]):
         self._capacity, self._rng, self._outbox, self._size_of = capacity, rng, outbox, size_of
         self._resend = ResendTimer(min_resend_s, rng)
         self._retry = RetryTimer(outbox.replay_per_s if outbox else 1.0, rng)
-        self._live: dict[bytes, _Entry[T]] = {}  # those that are not KEPT
-        self._stored: dict[bytes, _Entry[T]] = {}  # those in the outbox, oldest first; some are live, too
-        self._stored_bytes = 0
+        self._live: dict[bytes, Entry[T]] = {}  # those that are not KEPT
+        self._stored: StoredEntries[T] = StoredEntries(outbox)  # some are live, too
         self._in_state: Counter[State] = Counter()
         self._away_at = -inf  # when a frame last found the link away
         self._poll_at = -inf
-        self._drop_at = -inf
         self._ended: OrderedDict[bytes, str] = OrderedDict()  # id -> what a further reply is counted as
         self._counts: Counter[str] = Counter()
 
@@ -166,8 +120,7 @@ class RequestLifecycle(Generic[T]):
         """When `on_time` will next have something to do; inf: never."""
         times = [min(entry.deadline, entry.resend_at) for entry in self._live.values()]
         if self._in_state[State.KEPT]:
-            drops_at = -inf if self._is_too_full() else self._expires_at()
-            times += [max(self._retry.free_at(), self._poll_at), max(drops_at, self._drop_at)]
+            times += [max(self._retry.free_at(), self._poll_at), self._stored.drops_at()]
         return min(times, default=inf)
 
     # ---- what happens ----
@@ -179,10 +132,10 @@ class RequestLifecycle(Generic[T]):
 
         link_is_away: not worth sending now. It goes to the outbox at once, if that takes it.
         """
-        if request_id in self._live or request_id in self._stored:
+        if request_id in self._live or self._stored.get(request_id):
             raise ValueError(f"request {request_id.hex()} is open already: ids are used once")
         self._counts["accepted"] += 1
-        entry = _Entry(request_id, content, now, deadline, State.STORING)
+        entry = Entry(request_id, content, now, deadline, State.STORING)
         self._live[request_id] = entry
         self._in_state[State.STORING] += 1
         if link_is_away:
@@ -242,14 +195,13 @@ class RequestLifecycle(Generic[T]):
     def on_found(self, found: Iterable[Found], missing: int, now: float) -> list[Action[T]]:
         """What an earlier run left in the outbox; missing: requests that the disk has lost, with their ids."""
         for item in found:
-            if item.id not in self._live and item.id not in self._stored:
+            if item.id not in self._live and not self._stored.get(item.id):
                 self._counts["found"] += 1
-                entry: _Entry[T] = _Entry(item.id, None, now, inf, State.KEPT, is_stored=True, size=item.size)
+                entry: Entry[T] = Entry(item.id, None, now, inf, State.KEPT, is_stored=True, size=item.size)
                 entry.was_kept, entry.kept_at = True, now - item.age_s
                 self._in_state[State.KEPT] += 1
-                self._stored[item.id] = entry
-                self._stored_bytes += item.size
-        self._stored = dict(sorted(self._stored.items(), key=lambda pair: pair[1].kept_at))
+                self._stored.add(entry)
+        self._stored.sort()
         self._counts["found"] += missing
         self._counts["lost"] += missing
         return []
@@ -312,13 +264,13 @@ class RequestLifecycle(Generic[T]):
 
     # ---- sending ----
 
-    def _send_first(self, entry: _Entry[T], now: float) -> list[Action[T]]:
+    def _send_first(self, entry: Entry[T], now: float) -> list[Action[T]]:
         self._move(entry, State.OPEN)
         entry.sent_at, entry.sends, entry.doublings = now, 1, self._resend.doublings
         entry.resend_at = now + self._resend.interval(entry.doublings)
         return [self._send(entry, now, is_resend=False)]
 
-    def _send_again(self, entry: _Entry[T], now: float) -> Send[T]:
+    def _send_again(self, entry: Entry[T], now: float) -> Send[T]:
         is_asked_for, entry.was_told_when = entry.was_told_when, False
         entry.doublings += not is_asked_for  # a server that says "busy" is not silent
         entry.resend_at = now + self._resend.interval(entry.doublings)
@@ -326,14 +278,14 @@ class RequestLifecycle(Generic[T]):
         self._counts["resent"] += 1
         return self._send(entry, now, is_resend=True, is_asked_for=is_asked_for)
 
-    def _send(self, entry: _Entry[T], now: float, is_resend: bool, is_asked_for: bool = False) -> Send[T]:
+    def _send(self, entry: Entry[T], now: float, is_resend: bool, is_asked_for: bool = False) -> Send[T]:
         assert entry.content is not None
         waited_s, left_s = now - entry.handed_over_at, entry.deadline - now
         return Send(entry.id, entry.content, waited_s, left_s, is_resend, is_asked_for)
 
     # ---- replies ----
 
-    def _answer(self, entry: _Entry[T], reply: Reply, now: float) -> list[Action[T]]:
+    def _answer(self, entry: Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         is_first, seen = entry.state is not State.IMPROVABLE, (reply.server, reply.tokens)
         if not reply.final and (seen == entry.latest or entry.not_final > MAX_VIA):
             # Each new text once, and no more than there can be tiers: a server answers each copy of a request.
@@ -360,12 +312,12 @@ class RequestLifecycle(Generic[T]):
         oldest = next(entry for entry in self._live.values() if entry.state is State.IMPROVABLE)
         return self._settle(oldest, Why("full", "too many wait for a higher tier"))
 
-    def _settle(self, entry: _Entry[T], why: Why) -> list[Action[T]]:
+    def _settle(self, entry: Entry[T], why: Why) -> list[Action[T]]:
         assert entry.content is not None
         self._end(entry, "duplicate")
         return [Settle(entry.id, entry.content, why), *self._leave_outbox(entry)]
 
-    def _come_back_later(self, entry: _Entry[T], reply: Reply, now: float) -> list[Action[T]]:
+    def _come_back_later(self, entry: Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         if entry.state is not State.OPEN:
             self._counts["duplicate" if entry.state is State.IMPROVABLE else "late"] += 1
             return []
@@ -380,7 +332,7 @@ class RequestLifecycle(Generic[T]):
         is_in_vain = entry.resend_at >= entry.deadline or entry.unknown_bundle >= MAX_UNKNOWN_BUNDLE
         return self._no_reply(entry, entry.refusal, now) if is_in_vain else []
 
-    def _send_alone(self, entry: _Entry[T], reply: Reply, now: float) -> list[Action[T]]:
+    def _send_alone(self, entry: Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         """The server lacks the reference of the first copy. Later copies have none."""
         if entry.state is not State.OPEN or entry.sends != 1:
             self._counts["duplicate" if entry.state is State.IMPROVABLE else "late"] += 1
@@ -388,7 +340,7 @@ class RequestLifecycle(Generic[T]):
         entry.refusal, entry.was_told_when = _refusal(reply), True
         return [self._send_again(entry, now)] if now < entry.deadline else []
 
-    def _refused(self, entry: _Entry[T], reply: Reply, now: float) -> list[Action[T]]:
+    def _refused(self, entry: Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         if entry.state is State.IMPROVABLE:
             self._counts["duplicate"] += 1
             return []
@@ -399,12 +351,12 @@ class RequestLifecycle(Generic[T]):
 
     # ---- without a reply ----
 
-    def _deadline(self, entry: _Entry[T], now: float) -> list[Action[T]]:
+    def _deadline(self, entry: Entry[T], now: float) -> list[Action[T]]:
         if entry.state is State.IMPROVABLE:
             return self._settle(entry, Why("no_reply", "no higher tier answered in time"))
         return self._no_reply(entry, entry.refusal or Why("no_reply", f"no reply to {entry.sends} sent"), now)
 
-    def _no_reply(self, entry: _Entry[T], why: Why, now: float) -> list[Action[T]]:
+    def _no_reply(self, entry: Entry[T], why: Why, now: float) -> list[Action[T]]:
         """Nothing more comes for now: the outbox has the request from here on, or it is lost."""
         if not (entry.is_stored or self.can_store):
             return self._lose(entry, why)
@@ -414,12 +366,12 @@ class RequestLifecycle(Generic[T]):
             actions.append(Postpone(entry.id, content, why))
         return actions
 
-    def _lose(self, entry: _Entry[T], why: Why) -> list[Action[T]]:
+    def _lose(self, entry: Entry[T], why: Why) -> list[Action[T]]:
         self._counts["lost"] += 1
         self._end(entry, "late")
         return [*self._leave_outbox(entry), Lose(entry.id, entry.content, why)]
 
-    def _end(self, entry: _Entry[T], further_replies: str) -> None:
+    def _end(self, entry: Entry[T], further_replies: str) -> None:
         """further_replies: what they are counted as."""
         del self._live[entry.id]
         self._in_state[entry.state] -= 1
@@ -428,7 +380,7 @@ class RequestLifecycle(Generic[T]):
         if len(self._ended) > ENDED:
             self._ended.popitem(last=False)
 
-    def _move(self, entry: _Entry[T], state: State) -> None:
+    def _move(self, entry: Entry[T], state: State) -> None:
         self._in_state[entry.state] -= 1
         self._in_state[state] += 1
         entry.state = state
@@ -439,14 +391,13 @@ class RequestLifecycle(Generic[T]):
 
     # ---- the outbox ----
 
-    def _store(self, entry: _Entry[T]) -> list[Action[T]]:
+    def _store(self, entry: Entry[T]) -> list[Action[T]]:
         assert entry.content is not None
         entry.is_stored, entry.size = True, self._size_of(entry.content)
-        self._stored[entry.id] = entry
-        self._stored_bytes += entry.size
+        self._stored.add(entry)
         return [Store(entry.id, entry.content)]
 
-    def _keep(self, entry: _Entry[T], now: float) -> list[Action[T]]:
+    def _keep(self, entry: Entry[T], now: float) -> list[Action[T]]:
         """The outbox alone has it from now on, until its next try."""
         actions = [] if entry.is_stored else self._store(entry)
         self._retry.end(entry.id)
@@ -461,35 +412,12 @@ class RequestLifecycle(Generic[T]):
         return actions
 
     def _give_up_old(self, now: float) -> list[Action[T]]:
-        """Give up the oldest kept requests while there are too many, and those that are too old, some at a time."""
-        if self._outbox is None or now < self._drop_at:
-            return []
+        """Their contents are read first, so that their events can say what is lost."""
         actions: list[Action[T]] = []
-        too_old = now - self._outbox.max_age_s
-        for entry in list(islice((e for e in self._stored.values() if e.state is State.KEPT), DROPS)):
-            if self._is_too_full():
-                actions += self._drop(entry, "full")
-            elif entry.kept_at <= too_old:
-                actions += self._drop(entry, "too old")
-        if actions:
-            self._drop_at = now + DROP_EVERY_S
+        for entry, why in self._stored.take_drops(now):
+            entry.drop_reason = Why("outbox", f"outbox: {why}")
+            actions += self._read(entry)
         return actions
-
-    def _is_too_full(self) -> bool:
-        """Open requests in the outbox are few, and stay."""
-        return self._outbox is not None and (
-            self._stored_bytes > self._outbox.max_bytes or len(self._stored) > MAX_STORED
-        )
-
-    def _expires_at(self) -> float:
-        oldest = next((entry for entry in self._stored.values() if entry.state is State.KEPT), None)
-        return oldest.kept_at + self._outbox.max_age_s if oldest and self._outbox else inf
-
-    def _drop(self, entry: _Entry[T], why: str) -> list[Action[T]]:
-        """The outbox gives it up. Its content is read first, so that its event can say what is lost."""
-        entry.drop_reason = Why("outbox", f"outbox: {why}")
-        self._unlist(entry)
-        return self._read(entry)
 
     def _retry_one(self, now: float, link_is_free: bool) -> list[Action[T]]:
         """Live frames come first: in the table of open requests, and on a link that has just been away for them."""
@@ -499,34 +427,29 @@ class RequestLifecycle(Generic[T]):
         is_idle = self.open_count < max(1, self._capacity // 2) and now - self._away_at > AWAY_S
         if not (link_is_free and is_idle):
             return []
-        kept = (entry for entry in self._stored.values() if entry.state is State.KEPT and entry.retry_at <= now)
-        if (entry := next(kept, None)) is None:
+        if (entry := self._stored.next_retry(now)) is None:
             return []
         self._poll_at = -inf
         self._retry.start(entry.id, now)
         return self._read(entry)
 
-    def _read(self, entry: _Entry[T]) -> list[Action[T]]:
+    def _read(self, entry: Entry[T]) -> list[Action[T]]:
         self._move(entry, State.READING)
         return [Read(entry.id)]
 
-    def _lost_by_disk(self, entry: _Entry[T], why: str) -> list[Action[T]]:
+    def _lost_by_disk(self, entry: Entry[T], why: str) -> list[Action[T]]:
         if entry.state in (State.KEPT, State.READING):
             self._move(entry, State.READING)
             return self._lose(entry, Why("outbox", f"outbox: {why}"))
         self._leave_outbox(entry)  # it is open: stored once more if no reply comes
         return []
 
-    def _leave_outbox(self, entry: _Entry[T]) -> list[Action[T]]:
+    def _leave_outbox(self, entry: Entry[T]) -> list[Action[T]]:
         if not entry.is_stored:
             return []
         entry.is_stored = False
-        self._unlist(entry)
+        self._stored.remove(entry)
         return [Delete(entry.id)]
-
-    def _unlist(self, entry: _Entry[T]) -> None:
-        if self._stored.pop(entry.id, None):
-            self._stored_bytes -= entry.size
 
 
 def _refusal(reply: Reply) -> Why:
