@@ -425,9 +425,7 @@ class RequestLifecycle(Generic[T]):
             return []
         self._poll_at = now + POLL_S
         is_idle = self.open_count < max(1, self._capacity // 2) and now - self._away_at > AWAY_S
-        if not (link_is_free and is_idle):
-            return []
-        if (entry := self._stored.next_retry(now)) is None:
+        if not (link_is_free and is_idle) or (entry := self._stored.next_retry(now)) is None:
             return []
         self._poll_at = -inf
         self._retry.start(entry.id, now)
