@@ -23,11 +23,9 @@ from edge_runtime.requests.actions import (
     Store,
     Why,
 )
+from edge_runtime.requests.entries import DROP_EVERY_S, DROPS, MAX_STORED
 from edge_runtime.requests.lifecycle import (
     AWAY_S,
-    DROP_EVERY_S,
-    DROPS,
-    MAX_STORED,
     MAX_UNKNOWN_BUNDLE,
     POLL_S,
     RETRY_DEADLINE_S,
