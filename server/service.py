@@ -29,7 +29,6 @@ from edge_runtime.wire import (
     Hop,
     ReferenceLostError,
     Reply,
-    Request,
     Status,
     Tier,
     WireError,
@@ -39,11 +38,12 @@ from edge_runtime.wire import (
 )
 from edge_runtime.wire.envelope import MAX_TEXT, Bytes8
 from server.accepted import Accepted
+from server.admission import refusal_of
 from server.batch_times import BatchTimes
 from server.batcher import Batch, Batcher
 from server.config import ServerConfig
 from server.counters import by_label
-from server.escalation import Bounds, is_loop
+from server.escalation import Bounds
 from server.escalator import Escalator
 from server.gateway import Arrival
 from server.pictures import PictureCostError, PictureDecoder, PictureWorkerError
@@ -116,52 +116,16 @@ class Service:
             self._count("joined")  # its reply is on the way
             if first:
                 reply(first, request.budget_ms / 1e3)
-        elif request.content_kind is ContentKind.LATENT and request.bundle not in self.target.abilities.bundles:
-            self._refuse(accepted, Status.UNKNOWN_BUNDLE, self._unknown_bundle(request), ELSEWHERE_RETRY_MS)
-        elif for_another := self._unknown_prompt(request) or self._unknown_sampling(request):
-            self._refuse(accepted, Status.UNKNOWN_BUNDLE, for_another, ELSEWHERE_RETRY_MS)
-        elif objection := self._objection(request):
-            self._refuse(accepted, Status.BAD_REQUEST, objection)
-        elif request.content_kind is ContentKind.LATENT:
-            self._enqueue(accepted, self.batcher)
+        elif refusal := refusal_of(request, self.target.abilities, self.config.id, self.takes_pictures):
+            if refusal.counted:
+                self._count(*refusal.counted)
+            retry_ms = ELSEWHERE_RETRY_MS if refusal.status is Status.UNKNOWN_BUNDLE else None
+            self._refuse(accepted, refusal.status, refusal.why, retry_ms)
         else:
-            self._enqueue(accepted, self.pictures)
-
-    def _unknown_bundle(self, request: Request) -> str:
-        """The error in a latent that another server of the pool may be able to read."""
-        theirs, ours = request.bundle.hex(), " and ".join(each.hex() for each in self.target.abilities.bundles)
-        if not ours:
-            return f"the target of this server takes pictures only, no latents of bundle {theirs}: send pictures"
-        return f"bundle {theirs} is not here, {ours} is: ask again for another server, or install one"
-
-    def _unknown_prompt(self, request: Request) -> str | None:
-        """Why it cannot ask in these words; another server of the pool may have the prompt."""
-        name, known = request.options.prompt if request.options else "", self.target.abilities.prompts
-        if not name:
-            return None
-        self._count("prompts", "asked" if name in known else "unknown")
-        if name in known:
-            return None
-        have = f"it has {', '.join(known)}" if known else "its target reads no prompts"
-        return f"prompt {name!r} is not here, {have}: write it into [prompts] of a server whose target reads prompts"
-
-    def _unknown_sampling(self, request: Request) -> str | None:
-        """Why it cannot choose tokens in this way; another server of the pool may."""
-        if request.options is None or request.options.is_greedy or self.target.abilities.sample:
-            return None
-        return "the target of this server does not sample: want no temperature and no other options of sampling"
-
-    def _objection(self, request: Request) -> str | None:
-        """The error in a request that this server can never answer."""
-        options = request.options
-        if options and is_loop(options, self.config.id):
-            self._count("loop")
-            way = " -> ".join((*options.via, self.config.id))
-            return f"a loop, or too many tiers: {way}: let [upstream] name a tier above"
-        if request.content_kind is not ContentKind.LATENT and not self.takes_pictures:
-            self._count("pictures", "not_taken")
-            return "this server takes no pictures, only latents: choose another paradigm than offload"
-        return None
+            if request.options and request.options.prompt:
+                self._count("prompts", "asked")
+            is_latent = request.content_kind is ContentKind.LATENT
+            self._enqueue(accepted, self.batcher if is_latent else self.pictures)
 
     def _enqueue(self, accepted: Accepted, queue: Batcher[Accepted]) -> None:
         """Into a queue, if an answer can be expected in time: otherwise it would only delay the others."""
