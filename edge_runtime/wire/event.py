@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.wire.bounded import decode_bounded
-from edge_runtime.wire.envelope import MAX_TOKEN, MAX_TOKENS, Answers, Hop, Millis, Name, Share, Text, UInt32, Usage
+from edge_runtime.wire.envelope import MAX_TOKEN, MAX_TOKENS, Answers, Hop, Millis, Name, Share, Text, UInt32
 from edge_runtime.wire.errors import EnvelopeError
 from edge_runtime.wire.json_object import check_object
 
@@ -49,10 +49,6 @@ class EventUsage(Struct, frozen=True, omit_defaults=True):
     ] = None
     currency: Annotated[str, Meta(max_length=8, description="The currency of the cost.")] = ""
 
-    @classmethod
-    def from_usage(cls, usage: Usage) -> "EventUsage":
-        return cls(usage.input_tokens, usage.output_tokens, usage.cost, usage.currency)
-
 
 class EventHop(Struct, frozen=True, omit_defaults=True):
     """One server's part in the answer."""
@@ -69,7 +65,7 @@ class EventHop(Struct, frozen=True, omit_defaults=True):
     @classmethod
     def from_hop(cls, hop: Hop) -> "EventHop":
         tier: TierName = ("device", "edge", "cloud")[hop.tier]
-        usage = EventUsage.from_usage(hop.usage) if hop.usage else None
+        usage = EventUsage(**msgspec.structs.asdict(hop.usage)) if hop.usage else None
         return cls(tier, hop.server, hop.queue_ms, hop.compute_ms, hop.stages_ms or {}, usage)
 
 
