@@ -100,32 +100,22 @@ def measure_process(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend
 
 def _board(bundle: Bundle, folder: Path, backend: str, marks: Sequence[int]) -> tuple[float, dict[int, float]]:
     """Runs `aiflow run` until it has reported marks[-1] frames. Returns its start time and its memory at each mark."""
-    arrived: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
-    first_s, megabytes = 0.0, {}
+    reported: list[float] = []  # when each frame's first event came
+    megabytes = {}
+
+    def arrived(message: Message) -> None:
+        if (event := read_event(message.payload)) and event.type == "new":
+            reported.append(time.monotonic())
+
+    camera = {"name": "camera", "source": str(folder / "photos"), "interval_s": 0.0, "repeat": True}
+    board = {"id": BOARD, "site": SITE, "bundle": str(bundle.path), "backend": backend, "threads": 1}
     with start_embedded() as port:
-        camera = {"name": "camera", "source": str(folder / "photos"), "interval_s": 0.0, "repeat": True}
-        board = {"id": BOARD, "site": SITE, "bundle": str(bundle.path), "backend": backend, "threads": 1}
-        user = MqttClient(
-            MqttConfig(port=port).settings("user"),
-            subscriptions=[(topics.event(SITE, BOARD), 1)],
-            on_message=lambda message: arrived.put((time.monotonic(), message)),
-        )
-        with user:
+        settings = MqttConfig(port=port).settings("user")
+        with MqttClient(settings, subscriptions=[(topics.event(SITE, BOARD), 1)], on_message=arrived) as user:
             user.wait_online(PATIENCE_S)
-            started, seen = time.monotonic(), 0
+            started = time.monotonic()
             with AiflowProcess("run", {"board": board, "cameras": [camera], "mqtt": {"port": port}}, folder) as process:
-                measured = psutil.Process(process.pid)
-                while seen < marks[-1]:
-                    process.has_ended()
-                    try:
-                        at, message = arrived.get(timeout=0.5)
-                    except queue.Empty:
-                        continue
-                    event = read_event(message.payload)
-                    if not event:
-                        continue
-                    seen += event.type == "new"
-                    first_s = first_s or at - started
-                    if seen in marks and seen not in megabytes:
-                        megabytes[seen] = measured.memory_info().rss / 1e6
-    return first_s, megabytes
+                for mark in marks:
+                    process.wait_for(lambda mark=mark: len(reported) >= mark, PATIENCE_S + mark)  # type: ignore[misc]
+                    megabytes[mark] = psutil.Process(process.pid).memory_info().rss / 1e6
+    return reported[0] - started, megabytes

@@ -17,7 +17,7 @@ from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.inference.preprocess import to_input
 from firmware_tools.evaluate import CAPTIONS_HELP
 from models import SHIPPED_BUNDLE
-from testbed.argument_types import PHOTOS, new_file, number
+from testbed.argument_types import PHOTOS, hf_model, new_file, number
 from testbed.processes import interrupted_once
 from testbed.sample_photos import collect, frames
 from testbed.terminal import print_figures, print_table, track
@@ -362,11 +362,3 @@ def timed(step: Callable[[Any], Any], inputs: Sequence[Any]) -> tuple[list[Any],
         results.append(step(each))
         times_ms.append(1e3 * (time.process_time() - started))
     return results, statistics.median(times_ms)
-
-
-def hf_model(text: str) -> str:
-    """An argument's type: the model of a target that transformers runs."""
-    kind, _, name = text.partition(":")
-    if kind != "hf" or not name:
-        raise argparse.ArgumentTypeError(f"{text!r}, want hf:FOLDER or hf:NAME")
-    return name

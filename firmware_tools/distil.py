@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edge_runtime.capture.picture_files import read_pictures
 from models import SHIPPED_BUNDLE
-from testbed.argument_types import PHOTOS, number
+from testbed.argument_types import PHOTOS, hf_model, number
 from testbed.terminal import markdown_table, print_table, track
 
 if TYPE_CHECKING:
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
     from server.targets.huggingface_tower import Tower
 
 MAX_TEXT = 32  # tokens of the texts on which two models are compared
-TARGET = "hf:"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", type=_target, required=True, metavar="hf:NAME_OR_PATH", help="as in server.toml")
+    parser.add_argument("--target", type=hf_model, required=True, metavar="hf:NAME_OR_PATH", help="as in server.toml")
     parser.add_argument(
         "--photos",
         **PHOTOS,
@@ -58,12 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:1")
     parser.add_argument("--threads", type=number, default=1)
     parser.add_argument("--online", action="store_true", help="download a model that is not on this machine")
-
-
-def _target(text: str) -> str:
-    if not text.startswith(TARGET) or not len(TARGET) < len(text) <= 512:
-        raise argparse.ArgumentTypeError(f"{text!r}, want {TARGET} and a folder or a name on the hub")
-    return text.removeprefix(TARGET)
 
 
 def _pixels(text: str) -> int:

@@ -5,14 +5,13 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-import msgspec
-
 from edge_runtime.errors import AiflowError
 from edge_runtime.firmware.signature import SignatureError, claimed
 from edge_runtime.inference.bundle import MANIFEST, Bundle
 from edge_runtime.mqtt import Message, MqttClient, MqttSettings, State
 from edge_runtime.wire import EnvelopeError, topics
 from edge_runtime.wire.update import CHUNK_BYTES, VERSION, Chunk, UpdateState, decode_update_state, encode_chunk
+from testbed.statuses import StatusFields, read_status
 
 # Without a word of the board for this time, the offer is repeated. 64 KB take as long at 17 kbit/s.
 SILENT_S = 30.0
@@ -20,21 +19,6 @@ SILENT_S = 30.0
 
 class PushError(AiflowError):
     """The board did not take the bundle."""
-
-
-class _Status(msgspec.Struct, frozen=True):
-    """Of a board: whether it is there, and in which start."""
-
-    state: str = ""
-    boot: str = ""
-
-
-def _status(payload: bytes) -> _Status:
-    """The defaults if this is none: whoever may write there, may write anything."""
-    try:
-        return msgspec.json.decode(payload, type=_Status)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return _Status()
 
 
 class Push:
@@ -59,7 +43,7 @@ class Push:
         Raises PushError if the board refuses it, or does not end within timeout_s.
         """
         arrived: queue.Queue[Message] = queue.Queue()
-        until, last = time.monotonic() + timeout_s, _Status()
+        until, last = time.monotonic() + timeout_s, StatusFields()
         subscriptions = [(self._state, 1), (self._status, 1)]
         with MqttClient(settings, subscriptions=subscriptions, on_message=arrived.put) as client:
             is_done = False
@@ -77,7 +61,7 @@ class Push:
                 if message.topic == self._state:
                     is_done = self._heard(message.payload, client)
                     continue
-                before, last = last, _status(message.payload)
+                before, last = last, read_status(message.payload)
                 if last.state != "online":
                     self._say("the board is offline: waiting for it")
                 elif last != before and not message.retained:  # it has started or connected, perhaps in the middle

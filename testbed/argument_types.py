@@ -23,6 +23,14 @@ def share(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r}, want a number from 0 to 1")
 
 
+def hf_model(text: str) -> str:
+    """An argument's type: the model of a target that transformers runs."""
+    kind, _, name = text.partition(":")
+    if kind != "hf" or not 1 <= len(name) <= 512:
+        raise argparse.ArgumentTypeError(f"{text!r}, want hf:FOLDER, or hf:NAME with a name on the hub")
+    return name
+
+
 def new_file(text: str) -> Path:
     """An argument's type: a file to write at the end. Its directory is checked now, before anything runs."""
     path = Path(text)

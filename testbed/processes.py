@@ -19,12 +19,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 import tomli_w
 
 from edge_runtime.errors import AiflowError
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.wire import EnvelopeError, Event, decode_event, topics
+from testbed.statuses import StatusFields, read_status
 
 logger = logging.getLogger(__name__)
 
@@ -210,22 +210,6 @@ def interrupted_once() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class StatusFields(msgspec.Struct, frozen=True):
-    """The fields of a board's or server's status that tell when it is ready."""
-
-    state: str = ""
-    server: str = ""
-    share_proven: bool = False  # requests reach this server
-
-
-def read_status(payload: bytes) -> StatusFields:
-    """The defaults if this is not a status: anybody may publish anything on its topic."""
-    try:
-        return msgspec.json.decode(payload, type=StatusFields)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return StatusFields()
 
 
 def read_event(payload: bytes) -> Event | None:

@@ -1,6 +1,5 @@
 import json
 import shutil
-from functools import partial
 
 import cv2
 import msgspec
@@ -29,7 +28,7 @@ KEYS = {
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
     """Four photos in two folders, with captions; and an engine that proves few shapes, since all take a while."""
-    monkeypatch.setattr("server.numerics.prove", partial(prove, sizes=(1, 2)))
+    monkeypatch.setattr("server.loading.prove", lambda engine, _: prove(engine, (1, 2)))
     rows = ["split\timage\tcaption"]
     for number in range(4):
         path = tmp_path / "photos" / ("cat" if number % 2 else "dog") / f"{number}.jpg"

@@ -4,7 +4,6 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -68,7 +67,7 @@ def test_a_question_is_taught_measured_and_the_same_again(photos: Path, board_bu
 
 
 def test_what_was_taught_holds_for_photos_that_it_has_not_seen(photos: Path, board_bundle: Bundle, monkeypatch) -> None:
-    monkeypatch.setattr("server.numerics.prove", partial(prove, sizes=(1, 2)))
+    monkeypatch.setattr("server.loading.prove", lambda engine, _: prove(engine, (1, 2)))
     assert teach(photos, board_bundle) == 0
     for number in range(6):
         for kind in ("open", "closed"):

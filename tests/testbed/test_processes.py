@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from testbed.processes import AiflowProcess, Process, ProcessError, StatusFields, read_status
+from testbed.processes import AiflowProcess, Process, ProcessError
+from testbed.statuses import StatusFields, read_status
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240  # on a machine that may be busy
