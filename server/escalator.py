@@ -42,7 +42,7 @@ class AskedAbove:
 
 
 class Escalator:
-    """For the threads that call the target, except where it says otherwise; with an upstream, for one of them.
+    """For the threads that call the target, except where it says otherwise.
 
     upstream: the tier above, if there is one. count: adds one to a counter, by name and label. finish: sends a final
     reply.

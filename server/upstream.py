@@ -12,6 +12,7 @@ is sent again, and the board has a text to show meanwhile.
 import logging
 import random
 import secrets
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -71,7 +72,8 @@ class Upstream:
             "upstream", self._lifecycle, self._receive, self._perform
         )
         self._on_their_way: set[bytes] = set()  # requests with a copy that the broker does not have yet
-        self._asked = 0  # written and read by the asking thread alone
+        self._asking = threading.Lock()  # over the ids and the next one; held for a few statements
+        self._asked = 0
         self._trips: tuple[tuple[float, float], ...] = ()  # (when, seconds), replaced as a whole: two threads read it
         self._client = MqttClient(
             config.settings(server),
@@ -88,7 +90,7 @@ class Upstream:
         self._thread.close(Why("stopping", "this server stops"))
         self._client.close(drain_s=0.0)  # nobody waits for what is still to be sent
 
-    # ---- the engine's thread ----
+    # ---- the threads that call the target ----
 
     def above(self, now: float) -> Above:
         """What `escalation.obstacle_to` wants to know."""
@@ -98,10 +100,13 @@ class Upstream:
 
     def ask(self, request: Request, until: float, tell: Tell) -> None:
         """Passes a request up, under an id of our own. Never waits. Raises EnvelopeError if it is too large."""
-        request = msgspec.structs.replace(request, id=self._ids.next(time.time_ns() // 1_000_000, secrets.randbits(16)))
+        with self._asking:
+            own_id = self._ids.next(time.time_ns() // 1_000_000, secrets.randbits(16))
+        request = msgspec.structs.replace(request, id=own_id)
         # In its longest form: numbers grow with their values, and a later copy is older.
         encode_request(msgspec.structs.replace(request, age_ms=MAX_UINT32, budget_ms=MAX_UINT32))
-        self._asked += 1
+        with self._asking:
+            self._asked += 1
         self._thread.put(UpstreamRequest(request, until, tell, time.monotonic()))
 
     # ---- any thread ----
