@@ -38,6 +38,6 @@ def refusal_of(request: Request, can: Abilities, server: str, takes_pictures: bo
         why = f"a loop, or too many tiers: {way}: let [upstream] name a tier above"
         return Refusal(Status.BAD_REQUEST, why, ("loop", ""))
     if not is_latent and not takes_pictures:
-        why = "this server takes no pictures, only latents: choose another paradigm than offload"
-        return Refusal(Status.BAD_REQUEST, why, ("pictures", "not_taken"))
+        why = "this server takes no pictures, only latents: choose another paradigm than offload, or another server"
+        return Refusal(Status.UNKNOWN_BUNDLE, why, ("pictures", "not_taken"))
     return None

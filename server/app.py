@@ -111,8 +111,8 @@ def run_server(
     upstream, bounds = None, None
     if config.upstream:
         upstream, bounds = Upstream(config.upstream, server.id), config.upstream.bounds()
-    # At somebody else's server, a repeat that counted as new while the first copy waits would be paid for twice.
-    replies = ReplyCache(max_flight_s=MAX_AGE_S) if config.openai else ReplyCache()
+    # A repeat that counted as new while the first copy waits for another model would be computed, or paid for, twice.
+    replies = ReplyCache() if server.target == "bundle" else ReplyCache(max_flight_s=MAX_AGE_S)
     service = Service(server, target, replies, upstream, bounds)
     logger.info("server ready id=%s target=%s tokenizer=%s", server.id, server.target, target.abilities.tokenizer)
     with ExitStack() as stack:

@@ -96,7 +96,6 @@ class Batcher(Generic[Item]):
                 return Batch()
             if self._last_was_shared or self._count > 1:
                 self._changed.wait_for(lambda: self._count >= self.max_batch, self.wait_s)
-            self._last_was_shared = self._count > 1
             now, boards = self._clock(), self._ready()
             batch: Batch[Item] = Batch()
             while boards and len(batch.items) < self.max_batch:
@@ -111,6 +110,8 @@ class Batcher(Generic[Item]):
                     batch.stale.append(item)
                 if board not in self._queues:
                     boards.remove(board)
+            if batch.items:  # else another thread has taken them
+                self._last_was_shared = len(batch.items) > 1
             return batch
 
     def done(self, board: str, cost_ms: float) -> None:

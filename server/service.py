@@ -284,7 +284,10 @@ class Service:
                 shares = [answer.passes or 1 for answer in answers]  # a target may count no passes
                 for i, answer, share in zip(jobs, answers, shares, strict=True):
                     costs_ms[i] += 1e3 * (done - decoded) * share / sum(shares)
-                    self._reply(batch.items[i], jobs[i], answer, started, decoded, done)
+                    try:
+                        self._reply(batch.items[i], jobs[i], answer, started, decoded, done)
+                    except EnvelopeError as error:  # numbers that no reply may have
+                        self._refuse(batch.items[i], Status.FAILED, f"the target's answer cannot be sent: {error}")
         finally:
             self.batch_times.end()
             for accepted, cost_ms in zip(batch.items, costs_ms, strict=True):
@@ -314,6 +317,8 @@ class Service:
         started = time.monotonic()
         try:
             answers = self.target.answer(jobs)
+            if len(answers) != len(jobs):
+                raise ValueError(f"{len(answers)} answers to {len(jobs)} jobs")
         except Exception as error:  # whatever it is, the boards must be told and the server must go on
             logger.exception("batch failed rows=%d", len(jobs))
             return [Answer(error=_in_engine(error))] * len(jobs)

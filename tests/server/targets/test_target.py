@@ -1,6 +1,7 @@
 """A model of somebody else in the server's process: pictures and drafts as text in, texts in batches out."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import cv2
 import msgspec
@@ -128,3 +129,20 @@ def test_the_bundles_status_says_that_it_is_strict(bundle: Bundle, make_service)
         "prompts": (),
         "refused": {},
     }
+
+
+def test_an_answer_that_no_reply_can_have_fails_alone(service: Service, model: Model, bundle: Bundle) -> None:
+    lane, answer = Lane(), model.answer
+    model.answer = lambda jobs: [replace(answer(jobs)[0], confidence=float("nan")), *answer(jobs)[1:]]
+    serve(service, lane, picture(bundle, 0), picture(bundle, 1))
+    assert [reply.status for reply in lane.replies] == [Status.FAILED, Status.OK]
+    assert "cannot be sent" in lane.replies[0].error
+    assert is_balanced(service)
+
+
+def test_a_target_with_too_few_answers_has_failed(service: Service, model: Model, bundle: Bundle) -> None:
+    lane = Lane()
+    model.answer = lambda jobs: []
+    serve(service, lane, picture(bundle, 0), picture(bundle, 1))
+    assert [reply.status for reply in lane.replies] == [Status.FAILED] * 2
+    assert is_balanced(service)
