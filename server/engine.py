@@ -103,13 +103,14 @@ class Engine:
         self.tail, self.decoders, self.classifier, self.classes, self.head = tail, decoders, classifier, classes, head
         self.lookaheads = lookaheads or {}
         self.label_words, self.label_temperature = list(label_words), label_temperature
-        self.device = torch.device(device)
+        self.device, self.threads = torch.device(device), torch.get_num_threads()
         self.proof = Proof()
         self.on_step: Callable[[], None] = lambda: None  # called after each pass of a decoder
 
     @torch.inference_mode()
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
         """The texts of any number of jobs, in their order."""
+        torch.set_num_threads(self.threads)  # OpenMP has a count for each thread that calls it
         started = time.perf_counter()
         features = self.features(jobs)
         tail_ms = 1e3 * (time.perf_counter() - started)

@@ -57,7 +57,7 @@ MIN_RETRY_MS = 50
 ELSEWHERE_RETRY_MS = 100  # the broker gives the next copy to another server of the pool, which may have the bundle
 # Threads that decode pictures. One board occupies one of them, so the pictures of another one do not wait for it.
 PICTURE_THREADS = 2
-SILENT_S = 1.0  # a batch without a step for longer may hang: what other threads do is then no progress
+SILENT_S = 3.0  # a batch without a step for longer may hang: what other threads do is then no progress
 TAKE_S = 0.2  # how often a thread that waits for work looks whether it should stop
 
 
@@ -175,7 +175,7 @@ class Service:
             finally:
                 self.pictures.done(accepted.arrival.board, 1e3 * (time.monotonic() - started))
 
-    # ---- the thread that owns the target, and more of them if it takes several calls at once ----
+    # ---- the threads that call the target: this one, and more if it takes several calls at once ----
 
     def serve(self, stop: threading.Event, notifier: Notifier | None = None) -> None:
         """Answers until `stop` is set, then finishes what was accepted, as far as `stop_s` allows.
@@ -257,10 +257,12 @@ class Service:
         ]
         for thread in threads:
             thread.start()
-        yield
-        done.set()
-        for thread in threads:
-            thread.join()
+        try:
+            yield
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
 
     def answer(self, batch: Batch[Accepted]) -> None:
         """One batch, from contents to replies. The cost of each request is charged to its board."""

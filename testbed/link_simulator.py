@@ -362,6 +362,6 @@ def read_trace(path: Path) -> list[tuple[float, Profile]]:
     try:
         return parse_trace(read_bounded(path, MAX_TRACE_BYTES).decode(), str(path))
     except OSError as error:
-        raise LinkError(f"{path}: {error.strerror}: name a file with a trace") from error
+        raise LinkError(f"{path}: {error.strerror}: name a file with a trace that can be read") from error
     except UnicodeDecodeError as error:
         raise LinkError(f"{path}: not UTF-8 at byte {error.start}, want lines such as 0<TAB>wifi") from None

@@ -71,7 +71,7 @@ def read_toml(path: Path) -> Any:
         text = read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8-sig")  # Windows editors write a byte order mark
         return _expanded(msgspec.toml.decode(text))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}: name an existing configuration file") from error
+        raise ConfigError(f"{path}: {error.strerror}: name a configuration file that can be read") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
 

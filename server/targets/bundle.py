@@ -40,7 +40,7 @@ class BundleEngine(Protocol):
 
 
 class BundleTarget(Target[Job]):
-    """For as many threads as its engine, except `status` and `load_questions`."""
+    """For as many threads as its engine, except `load_questions`."""
 
     def __init__(
         self,

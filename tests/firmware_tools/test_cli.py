@@ -189,7 +189,7 @@ def test_nobody_is_called_as_the_servers_topics_are(config: Callable[..., Path],
 
 
 def test_a_configuration_that_is_not_there_is_named(tmp_path: Path) -> None:
-    assert_one_line(aiflow("run", tmp_path / "none.toml"), "none.toml", "name an existing configuration file")
+    assert_one_line(aiflow("run", tmp_path / "none.toml"), "none.toml", "name a configuration file that can be read")
 
 
 @pytest.mark.parametrize(("command", "text"), [("run", BOARD), ("serve", SERVER), ("validate", BOARD)])

@@ -252,7 +252,7 @@ def test_a_file_too_large_for_a_configuration_is_refused(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "absent.toml"):
-        with pytest.raises(ConfigError, match="name an existing configuration file"):
+        with pytest.raises(ConfigError, match="name a configuration file that can be read"):
             load_toml(path, RuntimeConfig)
 
 
