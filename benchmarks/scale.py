@@ -1,8 +1,9 @@
 """Many boards and several servers: the answers of a site with 1, 2, 4 replicas, and the losses if one is killed.
 
 Broker, servers and Ray's replicas are real processes. The boards are simulated: they share a few MQTT connections, and
-their latents are prepared before, since one machine cannot run a thousand heads. Each sends a request at its interval.
-What becomes of it, edge_runtime/requests/lifecycle.py decides, as for a real board.
+their latents are prepared before, since one machine cannot run a thousand heads. Like a real board, each sends a
+request at its interval, asks again if no reply comes or a server is busy, later each time, and counts the request as
+lost after its deadline.
 """
 
 import heapq
@@ -15,12 +16,13 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from itertools import cycle
-from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
@@ -32,9 +34,8 @@ from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.packages import how_to_install
 from edge_runtime.pipeline import NO_PIXELS, build_request
 from edge_runtime.planning import Plan
-from edge_runtime.requests.actions import Action, Answer, Lose, Send
-from edge_runtime.requests.lifecycle import RequestLifecycle
-from edge_runtime.wire import Request, RequestIds, aged, decode_reply, encode_request, topics
+from edge_runtime.requests.timing import busy_wait_s
+from edge_runtime.wire import Request, RequestIds, Status, aged, decode_reply, encode_request, topics
 from testbed.broker import free_port, start_embedded
 from testbed.processes import AiflowProcess, ProcessError, same_code, wait_serving
 
@@ -42,19 +43,22 @@ SITE = "bench"
 CONNECTIONS = 20  # of all boards together
 BUDGET_S = 20.0
 RESEND_S = 3.0
-NO_LIMIT = 1 << 30  # of open requests: the boards have none together
 GREEDY = 20  # times as many requests come from the first board, to see whether the others still get their share
 REPLICA = "ray::ServeReplica:aiflow-"
 
 Frames = Iterator[tuple[NDArray[np.int8], Sequence[int]]]
 
 
-class Asked(NamedTuple):
-    """A request of a simulated board."""
+@dataclass
+class Asked:
+    """An open request."""
 
-    board: int
+    board: str
     request: Request
     at: float  # seconds, monotonic
+    sends: int = 0
+    refusals: int = 0
+    resend_at: float = 0.0
 
 
 class Boards:
@@ -63,23 +67,21 @@ class Boards:
     def __init__(self, port: int, bundle: Bundle, frames: Frames, count: int, interval_s: float) -> None:
         self._bundle, self._frames, self._interval_s, self._ids = bundle, frames, interval_s, RequestIds()
         self._plan = Plan("speculative", "benchmark", int(1e3 * BUDGET_S))
-        self._names = [f"board-{number}" for number in range(count)]
+        self.names = [f"board-{number}" for number in range(count)]
         self._replies: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
-        # One for all boards, which share a thread, too. So they also share what they learn of the time of a reply.
-        self._lifecycle: RequestLifecycle[Asked] = RequestLifecycle(
-            NO_LIMIT, min_resend_s=RESEND_S, rng=random.Random()
-        )
-        self._refused = 0
-        self._reply_ms: list[list[float]] = [[] for _ in self._names]
+        self._open: dict[bytes, Asked] = {}
+        self._due: list[tuple[float, str, bytes]] = []  # a heap: when, board, request to send again or none
+        self.reply_ms: dict[str, list[float]] = {name: [] for name in self.names}
+        self.counts: Counter[str] = Counter()
         self._clients = [
             MqttClient(
                 MqttConfig(port=port).settings(f"boards-{i}", queue_messages=8192),
-                subscriptions=[(topics.reply(SITE, name), 1) for name in self._names[i::CONNECTIONS]],
+                subscriptions=[(topics.reply(SITE, name), 1) for name in self.names[i::CONNECTIONS]],
                 on_message=lambda message: self._replies.put((time.monotonic(), message)),
             )
             for i in range(min(CONNECTIONS, count))
         ]
-        self._running = ExitStack()
+        self._running, self._random = ExitStack(), random.Random()
 
     def __enter__(self) -> "Boards":
         with ExitStack() as started:
@@ -95,27 +97,55 @@ class Boards:
         """Asks for this time, then waits for the replies that are still to come."""
         now = time.monotonic()
         end = now + seconds
-        due = [(now + random.uniform(0, self._period(board)), board) for board in range(len(self._names))]
-        heapq.heapify(due)
-        while due or self._lifecycle.open_count:
-            self._read_until(min(due[0][0] if due else inf, time.monotonic() + 0.1))
+        self._due = [(now + random.uniform(0, self._period(name)), name, b"") for name in self.names]
+        heapq.heapify(self._due)
+        while self._due or self._open:
+            due = min(self._due[0][0], time.monotonic() + 0.1) if self._due else time.monotonic() + 0.1
+            self._read_until(due)
             now = time.monotonic()
-            self._perform(self._lifecycle.on_time(now), now)
-            while due and due[0][0] <= now:
-                _, board = heapq.heappop(due)
-                if now < end:
-                    self._ask(board, now)
-                    heapq.heappush(due, (now + self._period(board), board))
+            while self._due and self._due[0][0] <= now:
+                _, name, request_id = heapq.heappop(self._due)
+                if request_id:
+                    self._again(request_id)
+                elif now < end:
+                    self._ask(name)
+                    heapq.heappush(self._due, (now + self._period(name), name, b""))
 
-    def _period(self, board: int) -> float:
-        return self._interval_s if board else self._interval_s / GREEDY
+    def _period(self, name: str) -> float:
+        return self._interval_s / GREEDY if name == self.names[0] else self._interval_s
 
-    def _ask(self, board: int, now: float) -> None:
+    def _ask(self, name: str) -> None:
         symbols, draft = next(self._frames)
         features = RatedSymbols(symbols, self._bundle.manifest.latent.default_level, self._bundle.tables.groups)
         request_id = self._ids.next(int(time.time() * 1e3), secrets.randbits(16))
         request = build_request(self._bundle, request_id, self._plan, NO_PIXELS, features, tuple(draft))
-        self._perform(self._lifecycle.on_request(request_id, Asked(board, request, now), now + BUDGET_S, now), now)
+        self._open[request_id] = asked = Asked(name, request, time.monotonic())
+        self.counts["asked"] += 1
+        self._send(asked)
+
+    def _send(self, asked: Asked) -> None:
+        waited_s = time.monotonic() - asked.at
+        client, left_s = self._clients[self.names.index(asked.board) % CONNECTIONS], BUDGET_S - waited_s
+        payload = encode_request(aged(asked.request, waited_s, left_s))
+        client.publish(topics.request(SITE, asked.board), payload, expiry_s=left_s)
+        self._wait(asked, RESEND_S * 2.0**asked.sends * self._random.uniform(1, 1.5))
+        asked.sends += 1
+
+    def _wait(self, asked: Asked, wait_s: float) -> None:
+        """Schedules the next send."""
+        asked.resend_at = min(time.monotonic() + wait_s, asked.at + BUDGET_S)
+        heapq.heappush(self._due, (asked.resend_at, asked.board, asked.request.id))
+
+    def _again(self, request_id: bytes) -> None:
+        now, asked = time.monotonic(), self._open.get(request_id)
+        if asked is None or asked.resend_at > now:
+            return
+        if now >= asked.at + BUDGET_S:
+            del self._open[request_id]
+            self.counts["lost"] += 1
+        else:
+            self.counts["sent_again"] += 1
+            self._send(asked)
 
     def _read_until(self, due: float) -> None:
         """Reads all replies that have arrived, even if it is late already, and those that arrive before `due`."""
@@ -124,40 +154,26 @@ class Boards:
                 at, message = self._replies.get(timeout=max(0.0, due - time.monotonic()))
             except queue.Empty:
                 return
-            self._perform(self._lifecycle.on_reply(decode_reply(message.payload), at), at)
-
-    def _perform(self, actions: Sequence[Action[Asked]], now: float) -> None:
-        for action in actions:
-            match action:
-                case Send(_, (board, request, _), waited_s, left_s):
-                    payload = encode_request(aged(request, waited_s, left_s))
-                    topic = topics.request(SITE, self._names[board])
-                    self._clients[board % CONNECTIONS].publish(topic, payload, expiry_s=max(0.0, left_s))
-                case Answer(_, (board, _, asked_at)):
-                    self._reply_ms[board].append(1e3 * (now - asked_at))
-                case Lose(_, _, why):
-                    self._refused += why.code not in ("no_reply", "busy")
-
-    @property
-    def counts(self) -> dict[str, int]:
-        counts = self._lifecycle.counts
-        return {
-            "asked": counts.accepted,
-            "sent_again": counts.resent,
-            "busy": counts.busy,
-            "refused": self._refused,
-            "second_reply": counts.duplicate + counts.late + counts.unknown,
-            "lost": counts.lost - self._refused,
-        }
+            reply = decode_reply(message.payload)
+            if (asked := self._open.pop(reply.id, None)) is None:
+                self.counts["second_reply"] += 1
+            elif reply.status is Status.BUSY:
+                self.counts["busy"] += 1
+                self._open[reply.id] = asked
+                self._wait(asked, busy_wait_s((reply.retry_after_ms or 0) / 1e3, asked.refusals, self._random))
+                asked.refusals += 1
+            elif reply.status is Status.OK:
+                self.reply_ms[asked.board].append(1e3 * (at - asked.at))
+            else:
+                self.counts["refused"] += 1
 
     def figures(self, seconds: float) -> dict[str, Any]:
-        greedy, *others = self._reply_ms
+        greedy, others = self.reply_ms[self.names[0]], [self.reply_ms[name] for name in self.names[1:]]
         together = [ms for replies in others for ms in replies] or [0.0]
-        answered = sum(map(len, self._reply_ms))
         return {
-            **self.counts,
-            "answered": answered,
-            "per_second": round(answered / seconds, 2),
+            **{name: self.counts[name] for name in ("asked", "sent_again", "busy", "refused", "second_reply", "lost")},
+            "answered": len(greedy) + sum(map(len, others)),
+            "per_second": round((len(greedy) + sum(map(len, others))) / seconds, 2),
             "reply_ms_p50": round(float(np.percentile(together, 50))),
             "reply_ms_p95": round(float(np.percentile(together, 95))),
             "greedy_board_p50": round(float(np.percentile(greedy or [0.0], 50))),
