@@ -333,3 +333,4 @@ def test_a_board_that_is_stopped_and_started_on_trial_goes_on_with_it(
         status_with(status, lambda s: s["state"] == "online" and s["update"]["state"] == "trial")
         board.send_signal(signal.SIGTERM)
         assert board.wait(START_S) == 0
+        status_with(status, lambda s: s["state"] == "offline")
