@@ -37,11 +37,13 @@ POLL_S = 0.2  # how often it looks whether it has been abandoned
 GOODBYE_S = 0.5  # for an orderly end of a connection
 # What the user has set in the environment stays. FFmpeg is silent, since why_not_opened finds the reason. The options
 # are OpenCV's default, and that packets carry the time of their arrival. One thread: OpenBLAS reserves memory for each.
+OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 ENVIRONMENT = {
     "OPENCV_FFMPEG_LOGLEVEL": "-8",  # AV_LOG_QUIET
-    "OPENCV_FFMPEG_CAPTURE_OPTIONS": "rtsp_flags;prefer_tcp|use_wallclock_as_timestamps;1",
+    OPTIONS: "rtsp_flags;prefer_tcp|use_wallclock_as_timestamps;1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+KEY_FRAMES = "|avdiscard;nonkey"  # with OPTIONS: the decoder leaves out all others
 
 
 class Grabbed(NamedTuple):
@@ -72,7 +74,7 @@ class VideoCapture:
             source = os.path.abspath(source)  # the process has another working directory
         self._read_limit_s, self._abandoned, self._hangs = camera.stall_s + GRACE_S, abandoned, False
         self._memory: mmap.mmap | None = None  # with the pixels of a frame that has just arrived
-        self._process, self._board = _start(camera.stall_s)
+        self._process, self._board = _start(camera.stall_s, KEY_FRAMES if camera.key_frames else "")
         try:
             self._answer(START_S)
             self.opened_at = time.monotonic()  # when the opening began
@@ -167,10 +169,11 @@ def _mapped(descriptor: int) -> mmap.mmap:
     raise DriverError("the process that reads it has sent memory that is not sealed")
 
 
-def _start(read_timeout_s: float) -> tuple["subprocess.Popen[bytes]", socket.socket]:
+def _start(read_timeout_s: float, more_options: str) -> tuple["subprocess.Popen[bytes]", socket.socket]:
     """The process, and our end of its socket. Raises CameraError."""
     # V4L2 has no other way to set this than whole seconds in the environment.
     environment = ENVIRONMENT | {"OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT": str(math.ceil(read_timeout_s))} | os.environ
+    environment[OPTIONS] += more_options
     arguments = [str(limit) for limit in (OPEN_TIMEOUT_S, read_timeout_s, MAX_PICTURE_PIXELS)]
     command = [sys.executable, "-m", opencv_process.__name__, *arguments]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
