@@ -158,6 +158,7 @@ class OpenCv:
                 if pixels is None:
                     break
                 slot.put(Frame(camera.name, pixels, time.time() - (time.monotonic() - captured), captured))
+                del pixels  # see Frame
         return True
 
 
