@@ -11,10 +11,12 @@ On the socket that is this process's standard input, each packet of the board is
     GRAB            GRABBED     whether there is a frame, start and end of the read (time.monotonic()), and the age of
                                 the frame's data at its end in seconds (NaN: unknown)
     RETRIEVE        SIZE        height and width of the frame that was grabbed, in pixels; zeros: it has no picture
+    OVERWRITE       SIZE        the same; the board does not use the last frame any more
 
 With a SIZE comes the descriptor of the memory that has the pixels, uint8 RGB [H, W, 3], unless there are none or too
-many. Each frame has its own. It has no name, and goes with its last user: nobody can leave it behind. It is sealed, so
-that it cannot become shorter. Both processes run on one machine, so the byte order is its own.
+many. Each frame has its own, except after OVERWRITE: new memory takes about as long as the conversion. It has no name,
+and goes with its last user: nobody can leave it behind. It is sealed, so that it cannot become shorter. Both processes
+run on one machine, so the byte order is its own.
 """
 
 import fcntl
@@ -30,11 +32,11 @@ from typing import Any, Final
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 READY: Final = b"ready"
 GRAB: Final = b"grab"
 RETRIEVE: Final = b"retrieve"
+OVERWRITE: Final = b"overwrite"
 OPENED = struct.Struct("?d")
 GRABBED = struct.Struct("?ddd")
 SIZE = struct.Struct("II")
@@ -60,6 +62,7 @@ def main(open_timeout_s: float, read_timeout_s: float, max_pixels: int) -> None:
 
 
 def _answer(board: socket.socket, capture: Any, max_pixels: int) -> None:
+    descriptor, memory = _new_memory(1)  # of the last frame
     while request := board.recv(MAX_PACKET):
         if request == GRAB:
             started = time.monotonic()
@@ -72,11 +75,15 @@ def _answer(board: socket.socket, capture: Any, max_pixels: int) -> None:
             board.send(SIZE.pack(0, 0))
             continue
         height, width, _ = pixels.shape
-        descriptors = [_in_rgb(pixels)] if height * width <= max_pixels else []
-        del pixels  # a board has little memory
-        socket.send_fds(board, [SIZE.pack(height, width)], descriptors)
-        for descriptor in descriptors:
+        if height * width > max_pixels:
+            board.send(SIZE.pack(height, width))
+            continue
+        if request != OVERWRITE or len(memory) != pixels.nbytes:
             os.close(descriptor)
+            descriptor, memory = _new_memory(pixels.nbytes)
+        cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=np.frombuffer(memory, np.uint8).reshape(pixels.shape))
+        del pixels  # a board has little memory
+        socket.send_fds(board, [SIZE.pack(height, width)], [descriptor])
 
 
 def _open(source: str, open_timeout_s: float, read_timeout_s: float) -> Any:
@@ -99,14 +106,12 @@ def _age_s(capture: Any) -> float:
     return max(0.0, age_s) if -1 < age_s < MAX_AGE_S else nan
 
 
-def _in_rgb(pixels: NDArray[np.uint8]) -> int:
-    """The descriptor of new memory with these pixels, which are BGR."""
+def _new_memory(size: int) -> tuple[int, mmap.mmap]:
+    """So many bytes, and their descriptor."""
     descriptor = os.memfd_create("aiflow-frame", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(descriptor, pixels.nbytes)
+    os.ftruncate(descriptor, size)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    shared = np.frombuffer(mmap.mmap(descriptor, pixels.nbytes), np.uint8).reshape(pixels.shape)
-    cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=shared)
-    return descriptor
+    return descriptor, mmap.mmap(descriptor, size)
 
 
 if __name__ == "__main__":

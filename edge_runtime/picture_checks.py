@@ -48,17 +48,39 @@ def decode_picture(data: bytes, max_pixels: int = MAX_PICTURE_PIXELS) -> "np.nda
     """A JPEG, PNG or WebP to uint8 RGB [H, W, 3], turned upright as its EXIF data says. Raises PictureError."""
     width, height, checked = check_picture(data, max_pixels)
     import cv2  # here, since the live page only checks pictures, and then needs 30 MB less
+
+    pixels = _decode(checked, cv2.IMREAD_COLOR)
+    if pixels.shape[:2] not in ((height, width), (width, height)):  # EXIF may turn it by 90 degrees
+        raise PictureError(
+            f"picture claims {width} x {height} pixels and has {pixels.shape[1]} x {pixels.shape[0]}: it is damaged"
+        )
+    return pixels
+
+
+def decode_small(data: bytes, least_height: int) -> "np.ndarray":
+    """The same in grey, uint8 [h, w], reduced by up to 8, but to no fewer lines than these. Raises PictureError.
+
+    Of a JPEG it takes a third of the time: the details that are left out are not computed.
+    """
+    width, height, checked = check_picture(data)
+    import cv2
+
+    lines = min(width, height)  # EXIF may turn it
+    flags = {8: cv2.IMREAD_REDUCED_GRAYSCALE_8, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2}
+    fitting = [flag for factor, flag in flags.items() if lines >= factor * least_height]
+    return _decode(checked, fitting[0] if fitting else cv2.IMREAD_GRAYSCALE)
+
+
+def _decode(data: bytes, flag: int) -> "np.ndarray":
+    """RGB or grey, as OpenCV's flag says."""
+    import cv2
     import numpy as np
 
     try:
-        pixels = cv2.imdecode(np.frombuffer(checked, np.uint8), cv2.IMREAD_COLOR)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
         if pixels is None:
             raise PictureError(f"{len(data)} bytes starting {data[:4].hex()} are not a complete picture: send it again")
-        if pixels.shape[:2] not in ((height, width), (width, height)):  # EXIF may turn it by 90 degrees
-            raise PictureError(
-                f"picture claims {width} x {height} pixels and has {pixels.shape[1]} x {pixels.shape[0]}: it is damaged"
-            )
-        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, pixels)  # in place
+        return pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, pixels)  # in place
     except cv2.error as error:
         raise PictureError(f"picture cannot be decoded: {error.msg}") from error
 

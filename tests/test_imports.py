@@ -113,10 +113,11 @@ def loaded_by(statements: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", ["edge_runtime.pipeline", "edge_runtime.app"])
-def test_the_boards_code_loads_nothing_of_the_rest(module):
+def test_the_boards_code_loads_nothing_of_the_rest_and_nothing_that_few_boards_need(module):
     loaded = loaded_by(f"import {module}")
     assert module in loaded
     assert not {"torch", "safetensors", "server", "models", "firmware_tools", "benchmarks", "rich"} & loaded
+    assert not {"sqlite3", "tarfile", "difflib"} & loaded
 
 
 def test_the_boards_commands_load_without_torch():

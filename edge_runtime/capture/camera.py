@@ -15,7 +15,7 @@ from typing import Literal
 
 from edge_runtime.capture.frame import Counters, Frame
 from edge_runtime.capture.frigate import FrigatePictures
-from edge_runtime.capture.live import live_frames
+from edge_runtime.capture.live import decoded, live_frames
 from edge_runtime.capture.login import login_of
 from edge_runtime.capture.motion_gate import MotionGate, shrink
 from edge_runtime.capture.mqtt_pictures import MqttPictures
@@ -25,6 +25,7 @@ from edge_runtime.config import CameraConfig
 from edge_runtime.config.camera_source import Kind, kind_of
 from edge_runtime.errors import ConfigError
 from edge_runtime.logs import printable
+from edge_runtime.picture_checks import decode_small
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class Camera:
                     failed_state, pause = "stalled", MIN_PAUSE_S
                     self._not_before = frame.captured + self.config.min_interval_s
                     if self._passes(frame):
-                        yield frame
+                        yield frame if frame.small is None else decoded(frame)
                     del frame  # see Frame
                 if not closing.is_set():
                     self._become("ended")
@@ -188,8 +189,14 @@ class Camera:
         if remembering := self.mqtt_pictures or self.frigate or self._watched_folder:
             return remembering.frames(closing)
         if (reader := reader_of(self.config)) is live_frames:
-            return live_frames(self.config, closing, self.counters, self._not_before)
+            return live_frames(self.config, closing, self.counters, self._not_before, self._decoded)
         return reader(self.config, closing, self.counters)
+
+    def _decoded(self, frame: Frame) -> Frame:
+        """As far as it is needed now: most pictures do not pass the motion gate. Raises PictureError."""
+        if not self.gate.enabled:
+            return decoded(frame)
+        return replace(frame, small=decode_small(frame.encoded, self.config.motion.frame_height))
 
     def _listed(self, missing: str) -> None:
         """A watched folder is there. missing: it has no new picture; the next one may be hours away."""
@@ -203,7 +210,8 @@ class Camera:
         if not (self._can_freeze or self.gate.enabled):
             self._become("live")
         else:
-            seen = self.gate.inspect(shrink(frame.pixels, self.config.motion.frame_height), frame.captured)
+            picture = frame.pixels if frame.small is None else frame.small
+            seen = self.gate.inspect(shrink(picture, self.config.motion.frame_height), frame.captured)
             if self._can_freeze and seen.same_s >= self.config.frozen_s:
                 kind = "of one colour " if seen.flat else ""
                 self._become("frozen", f"exactly the same picture {kind}for {self.config.frozen_s:g} s and more")

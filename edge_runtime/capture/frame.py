@@ -37,6 +37,7 @@ class Frame:
     captured: float  # seconds, time.monotonic(): for ages and deadlines; of a stream, when its data arrived
     name: str = ""  # of the file it comes from
     encoded: bytes = b""  # the picture as it arrived, if it arrived as a picture
+    small: np.ndarray | None = None  # uint8 grey [h, w], for the motion gate, of a picture that is not decoded yet
     frigate: FrigateEvent | None = None  # the event that the picture belongs to, if it comes from Frigate
 
 

@@ -7,7 +7,7 @@ child.py.
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import inf
 from typing import Protocol
@@ -47,12 +47,22 @@ class Capture(Protocol):
         """On any thread, after `abandoned` is set: ends what `run` waits for, if it can."""
 
 
+def decoded(frame: Frame) -> Frame:
+    """With the pixels of its picture. Raises PictureError."""
+    return replace(frame, pixels=decode_picture(frame.encoded))
+
+
 def live_frames(
-    camera: CameraConfig, stop: threading.Event, counters: Counters, not_before: float = -inf
+    camera: CameraConfig,
+    stop: threading.Event,
+    counters: Counters,
+    not_before: float = -inf,
+    decode: Callable[[Frame], Frame] = decoded,
 ) -> Iterator[Frame]:
     """Frames of a live camera or stream, always the newest one. Raises CameraError when no new frame comes.
 
     Only frames that are due are converted or decoded. not_before: of the first frame's capture, time.monotonic().
+    decode: a frame that arrived as a picture; may raise PictureError.
 
     A thread of its own captures, and ends when this does, unless the kernel keeps a process that it has killed. While
     it does, no further thread is started.
@@ -72,7 +82,7 @@ def live_frames(
             patience_s, problem = camera.stall_s + GRACE_S, str(stalled(camera.stall_s))
             if frame.encoded:
                 try:
-                    frame = replace(frame, pixels=decode_picture(frame.encoded))
+                    frame = decode(frame)
                 except PictureError as error:
                     counters.unreadable += 1
                     if is_told(counters.unreadable):
@@ -132,7 +142,7 @@ class OpenCv:
     def run(self, slot: NewestFrame, abandoned: threading.Event) -> bool:
         camera = self._camera
         with VideoCapture(camera, abandoned) as capture:
-            arrivals = ArrivalTimes(capture.opened_at)
+            arrivals = ArrivalTimes(capture.opened_at, camera.key_frames)
             while (read := capture.grab()) is not None:
                 # After a read timeout, FFmpeg returns the frames that the decoder has kept since before the stream went
                 # silent.
@@ -148,15 +158,18 @@ class OpenCv:
                 if pixels is None:
                     break
                 slot.put(Frame(camera.name, pixels, time.time() - (time.monotonic() - captured), captured))
+                del pixels  # see Frame
         return True
 
 
 class ArrivalTimes:
     """When the data of a stream's frames arrived. Decoders return frames later: by a few frames, or after a gap."""
 
-    def __init__(self, opened: float) -> None:
-        """opened: when the opening of the stream began; all times in seconds."""
-        self._opened, self._number = opened, 0
+    def __init__(self, opened: float, key_frames: bool = False) -> None:
+        """opened: when the opening of the stream began; all times in seconds. key_frames: only they are decoded; then
+        OpenCV has the time of a later packet for the first one.
+        """
+        self._opened, self._number, self._key_frames = opened, 0, key_frames
         self._usual_s = 0.0  # of a read, lately
         self._fresh_from = -inf
 
@@ -167,7 +180,7 @@ class ArrivalTimes:
         formats a frame is complete only when the next one starts.
         """
         self._number += 1
-        if age_s is None:  # read while the stream was opened, or just now
+        if age_s is None or (self._key_frames and self._number == 1):  # read while the stream was opened, or just now
             age_s = now - self._opened if self._number <= OPENING_FRAMES else 0.0
         read_s = now - started
         if self._number > OPENING_FRAMES and read_s > GAP_FACTOR * self._usual_s + GAP_S:

@@ -42,14 +42,16 @@ class Inspection:
 
 
 def shrink(pixels: np.ndarray, frame_height: int) -> Grey:
-    """uint8 RGB [H, W, 3] to grey [h, w]. h is at most frame_height, w at most 8 * frame_height; never enlarged."""
+    """uint8 RGB [H, W, 3] or grey [H, W] to grey [h, w]. h is at most frame_height, w at most 8 * frame_height; never
+    enlarged.
+    """
     full_height, full_width = pixels.shape[:2]
     height = min(frame_height, full_height)
     width = min(max(1, round(full_width * height / full_height)), full_width, MAX_WIDTH * frame_height)
     samples = min(SAMPLES * width, full_width), min(SAMPLES * height, full_height)
     small = cv2.resize(pixels, samples, interpolation=cv2.INTER_NEAREST)
     small = cv2.resize(small, (width, height), interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    return small if small.ndim == 2 else cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
 
 
 class MotionGate:

@@ -5,7 +5,6 @@ import gzip
 import logging
 import lzma
 import os
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +74,8 @@ def _read(path: Path) -> bytes:
 
 def _members(source: Path) -> Iterator[Picture]:
     """The regular files of a tar. Nothing is unpacked, and links are not followed."""
+    import tarfile  # here, as most boards need not load it
+
     try:
         with _plain(source) as plain, tarfile.open(fileobj=plain, mode="r:") as tar:
             members = [m for m in tar.getmembers() if m.isfile() and m.name.lower().endswith(SUFFIXES)]

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +27,7 @@ from edge_runtime.capture.frame import CameraError
 from edge_runtime.capture.login import login_of, with_login
 from edge_runtime.capture.processes import end, ending_with_parent
 from edge_runtime.config import CameraConfig
-from edge_runtime.opencv_process import GRAB, GRABBED, MAX_PACKET, OPENED, RETRIEVE, SIZE
+from edge_runtime.opencv_process import GRAB, GRABBED, MAX_PACKET, OPENED, OVERWRITE, RETRIEVE, SIZE
 from edge_runtime.picture_checks import MAX_PICTURE_PIXELS
 
 ROOT = Path(__file__).parents[2]
@@ -33,15 +35,17 @@ START_S = 15.0  # to load Python and OpenCV from a slow SD card
 OPEN_TIMEOUT_S = 5.0  # for FFmpeg; OpenCV's default is 30 s
 OPEN_S = 2 * OPEN_TIMEOUT_S  # for any driver; FFmpeg notices its timeout itself
 GRACE_S = 2.0  # beyond the timeout of a read, for the driver to notice it itself
+OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 POLL_S = 0.2  # how often it looks whether it has been abandoned
 GOODBYE_S = 0.5  # for an orderly end of a connection
 # What the user has set in the environment stays. FFmpeg is silent, since why_not_opened finds the reason. The options
 # are OpenCV's default, and that packets carry the time of their arrival. One thread: OpenBLAS reserves memory for each.
 ENVIRONMENT = {
     "OPENCV_FFMPEG_LOGLEVEL": "-8",  # AV_LOG_QUIET
-    "OPENCV_FFMPEG_CAPTURE_OPTIONS": "rtsp_flags;prefer_tcp|use_wallclock_as_timestamps;1",
+    OPTIONS: "rtsp_flags;prefer_tcp|use_wallclock_as_timestamps;1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+KEY_FRAMES = "|avdiscard;nonkey"  # with OPTIONS: the decoder leaves out all others
 
 
 class Grabbed(NamedTuple):
@@ -72,7 +76,8 @@ class VideoCapture:
             source = os.path.abspath(source)  # the process has another working directory
         self._read_limit_s, self._abandoned, self._hangs = camera.stall_s + GRACE_S, abandoned, False
         self._memory: mmap.mmap | None = None  # with the pixels of a frame that has just arrived
-        self._process, self._board = _start(camera.stall_s)
+        self._last: Callable[[], mmap.mmap | None] = lambda: None  # that of the last frame, while anybody has the frame
+        self._process, self._board = _start(camera.stall_s, KEY_FRAMES if camera.key_frames else "")
         try:
             self._answer(START_S)
             self.opened_at = time.monotonic()  # when the opening began
@@ -110,7 +115,7 @@ class VideoCapture:
 
         Raises DriverError if the process hangs or ends, and CameraError if the frame is too large.
         """
-        answer = self._ask(RETRIEVE, self._read_limit_s)
+        answer = self._ask(RETRIEVE if self._last() else OVERWRITE, self._read_limit_s)
         height, width = SIZE.unpack(answer) if answer else (0, 0)
         if not height or not width:
             return None
@@ -122,6 +127,7 @@ class VideoCapture:
         memory, self._memory = self._memory, None
         if memory is None or len(memory) != height * width * 3:
             raise DriverError(f"the process that reads it has sent no frame of {width} x {height} pixels")
+        self._last = weakref.ref(memory)
         return np.frombuffer(memory, np.uint8).reshape(height, width, 3)
 
     def _ask(self, request: bytes, limit_s: float) -> bytes:
@@ -167,10 +173,11 @@ def _mapped(descriptor: int) -> mmap.mmap:
     raise DriverError("the process that reads it has sent memory that is not sealed")
 
 
-def _start(read_timeout_s: float) -> tuple["subprocess.Popen[bytes]", socket.socket]:
+def _start(read_timeout_s: float, more_options: str) -> tuple["subprocess.Popen[bytes]", socket.socket]:
     """The process, and our end of its socket. Raises CameraError."""
     # V4L2 has no other way to set this than whole seconds in the environment.
     environment = ENVIRONMENT | {"OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT": str(math.ceil(read_timeout_s))} | os.environ
+    environment[OPTIONS] += more_options
     arguments = [str(limit) for limit in (OPEN_TIMEOUT_S, read_timeout_s, MAX_PICTURE_PIXELS)]
     command = [sys.executable, "-m", opencv_process.__name__, *arguments]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

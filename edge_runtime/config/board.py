@@ -133,6 +133,7 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     snapshot: bool = False  # an HTTP address whose answer is one picture, even if its content type does not say so
     username: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     password_file: str | None = None  # its first line
+    key_frames: bool = False  # decode only a video's key frames, for less CPU time
     topic: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # of "mqtt"; none: down/frame/<name>
     frigate_camera: FrigateCameraName | None = None  # of "frigate": its name there; None: the same name
     # Of "frigate": for a better picture of an event, from its first message; None: capture.frigate.WAIT_S.

@@ -28,6 +28,7 @@ KEYS: Mapping[str, tuple[tuple[Kind, ...], str]] = {
     "snapshot": ADDRESS,
     "username": ADDRESS,
     "password_file": ADDRESS,
+    "key_frames": ADDRESS,
     "topic": (("mqtt",), '"mqtt"'),
     "frigate_camera": (("frigate",), '"frigate"'),
     "wait_s": (("frigate",), '"frigate"'),

@@ -4,7 +4,6 @@ Knows no key but the table that tells a board's file from a server's: the types 
 error that suggests the nearest known one.
 """
 
-import difflib
 import json
 import os.path
 import re
@@ -96,6 +95,8 @@ def _explain(error: msgspec.ValidationError, data: Any, info: Any) -> str:
         return f"required key `{missing[1]}` is missing{where}"
     if unknown := re.search("(?s)unknown field `(.*)`", message):
         known = [field.encode_name for field in getattr(info, "fields", ())]
+        import difflib  # here, as most boards need not load it
+
         nearest = difflib.get_close_matches(unknown[1], known, 1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
         return f"unknown key `{json.dumps(unknown[1][:MAX_SHOWN])[1:-1]}`{where}: {hint}"

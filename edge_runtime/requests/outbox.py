@@ -22,12 +22,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edge_runtime.config import OutboxConfig
 from edge_runtime.requests.actions import Found
+from edge_runtime.requests.tracked import ROW_BYTES, Row
 from edge_runtime.wire.envelope import MAX_ENVELOPE
 from edge_runtime.wire.event import MAX_EVENT
 
@@ -40,7 +40,6 @@ BACKLOG = 256  # commands that wait for the disk, then new rows are refused
 MEMORY_BYTES = 4 << 20  # of rows that are not on disk yet, then new rows are refused
 GRACE_S = 600.0  # that a row still has after a start, whatever the clock says; half the longest age if that is less
 ID_BYTES = 8
-ROW_BYTES = 64  # of a row beside payload and event
 PAGE = 4096  # bytes
 WAL_PAGES = 256  # the log grows to about 1 MiB before it is copied into the database
 COLUMNS = (
@@ -49,22 +48,6 @@ COLUMNS = (
 )
 APPLICATION = 0x41466F62  # "AFob": any other database belongs to another program
 SCHEMA = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A request as the outbox stores it."""
-
-    id: bytes  # 8 bytes
-    captured: float  # wall clock, seconds since 1970
-    kept: float  # the same clock, when it was given to the outbox
-    payload: bytes  # the encoded request
-    event: bytes  # the frame's event so far, JSON
-
-    @property
-    def size(self) -> int:
-        """Bytes that count against the limit."""
-        return len(self.payload) + len(self.event) + ROW_BYTES
 
 
 class _DamagedError(Exception):

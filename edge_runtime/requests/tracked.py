@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from edge_runtime.requests.outbox import Row
 from edge_runtime.wire import Event, Request, encode_event, encode_request
+
+ROW_BYTES = 64  # of a row beside payload and event
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,22 @@ class Tracked:
     def bytes_up(self, is_online: bool) -> int:
         """The bytes that the broker has, or is being sent. Without a connection, nothing is being sent."""
         return self.delivered + (self.offered - self.ended if is_online else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A request as the outbox stores it."""
+
+    id: bytes  # 8 bytes
+    captured: float  # wall clock, seconds since 1970
+    kept: float  # the same clock, when it was given to the outbox
+    payload: bytes  # the encoded request
+    event: bytes  # the frame's event so far, JSON
+
+    @property
+    def size(self) -> int:
+        """Bytes that count against the limit."""
+        return len(self.payload) + len(self.event) + ROW_BYTES
 
 
 def row_of(tracked: Tracked) -> Row:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import msgspec
 
@@ -35,9 +35,8 @@ from edge_runtime.requests.actions import (
 from edge_runtime.requests.answer_event import answer_event
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.requests.lifecycle import RequestLifecycle
-from edge_runtime.requests.outbox import Outbox, Row
 from edge_runtime.requests.thread import LifecycleThread
-from edge_runtime.requests.tracked import NewRequest, Tracked, row_of
+from edge_runtime.requests.tracked import NewRequest, Row, Tracked, row_of
 from edge_runtime.wire import (
     Event,
     Reply,
@@ -51,6 +50,9 @@ from edge_runtime.wire import (
 )
 from edge_runtime.wire.envelope import MAX_UINT32
 from edge_runtime.wire.event import PARADIGMS, ParadigmName
+
+if TYPE_CHECKING:
+    from edge_runtime.requests.outbox import Outbox
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +146,9 @@ class RequestTracker:
             0.0,
         )  # requests that were answered without the outbox, and their seconds since capture
 
-    def _new_outbox(self, config: OutboxConfig) -> Outbox:
+    def _new_outbox(self, config: OutboxConfig) -> "Outbox":
+        from edge_runtime.requests.outbox import Outbox  # here, as a board without one need not load SQLite
+
         return Outbox(
             config,
             on_found=lambda rows, missing: self._thread.put(_FoundInOutbox(rows, missing)),

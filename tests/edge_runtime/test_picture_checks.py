@@ -19,6 +19,7 @@ from edge_runtime.picture_checks import (
     PictureError,
     check_picture,
     decode_picture,
+    decode_small,
 )
 from testbed.sample_photos import shipped
 from tests.fuzz.picture_cost import repeated
@@ -114,6 +115,22 @@ def test_the_claimed_size_is_the_size_that_is_decoded(kind, width, height):
     data = picture(kind, width, height)
     assert check_picture(data)[:2] == (width, height)
     assert decode_picture(data).shape == (height, width, 3)
+
+
+@pytest.mark.parametrize(
+    ("height", "least", "lines"), [(1080, 100, 135), (720, 100, 180), (480, 200, 240), (480, 480, 480), (30, 100, 30)]
+)
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_a_small_picture_is_the_same_in_grey_with_enough_lines(kind, height, least, lines):
+    data = picture(kind, height, height)
+    small = decode_small(data, least)
+    assert small.shape == (lines, lines)
+    grey = cv2.cvtColor(decode_picture(data), cv2.COLOR_RGB2GRAY)
+    assert abs(float(small.mean()) - float(grey.mean())) < 2
+
+
+def test_a_small_picture_that_its_exif_data_turns_has_enough_lines_too():
+    assert decode_small(picture("RGB JPEG", 400, 200, orientation=6), 100).shape == (200, 100)
 
 
 def test_colours_are_in_the_order_red_green_blue():

@@ -31,7 +31,8 @@ from edge_runtime.reporting import RemoteSettings, board_settings
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.requests.byte_budget import ByteBudget
-from edge_runtime.requests.outbox import Outbox, Row
+from edge_runtime.requests.outbox import Outbox
+from edge_runtime.requests.tracked import Row
 from edge_runtime.wire import (
     AnsweredBy,
     ContentKind,

@@ -62,6 +62,7 @@ def test_capture_compares_a_board_and_ways_to_read_a_camera_with_converting_ever
         assert figures[stream]["all_converted_ratio"] == 1
         assert figures[stream]["whole_board_mb"] > figures[stream]["own_process_mb"]
         assert figures[stream]["still_board_cpu_share"] < 1
+    assert figures["video"]["whole_key_frames_board_ratio"] > 0
 
 
 def test_stops_ends_boards_with_live_cameras(bundle: Path, photos: Path) -> None:

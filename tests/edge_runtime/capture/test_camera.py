@@ -11,6 +11,7 @@ import pytest
 from edge_runtime.capture import Cameras, camera, live
 from edge_runtime.config import CameraConfig, MotionConfig
 from edge_runtime.errors import ConfigError
+from edge_runtime.picture_checks import decode_picture
 from tests.edge_runtime.capture.helpers import MjpegCamera, in_background, shade_of, write_photos
 from tests.http_camera import HttpCamera
 from tests.http_camera import picture as answer_with
@@ -73,13 +74,17 @@ def test_a_driver_that_cannot_be_killed_has_one_thread_after_any_number_of_tries
 # ---- gate, states and switches of a camera ----
 
 
-def scene(shade: int | None) -> bytes:
-    """A JPEG of a wall with a box of the given shade, or without."""
-    pixels = np.full((120, 160, 3), 100, np.uint8)
-    pixels[:, ::8] = 140
+def pixels(shade: int | None) -> np.ndarray:
+    """A wall with a box of the given shade, or without."""
+    wall = np.full((120, 160, 3), 100, np.uint8)
+    wall[:, ::8] = 140
     if shade is not None:
-        pixels[40:80, 40:80] = shade
-    return cv2.imencode(".png", pixels)[1].tobytes()
+        wall[40:80, 40:80] = shade
+    return wall
+
+
+def scene(shade: int | None) -> bytes:
+    return cv2.imencode(".png", pixels(shade))[1].tobytes()
 
 
 class Arriving:
@@ -110,6 +115,21 @@ def test_only_motion_passes_the_gate_of_a_camera_with_motion_detection(stop):
     door.camera.gate.enabled = False
     door.show(scene(None))
     assert door.taken.get(timeout=PATIENCE_S).encoded == scene(None)
+
+
+def test_a_jpeg_of_a_live_camera_is_decoded_whole_only_if_it_passes_the_gate(network_camera, stop, monkeypatch):
+    whole = []
+    monkeypatch.setattr(live, "decode_picture", lambda data: whole.append(data) or decode_picture(data))
+    cameras = Cameras([CameraConfig("door", network_camera.url, 0, motion=MotionConfig(enabled=True))])
+    taken = in_background(cameras.frames(stop))
+    connection = network_camera.connection()
+    pictures = [cv2.imencode(".jpg", pixels(shade))[1].tobytes() for shade in (None, None, 250)]
+    for number, picture in enumerate(pictures, 1):
+        connection.pictures.put(picture)
+        until(lambda number=number: cameras["door"].counters.frames == number)
+    frame = taken.get(timeout=PATIENCE_S)
+    assert np.array_equal(frame.pixels, decode_picture(pictures[2]))
+    assert whole == pictures[2:]
 
 
 def test_a_camera_with_always_the_same_picture_is_reported_and_not_opened_again(stop, caplog):

@@ -144,6 +144,14 @@ def test_an_rtsp_camera_gets_the_login_that_is_in_the_files(stop, tmp_path):
     assert values["response"] == hashlib.md5(f"{first}:abc:{second}".encode()).hexdigest()
 
 
+def test_only_key_frames_are_decoded_if_the_camera_is_configured_so(stop, monkeypatch):
+    monkeypatch.setenv("OPENCV_FFMPEG_CAPTURE_OPTIONS", "rtsp_transport;tcp")  # a user's own options stay
+    with RtspCamera(fps=50) as camera:
+        frames = live_frames(CameraConfig("door", camera.url, interval_s=0, key_frames=True), stop, Counters())
+        assert {shade_of(next(frames)) for _ in range(4)} == {0, 140}  # of the first frame and of the 20th
+        stop.set()
+
+
 def test_a_silent_stream_has_stalled_and_gives_no_older_frame_as_a_new_one(stop):
     """The decoder keeps some frames. After a read timeout FFmpeg returns them, one for each further timeout."""
     with RtspCamera() as camera:
@@ -156,10 +164,12 @@ def test_a_silent_stream_has_stalled_and_gives_no_older_frame_as_a_new_one(stop)
 
 
 @pytest.mark.skipif(OPENCV < (4, 12), reason="before OpenCV 4.12, packets do not carry the time of their arrival")
-def test_the_time_of_a_frame_is_never_later_than_its_arrival(stop):
+@pytest.mark.parametrize("key_frames", [False, True])
+def test_the_time_of_a_frame_is_never_later_than_its_arrival(stop, key_frames):
     """Its data arrived before the frames that a decoder keeps were returned: at the start, and after a gap."""
     with RtspCamera() as camera:
-        frames = live_frames(CameraConfig("door", camera.url, interval_s=0, stall_s=5), stop, Counters())
+        config = CameraConfig("door", camera.url, interval_s=0, stall_s=5, key_frames=key_frames)
+        frames = live_frames(config, stop, Counters())
         seen = [next(frames)]
         camera.stalls.set()
         camera.wait_silent()

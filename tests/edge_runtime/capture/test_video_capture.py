@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -146,6 +147,38 @@ def test_frames_of_changing_size_are_whole_and_kept_ones_do_not_change(stop, dri
     for number, pixels in enumerate(frames, 1):
         assert pixels.shape == (60 + number // 3, 80, 3)
         assert (pixels == number).all()
+
+
+def test_the_memory_of_a_frame_is_used_again_when_nobody_has_the_frame_any_more(stop, driver):
+    def frames_in_memory() -> set[str]:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return {line.split()[4] for line in lines if "memfd:aiflow-frame" in line}  # the inode
+
+    driver("runs")
+    with VideoCapture(CAMERA, stop) as capture:
+        capture.grab()
+        pixels = capture.retrieve()
+        a_part, first = pixels[10:20, ::2], frames_in_memory()
+        capture.grab()
+        pixels = capture.retrieve()
+        assert (a_part == 1).all()
+        assert (pixels == 2).all()
+        second = frames_in_memory() - first
+        del pixels, a_part
+        capture.grab()
+        assert (capture.retrieve() == 3).all()
+        capture.grab()
+        pixels = capture.retrieve()
+        assert (pixels == 4).all()
+        assert frames_in_memory() == second
+
+
+def test_a_frame_is_free_while_the_next_one_is_not_due(stop, driver):
+    driver("runs")
+    frames = live_frames(CameraConfig("door", "/dev/video0", interval_s=3600), stop, Counters())
+    pixels = weakref.ref(next(frames).pixels)
+    in_background(frames)
+    until(lambda: pixels() is None)
 
 
 def test_memory_that_could_become_shorter_is_refused(stop, driver):

@@ -37,6 +37,7 @@ def test_the_form_of_a_source_decides_its_kind(source, kind):
     [
         ("photos", {"snapshot": True}),
         ("rtsp://h/x", {"snapshot": True}),
+        ("/dev/video0", {"key_frames": True}),
         ("mqtt", LOGIN),
         ("udp://h:1", LOGIN),
         ("photos", {"topic": "a/b"}),
@@ -61,7 +62,7 @@ def test_a_key_that_does_not_go_with_its_source_is_refused(source, keys):
     ("source", "keys"),
     [
         ("http://h/x.jpg", {"snapshot": True, **LOGIN}),
-        ("rtsp://h:554/x", LOGIN),
+        ("rtsp://h:554/x", {"key_frames": True, **LOGIN}),
         ("http://[::1]:80/x@y", {}),
         ("http://h/?u={username}&pwd={password}", LOGIN),
         ("mqtt", {"topic": "frigate/front door/person/snapshot"}),

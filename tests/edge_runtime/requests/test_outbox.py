@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from edge_runtime.config import OutboxConfig
 from edge_runtime.requests import outbox as module
 from edge_runtime.requests.actions import Found
-from edge_runtime.requests.outbox import APPLICATION, BACKLOG, MEMORY_BYTES, Outbox, Row
+from edge_runtime.requests.outbox import APPLICATION, BACKLOG, MEMORY_BYTES, Outbox
+from edge_runtime.requests.tracked import Row
 
 LONG_S = 20.0  # for what takes milliseconds when nothing is wrong
 YEAR = 366 * 86400.0
@@ -282,7 +283,8 @@ def test_a_power_cut_in_a_later_write_leaves_every_commit_before_it(data):
 CHILD = """
 import sys, time, threading
 from edge_runtime.config import OutboxConfig
-from edge_runtime.requests.outbox import Outbox, Row
+from edge_runtime.requests.outbox import Outbox
+from edge_runtime.requests.tracked import Row
 say = lambda ids: print(*(int.from_bytes(one, "big") for one in ids), flush=True)
 ready = threading.Event()
 config = OutboxConfig(sys.argv[1], every_request=True)
@@ -414,7 +416,8 @@ REFUSING = """
 import pathlib, queue, subprocess, sys, time
 from edge_runtime.config import OutboxConfig
 from edge_runtime.requests import outbox as module
-from edge_runtime.requests.outbox import Outbox, Row
+from edge_runtime.requests.outbox import Outbox
+from edge_runtime.requests.tracked import Row
 module.RETRY_S = 0.1
 folder = pathlib.Path(sys.argv[1])
 mount = lambda *options: subprocess.run(["mount", *options, str(folder)], check=True)
