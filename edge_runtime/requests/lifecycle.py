@@ -58,7 +58,7 @@ class RequestLifecycle(Generic[T]):
     The newest is refused, not the oldest: link and server have already worked for those that wait. If the oldest were
     dropped, a slow server would see each request end shortly before its reply.
 
-    outbox: its limits, if there is one; size_of: the bytes that a content takes there.
+    outbox: its limits, if there is one; size_of: the bytes that a content takes there; may_store: whether it may be there.
     can_store: whether the outbox takes one more request. The caller keeps it up to date.
     """
 
@@ -70,11 +70,13 @@ class RequestLifecycle(Generic[T]):
         rng: random.Random,
         outbox: OutboxConfig | None = None,
         size_of: Callable[[T], int] = lambda _: 0,
+        may_store: Callable[[T], bool] = lambda _: True,
     ) -> None:
         if capacity < 1 or min_resend_s <= 0:
             raise ValueError(f"capacity = {capacity}, min_resend_s = {min_resend_s}: want at least 1, and more than 0")
         self.can_store = outbox is not None
-        self._capacity, self._rng, self._outbox, self._size_of = capacity, rng, outbox, size_of
+        self._capacity, self._rng, self._outbox = capacity, rng, outbox
+        self._size_of, self._may_store = size_of, may_store
         self._resend = ResendTimer(min_resend_s, rng)
         self._retry = RetryTimer(outbox.replay_per_s if outbox else 1.0, rng)
         self._live: dict[bytes, Entry[T]] = {}  # those that are not KEPT
@@ -140,11 +142,11 @@ class RequestLifecycle(Generic[T]):
         self._in_state[State.STORING] += 1
         if link_is_away:
             self._away_at = now
-            if self.can_store:
+            if self._takes(entry):
                 return self._keep(entry, now)
         if self.open_count > self._capacity:
             return self._no_reply(entry, Why("full", f"{self._capacity} requests wait already"), now)
-        if self._outbox and self._outbox.every_request and self.can_store:
+        if self._outbox and self._outbox.every_request and self._takes(entry):
             entry.resend_at = now + STORE_S
             return self._store(entry)
         return self._send_first(entry, now)
@@ -361,7 +363,7 @@ class RequestLifecycle(Generic[T]):
 
     def _no_reply(self, entry: Entry[T], why: Why, now: float) -> list[Action[T]]:
         """Nothing more comes for now: the outbox has the request from here on, or it is lost."""
-        if not (entry.is_stored or self.can_store):
+        if not (entry.is_stored or self._takes(entry)):
             return self._lose(entry, why)
         content, is_first_time = entry.content, not entry.was_kept
         actions = self._keep(entry, now)
@@ -393,6 +395,10 @@ class RequestLifecycle(Generic[T]):
             self._live[entry.id] = entry
 
     # ---- the outbox ----
+
+    def _takes(self, entry: Entry[T]) -> bool:
+        """Whether the outbox takes a request that it does not have."""
+        return self.can_store and entry.content is not None and self._may_store(entry.content)
 
     def _store(self, entry: Entry[T]) -> list[Action[T]]:
         assert entry.content is not None

@@ -588,11 +588,35 @@ def test_without_cpu_time_for_a_draft_a_picture_is_kept_as_features_too(start, b
     assert (request.content_kind, request.draft) == (ContentKind.LATENT, b"")
 
 
-def test_a_board_without_a_head_keeps_the_picture_itself(start, tmp_path):
-    board = start("offload", board={"outbox": OutboxConfig(str(tmp_path / "outbox"))})
-    assert board.pipeline.head is None
-    assert board.pipeline.handle(frame()) is not None
-    assert (board.pipeline.failed, board.announced) == (0, [b""])
+@pytest.mark.parametrize("writes_draft", [True, False])
+def test_a_picture_that_is_stored_before_it_is_sent_is_stored_as_features(
+    start, server, board_bundle, tmp_path, monkeypatch, writes_draft
+):
+    rows: list[Row] = []
+    monkeypatch.setattr(Outbox, "put", lambda _, row: rows.append(row))  # the request is sent all the same, a bit later
+    outbox = OutboxConfig(str(tmp_path / "outbox"), every_request=True)
+    board = start("offload", writes_draft=writes_draft, board={"outbox": outbox})
+    board.pipeline.head, board.pipeline.draft = load_head(board_bundle, "onnx", 1), load_draft(board_bundle, "onnx", 1)
+    board.pipeline.handle(frame())
+    assert decode_request(server.next()).content_kind is ContentKind.JPEG
+    assert [decode_request(row.payload).content_kind for row in rows] == [ContentKind.LATENT]
+
+
+@pytest.mark.parametrize("every_request", [True, False])
+def test_a_picture_whose_features_do_not_fit_is_sent_and_never_stored(
+    start, broker, board_bundle, tmp_path, monkeypatch, every_request
+):
+    rows: list[Row] = []
+    monkeypatch.setattr(Outbox, "put", lambda _, row: rows.append(row))
+    outbox = OutboxConfig(str(tmp_path / "outbox"), every_request=every_request)
+    board = start("offload", 1000, writes_draft=False, max_bytes=1, board={"outbox": outbox})
+    board.pipeline.head = load_head(board_bundle, "onnx", 1)
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        seen = board.pipeline.handle(frame())
+        assert decode_request(server.next()).content_kind is ContentKind.JPEG
+        lost = board.next_event()
+    assert (lost.type, lost.frame, lost.why) == ("lost", seen.frame, "no reply to 1 sent")
+    assert (board.announced, rows) == ([b""], [])
 
 
 def test_the_encoding_time_of_a_picture_over_the_byte_budget_is_not_measured_as_that_of_a_latent(start, board_bundle):
