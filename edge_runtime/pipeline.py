@@ -282,7 +282,7 @@ class Pipeline:
             work.rate = None
             return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
         work.bytes_up = 0 if plan.keep else len(payload)
-        if features:
+        if features and not plan.keep:
             has_reference = first_copy is not request
             self.with_reference += has_reference
             rated = features.symbols, features.level, features.groups

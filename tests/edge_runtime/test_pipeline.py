@@ -53,10 +53,10 @@ from tests.listener import PATIENCE_S, QUICK, Listener, until
 SITE, BOARD = "home", "b1"
 
 
-def frame(seed: int = 0, captured_unix: float = 1.6e9) -> Frame:
-    """A coarse random picture, captured now by the clock that counts."""
+def frame(seed: int = 0, captured_unix: float = 1.6e9, age_s: float = 0.0) -> Frame:
+    """A coarse random picture, captured age_s ago by the clock that counts."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
-    return Frame("door", coarse.repeat(40, 0).repeat(40, 1), captured_unix, time.monotonic())
+    return Frame("door", coarse.repeat(40, 0).repeat(40, 1), captured_unix, time.monotonic() - age_s)
 
 
 class Board:
@@ -474,6 +474,20 @@ def test_what_goes_to_the_outbox_has_no_reference(start, broker, tmp_path, monke
         board.pipeline.handle(frame())
         assert has_reference(server.next())
     assert [has_reference(row.payload) for row in rows] == [False, False]
+
+
+def test_a_frame_that_is_only_kept_puts_off_no_frame_that_is_to_be_sent_alone(start, broker, tmp_path):
+    board = start("split", 200_000, writes_draft=False, board={"outbox": OutboxConfig(str(tmp_path / "outbox"))})
+    live = board.pipeline.planner.plan("door")
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        board.pipeline.handle(frame(age_s=70))
+        board.tracker.reply_arrived(kept(server.next()))
+        until(lambda: board.tracker.summary()["answered"] == 1)
+        board.pipeline.planner = FixedPlanner(replace(live, keep=True))
+        board.pipeline.handle(frame(age_s=20))
+        board.pipeline.planner = FixedPlanner(live)
+        board.pipeline.handle(frame())  # 60 s without a frame alone have passed
+        assert not has_reference(server.next())
 
 
 @pytest.mark.parametrize(("stated", "said"), [(0.25, 0.25), (math.nan, None)])
