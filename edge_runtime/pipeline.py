@@ -187,23 +187,19 @@ class Pipeline:
     def _offload(self, work: FrameInProgress) -> Event:
         """The request contains the picture, and the draft if a server can use it.
 
-        The outbox keeps features instead: they are small and show nobody.
+        The outbox keeps features instead: they are small and show nobody. They are computed after sending, unless each
+        request is stored before.
         """
-        if work.plan.sends_draft:
+        if work.plan.sends_draft or self.tracker.stores_first:
             self._run_head(work)
+        if work.plan.sends_draft:
             self._write_draft(work)
-        refusal = self._send(work)
+        refusal = self._send(work, self._compact(work) if self.tracker.stores_first else b"")
         if refusal or work.plan.writes_draft or self.tracker.has_outbox:
             self._run_head(work)
         if not work.draft and (refusal or work.plan.writes_draft):
             self._write_draft(work)
-        if refusal:
-            return self._answer_on_device(work, refusal)
-        kept = self._features(work) if self.tracker.has_outbox and work.latent else None
-        if not kept:
-            return self._announce(work)
-        plan = replace(work.plan, paradigm="speculative")
-        return self._announce(work, encode_request(self._request(work, plan, kept)))
+        return self._answer_on_device(work, refusal) if refusal else self._announce(work, self._compact(work))
 
     # ---- their steps ----
 
@@ -254,8 +250,17 @@ class Pipeline:
         plan = work.plan
         return features_of(work.latent, self.bundle, plan.level, plan.groups, plan.max_bytes) if work.latent else None
 
-    def _send(self, work: FrameInProgress) -> str | None:
-        """Sends the request. Returns None, or why it was not sent: it does not fit into the byte budget."""
+    def _compact(self, work: FrameInProgress) -> bytes:
+        """An offloaded request with features instead of the picture, for the outbox. Empty: it keeps none."""
+        features = self._features(work) if self.tracker.has_outbox else None
+        plan = replace(work.plan, paradigm="speculative")
+        return encode_request(self._request(work, plan, features)) if features else b""
+
+    def _send(self, work: FrameInProgress, compact: bytes = b"") -> str | None:
+        """Sends the request. Returns None, or why it was not sent: it does not fit into the byte budget.
+
+        compact: the same one for the outbox.
+        """
         plan, captured = work.plan, work.frame.captured
         if plan.paradigm != "offload" and self.sends_labels:
             self._find_labels(work)
@@ -273,11 +278,11 @@ class Pipeline:
             if plan.keep:  # the outbox stores this event. In all other cases the encoding would only delay the request.
                 self._count_jpeg_bytes(work)
         event, deadline = self._event(work, bytes_up=len(payload)), captured + plan.budget_ms / 1e3
-        if not self.tracker.submit(NewRequest(request, payload, event, captured, deadline, plan.keep)):
+        if not self.tracker.submit(NewRequest(request, payload, event, captured, deadline, plan.keep, compact)):
             work.rate = None
             return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
         work.bytes_up = 0 if plan.keep else len(payload)
-        if features:
+        if features and not plan.keep:
             has_reference = first_copy is not request
             self.with_reference += has_reference
             rated = features.symbols, features.level, features.groups
@@ -312,11 +317,11 @@ class Pipeline:
         self.events.publish(event)
         return event
 
-    def _announce(self, work: FrameInProgress, features: bytes = b"") -> Event:
-        """Publishes the draft, unless the reply is here already. features: the request that the outbox shall keep."""
+    def _announce(self, work: FrameInProgress, compact: bytes = b"") -> Event:
+        """Publishes the draft, unless the reply is here already. compact: the request that the outbox shall keep."""
         self._count_jpeg_bytes(work)
         event = self._event(work)
-        self.tracker.announce(event, features)
+        self.tracker.announce(event, compact)
         return event
 
     def _count_jpeg_bytes(self, work: FrameInProgress) -> None:

@@ -201,7 +201,7 @@ class OutboxConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     file: str
     max_bytes: Annotated[int, Meta(ge=65536, le=1 << 34)] = 16 << 20  # then the oldest is dropped, reported lost
-    max_age_s: Annotated[float, Meta(ge=1, le=31 * 86400)] = 86400.0  # since capture; older requests are reported lost
+    max_age_s: Annotated[float, Meta(ge=1, le=31 * 86400)] = 86400.0  # in the outbox; older requests are reported lost
     replay_per_s: Annotated[float, Meta(gt=0, le=1000)] = 2.0  # besides the requests of live frames
     every_request: bool = False  # write each request before sending it: a killed board loses none, but flash wears
 

@@ -38,6 +38,7 @@ class Entry(Generic[T]):
     deadline: float
     state: State
     is_stored: bool = False  # in the outbox
+    kept_at: float = 0.0  # when it came there
     size: int = 0  # bytes there
     # In STORING, OPEN and IMPROVABLE:
     sent_at: float = inf  # first, in this try
@@ -45,7 +46,8 @@ class Entry(Generic[T]):
     sends: int = 0  # in this try
     is_unclear: bool = False  # the time of a reply says nothing: a resend could not leave, or an earlier try was sent
     doublings: int = 0  # of the resend interval
-    refusals: int = 0  # replies in this try that asked to come back later
+    refusals: int = 0  # replies in this try that asked for one more copy, so that the one before has no other reply
+    lost_its_reference: bool = False  # a server has said so: once, of the first copy
     was_told_when: bool = False  # the latest of these said when
     refusal: Why | None = None  # and why
     unknown_bundle: int = 0  # of these, from servers without the bundle
@@ -53,7 +55,6 @@ class Entry(Generic[T]):
     not_final: int = 0  # replies that are not final
     # Of those that were KEPT:
     was_kept: bool = False
-    kept_at: float = 0.0
     vain_tries: int = 0  # out of the outbox
     retry_at: float = -inf
     late_reply: Reply | None = None  # came while the request was kept

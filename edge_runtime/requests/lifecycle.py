@@ -58,8 +58,8 @@ class RequestLifecycle(Generic[T]):
     The newest is refused, not the oldest: link and server have already worked for those that wait. If the oldest were
     dropped, a slow server would see each request end shortly before its reply.
 
-    outbox: its limits, if there is one; size_of: the bytes that a content takes there.
-    can_store: whether the outbox takes one more request. The caller keeps it up to date.
+    outbox: its limits, if there is one; size_of: the bytes that a content takes there; may_store: whether it may go
+    there. can_store: whether the outbox takes one more request. The caller keeps it up to date.
     """
 
     def __init__(
@@ -70,11 +70,13 @@ class RequestLifecycle(Generic[T]):
         rng: random.Random,
         outbox: OutboxConfig | None = None,
         size_of: Callable[[T], int] = lambda _: 0,
+        may_store: Callable[[T], bool] = lambda _: True,
     ) -> None:
         if capacity < 1 or min_resend_s <= 0:
             raise ValueError(f"capacity = {capacity}, min_resend_s = {min_resend_s}: want at least 1, and more than 0")
         self.can_store = outbox is not None
-        self._capacity, self._rng, self._outbox, self._size_of = capacity, rng, outbox, size_of
+        self._capacity, self._rng, self._outbox = capacity, rng, outbox
+        self._size_of, self._may_store = size_of, may_store
         self._resend = ResendTimer(min_resend_s, rng)
         self._retry = RetryTimer(outbox.replay_per_s if outbox else 1.0, rng)
         self._live: dict[bytes, Entry[T]] = {}  # those that are not KEPT
@@ -108,9 +110,9 @@ class RequestLifecycle(Generic[T]):
         return entry.content if entry else None
 
     def kept_for_s(self, request_id: bytes, now: float) -> float:
-        """Seconds since a request was kept; 0 for one that is not in the outbox."""
-        entry = self._stored.get(request_id) or self._live.get(request_id)
-        return now - entry.kept_at if entry and entry.was_kept else 0.0
+        """Seconds since the outbox got a request; 0 for one that is not there."""
+        entry = self._stored.get(request_id)
+        return now - entry.kept_at if entry else 0.0
 
     def has_ended(self, request_id: bytes) -> bool:
         """Whether it was answered or lost, as far as that is remembered."""
@@ -140,13 +142,13 @@ class RequestLifecycle(Generic[T]):
         self._in_state[State.STORING] += 1
         if link_is_away:
             self._away_at = now
-            if self.can_store:
+            if self._takes(entry):
                 return self._keep(entry, now)
         if self.open_count > self._capacity:
             return self._no_reply(entry, Why("full", f"{self._capacity} requests wait already"), now)
-        if self._outbox and self._outbox.every_request and self.can_store:
+        if self._outbox and self._outbox.every_request and self._takes(entry):
             entry.resend_at = now + STORE_S
-            return self._store(entry)
+            return self._store(entry, now)
         return self._send_first(entry, now)
 
     def on_stored(self, ids: Iterable[bytes], now: float) -> list[Action[T]]:
@@ -293,7 +295,7 @@ class RequestLifecycle(Generic[T]):
             # Each new text once, and no more than there can be tiers: a server answers each copy of a request.
             self._counts["repeated"] += 1
             return []
-        is_timed = is_first and entry.sends == 1 and not entry.is_unclear
+        is_timed = is_first and entry.sends == 1 and not (entry.refusals or entry.is_unclear)
         round_trip_s = now - entry.sent_at if is_timed else None
         assert entry.content is not None
         actions: list[Action[T]] = [Answer(entry.id, entry.content, reply, is_first, round_trip_s, entry.is_unclear)]
@@ -330,16 +332,21 @@ class RequestLifecycle(Generic[T]):
         entry.refusals, entry.was_told_when = entry.refusals + 1, True
         entry.refusal = _refusal(reply)
         entry.unknown_bundle += reply.status is Status.UNKNOWN_BUNDLE
-        # The next copy says nothing about the reply time of the first one, so it is never a measurement.
-        entry.sends = max(entry.sends, 2)
-        is_in_vain = entry.resend_at >= entry.deadline or entry.unknown_bundle >= MAX_UNKNOWN_BUNDLE
-        return self._no_reply(entry, entry.refusal, now) if is_in_vain else []
+        if entry.resend_at < entry.deadline and entry.unknown_bundle < MAX_UNKNOWN_BUNDLE:
+            return []
+        entry.resend_at = inf
+        # Another server may be about to answer another copy.
+        return [] if entry.sends > entry.refusals else self._no_reply(entry, entry.refusal, now)
 
     def _send_alone(self, entry: Entry[T], reply: Reply, now: float) -> list[Action[T]]:
-        """The server lacks the reference of the first copy. Later copies have none."""
-        if entry.state is not State.OPEN or entry.sends != 1:
+        """The server lacks the reference of the first copy. Later copies have none.
+
+        A later copy does not help if the server has discarded it as a repeat, while the first one waited.
+        """
+        if entry.state is not State.OPEN or entry.lost_its_reference:
             self._counts["duplicate" if entry.state is State.IMPROVABLE else "late"] += 1
             return []
+        entry.lost_its_reference, entry.refusals = True, entry.refusals + 1
         entry.refusal, entry.was_told_when = _refusal(reply), True
         return [self._send_again(entry, now)] if now < entry.deadline else []
 
@@ -361,7 +368,7 @@ class RequestLifecycle(Generic[T]):
 
     def _no_reply(self, entry: Entry[T], why: Why, now: float) -> list[Action[T]]:
         """Nothing more comes for now: the outbox has the request from here on, or it is lost."""
-        if not (entry.is_stored or self.can_store):
+        if not (entry.is_stored or self._takes(entry)):
             return self._lose(entry, why)
         content, is_first_time = entry.content, not entry.was_kept
         actions = self._keep(entry, now)
@@ -394,21 +401,24 @@ class RequestLifecycle(Generic[T]):
 
     # ---- the outbox ----
 
-    def _store(self, entry: Entry[T]) -> list[Action[T]]:
+    def _takes(self, entry: Entry[T]) -> bool:
+        """Whether the outbox takes a request that it does not have."""
+        return self.can_store and entry.content is not None and self._may_store(entry.content)
+
+    def _store(self, entry: Entry[T], now: float) -> list[Action[T]]:
         assert entry.content is not None
-        entry.is_stored, entry.size = True, self._size_of(entry.content)
+        entry.is_stored, entry.kept_at, entry.size = True, now, self._size_of(entry.content)
         self._stored.add(entry)
         return [Store(entry.id, entry.content)]
 
     def _keep(self, entry: Entry[T], now: float) -> list[Action[T]]:
         """The outbox alone has it from now on, until its next try."""
-        actions = [] if entry.is_stored else self._store(entry)
+        actions = [] if entry.is_stored else self._store(entry, now)
         self._retry.end(entry.id)
         if entry.was_kept:
             entry.vain_tries += 1
             entry.retry_at = now + self._retry.delay_s(entry.vain_tries)
-        else:
-            entry.was_kept, entry.kept_at = True, now
+        entry.was_kept = True
         entry.is_unclear |= entry.sends > 0  # a reply after the next send may be to a copy of this try
         entry.content, entry.sends, entry.deadline, entry.resend_at = None, 0, inf, inf
         entry.refusals, entry.refusal, entry.unknown_bundle = 0, None, 0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from edge_runtime.wire import Event, Request, encode_event, encode_request
+from edge_runtime.wire import ContentKind, Event, Request, encode_event, encode_request
 
 ROW_BYTES = 64  # of a row beside payload and event
 
@@ -22,6 +22,7 @@ class NewRequest:
     captured: float  # seconds, time.monotonic()
     deadline: float  # the same clock: after it the draft stands
     keep: bool = False  # the link is away: into the outbox at once, not sent
+    compact: bytes = b""  # the same request with features instead of its picture, for the outbox
 
 
 @dataclass(slots=True)
@@ -32,8 +33,8 @@ class Tracked:
     payload: bytes  # as it is sent next
     event: Event  # the frame's latest
     captured: float  # seconds, time.monotonic()
+    compact: bytes = b""  # the same request with features instead of its picture, for the outbox
     is_paid: bool = False  # its bytes are taken from the budget
-    compact: bytes = b""  # the same request in fewer bytes, for the outbox
     sent_at: float | None = None  # seconds, time.monotonic(): first, in this try
     has_answer: bool = False  # of a server, which a higher tier may improve
     is_retry: bool = False  # out of the outbox
@@ -42,6 +43,11 @@ class Tracked:
     offered: int = 0  # to the client
     ended: int = 0  # of these, whatever became of them
     delivered: int = 0  # of these, what the broker has acknowledged
+
+    @property
+    def may_be_stored(self) -> bool:
+        """The outbox takes features only: they show nobody."""
+        return bool(self.compact) or self.request.content_kind is ContentKind.LATENT
 
     def has_ended(self, size: int, is_delivered: bool) -> None:
         """The client has delivered or given up a copy of `size` bytes."""

@@ -131,8 +131,14 @@ class RequestTracker:
         self._find_silence, self._silence = find_silence, ""  # the latter: what was told last
         self._topic = topics.request(site, board)
         self._outbox = self._new_outbox(outbox) if outbox else None
+        self.stores_first = bool(outbox and outbox.every_request)  # each request, before it is sent
         self._lifecycle: RequestLifecycle[Tracked] = RequestLifecycle(
-            capacity, min_resend_s=resend_s, rng=random.Random(), outbox=outbox, size_of=lambda t: row_of(t).size
+            capacity,
+            min_resend_s=resend_s,
+            rng=random.Random(),
+            outbox=outbox,
+            size_of=lambda tracked: row_of(tracked).size,
+            may_store=lambda tracked: tracked.may_be_stored,
         )
         self._thread: LifecycleThread[Tracked, _Message] = LifecycleThread(
             "requests", self._lifecycle, self._receive, self._perform, self._reply, self._before_step
@@ -189,7 +195,7 @@ class RequestTracker:
     def announce(self, event: Event, compact: bytes = b"") -> None:
         """The draft's event, which may come after the request is on its way. Published unless the answer was faster.
 
-        compact: the same request in fewer bytes, for the outbox.
+        compact: the same request with features instead of its picture, for the outbox.
         """
         self._thread.put(_Draft(event, compact))
 
@@ -236,8 +242,8 @@ class RequestTracker:
     def _receive(self, message: _Message, now: float) -> Sequence[Action[Tracked]]:
         actions: Sequence[Action[Tracked]] = ()
         match message:
-            case NewRequest(request, payload, event, captured, deadline, keep):
-                tracked = Tracked(request, payload, event, captured, is_paid=not keep)
+            case NewRequest(request, payload, event, captured, deadline, keep, compact):
+                tracked = Tracked(request, payload, event, captured, compact, is_paid=not keep)
                 actions = self._lifecycle.on_request(request.id, tracked, deadline, now, link_is_away=keep)
             case _Draft(event, compact):
                 self._announce(event, compact)

@@ -54,10 +54,10 @@ from tests.listener import PATIENCE_S, QUICK, Listener, until
 SITE, BOARD = "home", "b1"
 
 
-def frame(seed: int = 0, captured_unix: float = 1.6e9) -> Frame:
-    """A coarse random picture, captured now by the clock that counts."""
+def frame(seed: int = 0, captured_unix: float = 1.6e9, age_s: float = 0.0) -> Frame:
+    """A coarse random picture, captured age_s ago by the clock that counts."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
-    return Frame("door", coarse.repeat(40, 0).repeat(40, 1), captured_unix, time.monotonic())
+    return Frame("door", coarse.repeat(40, 0).repeat(40, 1), captured_unix, time.monotonic() - age_s)
 
 
 class Board:
@@ -477,6 +477,20 @@ def test_what_goes_to_the_outbox_has_no_reference(start, broker, tmp_path, monke
     assert [has_reference(row.payload) for row in rows] == [False, False]
 
 
+def test_a_frame_that_is_only_kept_puts_off_no_frame_that_is_to_be_sent_alone(start, broker, tmp_path):
+    board = start("split", 200_000, writes_draft=False, board={"outbox": OutboxConfig(str(tmp_path / "outbox"))})
+    live = board.pipeline.planner.plan("door")
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        board.pipeline.handle(frame(age_s=70))
+        board.tracker.reply_arrived(kept(server.next()))
+        until(lambda: board.tracker.summary()["answered"] == 1)
+        board.pipeline.planner = FixedPlanner(replace(live, keep=True))
+        board.pipeline.handle(frame(age_s=20))
+        board.pipeline.planner = FixedPlanner(live)
+        board.pipeline.handle(frame())  # 60 s without a frame alone have passed
+        assert not has_reference(server.next())
+
+
 @pytest.mark.parametrize(("stated", "said"), [(0.25, 0.25), (math.nan, None)])
 def test_an_event_has_the_confidence_of_its_draft_if_that_is_a_number(start, monkeypatch, stated, said):
     board = start("device")
@@ -589,11 +603,35 @@ def test_without_cpu_time_for_a_draft_a_picture_is_kept_as_features_too(start, b
     assert (request.content_kind, request.draft) == (ContentKind.LATENT, b"")
 
 
-def test_a_board_without_a_head_keeps_the_picture_itself(start, tmp_path):
-    board = start("offload", board={"outbox": OutboxConfig(str(tmp_path / "outbox"))})
-    assert board.pipeline.head is None
-    assert board.pipeline.handle(frame()) is not None
-    assert (board.pipeline.failed, board.announced) == (0, [b""])
+@pytest.mark.parametrize("writes_draft", [True, False])
+def test_a_picture_that_is_stored_before_it_is_sent_is_stored_as_features(
+    start, server, board_bundle, tmp_path, monkeypatch, writes_draft
+):
+    rows: list[Row] = []
+    monkeypatch.setattr(Outbox, "put", lambda _, row: rows.append(row))  # the request is sent all the same, a bit later
+    outbox = OutboxConfig(str(tmp_path / "outbox"), every_request=True)
+    board = start("offload", writes_draft=writes_draft, board={"outbox": outbox})
+    board.pipeline.head, board.pipeline.draft = load_head(board_bundle, "onnx", 1), load_draft(board_bundle, "onnx", 1)
+    board.pipeline.handle(frame())
+    assert decode_request(server.next()).content_kind is ContentKind.JPEG
+    assert [decode_request(row.payload).content_kind for row in rows] == [ContentKind.LATENT]
+
+
+@pytest.mark.parametrize("every_request", [True, False])
+def test_a_picture_whose_features_do_not_fit_is_sent_and_never_stored(
+    start, broker, board_bundle, tmp_path, monkeypatch, every_request
+):
+    rows: list[Row] = []
+    monkeypatch.setattr(Outbox, "put", lambda _, row: rows.append(row))
+    outbox = OutboxConfig(str(tmp_path / "outbox"), every_request=every_request)
+    board = start("offload", 1000, writes_draft=False, max_bytes=1, board={"outbox": outbox})
+    board.pipeline.head = load_head(board_bundle, "onnx", 1)
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        seen = board.pipeline.handle(frame())
+        assert decode_request(server.next()).content_kind is ContentKind.JPEG
+        lost = board.next_event()
+    assert (lost.type, lost.frame, lost.why) == ("lost", seen.frame, "no reply to 1 sent")
+    assert (board.announced, rows) == ([b""], [])
 
 
 def test_the_encoding_time_of_a_picture_over_the_byte_budget_is_not_measured_as_that_of_a_latent(start, board_bundle):

@@ -262,6 +262,33 @@ def test_a_server_that_is_busy_beyond_the_deadline_ends_the_wait() -> None:
     assert lost == Lose(ONE, "x", Why("busy", "server s1: busy: full"))
 
 
+def test_a_server_that_is_busy_beyond_the_deadline_ends_no_wait_for_another_servers_answer() -> None:
+    requests = lifecycle()
+    requests.on_request(ONE, "x", 5.0, 0.0)
+    assert resend(requests, 1.6)
+    assert requests.on_reply(reply(ONE, Status.BUSY, retry_after_ms=10_000), 1.7) == []
+    assert requests.next_at() == 5.0  # nothing more is sent
+    assert kinds(requests.on_reply(reply(ONE), 4.9)) == [Answer]
+
+
+def test_servers_that_are_busy_beyond_the_deadline_end_the_wait_when_each_copy_has_its_reply() -> None:
+    requests = lifecycle()
+    requests.on_request(ONE, "x", 5.0, 0.0)
+    assert resend(requests, 1.6)
+    requests.on_reply(reply(ONE, Status.BUSY, retry_after_ms=10_000), 1.7)
+    assert kinds(requests.on_reply(reply(ONE, Status.BUSY, retry_after_ms=10_000), 1.8)) == [Lose]
+
+
+def test_servers_without_the_bundle_end_no_wait_for_another_servers_answer() -> None:
+    requests = lifecycle()
+    requests.on_request(ONE, "x", 99.0, 0.0)
+    for _ in range(MAX_UNKNOWN_BUNDLE):
+        assert resend(requests, now := requests.next_at())
+        assert requests.on_reply(reply(ONE, Status.UNKNOWN_BUNDLE, retry_after_ms=100), now) == []
+    assert requests.next_at() == 99.0  # nothing more is sent
+    assert kinds(requests.on_reply(reply(ONE), 98.0)) == [Answer]
+
+
 def test_a_server_without_the_bundle_does_not_end_a_request_that_its_neighbour_can_answer() -> None:
     requests = lifecycle()
     requests.on_request(ONE, "x", 9.0, 0.0)
@@ -316,12 +343,16 @@ def test_a_lost_reference_is_told_once_and_the_frame_is_sent_alone_at_once() -> 
     assert (requests.counts.resent, requests.counts.late, requests.counts.answered) == (1, 1, 1)
 
 
-def test_a_lost_reference_of_a_frame_that_was_sent_alone_meanwhile_changes_nothing() -> None:
+def test_a_frame_whose_reference_is_lost_after_a_resend_is_sent_alone_at_once_too() -> None:
+    """The server may have discarded the resend as a repeat, while the first copy waited in its queue."""
     requests = lifecycle()
     requests.on_request(ONE, "x", 9.0, 0.0)
     assert resend(requests, 1.6)
-    assert requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 1.7) == []
-    assert kinds(requests.on_reply(reply(ONE), 1.8)) == [Answer]
+    (sent,) = requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 1.7)
+    assert isinstance(sent, Send)
+    assert (sent.is_resend, sent.is_asked_for) == (True, True)
+    assert requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 1.8) == []
+    assert kinds(requests.on_reply(reply(ONE), 1.9)) == [Answer]
 
 
 def test_a_server_that_never_takes_a_frame_is_named_at_the_deadline() -> None:
@@ -513,6 +544,29 @@ def test_with_every_request_kept_a_request_is_sent_when_it_is_on_disk() -> None:
     assert kinds(requests.on_reply(reply(ONE), 0.2)) == [Answer, Delete]
 
 
+def test_a_request_that_was_stored_before_it_was_sent_counts_its_time_in_the_outbox_from_then_on() -> None:
+    """Its row says how old it was then."""
+    requests = with_outbox(every_request=True, max_age_s=100.0)
+    for request_id, handed_over, deadline in ((ONE, 0.0, 9.0), (TWO, 1.0, 2.0)):
+        requests.on_request(request_id, "x", deadline, handed_over)
+        requests.on_stored([request_id], handed_over)
+    requests.on_time(9.0, link_is_free=False)
+    assert requests.counts.kept == 2
+    assert [requests.kept_for_s(request_id, 20.0) for request_id in (ONE, TWO)] == [20.0, 19.0]
+    assert requests.on_time(99.9, link_is_free=False) == []
+    assert [requests.on_time(now, link_is_free=False) for now in (100.0, 101.0)] == [[Read(ONE)], [Read(TWO)]]
+
+
+def test_what_may_not_be_stored_is_sent_at_once_and_lost_at_its_deadline() -> None:
+    outbox = OutboxConfig("outbox.sqlite", every_request=True)
+    requests: RequestLifecycle[str] = RequestLifecycle(
+        1, min_resend_s=9.0, rng=random.Random(0), outbox=outbox, may_store=lambda content: content != "picture"
+    )
+    assert kinds(requests.on_request(ONE, "picture", 5.0, 0.0, link_is_away=True)) == [Send]
+    assert kinds(requests.on_request(TWO, "picture", 5.0, 0.0)) == [Lose]  # too many wait
+    assert kinds(requests.on_time(5.0)) == [Lose]
+
+
 def test_a_disk_that_hangs_holds_up_a_request_for_a_moment_only() -> None:
     requests = with_outbox(every_request=True)
     requests.on_request(ONE, "x", 9.0, 0.0)
@@ -604,7 +658,7 @@ class AnySchedule(RuleBasedStateMachine):
         self.requests = lifecycle(3, **outbox) if self.has_outbox else lifecycle(3)
         self.finals: dict[bytes, int] = {}  # final events of each request, in this run
         self.sent: set[bytes] = set()
-        self.sent_alone: set[bytes] = set()  # those that were sent again, in their present try
+        self.lost_their_reference: set[bytes] = set()
         self.to_store: list[bytes] = []
         self.to_read: list[bytes] = []
         self.pending_disk: dict[bytes, str] = {}
@@ -615,8 +669,6 @@ class AnySchedule(RuleBasedStateMachine):
                 case Send():
                     assert action.left_s > 0 or not action.is_resend
                     self.sent.add(action.id)
-                    self.sent_alone.discard(action.id)
-                    self.sent_alone |= {action.id} if action.is_resend else set()
                 case Answer(request_id, _, final_reply):
                     self.finals[request_id] = self.finals.get(request_id, 0) + final_reply.final
                 case Settle() | Lose():
@@ -644,12 +696,13 @@ class AnySchedule(RuleBasedStateMachine):
 
     @rule(number=RECENT)
     def reference_is_lost(self, number: int) -> None:
-        """At most one copy more, whatever is said how often."""
+        """At most one copy more, in all, whatever is said how often."""
         request_id = self.recent(number)
         for _ in range(2):
             actions = self.requests.on_reply(reply(request_id, Status.REFERENCE_LOST), self.now)
             assert all(isinstance(action, Send) and action.is_resend for action in actions)
-            assert len(actions) <= (request_id not in self.sent_alone)
+            assert len(actions) <= (request_id not in self.lost_their_reference)
+            self.lost_their_reference |= {action.id for action in actions}
             self.follow(actions)
 
     @rule(number=RECENT, status=STATUSES, final=st.booleans(), token=st.integers(0, 5))
@@ -664,7 +717,6 @@ class AnySchedule(RuleBasedStateMachine):
     @rule(number=RECENT)
     def budget_is_spent(self, number: int) -> None:
         if (request_id := self.recent(number)) in self.sent:
-            self.sent_alone.discard(request_id)
             self.follow(self.requests.on_unsent(request_id, Why("no_bytes", ""), self.now))
 
     @rule(can_store=st.booleans())
