@@ -140,6 +140,7 @@ class ChatServer(ThreadingHTTPServer):
         self._schema = Draft202012Validator(self.request_schema)
         self.behave, self.retry_after = behave, "1"
         self.say: Callable[[Asked], str] = lambda asked: text_of(asked.picture)  # the text of an answer
+        self.is_down = False  # a proxy in front of it says 503
         self.key: str | None = None  # requests with another one are refused; None: any
         # An answer to "List models": https://platform.openai.com/docs/api-reference/models/list
         self.models: list[dict[str, Any]] = [{"id": "fake", "object": "model", "created": 1, "owned_by": "fake"}]
@@ -240,6 +241,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.close_connection = True
+        if self.server.is_down:
+            return self._error(503)
         if self.path != "/v1/models":
             return self._error(404)
         return self._send(json.dumps({"object": "list", "data": self.server.models}).encode())
@@ -250,6 +253,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         if len(body) < length:
             return None  # the client went away before it had sent its request, as a stopping server does
+        if self.server.is_down:
+            return self._error(503)
         if self.path != "/v1/chat/completions":
             return self._error(404)
         if self.server.key is not None and self.headers["Authorization"] != f"Bearer {self.server.key}":

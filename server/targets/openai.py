@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 TRIES = 4  # of one request
 BUSY_RETRY_MS = 1000  # for a board, if nobody says how long
 REPLY_S = 1.0  # before the deadline, for the reply's way to the board
+UNAUTHORIZED = 401  # the key is wrong; 403 may be about the draft alone
 MAX_WHY = 256  # characters, of a reason in the status
 MARGIN_S = 5.0  # that a call may take beyond its timeout before it counts as hanging
 
@@ -132,6 +133,8 @@ class OpenAITarget(PromptedTarget):
         except CallError as error:
             self.calls.count(error.kind)
             wait_s = self.calls.wait_s(error, 1)
+            if error.status == UNAUTHORIZED:  # whatever the request is
+                return self._refused(error, job), None
             if error.kind in PERMANENT:  # without a draft it may work
                 return None, error
             if error.kind in TEMPORARY:

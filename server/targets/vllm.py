@@ -71,7 +71,7 @@ _Positions = list[dict[str, _Logprob] | None]  # of each token of the prompt: by
 
 
 class _CrashError(FeaturesError):
-    """After this question, the other server's engine may have ended."""
+    """After this question, the other server's engine may have ended, or hang."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class VllmTarget(OpenAITarget):
         self._probes: list[tuple[Acceptance, Callable[[], bool]]] = [(self._drafts, self.probe)] * self._may_send_drafts
         self._probes += [(self._latents, self.probe_features)] * (features is not None)
         self._served: list[_Model] | None = None  # of this target's name, as last seen
-        self._lost_connections = 0  # as last seen
+        self._lost_connections, self._was_away = 0, False  # as last seen
         self._is_due = threading.Event()  # a probe is, or this server stops
         if self._probes:
             threading.Thread(target=self._look_until_closed, name="probe", daemon=True).start()
@@ -158,13 +158,18 @@ class VllmTarget(OpenAITarget):
             self._is_due.clear()
 
     def look(self) -> None:
-        """Makes the probes that are due. First forgets what was known, if vLLM was away or serves another model."""
+        """Makes the probes that are due: all of them if vLLM was away meanwhile.
+
+        First forgets what was known, if vLLM is away now or serves another model.
+        """
+        lost = self._lost()  # before the probes: vLLM may be restarted while one is made
         try:
             served = self._models(time.monotonic() + self.config.timeout_s)
         except CallError as error:
             if error.kind == "no_connection":
                 self._forget(str(error))
             if error.kind not in PERMANENT:
+                self._was_away = True  # a proxy in front of it says 502 or 503
                 return  # it would not answer a probe either
         except FeaturesError:
             pass  # the probe of features says so
@@ -172,12 +177,13 @@ class VllmTarget(OpenAITarget):
             if self._served not in (None, served):
                 self._forget("another model is served", other_model=True)
             self._served = served
-        if self._lost() > self._lost_connections:
-            self._forget("the other server was away")
+        if self._was_away or lost > self._lost_connections:
+            for acceptance, _ in self._probes:
+                acceptance.was_away()
+        self._was_away, self._lost_connections = False, lost
         for acceptance, probe in self._probes:
             if acceptance.due <= time.monotonic():
                 probe()
-        self._lost_connections = self._lost()
 
     def _lost(self) -> int:
         """How often a call has found nobody there."""
@@ -279,11 +285,14 @@ class VllmTarget(OpenAITarget):
 
     def _read_mean(self, job: PictureJob, embeds: "ImageEmbeds") -> list[int]:
         """The tokens of a prompt with image tokens. Raises CallError if a later try may work, and FeaturesError."""
+        deadline = time.monotonic() + self.config.timeout_s  # whatever time the picture took
         try:
-            return self._read_prompt(replace(job, image_tokens=embeds.mean()))
+            return self._read_prompt(replace(job, image_tokens=embeds.mean(), deadline=deadline))
         except CallError as error:
-            # After the last two, the engine may have crashed. Another try could crash it again.
-            if error.kind not in PERMANENT | {"cut_off", "server_error"}:
+            # After these, the engine may have crashed, or hang. Another try could do that again. But if it has taken
+            # image tokens before, a timeout only says that it is busy.
+            crashes = {"cut_off", "server_error"} if self._latents.is_taken else {"cut_off", "server_error", "timeout"}
+            if error.kind not in PERMANENT | crashes:
                 raise
             self.calls.count(error.kind)
             kind = FeaturesError if error.kind in PERMANENT else _CrashError

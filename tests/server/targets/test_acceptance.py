@@ -2,6 +2,8 @@
 
 from math import inf
 
+import pytest
+
 from server.targets.acceptance import (
     FIRST_CRASH_WAIT_S,
     FIRST_WAIT_S,
@@ -36,11 +38,24 @@ def test_what_may_crash_the_other_server_is_asked_rarely() -> None:
     for _ in range(9):
         acceptance.refused("it broke off", now, may_crash=True)
         assert FIRST_CRASH_WAIT_S <= acceptance.due - now <= LAST_CRASH_WAIT_S
-        acceptance.forget("it was away")
+        acceptance.forget("it is away")
+        acceptance.was_away()
         assert acceptance.due > now
         now = acceptance.due
     acceptance.forget("another model", other_model=True)
     assert acceptance.due == -inf
+
+
+def test_the_long_waits_begin_with_the_first_crash_however_often_it_was_refused_before() -> None:
+    acceptance, now = Acceptance(), 0.0
+    for _ in range(8):
+        acceptance.refused("no", now)
+        now = acceptance.due
+    acceptance.refused("it broke off", now, may_crash=True)
+    assert acceptance.due - now == FIRST_CRASH_WAIT_S
+    now = acceptance.due
+    acceptance.refused("no", now)
+    assert acceptance.due - now == FIRST_WAIT_S
 
 
 def test_doubts_bring_the_next_question_forward_and_less_so_each_time_that_they_were_wrong() -> None:
@@ -62,6 +77,26 @@ def test_a_question_without_an_answer_changes_nothing_and_is_asked_again() -> No
     acceptance.taken(0.0)
     acceptance.unknown(5.0)
     assert (acceptance.is_taken, acceptance.due, acceptance.in_words()) == (True, 5.0 + FIRST_WAIT_S, "")
+
+
+def test_the_wait_that_is_named_is_the_one_that_is_kept() -> None:
+    acceptance = Acceptance()
+    for _ in range(3):
+        acceptance.refused("no", max(0.0, acceptance.due))
+    assert acceptance.in_words() == f"no: asked again after {4 * FIRST_WAIT_S:.0f} s"
+    acceptance.unknown(now := acceptance.due)
+    assert acceptance.due == now + FIRST_WAIT_S
+    assert acceptance.in_words() == f"no: asked again after {FIRST_WAIT_S:.0f} s"
+
+
+@pytest.mark.parametrize("is_taken", [True, False])
+def test_after_a_restart_it_is_asked_at_once_and_what_is_known_holds_until_then(is_taken: bool) -> None:
+    acceptance = Acceptance()
+    acceptance.taken(0.0)
+    if not is_taken:
+        acceptance.refused("no", 0.0)
+    acceptance.was_away()
+    assert (acceptance.is_taken, bool(acceptance.why), acceptance.due) == (is_taken, not is_taken, -inf)
 
 
 def test_after_another_model_the_waits_begin_anew() -> None:

@@ -399,6 +399,15 @@ def test_a_request_that_is_refused_with_and_without_its_prediction_says_nothing_
     assert target.abilities.drafts
 
 
+def test_a_wrong_key_costs_one_call_with_a_draft_too_and_says_nothing_of_predictions(other: ChatServer, bundle) -> None:
+    other.behave = lambda _: "error_401"
+    target = predicting(other, bundle)
+    (answer,) = target.answer([job(draft="a dog")])
+    assert ("key_file" in answer.error, answer.retry_after_ms) == (True, None)
+    assert (len(other.asked), calls(target)) == (1, {"refused": 1})
+    assert target.abilities.drafts
+
+
 def test_a_budget_that_is_spent_counts_once_with_a_draft(other: ChatServer, bundle) -> None:
     target = predicting(other, bundle, output_price=1000.0, budget_per_day=0.1, max_tokens=1)
     target.answer([job(draft="a dog")] * 8)

@@ -18,6 +18,7 @@ from server.reply_cache import ReplyCache
 from server.service import Service
 from server.targets import PictureJob, paid_calls
 from server.targets.acceptance import Acceptance
+from server.targets.openai import DraftError
 from server.targets.vllm import WRONG_DRAFT, VllmTarget
 from testbed.chat_server import Behaviour
 from testbed.vllm_server import TEMPLATE, TEXT, Lie, VllmServer
@@ -240,6 +241,36 @@ def test_a_server_that_was_away_is_probed_anew(bundle: Bundle) -> None:
         target.calls.count("no_connection")  # a request found it away between two looks
         target.look()
         assert len(after.asked) == 6
+
+
+def test_a_restart_while_it_is_probed_is_noticed_at_the_next_look(vllm: VllmServer, target: Target) -> None:
+    wait_out(target._drafts)
+    target._draft_failed(DraftError("no ranks"))
+    vllm.behave = lambda _: target.calls.count("no_connection") or "answer"  # a request finds nobody meanwhile
+    target.look()
+    vllm.behave = lambda _: "answer"
+    vllm.asked.clear()
+    target.look()
+    assert len(vllm.asked) == 3
+    target.look()
+    assert len(vllm.asked) == 3
+
+
+def test_a_server_that_was_away_behind_a_proxy_is_probed_anew(vllm: VllmServer, target: Target) -> None:
+    vllm.is_down = True
+    target.look()
+    assert target.abilities.drafts  # it may only be busy
+    vllm.is_down, vllm.lie = False, "no_logprobs"
+    target.look()
+    assert not target.abilities.drafts
+    vllm.lie, vllm.is_down = None, True
+    target.look()
+    vllm.is_down = False
+    target.look()
+    assert target.abilities.drafts
+    vllm.asked.clear()
+    target.look()
+    assert vllm.asked == []
 
 
 @pytest.mark.parametrize("behaviour", ["error_500", "limit_silently", "reset", "stall", "cut"])

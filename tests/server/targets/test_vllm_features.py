@@ -64,10 +64,14 @@ def write_tail(folder: Path, bundle: Bundle, **changes: object) -> Path:
 class Site:
     """A server without a broker, and a board."""
 
-    def __init__(self, url: str, bundle: Bundle, folder: Path, model: str = "fake", **tail: object) -> None:
+    def __init__(
+        self, url: str, bundle: Bundle, folder: Path, model: str = "fake", timeout_s: float = 60.0, **tail: object
+    ) -> None:
         self.bundle, self.reader = bundle, load_features(write_tail(folder, bundle, **tail), bundle, "cpu", 1)
         embeds, prompts = ImageEmbeds(self.reader), read_prompts({})
-        self.target = Target(url, OpenAIConfig(model), prompts=prompts, bundle=bundle, features=embeds)
+        self.target = Target(
+            url, OpenAIConfig(model, timeout_s=timeout_s), prompts=prompts, bundle=bundle, features=embeds
+        )
         self.service, self.lane = Service(ServerConfig("s1", target="vllm:x"), self.target, ReplyCache()), Lane()
 
     def ask(self, *requests: object) -> list:
@@ -286,6 +290,51 @@ def test_a_server_that_may_have_crashed_is_left_alone_when_it_is_back_but_anothe
     site.target.look()
     assert parts(vllm)[-1] == "image_embeds"
     assert site.target.abilities.bundles == (bundle.id,)
+
+
+def test_one_lost_connection_costs_a_probe_and_not_the_features_even_if_it_is_busy(
+    vllm: VllmServer, site: Site
+) -> None:
+    site.target.calls.count("no_connection")
+    vllm.behave = lambda _: "limit_silently"
+    site.target.look()
+    assert len(vllm.asked) == 2  # about drafts, and about features
+    vllm.behave = lambda _: "answer"
+    assert site.target.abilities.bundles == (site.bundle.id,)
+    assert site.ask(latent(site.bundle))[0].status is Status.OK
+
+
+def test_a_server_that_hangs_with_image_tokens_gets_the_next_ones_after_an_hour_and_then_two(
+    vllm: VllmServer, bundle: Bundle, tmp_path: Path
+) -> None:
+    site = Site(vllm.url, bundle, tmp_path, timeout_s=1.0)
+    for again_s, behaviour in (3600, "reset"), (7200, "stall"):
+        vllm.asked.clear()
+        vllm.behave = lambda call, behaviour=behaviour: behaviour if call else "answer"
+        assert not site.target.probe_features()
+        assert site.target.abilities.refused["features"].endswith(f": asked again after {again_s} s")
+        wait_out(site.target._latents)
+
+
+def test_a_server_that_has_taken_image_tokens_may_be_too_busy_for_the_next_ones(
+    vllm: VllmServer, bundle: Bundle, tmp_path: Path
+) -> None:
+    site = Site(vllm.url, bundle, tmp_path, timeout_s=1.0)
+    assert site.target.probe_features()
+    vllm.asked.clear()
+    vllm.behave = lambda call: "stall" if call else "answer"
+    assert site.target.probe_features()
+    assert "features_refused" not in site.calls
+
+
+def test_image_tokens_have_the_whole_time_of_a_call_however_long_the_picture_took(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadlines, read = [], site.target._read_prompt
+    monkeypatch.setattr(site.target, "_read_prompt", lambda job: deadlines.append(job.deadline) or read(job))
+    assert site.target.probe_features()
+    picture, image_tokens = deadlines
+    assert image_tokens > picture
 
 
 def test_a_refusal_of_features_that_come_with_a_draft_says_nothing_about_drafts(
