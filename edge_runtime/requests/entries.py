@@ -1,5 +1,5 @@
-"""What is known of a request that has not ended; and the index of those in the outbox: what may be asked again, and
-what the outbox gives up. No I/O; time is an argument. lifecycle.py has the rules.
+"""The state of a request that has not ended, and the index of the requests in the outbox: which one is tried next, and
+which ones are given up. No I/O; time is an argument. The rules are in lifecycle.py.
 """
 
 import enum

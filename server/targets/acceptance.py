@@ -57,13 +57,13 @@ class Acceptance:
     def was_away(self) -> None:
         """The other server may have been restarted: ask at once; until then, what is known holds.
 
-        What may crash it is left to its time.
+        A question that may crash it keeps its long wait.
         """
         if not self._may_crash:
             self.due = -inf
 
     def forget(self, why: str, other_model: bool = False) -> None:
-        """The other server is away, or has another model: ask at once. What may crash it is left to its time."""
+        """The other server is away, or has another model: ask at once, unless that may crash it."""
         if other_model or not self._may_crash:
             self.is_taken, self.why, self._may_crash, self._same = False, why, False, 0
             self.due, self._asked_after_s = -inf, FIRST_WAIT_S
