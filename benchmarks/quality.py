@@ -32,6 +32,7 @@ from models.captions import captioned_as, words_of
 from testbed.sample_photos import is_readable
 
 if TYPE_CHECKING:
+    from benchmarks.language import LanguageEngine
     from models.questions import Question
     from server.engine import Engine, Job
     from server.targets import Answer
@@ -118,7 +119,7 @@ class Chain:
         paradigm: str,
         backend: str,
         tier: str,
-        engine: "Engine | None",
+        engine: "Engine | LanguageEngine | None",
         min_confidence: float | None = None,
         rate: RateLimit = RateLimit(),
         sends_labels: bool = True,
@@ -215,6 +216,10 @@ class Chain:
         found = [with_seen(row.softmax(-1), sent.labels) for row, sent in zip(logits, batch, strict=True)]
         return np.stack([row.cpu().numpy() for row in found]), sizes
 
+    def text(self, answer: "Answer") -> str:
+        """The tokens of a language model are of a vocabulary of its own; its answers have the text."""
+        return answer.text or self.bundle.text(list(answer.tokens))
+
     def job(self, sent: Sent, draft: tuple[int, ...] | None = None) -> "Job":
         from server.engine import Job
 
@@ -241,8 +246,13 @@ def proven_chain(
         return Chain(bundle, paradigm, backend, tier, None, rate=rate)
     from server.loading import ready_engine
 
-    engine = ready_engine(bundle, [tier] if tier else [], threads=threads)
-    return Chain(bundle, paradigm, backend, tier, engine, min_confidence, rate, sends_labels)
+    if tier == "lm":
+        from benchmarks.language import LanguageEngine
+
+        answers: Engine | LanguageEngine = LanguageEngine(bundle, threads)
+    else:
+        answers = ready_engine(bundle, [tier] if tier else [], threads=threads)
+    return Chain(bundle, paradigm, backend, tier, answers, min_confidence, rate, sends_labels)
 
 
 Progress = Callable[[Iterable[Picture]], Iterable[Picture]]  # shows progress while it passes the pictures on
@@ -264,7 +274,7 @@ def measure_captions(
         asked = [s for s in batch if not s.draft_accepted]
         if chain.engine and asked:
             written = chain.engine.answer([chain.job(s, s.draft or None) for s in asked])
-            texts |= {s.name: chain.bundle.text(list(answer.tokens)) for s, answer in zip(asked, written, strict=True)}
+            texts |= {s.name: chain.text(answer) for s, answer in zip(asked, written, strict=True)}
             answers += written
         seconds += time.perf_counter() - started
         if chain.engine:

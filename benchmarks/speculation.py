@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import truediv
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ from edge_runtime.inference.bundle import Bundle
 from server.engine import Engine, Job
 from server.loading import ready_engine
 from testbed.terminal import markdown_table, short
+
+if TYPE_CHECKING:
+    from server.targets.huggingface import HuggingFaceTarget
+    from server.targets.huggingface_prompts import Job as TextJob
 
 DELAYS_MS = (0, 30, 100)  # of a link, in one direction
 BATCHES = (1, 8)
@@ -85,18 +89,43 @@ def run_hf(
     """
     from server.config import HuggingFaceConfig
     from server.prompts import QUESTION
-    from server.targets.huggingface import PHRASES, HuggingFaceTarget, together
-    from server.targets.huggingface_decoding import Row
-    from server.targets.huggingface_prompts import Job
-    from server.targets.phrases import PhraseMemory
+    from server.targets.huggingface import HuggingFaceTarget
+    from server.targets.huggingface_prompts import Job as TextJob
 
     target, limit = HuggingFaceTarget.load(model, threads=threads), HuggingFaceConfig().max_tokens
     jobs = [
-        Job(QUESTION, picture, bundle.text(list(draft)), limit) for picture, draft in zip(pixels, drafts, strict=True)
+        TextJob(QUESTION, picture, bundle.text(list(draft)), limit)
+        for picture, draft in zip(pixels, drafts, strict=True)
     ]
-
     if assistant:
         target.add_assistant(assistant, threads=threads)
+    return {"target": f"hf:{model}"} | _of_transformers(target, jobs, draft_ms, rounds, batches)
+
+
+def run_language(
+    bundle: Bundle,
+    symbols: NDArray[np.int8],
+    drafts: Drafts,
+    draft_ms: float,
+    rounds: int = 5,
+    threads: int = 1,
+    batches: Sequence[int] = BATCHES,
+) -> dict[str, Any]:
+    """The target "lm" on symbols int8 [N, 64, 7, 7] of the default level with a draft each. Raises ConfigError."""
+    from benchmarks.language import LanguageEngine
+
+    engine, level = LanguageEngine(bundle, threads), bundle.manifest.latent.default_level
+    jobs = [engine.asked(Job(each, level, draft=tuple(draft))) for each, draft in zip(symbols, drafts, strict=True)]
+    return {"target": "lm"} | _of_transformers(engine.target.model, jobs, draft_ms, rounds, batches)
+
+
+def _of_transformers(
+    target: "HuggingFaceTarget", jobs: Sequence["TextJob"], draft_ms: float, rounds: int, batches: Sequence[int]
+) -> dict[str, Any]:
+    from server.targets.huggingface import PHRASES, together
+    from server.targets.huggingface_decoding import Row
+    from server.targets.phrases import PhraseMemory
+
     loaded_assistant = target.assistant
 
     def answers(draft: str | None, size: int, has_draft: bool = False, has_assistant: bool = False) -> list[Written]:
@@ -109,7 +138,7 @@ def run_hf(
     def drafted(size: int) -> list[Written]:
         rows = list[Row]()
         for part in _parts(jobs, size):
-            texts = [target.row(limit, target.drafts.tokens(job.draft or "")) for job in part]
+            texts = [target.row(job.max_tokens, target.drafts.tokens(job.draft or "")) for job in part]
             rows += target.decode(together([target.inputs(job) for job in part]), texts).rows
         return [Written(row.text.without_end, row.text.passes) for row in rows]
 
@@ -117,12 +146,13 @@ def run_hf(
         """Prompt lookup; transformers does it for one text at a time."""
         passes, written = list[int](), []
         hook = target.loaded.model.register_forward_hook(lambda *_: passes.append(1))
-        settings: dict[str, Any] = {"max_new_tokens": limit, "do_sample": False, "num_beams": 1}
+        settings: dict[str, Any] = {"do_sample": False, "num_beams": 1, "prompt_lookup_num_tokens": LOOKUP}
         ends = target.loaded.model.generation_config.eos_token_id
         for job in jobs:
             passes.clear()
             inputs = target.inputs(job)
-            tokens = target.loaded.model.generate(**inputs, prompt_lookup_num_tokens=LOOKUP, **settings)[0].tolist()
+            placed = target.tower.placed(inputs) if target.tower else inputs
+            tokens = target.loaded.model.generate(**placed, max_new_tokens=job.max_tokens, **settings)[0].tolist()
             if tokens[-1] in (ends if isinstance(ends, list) else [ends]):
                 tokens.pop()
             written.append(Written(tuple(tokens), len(passes)))
@@ -138,8 +168,7 @@ def run_hf(
     }
     if loaded_assistant:
         ways["server's and assistant's proposals"] = Way(partial(answers, "", has_assistant=True))
-    about = {"target": f"hf:{model}", "proof": asdict(target.proof)}
-    return about | compare(ways, draft_ms, rounds, batches)
+    return {"proof": asdict(target.proof)} | compare(ways, draft_ms, rounds, batches)
 
 
 def compare(ways: Mapping[str, Way], draft_ms: float, rounds: int, batches: Sequence[int]) -> dict[str, Any]:

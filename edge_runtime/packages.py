@@ -15,6 +15,8 @@ OPTIONAL = {
     "safetensors": ("safetensors", "pytorch"),
     "cryptography": ("cryptography", "signed"),
     "transformers": ("transformers", "hf"),
+    "gguf": ("gguf", "lm"),
+    "accelerate": ("accelerate", "lm"),
     "jsonschema": ("jsonschema", "json"),
     "ray": ("ray[serve]", "ray"),
     "shtab": ("shtab", "completion"),

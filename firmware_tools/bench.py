@@ -110,7 +110,8 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
         )
     if part in ("server", "speculation", "gateway", "scale"):
         usual = "cloud" if part == "speculation" else "edge"
-        parser.add_argument("--tier", choices=["edge", "cloud"], default=usual, help=f"default: {usual}")
+        tiers = ["edge", "cloud", *(["lm"] if part in ("server", "speculation") else [])]
+        parser.add_argument("--tier", choices=tiers, default=usual, help=f"default: {usual}")
     if part in ("server", "speculation", "gateway"):
         _number(parser, "--threads", 1, "threads of the networks")
     match part:
@@ -183,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
             if args.part == "speculation" and args.assistant and not args.target:
                 raise ConfigError("--assistant proposes to a model of transformers: name it with --target hf:FOLDER")
             figures = measure(args, open_bundle(args.bundle), list(frames(args.images, args.limit)))
-            if args.part == "speculation":
+            if args.part == "speculation" or getattr(args, "tier", "") == "lm":
                 from benchmarks.speculation import markdown
 
                 print_table(markdown(figures))
@@ -331,6 +332,11 @@ def measure_server(
 
     draft = load_draft(bundle, args.backend, 1)
     drafts, draft_ms = timed(lambda latent: draft.write(latent.symbols()).tokens, latents)
+    if args.tier == "lm":
+        from benchmarks import speculation
+
+        rounds = getattr(args, "rounds", 5)
+        return speculation.run_language(bundle, symbols, drafts, head_ms + draft_ms, rounds, args.threads)
     match args.part:
         case "server":
             from benchmarks import server

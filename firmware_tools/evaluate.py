@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     caption.add_argument(
         "--quality-floor", type=share, default=floor, metavar="SHARE", help=f"for auto (default: {floor}, a board's)"
     )
-    caption.add_argument("--tier", choices=["edge", "cloud"], default="cloud", help="who answers (default: cloud)")
+    caption.add_argument(
+        "--tier", choices=["edge", "cloud", "lm"], default="cloud", help="who answers (default: cloud)"
+    )
     classify = kinds.add_parser("classify", help="accuracy on pictures named class/name.JPEG")
     classify.add_argument(
         "--question", type=Path, metavar="FILE", help="a taught question's classes, not the bundle's own"

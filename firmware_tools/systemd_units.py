@@ -130,6 +130,7 @@ def _server(path: Path, config: "Config", aiflow: Path) -> Service:
     files += _named("server", server, "bundle", "second_bundle", "questions_folder")
     files += _named("openai", config.openai, "key_file", "ca_file")
     files += _named("hf", config.hf, "tail")
+    files += _named("lm", config.lm, "weights")
     models = (("[server] target", server.target.removeprefix("hf:")), ("[hf] assistant", config.hf.assistant or ""))
     files += [(what, model) for what, model in models if model.startswith("/")]  # a folder; others are names
     files += _broker_files("upstream.mqtt", config.upstream.mqtt if config.upstream else None)
@@ -137,7 +138,8 @@ def _server(path: Path, config: "Config", aiflow: Path) -> Service:
     schemas = {name: prompt.schema for name, prompt in config.prompts.items()}
     files += [(f"[prompts.{name}] schema", file) for name, file in schemas.items() if isinstance(file, str)]
     unit = _unit("server", path, aiflow, server.stop_s, devices)
-    return Service("server", path, unit, tuple(files), tuple(_named("openai", config.openai, "spent_file")))
+    writes = (*_named("openai", config.openai, "spent_file"), *_named("lm", config.lm, "cache"))
+    return Service("server", path, unit, tuple(files), writes)
 
 
 def _broker_files(table: str, broker: MqttConfig | None) -> Iterator[tuple[str, str]]:

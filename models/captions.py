@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from edge_runtime.errors import AiflowError
 
 MAX_CAPTION_CHARACTERS = 2000
+QUESTION = "Describe the picture in one sentence."  # to which a caption is the answer
 
 
 class CaptionsError(AiflowError, ValueError):

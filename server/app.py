@@ -18,7 +18,6 @@ from edge_runtime.sd_notify import Notifier
 from server.config import Config, ServerConfig
 from server.counters import SERVER, values
 from server.gateway import Gateway
-from server.prompts import read_prompts
 from server.reply_cache import MAX_AGE_S, ReplyCache
 from server.service import Service
 from server.targets import Target
@@ -51,7 +50,7 @@ def check(config: Config) -> str:
         config.upstream.settings(server.id)
     if config.ray:
         require("ray")  # first: its extra brings PyTorch, too
-    if server.target.startswith("hf:"):
+    if server.target == "lm" or server.target.startswith("hf:"):
         require("transformers")
     if config.openai is None or config.tail:
         require("torch", "safetensors")
@@ -60,7 +59,7 @@ def check(config: Config) -> str:
         raise ConfigError("bundle and second_bundle are the same bundle: remove second_bundle")
     found = []
     for bundle in bundles:
-        is_read = server.target == "bundle" or config.tail is not None
+        is_read = server.target in ("bundle", "lm") or config.tail is not None
         found.append(f"{bundle.path}: bundle {bundle.check(for_server=is_read)}")
         targets = bundle.manifest.targets
         if server.target == "bundle" and server.tier not in targets:
@@ -153,7 +152,7 @@ def load_target(config: Config) -> Loaded:
         from server.targets.vllm import VllmTarget
 
         kind, _, url = server.target.partition(":")
-        bundle, prompts = _boards_bundle(server), read_prompts(config.prompts)
+        bundle, prompts = _boards_bundle(server), config.read_prompts()
         if kind == "openai":
             return OpenAITarget(url, config.openai, prompts=prompts, bundle=bundle), None
         embeds = None
@@ -164,6 +163,10 @@ def load_target(config: Config) -> Loaded:
         return VllmTarget(url, config.openai, prompts=prompts, bundle=bundle, features=embeds), None
     if server.target.startswith("hf:"):
         return _picture_model(config), None
+    if server.target == "lm":
+        from server.targets.language import load_language
+
+        return load_language(config, opened(server.bundle)), None
     from server.targets.two_bundles import TwoBundles
 
     first = _bundle_target(config, server.bundle, config.questions)
@@ -208,7 +211,7 @@ def _picture_model(config: Config) -> Target[Any]:
     model = HuggingFaceTarget.load(server.target.removeprefix("hf:"), *how)
     if hf.assistant:
         model.add_assistant(hf.assistant, *how)
-    bundle, prompts = _boards_bundle(server), read_prompts(config.prompts)
+    bundle, prompts = _boards_bundle(server), config.read_prompts()
     if features := _features(config, bundle):
         model.tower = Tower.of_tail(model.loaded, features.record, prompts[hf.prompt].text)
     return PictureModel(model, hf, bundle, prompts, server.max_batch, features)

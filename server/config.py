@@ -14,9 +14,11 @@ from edge_runtime.mqtt.settings import is_loopback
 from edge_runtime.password_file import read_token
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
+from models.captions import QUESTION
 from server.escalation import Bounds
 from server.prompts import DEFAULT, Prompt, PromptConfig, check_usual, read_prompts
 
+CAPTION = "caption"  # name of the prompt on which the language model was trained
 MAX_REPLY = 64 * 1024  # bytes from the tier above: the longest text, scores and hops; they fit an envelope again
 
 
@@ -29,10 +31,10 @@ class ServerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     target: Annotated[
         str,
         Meta(
-            pattern=r"^(bundle|(openai|vllm):https?://[!-~]{1,512}|hf:[!-~]{1,512})\Z",
-            description='"bundle", "openai:http://HOST:PORT/v1", "vllm:http://HOST:PORT/v1" or "hf:FOLDER_OR_NAME"',
+            pattern=r"^(bundle|lm|(openai|vllm):https?://[!-~]{1,512}|hf:[!-~]{1,512})\Z",
+            description='"bundle", "lm", "openai:http://HOST/v1", "vllm:http://HOST/v1" or "hf:FOLDER_OR_NAME"',
         ),
-    ] = "bundle"  # what answers: the bundle's networks, another server with the API of OpenAI, or a transformers model
+    ] = "bundle"  # the bundle's networks, a language model behind them, another server, or a transformers model
     site: Id = "home"
     pool: Id = "servers"  # the servers of a pool share the requests of the site
     tier: Literal["edge", "cloud"] = "edge"  # which target of the bundle it answers with
@@ -134,6 +136,16 @@ class HuggingFaceConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 check_model(self.assistant)
 
 
+class LanguageConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The pretrained language model that reads features of the shipped bundle."""
+
+    prompt: PromptName = CAPTION  # for requests that name none
+    max_tokens: Annotated[int, Meta(ge=1, le=1024)] = 40  # longest text, unless the prompt says otherwise
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    weights: Annotated[str, Meta(min_length=1)] | None = None  # what was learnt; none: the shipped file
+    cache: Annotated[str, Meta(min_length=1)] | None = None  # folder for the whole model; none: the user's cache
+
+
 class VllmConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Settings for a vLLM server, besides [openai]."""
 
@@ -198,6 +210,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     openai: OpenAIConfig | None = None  # with the targets "openai:..." and "vllm:..."
     vllm: VllmConfig = VllmConfig()  # with the target "vllm:..."
     hf: HuggingFaceConfig = HuggingFaceConfig()  # with the target "hf:..."
+    lm: LanguageConfig = LanguageConfig()  # with the target "lm"
     ray: RayConfig | None = None  # with the target "bundle"
     upstream: UpstreamConfig | None = None
     metrics: MetricsConfig | None = None
@@ -218,6 +231,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         """The folder of a tail that turns features into image tokens for another model."""
         return self.hf.tail or self.vllm.tail
 
+    def read_prompts(self) -> dict[str, Prompt]:
+        """By name, with those that the target brings. Raises ConfigError."""
+        own = {CAPTION: PromptConfig(QUESTION)} if self.server.target == "lm" else {}
+        return read_prompts(own | self.prompts)
+
     def check_target(self) -> None:
         """Raises ConfigError if the target lacks what it needs, or has what it cannot use."""
         server, (kind, _, where) = self.server, self.server.target.partition(":")
@@ -227,24 +245,27 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             ("[openai]", self.openai is not None, ("openai", "vllm"), f"openai:{address}"),
             ("[vllm]", self.vllm != VllmConfig(), ("vllm",), f"vllm:{address}"),
             ("[hf]", self.hf != HuggingFaceConfig(), ("hf",), "hf:FOLDER"),
-            ("[prompts]", bool(self.prompts), ("openai", "vllm", "hf"), f'openai:{address}" or "hf:FOLDER'),
+            ("[lm]", self.lm != LanguageConfig(), ("lm",), "lm"),
+            ("[prompts]", bool(self.prompts), ("openai", "vllm", "hf", "lm"), f'openai:{address}" or "hf:FOLDER'),
             ("[ray]", self.ray is not None, ("bundle",), "bundle"),
             ("second_bundle", server.second_bundle is not None, ("bundle",), "bundle"),
             ("calls in [server]", server.calls is not None, ("bundle",), "bundle"),
         ):
             if is_set and kind not in kinds:
                 raise ConfigError(f'{name} is of no use with target = "{kind}": set target = "{example}", or remove it')
+        if kind in ("bundle", "lm") and server.bundle is None:
+            raise ConfigError(f'required key `bundle` is missing (in server), which has target = "{kind}"')
         if kind == "bundle":
             if self.ray and server.calls:
                 raise ConfigError("calls in [server] is of no use with [ray], which calls its replicas: remove it")
-            if server.bundle is None:
-                raise ConfigError('required key `bundle` is missing (in server), which has target = "bundle"')
             return
         if self.tail and server.bundle is None:
             raise ConfigError(
                 f"`tail` in [{kind}] reads features of the boards' bundle: name it as `bundle` in [server]"
             )
-        prompts = read_prompts(self.prompts)
+        prompts = self.read_prompts()
+        if kind == "lm":
+            check_usual(self.lm.prompt, prompts, "[lm]")
         self.hf.check(server, prompts)
         if is_other_server:
             if self.openai is None:
@@ -255,7 +276,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
                     'prediction = true in [openai] wants target = "openai:..." and the boards\' bundle as `bundle` in '
                     "[server], whose words their drafts have"
                 )
-        if not (server.pictures or self.tail):
+        if not (server.pictures or self.tail or kind == "lm"):
             raise ConfigError("pictures = false, but this target answers pictures only: remove it")
         if self.upstream or self.questions or server.questions_folder:
             raise ConfigError(

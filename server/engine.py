@@ -170,8 +170,8 @@ class Engine:
                 answers.append(Answer((), error=f"target {tier} computed no finite numbers", stages_ms=stages))
                 continue
             confidence = math.exp(log_probability / len(text.tokens))
-            shares = self._label_shares(labels[i], job.labels)
-            scores = self._likeliest(shares) if job.wants_label else {}
+            shares = self.label_shares(labels[i], job.labels)
+            scores = self.likeliest(shares) if job.wants_label else {}
             asked: dict[str, dict[str, float]] = {}
             if job.questions:
                 known = _evidence(features[i], shares, job)
@@ -186,7 +186,7 @@ class Engine:
         features = self.features(jobs)
         logits = self.label_logits(features) if self.classifier else [torch.empty(0)] * len(jobs)
         return [
-            _evidence(row, self._label_shares(each, job.labels), job)
+            _evidence(row, self.label_shares(each, job.labels), job)
             for row, each, job in zip(features, logits, jobs, strict=True)
         ]
 
@@ -208,11 +208,11 @@ class Engine:
         rows = [label_words(row.cpu(), self.label_words, count) for row in found]
         return torch.tensor(rows, device=self.device)
 
-    def _label_shares(self, logits: Tensor, seen: Mapping[int, float]) -> Tensor:
+    def label_shares(self, logits: Tensor, seen: Mapping[int, float]) -> Tensor:
         """The probability of each label, float [labels]; empty without logits."""
         return with_seen((logits / self.label_temperature).softmax(-1), seen) if len(logits) else logits
 
-    def _likeliest(self, shares: Tensor) -> dict[str, float]:
+    def likeliest(self, shares: Tensor) -> dict[str, float]:
         best = shares.topk(min(MAX_LABELS, len(shares)))
         return {self.classes[i]: p for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)}
 

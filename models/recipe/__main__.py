@@ -11,6 +11,7 @@ from typing import Any
 
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import open_bundle
+from models.language_model import write_learnt
 from models.recipe import (
     stage1_photos,
     stage2_views,
@@ -23,6 +24,7 @@ from models.recipe import (
     stage9_draft,
     stage10_lookahead,
     stage11_bundle,
+    stage12_language,
     stage_reuse,
 )
 from models.recipe.workspace import Workspace, shortened
@@ -52,7 +54,12 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a tenth of the training: to try the chain, not for quality"
     )
+    parser.add_argument(
+        "--language", type=Path, metavar="FILE", help="also teach a language model to read the features; what it learnt"
+    )
     args = parser.parse_args()
+    if args.language and args.head_only:
+        parser.error("--language learns from the texts of decoders, which --head-only leaves out")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     work = Workspace(args.work)
     share = 0.1 if args.quick else 1.0
@@ -92,6 +99,11 @@ def main() -> None:
             run()
     write = stage11_bundle.run_head if args.head_only else stage11_bundle.run
     write(work, args.out, licences)
+    if args.language:
+        name, run = trained(stage12_language)
+        if not work.is_done(name):
+            run()
+        write_learnt(args.language, work.averaged(name), open_bundle(args.out))
 
 
 if __name__ == "__main__":

