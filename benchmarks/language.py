@@ -4,28 +4,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 
-import numpy as np
-from numpy.typing import NDArray
-
 from edge_runtime.inference.bundle import Bundle
 from server.config import Config, ServerConfig
-from server.engine import Job
+from server.engine import Engine, Job
 from server.targets import Answer
 from server.targets.huggingface_prompts import Job as TextJob
 from server.targets.language import load_language
 from server.targets.target import PictureJob
 
-TIER = "lm"
 
-
-class LanguageEngine:
-    """Answers have tokens of the language model's own vocabulary, and the text."""
+class LanguageEngine(Engine):
+    """Its answers have tokens of the language model's own vocabulary, and the text."""
 
     def __init__(self, bundle: Bundle, threads: int = 2) -> None:
         """Raises ConfigError."""
         server = ServerConfig("bench", str(bundle.path), target="lm", threads=threads)
         self.target = load_language(Config(server), bundle)
-        self.bundle = bundle
+        self.bundle, own = bundle, self.target.engine
+        super().__init__(own.tail, {}, own.classifier, own.classes, own.head)
 
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
         """The texts of any number of jobs, in their order."""
@@ -49,7 +45,3 @@ class LanguageEngine:
         read = self.target.seen(job, PictureJob(b"", "image/jpeg", None, inf))
         draft = None if job.draft is None else self.bundle.text(list(job.draft))
         return replace(self.target.asked(read), draft=draft)
-
-    def symbols(self, pixels: NDArray[np.uint8]) -> NDArray[np.int8]:
-        """The float head, for pictures: as of an Engine."""
-        return self.target.engine.symbols(pixels)

@@ -32,7 +32,6 @@ from models.captions import captioned_as, words_of
 from testbed.sample_photos import is_readable
 
 if TYPE_CHECKING:
-    from benchmarks.language import LanguageEngine
     from models.questions import Question
     from server.engine import Engine, Job
     from server.targets import Answer
@@ -119,7 +118,7 @@ class Chain:
         paradigm: str,
         backend: str,
         tier: str,
-        engine: "Engine | LanguageEngine | None",
+        engine: "Engine | None",
         min_confidence: float | None = None,
         rate: RateLimit = RateLimit(),
         sends_labels: bool = True,
@@ -249,7 +248,7 @@ def proven_chain(
     if tier == "lm":
         from benchmarks.language import LanguageEngine
 
-        answers: Engine | LanguageEngine = LanguageEngine(bundle, threads)
+        answers: Engine = LanguageEngine(bundle, threads)
     else:
         answers = ready_engine(bundle, [tier] if tier else [], threads=threads)
     return Chain(bundle, paradigm, backend, tier, answers, min_confidence, rate, sends_labels)

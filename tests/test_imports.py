@@ -58,8 +58,10 @@ MAY_IMPORT = {
         "edge_runtime.password_file",
         *(
             "models.backbone",
+            "models.captions",
             "models.family",
             "models.labels",
+            "models.language_model",
             "models.lookahead",
             "models.questions",
             "models.stored_weights",

@@ -161,7 +161,8 @@ class Lessons:
     def nouns(self, captions: np.ndarray) -> np.ndarray:
         """The nouns of a photo's captions, each once."""
         words = np.unique(captions)
-        return words[self.is_noun[words]]
+        found: np.ndarray = words[self.is_noun[words]]
+        return found
 
     def text(self, row: Any) -> str:
         """Ids of words to a text."""

@@ -11,14 +11,12 @@ from pathlib import Path
 import torch
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.inference.backends import cache_folder
 from edge_runtime.inference.bundle import PAD, Bundle
 from edge_runtime.wire import EnvelopeError
-from models import SHIPPED_LANGUAGE
 from models.captions import QUESTION
 from models.family import LABEL_WORDS
 from models.labels import label_words, with_seen, words_of_labels
-from models.language_model import TOWER_PIXELS, Eyes, installed, question, read_learnt
+from models.language_model import SHIPPED, TOWER_PIXELS, Eyes, installed, question, read_learnt
 from server.accepted import Accepted
 from server.config import Config, HuggingFaceConfig
 from server.engine import Engine
@@ -99,9 +97,9 @@ class LanguageTarget(PictureModel):
 def load_language(settings: Config, bundle: Bundle) -> LanguageTarget:
     """At the first time, writes the whole model into a cache, which takes a minute. Raises ConfigError."""
     server, config = settings.server, settings.lm
-    learnt = Path(config.weights) if config.weights else SHIPPED_LANGUAGE
+    learnt = Path(config.weights) if config.weights else SHIPPED
     eyes = read_learnt(learnt, bundle).eyes
-    folder = installed(learnt, bundle, Path(config.cache) if config.cache else cache_folder())
+    folder = installed(learnt, bundle, Path(config.cache) if config.cache else None)
     model = HuggingFaceTarget.load(str(folder), config.dtype, server.device, server.threads)
     model.tower = Tower(model.loaded, TOWER_PIXELS, QUESTION)
     engine = load_engine(bundle, (), server.device, server.threads)
