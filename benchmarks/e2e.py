@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.e2e_figures import BASELINE, PhotoOutcome, against_oracle, compared, outcome_of, slots_of
 from benchmarks.e2e_site import DEADLINE_S, MeasuredBoard, Site, machine, run_site
@@ -32,6 +32,9 @@ from testbed.link_simulator import LinkSimulator
 from testbed.sample_photos import to_jpeg
 from testbed.shaping import Profile
 from testbed.terminal import track
+
+if TYPE_CHECKING:
+    from server.engine import Engine
 
 # The board's configured paradigm for each.
 PARADIGMS = {
@@ -73,6 +76,7 @@ class Case:
     slowdown: float = 1.0  # of the board's computation, 1 to 100
     unreadable: int = 0  # photos left out
     small_quality: int = JPEG_QUALITY  # JPEG quality of offload-small
+    target: str = "bundle"  # of the cloud server, "bundle" or "lm"
 
     def __post_init__(self) -> None:
         if not 1 <= self.slowdown <= 100:
@@ -93,7 +97,7 @@ def run(
         case = replace(case, small_quality=smallest_jpeg(bundle, case))
     with ExitStack() as running:
         folder = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="aiflow-e2e-")))
-        site = running.enter_context(run_site(bundle, folder, "escalate" in names))
+        site = running.enter_context(run_site(bundle, folder, "escalate" in names, case.target))
         return [measure(site, case, names, profile, trace) for profile in profiles]
 
 
@@ -105,10 +109,10 @@ def ordered(paradigms: Sequence[str]) -> list[str]:
     return [BASELINE, *(name for name in PARADIGMS if name in wanted and name != BASELINE)]
 
 
-def case_of(photos: Photos, captions: Mapping[str, Sequence[str]], slowdown: float) -> Case:
+def case_of(photos: Photos, captions: Mapping[str, Sequence[str]], slowdown: float, target: str = "bundle") -> Case:
     """Photos as camera software sends them. Raises EvaluationError, E2eError."""
     fitting = [_fitting(photo) for photo in photos]
-    return Case(fitting, captions, slowdown, unreadable=photos.unreadable)
+    return Case(fitting, captions, slowdown, unreadable=photos.unreadable, target=target)
 
 
 def _fitting(photo: Picture) -> Picture:
@@ -122,7 +126,13 @@ def smallest_jpeg(bundle: Bundle, case: Case) -> int:
     """The smallest JPEG quality of LADDER that keeps the baseline's CIDEr on these photos, without a network."""
     from server.loading import load_engine
 
-    engine = load_engine(bundle, ["cloud"], threads=os.cpu_count() or 1)
+    threads = os.cpu_count() or 1
+    if case.target == "lm":
+        from benchmarks.language import LanguageEngine
+
+        engine: Engine = LanguageEngine(bundle, threads)
+    else:
+        engine = load_engine(bundle, ["cloud"], threads=threads)
     chain = Chain(bundle, "offload", "onnx", "cloud", engine)
 
     def cider_of(quality: int) -> float:
@@ -130,7 +140,7 @@ def smallest_jpeg(bundle: Bundle, case: Case) -> int:
         texts = {}
         for photo in track(case.photos, f"JPEG quality {quality}", len(case.photos)):
             answer = engine.answer([chain.job(chain.send(photo))])[0]
-            texts[photo.name] = bundle.text(list(answer.tokens))
+            texts[photo.name] = chain.text(answer)
         return score({name: case.captions[name] for name in texts}, texts)["cider"]
 
     return smallest_quality(cider_of)
@@ -157,6 +167,7 @@ def measure(site: Site, case: Case, names: Sequence[str], profile: Profile, trac
         "board_slowdown": case.slowdown,
         "small_jpeg_quality": case.small_quality if "offload-small" in names else None,
         "bundle": site.bundle.manifest.name,
+        "target": case.target,
         "machine": machine(),
     }
     if trace:

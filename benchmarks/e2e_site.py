@@ -37,8 +37,11 @@ class Site:
 
 
 @contextmanager
-def run_site(bundle: Bundle, folder: Path, escalates: bool) -> Iterator[Site]:
-    """Runs brokers, a cloud server, and if wanted an edge server below it. Raises BrokerError, ProcessError."""
+def run_site(bundle: Bundle, folder: Path, escalates: bool, target: str = "bundle") -> Iterator[Site]:
+    """Runs brokers, a cloud server, and if wanted an edge server below it. Raises BrokerError, ProcessError.
+
+    target: of the cloud server, "bundle" or "lm".
+    """
     with ExitStack() as running:
         ports = [running.enter_context(start_embedded()) for _ in range(2 + escalates)]
         local, cloud, edge = (*ports, 0)[:3]
@@ -51,6 +54,7 @@ def run_site(bundle: Bundle, folder: Path, escalates: bool) -> Iterator[Site]:
         for tier, more in tables.items():
             (folder / tier).mkdir()
             server = {"id": f"bench-{tier}", "site": SITE, "bundle": str(bundle.path.resolve()), "tier": tier}
+            server["target"] = target if tier == "cloud" else "bundle"
             servers[tier] = running.enter_context(AiflowProcess("serve", {"server": server} | more, folder / tier))
         for tier, process in servers.items():
             wait_serving(process, tables[tier]["mqtt"]["port"], SITE, f"bench-{tier}")

@@ -76,6 +76,9 @@ def _add_e2e_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paradigms", metavar="A,B,...", help="default: device,offload,offload-small,split,speculative,policy"
     )
+    parser.add_argument(
+        "--target", choices=["bundle", "lm"], default="bundle", help="of the cloud server (default: bundle)"
+    )
     parser.add_argument("--board-slowdown", type=float, default=1.0, metavar="X", help="a board X times slower")
     parser.add_argument("--markdown", type=new_file, metavar="FILE", help="write a table of all links to FILE")
     parser.add_argument("--plot", type=new_file, metavar="FILE", help="draw the figures into FILE, such as e2e.png")
@@ -234,7 +237,7 @@ def end_to_end(args: argparse.Namespace) -> None:
     profiles = [named(name) for name in dict.fromkeys(args.profile)]
     trace = read_trace(args.trace) if args.trace else ()
     captions = captions_of(args.captions, args.split)
-    case = e2e.case_of(Photos(args.images, captions, args.limit), captions, args.board_slowdown)
+    case = e2e.case_of(Photos(args.images, captions, args.limit), captions, args.board_slowdown, args.target)
     with interrupted_once():
         runs = e2e.run(open_bundle(args.bundle), case, paradigms, profiles, trace)
     e2e_report.print_runs(runs)

@@ -38,8 +38,9 @@ PHOTOS = 16  # per step
 CAPTIONS = 2  # of people, per photo and step, if it has as many
 UNLABELLED = 0.2  # share of the photos without captions of people
 LABELS_TOLD = 0.9  # share of the questions
-CHECKPOINT_EVERY = 100
-LIMIT = 100  # photos of a collection that are described between checkpoints
+QUESTIONS = 0.3  # share of the photos with captions that are also asked about a thing
+CHECKPOINT_EVERY = 150
+LIMIT, FINAL_LIMIT = 50, 200  # photos of a collection that are described, between checkpoints and at the end
 MAX_TOKENS = 32  # of a text, when it is measured
 
 
@@ -148,7 +149,7 @@ class Lessons:
         of_people = [known[i] for i in rng.permutation(len(known))[:CAPTIONS]]
         captions_learnt = (self.encoded(self.text(row)) for row in (*of_people, self.texts[part][view]))
         found += [Segment([*tokens, self.end], 1, is_learnt=True) for tokens in captions_learnt]
-        if captions is not None:
+        if captions is not None and rng.random() < QUESTIONS:
             seen = self.nouns(captions)
             is_there = bool(len(seen)) and rng.random() < 0.5
             noun = int(rng.choice(seen if is_there else self.all_nouns))
@@ -236,7 +237,7 @@ def evaluate(
     weights: dict[str, Tensor],
     limit: int | None = None,
 ) -> dict[str, float]:
-    """CIDEr of greedy captions of dev photos, per collection."""
+    """CIDEr of greedy captions of some dev photos, per collection."""
     own = {name: value.clone() for name, value in net.learnt.state_dict().items()}
     net.learnt.load_state_dict(weights)
     ids = {word: number for number, word in enumerate(lessons.words)}
@@ -250,6 +251,6 @@ def evaluate(
             found += [[ids.get(word, UNKNOWN) for word in words_of(text)] for text in texts]
         return found
 
-    figures = cider(work, "dev", described, limit and LIMIT)
+    figures = cider(work, "dev", described, LIMIT if limit else FINAL_LIMIT)
     net.learnt.load_state_dict(own)
     return figures
