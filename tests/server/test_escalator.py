@@ -262,6 +262,24 @@ def test_only_the_last_word_is_kept_and_a_board_that_asks_meanwhile_gets_the_fir
     assert (edge.counts["joined", ""], edge.counts["repeated", ""], edge.counts["escalated", "tier"]) == (1, 1, 1)
 
 
+def test_a_cloud_of_another_vocabulary_that_writes_the_same_changes_nothing(sites: Sites, board: Board) -> None:
+    requests: queue.Queue[Message] = queue.Queue()
+    settings = MqttSettings("127.0.0.1", sites.above.port, client_id="c1")
+    subscriptions = [(topics.request("hq", "e1"), 1)]
+    with (
+        MqttClient(settings, subscriptions=subscriptions, on_message=requests.put) as cloud,
+        sites.serving("e1", "edge", sites.below, up=sites.up()) as edge,
+    ):
+        assert cloud.wait_online(PATIENCE_S)
+        board.ask(request(sites.bundle, 3, options=WANTS_CLOUD))
+        own = board.reply()
+        up = decode_request(requests.get(timeout=PATIENCE_S).payload)
+        answer = Reply(id=up.id, status=Status.OK, text=own.text, tier=Tier.CLOUD, server="c1")
+        cloud.publish(topics.reply("hq", "e1"), encode_reply(answer))
+        assert (board.reply().text, own.final) == (own.text, False)
+    assert edge.counts["unchanged", ""] == 1
+
+
 def test_without_a_cloud_on_its_broker_the_edge_has_the_last_word(sites: Sites, board: Board) -> None:
     with sites.serving("e1", "edge", sites.below, up=sites.up()) as edge:
         board.ask(request(sites.bundle, 1, budget_ms=3000, options=WANTS_CLOUD))
