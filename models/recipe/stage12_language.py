@@ -159,6 +159,18 @@ class Lessons:
                 found.append(Segment(answer, len(found) - 1, is_learnt=True))
         return found
 
+    def questions(self, captions: np.ndarray) -> tuple[np.ndarray, list[str], list[str]]:
+        """Of FINAL_LIMIT photos: the photo, a question and the right answer, two for each."""
+        rng, rows, words, answers = np.random.default_rng(0), list[int](), list[str](), list[str]()
+        for photo in rng.permutation(len(captions))[:FINAL_LIMIT]:
+            seen = self.nouns(captions[photo])
+            for answer, nouns in (("yes", seen), ("no", self.all_nouns[~np.isin(self.all_nouns, seen)])):
+                if len(nouns):
+                    rows.append(int(photo))
+                    words.append(is_there_question(self.words[rng.choice(nouns)]))
+                    answers.append(answer)
+        return np.array(rows), words, answers
+
     def nouns(self, captions: np.ndarray) -> np.ndarray:
         """The nouns of a photo's captions, each once."""
         words = np.unique(captions)
@@ -237,20 +249,29 @@ def evaluate(
     weights: dict[str, Tensor],
     limit: int | None = None,
 ) -> dict[str, float]:
-    """CIDEr of greedy captions of some dev photos, per collection."""
+    """CIDEr of greedy captions of some dev photos, per collection; at the end also the share of questions that are
+    answered right: for each photo one about a thing that people have named, and one about another thing.
+    """
     own = {name: value.clone() for name, value in net.learnt.state_dict().items()}
     net.learnt.load_state_dict(weights)
     ids = {word: number for number, word in enumerate(lessons.words)}
 
-    def described(rows: np.ndarray) -> list[list[int]]:
-        found = []
+    def answers(rows: np.ndarray, words: list[str]) -> list[str]:
+        labels, found = lessons.labels["dev"], list[str]()
         for at in range(0, len(rows), 50):
             some = rows[at : at + 50]
-            asked = [lessons.asked(QUESTION, lessons.text(lessons.labels["dev"][row])) for row in some]
-            texts = write(lessons, net, tail, lessons.maps["dev"][some], asked)
-            found += [[ids.get(word, UNKNOWN) for word in words_of(text)] for text in texts]
+            asked = [lessons.asked(*each) for each in zip(words[at:], map(lessons.text, labels[some]), strict=False)]
+            found += write(lessons, net, tail, lessons.maps["dev"][some], asked)
         return found
 
+    def described(rows: np.ndarray) -> list[list[int]]:
+        texts = answers(rows, [QUESTION] * len(rows))
+        return [[ids.get(word, UNKNOWN) for word in words_of(text)] for text in texts]
+
     figures = cider(work, "dev", described, LIMIT if limit else FINAL_LIMIT)
+    if limit is None:
+        rows, words, wanted = lessons.questions(np.load(work / "captions-dev.npy"))
+        right = [answer == want for answer, want in zip(answers(rows, words), wanted, strict=True)]
+        figures["questions_right"] = float(np.mean(right))
     net.learnt.load_state_dict(own)
     return figures

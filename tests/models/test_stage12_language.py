@@ -54,7 +54,8 @@ def test_only_projector_and_changes_learn(work: Workspace, monkeypatch: pytest.M
     assert any(weight.any() for name, weight in learnt.items() if name.endswith("/up"))  # they began as zeros
     after = {name.replace(".linear.", "."): weight for name, weight in model.model.named_parameters()}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert work.figures(stage12_language.NAME)["cider_photos"] >= 0
+    figures = work.figures(stage12_language.NAME)
+    assert {"cider_photos", "questions_right"} <= figures.keys()
 
 
 def test_lessons_are_captions_the_clouds_text_and_a_question_with_its_answer(work: Workspace) -> None:
@@ -69,6 +70,15 @@ def test_lessons_are_captions_the_clouds_text_and_a_question_with_its_answer(wor
             words, answer = (tokenizer.decode(each.tokens) for each in question)
             answers.add((("dog" in words), answer))
     assert len(answers) == 1  # about the dog, and the answer is yes: there are only dogs
+
+
+def test_questions_ask_about_a_thing_that_is_there_and_about_one_that_is_not(work: Workspace) -> None:
+    lessons = Lessons(work, pretrained().tokenizer)
+    lessons.all_nouns = np.array([DOG, CAT])
+    rows, words, answers = lessons.questions(lessons.captions)
+    assert sorted(rows) == [0, 0, 1, 1, 2, 2, 3, 3]
+    asked = {"yes": "Is there a dog in the picture?", "no": "Is there a cat in the picture?"}
+    assert all(question.startswith(asked[answer]) for question, answer in zip(words, answers, strict=True))
 
 
 def test_photos_without_captions_teach_the_clouds_text(work: Workspace) -> None:
