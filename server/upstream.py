@@ -158,7 +158,7 @@ class Upstream:
     def _copy_ended(self, request_id: bytes, outcome: Outcome) -> None:
         """On the client's thread: the broker has a copy, or it was given up."""
         self._on_their_way.discard(request_id)
-        self._thread.was_sent(request_id, outcome)
+        self._thread.copy_ended(request_id, outcome)
 
     def _add_trip(self, now: float, seconds: float) -> None:
         self._trips = (*self._trips[1 - TRIPS :], (now, seconds))

@@ -46,11 +46,11 @@ class Entry(Generic[T]):
     sends: int = 0  # in this try
     is_unclear: bool = False  # the time of a reply says nothing: a resend could not leave, or an earlier try was sent
     doublings: int = 0  # of the resend interval
-    refusals: int = 0  # replies in this try that asked for one more copy, so that the one before has no other reply
-    lost_its_reference: bool = False  # a server has said so: once, of the first copy
-    was_told_when: bool = False  # the latest of these said when
-    refusal: Why | None = None  # and why
+    copies_asked_for: int = 0  # by replies in this try, so that the copy before each has no other reply
+    is_asked_for: bool = False  # the next copy is
+    why_not_yet: Why | None = None  # what the latest of these replies said
     unknown_bundle: int = 0  # of these, from servers without the bundle
+    lost_its_reference: bool = False  # a server has said so: once, of the first copy
     latest: tuple[str, bytes] = ("", b"")  # server and tokens of the latest reply that is not final
     not_final: int = 0  # replies that are not final
     # Of those that were KEPT:

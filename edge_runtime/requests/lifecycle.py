@@ -187,8 +187,8 @@ class RequestLifecycle(Generic[T]):
             return self._read(entry) if reply.final and entry.state is State.KEPT else []
         return self._answer(entry, reply, now)
 
-    def on_refused(self, request_id: bytes, why: Why) -> list[Action[T]]:
-        """The request can never be answered, for example because the broker refuses it."""
+    def on_unanswerable(self, request_id: bytes, why: Why) -> list[Action[T]]:
+        """The request can never be answered, for example because the broker does not take it."""
         entry = self._live.get(request_id)
         if entry is None:
             return []
@@ -275,7 +275,7 @@ class RequestLifecycle(Generic[T]):
         return [self._send(entry, now, is_resend=False)]
 
     def _send_again(self, entry: Entry[T], now: float) -> Send[T]:
-        is_asked_for, entry.was_told_when = entry.was_told_when, False
+        is_asked_for, entry.is_asked_for = entry.is_asked_for, False
         entry.doublings += not is_asked_for  # a server that says "busy" is not silent
         entry.resend_at = now + self._resend.interval(entry.doublings)
         entry.sends += 1
@@ -295,7 +295,7 @@ class RequestLifecycle(Generic[T]):
             # Each new text once, and no more than there can be tiers: a server answers each copy of a request.
             self._counts["repeated"] += 1
             return []
-        is_timed = is_first and entry.sends == 1 and not (entry.refusals or entry.is_unclear)
+        is_timed = is_first and entry.sends == 1 and not (entry.copies_asked_for or entry.is_unclear)
         round_trip_s = now - entry.sent_at if is_timed else None
         assert entry.content is not None
         actions: list[Action[T]] = [Answer(entry.id, entry.content, reply, is_first, round_trip_s, entry.is_unclear)]
@@ -328,15 +328,14 @@ class RequestLifecycle(Generic[T]):
             return []
         self._counts["busy"] += 1
         told_s = DEFAULT_BUSY_S if reply.retry_after_ms is None else reply.retry_after_ms / 1e3
-        entry.resend_at = now + busy_wait_s(told_s, entry.refusals, self._rng)
-        entry.refusals, entry.was_told_when = entry.refusals + 1, True
-        entry.refusal = _refusal(reply)
+        entry.resend_at = now + busy_wait_s(told_s, entry.copies_asked_for, self._rng)
+        self._ask_for_copy(entry, reply)
         entry.unknown_bundle += reply.status is Status.UNKNOWN_BUNDLE
         if entry.resend_at < entry.deadline and entry.unknown_bundle < MAX_UNKNOWN_BUNDLE:
             return []
         entry.resend_at = inf
         # Another server may be about to answer another copy.
-        return [] if entry.sends > entry.refusals else self._no_reply(entry, entry.refusal, now)
+        return [] if entry.sends > entry.copies_asked_for else self._no_reply(entry, _why(reply), now)
 
     def _send_alone(self, entry: Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         """The server lacks the reference of the first copy. Later copies have none.
@@ -346,25 +345,28 @@ class RequestLifecycle(Generic[T]):
         if entry.state is not State.OPEN or entry.lost_its_reference:
             self._counts["duplicate" if entry.state is State.IMPROVABLE else "late"] += 1
             return []
-        entry.lost_its_reference, entry.refusals = True, entry.refusals + 1
-        entry.refusal, entry.was_told_when = _refusal(reply), True
+        entry.lost_its_reference = True
+        self._ask_for_copy(entry, reply)
         return [self._send_again(entry, now)] if now < entry.deadline else []
+
+    def _ask_for_copy(self, entry: Entry[T], reply: Reply) -> None:
+        entry.copies_asked_for, entry.is_asked_for, entry.why_not_yet = entry.copies_asked_for + 1, True, _why(reply)
 
     def _refused(self, entry: Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         if entry.state is State.IMPROVABLE:
             self._counts["duplicate"] += 1
             return []
         if entry.state is State.KEPT:
-            entry.drop_reason = _refusal(reply)
+            entry.drop_reason = _why(reply)
             return self._read(entry)
-        return self._lose(entry, _refusal(reply)) if entry.state is not State.READING else []
+        return self._lose(entry, _why(reply)) if entry.state is not State.READING else []
 
     # ---- without a reply ----
 
     def _deadline(self, entry: Entry[T], now: float) -> list[Action[T]]:
         if entry.state is State.IMPROVABLE:
             return self._settle(entry, Why("no_reply", "no higher tier answered in time"))
-        return self._no_reply(entry, entry.refusal or Why("no_reply", f"no reply to {entry.sends} sent"), now)
+        return self._no_reply(entry, entry.why_not_yet or Why("no_reply", f"no reply to {entry.sends} sent"), now)
 
     def _no_reply(self, entry: Entry[T], why: Why, now: float) -> list[Action[T]]:
         """Nothing more comes for now: the outbox has the request from here on, or it is lost."""
@@ -421,7 +423,7 @@ class RequestLifecycle(Generic[T]):
         entry.was_kept = True
         entry.is_unclear |= entry.sends > 0  # a reply after the next send may be to a copy of this try
         entry.content, entry.sends, entry.deadline, entry.resend_at = None, 0, inf, inf
-        entry.refusals, entry.refusal, entry.unknown_bundle = 0, None, 0
+        entry.copies_asked_for, entry.why_not_yet, entry.unknown_bundle = 0, None, 0
         self._move(entry, State.KEPT)
         return actions
 
@@ -464,6 +466,6 @@ class RequestLifecycle(Generic[T]):
         return [Delete(entry.id)]
 
 
-def _refusal(reply: Reply) -> Why:
+def _why(reply: Reply) -> Why:
     code = reply.status.name.lower()
     return Why(code, f"server {reply.server}: {code}: {reply.error}")

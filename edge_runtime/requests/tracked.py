@@ -49,7 +49,7 @@ class Tracked:
         """The outbox takes features only: they show nobody."""
         return bool(self.compact) or self.request.content_kind is ContentKind.LATENT
 
-    def has_ended(self, size: int, is_delivered: bool) -> None:
+    def copy_ended(self, size: int, is_delivered: bool) -> None:
         """The client has delivered or given up a copy of `size` bytes."""
         self.delivered += is_delivered * size
         self.ended += size

@@ -274,7 +274,7 @@ class RequestTracker:
             try:
                 encode_event(self._update(tracked, reply, now))
             except WireError as error:  # within a reply's limits, but not within an event's
-                return self._lifecycle.on_refused(reply.id, Why("failed", f"server {reply.server}: {error}"))
+                return self._lifecycle.on_unanswerable(reply.id, Why("failed", f"server {reply.server}: {error}"))
         return self._lifecycle.on_reply(reply, now)
 
     def _read(self, request_id: bytes, row: Row | None, now: float) -> Sequence[Action[Tracked]]:
@@ -328,7 +328,7 @@ class RequestTracker:
             tracked.sent_at = now
         if self._observer and not tracked.is_retry:
             self._observer.sent(send.id, PARADIGMS[tracked.request.paradigm], len(payload), now)
-        outcome = partial(self._ended, send.id, tracked, len(payload))
+        outcome = partial(self._copy_ended, send.id, tracked, len(payload))
         self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, send.left_s), on_outcome=outcome)
         return ()
 
@@ -338,12 +338,12 @@ class RequestTracker:
             return "an earlier copy is still on its way to the broker"
         return self._find_silence() if self._client.state is State.ONLINE else ""
 
-    def _ended(self, request_id: bytes, tracked: Tracked, size: int, outcome: Outcome) -> None:
+    def _copy_ended(self, request_id: bytes, tracked: Tracked, size: int, outcome: Outcome) -> None:
         """On the client's thread: what became of one copy of a request."""
         is_delivered = outcome is Outcome.DELIVERED
         self._sent_bytes += is_delivered * size
-        tracked.has_ended(size, is_delivered)
-        self._thread.was_sent(request_id, outcome)
+        tracked.copy_ended(size, is_delivered)
+        self._thread.copy_ended(request_id, outcome)
 
     def _bytes_up(self, tracked: Tracked) -> int:
         return tracked.bytes_up(self._client.state is State.ONLINE)

@@ -213,8 +213,8 @@ def test_an_id_is_not_used_twice() -> None:
 def test_what_the_broker_refuses_is_lost() -> None:
     requests = with_outbox()
     requests.on_request(ONE, "x", 9.0, 0.0)
-    assert requests.on_refused(ONE, BROKER) == [Lose(ONE, "x", BROKER)]
-    assert requests.on_refused(ONE, BROKER) == []
+    assert requests.on_unanswerable(ONE, BROKER) == [Lose(ONE, "x", BROKER)]
+    assert requests.on_unanswerable(ONE, BROKER) == []
 
 
 # ---- servers that cannot answer now ----
@@ -425,7 +425,7 @@ def test_a_refusal_of_an_earlier_try_loses_no_request_that_is_on_disk() -> None:
     requests = with_outbox()
     keep_one(requests)
     requests.on_time(10.0)
-    assert requests.on_refused(ONE, BROKER) == []
+    assert requests.on_unanswerable(ONE, BROKER) == []
     assert requests.counts.kept == 1
 
 
@@ -712,7 +712,7 @@ class AnySchedule(RuleBasedStateMachine):
 
     @rule(number=RECENT)
     def broker_refuses(self, number: int) -> None:
-        self.follow(self.requests.on_refused(self.recent(number), BROKER))
+        self.follow(self.requests.on_unanswerable(self.recent(number), BROKER))
 
     @rule(number=RECENT)
     def budget_is_spent(self, number: int) -> None:
