@@ -139,7 +139,7 @@ class Upstream:
         match action:
             case Send(request_id, asked, _, left_s):
                 if action.is_resend and not action.is_asked_for and request_id in self._on_their_way:
-                    return self._lifecycle.on_unsent(request_id, Why("no_reply", "an earlier copy has not left"), now)
+                    return self._lifecycle.on_unsent(action, Why("no_reply", "an earlier copy has not left"), now)
                 payload = encode_request(aged(asked.request, now - asked.asked_at, left_s))
                 self._on_their_way.add(request_id)
                 outcome = partial(self._copy_ended, request_id)

@@ -45,6 +45,7 @@ class Entry(Generic[T]):
     resend_at: float = inf
     sends: int = 0  # in this try
     is_unclear: bool = False  # the time of a reply says nothing: a resend could not leave, or an earlier try was sent
+    is_held_back: bool = False  # a resend of this try could not leave
     doublings: int = 0  # of the resend interval
     copies_asked_for: int = 0  # by replies in this try, so that the copy before each has no other reply
     is_asked_for: bool = False  # the next copy is

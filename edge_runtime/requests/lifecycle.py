@@ -156,18 +156,21 @@ class RequestLifecycle(Generic[T]):
         entries = [entry for request_id in ids if (entry := self._live.get(request_id))]
         return [action for entry in entries if entry.state is State.STORING for action in self._send_first(entry, now)]
 
-    def on_unsent(self, request_id: bytes, why: Why, now: float) -> list[Action[T]]:
+    def on_unsent(self, send: Send[T], why: Why, now: float) -> list[Action[T]]:
         """A `Send` was not carried out. A resend waits for its next turn; a first send has failed."""
-        entry = self._live.get(request_id)
+        entry = self._live.get(send.id)
         if entry is None or entry.state is not State.OPEN:
             return []
         entry.sends -= 1
-        if entry.sends:
-            self._counts["resent"] -= 1
-            # The first copy may still wait for the broker or for a server, so its reply says nothing of the link.
-            entry.is_unclear = True
-            return []
-        return self._no_reply(entry, why, now)
+        if not send.is_resend:
+            return self._no_reply(entry, why, now)
+        self._counts["resent"] -= 1
+        # No copy was lost, so the next turn is not later. Linux does the same for TCP, in `tcp_retransmit_timer`.
+        entry.is_asked_for, entry.doublings = send.is_asked_for, entry.doublings - (not send.is_asked_for)
+        entry.resend_at = now + self._resend.interval(entry.doublings)
+        # The first copy may still wait for the broker or for a server, so its reply says nothing of the link.
+        entry.is_unclear = entry.is_held_back = True
+        return []
 
     def on_reply(self, reply: Reply, now: float) -> list[Action[T]]:
         """A reply, whatever it says."""
@@ -303,7 +306,8 @@ class RequestLifecycle(Generic[T]):
             self._counts["answered"] += 1
             self._retry.end(entry.id)
             if entry.sends:
-                self._resend.replied(round_trip_s, entry.doublings)
+                # Later requests wait longer: otherwise replies over a slow link would never be measured.
+                self._resend.replied(round_trip_s, entry.doublings + entry.is_held_back)
         if reply.final:
             self._end(entry, "duplicate")
             return actions + self._leave_outbox(entry)
@@ -424,6 +428,7 @@ class RequestLifecycle(Generic[T]):
         entry.is_unclear |= entry.sends > 0  # a reply after the next send may be to a copy of this try
         entry.content, entry.sends, entry.deadline, entry.resend_at = None, 0, inf, inf
         entry.copies_asked_for, entry.why_not_yet, entry.unknown_bundle = 0, None, 0
+        entry.is_asked_for = entry.is_held_back = False
         self._move(entry, State.KEPT)
         return actions
 

@@ -315,13 +315,13 @@ class RequestTracker:
     def _send(self, send: Send[Tracked], now: float) -> Sequence[Action[Tracked]]:
         tracked = send.content
         if send.is_resend and not send.is_asked_for and (why := self._why_not_again(tracked)):
-            return self._lifecycle.on_unsent(send.id, Why("no_reply", why), now)
+            return self._lifecycle.on_unsent(send, Why("no_reply", why), now)
         payload = tracked.payload
         if send.is_resend or tracked.is_retry:
             payload = encode_request(aged(tracked.request, send.waited_s, send.left_s))
         if not tracked.is_paid and not self._budget.take(len(payload), now):
             self._thread.replies["over_budget"] += 1
-            return self._lifecycle.on_unsent(send.id, NO_BYTES, now)
+            return self._lifecycle.on_unsent(send, NO_BYTES, now)
         tracked.is_paid = False  # that was for this time
         tracked.offered += len(payload)
         if not send.is_resend:

@@ -120,11 +120,30 @@ def test_the_reply_to_a_request_that_was_sent_twice_is_not_measured() -> None:
 def test_a_resend_that_could_not_leave_counts_as_not_sent() -> None:
     requests = lifecycle()
     requests.on_request(ONE, "", 999.0, 0.0)
-    for _ in range(2):
-        (sent,) = requests.on_time(requests.next_at())
-        assert requests.on_unsent(sent.id, Why("no_bytes", ""), 2.0) == []
+    for _ in range(5):
+        (sent,) = requests.on_time(now := requests.next_at())
+        assert requests.on_unsent(sent, Why("no_bytes", ""), now) == []
+        assert now + 1.0 <= requests.next_at() <= now + 1.5  # no copy is lost, so nothing is doubled
     assert requests.counts.resent == 0
-    assert requests.next_at() >= 3.0  # at growing distances all the same
+    requests.on_reply(reply(ONE), 20.0)
+    requests.on_request(TWO, "", 999.0, 20.0)
+    assert requests.next_at() <= 23.0  # once for all five
+
+
+@pytest.mark.parametrize("reply_s", [1.6, 5.0, 30.0])
+def test_replies_over_a_link_that_is_slower_than_the_interval_are_soon_measured(reply_s: float) -> None:
+    """While a copy is on its way no other one leaves, and then its reply is not measured."""
+    requests = lifecycle()
+    measured = []
+    for number in range(20):
+        start = 1000.0 * number
+        requests.on_request(name(number), "", start + 999, start)
+        while (now := requests.next_at()) < start + reply_s:
+            (sent,) = requests.on_time(now)
+            requests.on_unsent(sent, Why("no_reply", "an earlier copy is still on its way to the broker"), now)
+        (answer,) = requests.on_reply(reply(name(number)), start + reply_s)
+        measured.append(answer.round_trip_s is not None)
+    assert measured[5:] == [True] * 15
 
 
 def test_the_reply_after_a_resend_that_could_not_leave_is_not_measured() -> None:
@@ -132,7 +151,7 @@ def test_the_reply_after_a_resend_that_could_not_leave_is_not_measured() -> None
     requests = lifecycle()
     requests.on_request(ONE, "", 999.0, 0.0)
     (sent,) = requests.on_time(requests.next_at())
-    requests.on_unsent(sent.id, Why("no_reply", "an earlier copy is still on its way to the broker"), 2.0)
+    requests.on_unsent(sent, Why("no_reply", "an earlier copy is still on its way to the broker"), 2.0)
     (answer,) = requests.on_reply(reply(ONE), 100.0)
     assert (answer.round_trip_s, answer.is_unclear) == (None, True)
     requests.on_request(TWO, "", 999.0, 100.0)
@@ -366,9 +385,10 @@ def test_a_server_that_never_takes_a_frame_is_named_at_the_deadline() -> None:
 def test_a_frame_that_cannot_be_sent_alone_now_is_sent_later() -> None:
     requests = lifecycle()
     requests.on_request(ONE, "x", 9.0, 0.0)
-    requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 0.1)
-    assert requests.on_unsent(ONE, Why("no_bytes", ""), 0.1) == []
-    assert resend(requests, 1.7)
+    (sent,) = requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 0.1)
+    assert requests.on_unsent(sent, Why("no_bytes", ""), 0.1) == []
+    (again,) = requests.on_time(1.7)
+    assert (again.is_resend, again.is_asked_for) == (True, True)
 
 
 # ---- replies that are not final ----
@@ -482,7 +502,7 @@ def test_without_a_link_and_without_room_in_the_outbox_a_request_is_sent_all_the
     (sent,) = requests.on_request(ONE, "x", 9.0, 0.0, link_is_away=True)
     assert isinstance(sent, Send)
     no_bytes = Why("no_bytes", "no bytes left")
-    assert requests.on_unsent(ONE, no_bytes, 0.0) == [Lose(ONE, "x", no_bytes)]
+    assert requests.on_unsent(sent, no_bytes, 0.0) == [Lose(ONE, "x", no_bytes)]
 
 
 def test_a_retry_in_vain_comes_later_each_time_up_to_a_limit_and_is_not_told_again() -> None:
@@ -501,6 +521,16 @@ def test_a_retry_in_vain_comes_later_each_time_up_to_a_limit_and_is_not_told_aga
     for tries, gap in enumerate(gaps[1:], 1):
         longest = min(FIRST_RETRY_S * 2 ** (tries - 1), LAST_RETRY_S)
         assert longest / 2 <= gap <= longest + 2
+
+
+def test_a_copy_that_a_busy_server_asked_for_is_none_of_the_next_try() -> None:
+    requests = with_outbox()
+    requests.on_request(ONE, "x", 5.0, 0.0)
+    assert kinds(requests.on_reply(reply(ONE, Status.BUSY, retry_after_ms=10_000), 0.1)) == [Store, Postpone]
+    assert requests.on_time(10.0) == [Read(ONE)]
+    requests.on_read(ONE, "x", 10.0)
+    (again,) = requests.on_time(requests.next_at())
+    assert (again.is_resend, again.is_asked_for) == (True, False)
 
 
 def test_a_dead_server_costs_no_more_than_the_window_and_the_rate_holds() -> None:
@@ -657,7 +687,7 @@ class AnySchedule(RuleBasedStateMachine):
         outbox = {"every_request": self.every_request, "max_bytes": 65536, "max_age_s": 60.0, "replay_per_s": 2.0}
         self.requests = lifecycle(3, **outbox) if self.has_outbox else lifecycle(3)
         self.finals: dict[bytes, int] = {}  # final events of each request, in this run
-        self.sent: set[bytes] = set()
+        self.sent: dict[bytes, Send[str]] = {}  # the latest of each request
         self.lost_their_reference: set[bytes] = set()
         self.to_store: list[bytes] = []
         self.to_read: list[bytes] = []
@@ -668,7 +698,7 @@ class AnySchedule(RuleBasedStateMachine):
             match action:
                 case Send():
                     assert action.left_s > 0 or not action.is_resend
-                    self.sent.add(action.id)
+                    self.sent[action.id] = action
                 case Answer(request_id, _, final_reply):
                     self.finals[request_id] = self.finals.get(request_id, 0) + final_reply.final
                 case Settle() | Lose():
@@ -716,8 +746,8 @@ class AnySchedule(RuleBasedStateMachine):
 
     @rule(number=RECENT)
     def budget_is_spent(self, number: int) -> None:
-        if (request_id := self.recent(number)) in self.sent:
-            self.follow(self.requests.on_unsent(request_id, Why("no_bytes", ""), self.now))
+        if send := self.sent.pop(self.recent(number), None):
+            self.follow(self.requests.on_unsent(send, Why("no_bytes", ""), self.now))
 
     @rule(can_store=st.booleans())
     def disk_takes_more_or_not(self, can_store: bool) -> None:
