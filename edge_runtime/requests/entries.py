@@ -44,7 +44,8 @@ class Entry(Generic[T]):
     sent_at: float = inf  # first, in this try
     resend_at: float = inf
     sends: int = 0  # in this try
-    is_unclear: bool = False  # the time of a reply says nothing: a resend could not leave, or an earlier try was sent
+    # The time of a reply says nothing: a resend could not leave, the broker refused a copy, or an earlier try was sent.
+    is_unclear: bool = False
     is_held_back: bool = False  # a resend of this try could not leave
     doublings: int = 0  # of the resend interval
     copies_asked_for: int = 0  # by replies in this try, so that the copy before each has no other reply

@@ -190,12 +190,19 @@ class RequestLifecycle(Generic[T]):
             return self._read(entry) if reply.final and entry.state is State.KEPT else []
         return self._answer(entry, reply, now)
 
-    def on_unanswerable(self, request_id: bytes, why: Why) -> list[Action[T]]:
-        """The request can never be answered, for example because the broker does not take it."""
+    def on_not_taken(self, request_id: bytes, why: Why) -> list[Action[T]]:
+        """The broker does not take a copy of the request."""
         entry = self._live.get(request_id)
-        if entry is None:
+        if entry is None or entry.state is not State.OPEN:  # it has a reply, or is on disk after an earlier try
             return []
-        if entry.state is State.READING:  # asked about an earlier try: it is still on disk
+        entry.sends, entry.is_unclear = entry.sends - 1, True
+        # A server may be about to answer another copy.
+        return [] if entry.sends > entry.copies_asked_for else self._lose(entry, why)
+
+    def on_unusable_answer(self, request_id: bytes, why: Why) -> list[Action[T]]:
+        """A server has answered, and what it said is no event. Its answer to another copy would be the same."""
+        entry = self._live.get(request_id)
+        if entry is None or entry.content is None:
             return []
         return self._settle(entry, why) if entry.state is State.IMPROVABLE else self._lose(entry, why)
 

@@ -32,7 +32,7 @@ class _ReplyArrived:
 
 @dataclass(frozen=True, slots=True)
 class _NotTaken:
-    """The broker did not take a request, and will not."""
+    """The broker did not take a copy of a request, and will not."""
 
     id: bytes
     outcome: Outcome
@@ -147,7 +147,7 @@ class LifecycleThread(Generic[T, M]):
             case _ReplyArrived(payload):
                 return self._reply(payload, now)
             case _NotTaken(request_id, outcome):
-                return self._lifecycle.on_unanswerable(request_id, Why("not_taken", f"broker: {outcome.value}"))
+                return self._lifecycle.on_not_taken(request_id, Why("not_taken", f"broker: {outcome.value}"))
             case _:
                 return self._receive(message, now)
 

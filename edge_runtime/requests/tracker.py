@@ -274,7 +274,7 @@ class RequestTracker:
             try:
                 encode_event(self._update(tracked, reply, now))
             except WireError as error:  # within a reply's limits, but not within an event's
-                return self._lifecycle.on_unanswerable(reply.id, Why("failed", f"server {reply.server}: {error}"))
+                return self._lifecycle.on_unusable_answer(reply.id, Why("failed", f"server {reply.server}: {error}"))
         return self._lifecycle.on_reply(reply, now)
 
     def _read(self, request_id: bytes, row: Row | None, now: float) -> Sequence[Action[Tracked]]:

@@ -232,8 +232,30 @@ def test_an_id_is_not_used_twice() -> None:
 def test_what_the_broker_refuses_is_lost() -> None:
     requests = with_outbox()
     requests.on_request(ONE, "x", 9.0, 0.0)
-    assert requests.on_unanswerable(ONE, BROKER) == [Lose(ONE, "x", BROKER)]
-    assert requests.on_unanswerable(ONE, BROKER) == []
+    assert requests.on_not_taken(ONE, BROKER) == [Lose(ONE, "x", BROKER)]
+    assert requests.on_not_taken(ONE, BROKER) == []
+
+
+def test_a_copy_that_the_broker_refuses_ends_no_wait_for_the_answer_to_another() -> None:
+    requests = lifecycle()
+    for request_id in (ONE, TWO):
+        requests.on_request(request_id, "x", 9.0, 0.0)
+    assert resend(requests, 1.6)
+    assert [requests.on_not_taken(request_id, BROKER) for request_id in (ONE, TWO)] == [[], []]
+    assert kinds(requests.on_reply(not_final(ONE, 1), 1.7)) == [Answer]
+    assert requests.on_not_taken(ONE, BROKER) == []  # a higher tier may be about to answer
+    assert kinds(requests.on_reply(reply(ONE), 1.8)) == [Answer]
+    assert requests.on_not_taken(TWO, BROKER) == [Lose(TWO, "x", BROKER)]  # both copies
+
+
+@pytest.mark.parametrize(("answers", "end"), [(0, Lose), (1, Settle)])
+def test_an_answer_that_cannot_be_used_ends_a_request(answers: int, end: type) -> None:
+    requests, why = lifecycle(), Why("failed", "no object")
+    requests.on_request(ONE, "x", 9.0, 0.0)
+    for _ in range(answers):
+        requests.on_reply(not_final(ONE, 1), 0.1)
+    assert requests.on_unusable_answer(ONE, why) == [end(ONE, "x", why)]
+    assert requests.on_unusable_answer(ONE, why) == []
 
 
 # ---- servers that cannot answer now ----
@@ -445,7 +467,7 @@ def test_a_refusal_of_an_earlier_try_loses_no_request_that_is_on_disk() -> None:
     requests = with_outbox()
     keep_one(requests)
     requests.on_time(10.0)
-    assert requests.on_unanswerable(ONE, BROKER) == []
+    assert requests.on_not_taken(ONE, BROKER) == []
     assert requests.counts.kept == 1
 
 
@@ -742,7 +764,11 @@ class AnySchedule(RuleBasedStateMachine):
 
     @rule(number=RECENT)
     def broker_refuses(self, number: int) -> None:
-        self.follow(self.requests.on_unanswerable(self.recent(number), BROKER))
+        self.follow(self.requests.on_not_taken(self.recent(number), BROKER))
+
+    @rule(number=RECENT)
+    def answer_cannot_be_used(self, number: int) -> None:
+        self.follow(self.requests.on_unusable_answer(self.recent(number), Why("failed", "")))
 
     @rule(number=RECENT)
     def budget_is_spent(self, number: int) -> None:
