@@ -36,7 +36,7 @@ class Tracked:
     compact: bytes = b""  # the same request with features instead of its picture, for the outbox
     is_paid: bool = False  # its bytes are taken from the budget
     sent_at: float | None = None  # seconds, time.monotonic(): first, in this try
-    has_answer: bool = False  # of a server, which a higher tier may improve
+    answer: Event | None = None  # that the latest reply is, which a higher tier may improve
     is_retry: bool = False  # out of the outbox
     # Bytes of whole payloads, resends included. `offered` is written by the thread of the requests, the others by that
     # of the MQTT client.

@@ -40,6 +40,7 @@ from edge_runtime.requests.tracked import NewRequest, Row, Tracked, row_of
 from edge_runtime.wire import (
     Event,
     Reply,
+    Status,
     WireError,
     aged,
     decode_event,
@@ -259,7 +260,7 @@ class RequestTracker:
         """An event that comes after the frame's answer would take the answer back; one without a draft says nothing."""
         request_id = bytes.fromhex(event.frame)
         tracked = self._lifecycle.find(request_id)
-        if self._lifecycle.has_ended(request_id) or (tracked and tracked.has_answer):
+        if self._lifecycle.has_ended(request_id) or (tracked and tracked.answer):
             self._thread.replies["overtaken"] += 1
             return
         if tracked:
@@ -270,9 +271,10 @@ class RequestTracker:
 
     def _reply(self, reply: Reply, now: float) -> Sequence[Action[Tracked]]:
         self._on_reply(reply)
-        if tracked := self._lifecycle.find(reply.id):
+        if reply.status is Status.OK and (tracked := self._lifecycle.find(reply.id)):
             try:
-                encode_event(self._update(tracked, reply, now))
+                tracked.answer = self._update(tracked, reply, now)
+                encode_event(tracked.answer)
             except WireError as error:  # within a reply's limits, but not within an event's
                 return self._lifecycle.on_unusable_answer(reply.id, Why("failed", f"server {reply.server}: {error}"))
         return self._lifecycle.on_reply(reply, now)
@@ -365,13 +367,13 @@ class RequestTracker:
             self._observer.answered(answer.reply, now, tracked.event.tokens, is_timed=not answer.is_unclear)
         self._warn_of_unanswered(tracked, answer.reply)
         try:
-            update = self._update(tracked, answer.reply, now)
+            update = tracked.answer or self._update(tracked, answer.reply, now)
             self._events.publish(update)
         except WireError as error:  # a late reply to a kept request; others are checked before they are counted
             why = f"server {answer.reply.server}: {error}"
             self._publish(tracked, now, type="lost", final=True, why=why[:1024])
         else:
-            tracked.event, tracked.has_answer = update, True
+            tracked.event = update
         return ()
 
     def _warn_of_unanswered(self, tracked: Tracked, reply: Reply) -> None:
