@@ -53,7 +53,7 @@ class Entry(Generic[T]):
     why_not_yet: Why | None = None  # what the latest of these replies said
     unknown_bundle: int = 0  # of these, from servers without the bundle
     lost_its_reference: bool = False  # a server has said so: once, of the first copy
-    latest: tuple[str, bytes] = ("", b"")  # server and tokens of the latest reply that is not final
+    latest: tuple[str, bytes] | None = None  # server and tokens of the latest reply that is not final
     not_final: int = 0  # replies that are not final
     # Of those that were KEPT:
     was_kept: bool = False

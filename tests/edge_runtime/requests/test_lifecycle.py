@@ -431,6 +431,13 @@ def test_a_reply_that_is_not_final_is_improved_and_counted_once() -> None:
     assert requests.counts.duplicate == 1
 
 
+def test_a_text_without_tokens_of_a_server_without_a_name_is_told_too() -> None:
+    requests = lifecycle()
+    requests.on_request(ONE, "x", 9.0, 0.0)
+    first = Reply(id=ONE, status=Status.OK, text="a dog", final=False)
+    assert [kinds(requests.on_reply(first, now)) for now in (0.1, 0.2)] == [[Answer], []]
+
+
 def test_a_text_that_is_not_final_is_told_once_and_so_often_as_there_can_be_tiers() -> None:
     requests = lifecycle()
     requests.on_request(ONE, "x", 9.0, 0.0)
