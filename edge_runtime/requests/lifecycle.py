@@ -59,7 +59,8 @@ class RequestLifecycle(Generic[T]):
     dropped, a slow server would see each request end shortly before its reply.
 
     outbox: its limits, if there is one; size_of: the bytes that a content takes there; may_store: whether it may go
-    there. can_store: whether the outbox takes one more request. The caller keeps it up to date.
+    there. can_store: whether the outbox takes one more request. The caller keeps it up to date. is_complete: whether a
+    content has all that its events and the outbox shall have; if not, `on_complete` follows.
     """
 
     def __init__(
@@ -71,12 +72,13 @@ class RequestLifecycle(Generic[T]):
         outbox: OutboxConfig | None = None,
         size_of: Callable[[T], int] = lambda _: 0,
         may_store: Callable[[T], bool] = lambda _: True,
+        is_complete: Callable[[T], bool] = lambda _: True,
     ) -> None:
         if capacity < 1 or min_resend_s <= 0:
             raise ValueError(f"capacity = {capacity}, min_resend_s = {min_resend_s}: want at least 1, and more than 0")
         self.can_store = outbox is not None
         self._capacity, self._rng, self._outbox = capacity, rng, outbox
-        self._size_of, self._may_store = size_of, may_store
+        self._size_of, self._may_store, self._is_complete = size_of, may_store, is_complete
         self._resend = ResendTimer(min_resend_s, rng)
         self._retry = RetryTimer(outbox.replay_per_s if outbox else 1.0, rng)
         self._live: dict[bytes, Entry[T]] = {}  # those that are not KEPT
@@ -189,6 +191,16 @@ class RequestLifecycle(Generic[T]):
             entry.late_reply = reply if reply.final else entry.late_reply
             return self._read(entry) if reply.final and entry.state is State.KEPT else []
         return self._answer(entry, reply, now)
+
+    def on_complete(self, request_id: bytes, now: float) -> list[Action[T]]:
+        """The content has become complete. A request that no server takes before its deadline has waited for that."""
+        entry = self._live.get(request_id)
+        if entry is None or entry.state is not State.OPEN or entry.resend_at < inf or entry.why_not_yet is None:
+            return []
+        assert entry.content is not None
+        # Another server may be about to answer another copy.
+        is_awaited = entry.sends > entry.copies_asked_for or not self._is_complete(entry.content)
+        return [] if is_awaited else self._no_reply(entry, entry.why_not_yet, now)
 
     def on_not_taken(self, request_id: bytes, why: Why) -> list[Action[T]]:
         """The broker does not take a copy of the request."""
@@ -345,8 +357,7 @@ class RequestLifecycle(Generic[T]):
         if entry.resend_at < entry.deadline and entry.unknown_bundle < MAX_UNKNOWN_BUNDLE:
             return []
         entry.resend_at = inf
-        # Another server may be about to answer another copy.
-        return [] if entry.sends > entry.copies_asked_for else self._no_reply(entry, _why(reply), now)
+        return self.on_complete(entry.id, now)
 
     def _send_alone(self, entry: Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         """The server lacks the reference of the first copy. Later copies have none.

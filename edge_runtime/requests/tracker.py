@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import msgspec
@@ -130,6 +131,7 @@ class RequestTracker:
         self._client, self._bundle, self._events, self._observer = client, bundle, events, observer
         self._capacity, self._budget, self._on_reply = capacity, byte_budget or ByteBudget(), on_reply
         self._find_silence, self._silence = find_silence, ""  # the latter: what was told last
+        self._lost_early: dict[bytes, Lose[Tracked]] = {}  # before the frame's draft came: their events wait for it
         self._topic = topics.request(site, board)
         self._outbox = self._new_outbox(outbox) if outbox else None
         self.stores_first = bool(outbox and outbox.every_request)  # each request, before it is sent
@@ -140,6 +142,7 @@ class RequestTracker:
             outbox=outbox,
             size_of=lambda tracked: row_of(tracked).size,
             may_store=lambda tracked: tracked.may_be_stored,
+            is_complete=lambda tracked: tracked.draft_until == -inf,
         )
         self._thread: LifecycleThread[Tracked, _Message] = LifecycleThread(
             "requests", self._lifecycle, self._receive, self._perform, self._reply, self._before_step
@@ -171,6 +174,7 @@ class RequestTracker:
 
     def __exit__(self, *_: object) -> None:
         self._thread.close(Why("stopping", "the board stops"))
+        self._tell_early_losses(until=inf)
         for row in self._outbox.close() if self._outbox else []:
             tracked = self._restore(row, time.monotonic())
             self._thread.follow(self._lifecycle.on_unwritten(row.id, tracked))
@@ -234,7 +238,15 @@ class RequestTracker:
 
     # ---- the thread: messages ----
 
+    def _tell_early_losses(self, until: float) -> None:
+        """Of frames whose drafts have not come by then."""
+        for request_id, lose in list(self._lost_early.items()):
+            if lose.content and lose.content.draft_until <= until:
+                lose.content.draft_until = -inf
+                self._thread.follow([self._lost_early.pop(request_id)])
+
     def _before_step(self, now: float) -> bool:
+        self._tell_early_losses(until=now)
         self._lifecycle.can_store = self._outbox is not None and self._outbox.has_room()
         budget = self._budget.bytes_per_minute
         has_bytes = not budget or self._budget.spent(now) < budget / 2  # live frames come first
@@ -244,10 +256,11 @@ class RequestTracker:
         actions: Sequence[Action[Tracked]] = ()
         match message:
             case NewRequest(request, payload, event, captured, deadline, keep, compact):
-                tracked = Tracked(request, payload, event, captured, compact, is_paid=not keep)
+                draft_until = -inf if event.tokens else deadline
+                tracked = Tracked(request, payload, event, captured, draft_until, compact, is_paid=not keep)
                 actions = self._lifecycle.on_request(request.id, tracked, deadline, now, link_is_away=keep)
             case _Draft(event, compact):
-                self._announce(event, compact)
+                actions = self._announce(event, compact, now)
             case _FoundInOutbox(rows, missing):
                 actions = self._lifecycle.on_found(rows, missing, now)
             case _StoredInOutbox(ids):
@@ -256,18 +269,22 @@ class RequestTracker:
                 actions = self._read(request_id, row, now)
         return actions
 
-    def _announce(self, event: Event, compact: bytes) -> None:
+    def _announce(self, event: Event, compact: bytes, now: float) -> Sequence[Action[Tracked]]:
         """An event that comes after the frame's answer would take the answer back; one without a draft says nothing."""
         request_id = bytes.fromhex(event.frame)
+        if (lose := self._lost_early.pop(request_id, None)) and lose.content:
+            lose.content.event, lose.content.draft_until = event, -inf
+            return [lose]
         tracked = self._lifecycle.find(request_id)
         if self._lifecycle.has_ended(request_id) or (tracked and tracked.answer):
             self._thread.replies["overtaken"] += 1
-            return
+            return ()
         if tracked:
             event = msgspec.structs.replace(event, bytes_up=self._bytes_up(tracked))
-            tracked.event, tracked.compact = event, compact
+            tracked.event, tracked.compact, tracked.draft_until = event, compact, -inf
         if event.tokens or tracked is None:
             self._events.publish(event)
+        return self._lifecycle.on_complete(request_id, now)
 
     def _reply(self, reply: Reply, now: float) -> Sequence[Action[Tracked]]:
         self._on_reply(reply)
@@ -303,6 +320,8 @@ class RequestTracker:
                 self._observe_loss(action.id, now)
                 why = f"{self._reason(action.why)}: kept, asked again later"
                 self._publish(action.content, now, type="update", final=False, why=why[:1024])
+            case Lose(request_id, Tracked(draft_until=until)) if now < until:
+                self._lost_early[request_id] = action
             case Lose():
                 self._refund(action.content, now)
                 self._lose(action, now)

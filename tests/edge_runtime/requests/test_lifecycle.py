@@ -303,6 +303,20 @@ def test_a_server_that_is_busy_beyond_the_deadline_ends_the_wait() -> None:
     assert lost == Lose(ONE, "x", Why("busy", "server s1: busy: full"))
 
 
+def test_a_request_that_no_server_takes_in_time_waits_until_its_content_is_complete_or_for_its_deadline() -> None:
+    complete: set[str] = set()
+    requests: RequestLifecycle[str] = RequestLifecycle(
+        4, min_resend_s=9.0, rng=random.Random(0), is_complete=lambda content: content in complete
+    )
+    why = Why("busy", "server s1: busy: full")
+    for request_id, content in ((ONE, "soon"), (TWO, "never")):
+        requests.on_request(request_id, content, 5.0, 0.0)
+        assert requests.on_reply(reply(request_id, Status.BUSY, retry_after_ms=10_000, error="full"), 0.1) == []
+    complete.add("soon")
+    assert requests.on_complete(ONE, 0.2) == [Lose(ONE, "soon", why)]
+    assert requests.on_time(5.0) == [Lose(TWO, "never", why)]
+
+
 def test_a_server_that_is_busy_beyond_the_deadline_ends_no_wait_for_another_servers_answer() -> None:
     requests = lifecycle()
     requests.on_request(ONE, "x", 5.0, 0.0)
@@ -715,6 +729,8 @@ class AnySchedule(RuleBasedStateMachine):
     def begin_run(self) -> None:
         outbox = {"every_request": self.every_request, "max_bytes": 65536, "max_age_s": 60.0, "replay_per_s": 2.0}
         self.requests = lifecycle(3, **outbox) if self.has_outbox else lifecycle(3)
+        self.is_complete = True
+        self.requests._is_complete = lambda _: self.is_complete
         self.finals: dict[bytes, int] = {}  # final events of each request, in this run
         self.sent: dict[bytes, Send[str]] = {}  # the latest of each request
         self.lost_their_reference: set[bytes] = set()
@@ -772,6 +788,12 @@ class AnySchedule(RuleBasedStateMachine):
     @rule(number=RECENT)
     def broker_refuses(self, number: int) -> None:
         self.follow(self.requests.on_not_taken(self.recent(number), BROKER))
+
+    @rule(number=RECENT, is_complete=st.booleans())
+    def contents_are_complete_or_not(self, number: int, is_complete: bool) -> None:
+        self.is_complete = is_complete
+        if is_complete:
+            self.follow(self.requests.on_complete(self.recent(number), self.now))
 
     @rule(number=RECENT)
     def answer_cannot_be_used(self, number: int) -> None:
