@@ -463,6 +463,13 @@ def test_a_reply_that_claims_an_object_and_has_none_loses_its_question_and_no_ot
     answer_one_more(board, server)
 
 
+def test_a_busy_reply_that_claims_an_object_is_busy_all_the_same(board, server):
+    board.ask()
+    server.reply(server.request(), Status.BUSY, retry_after_ms=20, checked=CheckedObject("door", True))
+    server.reply(server.request(), text="a dog")
+    assert board.next_event().text == "a dog"
+
+
 def test_a_reply_too_large_for_an_event_loses_its_question_and_no_other(board, server):
     board.ask()
     names = {chr(n) * 64: 0.5 for n in range(1, 32)}  # as JSON each letter is six
