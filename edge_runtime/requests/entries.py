@@ -77,8 +77,10 @@ class StoredEntries(Generic[T]):
         return self._entries.get(request_id)
 
     def add(self, entry: Entry[T]) -> None:
-        self._entries[entry.id] = entry
-        self._bytes += entry.size
+        """Does nothing if it is there."""
+        if entry.id not in self._entries:
+            self._entries[entry.id] = entry
+            self._bytes += entry.size
 
     def remove(self, entry: Entry[T]) -> None:
         """Does nothing if it is not there."""

@@ -282,8 +282,9 @@ class RequestLifecycle(Generic[T]):
         for entry in list(self._live.values()):
             if entry.state is State.IMPROVABLE:
                 actions += self._settle(entry, Why(why.code, f"{why.text} before a higher tier answered"))
-            elif entry.state is State.READING:  # still on disk
+            elif entry.state is State.READING:  # still in the outbox, even if it was to be given up
                 self._move(entry, State.KEPT)
+                self._stored.add(entry)
             else:
                 actions += self._no_reply(entry, why, now)
         return actions

@@ -707,6 +707,16 @@ def test_at_the_end_what_is_open_is_kept_and_what_no_disk_took_is_lost() -> None
     assert (requests.counts.kept, requests.counts.lost) == (0, 1)
 
 
+def test_what_the_outbox_was_giving_up_at_the_end_and_no_disk_took_is_lost_too() -> None:
+    requests = with_outbox(max_bytes=65536)
+    for request_id in (ONE, TWO):
+        requests.on_request(request_id, "x" * 40_000, 9.0, 0.0, link_is_away=True)
+    assert requests.on_time(0.1, link_is_free=False) == [Read(ONE)]
+    requests.close(Why("stopping", "the board stops"), 0.2)
+    assert kinds(requests.on_unwritten(ONE, "x")) == [Delete, Lose]
+    assert (requests.counts.kept, requests.counts.lost) == (1, 1)
+
+
 # ---- everything at once ----
 
 RECENT = st.integers(0, 5)  # one of the latest requests, so that most events meet one that is alive
