@@ -57,7 +57,7 @@ class Asked:
     request: Request
     at: float  # seconds, monotonic
     sends: int = 0
-    refusals: int = 0
+    waits: int = 0
     resend_at: float = 0.0
 
 
@@ -160,8 +160,8 @@ class Boards:
             elif reply.status is Status.BUSY:
                 self.counts["busy"] += 1
                 self._open[reply.id] = asked
-                self._wait(asked, busy_wait_s((reply.retry_after_ms or 0) / 1e3, asked.refusals, self._random))
-                asked.refusals += 1
+                self._wait(asked, busy_wait_s((reply.retry_after_ms or 0) / 1e3, asked.waits, self._random))
+                asked.waits += 1
             elif reply.status is Status.OK:
                 self.reply_ms[asked.board].append(1e3 * (at - asked.at))
             else:

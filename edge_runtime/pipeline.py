@@ -166,10 +166,10 @@ class Pipeline:
     def _split(self, work: FrameInProgress) -> Event:
         """The request contains the features. The draft is decoded after sending, to show something until the reply."""
         self._run_head(work)
-        refusal = self._send(work)
-        if refusal or work.plan.writes_draft:
+        why_unsent = self._send(work)
+        if why_unsent or work.plan.writes_draft:
             self._write_draft(work)
-        return self._answer_on_device(work, refusal) if refusal else self._announce(work)
+        return self._answer_on_device(work, why_unsent) if why_unsent else self._announce(work)
 
     def _speculative(self, work: FrameInProgress) -> Event:
         """The request contains features and draft. A draft that is good enough is the answer without a request."""
@@ -181,8 +181,8 @@ class Pipeline:
             if work.plan.reuse_distance and work.latent:
                 self.answers.accepted(event, work.latent, work.frame.captured, wanted(work.plan))
             return event
-        refusal = self._send(work)
-        return self._answer_on_device(work, refusal) if refusal else self._announce(work)
+        why_unsent = self._send(work)
+        return self._answer_on_device(work, why_unsent) if why_unsent else self._announce(work)
 
     def _offload(self, work: FrameInProgress) -> Event:
         """The request contains the picture, and the draft if a server can use it.
@@ -194,12 +194,12 @@ class Pipeline:
             self._run_head(work)
         if work.plan.sends_draft:
             self._write_draft(work)
-        refusal = self._send(work, self._compact(work) if self.tracker.stores_first else b"")
-        if refusal or work.plan.writes_draft or self.tracker.has_outbox:
+        why_unsent = self._send(work, self._compact(work) if self.tracker.stores_first else b"")
+        if why_unsent or work.plan.writes_draft or self.tracker.has_outbox:
             self._run_head(work)
-        if not work.draft and (refusal or work.plan.writes_draft):
+        if not work.draft and (why_unsent or work.plan.writes_draft):
             self._write_draft(work)
-        return self._answer_on_device(work, refusal) if refusal else self._announce(work, self._compact(work))
+        return self._answer_on_device(work, why_unsent) if why_unsent else self._announce(work, self._compact(work))
 
     # ---- their steps ----
 

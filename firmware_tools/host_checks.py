@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from edge_runtime.cores import usable_cores
 from edge_runtime.packages import how_to_install
 from edge_runtime.planning.thermal import ThermalReader
 
@@ -106,8 +107,7 @@ def check_cpu(root: Path = Path("/")) -> Finding:
     model = _text(root / "proc/device-tree/model").strip("\0 \n") or next(
         iter(re.findall(r"(?m)^model name\s*:\s*(.*)$", text)), "unknown model"
     )
-    cores = len(os.sched_getaffinity(0))
-    return ok(f"{model}, {cores} core(s), {' '.join(features[:4]) or 'no known vector instructions'}")
+    return ok(f"{model}, {usable_cores(root)} core(s), {' '.join(features[:4]) or 'no known vector instructions'}")
 
 
 def check_memory(root: Path = Path("/")) -> Finding:

@@ -1,7 +1,6 @@
 """How the parts of a server meet."""
 
 import logging
-import os
 import sys
 import threading
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.cores import usable_cores
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle, open_bundle
 from edge_runtime.mqtt import connection_text
@@ -198,7 +198,7 @@ def _bundle_target(config: Config, folder: str | None, questions: Mapping[str, s
 
 def usual_calls(threads: int) -> int:
     """Batches at the same time, each on so many threads. Two keep the cores busy while one decodes requests."""
-    return max(1, min(2, len(os.sched_getaffinity(0)) // threads))
+    return max(1, min(2, usable_cores() // threads))
 
 
 def _picture_model(config: Config) -> Target[Any]:

@@ -20,25 +20,23 @@ class BatchTimes:
         self._call_s = call_s
         self._recent = {name: deque[float]([], RECENT) for name in ("batch", "pass")}
         self._count, self._total_s = 0, 0.0  # of all batches that were served
-        self._began: dict[int, float] = {}  # by thread: when its present batch began
-        self._stepped: dict[int, float] = {}  # by thread: its last step in that batch
+        self._present: dict[int, tuple[float, float]] = {}  # by thread: when its batch began, and made its last step
         self._lock = threading.Lock()
 
     def begin(self, now: float) -> None:
         with self._lock:
-            self._began[threading.get_ident()] = self._stepped[threading.get_ident()] = now
+            self._present[threading.get_ident()] = now, now
 
     def step(self, now: float) -> None:
         """This thread's batch has made a step."""
         with self._lock:
-            if threading.get_ident() in self._began:
-                self._stepped[threading.get_ident()] = now
+            if present := self._present.get(threading.get_ident()):
+                self._present[threading.get_ident()] = present[0], now
 
     def end(self) -> None:
         """This thread's batch has ended, whatever became of it."""
         with self._lock:
-            self._began.pop(threading.get_ident(), None)
-            self._stepped.pop(threading.get_ident(), None)
+            self._present.pop(threading.get_ident(), None)
 
     def add(self, batch_ms: float, pass_ms: float) -> None:
         """What a batch took that was served, and each pass of it."""
@@ -60,12 +58,12 @@ class BatchTimes:
     def busy_s(self, now: float) -> float:
         """For how long the oldest present batch has been running; 0: there is none."""
         with self._lock:
-            return now - min(self._began.values(), default=now)
+            return now - min((began for began, _ in self._present.values()), default=now)
 
     def silent_s(self, now: float) -> float:
         """The longest time since a present batch made a step; 0: there is none."""
         with self._lock:
-            return now - min(self._stepped.values(), default=now)
+            return now - min((stepped for _, stepped in self._present.values()), default=now)
 
     def is_late(self, now: float) -> bool:
         """The engine seems to hang: its present batch takes far longer than batches do."""

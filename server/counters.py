@@ -6,7 +6,9 @@ from typing import Any
 from edge_runtime.reporting import Meaning, Values
 
 SERVER = {
-    "received": Meaning("Requests: received = replies for good + repeated + joined + waiting + asked_above"),
+    "received": Meaning(
+        "Requests: received = replies for good + repeated + joined + waiting + being answered + asked_above"
+    ),
     "replies": Meaning("Last replies to requests, by status", "status"),
     "repeated": Meaning("Requests answered before, told the same again"),
     "joined": Meaning("Requests asked again while they were being answered"),

@@ -6,7 +6,7 @@ process of its own. `serve` runs on the thread that calls the target (targets/ta
 target that takes several calls at once. Replies of the tier above come on another thread. Between the threads are two
 queues, one before the pictures' threads and one before the target, and the cache of replies. Every request ends in a
 status, which its board is told, and in a counter: received = last replies (by status) + repeated + joined + waiting +
-asked above.
+being answered + asked above.
 """
 
 import logging

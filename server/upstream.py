@@ -48,7 +48,7 @@ TRIP_AGE_S = 60.0  # how long each counts: a tier above that was slow is tried a
 Tell = Callable[[Reply | None, str], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class UpstreamRequest:
     """A request that was passed up."""
 
@@ -56,6 +56,9 @@ class UpstreamRequest:
     until: float  # seconds, time.monotonic(): then whoever asked goes on without
     tell: Tell  # on the thread of Upstream; None: there is no reply, and why
     asked_at: float  # seconds, time.monotonic()
+    # Copies. `offered` is written by the thread of Upstream, `ended` by that of the MQTT client.
+    offered: int = 0  # to the client
+    ended: int = 0  # of these, whatever became of them
 
 
 class Upstream:
@@ -71,7 +74,6 @@ class Upstream:
         self._thread: LifecycleThread[UpstreamRequest, UpstreamRequest] = LifecycleThread(
             "upstream", self._lifecycle, self._receive, self._perform
         )
-        self._on_their_way: set[bytes] = set()  # requests with a copy that the broker does not have yet
         self._asking = threading.Lock()  # over the ids and the next one; held for a few statements
         self._asked = 0
         self._trips: tuple[tuple[float, float], ...] = ()  # (when, seconds), replaced as a whole: two threads read it
@@ -137,12 +139,12 @@ class Upstream:
 
     def _perform(self, action: Action[UpstreamRequest], now: float) -> Sequence[Action[UpstreamRequest]]:
         match action:
-            case Send(request_id, asked, _, left_s):
-                if action.is_resend and not action.is_asked_for and request_id in self._on_their_way:
-                    return self._lifecycle.on_unsent(request_id, Why("no_reply", "an earlier copy has not left"), now)
+            case Send(_, asked, _, left_s):
+                if action.is_resend and not action.is_asked_for and asked.offered > asked.ended:
+                    return self._lifecycle.on_unsent(action, Why("no_reply", "an earlier copy has not left"), now)
                 payload = encode_request(aged(asked.request, now - asked.asked_at, left_s))
-                self._on_their_way.add(request_id)
-                outcome = partial(self._copy_ended, request_id)
+                asked.offered += 1
+                outcome = partial(self._copy_ended, asked)
                 self._client.publish(self._topic, payload, expiry_s=max(0.0, left_s), on_outcome=outcome)
             case Answer(_, asked, reply, _, round_trip_s):
                 if round_trip_s is not None:
@@ -155,10 +157,10 @@ class Upstream:
                 asked.tell(None, why.code)
         return ()
 
-    def _copy_ended(self, request_id: bytes, outcome: Outcome) -> None:
+    def _copy_ended(self, asked: UpstreamRequest, outcome: Outcome) -> None:
         """On the client's thread: the broker has a copy, or it was given up."""
-        self._on_their_way.discard(request_id)
-        self._thread.was_sent(request_id, outcome)
+        asked.ended += 1
+        self._thread.copy_ended(asked.request.id, outcome)
 
     def _add_trip(self, now: float, seconds: float) -> None:
         self._trips = (*self._trips[1 - TRIPS :], (now, seconds))

@@ -25,6 +25,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime import __version__
+from edge_runtime.cores import usable_cores
 from edge_runtime.errors import StoppedError
 from edge_runtime.inference.backends import RUNTIMES, SUFFIXES, BackendError, cache_folder, hint, installed
 from edge_runtime.inference.bundle import Bundle
@@ -102,7 +103,7 @@ def _measured(
     for name in names:  # a bundle that lacks files says nothing about a runtime
         for network in ("head", "draft_look", "draft_step"):
             bundle.file(f"{network}{SUFFIXES[name]}")
-    counts = [threads] if threads else [count for count in THREADS if count <= len(os.sched_getaffinity(0))]
+    counts = [threads] if threads else [count for count in THREADS if count <= usable_cores()]
     found: dict[float, tuple[Setup, str]] = {}  # by milliseconds
     failed = []
     for name, given in _variants(names, providers):
@@ -187,7 +188,7 @@ def _circumstances(names: Sequence[str]) -> dict[str, str]:
         "numpy": _version("numpy"),
         **runtimes,
         "cpu": f"{platform.machine()} {hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]}",
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(usable_cores()),
     }
 
 

@@ -39,11 +39,11 @@ class ByteBudget:
         """Bytes that were taken a moment ago have not been sent after all."""
         with self._lock:
             self._forget(now)
-            if self._entries:
-                at, before = self._entries.pop()
-                back = min(size, before)
-                self._entries.append((at, before - back))
-                self._sum -= back
+            latest, taken = self._entries[-1][0] if self._entries else now, 0
+            while self._entries and taken < size:  # others may have been taken since
+                taken += self._entries.pop()[1]
+            self._entries.append((latest, max(0, taken - size)))  # never earlier than it was sent
+            self._sum -= min(size, taken)
 
     def spent(self, now: float, within_s: float = MINUTE_S) -> int:
         """Bytes sent in the last `within_s` seconds, at most a minute."""

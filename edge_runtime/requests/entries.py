@@ -44,14 +44,16 @@ class Entry(Generic[T]):
     sent_at: float = inf  # first, in this try
     resend_at: float = inf
     sends: int = 0  # in this try
-    is_unclear: bool = False  # the time of a reply says nothing: a resend could not leave, or an earlier try was sent
+    # The time of a reply says nothing: a resend could not leave, the broker refused a copy, or an earlier try was sent.
+    is_unclear: bool = False
+    is_held_back: bool = False  # a resend of this try could not leave
     doublings: int = 0  # of the resend interval
-    refusals: int = 0  # replies in this try that asked for one more copy, so that the one before has no other reply
-    lost_its_reference: bool = False  # a server has said so: once, of the first copy
-    was_told_when: bool = False  # the latest of these said when
-    refusal: Why | None = None  # and why
+    copies_asked_for: int = 0  # by replies in this try, so that the copy before each has no other reply
+    is_asked_for: bool = False  # the next copy is
+    why_not_yet: Why | None = None  # what the latest of these replies said
     unknown_bundle: int = 0  # of these, from servers without the bundle
-    latest: tuple[str, bytes] = ("", b"")  # server and tokens of the latest reply that is not final
+    lost_its_reference: bool = False  # a server has said so: once, of the first copy
+    latest: tuple[str, bytes] | None = None  # server and tokens of the latest reply that is not final
     not_final: int = 0  # replies that are not final
     # Of those that were KEPT:
     was_kept: bool = False
@@ -75,8 +77,10 @@ class StoredEntries(Generic[T]):
         return self._entries.get(request_id)
 
     def add(self, entry: Entry[T]) -> None:
-        self._entries[entry.id] = entry
-        self._bytes += entry.size
+        """Does nothing if it is there."""
+        if entry.id not in self._entries:
+            self._entries[entry.id] = entry
+            self._bytes += entry.size
 
     def remove(self, entry: Entry[T]) -> None:
         """Does nothing if it is not there."""

@@ -59,7 +59,8 @@ class RequestLifecycle(Generic[T]):
     dropped, a slow server would see each request end shortly before its reply.
 
     outbox: its limits, if there is one; size_of: the bytes that a content takes there; may_store: whether it may go
-    there. can_store: whether the outbox takes one more request. The caller keeps it up to date.
+    there. can_store: whether the outbox takes one more request. The caller keeps it up to date. is_complete: whether a
+    content has all that its events and the outbox shall have; if not, `on_complete` follows.
     """
 
     def __init__(
@@ -71,12 +72,13 @@ class RequestLifecycle(Generic[T]):
         outbox: OutboxConfig | None = None,
         size_of: Callable[[T], int] = lambda _: 0,
         may_store: Callable[[T], bool] = lambda _: True,
+        is_complete: Callable[[T], bool] = lambda _: True,
     ) -> None:
         if capacity < 1 or min_resend_s <= 0:
             raise ValueError(f"capacity = {capacity}, min_resend_s = {min_resend_s}: want at least 1, and more than 0")
         self.can_store = outbox is not None
         self._capacity, self._rng, self._outbox = capacity, rng, outbox
-        self._size_of, self._may_store = size_of, may_store
+        self._size_of, self._may_store, self._is_complete = size_of, may_store, is_complete
         self._resend = ResendTimer(min_resend_s, rng)
         self._retry = RetryTimer(outbox.replay_per_s if outbox else 1.0, rng)
         self._live: dict[bytes, Entry[T]] = {}  # those that are not KEPT
@@ -156,18 +158,21 @@ class RequestLifecycle(Generic[T]):
         entries = [entry for request_id in ids if (entry := self._live.get(request_id))]
         return [action for entry in entries if entry.state is State.STORING for action in self._send_first(entry, now)]
 
-    def on_unsent(self, request_id: bytes, why: Why, now: float) -> list[Action[T]]:
+    def on_unsent(self, send: Send[T], why: Why, now: float) -> list[Action[T]]:
         """A `Send` was not carried out. A resend waits for its next turn; a first send has failed."""
-        entry = self._live.get(request_id)
+        entry = self._live.get(send.id)
         if entry is None or entry.state is not State.OPEN:
             return []
         entry.sends -= 1
-        if entry.sends:
-            self._counts["resent"] -= 1
-            # The first copy may still wait for the broker or for a server, so its reply says nothing of the link.
-            entry.is_unclear = True
-            return []
-        return self._no_reply(entry, why, now)
+        if not send.is_resend:
+            return self._no_reply(entry, why, now)
+        self._counts["resent"] -= 1
+        # No copy was lost, so the next turn is not later. Linux does the same for TCP, in `tcp_retransmit_timer`.
+        entry.is_asked_for, entry.doublings = send.is_asked_for, entry.doublings - (not send.is_asked_for)
+        entry.resend_at = now + self._resend.interval(entry.doublings)
+        # The first copy may still wait for the broker or for a server, so its reply says nothing of the link.
+        entry.is_unclear = entry.is_held_back = True
+        return []
 
     def on_reply(self, reply: Reply, now: float) -> list[Action[T]]:
         """A reply, whatever it says."""
@@ -187,12 +192,29 @@ class RequestLifecycle(Generic[T]):
             return self._read(entry) if reply.final and entry.state is State.KEPT else []
         return self._answer(entry, reply, now)
 
-    def on_refused(self, request_id: bytes, why: Why) -> list[Action[T]]:
-        """The request can never be answered, for example because the broker refuses it."""
+    def on_complete(self, request_id: bytes, now: float) -> list[Action[T]]:
+        """The content has become complete. A request that no server takes before its deadline has waited for that."""
         entry = self._live.get(request_id)
-        if entry is None:
+        if entry is None or entry.state is not State.OPEN or entry.resend_at < inf or entry.why_not_yet is None:
             return []
-        if entry.state is State.READING:  # asked about an earlier try: it is still on disk
+        assert entry.content is not None
+        # Another server may be about to answer another copy.
+        is_awaited = entry.sends > entry.copies_asked_for or not self._is_complete(entry.content)
+        return [] if is_awaited else self._no_reply(entry, entry.why_not_yet, now)
+
+    def on_not_taken(self, request_id: bytes, why: Why) -> list[Action[T]]:
+        """The broker does not take a copy of the request."""
+        entry = self._live.get(request_id)
+        if entry is None or entry.state is not State.OPEN:  # it has a reply, or is on disk after an earlier try
+            return []
+        entry.sends, entry.is_unclear = entry.sends - 1, True
+        # A server may be about to answer another copy.
+        return [] if entry.sends > entry.copies_asked_for else self._lose(entry, why)
+
+    def on_unusable_answer(self, request_id: bytes, why: Why) -> list[Action[T]]:
+        """A server has answered, and what it said is no event. Its answer to another copy would be the same."""
+        entry = self._live.get(request_id)
+        if entry is None or entry.content is None:
             return []
         return self._settle(entry, why) if entry.state is State.IMPROVABLE else self._lose(entry, why)
 
@@ -260,8 +282,9 @@ class RequestLifecycle(Generic[T]):
         for entry in list(self._live.values()):
             if entry.state is State.IMPROVABLE:
                 actions += self._settle(entry, Why(why.code, f"{why.text} before a higher tier answered"))
-            elif entry.state is State.READING:  # still on disk
+            elif entry.state is State.READING:  # still in the outbox, even if it was to be given up
                 self._move(entry, State.KEPT)
+                self._stored.add(entry)
             else:
                 actions += self._no_reply(entry, why, now)
         return actions
@@ -275,7 +298,7 @@ class RequestLifecycle(Generic[T]):
         return [self._send(entry, now, is_resend=False)]
 
     def _send_again(self, entry: Entry[T], now: float) -> Send[T]:
-        is_asked_for, entry.was_told_when = entry.was_told_when, False
+        is_asked_for, entry.is_asked_for = entry.is_asked_for, False
         entry.doublings += not is_asked_for  # a server that says "busy" is not silent
         entry.resend_at = now + self._resend.interval(entry.doublings)
         entry.sends += 1
@@ -295,7 +318,7 @@ class RequestLifecycle(Generic[T]):
             # Each new text once, and no more than there can be tiers: a server answers each copy of a request.
             self._counts["repeated"] += 1
             return []
-        is_timed = is_first and entry.sends == 1 and not (entry.refusals or entry.is_unclear)
+        is_timed = is_first and entry.sends == 1 and not (entry.copies_asked_for or entry.is_unclear)
         round_trip_s = now - entry.sent_at if is_timed else None
         assert entry.content is not None
         actions: list[Action[T]] = [Answer(entry.id, entry.content, reply, is_first, round_trip_s, entry.is_unclear)]
@@ -303,7 +326,8 @@ class RequestLifecycle(Generic[T]):
             self._counts["answered"] += 1
             self._retry.end(entry.id)
             if entry.sends:
-                self._resend.replied(round_trip_s, entry.doublings)
+                # Later requests wait longer: otherwise replies over a slow link would never be measured.
+                self._resend.replied(round_trip_s, entry.doublings + entry.is_held_back)
         if reply.final:
             self._end(entry, "duplicate")
             return actions + self._leave_outbox(entry)
@@ -328,15 +352,13 @@ class RequestLifecycle(Generic[T]):
             return []
         self._counts["busy"] += 1
         told_s = DEFAULT_BUSY_S if reply.retry_after_ms is None else reply.retry_after_ms / 1e3
-        entry.resend_at = now + busy_wait_s(told_s, entry.refusals, self._rng)
-        entry.refusals, entry.was_told_when = entry.refusals + 1, True
-        entry.refusal = _refusal(reply)
+        entry.resend_at = now + busy_wait_s(told_s, entry.copies_asked_for, self._rng)
+        self._ask_for_copy(entry, reply)
         entry.unknown_bundle += reply.status is Status.UNKNOWN_BUNDLE
         if entry.resend_at < entry.deadline and entry.unknown_bundle < MAX_UNKNOWN_BUNDLE:
             return []
         entry.resend_at = inf
-        # Another server may be about to answer another copy.
-        return [] if entry.sends > entry.refusals else self._no_reply(entry, entry.refusal, now)
+        return self.on_complete(entry.id, now)
 
     def _send_alone(self, entry: Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         """The server lacks the reference of the first copy. Later copies have none.
@@ -346,25 +368,28 @@ class RequestLifecycle(Generic[T]):
         if entry.state is not State.OPEN or entry.lost_its_reference:
             self._counts["duplicate" if entry.state is State.IMPROVABLE else "late"] += 1
             return []
-        entry.lost_its_reference, entry.refusals = True, entry.refusals + 1
-        entry.refusal, entry.was_told_when = _refusal(reply), True
+        entry.lost_its_reference = True
+        self._ask_for_copy(entry, reply)
         return [self._send_again(entry, now)] if now < entry.deadline else []
+
+    def _ask_for_copy(self, entry: Entry[T], reply: Reply) -> None:
+        entry.copies_asked_for, entry.is_asked_for, entry.why_not_yet = entry.copies_asked_for + 1, True, _why(reply)
 
     def _refused(self, entry: Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         if entry.state is State.IMPROVABLE:
             self._counts["duplicate"] += 1
             return []
         if entry.state is State.KEPT:
-            entry.drop_reason = _refusal(reply)
+            entry.drop_reason = _why(reply)
             return self._read(entry)
-        return self._lose(entry, _refusal(reply)) if entry.state is not State.READING else []
+        return self._lose(entry, _why(reply)) if entry.state is not State.READING else []
 
     # ---- without a reply ----
 
     def _deadline(self, entry: Entry[T], now: float) -> list[Action[T]]:
         if entry.state is State.IMPROVABLE:
             return self._settle(entry, Why("no_reply", "no higher tier answered in time"))
-        return self._no_reply(entry, entry.refusal or Why("no_reply", f"no reply to {entry.sends} sent"), now)
+        return self._no_reply(entry, entry.why_not_yet or Why("no_reply", f"no reply to {entry.sends} sent"), now)
 
     def _no_reply(self, entry: Entry[T], why: Why, now: float) -> list[Action[T]]:
         """Nothing more comes for now: the outbox has the request from here on, or it is lost."""
@@ -421,7 +446,8 @@ class RequestLifecycle(Generic[T]):
         entry.was_kept = True
         entry.is_unclear |= entry.sends > 0  # a reply after the next send may be to a copy of this try
         entry.content, entry.sends, entry.deadline, entry.resend_at = None, 0, inf, inf
-        entry.refusals, entry.refusal, entry.unknown_bundle = 0, None, 0
+        entry.copies_asked_for, entry.why_not_yet, entry.unknown_bundle = 0, None, 0
+        entry.is_asked_for = entry.is_held_back = False
         self._move(entry, State.KEPT)
         return actions
 
@@ -464,6 +490,6 @@ class RequestLifecycle(Generic[T]):
         return [Delete(entry.id)]
 
 
-def _refusal(reply: Reply) -> Why:
+def _why(reply: Reply) -> Why:
     code = reply.status.name.lower()
     return Why(code, f"server {reply.server}: {code}: {reply.error}")

@@ -32,7 +32,7 @@ class _ReplyArrived:
 
 @dataclass(frozen=True, slots=True)
 class _NotTaken:
-    """The broker did not take a request, and will not."""
+    """The broker did not take a copy of a request, and will not."""
 
     id: bytes
     outcome: Outcome
@@ -83,8 +83,8 @@ class LifecycleThread(Generic[T, M]):
         """One message on the reply topic; never waits. Without room the request is sent again, or lost."""
         self._offer(_ReplyArrived(payload))
 
-    def was_sent(self, request_id: bytes, outcome: Outcome) -> None:
-        """The MQTT client's outcome of a request; never waits."""
+    def copy_ended(self, request_id: bytes, outcome: Outcome) -> None:
+        """The MQTT client's outcome of one copy of a request; never waits."""
         # What its queue dropped, or what expired there, is sent again or lost at its deadline, as anything unanswered.
         if outcome in (Outcome.REFUSED, Outcome.OVERSIZED):
             self._offer(_NotTaken(request_id, outcome))
@@ -147,7 +147,7 @@ class LifecycleThread(Generic[T, M]):
             case _ReplyArrived(payload):
                 return self._reply(payload, now)
             case _NotTaken(request_id, outcome):
-                return self._lifecycle.on_refused(request_id, Why("not_taken", f"broker: {outcome.value}"))
+                return self._lifecycle.on_not_taken(request_id, Why("not_taken", f"broker: {outcome.value}"))
             case _:
                 return self._receive(message, now)
 

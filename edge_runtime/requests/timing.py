@@ -41,12 +41,12 @@ class ResendTimer:
             self.doublings = max(self.doublings, doublings)
 
 
-def busy_wait_s(retry_after_s: float, refusals: int, rng: random.Random) -> float:
-    """Seconds until a server that asked to come back later is asked again; refusals: so far, of this request.
+def busy_wait_s(retry_after_s: float, waits: int, rng: random.Random) -> float:
+    """Seconds until a server that asked to come back later is asked again; waits: so far, of this request.
 
     Later than the server said, never earlier, and not all boards at the same moment.
     """
-    least = min(MIN_BUSY_S * 2.0 ** min(refusals, MAX_DOUBLINGS), MAX_BUSY_S)
+    least = min(MIN_BUSY_S * 2.0 ** min(waits, MAX_DOUBLINGS), MAX_BUSY_S)
     return max(retry_after_s, least) * rng.uniform(1, 1.5)
 
 

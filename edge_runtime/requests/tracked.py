@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from math import inf
 
 import msgspec
 
@@ -33,10 +34,11 @@ class Tracked:
     payload: bytes  # as it is sent next
     event: Event  # the frame's latest
     captured: float  # seconds, time.monotonic()
+    draft_until: float = -inf  # the same clock: until then, outbox and event of the loss wait for the frame's draft
     compact: bytes = b""  # the same request with features instead of its picture, for the outbox
     is_paid: bool = False  # its bytes are taken from the budget
     sent_at: float | None = None  # seconds, time.monotonic(): first, in this try
-    has_answer: bool = False  # of a server, which a higher tier may improve
+    answer: Event | None = None  # that the latest reply is, which a higher tier may improve
     is_retry: bool = False  # out of the outbox
     # Bytes of whole payloads, resends included. `offered` is written by the thread of the requests, the others by that
     # of the MQTT client.
@@ -49,7 +51,7 @@ class Tracked:
         """The outbox takes features only: they show nobody."""
         return bool(self.compact) or self.request.content_kind is ContentKind.LATENT
 
-    def has_ended(self, size: int, is_delivered: bool) -> None:
+    def copy_ended(self, size: int, is_delivered: bool) -> None:
         """The client has delivered or given up a copy of `size` bytes."""
         self.delivered += is_delivered * size
         self.ended += size

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import msgspec
@@ -40,6 +41,7 @@ from edge_runtime.requests.tracked import NewRequest, Row, Tracked, row_of
 from edge_runtime.wire import (
     Event,
     Reply,
+    Status,
     WireError,
     aged,
     decode_event,
@@ -129,6 +131,7 @@ class RequestTracker:
         self._client, self._bundle, self._events, self._observer = client, bundle, events, observer
         self._capacity, self._budget, self._on_reply = capacity, byte_budget or ByteBudget(), on_reply
         self._find_silence, self._silence = find_silence, ""  # the latter: what was told last
+        self._lost_early: dict[bytes, Lose[Tracked]] = {}  # before the frame's draft came: their events wait for it
         self._topic = topics.request(site, board)
         self._outbox = self._new_outbox(outbox) if outbox else None
         self.stores_first = bool(outbox and outbox.every_request)  # each request, before it is sent
@@ -139,6 +142,7 @@ class RequestTracker:
             outbox=outbox,
             size_of=lambda tracked: row_of(tracked).size,
             may_store=lambda tracked: tracked.may_be_stored,
+            is_complete=lambda tracked: tracked.draft_until == -inf,
         )
         self._thread: LifecycleThread[Tracked, _Message] = LifecycleThread(
             "requests", self._lifecycle, self._receive, self._perform, self._reply, self._before_step
@@ -170,6 +174,7 @@ class RequestTracker:
 
     def __exit__(self, *_: object) -> None:
         self._thread.close(Why("stopping", "the board stops"))
+        self._tell_early_losses(until=inf)
         for row in self._outbox.close() if self._outbox else []:
             tracked = self._restore(row, time.monotonic())
             self._thread.follow(self._lifecycle.on_unwritten(row.id, tracked))
@@ -233,7 +238,15 @@ class RequestTracker:
 
     # ---- the thread: messages ----
 
+    def _tell_early_losses(self, until: float) -> None:
+        """Of frames whose drafts have not come by then."""
+        for request_id, lose in list(self._lost_early.items()):
+            if lose.content and lose.content.draft_until <= until:
+                lose.content.draft_until = -inf
+                self._thread.follow([self._lost_early.pop(request_id)])
+
     def _before_step(self, now: float) -> bool:
+        self._tell_early_losses(until=now)
         self._lifecycle.can_store = self._outbox is not None and self._outbox.has_room()
         budget = self._budget.bytes_per_minute
         has_bytes = not budget or self._budget.spent(now) < budget / 2  # live frames come first
@@ -243,10 +256,11 @@ class RequestTracker:
         actions: Sequence[Action[Tracked]] = ()
         match message:
             case NewRequest(request, payload, event, captured, deadline, keep, compact):
-                tracked = Tracked(request, payload, event, captured, compact, is_paid=not keep)
+                draft_until = -inf if event.tokens else deadline
+                tracked = Tracked(request, payload, event, captured, draft_until, compact, is_paid=not keep)
                 actions = self._lifecycle.on_request(request.id, tracked, deadline, now, link_is_away=keep)
             case _Draft(event, compact):
-                self._announce(event, compact)
+                actions = self._announce(event, compact, now)
             case _FoundInOutbox(rows, missing):
                 actions = self._lifecycle.on_found(rows, missing, now)
             case _StoredInOutbox(ids):
@@ -255,26 +269,31 @@ class RequestTracker:
                 actions = self._read(request_id, row, now)
         return actions
 
-    def _announce(self, event: Event, compact: bytes) -> None:
+    def _announce(self, event: Event, compact: bytes, now: float) -> Sequence[Action[Tracked]]:
         """An event that comes after the frame's answer would take the answer back; one without a draft says nothing."""
         request_id = bytes.fromhex(event.frame)
+        if (lose := self._lost_early.pop(request_id, None)) and lose.content:
+            lose.content.event, lose.content.draft_until = event, -inf
+            return [lose]
         tracked = self._lifecycle.find(request_id)
-        if self._lifecycle.has_ended(request_id) or (tracked and tracked.has_answer):
+        if self._lifecycle.has_ended(request_id) or (tracked and tracked.answer):
             self._thread.replies["overtaken"] += 1
-            return
+            return ()
         if tracked:
             event = msgspec.structs.replace(event, bytes_up=self._bytes_up(tracked))
-            tracked.event, tracked.compact = event, compact
+            tracked.event, tracked.compact, tracked.draft_until = event, compact, -inf
         if event.tokens or tracked is None:
             self._events.publish(event)
+        return self._lifecycle.on_complete(request_id, now)
 
     def _reply(self, reply: Reply, now: float) -> Sequence[Action[Tracked]]:
         self._on_reply(reply)
-        if tracked := self._lifecycle.find(reply.id):
+        if reply.status is Status.OK and (tracked := self._lifecycle.find(reply.id)):
             try:
-                encode_event(self._update(tracked, reply, now))
+                tracked.answer = self._update(tracked, reply, now)
+                encode_event(tracked.answer)
             except WireError as error:  # within a reply's limits, but not within an event's
-                return self._lifecycle.on_refused(reply.id, Why("failed", f"server {reply.server}: {error}"))
+                return self._lifecycle.on_unusable_answer(reply.id, Why("failed", f"server {reply.server}: {error}"))
         return self._lifecycle.on_reply(reply, now)
 
     def _read(self, request_id: bytes, row: Row | None, now: float) -> Sequence[Action[Tracked]]:
@@ -301,6 +320,8 @@ class RequestTracker:
                 self._observe_loss(action.id, now)
                 why = f"{self._reason(action.why)}: kept, asked again later"
                 self._publish(action.content, now, type="update", final=False, why=why[:1024])
+            case Lose(request_id, Tracked(draft_until=until)) if now < until:
+                self._lost_early[request_id] = action
             case Lose():
                 self._refund(action.content, now)
                 self._lose(action, now)
@@ -315,20 +336,20 @@ class RequestTracker:
     def _send(self, send: Send[Tracked], now: float) -> Sequence[Action[Tracked]]:
         tracked = send.content
         if send.is_resend and not send.is_asked_for and (why := self._why_not_again(tracked)):
-            return self._lifecycle.on_unsent(send.id, Why("no_reply", why), now)
+            return self._lifecycle.on_unsent(send, Why("no_reply", why), now)
         payload = tracked.payload
         if send.is_resend or tracked.is_retry:
             payload = encode_request(aged(tracked.request, send.waited_s, send.left_s))
         if not tracked.is_paid and not self._budget.take(len(payload), now):
             self._thread.replies["over_budget"] += 1
-            return self._lifecycle.on_unsent(send.id, NO_BYTES, now)
+            return self._lifecycle.on_unsent(send, NO_BYTES, now)
         tracked.is_paid = False  # that was for this time
         tracked.offered += len(payload)
         if not send.is_resend:
             tracked.sent_at = now
         if self._observer and not tracked.is_retry:
             self._observer.sent(send.id, PARADIGMS[tracked.request.paradigm], len(payload), now)
-        outcome = partial(self._ended, send.id, tracked, len(payload))
+        outcome = partial(self._copy_ended, send.id, tracked, len(payload))
         self._client.publish(self._topic, payload, qos=1, expiry_s=max(0.0, send.left_s), on_outcome=outcome)
         return ()
 
@@ -338,12 +359,12 @@ class RequestTracker:
             return "an earlier copy is still on its way to the broker"
         return self._find_silence() if self._client.state is State.ONLINE else ""
 
-    def _ended(self, request_id: bytes, tracked: Tracked, size: int, outcome: Outcome) -> None:
+    def _copy_ended(self, request_id: bytes, tracked: Tracked, size: int, outcome: Outcome) -> None:
         """On the client's thread: what became of one copy of a request."""
         is_delivered = outcome is Outcome.DELIVERED
         self._sent_bytes += is_delivered * size
-        tracked.has_ended(size, is_delivered)
-        self._thread.was_sent(request_id, outcome)
+        tracked.copy_ended(size, is_delivered)
+        self._thread.copy_ended(request_id, outcome)
 
     def _bytes_up(self, tracked: Tracked) -> int:
         return tracked.bytes_up(self._client.state is State.ONLINE)
@@ -365,13 +386,13 @@ class RequestTracker:
             self._observer.answered(answer.reply, now, tracked.event.tokens, is_timed=not answer.is_unclear)
         self._warn_of_unanswered(tracked, answer.reply)
         try:
-            update = self._update(tracked, answer.reply, now)
+            update = tracked.answer or self._update(tracked, answer.reply, now)
             self._events.publish(update)
         except WireError as error:  # a late reply to a kept request; others are checked before they are counted
             why = f"server {answer.reply.server}: {error}"
             self._publish(tracked, now, type="lost", final=True, why=why[:1024])
         else:
-            tracked.event, tracked.has_answer = update, True
+            tracked.event = update
         return ()
 
     def _warn_of_unanswered(self, tracked: Tracked, reply: Reply) -> None:

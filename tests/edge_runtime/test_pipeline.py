@@ -16,6 +16,7 @@ from edge_runtime.config import BoardConfig, CameraConfig, OutboxConfig, Runtime
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted
 from edge_runtime.inference.draft_calibration import Calibration
+from edge_runtime.inference.head import Latent
 from edge_runtime.inference.labels import MIN_SENT
 from edge_runtime.inference.networks import Networks, load_draft, load_head, load_labels
 from edge_runtime.inference.preprocess import to_input
@@ -180,6 +181,58 @@ def test_a_reply_that_is_faster_than_the_draft_is_not_replaced_by_the_draft(star
         board.pipeline.handle(frame())
         until(lambda: board.tracker.summary()["reply"].get("overtaken") == 1)
     assert (board.order, len(board.announced)) == (["submit", "update"], 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "order"), [(Status.BUSY, ["submit", "new", "lost"]), (Status.FAILED, ["submit", "lost"])]
+)
+def test_a_draft_that_comes_after_the_request_was_refused_is_in_the_event_of_its_loss(start, broker, status, order):
+    board = start("split")
+
+    class Waiting:
+        """A draft decoder that takes longer than the server's reply."""
+
+        def write(self, symbols: np.ndarray, sampler: None) -> Drafted:
+            request_id = decode_request(server.next()).id
+            board.tracker.reply_arrived(encode_reply(Reply(id=request_id, status=status, retry_after_ms=120_000)))
+            until(lambda: board.tracker.summary()["busy" if status is Status.BUSY else "lost"] == 1)
+            return Drafted((5, 6, 2), 0.5)
+
+    board.pipeline.draft = Waiting()
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        board.pipeline.handle(frame())
+        lost = [board.next_event() for _ in order[1:]][-1]
+    assert (lost.type, lost.final, lost.tokens, lost.text) == ("lost", True, (5, 6, 2), "word5 word6")
+    assert status.name.lower() in lost.why
+    assert board.order == order
+
+
+def test_a_picture_that_no_server_takes_in_time_is_kept_although_its_features_come_later(
+    start, broker, board_bundle, tmp_path
+):
+    board = start("offload", board={"outbox": OutboxConfig(str(tmp_path / "outbox"))})
+    head = load_head(board_bundle, "onnx", 1)
+    board.pipeline.draft = load_draft(board_bundle, "onnx", 1)
+
+    class Waiting:
+        """A head that takes longer than the server's reply."""
+
+        def latent(self, pixels: np.ndarray) -> Latent:
+            request_id = decode_request(server.next()).id
+            busy = Reply(id=request_id, status=Status.BUSY, retry_after_ms=120_000)
+            board.tracker.reply_arrived(encode_reply(busy))
+            until(lambda: board.tracker.summary()["busy"] == 1)
+            return head.latent(pixels)
+
+    board.pipeline.head = Waiting()
+    with Listener(broker.port, topics.request(SITE, BOARD)) as server:
+        seen = board.pipeline.handle(frame())
+        assert [board.next_event().type for _ in range(2)] == ["new", "update"]
+        again = decode_request(server.next())
+        board.tracker.reply_arrived(encode_reply(Reply(id=again.id, status=Status.FAILED)))
+        lost = board.next_event()
+    assert (again.content_kind, tuple(again.draft_ids)) == (ContentKind.LATENT, seen.tokens)
+    assert (lost.type, lost.tokens) == ("lost", seen.tokens)
 
 
 def test_in_split_the_draft_is_written_after_sending_and_shown_until_the_reply(start, broker, board_bundle):

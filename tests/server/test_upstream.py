@@ -32,6 +32,7 @@ from server.config import UpstreamConfig
 from server.escalation import obstacle_to
 from server.upstream import Upstream
 from tests.brokers import PLAIN, Mosquitto
+from tests.listener import until
 
 PATIENCE_S = 60  # for what must come; a test that waits so long has failed
 REQUEST = Request(
@@ -308,6 +309,28 @@ def test_while_the_broker_is_away_one_copy_of_a_request_waits_and_its_reply_is_n
     above.say(ok(above.request(), 7))
     assert below.next()[0].token_ids == [7]
     assert upstream.above(time.monotonic()).round_trip_s == 0  # most of it was the time without a broker
+
+
+def test_while_several_copies_wait_for_the_broker_the_end_of_one_lets_no_further_one_out(
+    broker: Mosquitto, above, connect
+) -> None:
+    upstream, below, held_back = connect(resend_ms=20, open_requests=1), Below(), []  # its queue holds two messages
+    on_unsent = upstream._lifecycle.on_unsent
+    upstream._lifecycle.on_unsent = lambda *said: held_back.append(said) or on_unsent(*said)
+    broker.stop()
+    ask(upstream, below, PATIENCE_S)
+    until(lambda: upstream._client.stats()["published"] == 1)
+    (request_id,) = upstream._lifecycle._live
+    for copies in (2, 3):  # a reply that was on its way when the broker went asks for one more
+        upstream._thread.reply_arrived(encode_reply(Reply(id=request_id, status=Status.BUSY, retry_after_ms=0)))
+        until(lambda copies=copies: upstream._client.stats()["published"] == copies)
+    until(lambda: upstream._client.stats()["dropped"] == 1)
+    tried = len(held_back)
+    until(lambda: len(held_back) >= tried + 3)
+    assert upstream._client.stats()["published"] == 3
+    broker.start()
+    above.say(ok(above.request(), 7))
+    assert below.next()[0].token_ids == [7]
 
 
 def test_a_connection_that_could_never_be_made_is_named() -> None:

@@ -4,11 +4,13 @@ import json
 import shutil
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from edge_runtime.app import fastest_networks
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
+from edge_runtime.cores import usable_cores
 from edge_runtime.inference import choice
 from edge_runtime.inference.backends import BackendError, load_model, onnx
 from edge_runtime.inference.bundle import BundleError
@@ -37,7 +39,7 @@ def measured(monkeypatch):
         return table[f"{backend} {providers}".strip()]
 
     monkeypatch.setattr(choice, "_probe", probe)
-    monkeypatch.setattr(choice.os, "sched_getaffinity", lambda _: set(range(4)))
+    monkeypatch.setattr(choice, "usable_cores", lambda: 4)
     return table, asked
 
 
@@ -90,6 +92,16 @@ def test_a_kept_choice_starts_no_child_until_a_runtime_is_installed_anew(
     broken(tmp_path, monkeypatch, "ai_edge_litert", "# another build of the same version")
     choose(board_bundle, threads=1)
     assert (len(asked), len(list(cache.iterdir()))) == (6, 3)
+
+
+def test_a_board_with_a_quota_of_one_core_measures_one_thread(tmp_path, monkeypatch, board_bundle, measured):
+    table, asked = measured
+    table |= {"onnx": {1: 5.0}, "litert": {1: 4.0}}
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/cpu.max").write_text("100000 100000\n")
+    monkeypatch.setattr(choice, "usable_cores", partial(usable_cores, tmp_path))
+    assert choose(board_bundle) == Setup("litert", 1)
+    assert {threads for _, threads, _ in asked} == {"1"}
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"{}", b'{"key": {}, "setup": {"backend": "x", "threads": 1}}'])

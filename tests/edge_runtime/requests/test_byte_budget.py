@@ -33,6 +33,14 @@ def test_what_was_spent_counts_for_a_minute():
     assert budget.take(600, 70.1)
 
 
+def test_bytes_that_were_not_sent_come_back_whatever_was_sent_since():
+    budget = ByteBudget(1000)
+    assert budget.take(500, 10.0)
+    assert budget.take(100, 10.5)
+    budget.refund(500, 10.6)
+    assert [budget.spent(now) for now in (10.6, 70.4, 70.5)] == [100, 100, 0]
+
+
 def test_without_a_budget_everything_leaves_and_memory_is_bounded():
     budget = ByteBudget()
     assert all(budget.take(10**6, number / 1000) for number in range(100_000))

@@ -120,11 +120,30 @@ def test_the_reply_to_a_request_that_was_sent_twice_is_not_measured() -> None:
 def test_a_resend_that_could_not_leave_counts_as_not_sent() -> None:
     requests = lifecycle()
     requests.on_request(ONE, "", 999.0, 0.0)
-    for _ in range(2):
-        (sent,) = requests.on_time(requests.next_at())
-        assert requests.on_unsent(sent.id, Why("no_bytes", ""), 2.0) == []
+    for _ in range(5):
+        (sent,) = requests.on_time(now := requests.next_at())
+        assert requests.on_unsent(sent, Why("no_bytes", ""), now) == []
+        assert now + 1.0 <= requests.next_at() <= now + 1.5  # no copy is lost, so nothing is doubled
     assert requests.counts.resent == 0
-    assert requests.next_at() >= 3.0  # at growing distances all the same
+    requests.on_reply(reply(ONE), 20.0)
+    requests.on_request(TWO, "", 999.0, 20.0)
+    assert requests.next_at() <= 23.0  # once for all five
+
+
+@pytest.mark.parametrize("reply_s", [1.6, 5.0, 30.0])
+def test_replies_over_a_link_that_is_slower_than_the_interval_are_soon_measured(reply_s: float) -> None:
+    """While a copy is on its way no other one leaves, and then its reply is not measured."""
+    requests = lifecycle()
+    measured = []
+    for number in range(20):
+        start = 1000.0 * number
+        requests.on_request(name(number), "", start + 999, start)
+        while (now := requests.next_at()) < start + reply_s:
+            (sent,) = requests.on_time(now)
+            requests.on_unsent(sent, Why("no_reply", "an earlier copy is still on its way to the broker"), now)
+        (answer,) = requests.on_reply(reply(name(number)), start + reply_s)
+        measured.append(answer.round_trip_s is not None)
+    assert measured[5:] == [True] * 15
 
 
 def test_the_reply_after_a_resend_that_could_not_leave_is_not_measured() -> None:
@@ -132,7 +151,7 @@ def test_the_reply_after_a_resend_that_could_not_leave_is_not_measured() -> None
     requests = lifecycle()
     requests.on_request(ONE, "", 999.0, 0.0)
     (sent,) = requests.on_time(requests.next_at())
-    requests.on_unsent(sent.id, Why("no_reply", "an earlier copy is still on its way to the broker"), 2.0)
+    requests.on_unsent(sent, Why("no_reply", "an earlier copy is still on its way to the broker"), 2.0)
     (answer,) = requests.on_reply(reply(ONE), 100.0)
     assert (answer.round_trip_s, answer.is_unclear) == (None, True)
     requests.on_request(TWO, "", 999.0, 100.0)
@@ -213,8 +232,30 @@ def test_an_id_is_not_used_twice() -> None:
 def test_what_the_broker_refuses_is_lost() -> None:
     requests = with_outbox()
     requests.on_request(ONE, "x", 9.0, 0.0)
-    assert requests.on_refused(ONE, BROKER) == [Lose(ONE, "x", BROKER)]
-    assert requests.on_refused(ONE, BROKER) == []
+    assert requests.on_not_taken(ONE, BROKER) == [Lose(ONE, "x", BROKER)]
+    assert requests.on_not_taken(ONE, BROKER) == []
+
+
+def test_a_copy_that_the_broker_refuses_ends_no_wait_for_the_answer_to_another() -> None:
+    requests = lifecycle()
+    for request_id in (ONE, TWO):
+        requests.on_request(request_id, "x", 9.0, 0.0)
+    assert resend(requests, 1.6)
+    assert [requests.on_not_taken(request_id, BROKER) for request_id in (ONE, TWO)] == [[], []]
+    assert kinds(requests.on_reply(not_final(ONE, 1), 1.7)) == [Answer]
+    assert requests.on_not_taken(ONE, BROKER) == []  # a higher tier may be about to answer
+    assert kinds(requests.on_reply(reply(ONE), 1.8)) == [Answer]
+    assert requests.on_not_taken(TWO, BROKER) == [Lose(TWO, "x", BROKER)]  # both copies
+
+
+@pytest.mark.parametrize(("answers", "end"), [(0, Lose), (1, Settle)])
+def test_an_answer_that_cannot_be_used_ends_a_request(answers: int, end: type) -> None:
+    requests, why = lifecycle(), Why("failed", "no object")
+    requests.on_request(ONE, "x", 9.0, 0.0)
+    for _ in range(answers):
+        requests.on_reply(not_final(ONE, 1), 0.1)
+    assert requests.on_unusable_answer(ONE, why) == [end(ONE, "x", why)]
+    assert requests.on_unusable_answer(ONE, why) == []
 
 
 # ---- servers that cannot answer now ----
@@ -260,6 +301,20 @@ def test_a_server_that_is_busy_beyond_the_deadline_ends_the_wait() -> None:
     requests.on_request(ONE, "x", 5.0, 0.0)
     (lost,) = requests.on_reply(reply(ONE, Status.BUSY, retry_after_ms=10_000, error="full"), 0.1)
     assert lost == Lose(ONE, "x", Why("busy", "server s1: busy: full"))
+
+
+def test_a_request_that_no_server_takes_in_time_waits_until_its_content_is_complete_or_for_its_deadline() -> None:
+    complete: set[str] = set()
+    requests: RequestLifecycle[str] = RequestLifecycle(
+        4, min_resend_s=9.0, rng=random.Random(0), is_complete=lambda content: content in complete
+    )
+    why = Why("busy", "server s1: busy: full")
+    for request_id, content in ((ONE, "soon"), (TWO, "never")):
+        requests.on_request(request_id, content, 5.0, 0.0)
+        assert requests.on_reply(reply(request_id, Status.BUSY, retry_after_ms=10_000, error="full"), 0.1) == []
+    complete.add("soon")
+    assert requests.on_complete(ONE, 0.2) == [Lose(ONE, "soon", why)]
+    assert requests.on_time(5.0) == [Lose(TWO, "never", why)]
 
 
 def test_a_server_that_is_busy_beyond_the_deadline_ends_no_wait_for_another_servers_answer() -> None:
@@ -366,9 +421,10 @@ def test_a_server_that_never_takes_a_frame_is_named_at_the_deadline() -> None:
 def test_a_frame_that_cannot_be_sent_alone_now_is_sent_later() -> None:
     requests = lifecycle()
     requests.on_request(ONE, "x", 9.0, 0.0)
-    requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 0.1)
-    assert requests.on_unsent(ONE, Why("no_bytes", ""), 0.1) == []
-    assert resend(requests, 1.7)
+    (sent,) = requests.on_reply(reply(ONE, Status.REFERENCE_LOST), 0.1)
+    assert requests.on_unsent(sent, Why("no_bytes", ""), 0.1) == []
+    (again,) = requests.on_time(1.7)
+    assert (again.is_resend, again.is_asked_for) == (True, True)
 
 
 # ---- replies that are not final ----
@@ -387,6 +443,13 @@ def test_a_reply_that_is_not_final_is_improved_and_counted_once() -> None:
     assert (requests.counts.answered, requests.counts.improvable) == (1, 0)
     assert requests.on_reply(reply(ONE), 0.3) == []
     assert requests.counts.duplicate == 1
+
+
+def test_a_text_without_tokens_of_a_server_without_a_name_is_told_too() -> None:
+    requests = lifecycle()
+    requests.on_request(ONE, "x", 9.0, 0.0)
+    first = Reply(id=ONE, status=Status.OK, text="a dog", final=False)
+    assert [kinds(requests.on_reply(first, now)) for now in (0.1, 0.2)] == [[Answer], []]
 
 
 def test_a_text_that_is_not_final_is_told_once_and_so_often_as_there_can_be_tiers() -> None:
@@ -425,7 +488,7 @@ def test_a_refusal_of_an_earlier_try_loses_no_request_that_is_on_disk() -> None:
     requests = with_outbox()
     keep_one(requests)
     requests.on_time(10.0)
-    assert requests.on_refused(ONE, BROKER) == []
+    assert requests.on_not_taken(ONE, BROKER) == []
     assert requests.counts.kept == 1
 
 
@@ -482,7 +545,7 @@ def test_without_a_link_and_without_room_in_the_outbox_a_request_is_sent_all_the
     (sent,) = requests.on_request(ONE, "x", 9.0, 0.0, link_is_away=True)
     assert isinstance(sent, Send)
     no_bytes = Why("no_bytes", "no bytes left")
-    assert requests.on_unsent(ONE, no_bytes, 0.0) == [Lose(ONE, "x", no_bytes)]
+    assert requests.on_unsent(sent, no_bytes, 0.0) == [Lose(ONE, "x", no_bytes)]
 
 
 def test_a_retry_in_vain_comes_later_each_time_up_to_a_limit_and_is_not_told_again() -> None:
@@ -501,6 +564,16 @@ def test_a_retry_in_vain_comes_later_each_time_up_to_a_limit_and_is_not_told_aga
     for tries, gap in enumerate(gaps[1:], 1):
         longest = min(FIRST_RETRY_S * 2 ** (tries - 1), LAST_RETRY_S)
         assert longest / 2 <= gap <= longest + 2
+
+
+def test_a_copy_that_a_busy_server_asked_for_is_none_of_the_next_try() -> None:
+    requests = with_outbox()
+    requests.on_request(ONE, "x", 5.0, 0.0)
+    assert kinds(requests.on_reply(reply(ONE, Status.BUSY, retry_after_ms=10_000), 0.1)) == [Store, Postpone]
+    assert requests.on_time(10.0) == [Read(ONE)]
+    requests.on_read(ONE, "x", 10.0)
+    (again,) = requests.on_time(requests.next_at())
+    assert (again.is_resend, again.is_asked_for) == (True, False)
 
 
 def test_a_dead_server_costs_no_more_than_the_window_and_the_rate_holds() -> None:
@@ -634,6 +707,16 @@ def test_at_the_end_what_is_open_is_kept_and_what_no_disk_took_is_lost() -> None
     assert (requests.counts.kept, requests.counts.lost) == (0, 1)
 
 
+def test_what_the_outbox_was_giving_up_at_the_end_and_no_disk_took_is_lost_too() -> None:
+    requests = with_outbox(max_bytes=65536)
+    for request_id in (ONE, TWO):
+        requests.on_request(request_id, "x" * 40_000, 9.0, 0.0, link_is_away=True)
+    assert requests.on_time(0.1, link_is_free=False) == [Read(ONE)]
+    requests.close(Why("stopping", "the board stops"), 0.2)
+    assert kinds(requests.on_unwritten(ONE, "x")) == [Delete, Lose]
+    assert (requests.counts.kept, requests.counts.lost) == (1, 1)
+
+
 # ---- everything at once ----
 
 RECENT = st.integers(0, 5)  # one of the latest requests, so that most events meet one that is alive
@@ -656,8 +739,10 @@ class AnySchedule(RuleBasedStateMachine):
     def begin_run(self) -> None:
         outbox = {"every_request": self.every_request, "max_bytes": 65536, "max_age_s": 60.0, "replay_per_s": 2.0}
         self.requests = lifecycle(3, **outbox) if self.has_outbox else lifecycle(3)
+        self.is_complete = True
+        self.requests._is_complete = lambda _: self.is_complete
         self.finals: dict[bytes, int] = {}  # final events of each request, in this run
-        self.sent: set[bytes] = set()
+        self.sent: dict[bytes, Send[str]] = {}  # the latest of each request
         self.lost_their_reference: set[bytes] = set()
         self.to_store: list[bytes] = []
         self.to_read: list[bytes] = []
@@ -668,7 +753,7 @@ class AnySchedule(RuleBasedStateMachine):
             match action:
                 case Send():
                     assert action.left_s > 0 or not action.is_resend
-                    self.sent.add(action.id)
+                    self.sent[action.id] = action
                 case Answer(request_id, _, final_reply):
                     self.finals[request_id] = self.finals.get(request_id, 0) + final_reply.final
                 case Settle() | Lose():
@@ -712,12 +797,22 @@ class AnySchedule(RuleBasedStateMachine):
 
     @rule(number=RECENT)
     def broker_refuses(self, number: int) -> None:
-        self.follow(self.requests.on_refused(self.recent(number), BROKER))
+        self.follow(self.requests.on_not_taken(self.recent(number), BROKER))
+
+    @rule(number=RECENT, is_complete=st.booleans())
+    def contents_are_complete_or_not(self, number: int, is_complete: bool) -> None:
+        self.is_complete = is_complete
+        if is_complete:
+            self.follow(self.requests.on_complete(self.recent(number), self.now))
+
+    @rule(number=RECENT)
+    def answer_cannot_be_used(self, number: int) -> None:
+        self.follow(self.requests.on_unusable_answer(self.recent(number), Why("failed", "")))
 
     @rule(number=RECENT)
     def budget_is_spent(self, number: int) -> None:
-        if (request_id := self.recent(number)) in self.sent:
-            self.follow(self.requests.on_unsent(request_id, Why("no_bytes", ""), self.now))
+        if send := self.sent.pop(self.recent(number), None):
+            self.follow(self.requests.on_unsent(send, Why("no_bytes", ""), self.now))
 
     @rule(can_store=st.booleans())
     def disk_takes_more_or_not(self, can_store: bool) -> None:

@@ -100,7 +100,7 @@ class Board:
         announces: bool = True,
         options: Options | None = None,
     ) -> Request:
-        """One more question, and its draft behind it; its id is its number."""
+        """One more question; its id is its number. Without `announces`, its draft is still to come."""
         self.asked += 1
         request = Request(
             id=self.asked.to_bytes(8, "big"),
@@ -118,8 +118,8 @@ class Board:
             frame=request.id.hex(),
             camera="door",
             captured=datetime.now(timezone.utc),
-            text="word7 word8",
-            tokens=DRAFT,
+            text="word7 word8" if announces else "",
+            tokens=DRAFT if announces else (),
             timings_ms={"head": 1.0},
         )
         payload = encode_request(request)
@@ -335,6 +335,22 @@ def test_a_refusal_loses_the_question_at_once_and_says_who_and_why(board, server
     assert board.tracker.summary()["reply"][status.name.lower()] == 1
 
 
+def test_a_loss_waits_for_a_draft_that_never_comes_until_the_deadline(board, server):
+    board.ask(deadline_s=SOON_S, announces=False)
+    server.reply(server.request(), Status.FAILED, error="try this")
+    event = board.next_event()
+    assert (event.type, event.final, event.why) == ("lost", True, "server s1: failed: try this")
+    assert event.after_ms >= 1e3 * SOON_S
+
+
+def test_a_loss_waits_for_a_draft_that_never_comes_until_the_board_stops(board, server):
+    board.ask(announces=False)
+    server.reply(server.request(), Status.FAILED)
+    until(lambda: board.tracker.summary()["lost"] == 1)
+    board.stop()
+    assert board.next_event().type == "lost"
+
+
 def test_without_a_reply_a_question_is_lost_at_its_deadline(board, server):
     request = board.ask(deadline_s=SOON_S)
     event = board.next_event()
@@ -445,6 +461,13 @@ def test_a_reply_that_claims_an_object_and_has_none_loses_its_question_and_no_ot
     assert (event.type, event.final, event.object) == ("lost", True, None)
     assert "server s1: " in event.why
     answer_one_more(board, server)
+
+
+def test_a_busy_reply_that_claims_an_object_is_busy_all_the_same(board, server):
+    board.ask()
+    server.reply(server.request(), Status.BUSY, retry_after_ms=20, checked=CheckedObject("door", True))
+    server.reply(server.request(), text="a dog")
+    assert board.next_event().text == "a dog"
 
 
 def test_a_reply_too_large_for_an_event_loses_its_question_and_no_other(board, server):
