@@ -87,9 +87,12 @@ def _open_video(camera: CameraConfig, stop: threading.Event) -> VideoCapture:
         raise
     except CameraError as error:
         raise PictureError(f"{camera.source} {error}") from error
-    if capture.grab() is None and not stop.is_set():
+    try:
+        if capture.grab() is None and not stop.is_set():
+            raise PictureError(f"{camera.source} has no frame that can be decoded: is it a complete video?")
+    except BaseException:
         capture.close()
-        raise PictureError(f"{camera.source} has no frame that can be decoded: is it a complete video?")
+        raise
     return capture
 
 
