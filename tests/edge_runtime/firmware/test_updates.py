@@ -15,7 +15,7 @@ from edge_runtime.app import Board, run_board
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, SamplingConfig, UpdatesConfig
 from edge_runtime.errors import RestartError
 from edge_runtime.firmware.incoming import StoreError
-from edge_runtime.firmware.signature import MAX_SIGNATURE_BYTES, statement_of
+from edge_runtime.firmware.signature import MAX_SIGNATURE_BYTES, SIGNATURE, statement_of
 from edge_runtime.firmware.store import INCOMING, MAX_STARTS, Store, entry_of
 from edge_runtime.firmware.updates import TRIAL_FRAMES, Updates, store_of
 from edge_runtime.inference.bundle import Bundle
@@ -173,6 +173,13 @@ def test_a_bundle_that_waits_still_does_after_a_restart_and_is_refused_when_expi
     assert (state.state, "expired" in state.why) == ("refused", True)
     assert board.updates.status()["version"] == 0
     assert running(store) == "b1"
+
+
+def test_a_damaged_signature_of_an_earlier_transfer_does_not_stand_in_the_way(station, store, bundles):
+    (store.folder / INCOMING).mkdir()
+    (store.folder / INCOMING / SIGNATURE).write_bytes(bytes(MAX_SIGNATURE_BYTES + 1))
+    board = station(asks=True)
+    assert board.send_all(board.offer(sign(bundles[2], 3)[1]), bundles[2]).state == "waiting"
 
 
 def test_a_word_to_install_without_a_bundle_that_waits_changes_nothing(station, store, bundles):
