@@ -4,6 +4,7 @@ import io
 import lzma
 import tarfile
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -131,7 +132,7 @@ def test_a_member_that_is_longer_than_the_tar_is_an_error(tmp_path, size, kind):
 def test_a_full_disk_is_no_damage_of_a_compressed_tar(tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "x.tar", [member("a.jpg")])
     tar.write_bytes(gzip.compress(tar.read_bytes()))
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b", buffering=0))
+    monkeypatch.setattr(tempfile, "TemporaryFile", partial(open, "/dev/full", "w+b", buffering=0))
     (warning,) = Cameras([CameraConfig("door", str(tar))]).check()  # tried again later
     assert warning == f"camera door: {tar} cannot be read: No space left on device"
 
