@@ -339,7 +339,9 @@ def test_a_call_ends_when_the_server_stops(other: ChatServer) -> None:
     target.close()
     thread.join(PATIENCE_S)
     assert [answer.error for answer in answers] == ["this server stops"]
-    assert target.answer([job()])[0].retry_after_ms is not None  # and none begins
+    (later,) = target.answer([job()])  # none begins
+    assert (later.error, later.retry_after_ms is not None) == ("this server stops", True)
+    assert calls(target) == {"stopped": 2}
 
 
 # ---- predicted outputs ----
