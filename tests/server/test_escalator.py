@@ -286,6 +286,23 @@ def test_a_refusal_from_above_leaves_the_edges_text(sites: Sites, board: Board) 
     assert (cloud.counts["loop", ""], edge.counts["alone", "bad_request"]) == (1, 1)
 
 
+@pytest.mark.parametrize(("more", "counted"), [("", ("unchanged", "")), (" or two", ("changed", "tier"))])
+def test_a_text_from_above_without_tokens_is_compared_as_a_text(sites: Sites, board: Board, more, counted) -> None:
+    def answer(message: Message) -> None:
+        asked = decode_request(message.payload)
+        text = sites.bundle.text(asked.draft_ids) + more
+        cloud.publish(topics.reply("hq", "e1"), encode_reply(Reply(id=asked.id, status=Status.OK, text=text)))
+
+    settings = MqttSettings("127.0.0.1", sites.above.port, client_id="c1")
+    cloud = MqttClient(settings, subscriptions=[(topics.request("hq", "e1"), 1)], on_message=answer)
+    with cloud, sites.serving("e1", "edge", sites.below, up=sites.up()) as edge:
+        assert cloud.wait_online(PATIENCE_S)
+        board.ask(request(sites.bundle, 1, options=WANTS_CLOUD))
+        first, last = board.reply(), board.reply()
+        assert (first.final, last.final, last.text) == (False, True, first.text + more)
+    assert edge.counts[counted] == 1
+
+
 def test_a_server_whose_tier_above_is_itself_refuses_the_loop_and_answers(sites: Sites, board: Board) -> None:
     itself = sites.up(sites.below, "home")
     with sites.serving("e1", "edge", sites.below, up=itself) as edge:
