@@ -97,6 +97,13 @@ class WebServer(ThreadingHTTPServer):
             logger.warning("connections refused, too many are open count=%d", self._refused)
         return False
 
+    def process_request(self, *request: Any) -> None:
+        try:
+            super().process_request(*request)
+        except BaseException:  # there is no thread to be had at present
+            self._free.release()
+            raise
+
     def process_request_thread(self, *request: Any) -> None:
         try:
             super().process_request_thread(*request)

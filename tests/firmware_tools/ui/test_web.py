@@ -310,6 +310,18 @@ def test_a_page_on_another_loopback_address_or_on_port_80_is_known_by_the_name_i
     assert f"127.0.0.2:{port}" not in page.hosts
 
 
+def test_connections_for_which_there_was_no_thread_leave_room_for_later_ones(page: Page, monkeypatch):
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", none_left)
+        for _ in range(MAX_CONNECTIONS + 1):
+            with pytest.raises(http.client.RemoteDisconnected):
+                page.ask("/")
+    assert page.ask("/")[0] == 200
+
+
 def test_with_a_token_nothing_is_seen_before_the_login(start: Callable[..., Page]):
     page = start(TOKEN)
     status, headers, _ = page.ask("/", Host="aiflow.lan")
