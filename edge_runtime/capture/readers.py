@@ -104,6 +104,8 @@ def check_source(camera: CameraConfig) -> tuple[str, str]:
     Does not contact streams.
     """
     kind = kind_of(camera.source)
+    if "\0" in camera.source:
+        return "its source contains a zero byte", ""
     if kind in ("device", "watch", "video", "pictures"):
         return _check_path(camera)
     if kind == "address" and (scheme := scheme_of(camera.source)) not in SCHEMES:
