@@ -161,9 +161,10 @@ class Endpoint:
         )
         try:
             connection.connect()
-        except OSError as error:  # also of TLS and of the resolver
+        except (OSError, UnicodeError) as error:  # also of TLS and of the resolver; a name such as "a..b"
             connection.close()
-            raise CallError("no_connection", f"no connection to {self._host}: {error.strerror or error}") from error
+            why = getattr(error, "strerror", None) or error
+            raise CallError("no_connection", f"no connection to {self._host}: {why}") from error
         return connection
 
     @contextmanager

@@ -126,7 +126,7 @@ class Escalator:
                 self._reply_for_now(asked)
                 return
             self._count("answered_above", "")
-            if reply.text == asked.own.text:  # tokens of another vocabulary are not sent
+            if reply.text == asked.own.text:  # a text of another vocabulary has no tokens
                 self._count("unchanged", "")
             else:
                 self._count("changed", asked.reason)  # that of "explore" says what the bounds miss

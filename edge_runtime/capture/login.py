@@ -17,6 +17,7 @@ from edge_runtime.config.camera_source import PLACEHOLDERS
 from edge_runtime.password_file import read_password
 
 DIGESTS = ("MD5", "SHA")  # algorithms of RFC 7616 that every Python since 3.10 knows
+INCOMPLETE = "the camera asks for a digest login, but its challenge is incomplete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,10 @@ def authorization(login: Login, answer: HTTPMessage, method: str, target: str) -
     challenges = [challenge.partition(" ") for challenge in answer.get_all("WWW-Authenticate", [])]
     for scheme, _, values in challenges:
         if scheme.lower() == "digest":
-            parameters = parse_keqv_list(parse_http_list(values))
+            try:
+                parameters = parse_keqv_list(parse_http_list(values))
+            except IndexError as error:  # a parameter without a value
+                raise ValueError(INCOMPLETE) from error
             if parameters.get("algorithm", "MD5").upper() in DIGESTS:
                 return f"Digest {_digest(login, parameters, method, target)}"
     if any(scheme.lower() == "basic" for scheme, _, _ in challenges):
@@ -68,7 +72,7 @@ def _digest(login: Login, parameters: dict[str, str], method: str, target: str) 
     # None for parameters that make no sense, such as a missing nonce.
     values = AbstractDigestAuthHandler(passwords).get_authorization(request, parameters)
     if values is None:
-        raise ValueError("the camera asks for a digest login, but its challenge is incomplete")
+        raise ValueError(INCOMPLETE)
     return str(values)
 
 

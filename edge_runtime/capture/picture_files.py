@@ -1,6 +1,7 @@
 """Reads the pictures of a directory, a tar or a single file, one at a time, in the order of their names."""
 
 import bz2
+import errno
 import gzip
 import logging
 import lzma
@@ -17,6 +18,7 @@ from edge_runtime.picture_checks import MAX_PICTURE_BYTES, PictureError
 
 logger = logging.getLogger(__name__)
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # says nothing of the tar
 MAX_TAR_BYTES = 8 << 30  # of a compressed tar, after decompression: about 50,000 photos
 # By the first bytes of a file.
 OPENERS: dict[bytes, Callable[[Path], Any]] = {
@@ -86,6 +88,8 @@ def _members(source: Path) -> Iterator[Picture]:
     except PictureError:
         raise
     except Exception as error:  # tarfile and the decompressors raise many kinds for damaged files
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
         raise PictureError(f"{source} is no tar, or a damaged one ({error}): copy it again, or name another") from error
 
 

@@ -87,9 +87,12 @@ def _open_video(camera: CameraConfig, stop: threading.Event) -> VideoCapture:
         raise
     except CameraError as error:
         raise PictureError(f"{camera.source} {error}") from error
-    if capture.grab() is None and not stop.is_set():
+    try:
+        if capture.grab() is None and not stop.is_set():
+            raise PictureError(f"{camera.source} has no frame that can be decoded: is it a complete video?")
+    except BaseException:
         capture.close()
-        raise PictureError(f"{camera.source} has no frame that can be decoded: is it a complete video?")
+        raise
     return capture
 
 
@@ -101,6 +104,8 @@ def check_source(camera: CameraConfig) -> tuple[str, str]:
     Does not contact streams.
     """
     kind = kind_of(camera.source)
+    if "\0" in camera.source:
+        return "its source contains a zero byte", ""
     if kind in ("device", "watch", "video", "pictures"):
         return _check_path(camera)
     if kind == "address" and (scheme := scheme_of(camera.source)) not in SCHEMES:

@@ -32,8 +32,8 @@ Version = tuple[int, int]  # a file's size in bytes and its time of modification
 
 
 def folder_of(camera: CameraConfig) -> Path:
-    """The folder of a source `watch:FOLDER`."""
-    return Path(camera.source.removeprefix(WATCH)).expanduser()
+    """The folder of a source `watch:FOLDER`. That of a user who is not here stays as it is written."""
+    return Path(os.path.expanduser(camera.source.removeprefix(WATCH)))
 
 
 class WatchedFolder:

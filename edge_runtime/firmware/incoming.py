@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edge_runtime.errors import AiflowError
 from edge_runtime.firmware.disk import replace_file, sync_file, sync_folder
-from edge_runtime.firmware.signature import SIGNATURE, Statement, read_signature
+from edge_runtime.firmware.signature import SIGNATURE, SignatureError, Statement, read_signature
 from edge_runtime.inference.bundle import (
     INTER_TABLES,
     MANIFEST,
@@ -75,7 +75,7 @@ class Incoming:
         self.bundle: Bundle | None = None  # when the manifest is here
         self._records = {MANIFEST: FileRecord(statement.manifest, statement.manifest_bytes)}
         self._resumed = False
-        if signature and folder.is_dir() and read_signature(folder) == signature:
+        if signature and folder.is_dir() and self._stored_signature() == signature:
             self._resumed = True
         else:
             if folder.exists():
@@ -132,6 +132,13 @@ class Incoming:
         """What has arrived is on the medium."""
         if (wanted := self.wanted()) and wanted.offset:
             sync_file(self._part(wanted.name))
+
+    def _stored_signature(self) -> bytes:
+        """b"" if it is missing or damaged: then the bundle comes from its start."""
+        try:
+            return read_signature(self.folder)
+        except SignatureError:
+            return b""
 
     def _complete(self, wanted: Wanted) -> None:
         part = self._part(wanted.name)

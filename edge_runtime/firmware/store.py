@@ -134,10 +134,14 @@ class Store:
         except BundleError as error:
             return str(error)
 
-    def keep(self) -> None:
-        """The current bundle works: it is not on trial any more. Raises OSError."""
+    def keep(self, entry: str = "") -> None:
+        """The current bundle works: it is not on trial any more. Raises OSError.
+
+        entry: the bundle that works; one that was installed since it started is still on trial. "": the current one.
+        """
         with self._locked():
-            self._write(replace(self.state(), starts=None))
+            if (state := self.state()).current == (entry or state.current):
+                self._write(replace(state, starts=None))
 
     def forget_starts(self) -> None:
         """The board was stopped in order: its starts prove nothing against the bundle. Raises OSError."""
@@ -145,10 +149,11 @@ class Store:
             if (state := self.state()).starts:
                 self._write(replace(state, starts=0))
 
-    def give_up(self, why: str) -> None:
-        """Back to the bundle before the one on trial. Raises OSError."""
+    def give_up(self, why: str, entry: str = "") -> None:
+        """Back to the bundle before the one on trial. entry: as for `keep`. Raises OSError."""
         with self._locked():
-            if (state := self.state()).starts is not None:
+            state = self.state()
+            if state.starts is not None and state.current == (entry or state.current):
                 self._without_current(state, why)
 
     def roll_back(self) -> State:

@@ -120,6 +120,7 @@ class Updates:
         self.bundle = found.bundle if found else open_bundle(store.factory)
         self.version = found.version if found else 0
         self.is_trial = found is not None and state.starts is not None
+        self._entry = state.current  # of the store; the current one may be another later
         self._word = "trial" if self.is_trial else "idle"
         self._failed, self._why = state.failed, state.why
         self.restart_why = ""  # why the board has to start again; "": it need not
@@ -188,7 +189,7 @@ class Updates:
         self._handled += 1
         if failed >= TRIAL_FRAMES:
             self.give_up(f"{failed} frames failed")
-        elif self._handled - failed >= TRIAL_FRAMES and self._try_to(self._store.keep):
+        elif self._handled - failed >= TRIAL_FRAMES and self._try_to(partial(self._store.keep, self._entry)):
             self.is_trial = False
             logger.info("bundle kept bundle=%s version=%d", self.bundle.manifest.name, self.version)
             if self._word == "trial":  # else another one comes or waits already
@@ -205,7 +206,7 @@ class Updates:
 
     def give_up(self, why: str) -> None:
         """The bundle on trial does not work: the next start has the one before it."""
-        self._try_to(partial(self._store.give_up, why))
+        self._try_to(partial(self._store.give_up, why, self._entry))
         self._restart(f"bundle {self.bundle.manifest.name} version {self.version} does not work: {why}")
 
     # ---- its own thread ----

@@ -75,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
         running.callback(serving.join)
         running.callback(server.shutdown)
         running.callback(live.close)
-        host = f"[{args.listen}]" if ":" in args.listen else args.listen
-        print(f"http://{host}:{args.port}/", flush=True)
+        print(f"http://{server.host}:{args.port}/", flush=True)
         stop.wait()
     return stop.exit_code
 

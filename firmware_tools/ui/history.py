@@ -43,6 +43,11 @@ STEPS = 10_000  # of SQLite's machine, between two looks at the clock
 CLOSE_S = 5.0
 APPLICATION = 0x61666C77  # marks a file as this command's; any number that nobody else uses
 WANTED = "name a file that this command has written, or one that does not exist yet"
+REMOVED = """
+CREATE TRIGGER IF NOT EXISTS answer_removed AFTER DELETE ON answers BEGIN
+    INSERT INTO words(words, rowid, text, label) VALUES ('delete', old.id, old.text, old.label);
+END;
+"""
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS answers(
     id INTEGER PRIMARY KEY, at REAL, board TEXT, camera TEXT, frame TEXT, text TEXT, label TEXT,
@@ -54,10 +59,7 @@ CREATE TABLE IF NOT EXISTS vectors(
 CREATE TRIGGER IF NOT EXISTS answer_added AFTER INSERT ON answers BEGIN
     INSERT INTO words(rowid, text, label) VALUES (new.id, new.text, new.label);
 END;
-CREATE TRIGGER IF NOT EXISTS answer_removed AFTER DELETE ON answers BEGIN
-    INSERT INTO words(words, rowid, text, label) VALUES ('delete', old.id, old.text, old.label);
-END;
-"""
+{REMOVED}"""
 NEWEST = """
 SELECT id, at, board, camera, text, label FROM answers
 WHERE id < ? AND (? = '' OR board = ?) ORDER BY id DESC LIMIT ?
@@ -245,13 +247,15 @@ class History:
 
     def _shrink(self) -> None:
         """Forgets the older half. The index only gives its pages back when it is built anew."""
-        logger.warning("history full: the older half is forgotten")
         with self._database:
+            # Else the transaction begins behind the next statement, and a full disk would leave no trigger.
+            self._database.execute("BEGIN")
             self._database.execute("DROP TRIGGER answer_removed")
             self._database.execute(OLDEST_HALF)
             self._database.execute("INSERT INTO words(words) VALUES ('delete-all')")
             self._database.execute("INSERT INTO words(words) VALUES ('rebuild')")
-        self._database.executescript(SCHEMA)
+            self._database.execute(REMOVED)
+        logger.warning("history full: the older half is forgotten")
 
 
 def _found(row: tuple[int, float, str, str, str, str], similarity: float | None = None) -> Found:

@@ -112,10 +112,14 @@ class Site:
         return row, keys
 
     def _forget(self, row: BoardRow) -> None:
+        for camera in row.cameras.copy():
+            self._forget_camera(row, camera.name)
         del self.boards[row.board]
-        for camera in row.cameras:
-            self._drafts.pop((row.board, camera.name), None)
-            self._drop_picture((row.board, camera.name))
+
+    def _forget_camera(self, row: BoardRow, name: str) -> None:
+        self._drafts.pop((row.board, name), None)
+        self._drop_picture((row.board, name))
+        row.cameras = [camera for camera in row.cameras if camera.name != name]
 
     def _camera(self, row: BoardRow, name: str) -> CameraRow:
         """Raises MessageError if the board has too many."""
@@ -141,8 +145,12 @@ class Site:
         if status.state == "online":  # a last will has no more fields
             row.version, row.bundle, row.paradigm = map(shown, (status.version, status.bundle, status.paradigm))
             row.problems = {shown(part): shown(problem) for part, problem in status.problems.items()}
-        for camera, state in status.cameras.items():
-            self._camera(row, shown(camera)).state = shown(state)
+        # All of its cameras; none in a last will.
+        if cameras := {shown(camera): shown(state) for camera, state in status.cameras.items()}:
+            for gone in [camera.name for camera in row.cameras if camera.name not in cameras]:
+                self._forget_camera(row, gone)
+        for camera, state in cameras.items():
+            self._camera(row, camera).state = state
         return Change(keys)
 
     def _server_status(self, server: str, payload: bytes, now: float) -> Change:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = MAX_BROWSERS + 32  # each has a thread
 TIMEOUT_S = 10.0  # of a read, and of a write to a browser that does not read
+HTTP_PORT = 80
 MAX_FORM = 4096  # bytes
 MAX_AGE_S = 30 * 86_400  # of a login, if this process runs so long
 COOKIE = "aiflow"
@@ -78,8 +79,15 @@ class WebServer(ThreadingHTTPServer):
 
     @property
     def hosts(self) -> set[str]:
-        """The page's host name in a browser on this machine."""
-        return {f"{name}:{self.server_port}" for name in ("localhost", "127.0.0.1", "[::1]")}
+        """The page's host name in a browser on this machine. It leaves out port 80."""
+        ports = (f":{self.server_port}", "") if self.server_port == HTTP_PORT else (f":{self.server_port}",)
+        return {name + port for name in ("localhost", "127.0.0.1", "[::1]", self.host) for port in ports}
+
+    @property
+    def host(self) -> str:
+        """The address that it listens on, as part of a URL."""
+        address = str(self.server_address[0])
+        return f"[{address}]" if ":" in address else address
 
     def verify_request(self, *_: object) -> bool:
         if self._free.acquire(blocking=False):
@@ -88,6 +96,13 @@ class WebServer(ThreadingHTTPServer):
         if is_told(self._refused):
             logger.warning("connections refused, too many are open count=%d", self._refused)
         return False
+
+    def process_request(self, *request: Any) -> None:
+        try:
+            super().process_request(*request)
+        except BaseException:  # there is no thread to be had at present
+            self._free.release()
+            raise
 
     def process_request_thread(self, *request: Any) -> None:
         try:
@@ -132,7 +147,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_origin(self, path: str) -> None:
         """Raises RefusedError if another site's page has sent the browser here."""
         if self.server.token is None and self.headers.get("Host", "") not in self.server.hosts:
-            raise RefusedError(403, f"this host name is not known: open http://127.0.0.1:{self.server.server_port}/")
+            address = f"http://{self.server.host}:{self.server.server_port}/"
+            raise RefusedError(403, f"this host name is not known: open {address}")
         if path.startswith("/api/") and self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise RefusedError(403, "another site's page asks for this: open the page itself")
 

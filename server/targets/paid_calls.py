@@ -90,6 +90,8 @@ class PaidCalls:
         """A response, and what it used if the other server says so. may_be_empty: see `chat.read`. Raises CallError."""
         pause_s = self._paused_until - time.monotonic()
         if not self.wait(pause_s, deadline):
+            if self.stop.is_set():
+                raise CallError("stopped", "this server stops")
             raise CallError("paused", "the other server limits the rate of calls")
         set_aside = self._spending.begin(self._wall_clock())
         if set_aside is None:

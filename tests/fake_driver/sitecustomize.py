@@ -30,7 +30,7 @@ class VideoCapture:
     def grab(self) -> bool:
         time.sleep(0.01)
         self._number += 1
-        self._hangs_if(does == "hangs" and self._number > 3)
+        self._hangs_if(does == "hangs at its first frame" or (does == "hangs" and self._number > 3))
         if does == "crashes" and self._number > 3:
             os.kill(os.getpid(), signal.SIGSEGV)
         return True

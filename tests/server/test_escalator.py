@@ -262,24 +262,6 @@ def test_only_the_last_word_is_kept_and_a_board_that_asks_meanwhile_gets_the_fir
     assert (edge.counts["joined", ""], edge.counts["repeated", ""], edge.counts["escalated", "tier"]) == (1, 1, 1)
 
 
-def test_a_cloud_of_another_vocabulary_that_writes_the_same_changes_nothing(sites: Sites, board: Board) -> None:
-    requests: queue.Queue[Message] = queue.Queue()
-    settings = MqttSettings("127.0.0.1", sites.above.port, client_id="c1")
-    subscriptions = [(topics.request("hq", "e1"), 1)]
-    with (
-        MqttClient(settings, subscriptions=subscriptions, on_message=requests.put) as cloud,
-        sites.serving("e1", "edge", sites.below, up=sites.up()) as edge,
-    ):
-        assert cloud.wait_online(PATIENCE_S)
-        board.ask(request(sites.bundle, 3, options=WANTS_CLOUD))
-        own = board.reply()
-        up = decode_request(requests.get(timeout=PATIENCE_S).payload)
-        answer = Reply(id=up.id, status=Status.OK, text=own.text, tier=Tier.CLOUD, server="c1")
-        cloud.publish(topics.reply("hq", "e1"), encode_reply(answer))
-        assert (board.reply().text, own.final) == (own.text, False)
-    assert edge.counts["unchanged", ""] == 1
-
-
 def test_without_a_cloud_on_its_broker_the_edge_has_the_last_word(sites: Sites, board: Board) -> None:
     with sites.serving("e1", "edge", sites.below, up=sites.up()) as edge:
         board.ask(request(sites.bundle, 1, budget_ms=3000, options=WANTS_CLOUD))
@@ -302,6 +284,23 @@ def test_a_refusal_from_above_leaves_the_edges_text(sites: Sites, board: Board) 
         first, last = board.reply(), board.reply()
         assert last == msgspec.structs.replace(first, final=True)
     assert (cloud.counts["loop", ""], edge.counts["alone", "bad_request"]) == (1, 1)
+
+
+@pytest.mark.parametrize(("more", "counted"), [("", ("unchanged", "")), (" or two", ("changed", "tier"))])
+def test_a_text_from_above_without_tokens_is_compared_as_a_text(sites: Sites, board: Board, more, counted) -> None:
+    def answer(message: Message) -> None:
+        asked = decode_request(message.payload)
+        text = sites.bundle.text(asked.draft_ids) + more
+        cloud.publish(topics.reply("hq", "e1"), encode_reply(Reply(id=asked.id, status=Status.OK, text=text)))
+
+    settings = MqttSettings("127.0.0.1", sites.above.port, client_id="c1")
+    cloud = MqttClient(settings, subscriptions=[(topics.request("hq", "e1"), 1)], on_message=answer)
+    with cloud, sites.serving("e1", "edge", sites.below, up=sites.up()) as edge:
+        assert cloud.wait_online(PATIENCE_S)
+        board.ask(request(sites.bundle, 1, options=WANTS_CLOUD))
+        first, last = board.reply(), board.reply()
+        assert (first.final, last.final, last.text) == (False, True, first.text + more)
+    assert edge.counts[counted] == 1
 
 
 def test_a_server_whose_tier_above_is_itself_refuses_the_loop_and_answers(sites: Sites, board: Board) -> None:

@@ -99,6 +99,11 @@ function showBoard(row) {
   setText(parts.about, joined(row.paradigm, row.bundle && `bundle ${row.bundle.slice(0, 8)}`, row.version));
   setText(parts.problems, Object.entries(row.problems).map(([part, problem]) => `${part}: ${problem}`).join("; "));
   parts.views ??= new Map();
+  for (const [name, view] of parts.views) {
+    if (row.cameras.some((camera) => camera.name === name)) continue;
+    view.root.remove();
+    parts.views.delete(name);
+  }
   for (const camera of row.cameras) {
     showCamera(rowOf(parts.views, parts.cameras, camera.name, "camera-row"), row.board, camera);
   }

@@ -80,6 +80,8 @@ def test_every_source_that_can_never_work_is_named_before_any_is_opened(tmp_path
         "picture": str(tmp_path / "p.jpg"),
         "tar": str(tmp_path / "notes"),
         "typo": "rtps://camera/1",
+        "zero": "a\0.jpg",
+        "folder": "watch:a\0",
     }
     with pytest.raises(ConfigError) as raised:
         Cameras([CameraConfig(*pair) for pair in sources.items()]).check()
@@ -88,9 +90,11 @@ def test_every_source_that_can_never_work_is_named_before_any_is_opened(tmp_path
         "picture": "does not start a JPEG, PNG or WebP",
         "tar": "notes is no tar",
         "typo": "rtps:// is an unknown kind of stream",
+        "zero": "its source contains a zero byte",
+        "folder": "its source contains a zero byte",
     }.items():
         assert re.search(f"camera {name}: [^;]*{fault}", str(raised.value))
-    assert str(raised.value).count("camera ") == 4
+    assert str(raised.value).count("camera ") == 6
     assert not [t for t in threading.enumerate() if t.name.startswith("source-")]
 
 

@@ -134,6 +134,12 @@ def test_a_password_in_the_address_is_used_and_never_repeated(challenge, passwor
     assert not {USER, password} & set(re.findall(r"\w+", why))
 
 
+@pytest.mark.parametrize("challenge", ["Digest realm=, nonce=x", "Digest realm=x"])
+def test_a_challenge_that_is_incomplete_is_the_reason(challenge):
+    with http_camera(404, challenge) as url:
+        assert why_not_opened(with_user(url, PASSWORD)).endswith("its challenge is incomplete")
+
+
 @pytest.mark.parametrize(
     "answer", [b"", b"\r\n", b"220 mail.example ESMTP\r\n", b"HTTP/1.0\r\n", b"HTTP/1.0 x y\r\n", b"H" * 10**6]
 )

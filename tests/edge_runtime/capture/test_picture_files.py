@@ -3,6 +3,8 @@ import gzip
 import io
 import lzma
 import tarfile
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -11,7 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge_runtime.capture import Cameras
 from edge_runtime.capture.picture_files import read_pictures
+from edge_runtime.config import CameraConfig
 from edge_runtime.picture_checks import MAX_PICTURE_BYTES, PictureError, decode_picture
 
 JPEG = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
@@ -123,6 +127,14 @@ def test_a_member_that_is_longer_than_the_tar_is_an_error(tmp_path, size, kind):
     path.write_bytes(member("0.jpg").tobuf() + JPEG.ljust(1024, b"\0") + header + bytes(2048))
     with pytest.raises(PictureError, match=r"x\.tar is no tar, or a damaged one .*copy it again"):
         list(read_pictures(path))
+
+
+def test_a_full_disk_is_no_damage_of_a_compressed_tar(tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "x.tar", [member("a.jpg")])
+    tar.write_bytes(gzip.compress(tar.read_bytes()))
+    monkeypatch.setattr(tempfile, "TemporaryFile", partial(open, "/dev/full", "w+b", buffering=0))
+    (warning,) = Cameras([CameraConfig("door", str(tar))]).check()  # tried again later
+    assert warning == f"camera door: {tar} cannot be read: No space left on device"
 
 
 def test_a_file_that_is_too_large_is_cut_so_that_it_is_refused(tmp_path):

@@ -115,11 +115,13 @@ def test_a_driver_that_hangs_while_it_is_opened_is_killed(stop, driver, monkeypa
         VideoCapture(CAMERA, stop)
 
 
-def test_a_video_that_hangs_at_the_start_is_a_warning_since_it_is_tried_again(driver, monkeypatch, tmp_path):
-    driver("hangs when opened")
+@pytest.mark.parametrize("does", ["hangs when opened", "hangs at its first frame"])
+def test_a_video_that_hangs_at_the_start_is_a_warning_since_it_is_tried_again(driver, monkeypatch, tmp_path, does):
+    driver(does)
     monkeypatch.setattr(video_capture, "OPEN_S", 0.3)
+    monkeypatch.setattr(video_capture, "GRACE_S", 0.3)
     (tmp_path / "v.mp4").touch()
-    (warning,) = Cameras([CameraConfig("door", str(tmp_path / "v.mp4"))]).check()
+    (warning,) = Cameras([CameraConfig("door", str(tmp_path / "v.mp4"), stall_s=1)]).check()
     assert "v.mp4: its driver hangs" in warning
 
 

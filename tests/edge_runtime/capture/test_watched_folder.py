@@ -53,6 +53,11 @@ class Watching:
         return frame.name, shade_of(frame)
 
 
+def test_the_home_of_a_user_who_is_not_here_is_a_folder_that_does_not_exist_yet():
+    (warning,) = Cameras([CameraConfig("door", "watch:~nobody-has-this-name/cam")]).check()
+    assert warning == "camera door: ~nobody-has-this-name/cam does not exist yet"
+
+
 def test_new_pictures_come_once_and_those_that_were_there_do_not(folder, stop):
     (folder / "old.jpg").write_bytes(jpeg(10))
     watching = Watching(folder, stop)

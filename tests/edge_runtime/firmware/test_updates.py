@@ -15,8 +15,8 @@ from edge_runtime.app import Board, run_board
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, SamplingConfig, UpdatesConfig
 from edge_runtime.errors import RestartError
 from edge_runtime.firmware.incoming import StoreError
-from edge_runtime.firmware.signature import MAX_SIGNATURE_BYTES
-from edge_runtime.firmware.store import INCOMING, MAX_STARTS, Store
+from edge_runtime.firmware.signature import MAX_SIGNATURE_BYTES, SIGNATURE, statement_of
+from edge_runtime.firmware.store import INCOMING, MAX_STARTS, Store, entry_of
 from edge_runtime.firmware.updates import TRIAL_FRAMES, Updates, store_of
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
@@ -34,6 +34,7 @@ from edge_runtime.wire.update import (
 )
 from tests.brokers import Mosquitto
 from tests.edge_runtime.firmware.helpers import (
+    NEVER,
     OTHER_KEY,
     TODAY,
     install,
@@ -174,6 +175,13 @@ def test_a_bundle_that_waits_still_does_after_a_restart_and_is_refused_when_expi
     assert running(store) == "b1"
 
 
+def test_a_damaged_signature_of_an_earlier_transfer_does_not_stand_in_the_way(station, store, bundles):
+    (store.folder / INCOMING).mkdir()
+    (store.folder / INCOMING / SIGNATURE).write_bytes(bytes(MAX_SIGNATURE_BYTES + 1))
+    board = station(asks=True)
+    assert board.send_all(board.offer(sign(bundles[2], 3)[1]), bundles[2]).state == "waiting"
+
+
 def test_a_word_to_install_without_a_bundle_that_waits_changes_nothing(station, store, bundles):
     board = station()
     board.sender.client.publish(topics.bundle_install(SITE, BOARD), b"install")
@@ -308,6 +316,19 @@ def test_a_bundle_on_trial_whose_frames_fail_is_given_up(station, store, bundles
     assert board.restart.is_set()
     assert "frames failed" in board.updates.restart_why
     assert running(store) == "b1"
+
+
+@pytest.mark.parametrize("failed", [0, TRIAL_FRAMES])
+def test_the_end_of_a_trial_says_nothing_of_a_bundle_that_an_operator_has_installed_since(
+    station, store, bundles, failed
+):
+    install(store, bundles[2], 3)
+    board = station()
+    install(store, bundles[3], 4)  # `aiflow bundle install` beside the board that runs
+    for _ in range(TRIAL_FRAMES):
+        board.updates.frame_handled(failed)
+    assert (store.state().current, store.state().starts) == (entry_of(statement_of(bundles[3], 4, NEVER)), 0)
+    assert [running(store) for _ in range(MAX_STARTS + 1)] == ["b3"] * MAX_STARTS + ["b1"]
 
 
 @pytest.mark.parametrize("fault", ["network", "stop word"])

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.errors import ConfigError
+from firmware_tools.ui import history as history_module
 from firmware_tools.ui.history import FOUND, MAX_QUERY, History, SearchError
 from firmware_tools.ui.site import Answer
 from tests.listener import until
@@ -95,6 +96,21 @@ def test_a_full_file_forgets_the_older_texts_and_keeps_its_bound(tmp_path: Path)
         assert file.stat().st_size <= bound
         assert not texts(history, "number0")
         assert history.problem == ""
+
+
+def test_a_disk_that_has_no_room_to_forget_either_is_survived(monkeypatch: pytest.MonkeyPatch):
+    def fill(first: int) -> None:
+        for number in range(first, first + 1000, 50):  # more than fits
+            history.add([answer(n, f"number{n} " + 20 * "a dog runs ") for n in range(number, number + 50)], NOW)
+
+    with History(None, max_bytes=256 << 10) as history:
+        with monkeypatch.context() as full:
+            full.setattr(history_module, "OLDEST_HALF", "DELETE FROM answers WHERE there_is_room")
+            with pytest.raises(sqlite3.Error):
+                fill(0)
+        fill(1000)
+        assert texts(history, "number1999")
+        assert not texts(history, "number0")
 
 
 @given(st.text(max_size=300), st.text(max_size=100))

@@ -142,6 +142,17 @@ def test_a_board_that_goes_keeps_what_its_status_said():
     assert front(home).state == "live"
 
 
+def test_a_camera_that_a_board_has_no_more_is_forgotten_and_makes_room():
+    home = site()
+    take(home, JPEG, "image/c0")
+    for number in range(MAX_CAMERAS + 1):
+        status = {"state": "online", "cameras": {f"c{number}": "live"}}
+        assert take(home, json.dumps(status).encode(), "status").keys == (("board", "porch"),)
+        assert [camera.name for camera in home.boards["porch"].cameras] == [f"c{number}"]
+    assert not home.pictures
+    assert home.counts["ignored"] == 0
+
+
 def test_a_server_shows_its_queue_its_prices_and_how_many_proposed_tokens_its_answers_kept():
     home = site()
     fields = {

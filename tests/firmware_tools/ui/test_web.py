@@ -42,7 +42,7 @@ class Page(WebServer):
     def ask(
         self, path: str, method: str = "GET", body: str | None = None, **headers: str
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        with closing(http.client.HTTPConnection("127.0.0.1", self.server_port, timeout=PATIENCE_S)) as connection:
+        with closing(http.client.HTTPConnection(self.host, self.server_port, timeout=PATIENCE_S)) as connection:
             connection.request(method, path, body, headers)
             response = connection.getresponse()
             return response.status, response.headers, response.read()
@@ -83,11 +83,11 @@ def assert_is(value: object, schema: dict[str, Any]) -> None:
 def start(tmp_path: Path) -> Iterator[Callable[..., Page]]:
     with ExitStack() as running:
 
-        def start(token: str | None = None, load: Callable[[], Encode] = no_model) -> Page:
+        def start(token: str | None = None, load: Callable[[], Encode] = no_model, address: str = "127.0.0.1") -> Page:
             history = running.enter_context(History(None))
             meaning = running.enter_context(Meaning(history, load))
             live = Live(Site("home"), history, meaning, MqttConfig())
-            page = running.enter_context(Page(("127.0.0.1", 0), live, history, meaning, token))
+            page = running.enter_context(Page((address, 0), live, history, meaning, token))
             thread = threading.Thread(target=page.serve_forever, kwargs={"poll_interval": 0.05})
             thread.start()
             running.callback(thread.join)
@@ -300,6 +300,26 @@ def test_a_page_elsewhere_can_neither_ask_nor_point_its_name_here(page: Page):
     assert page.ask("/api/search", **{"Sec-Fetch-Site": "cross-site"})[0] == 403
     assert page.ask("/", **{"Sec-Fetch-Site": "cross-site"})[0] == 200  # a link
     assert page.ask("/api/search", Host=f"localhost:{page.server_port}", **{"Sec-Fetch-Site": "same-origin"})[0] == 200
+
+
+def test_a_page_on_another_loopback_address_or_on_port_80_is_known_by_the_name_in_its_url(start: Callable[..., Page]):
+    page = start(address="127.0.0.2")
+    assert page.ask("/")[0] == 200
+    port, page.server_port = page.server_port, 80  # which is root's
+    assert {"localhost", "127.0.0.1:80", "127.0.0.2"} <= page.hosts
+    assert f"127.0.0.2:{port}" not in page.hosts
+
+
+def test_connections_for_which_there_was_no_thread_leave_room_for_later_ones(page: Page, monkeypatch):
+    def none_left(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", none_left)
+        for _ in range(MAX_CONNECTIONS + 1):
+            with pytest.raises(http.client.RemoteDisconnected):
+                page.ask("/")
+    assert page.ask("/")[0] == 200
 
 
 def test_with_a_token_nothing_is_seen_before_the_login(start: Callable[..., Page]):

@@ -88,6 +88,15 @@ def test_the_other_server_gets_the_picture_as_it_was_sent_and_the_prompt(other: 
     assert other.asked[1].body["max_tokens"] == 50
 
 
+@pytest.mark.parametrize("host", ["model..lan", f"{64 * 'a'}.lan"])
+def test_a_host_that_cannot_be_a_name_is_no_connection_and_costs_nothing(host: str) -> None:
+    target = OpenAITarget(f"http://{host}/v1", OpenAIConfig("fake", output_price=10.0, budget_per_day=1.0))
+    (answer,) = target.answer([job()])
+    assert f"no connection to {host}" in answer.error
+    assert answer.retry_after_ms is not None
+    assert (calls(target)["no_connection"], target.status()["usage"]["cost"]) == (TRIES, 0.0)
+
+
 def test_a_field_that_the_api_does_not_have_would_be_seen() -> None:
     with ChatServer() as other:
         body = {"model": "fake", "messages": [{"role": "user", "content": "x"}], "max_token": 5}
@@ -330,7 +339,9 @@ def test_a_call_ends_when_the_server_stops(other: ChatServer) -> None:
     target.close()
     thread.join(PATIENCE_S)
     assert [answer.error for answer in answers] == ["this server stops"]
-    assert target.answer([job()])[0].retry_after_ms is not None  # and none begins
+    (later,) = target.answer([job()])  # none begins
+    assert (later.error, later.retry_after_ms is not None) == ("this server stops", True)
+    assert calls(target) == {"stopped": 2}
 
 
 # ---- predicted outputs ----
