@@ -104,7 +104,8 @@ def _explain(error: msgspec.ValidationError, data: Any, info: Any) -> str:
         return f"[{name}] is a single table: write [[{name}]] with double brackets, once for each of the {name}"
     if isinstance(found, list) and isinstance(info, StructType):
         return f"[[{name}]] is a list of tables: write [{name}] with single brackets, once"
-    return f"{name} = {json.dumps(found, default=str)[:MAX_SHOWN]}, want {_rule(info)}"
+    shown = re.sub("://.*@", "://...@", json.dumps(found, default=str))  # without the login of a URL
+    return f"{name} = {shown[:MAX_SHOWN]}, want {_rule(info)}"
 
 
 def _at(path: str, data: Any, info: Any) -> tuple[Any, Any]:

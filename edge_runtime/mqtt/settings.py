@@ -109,27 +109,37 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
 
 
 def checked_host(host: str) -> str:
-    """The host without the brackets of an IPv6 address. Raises ConfigError."""
-    if url := re.fullmatch(r"([a-z]+)://([^:/]*):?([0-9]*).*", host[:512]):
-        scheme, name, port = url.groups()
-        uses_tls = scheme in ("mqtts", "ssl", "tls", "wss")
-        wanted = f'host = "{name}", port = {port or (8883 if uses_tls else 1883)}{", tls = true" * uses_tls}'
-        raise ConfigError(f'mqtt host = "{host[:128]}" is a URL, want {wanted}')
+    """The host without the brackets of an IPv6 address. Raises ConfigError, whose text has no password."""
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     try:
         return str(ipaddress.ip_address(host))
     except ValueError:
         pass
-    if port := re.fullmatch(r"(.+):([0-9]+)", host):
-        name = port[1][:128]
-        raise ConfigError(
-            f'mqtt host = "{host[:128]}" holds a port, want host = "{name}", port = {port[2]}; '
-            f"as options: --broker {name} --broker-port {port[2]}"
-        )
+    # All before the last @ is the login: a password may contain / and @.
+    url = re.fullmatch(r"(?is)(?:([a-z][a-z0-9+.-]*)://)?(?:(.*)@)?(\[[^]]*\]|[^:/]*):?([0-9]*).*", host)
+    if url and any(url.group(1, 2, 4)):
+        raise ConfigError(_more_than_a_host(*url.groups("")))
     if not 1 <= len(host) <= 253 or re.search(r"[\s/:@\[\]]", host):
-        raise ConfigError(f'mqtt host = "{host[:128]}", want the name or address of the broker, such as "192.0.2.7"')
+        shown = host.rpartition("@")[2][:128]
+        raise ConfigError(f'mqtt host = "{shown}", want the name or address of the broker, such as "192.0.2.7"')
     return host
+
+
+def _more_than_a_host(scheme: str, login: str, name: str, port: str) -> str:
+    """What to write in place of a URL, or of a host with a port or a login. Does not show the password."""
+    shown = f"{scheme}://" * bool(scheme) + "...@" * bool(login) + name[:128] + f":{port[:5]}" * bool(port)
+    uses_tls = scheme.lower() in ("mqtts", "ssl", "tls", "wss")
+    if not port:
+        port = "8883" if uses_tls else "1883"
+    elif len(port) > 5 or not 1 <= int(port) <= 65535:
+        port = "1 to 65535"
+    wanted = f'host = "{name[:128]}", port = {port}{", tls = true" * uses_tls}'
+    if login:
+        user = login.partition(":")[0][:128]
+        wanted += f', username = "{user}" and password_file = "/etc/aiflow/password" with the password in it'
+    names = ["--broker", "--broker-port", *(["--tls"] * uses_tls), *(["--username", "--password-file"] * bool(login))]
+    return f'mqtt host = "{shown}" is more than a host, want {wanted} (as options: {", ".join(names)})'
 
 
 def is_loopback(host: str) -> bool:

@@ -135,6 +135,7 @@ def test_a_camera_may_have_the_name_that_frigate_gives_it(tmp_path, name):
         (BOARD + CAMERA + "[policy]\ncpu_share = 0\n", r"policy.cpu_share = 0, want a number above 0\S*, to 1"),
         (BOARD + 'tier = "device"\n' + CAMERA, 'board.tier = "device", want "cloud" or "edge"'),
         (BOARD + CAMERA + "repeat = 1\n", r"cameras\[0\].repeat = 1, want true or false"),
+        ('mqtt = "mqtt://anna:secret@b.lan"\n' + BOARD + CAMERA, r'mqtt = "mqtt://\.\.\.@b\.lan", want a table'),
         ("cameras = []\n" + BOARD, r"cameras = \[\], want a list, at least 1 long, at most 16 long"),
         (BOARD + CAMERA + "[mqtt]\nusername = 1979-05-27\n", 'mqtt.username = "1979-05-27", want text in quotes'),
     ],

@@ -25,17 +25,36 @@ def password(tmp_path: Path) -> Path:
     [
         ("mqtts://broker.lan:8884", 'want host = "broker.lan", port = 8884, tls = true'),
         ("mqtts://broker.lan", 'want host = "broker.lan", port = 8883, tls = true'),
-        ("mqtt://broker.lan/x", 'want host = "broker.lan", port = 1883$'),
+        ("mqtt://broker.lan/x", 'want host = "broker.lan", port = 1883 '),
+        ("mqtt://broker.lan:99999", 'want host = "broker.lan", port = 1 to 65535'),
+        ("broker.lan:99999", 'want host = "broker.lan", port = 1 to 65535'),
         ("broker.lan:8883", 'want host = "broker.lan", port = 8883'),
         ("[::1]:8883", r'want host = "\[::1\]", port = 8883'),
         ("a b", "want the name or address"),
-        ("user@broker.lan", "want the name or address"),
+        ("@broker.lan", "want the name or address"),
         ("x" * 254, "want the name or address"),
     ],
 )
 def test_a_host_that_no_broker_can_have_is_refused_with_the_right_spelling(host: str, fix: str) -> None:
     with pytest.raises(ConfigError, match=f"mqtt host = .*{fix}"):
         settings(host=host, insecure=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "fix"),
+    [
+        ("mqtt://anna:secret@broker.lan:1884", 'host = "broker.lan", port = 1884, username = "anna" and password_file'),
+        ("MQTTS://anna:secret@broker.lan", 'host = "broker.lan", port = 8883, tls = true, username = "anna"'),
+        ("anna:secret@broker.lan:1884", 'host = "broker.lan", port = 1884, username = "anna"'),
+        ("anna:secret@broker.lan", 'host = "broker.lan", port = 1883, username = "anna"'),
+        ("mqtt://anna:secret/@:7@[::1]:1884/x", r'host = "\[::1\]", port = 1884, username = "anna"'),
+        (f"mqtt://anna:secret{'x' * 600}@broker.lan", 'host = "broker.lan", port = 1883, username = "anna"'),
+    ],
+)
+def test_a_host_with_a_login_is_refused_with_the_keys_of_a_login_and_without_its_password(host: str, fix: str) -> None:
+    with pytest.raises(ConfigError, match=f"mqtt host = .* want {fix}") as error:
+        settings(host=host, insecure=True)
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(("written", "host"), [("[::1]", "::1"), ("::1", "::1"), ("broker_1.lan", "broker_1.lan")])
