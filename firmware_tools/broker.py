@@ -34,9 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tls.add_argument(
         "--make-tls", default=[], nargs="+", metavar="HOST", help="make it: the broker's names and addresses"
     )
+    tls.add_argument("--no-tls", action="store_true", help="plain text on loopback alone, also if it had TLS before")
     config.add_argument("--tls-key", type=Path, metavar="FILE", help="the certificate's key, PEM")
     config.add_argument("--pool", default="servers", metavar="ID", help="the servers' pool (default: servers)")
-    config.add_argument("--port", type=int, metavar="N", help="default: 8883 with TLS, else 1883 on loopback alone")
+    config.add_argument(
+        "--port", type=int, metavar="N", help="default: as before, else 8883 with TLS, and 1883 without"
+    )
     config.add_argument("--pictures", action="store_true", help="people may send boards pictures of up to 8 MB")
     config.add_argument("--broker-dir", metavar="DIR", help="the files' place there (default: /etc/mosquitto/aiflow)")
     config.add_argument(
@@ -71,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
             site,
             make_tls=args.make_tls,
             tls_files=(args.tls_cert, args.tls_key) if args.tls_cert else None,
+            no_tls=args.no_tls,
             remove=args.remove,
             port=args.port,
             broker_folder=folder,
@@ -78,4 +82,4 @@ def run(args: argparse.Namespace) -> None:
         )
     except OSError as error:
         raise site_broker.BrokerConfigError(f"{args.out} cannot be written: {error}: name another folder") from error
-    print(site_broker.instructions(args.out, site, result, folder, has_authority=bool(args.make_tls)))
+    print(site_broker.instructions(args.out, site, result, folder))

@@ -78,6 +78,15 @@ def made(folder: Path, site: str, hosts: Sequence[str]) -> tuple[bytes, bytes]:
         return checked(certificate, key)
 
 
+def hosts_of(certificate: Path) -> str:
+    """The names and addresses that it is for, separated by commas; empty if openssl cannot read it."""
+    try:
+        text = _openssl("x509", "-in", certificate, "-noout", "-ext", "subjectAltName")
+    except CertificateError:
+        return ""
+    return ", ".join(re.findall(r"(?:DNS|IP Address):([^,\s]+)", text))
+
+
 def _alternative_name(host: str) -> str:
     """A name or address as openssl writes it into a certificate. Raises CertificateError."""
     try:
@@ -104,11 +113,13 @@ def _is_good(certificate: Path, authority: Path, names: Sequence[str]) -> bool:
     return True
 
 
-def _openssl(*arguments: str | Path) -> None:
+def _openssl(*arguments: str | Path) -> str:
+    """What it writes."""
+    command = ["openssl", *map(str, arguments)]
     try:
-        subprocess.run(
-            ["openssl", *map(str, arguments)], check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=60
-        )
+        return subprocess.run(
+            command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=60
+        ).stdout.decode(errors="replace")
     except FileNotFoundError as error:
         raise CertificateError("openssl is not installed: apt install openssl, or bring a certificate") from error
     except subprocess.SubprocessError as error:

@@ -43,6 +43,7 @@ MAX_PICTURE = 8 << 20  # bytes on down/frame
 PACKET_OVERHEAD = 1024  # bytes: topic and properties
 QUEUE_BYTES = 4 << 20  # waiting for one client; the broker drops what comes later
 MIN_QUEUE = 100  # messages
+NO_TLS = "no TLS, the broker listens on 127.0.0.1 alone"
 BASE_MEMORY = 64 << 20  # bytes: what the broker itself and new connections need
 # Passwords have 192 random bits, so slow hashing protects nothing; a broker on a small machine hashes at each login.
 HASH_ROUNDS = 101
@@ -223,6 +224,8 @@ class Result:
     new: tuple[str, ...]  # accounts with a new password
     kept: tuple[str, ...]
     removed: tuple[str, ...]
+    listener: str  # says whom the broker listens to, and for which names its certificate is
+    has_authority: bool  # ca.pem has signed the certificate
 
 
 def write_site(
@@ -231,6 +234,7 @@ def write_site(
     *,
     make_tls: Sequence[str] = (),
     tls_files: tuple[Path, Path] | None = None,
+    no_tls: bool = False,
     remove: Sequence[str] = (),
     port: int | None = None,
     broker_folder: str = BROKER_FOLDER,
@@ -239,7 +243,8 @@ def write_site(
     """Write everything into `out`. Passwords and certificates of an earlier run are kept if they still fit.
 
     make_tls: the broker's names and addresses, to make an authority and a certificate for them. tls_files: instead, an
-    existing certificate and its key. Neither: plain text, on loopback only. remove: accounts that lose their access.
+    existing certificate and its key. Neither: the certificate of an earlier run, unless no_tls; without one, plain text
+    on loopback only. port: None is an earlier run's for the same kind of listener. remove: accounts that lose access.
     Raises BrokerConfigError, and OSError if the folder cannot be written.
     """
     broker, passwords = out / "broker", out / "passwords"
@@ -256,10 +261,17 @@ def write_site(
         raise BrokerConfigError(f"--port {port}: want 1 to 65535, usually 8883")
     for folder in (out, broker, passwords):
         folder.mkdir(mode=0o700, exist_ok=True, parents=True)
-    pair = certificates.made(out, site.name, make_tls) if make_tls else tls_files and certificates.checked(*tls_files)
+    had_tls, had_port = _known_listener(broker / "aiflow.conf")
+    present = broker / "broker.pem", broker / "broker.key"
+    earlier_hosts = certificates.hosts_of(present[0]) if had_tls else ""
+    keeps_tls = had_tls and not (make_tls or tls_files or no_tls)
+    files = present if keeps_tls else tls_files
+    pair = certificates.made(out, site.name, make_tls) if make_tls else files and certificates.checked(*files)
     if pair:
-        for name, data in zip(("broker.pem", "broker.key"), pair, strict=True):
-            _write(broker / name, data)
+        for path, data in zip(present, pair, strict=True):
+            _write(path, data)
+    if bool(pair) == had_tls:
+        port = port or had_port
     logins = {name: _login(name, passwords / name, known.get(name)) for name in site.accounts()}
     rights = _rights_json(site, [login for login, _ in logins.values()])
     _write(broker / "rights.json", msgspec.json.format(msgspec.json.encode(rights)))
@@ -270,6 +282,8 @@ def write_site(
         tuple(name for name, (_, is_new) in logins.items() if is_new),
         tuple(name for name, (_, is_new) in logins.items() if not is_new),
         tuple(sorted(known.keys() & gone)),
+        _listener(certificates.hosts_of(present[0]) or "no name", earlier_hosts) if pair else NO_TLS,
+        bool(make_tls) or (keeps_tls and (out / "ca.pem").exists()),
     )
 
 
@@ -307,14 +321,17 @@ def mosquitto_conf(site: Site, has_tls: bool, port: int | None, folder: str, plu
     return "\n".join(lines) + "\n"
 
 
-def instructions(out: Path, site: Site, result: Result, folder: str, *, has_authority: bool) -> str:
+def instructions(out: Path, site: Site, result: Result, folder: str) -> str:
     """Says which file to copy where, for the user of the command."""
     counts = [f"{len(result.new)} new passwords", f"{len(result.kept)} kept"]
     counts += [f"access taken from {', '.join(result.removed)}"] if result.removed else []
     lines = [
-        f"{out} is written: {', '.join(counts)}.",
+        f"{out} is written: {', '.join(counts)}; {result.listener}.",
         f"  broker/           -> {folder} on the broker's machine",
-        *(["  ca.pem            -> /etc/aiflow/ca.pem on every board, server and person's machine"] * has_authority),
+        *(
+            ["  ca.pem            -> /etc/aiflow/ca.pem on every board, server and person's machine"]
+            * result.has_authority
+        ),
     ]
     stations = [(board.name, "board") for board in site.boards] + [(server, "server") for server in site.servers]
     for name, kind in stations:
@@ -334,7 +351,7 @@ def instructions(out: Path, site: Site, result: Result, folder: str, *, has_auth
             f"  ln -sf {folder}/aiflow.conf /etc/mosquitto/conf.d/aiflow.conf",
             "  systemctl restart mosquitto",
             f"Keep {out} where nobody else can read it: it holds the passwords"
-            + (" and ca.key, with which anybody can pose as the broker." if has_authority else "."),
+            + (" and ca.key, with which anybody can pose as the broker." if result.has_authority else "."),
         ]
     )
 
@@ -349,6 +366,18 @@ def _rights_json(site: Site, logins: Sequence[Login]) -> dict[str, Any]:
         ],
         "roles": [{"rolename": name, "acls": rights.acls()} for name, rights in site.rights().items()],
     }
+
+
+def _listener(hosts: str, earlier_hosts: str) -> str:
+    replaced = f" in place of one for {earlier_hosts}" if earlier_hosts not in ("", hosts) else ""
+    return f"TLS with a certificate for {hosts}{replaced}"
+
+
+def _known_listener(path: Path) -> tuple[bool, int | None]:
+    """Whether an earlier run's listener has TLS, and its port."""
+    text = _read(path, MAX_RIGHTS_BYTES).decode(errors="replace") if path.exists() else ""
+    port = re.search(r"^listener ([0-9]{1,5})\b", text, re.MULTILINE)
+    return "\ncertfile " in text, int(port[1]) if port else None
 
 
 def _known_logins(path: Path) -> dict[str, Login]:

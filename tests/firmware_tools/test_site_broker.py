@@ -1,5 +1,6 @@
 """The files of `aiflow broker config`, without a broker: names, passwords, certificates, and what a second run does."""
 
+import re
 import ssl
 import stat
 from pathlib import Path
@@ -255,6 +256,35 @@ def test_without_a_certificate_the_broker_listens_on_loopback_alone() -> None:
 
 
 # ---- the command ----
+
+
+def test_a_site_with_tls_keeps_it_until_the_command_says_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def config(options: str) -> tuple[str, list[str], str]:
+        """The first line of the output, the lines of aiflow.conf about TLS, and all output."""
+        words = f"broker config --boards porch --servers attic {options} --out {tmp_path}"
+        assert main(words.split()) == 0
+        said = capsys.readouterr().out
+        conf = (tmp_path / "broker" / "aiflow.conf").read_text().splitlines()
+        return said.splitlines()[0], [line for line in conf if re.match("listener|certfile|keyfile", line)], said
+
+    first, tls, _ = config("--make-tls localhost --port 9000")
+    assert first.endswith("TLS with a certificate for localhost.")
+    assert [line.split()[0] for line in tls] == ["listener", "certfile", "keyfile"]
+    assert tls[0] == "listener 9000"
+    before = files(tmp_path)
+    again, kept, said = config("")
+    assert kept == tls
+    assert files(tmp_path) == before
+    assert again.endswith("TLS with a certificate for localhost.")
+    assert "ca.key" in said
+    replaced, _, _ = config("--make-tls other.lan")
+    assert replaced.endswith("TLS with a certificate for other.lan in place of one for localhost.")
+    without, plain, _ = config("--no-tls")
+    assert plain == ["listener 1883 127.0.0.1"]
+    assert "no TLS" in without
+    assert config("")[1] == plain
 
 
 def test_the_command_writes_the_files_and_says_what_goes_where(
