@@ -15,6 +15,8 @@ from testbed.statuses import StatusFields, read_status
 
 # Without a word of the board for this time, the offer is repeated. 64 KB take as long at 17 kbit/s.
 SILENT_S = 30.0
+FIRST_WORD_S = 10.0  # a board that can take bundles answers an offer sooner: after this time, say what may be wrong
+OFFLINE = "the board is offline: waiting for it"
 
 
 class PushError(AiflowError):
@@ -35,6 +37,7 @@ class Push:
         self._names[self._statement.manifest] = MANIFEST
         self._checked: set[str] = set()  # names of files that were compared with their hashes
         self._tell, self._told = tell, ""
+        self._has_word = False  # the board has said something about this bundle
         self.sent = 0  # bytes of files
 
     def run(self, settings: MqttSettings, timeout_s: float) -> None:
@@ -43,18 +46,20 @@ class Push:
         Raises PushError if the board refuses it, or does not end within timeout_s.
         """
         arrived: queue.Queue[Message] = queue.Queue()
-        until, last = time.monotonic() + timeout_s, StatusFields()
+        start, last = time.monotonic(), StatusFields()
         subscriptions = [(self._state, 1), (self._status, 1)]
         with MqttClient(settings, subscriptions=subscriptions, on_message=arrived.put) as client:
-            is_done = False
+            is_done, hint_at = False, start + FIRST_WORD_S
             client.publish(self._offer, self._signature)
             while not is_done:
-                if (left_s := until - time.monotonic()) <= 0:
-                    if client.state in (State.CONNECTING, State.BACKOFF):
-                        self._fail(f"not done within {timeout_s:g} s: no connection to {settings.host}:{settings.port}")
-                    self._fail(f"not done within {timeout_s:g} s, last word: {self._told or 'none: is it running?'}")
+                now = time.monotonic()
+                if (left_s := start + timeout_s - now) <= 0:
+                    self._fail(f"not done within {timeout_s:g} s: {self._why_not_done(client, settings, last)}")
+                if now >= hint_at and not self._has_word:
+                    self._say(self._why_not_done(client, settings, last))
                 try:
-                    message = arrived.get(timeout=min(SILENT_S, left_s))
+                    wait_s = SILENT_S if self._has_word else FIRST_WORD_S
+                    message = arrived.get(timeout=min(wait_s, left_s))
                 except queue.Empty:
                     client.publish(self._offer, self._signature)
                     continue
@@ -63,8 +68,9 @@ class Push:
                     continue
                 before, last = last, read_status(message.payload)
                 if last.state != "online":
-                    self._say("the board is offline: waiting for it")
+                    self._say(OFFLINE)
                 elif last != before and not message.retained:  # it has started or connected, perhaps in the middle
+                    hint_at = time.monotonic() + FIRST_WORD_S
                     client.publish(self._offer, self._signature)
 
     def _heard(self, payload: bytes, client: MqttClient) -> bool:
@@ -75,6 +81,7 @@ class Push:
             return False  # whoever may write there, may write anything
         if state.bundle not in ("", self._statement.id):
             return False  # about another sender's
+        self._has_word = True
         if state.state == "refused":
             self._fail(f"the board refuses it: {state.why}")
         if state.state == "wants":
@@ -108,6 +115,17 @@ class Push:
             chunk = Chunk(VERSION, bytes.fromhex(wanted.file), wanted.offset + start, piece)
             client.publish(self._chunk, encode_chunk(chunk))
             self.sent += len(piece)
+
+    def _why_not_done(self, client: MqttClient, settings: MqttSettings, status: StatusFields) -> str:
+        if client.state in (State.CONNECTING, State.BACKOFF):
+            return f"no connection to {settings.host}:{settings.port}: {client.reason}"
+        if self._has_word:
+            return f"last word: {self._told}"
+        if status.state == "online":
+            return "the board is online, but does not answer: does it have [updates] with a trust_file?"
+        if status.state:
+            return OFFLINE
+        return "no word from this board yet: does it run, with this id, does it have [updates] with a trust_file?"
 
     def _say(self, text: str) -> None:
         if text != self._told:

@@ -17,6 +17,7 @@ from edge_runtime.firmware.store import INCOMING, MAX_STARTS
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.wire import topics
 from edge_runtime.wire.update import CHUNK_BYTES, WINDOW_BYTES, UpdateState, decode_chunk, decode_update_state
+from firmware_tools import push
 from firmware_tools.cli import EXIT_RESTART, main
 from tests.brokers import Mosquitto
 from tests.edge_runtime.capture.helpers import write_photos
@@ -259,6 +260,32 @@ def test_a_broker_that_is_never_reached_is_named_and_not_the_board(
         port = silent.getsockname()[1]
         assert aiflow("bundle", "push", "--board", BOARD, "--timeout", 1, "--broker-port", port, bundle.path) == 1
     assert f"not done within 1 s: no connection to 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (b"", "no word from this board yet: does it run"),
+        (b'{"state": "online"}', "the board is online, but does not answer: does it have [updates]"),
+        (b'{"state": "offline"}', "the board is offline"),
+    ],
+)
+def test_a_board_that_does_not_answer_is_told_with_what_may_be_wrong(
+    site: Site,
+    signed: Callable[..., Bundle],
+    status: bytes,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(push, "FIRST_WORD_S", 0.1)
+    bundle = signed("new", 2)
+    with Listener(site.port) as board:
+        board.client.publish(topics.status(SITE, BOARD), status, retain=True)
+        assert aiflow("bundle", "push", "--board", BOARD, "--timeout", 3, "--broker-port", site.port, bundle.path) == 1
+    captured = capsys.readouterr()
+    assert said in captured.out
+    assert f"not done within 3 s: {said}" in captured.err
 
 
 def test_a_pushed_bundle_survives_a_killed_board_is_tried_and_kept(site: Site, signed: Callable[..., Bundle]) -> None:
