@@ -148,6 +148,7 @@ def test_nobody_but_a_server_can_join_the_share_or_read_requests(site: Running, 
             client = site.client(account, name, online=False, on_message=swallowed.append)
             until(lambda client=client: client.state is State.BACKOFF)  # type: ignore[misc]
             assert "refused to subscribe" in client.reason, (name, client.reason)
+            assert "aiflow/home/" not in name or f"is username = {account} " in client.reason, (name, client.reason)
             client.close()
     assert swallowed == []
 

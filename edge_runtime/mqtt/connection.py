@@ -38,6 +38,7 @@ PENDING_ACKS_S = 0.1  # to read the PUBACKs that are about to arrive, before a c
 GOODBYE_S = 0.5  # to write what is left and the DISCONNECT
 TEMPORARY = {0x88, 0x89, 0x97, 0x9F}  # CONNACK: unavailable, busy, quota, rate. Retry as after any lost connection.
 WRONG_LOGIN = {0x86, 0x87, 0x8C}  # CONNACK: bad user name or password, not authorized, bad authentication method
+NOT_AUTHORIZED = 0x87  # SUBACK: an access list
 KEEPALIVE_TIMEOUT, SESSION_TAKEN_OVER = 0x8D, 0x8E  # reason codes
 
 
@@ -239,11 +240,15 @@ class Connection:
 
     def _subscribed(self, _: Any, __: Any, packet_id: int, codes: list[ReasonCode], ___: Any) -> None:
         asked = zip(self._subscribing.pop(packet_id, []), codes, strict=False)
-        refused = {topic: f"{topic} ({code})" for topic, code in asked if code.is_failure}
+        refused = {topic: code for topic, code in asked if code.is_failure}
         for topic in refused.keys() & self._optional:
-            logger.info("mqtt goes on without client=%s topic=%s", self._settings.client_id, refused.pop(topic))
+            code = refused.pop(topic)
+            logger.info("mqtt goes on without client=%s topic=%s (%s)", self._settings.client_id, topic, code)
         if refused:  # A client that is online but deaf would be worse than one that is offline with a reason.
-            self.loss = Loss(f"the broker refused to subscribe {', '.join(refused.values())}", refused=True)
+            told = ", ".join(f"{topic} ({code})" for topic, code in refused.items())
+            forbidden = [topic for topic, code in refused.items() if code.value == NOT_AUTHORIZED]
+            advice = self._settings.topic_advice(forbidden[0]) if forbidden else ""
+            self.loss = Loss(f"the broker refused to subscribe {told}{advice}", refused=True)
         else:
             self._ready_if_subscribed()
 

@@ -97,6 +97,18 @@ class MqttSettings(MqttConfig, frozen=True, kw_only=True):
         password = f"the first line of {self.password_file}" if self.password_file else "no password_file"
         return f": check username = {self.username} with {password}, {place}"
 
+    def topic_advice(self, topic: str) -> str:
+        """After a forbidden subscription: which settings may not fit. Empty for a topic that is not ours."""
+        parts = re.search(r"(?:^|/)aiflow/([^/]+)/([^/]+)/(down/)?", topic)
+        if parts is None:
+            return ""
+        account = "a client without a login" if self.username is None else f"username = {self.username}"
+        whose = f"the account of {parts[2]}" if parts[3] else "an account that may read this"
+        return (
+            f': is site = "{parts[1]}" right, and is {account} {whose}? `aiflow broker config` gives each account its '
+            "own topics"
+        )
+
     def tls_context(self) -> ssl.SSLContext | None:
         """TLS 1.2 or newer; certificate and host name are always checked. Raises OSError for files that do not fit."""
         if not self.uses_tls:

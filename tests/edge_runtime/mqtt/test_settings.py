@@ -90,3 +90,17 @@ def test_a_password_in_another_encoding_is_refused_and_not_shown(password: Path)
     with pytest.raises(ConfigError, match="not UTF-8") as refused:
         settings(password_file=str(password), username="b1")
     assert "geheim" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("topic", "advice"),
+    [
+        ("aiflow/home/yard/down/reply", ': is site = "home" right, and is username = anna the account of yard?'),
+        ("$share/servers/aiflow/home/+/up/request", ': is site = "home" right, and is username = anna an account that'),
+        ("aiflow/home/+/up/event", ': is site = "home" right, and is username = anna an account that may read this?'),
+        ("frigate/events", ""),
+    ],
+)
+def test_a_forbidden_subscription_asks_whether_site_and_account_belong_to_the_topic(topic: str, advice: str) -> None:
+    assert settings(username="anna").topic_advice(topic).startswith(advice)
+    assert bool(settings(username="anna").topic_advice(topic)) == bool(advice)
