@@ -61,6 +61,7 @@ class Photos:
         """Raises EvaluationError if no picture is left, or if two pictures have the same captions."""
         paths: dict[str, str] = {}  # of the pictures taken, by name in the captions
         taken = uncaptioned = 0
+        failed: list[str] = []
         for picture in (picture for source in self._sources for picture in read_pictures(source)):
             if taken == self._limit:
                 break
@@ -71,7 +72,7 @@ class Photos:
                 raise EvaluationError(
                     f"photo {name} is there twice, as {paths[name]} and {picture.name}: leave one out"
                 )
-            elif not is_readable(picture):
+            elif not is_readable(picture, failed):
                 self.unreadable += 1
             else:
                 taken += 1
@@ -80,10 +81,10 @@ class Photos:
                 yield Picture(name, picture.data)
         if uncaptioned:
             print(f"{uncaptioned} photos left out: the table, or its split, has no caption for them", file=sys.stderr)
+        if not taken and failed:
+            raise EvaluationError(f"no picture can be read, name others: {'; '.join(failed)}")
         if not taken:
-            raise EvaluationError(
-                "none of the pictures has a caption, or none can be read: do the names in the TSV match the files?"
-            )
+            raise EvaluationError("none of the pictures has a caption: do the names in the TSV match the files?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +333,8 @@ def measure_labels(
 def class_of(names: Sequence[str], picture: str) -> int:
     """The number of the class of a picture named class/name. Raises EvaluationError if it is none of these."""
     label = PurePosixPath(picture).parent.name
+    if not label:
+        raise EvaluationError(f"{picture} is in no folder: want class/name.jpg, classes: {', '.join(names)}"[:400])
     if label not in names:
         raise EvaluationError(f"{picture}: class {label!r} is none of {', '.join(names)}"[:400])
     return names.index(label)

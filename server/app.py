@@ -147,6 +147,7 @@ def load_target(config: Config) -> Loaded:
     """With a start test, this takes up to a minute. Raises ConfigError and BundleError."""
     config.check_target()
     server = config.server
+    logger.info("server loads and tests its target, up to a minute id=%s target=%s", server.id, server.target)
     if config.openai:
         from server.targets.openai import OpenAITarget
         from server.targets.vllm import VllmTarget

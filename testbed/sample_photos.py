@@ -36,6 +36,8 @@ SHIPPED = (
 # The demo's question is taught with these photos, by class, and asked about the others.
 TAUGHT = {"nobody": ("temple", "flower", "coffee"), "somebody": ("astronaut", "photographer")}
 
+MAX_TOLD = 5  # pictures that a message names
+
 
 @dataclass(frozen=True, slots=True)
 class Photo:
@@ -49,8 +51,11 @@ class Photo:
 def collect(images: Sequence[Path] | None = None, limit: int | None = None) -> list[Photo]:
     """The user's pictures, or the shipped photos. Raises PictureError if there are none."""
     pictures = (picture for source in images or () for picture in read_pictures(source))
-    users = (Photo(picture.name, picture.data) for picture in pictures if is_readable(picture))
+    failed: list[str] = []
+    users = (Photo(picture.name, picture.data) for picture in pictures if is_readable(picture, failed))
     photos = list(islice(users if images else shipped(), limit))
+    if not photos and failed:
+        raise PictureError(f"no picture can be read, name others: {'; '.join(failed)}")
     if not photos:
         raise PictureError(
             f"no picture can be read: name others, or, for the shipped ones, {how_to_install('skimage')}"
@@ -113,11 +118,13 @@ def to_jpeg(pixels: NDArray[np.uint8], longest: int, quality: int) -> bytes:
     return preprocess.to_jpeg(preprocess.shrunk(pixels, longest), quality)
 
 
-def is_readable(picture: Picture) -> bool:
-    """True if it can be decoded; otherwise its name is logged."""
+def is_readable(picture: Picture, failed: list[str]) -> bool:
+    """True if it can be decoded; otherwise its name is logged. `failed` gets the first names with their reasons."""
     try:
         decode_picture(picture.data)
     except PictureError as error:
         logger.warning("picture unreadable name=%s error=%s", picture.name, error)
+        if len(failed) < MAX_TOLD:
+            failed.append(f"{picture.name} ({error})")
         return False
     return True

@@ -282,7 +282,7 @@ def test_a_question_is_not_asked_about_the_photos_that_it_was_taught_with(result
 
 def test_nothing_to_show_is_a_named_error(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    with pytest.raises(PictureError, match="no picture can be read"):
+    with pytest.raises(PictureError, match=r"no picture can be read.*broken\.jpg \(.+\)"):
         collect([tmp_path])
 
 

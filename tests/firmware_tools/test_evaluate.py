@@ -114,3 +114,18 @@ def test_a_class_that_the_bundle_does_not_know_is_refused(photos, board_bundle, 
     code, figures = evaluate(photos, board_bundle, "classify")
     assert (code, figures) == (1, None)
     assert "class 'car' is none of cat, dog, horse" in capsys.readouterr().err
+
+
+def test_a_photo_without_a_folder_of_its_class_is_told_how_to_name_it(photos, board_bundle, capsys):
+    (photos / "photos" / "cat" / "1.jpg").rename(photos / "photos" / "1.jpg")
+    code, figures = evaluate(photos, board_bundle, "classify")
+    assert (code, figures) == (1, None)
+    assert "1.jpg is in no folder: want class/name.jpg" in capsys.readouterr().err
+
+
+def test_photos_of_which_none_can_be_read_are_named(photos, board_bundle, capsys):
+    for photo in (photos / "photos").rglob("*.jpg"):
+        photo.write_bytes(b"no picture")
+    code, figures = evaluate(photos, board_bundle, "classify")
+    assert (code, figures) == (1, None)
+    assert "no picture can be read, name others: cat/1.jpg (" in capsys.readouterr().err

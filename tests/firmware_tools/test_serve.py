@@ -14,10 +14,10 @@ LOADING = """
 import signal, sys, time
 import server.app
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs this test may ignore it
-def load_target(config):
+def load(config, folder):
     print("loading", flush=True)
     time.sleep(600)
-server.app.load_target = load_target
+server.app.load = load
 from firmware_tools.cli import main
 sys.exit(main(["serve", sys.argv[1]]))
 """
@@ -38,6 +38,7 @@ def test_a_signal_ends_a_server_that_still_loads_at_once_and_without_a_traceback
             process.kill()
     assert process.returncode == code
     assert "Traceback" not in errors
+    assert "server loads and tests its target" in errors  # until then, boards say: look at the server's log
 
 
 @pytest.mark.parametrize(
