@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.wire.entropy import FLAT_STEPS, encode_steps, rans_decode
+from edge_runtime.wire.entropy import FLAT_STEPS, rans_decode, rans_encode
 from edge_runtime.wire.errors import BitstreamError, ReferenceLostError
 from edge_runtime.wire.tables import Tables, earlier_contexts
 
@@ -108,7 +108,7 @@ def encode(
         steps = np.insert(steps, escaped + 1, FLAT_STEPS[sent.ravel()[escaped].astype(np.int16) + 128])
     header = Header(level, groups, tables.set_id & 63, reference.name if reference else None).to_bytes()
     check = _check(tables, header, b"" if earlier is None else earlier.tobytes(), content)
-    return header + encode_steps(steps.tolist(), check)
+    return header + rans_encode(steps.tolist(), check)
 
 
 def decode(data: bytes, tables: Tables, inter: Inter | None = None) -> Decoded:

@@ -43,12 +43,7 @@ def steps_of(frequencies: Sequence[int], starts: Sequence[int]) -> NDArray[np.ob
 FLAT_STEPS = steps_of([FLAT] * (TOTAL // FLAT), range(0, TOTAL, FLAT))  # of the byte after an escape
 
 
-def rans_encode(frequencies: Sequence[int], starts: Sequence[int], check: int) -> bytes:
-    """As `encode_steps`, from lists."""
-    return encode_steps(steps_of(frequencies, starts).tolist(), check)
-
-
-def encode_steps(steps: Sequence[Step], check: int) -> bytes:
+def rans_encode(steps: Sequence[Step], check: int) -> bytes:
     """Codes steps, given in decoding order. Returns the final state big-endian, then the words in the order of use."""
     x, words, limit = LOW + check, [], 1 << 32 - PRECISION
     for f, rest, start in reversed(steps):
