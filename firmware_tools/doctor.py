@@ -130,7 +130,7 @@ def _with_config(path: Path) -> list[Check]:
 def _of_board(path: Path, config: "RuntimeConfig") -> Iterator[Check]:
     board = config.board
     yield Check("configuration", lambda: ok(f"{path}: board {board.id} of site {board.site} is in order"))
-    yield Check("bundle", lambda: _bundle(Path(board.bundle)), LONG_S)
+    yield Check("bundle", lambda: _bundle(config), LONG_S)
     if config.updates:
         yield Check("updates", lambda: _updates(config))
     for_servers, for_users = probes.board_subscriptions(config)
@@ -145,10 +145,15 @@ def _of_board(path: Path, config: "RuntimeConfig") -> Iterator[Check]:
         yield Check("self-test", lambda: _self_test(config), LONG_S)
 
 
-def _bundle(path: Path) -> Finding:
+def _bundle(config: "RuntimeConfig") -> Finding:
     from edge_runtime.inference.bundle import open_bundle
 
-    return ok(open_bundle(path).check(for_server=False))
+    bundle = open_bundle(Path(config.board.bundle))
+    found = bundle.check(for_server=False)
+    config.sampling(bundle.words)
+    if unknown := config.unknown_labels(bundle.manifest.class_names, bundle.manifest.classes):
+        return Finding("warning", found, "; ".join(unknown))
+    return ok(found)
 
 
 def _updates(config: "RuntimeConfig") -> Finding:

@@ -70,12 +70,14 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     settings = config.mqtt.settings(board.id)
     near_settings = near.settings(board.id) if near else None
     config.frigate.check_files()
-    config.sampling(_check_bundle(Path(board.bundle), for_server=False).words)
+    bundle = _check_bundle(Path(board.bundle), for_server=False)
+    config.sampling(bundle.words)
     if board.paradigm != "offload":
         installed(board.backend)
     if (store := store_of(config)) is not None:
         print(f"{store.folder}: {len(store.entries())} installed bundle(s), {len(store.trust)} trusted key(s)")
-    for warning in Cameras(config.cameras).check():
+    unknown = config.unknown_labels(bundle.manifest.class_names, bundle.manifest.classes)
+    for warning in Cameras(config.cameras).check() + unknown:
         print(f"warning: {warning}")
     print(f"{path}: board {board.id} with {len(config.cameras)} camera(s) is in order")
     for_servers, for_users = board_subscriptions(config)

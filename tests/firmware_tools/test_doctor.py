@@ -64,6 +64,15 @@ def found_by(name: str, path: Path) -> Finding:
 # ---- the whole ----
 
 
+def test_a_trigger_on_a_label_that_the_bundle_does_not_have_is_a_warning(config: Callable[..., Path]) -> None:
+    path = config("mqtt")
+    assert found_by("bundle", path).status == "ok"
+    trigger = "[[cameras.triggers]]\nwhen = 'label == nobody'\n[mqtt]"
+    path.write_text(path.read_text().replace("[mqtt]", trigger))
+    finding = found_by("bundle", path)
+    assert (finding.status, "trigger on the label 'nobody'" in finding.advice) == ("warning", True)
+
+
 def test_a_board_without_a_configuration_has_its_system_checked(capsys: pytest.CaptureFixture[str]) -> None:
     code, checks = examine(capsys)
     assert list(checks) == HOST

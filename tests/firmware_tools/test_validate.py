@@ -85,6 +85,19 @@ def test_a_camera_of_frigates_is_checked_as_far_as_that_is_possible(
     ]
 
 
+def test_a_trigger_on_a_label_that_the_bundle_does_not_have_is_a_warning(
+    board: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trigger = "[[cameras.triggers]]\nwhen = 'label == {}'\n[mqtt]"
+    path, warned = board(1), {}
+    text = path.read_text()
+    for label in ("nobody", "dog"):
+        path.write_text(text.replace("[mqtt]", trigger.format(label)))
+        validate.run(argparse.Namespace(path=path, connect=False))
+        warned[label] = "warning: camera door has a trigger on the label" in capsys.readouterr().out
+    assert warned == {"nobody": True, "dog": False}
+
+
 def test_it_does_not_disconnect_the_board_that_runs(board: Callable[..., Path], broker: Mosquitto) -> None:
     connect(board(broker.port))
     assert "as b1-validate " in broker.said()
