@@ -122,14 +122,20 @@ def test_an_installed_bundle_that_is_damaged_is_named_although_the_one_of_the_co
 
 @pytest.mark.parametrize("kept", ['[outbox]\nfile = "/proc/outbox"', '[updates]\nfolder = "/proc/bundles"'])
 def test_a_disk_that_cannot_be_written_is_a_failure_if_the_board_keeps_something_there(
-    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+    config: Callable[..., Path], tmp_path: Path, kept: str
 ) -> None:
-    monkeypatch.setattr(host_checks.os, "access", lambda *_: False)  # root may write anywhere
     path = config(str(tmp_path / "photo.jpg"))
     assert found_by("disk", path).status == "ok"
     path.write_text(f"{path.read_text()}\n{kept}\n")
     finding = found_by("disk", path)
     assert (finding.status, finding.found) == ("failure", "/proc: not writable for this user")
+
+
+def test_each_folder_where_the_board_keeps_something_is_checked(config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "a-file").touch()
+    here, no_folder = f'[outbox]\nfile = "{tmp_path}/o"\n', f'[updates]\nfolder = "{tmp_path}/a-file/bundles"\n'
+    finding = found_by("disk", config("mqtt", more=here + no_folder))
+    assert (finding.status, finding.found) == ("failure", f"{tmp_path}/a-file: is a file, not a folder")
 
 
 def test_what_is_broken_is_named_and_the_rest_is_checked(
