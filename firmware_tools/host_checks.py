@@ -167,7 +167,7 @@ def nearest(folder: Path) -> Path:
 
 
 def is_writable(folder: Path) -> bool:
-    """Tries it, since root may write anywhere but in /proc. No other program sees the file."""
+    """Tries it: os.access says yes to root everywhere, also in /proc. The file is gone at once."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
