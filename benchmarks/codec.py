@@ -28,7 +28,7 @@ def zstd_bytes(symbols: NDArray[np.int8]) -> int:
 
 def run(symbols: NDArray[np.int8], tables: Tables, level: int = 0) -> dict[str, Any]:
     """Codes every frame of symbols int8 [N, C, H, W], checks the decoded symbols, and returns the figures."""
-    decode(encode(symbols[0], tables, level), tables)  # builds the slot maps, which happens once
+    decode(encode(symbols[0], tables, level), tables)  # builds the coders' tables, which happens once
     sizes, encode_ms, decode_ms = [], [], []
     for frame in symbols:
         begin = time.perf_counter()

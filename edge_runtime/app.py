@@ -95,7 +95,10 @@ class Board:
         self.answers, self.references = Answers(), ReferenceFrames(board.refresh_s)
         self.routers: list[Router] = []
         self.servers, self.local = self._clients()
-        triggers = {camera.name: [Trigger(trigger.when) for trigger in camera.triggers] for camera in config.cameras}
+        names = bundle.manifest.class_names
+        for warning in config.unknown_labels(names, bundle.manifest.classes):
+            logger.warning("%s", warning)
+        triggers = {camera.name: [Trigger(each.when, names) for each in camera.triggers] for camera in config.cameras}
         self.events = Events(self.local, site, board.id, self._event_published, triggers)
         self.tracker = RequestTracker(
             self.servers,

@@ -9,7 +9,7 @@ On the socket that is this process's standard input, each packet of the board is
     (none, once)    READY       OpenCV is loaded
     the source      OPENED      whether it could be opened, frames per second
     GRAB            GRABBED     whether there is a frame, start and end of the read (time.monotonic()), and the age of
-                                the frame's data at its end in seconds (NaN: unknown)
+                                the frame at its end in seconds (NaN: unknown)
     RETRIEVE        SIZE        height and width of the frame that was grabbed, in pixels; zeros: it has no picture
     OVERWRITE       SIZE        the same; the board does not use the last frame any more
 
@@ -67,7 +67,8 @@ def _answer(board: socket.socket, capture: Any, max_pixels: int) -> None:
         if request == GRAB:
             started = time.monotonic()
             has_frame = capture.grab()
-            board.send(GRABBED.pack(has_frame, started, time.monotonic(), _age_s(capture)))
+            ended = time.monotonic()
+            board.send(GRABBED.pack(has_frame, started, ended, _age_s(capture, ended)))
             continue
         has_picture, pixels = capture.retrieve()
         # After a timeout or unplugging some drivers report success without a picture.
@@ -94,15 +95,22 @@ def _open(source: str, open_timeout_s: float, read_timeout_s: float) -> Any:
     return cv2.VideoCapture(source, cv2.CAP_FFMPEG, timeouts)
 
 
-def _age_s(capture: Any) -> float:
-    """Seconds since the data of the last frame arrived, to about a frame's interval. NaN if OpenCV cannot tell.
+def _age_s(capture: Any, now: float) -> float:
+    """The age of the last frame in seconds, now: time.monotonic(). NaN if OpenCV cannot tell.
 
-    CAP_PROP_PTS is the packet's time of arrival (by the options in video_capture.py) in units of 1 / fps, with FFmpeg
-    and since OpenCV 4.12. MJPEG has none, but its decoder keeps no frames.
+    V4L2: since its driver captured it, by the same clock: CAP_PROP_POS_MSEC is the buffer's timestamp (V4L2 API,
+    "Buffers"). 0: the driver has none; a driver with another clock is out of range.
+    FFmpeg: since its data arrived, to about a frame's interval. CAP_PROP_PTS is the packet's time of arrival (by the
+    options in video_capture.py) in units of 1 / fps, since OpenCV 4.12. MJPEG has none, but its decoder keeps no
+    frames.
     """
-    frames_per_s = capture.get(cv2.CAP_PROP_FPS)
-    pts = capture.get(getattr(cv2, "CAP_PROP_PTS", -1))
-    age_s = time.time() - pts / frames_per_s if frames_per_s > 0 else inf
+    if capture.get(cv2.CAP_PROP_BACKEND) == cv2.CAP_V4L2:
+        captured = capture.get(cv2.CAP_PROP_POS_MSEC) / 1e3
+        age_s = now - captured if captured else inf
+    else:
+        frames_per_s = capture.get(cv2.CAP_PROP_FPS)
+        pts = capture.get(getattr(cv2, "CAP_PROP_PTS", -1))
+        age_s = time.time() - pts / frames_per_s if frames_per_s > 0 else inf
     return max(0.0, age_s) if -1 < age_s < MAX_AGE_S else nan
 
 

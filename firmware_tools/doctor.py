@@ -100,9 +100,7 @@ def bounded(check: Check) -> Finding:
 
 
 def host(config: "RuntimeConfig | None") -> list[Check]:
-    """The checks that need no configuration; with one, the disk is that of the outbox or of the installed bundles."""
-    kept = Path(config.updates.folder) if config and config.updates else None
-    kept = Path(config.outbox.file).parent if config and config.outbox else kept
+    """The checks that need no configuration; with one, the disk is that of the outbox and of the installed bundles."""
     return [
         Check("python", host_checks.check_python),
         Check("packages", host_checks.check_packages, LONG_S),
@@ -110,9 +108,17 @@ def host(config: "RuntimeConfig | None") -> list[Check]:
         Check("memory", host_checks.check_memory),
         Check("temperature", host_checks.check_temperature),
         Check("power", host_checks.check_power),
-        Check("disk", partial(host_checks.check_disk, kept or Path.cwd(), kept is not None)),
+        Check("disk", partial(_disk, config)),
         Check("clock", host_checks.check_clock),
     ]
+
+
+def _disk(config: "RuntimeConfig | None") -> Finding:
+    """The worst of the places where the board keeps files."""
+    kept = [Path(config.outbox.file).parent] if config and config.outbox else []
+    kept += [Path(config.updates.folder)] if config and config.updates else []
+    found = [host_checks.check_disk(folder, True) for folder in kept] or [host_checks.check_disk(Path.cwd(), False)]
+    return max(found, key=lambda finding: EXIT_CODES[finding.status])
 
 
 def _with_config(path: Path) -> list[Check]:
@@ -130,7 +136,7 @@ def _with_config(path: Path) -> list[Check]:
 def _of_board(path: Path, config: "RuntimeConfig") -> Iterator[Check]:
     board = config.board
     yield Check("configuration", lambda: ok(f"{path}: board {board.id} of site {board.site} is in order"))
-    yield Check("bundle", lambda: _bundle(Path(board.bundle)), LONG_S)
+    yield Check("bundle", lambda: _bundle(config), LONG_S)
     if config.updates:
         yield Check("updates", lambda: _updates(config))
     for_servers, for_users = probes.board_subscriptions(config)
@@ -145,10 +151,15 @@ def _of_board(path: Path, config: "RuntimeConfig") -> Iterator[Check]:
         yield Check("self-test", lambda: _self_test(config), LONG_S)
 
 
-def _bundle(path: Path) -> Finding:
+def _bundle(config: "RuntimeConfig") -> Finding:
     from edge_runtime.inference.bundle import open_bundle
 
-    return ok(open_bundle(path).check(for_server=False))
+    bundle = open_bundle(Path(config.board.bundle))
+    found = bundle.check(for_server=False)
+    config.sampling(bundle.words)
+    if unknown := config.unknown_labels(bundle.manifest.class_names, bundle.manifest.classes):
+        return Finding("warning", found, "; ".join(unknown))
+    return ok(found)
 
 
 def _updates(config: "RuntimeConfig") -> Finding:

@@ -11,12 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from edge_runtime.cores import usable_cores
+from edge_runtime.errors import ConfigError
 from edge_runtime.packages import how_to_install
 from edge_runtime.planning.thermal import ThermalReader
 
@@ -159,13 +161,44 @@ def _vcgencmd() -> int | None:
     return int(flags[1], 16) if flags else None
 
 
+def nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists. It may be a file."""
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+
+
+def is_writable(folder: Path) -> bool:
+    """Tries it: os.access says yes to root everywhere, also in /proc. The file is gone at once."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+def check_place(key: str, path: Path, is_file: bool) -> str:
+    """A warning if this user cannot write there, else "". Raises ConfigError if nobody can.
+
+    It is no error, as the folder may be made for the service before its start.
+    """
+    if is_file and os.path.isdir(path):
+        raise ConfigError(f"{key} = {path}: is a folder: name a file in it")
+    existing = nearest(path.parent if is_file else path)
+    if not existing.is_dir():
+        raise ConfigError(f"{key} = {path}: {existing} is a file, not a folder: name another place")
+    return "" if is_writable(existing) else f"{key} = {path}: {existing} is not writable for this user"
+
+
 def check_disk(folder: Path, is_needed: bool) -> Finding:
     """Whether a folder can be written to, and its disk has room. is_needed: the board keeps files there."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = nearest(folder)
+    if not existing.is_dir():
+        return Finding(
+            "failure", f"{existing}: is a file, not a folder", "name another place in [outbox] and [updates]"
+        )
     state = os.statvfs(existing)
     free_mb = state.f_bavail * state.f_frsize >> 20
     found = f"{existing}: {free_mb} MB free"
-    if state.f_flag & os.ST_RDONLY or not os.access(existing, os.W_OK):
+    if state.f_flag & os.ST_RDONLY or not is_writable(existing):
         why = "read-only" if state.f_flag & os.ST_RDONLY else "not writable for this user"
         if not is_needed:
             return ok(f"{existing}: {why}; a board without [outbox] and [updates] writes nothing")

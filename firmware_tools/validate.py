@@ -2,15 +2,18 @@
 
 import argparse
 import logging
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from edge_runtime.errors import AiflowError
+from firmware_tools.host_checks import check_place
 from firmware_tools.probes import board_subscriptions, seen, subscribed
 
 if TYPE_CHECKING:
-    from edge_runtime.config import RuntimeConfig
+    from edge_runtime.config import MetricsConfig, RuntimeConfig
     from edge_runtime.inference.bundle import Bundle
     from edge_runtime.mqtt.settings import MqttSettings
     from server.config import Config
@@ -50,6 +53,10 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
     server = config.server
     if found := check(config):
         print(found)
+    spent, cache = config.openai and config.openai.spent_file, config.lm.cache
+    _warn([check_place("spent_file in [openai]", Path(spent), is_file=True)] if spent else [])
+    _warn([check_place("cache in [lm]", Path(cache), is_file=False)] if cache else [])
+    _warn(_metrics(config.metrics))
     print(f"{path}: server {server.id} of site {server.site} is in order")
     # Not the share of requests: a member that does not answer would take some of them from the running servers.
     checks = [_broker("mqtt", config.mqtt_settings(), [topics.reply(server.site, server.id)])]
@@ -70,13 +77,21 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     settings = config.mqtt.settings(board.id)
     near_settings = near.settings(board.id) if near else None
     config.frigate.check_files()
-    config.sampling(_check_bundle(Path(board.bundle), for_server=False).words)
+    bundle = _check_bundle(Path(board.bundle), for_server=False)
+    config.sampling(bundle.words)
     if board.paradigm != "offload":
         installed(board.backend)
     if (store := store_of(config)) is not None:
         print(f"{store.folder}: {len(store.entries())} installed bundle(s), {len(store.trust)} trusted key(s)")
-    for warning in Cameras(config.cameras).check():
-        print(f"warning: {warning}")
+    _warn(Cameras(config.cameras).check())
+    _warn(config.unknown_labels(bundle.manifest.class_names, bundle.manifest.classes))
+    if config.outbox:
+        _warn([check_place("file in [outbox]", Path(config.outbox.file), is_file=True)])
+    if config.updates:
+        _warn([check_place("folder in [updates]", Path(config.updates.folder), is_file=False)])
+    if below := urlsplit(config.frigate.url or "").path.strip("/"):
+        _warn([f"url in [frigate] has the path /{below}: remove it, unless a proxy has Frigate there"])
+    _warn(_metrics(config.metrics))
     print(f"{path}: board {board.id} with {len(config.cameras)} camera(s) is in order")
     for_servers, for_users = board_subscriptions(config)
     checks = [_broker("mqtt", settings, for_servers if near else for_servers + for_users)]
@@ -91,6 +106,25 @@ def _check_bundle(path: Path, for_server: bool) -> "Bundle":
     bundle = open_bundle(path)
     print(f"{path}: bundle {bundle.check(for_server)}")
     return bundle
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in filter(None, warnings):
+        print(f"warning: {warning}")
+
+
+def _metrics(config: "MetricsConfig | None") -> list[str]:
+    """A warning if the host is no address of this machine now. Its port may be that of the program that runs."""
+    if config is None:
+        return []
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(config.host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except OSError as error:
+        why = error.strerror or error
+        return [f"host in [metrics] = {config.host}: {why}: want an address of this machine; until it is, no metrics"]
+    return []
 
 
 def _connect(checks: list[Check]) -> None:

@@ -54,6 +54,10 @@ def check(config: Config) -> str:
         require("transformers")
     if config.openai is None or config.tail:
         require("torch", "safetensors")
+        if server.device != "cpu" and not config.ray:  # the machines of a cluster have devices of their own
+            from server.loading import check_device  # takes seconds
+
+            check_device(server.device)
     bundles = [open_bundle(Path(folder)) for folder in (server.bundle, server.second_bundle) if folder]
     if len({bundle.id for bundle in bundles}) < len(bundles):
         raise ConfigError("bundle and second_bundle are the same bundle: remove second_bundle")

@@ -91,14 +91,19 @@ def _worth(proof: Proof) -> tuple[int, int]:
 
 def prepare_device(device: str, threads: int) -> None:
     """Settings of the whole process that bits depend on. Raises ConfigError if the device is not there."""
+    check_device(device)
+    torch.set_num_threads(threads)
+    # On a GPU: float32 everywhere, and no algorithm that sums in another order at each run.
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError if it is not there."""
     if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f'device = "{device}", but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices: '
             'want device = "cpu", or a driver and a PyTorch that fit the GPU'
         )
-    torch.set_num_threads(threads)
-    # On a GPU: float32 everywhere, and no algorithm that sums in another order at each run.
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
 
 
 def _decoder(bundle: Bundle, tier: str) -> TextDecoder:

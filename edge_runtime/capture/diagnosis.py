@@ -11,11 +11,13 @@ from edge_runtime.capture.login import Login, authorization
 DIAGNOSIS_S = 3.0  # for each wait of the network
 MAX_STATUS_BYTES = 256
 PORTS = {"http": 80, "https": 443, "mms": 1755, "rtmp": 1935, "rtmps": 443, "rtsp": 554, "rtsps": 322, "tcp": 0}
-WORDS: dict[type[OSError], str] = {
+WORDS: dict[type[Exception], str] = {
     FileNotFoundError: "it does not exist: is it plugged in or mounted, and is the path right?",
     PermissionError: "permission denied: let this user read it; for a camera, add the user to the group video",
     TimeoutError: f"no answer within {DIAGNOSIS_S:g} s: is the camera on, and is the address right?",
     ConnectionRefusedError: "connection refused: is the camera on, and is the port right?",
+    ConnectionError: "it closed the connection: are protocol and port of the address right?",
+    http.client.BadStatusLine: "its answer is not HTTP: are protocol and port of the address right?",
 }
 HINTS = {  # by status code of HTTP and RTSP
     400: "the address may be wrong",

@@ -34,7 +34,8 @@ class Frame:
     camera: str
     pixels: np.ndarray  # uint8 RGB [H, W, 3]
     captured_unix: float  # seconds, wall clock: for people
-    captured: float  # seconds, time.monotonic(): for ages and deadlines; of a stream, when its data arrived
+    # Seconds, time.monotonic(): for ages and deadlines. Of a stream, when its data arrived; of a device, as it says.
+    captured: float
     name: str = ""  # of the file it comes from
     encoded: bytes = b""  # the picture as it arrived, if it arrived as a picture
     small: np.ndarray | None = None  # uint8 grey [h, w], for the motion gate, of a picture that is not decoded yet

@@ -53,7 +53,7 @@ class Grabbed(NamedTuple):
 
     started: float  # of the read
     ended: float
-    age_s: float | None  # of the frame's data at the end of the read; None: unknown
+    age_s: float | None  # of the frame at the end of the read; None: unknown
 
 
 class DriverError(CameraError):

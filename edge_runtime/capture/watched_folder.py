@@ -17,7 +17,7 @@ from edge_runtime.capture.frame import CameraError, Counters, Frame
 from edge_runtime.capture.picture_files import SUFFIXES
 from edge_runtime.config import CameraConfig
 from edge_runtime.config.camera_source import WATCH
-from edge_runtime.logs import is_told, printable
+from edge_runtime.logs import printable
 from edge_runtime.picture_checks import MAX_PICTURE_BYTES, PictureError, decode_picture
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ SCAN_SHARE = 0.05  # of the time, at most, goes to listing a large folder
 STABLE_S = 1.0  # a file that has not changed for this time is complete
 MAX_ENTRIES = 50_000  # files and folders; remembering them takes about 10 MB
 MAX_DEPTH = 8  # of folders in folders: cameras make one per day or hour
+
+MAX_LINES, MINUTE_S = 10, 60.0  # of the log, for unreadable files, in this time
 
 Version = tuple[int, int]  # a file's size in bytes and its time of modification in nanoseconds
 
@@ -49,6 +51,7 @@ class WatchedFolder:
         self._read: dict[str, Version] = {}  # path -> the version that was read or refused
         self._growing: dict[str, tuple[Version, float]] = {}  # path -> its version, and since when it has that
         self._refused: set[str] = set()  # paths that have been reported
+        self._lines, self._lines_since = 0, -inf  # of the log, in this minute
 
     def frames(self, stop: threading.Event) -> Iterator[Frame]:
         """New pictures until `stop`. Raises CameraError if the folder cannot be listed or has too many files."""
@@ -158,18 +161,26 @@ class WatchedFolder:
         captured_unix = min(time.time(), status.st_mtime)
         return Frame(self._camera.name, pixels, captured_unix, time.monotonic(), name, data)
 
-    def _unreadable(self, path: str, why: str) -> None:
-        self._counters.unreadable += 1
-        if is_told(self._counters.unreadable):
-            self._log(path, why)
-
     def _refuse(self, path: str, why: str) -> None:
-        """Counts and reports it once."""
+        """Once."""
         if path not in self._refused:
             self._refused.add(path)
-            self._counters.unreadable += 1
-            self._log(path, why)
+            self._unreadable(path, why)
 
-    def _log(self, path: str, why: str) -> None:
-        name = printable(os.path.relpath(path, self._folder), 256)
-        logger.warning("picture unreadable camera=%s name=%s error=%s", self._camera.name, name, printable(why, 256))
+    def _unreadable(self, path: str, why: str) -> None:
+        """Each file is another mistake and has a line of its own, but a full folder of them must not fill the log."""
+        self._counters.unreadable += 1
+        if (now := time.monotonic()) - self._lines_since >= MINUTE_S:
+            self._lines, self._lines_since = 0, now
+        self._lines += 1
+        if self._lines > MAX_LINES:
+            return
+        logger.warning(
+            "picture unreadable camera=%s count=%d name=%s error=%s",
+            self._camera.name,
+            self._counters.unreadable,
+            printable(os.path.relpath(path, self._folder), 256),
+            printable(why, 256),
+        )
+        if self._lines == MAX_LINES:
+            logger.warning("more unreadable pictures are only counted for a minute camera=%s", self._camera.name)

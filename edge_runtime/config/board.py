@@ -4,7 +4,7 @@ docs/CONFIGURATION.md lists every key with its default and its range; a test com
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -296,6 +296,27 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     def sampling(self, words: Sequence[str]) -> dict[str, Options]:
         """By camera. words: the bundle's vocabulary. Raises ConfigError for a stop word that it does not have."""
         return {camera.name: camera.sampling.with_tokens(words) for camera in self.cameras}
+
+    def unknown_labels(self, names: Mapping[str, str], classes: Sequence[str]) -> list[str]:
+        """A warning for each label in a trigger that is no class of the bundle. names: of the classes, by id.
+
+        No error: a server with another bundle may answer pictures, and a newer bundle may have other classes.
+        """
+        warnings = []
+        for camera in self.cameras:
+            for trigger in camera.triggers:
+                for comparison in parse_condition(trigger.when, names).comparisons:
+                    if comparison.question == LABEL and (label := comparison.name) not in classes:
+                        word = re.compile(rf"\b{re.escape(label)}\b", re.IGNORECASE)
+                        like = [name for name in classes if word.search(name)] or list(classes)
+                        advice = (
+                            f"want one of them, such as {', '.join(map(repr, like[:3]))}" if classes else "it has none"
+                        )
+                        warnings.append(
+                            f"camera {camera.name} has a trigger on the label {label!r}, which is no class of the "
+                            f"bundle: {advice}"
+                        )
+        return warnings
 
     def __post_init__(self) -> None:
         """Checks what no single key can say. Raises ConfigError."""

@@ -103,18 +103,20 @@ class Condition:
         return holds(self.part)
 
 
-def parse_condition(text: str) -> Condition:
-    """Raises ConditionError, which says where it ends to be one and what was wanted there."""
+def parse_condition(text: str, label_names: Mapping[str, str] | None = None) -> Condition:
+    """label_names: of labels that may also be given by an id. Raises ConditionError, which says where it ends to be one
+    and what was wanted there.
+    """
     if len(text) > MAX_CONDITION:
         raise ConditionError(f"a condition of {len(text)} characters, want at most {MAX_CONDITION}")
-    return _Parser(text).condition()
+    return _Parser(text, label_names or {}).condition()
 
 
 class _Parser:
     """By recursive descent, one method per rule."""
 
-    def __init__(self, text: str) -> None:
-        self._text, self._at, self._depth = text, 0, 0
+    def __init__(self, text: str, label_names: Mapping[str, str]) -> None:
+        self._text, self._at, self._depth, self._label_names = text, 0, 0, label_names
         self._comparisons: list[Comparison] = []
 
     def condition(self) -> Condition:
@@ -160,7 +162,8 @@ class _Parser:
             part = Bound(operator, self._number("a number", 0, 1, r"[0-9]{1,3}(\.[0-9]{1,9})?"))
         else:
             question = self._name("a question, label, confidence, not or (")
-            part = Comparison(question, self._operator("==", "!="), self._name("a class"))
+            operator, name = self._operator("==", "!="), self._name("a class")
+            part = Comparison(question, operator, self._label_names.get(name, name) if question == LABEL else name)
             self._comparisons.append(part)
         self._depth -= 1
         return part

@@ -72,7 +72,10 @@ def read_toml(path: Path) -> Any:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: name a configuration file that can be read") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from error
+        # What the parser says of porch, 192.168.1.5 and True.
+        is_value = "Invalid value" in str(error) or "end of document after a statement" in str(error)
+        hint = ': text wants quotes, as in id = "porch"; true and false have small letters' if is_value else ""
+        raise ConfigError(f"{path}: not TOML: {error}{hint}") from error
 
 
 def _expanded(value: Any) -> Any:
@@ -100,10 +103,12 @@ def _explain(error: msgspec.ValidationError, data: Any, info: Any) -> str:
         nearest = difflib.get_close_matches(unknown[1], known, 1)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
         return f"unknown key `{json.dumps(unknown[1][:MAX_SHOWN])[1:-1]}`{where}: {hint}"
+    table = re.sub(r"\[[0-9]+\]", "", name)  # a header of TOML has no numbers
     if isinstance(found, dict) and isinstance(info, VarTupleType):
-        return f"[{name}] is a single table: write [[{name}]] with double brackets, once for each of the {name}"
+        many = table.rpartition(".")[2]
+        return f"[{table}] is a single table: write [[{table}]] with double brackets, once for each of the {many}"
     if isinstance(found, list) and isinstance(info, StructType):
-        return f"[[{name}]] is a list of tables: write [{name}] with single brackets, once"
+        return f"[[{table}]] is a list of tables: write [{table}] with single brackets, once"
     shown = re.sub("://.*@", "://...@", json.dumps(found, default=str))  # without the login of a URL
     return f"{name} = {shown[:MAX_SHOWN]}, want {_rule(info)}"
 

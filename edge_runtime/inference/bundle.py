@@ -134,6 +134,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     f"{file.bytes} bytes of {target.file}"
                 )
 
+    @property
+    def class_names(self) -> dict[str, str]:
+        """The names of the classes by their ids; empty if they have none."""
+        return dict(zip(self.class_ids, self.classes, strict=False))
+
 
 class _Versioned(msgspec.Struct):
     """What the manifest of every schema has."""

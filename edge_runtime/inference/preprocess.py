@@ -29,9 +29,13 @@ def to_input(pixels: np.ndarray) -> np.ndarray:
     """uint8 RGB [H, W, 3] to the head's input, uint8 [224, 224, 3]: the whole frame, squashed."""
     if pixels.shape[:2] == (PIXELS, PIXELS):
         return pixels
-    # Halve first: averages of whole pixels are much faster than the general case. 640 x 480 takes half the time.
-    while min(pixels.shape[:2]) >= 2 * PIXELS and not (pixels.shape[0] | pixels.shape[1]) & 1:
+    # Averages of whole pixels are much faster than the general case. So halve first, as long as enough is left, ...
+    while min(pixels.shape[:2]) >= 3 * PIXELS and not (pixels.shape[0] | pixels.shape[1]) & 1:
         pixels = cv2.resize(pixels, (pixels.shape[1] // 2, pixels.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    # ... then to the next multiple. 640 x 480 takes half the time of halving it, and is nearer to the general case.
+    if min(pixels.shape[:2]) >= 2 * PIXELS:
+        height, width = (side // PIXELS * PIXELS for side in pixels.shape[:2])
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
     # Average over areas when shrinking, against aliasing. When enlarging, that would show blocks.
     shrinks = min(pixels.shape[:2]) >= PIXELS
     return cv2.resize(pixels, (PIXELS, PIXELS), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -86,10 +86,14 @@ def _shrunk(
     most = RatedSymbols(latent.symbols(level, MAX_SHRINKAGE), level, groups)
     if (shortest := _longest(most, tables)) > max_bytes:
         return None
-    # The length falls the less the more is shrunk, so it is hardly ever above its chord.
+    # The length falls the less the more is shrunk, so it is hardly ever above its chord. If it is, more is shrunk.
     shrinkage = ceil(MAX_SHRINKAGE * (length - max_bytes) / (length - shortest))
-    features = RatedSymbols(latent.symbols(level, shrinkage), level, groups)
-    return features if _longest(features, tables) <= max_bytes else most
+    for quarter in range(4):
+        more = quarter * (MAX_SHRINKAGE - shrinkage) // 4
+        features = RatedSymbols(latent.symbols(level, shrinkage + more), level, groups)
+        if _longest(features, tables) <= max_bytes:
+            return features
+    return most
 
 
 def _longest(features: RatedSymbols, tables: Tables) -> int:

@@ -1,5 +1,7 @@
 """A trigger: tells once when a condition on a camera's verified answers becomes true. A state machine without I/O."""
 
+from collections.abc import Mapping
+
 from edge_runtime.config.conditions import LABEL, Comparison, parse_condition
 from edge_runtime.wire import Event
 
@@ -12,9 +14,9 @@ class Trigger:
     answers may overtake each other, and an outbox sends what is hours old.
     """
 
-    def __init__(self, when: str) -> None:
-        """Raises ConditionError."""
-        self.when, self.condition = when, parse_condition(when)
+    def __init__(self, when: str, label_names: Mapping[str, str] | None = None) -> None:
+        """label_names: by id. Raises ConditionError."""
+        self.when, self.condition = when, parse_condition(when, label_names)
         self._frame = ""  # the last one that counted
         self._true_in_row = 0
 

@@ -8,22 +8,20 @@ A frame may be coded against an earlier one that both sides have, its reference.
 covers its symbols: if the two sides have different ones, the message is refused.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import repeat
 from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_runtime.wire.entropy import FLAT, rans_decode, rans_encode
+from edge_runtime.wire.entropy import FLAT_STEPS, rans_decode, rans_encode
 from edge_runtime.wire.errors import BitstreamError, ReferenceLostError
 from edge_runtime.wire.tables import Tables, earlier_contexts
 
 FORMAT = 1
 KEPT_FRAMES = 32  # of each board, by a server: twice as many as a board may have cameras
-SAME_OFFSET: Iterable[int] = repeat(2)  # into the codings of tables without a reference
 MAX_OVERHEAD = 6  # bytes of a bitstream besides the ideal code length in whole bytes: header, state, rounding
 
 
@@ -101,17 +99,16 @@ def encode(
         raise BitstreamError("a reference needs tables with seven contexts, and these need a reference")
     channels = tables.channels // tables.groups * groups
     sent, earlier = symbols[:channels], reference.symbols[:channels] if reference else None
-    if sent.min() == -128:
+    content = sent.tobytes()
+    if b"\x80" in content:
         raise BitstreamError("symbol -128 cannot be coded, only -127..127: clip the latent before it is quantised")
-    entries = tables.entries(sent, level, earlier).ravel()
-    frequencies, starts = tables.frequencies.ravel()[entries], tables.starts.ravel()[entries]
-    escaped = np.flatnonzero(np.abs(sent.ravel()) > tables.largest)
-    if escaped.size:
-        frequencies = np.insert(frequencies, escaped + 1, FLAT)
-        starts = np.insert(starts, escaped + 1, (sent.ravel()[escaped].astype(np.int16) + 128) * FLAT)
+    steps = tables.steps(level)[tables.entries(sent, 0, earlier).ravel()]  # level 0: entries within one level
+    if np.abs(sent).max() > tables.largest:
+        escaped = np.flatnonzero(np.abs(sent) > tables.largest)
+        steps = np.insert(steps, escaped + 1, FLAT_STEPS[sent.ravel()[escaped].astype(np.int16) + 128])
     header = Header(level, groups, tables.set_id & 63, reference.name if reference else None).to_bytes()
-    check = _check(tables, header, b"" if earlier is None else earlier.tobytes(), sent.tobytes())
-    return header + rans_encode(frequencies.tolist(), starts.tolist(), check)
+    check = _check(tables, header, b"" if earlier is None else earlier.tobytes(), content)
+    return header + rans_encode(steps.tolist(), check)
 
 
 def decode(data: bytes, tables: Tables, inter: Inter | None = None) -> Decoded:
@@ -150,20 +147,20 @@ def decode(data: bytes, tables: Tables, inter: Inter | None = None) -> Decoded:
 
 def _decode(data: bytes, header: Header, tables: Tables, earlier: NDArray[np.int8] | None = None) -> Decoded:
     """The rest of a message behind its header. earlier: the reference's symbols in the channels that were sent."""
-    size = len(header.to_bytes())
+    begin, area = len(header.to_bytes()), tables.height * tables.width
     channels = tables.codings(header.level)[: header.groups * (tables.channels // tables.groups)]
-    offsets = SAME_OFFSET if earlier is None else (5 * earlier_contexts(earlier.ravel()) + 2).tolist()
-    found, check = rans_decode(data[size:], channels, tables.height, tables.width, tables.largest, offsets)
+    offsets = [[2] * area] * len(channels)
+    if earlier is not None:
+        offsets = (5 * earlier_contexts(earlier).reshape(-1, area) + 2).tolist()
+    found, check = rans_decode(data[begin:], channels, tables.height, tables.width, tables.largest, offsets)
     covered = b"" if earlier is None else earlier.tobytes()
-    if check is not None and check != _check(tables, data[:size], covered, bytes(found)):
+    if check is not None and check != _check(tables, data[:begin], covered, found):
         raise BitstreamError("the check does not match: the message was damaged, or other tables wrote it")
-    complete = len(found) // (tables.height * tables.width)
     symbols = np.zeros(tables.shape, np.int8)
-    whole = found[: complete * tables.height * tables.width]
-    symbols.ravel()[: len(whole)] = np.frombuffer(whole, np.int8)
-    return Decoded(symbols, header, complete, check is not None)
+    symbols.ravel()[: len(found)] = np.frombuffer(found, np.int8)
+    return Decoded(symbols, header, len(found) // area, check is not None)
 
 
-def _check(tables: Tables, header: bytes, earlier: bytes, symbols: bytes) -> int:
+def _check(tables: Tables, header: bytes, earlier: bytes, symbols: bytes | bytearray) -> int:
     """Low 16 bits of the CRC-32 of tables, header, reference and symbols. It covers the tables to detect wrong ones."""
     return crc32(symbols, crc32(earlier, crc32(header, tables.crc))) & 0xFFFF

@@ -98,6 +98,8 @@ class History:
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
         try:
             if file:
+                if not file.parent.is_dir():
+                    raise ConfigError(f"--history {file}: there is no folder {file.parent}: create it first")
                 file.touch(mode=0o600)  # readable by its owner alone: the texts say who is at home
             self._database = sqlite3.connect(file or "", check_same_thread=False)
             self._database.execute(f"PRAGMA max_page_count = {max_bytes // PAGE}")

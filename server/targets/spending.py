@@ -90,6 +90,7 @@ class Spending:
     def _write(self) -> None:
         """Under the lock: the whole file at once, so that a crash leaves the old one or the new one. Raises OSError."""
         assert self._file
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._file.with_name(f"{self._file.name}.new")
         temporary.write_text(json.dumps({"day": self._day, "spent": self._today}))
         os.replace(temporary, self._file)

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 
 from edge_runtime.app import Board, run_board
-from edge_runtime.config import BoardConfig, CameraConfig, MetricsConfig, RuntimeConfig
+from edge_runtime.config import BoardConfig, CameraConfig, MetricsConfig, RuntimeConfig, TriggerConfig
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import INTER_TABLES, TABLES, Bundle, BundleError
@@ -126,6 +127,32 @@ def test_a_board_alone_labels_its_frames_unless_it_is_told_not_to(board_bundle, 
         event = board.next("new")
     has_labels = labels != "never"
     assert (event.label in board_bundle.manifest.classes, "labels" in event.timings_ms) == (has_labels, has_labels)
+
+
+@pytest.mark.parametrize(
+    ("label", "fires", "advice"),
+    [
+        ('"Egyptian cat"', True, ""),
+        ("n02124075", True, ""),
+        ("cat", False, "want one of them, such as 'tabby cat', 'tiger cat', 'Persian cat'"),
+        ("fish-like", False, "want one of them, such as 'tench'"),
+    ],
+)
+def test_a_trigger_takes_a_label_by_name_or_id_and_warns_of_another(broker, photos, caplog, label, fires, advice):
+    camera = CameraConfig("door", photos, triggers=(TriggerConfig(f"label == {label}"),))
+    board = Board(
+        RuntimeConfig(
+            BoardConfig(BOARD, "models/zoo/everyday-lite0", paradigm="offload"), (camera,), MqttConfig(port=broker.port)
+        )
+    )
+    seen = {"label": "Egyptian cat", "scores": {"Egyptian cat": 0.9}}
+    captured = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    board.events.publish(Event(type="update", frame="1", camera="door", captured=captured, final=True, **seen))
+    (stop := threading.Event()).set()
+    board.run(stop)
+    assert board.events.triggered == int(fires)
+    warning = f"camera door has a trigger on the label {label!r}, which is no class of the bundle: {advice}"
+    assert (warning in caplog.text) == (not fires)
 
 
 def test_a_running_board_is_online_and_says_what_it_is(board_bundle, broker, photos):

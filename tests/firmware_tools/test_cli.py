@@ -340,8 +340,9 @@ def test_a_command_whose_package_is_missing_says_how_to_install_it(config: Calla
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_named(config: Callable[..., Path]) -> None:
-    assert_one_line(aiflow("serve", config(SERVER, 'device = "cuda"')), 'device = "cuda", but PyTorch', "want device")
+@pytest.mark.parametrize("command", ["validate", "serve"])
+def test_a_device_that_is_not_there_is_named(config: Callable[..., Path], command: str) -> None:
+    assert_one_line(aiflow(command, config(SERVER, 'device = "cuda"')), 'device = "cuda", but PyTorch', "want device")
 
 
 def test_a_bundle_in_order_validates(config: Callable[..., Path]) -> None:

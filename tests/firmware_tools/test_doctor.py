@@ -64,6 +64,15 @@ def found_by(name: str, path: Path) -> Finding:
 # ---- the whole ----
 
 
+def test_a_trigger_on_a_label_that_the_bundle_does_not_have_is_a_warning(config: Callable[..., Path]) -> None:
+    path = config("mqtt")
+    assert found_by("bundle", path).status == "ok"
+    trigger = "[[cameras.triggers]]\nwhen = 'label == nobody'\n[mqtt]"
+    path.write_text(path.read_text().replace("[mqtt]", trigger))
+    finding = found_by("bundle", path)
+    assert (finding.status, "trigger on the label 'nobody'" in finding.advice) == ("warning", True)
+
+
 def test_a_board_without_a_configuration_has_its_system_checked(capsys: pytest.CaptureFixture[str]) -> None:
     code, checks = examine(capsys)
     assert list(checks) == HOST
@@ -113,14 +122,20 @@ def test_an_installed_bundle_that_is_damaged_is_named_although_the_one_of_the_co
 
 @pytest.mark.parametrize("kept", ['[outbox]\nfile = "/proc/outbox"', '[updates]\nfolder = "/proc/bundles"'])
 def test_a_disk_that_cannot_be_written_is_a_failure_if_the_board_keeps_something_there(
-    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
+    config: Callable[..., Path], tmp_path: Path, kept: str
 ) -> None:
-    monkeypatch.setattr(host_checks.os, "access", lambda *_: False)  # root may write anywhere
     path = config(str(tmp_path / "photo.jpg"))
     assert found_by("disk", path).status == "ok"
     path.write_text(f"{path.read_text()}\n{kept}\n")
     finding = found_by("disk", path)
     assert (finding.status, finding.found) == ("failure", "/proc: not writable for this user")
+
+
+def test_each_folder_where_the_board_keeps_something_is_checked(config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "a-file").touch()
+    here, no_folder = f'[outbox]\nfile = "{tmp_path}/o"\n', f'[updates]\nfolder = "{tmp_path}/a-file/bundles"\n'
+    finding = found_by("disk", config("mqtt", more=here + no_folder))
+    assert (finding.status, finding.found) == ("failure", f"{tmp_path}/a-file: is a file, not a folder")
 
 
 def test_what_is_broken_is_named_and_the_rest_is_checked(

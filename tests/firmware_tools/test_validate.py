@@ -85,6 +85,75 @@ def test_a_camera_of_frigates_is_checked_as_far_as_that_is_possible(
     ]
 
 
+def test_a_trigger_on_a_label_that_the_bundle_does_not_have_is_a_warning(
+    board: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trigger = "[[cameras.triggers]]\nwhen = 'label == {}'\n[mqtt]"
+    path, warned = board(1), {}
+    text = path.read_text()
+    for label in ("nobody", "dog"):
+        path.write_text(text.replace("[mqtt]", trigger.format(label)))
+        check(path)
+        warned[label] = "warning: camera door has a trigger on the label" in capsys.readouterr().out
+    assert warned == {"nobody": True, "dog": False}
+
+
+def check(path: Path) -> None:
+    validate.run(argparse.Namespace(path=path, connect=False))
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ('[outbox]\nfile = "{0}/board.toml/outbox.sqlite"\n', "board.toml is a file, not a folder"),
+        ('[outbox]\nfile = "{0}"\n', "is a folder: name a file in it"),
+        ('[updates]\nfolder = "{0}/board.toml"\n', "board.toml is a file, not a folder"),
+    ],
+)
+def test_a_place_that_nobody_can_write_is_refused(
+    board: Callable[..., Path], tmp_path: Path, kept: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check(board(1, more=kept.format(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("more", "warning"),
+    [
+        ('[outbox]\nfile = "/proc/x/outbox.sqlite"\n', "file in [outbox] = .*: /proc is not writable for this user"),
+        ('[updates]\nfolder = "/proc/x"\n', "folder in [updates] = .*: /proc is not writable for this user"),
+        ('[metrics]\nport = 1\nhost = "192.0.2.1"\n', "host in [metrics] = 192.0.2.1: Cannot assign"),
+        ('[frigate]\nurl = "http://127.0.0.1/x/api"\n', "url in [frigate] has the path /x/api: remove it"),
+        ('[outbox]\nfile = "{0}/a/b/outbox.sqlite"\n[metrics]\nport = 1\n', ""),
+    ],
+)
+def test_what_may_work_later_or_elsewhere_is_a_warning(
+    board: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, warning: str
+) -> None:
+    source = "frigate" if "frigate" in more else str(tmp_path / "0.jpg")
+    check(board(1, source=source, more=more.format(tmp_path)))
+    said = capsys.readouterr().out
+    assert ("warning:" in said) == bool(warning)
+    assert re.search(warning.replace("[", r"\["), said)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_server_has_its_places_and_its_metrics_checked(
+    board_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "server.toml"
+    openai = '[openai]\nmodel = "m"\ninput_price = 1.0\nbudget_per_day = 1.0\nspent_file = "{}/spent.json"\n'
+    head = '[server]\nid = "s1"\ntarget = "openai:http://127.0.0.1:1/v1"\n[metrics]\nport = 1\nhost = "192.0.2.1"\n'
+    path.write_text(head + openai.format("/proc/x"))
+    check(path)
+    said = capsys.readouterr().out
+    assert "warning: spent_file in [openai] = /proc/x/spent.json: /proc is not writable for this user" in said
+    assert "warning: host in [metrics] = 192.0.2.1: " in said
+    path.write_text(head + openai.format(path))
+    with pytest.raises(ConfigError, match=r"spent_file in \[openai\] = .* is a file, not a folder"):
+        check(path)
+
+
 def test_it_does_not_disconnect_the_board_that_runs(board: Callable[..., Path], broker: Mosquitto) -> None:
     connect(board(broker.port))
     assert "as b1-validate " in broker.said()

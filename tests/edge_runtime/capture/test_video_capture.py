@@ -1,10 +1,13 @@
 """OpenCV in a process of its own: it hangs, crashes, is stopped or killed, and nothing is left of it."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -231,6 +234,24 @@ with VideoCapture(CameraConfig("door", "/dev/video0"), threading.Event()) as cap
             process.suspend()
         board.kill()
     until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE)
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler is installed")
+@pytest.mark.parametrize("clock", ["monotonic", "time", ""])
+def test_a_frame_of_a_device_has_the_time_that_its_driver_gives(stop, tmp_path, monkeypatch, clock):
+    """In OpenCV's own V4L2 code, of the clock that drivers use; there is none from another clock or without a time."""
+    library, captured = tmp_path / "v4l2.so", getattr(time, clock)() - 0.5 if clock else 0.0
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, ROOT / "tests/fake_driver/v4l2.c"], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    monkeypatch.setenv("FAKE_TIMESTAMP_US", str(int(1e6 * captured)))
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as device:
+        device.write(bytes([200]) * 64 * 48 * 3)
+        device.flush()
+        with VideoCapture(CameraConfig("door", device.name, stall_s=PATIENCE_S), stop) as capture:
+            read = capture.grab()
+            assert read
+            assert (capture.retrieve() == 200).all()
+    assert read.age_s == (pytest.approx(read.ended - captured, abs=1e-5) if clock == "monotonic" else None)
 
 
 # ---- a stream ----

@@ -2,6 +2,7 @@
 
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -147,6 +148,26 @@ def test_a_huge_file_is_refused_by_name_once_however_it_grows(folder, stop, capl
     assert watching.next() == ("after.jpg", 50)
     assert watching.counters.unreadable == 1
     assert caplog.text.count("name=huge.jpg error=it has 10737418240 bytes, at most 33554432 are read") == 1
+
+
+def test_each_unreadable_file_has_a_line_until_there_are_too_many(folder, stop, caplog, monkeypatch):
+    monkeypatch.setattr(watched_folder, "MAX_LINES", 6)
+    monkeypatch.setattr(watched_folder, "MINUTE_S", 600.0)
+    for number in range(7):
+        (folder / f"{number}.jpg").write_bytes(b"no picture" + jpeg(10)[: 10 * number])
+    (folder / "huge.jpg").touch()
+    os.truncate(folder / "huge.jpg", 10 << 30)
+    watching = Watching(folder, stop, existing=True)
+    until(lambda: watching.counters.unreadable == 8)
+    assert re.findall(r"count=(\d+) name=(\S+)", caplog.text) == [
+        ("1", "huge.jpg"),
+        *((str(number + 2), f"{number}.jpg") for number in range(5)),
+    ]
+    assert caplog.text.count("only counted for a minute camera=door") == 1
+    monkeypatch.setattr(watched_folder, "MINUTE_S", 0.0)  # it is over
+    (folder / "later.jpg").write_bytes(b"no picture")
+    until(lambda: watching.counters.unreadable == 9)
+    until(lambda: "count=9 name=later.jpg" in caplog.text)
 
 
 def test_links_are_followed_even_in_circles_and_broken_ones_are_named_once(folder, stop, tmp_path, caplog):

@@ -246,6 +246,24 @@ def test_what_is_not_toml_is_refused(tmp_path, text):
         load(tmp_path, text)
 
 
+@pytest.mark.parametrize("value", ["porch", "192.168.1.5", "/dev/video0", "True"])
+def test_a_value_that_is_none_is_refused_with_its_line_and_what_is_wanted(tmp_path, value):
+    with pytest.raises(ConfigError, match=r"not TOML: .* \(at line 2, .*text wants quotes.*small letters"):
+        load(tmp_path, f"[board]\nid = {value}\n")
+
+
+@pytest.mark.parametrize(
+    ("table", "header"),
+    [
+        ("[cameras.triggers]\nwhen = 'label == cat'\n", r"write \[\[cameras\.triggers\]\] .* each of the triggers$"),
+        ("[[cameras.motion]]\nenabled = true\n", r"write \[cameras\.motion\] with single brackets"),
+    ],
+)
+def test_a_table_of_the_wrong_kind_is_named_as_toml_has_it(tmp_path, table, header):
+    with pytest.raises(ConfigError, match=header):
+        load(tmp_path, BOARD + CAMERA + table)
+
+
 def test_a_file_too_large_for_a_configuration_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="larger than"):
         load(tmp_path, "#" * (MAX_CONFIG_BYTES + 1))

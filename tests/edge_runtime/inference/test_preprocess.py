@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -32,6 +33,14 @@ def test_the_whole_frame_is_seen_at_any_size(size):
 def test_shrinking_averages_so_that_fine_patterns_turn_grey(side):
     board = np.indices((side, side)).sum(0) % 2 * 255
     assert np.abs(to_input(np.dstack(3 * [board.astype(np.uint8)])).astype(int) - 127).max() < 10
+
+
+@pytest.mark.parametrize(("width", "height"), [(512, 512), (640, 480), (800, 600), (1920, 1080)])
+def test_the_fast_ways_to_shrink_differ_little_from_an_average_over_areas(width, height):
+    noise = np.random.default_rng(0).integers(0, 256, (height // 2, width // 2, 3), np.uint8)
+    picture = cv2.resize(noise, (width, height), interpolation=cv2.INTER_LINEAR)
+    exact = cv2.resize(picture, (PIXELS, PIXELS), interpolation=cv2.INTER_AREA)
+    assert np.abs(to_input(picture).astype(int) - exact).mean() < 2
 
 
 def test_a_frame_of_the_inputs_size_stays_as_it_is():

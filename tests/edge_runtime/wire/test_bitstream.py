@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edge_runtime.wire import BitstreamError
 from edge_runtime.wire.bitstream import Header, decode, encode
-from edge_runtime.wire.entropy import rans_encode
+from edge_runtime.wire.entropy import FLAT, rans_encode, steps_of
 from edge_runtime.wire.tables import Tables, cost_bits, neighbour_signs
 
 Symbols = NDArray[np.int8]
@@ -147,8 +147,9 @@ def test_more_groups_than_the_tables_have_are_refused(tables: Tables):
 def test_an_escape_that_no_encoder_writes_is_refused(tables: Tables, value: int):
     context = (tables.frequencies.shape[2] - 1) // 2
     escape, start = tables.frequencies[0, 0, context, -1], tables.starts[0, 0, context, -1]
+    steps = steps_of([int(escape), FLAT], [int(start), FLAT * (value + 128)]).tolist()
     with pytest.raises(BitstreamError, match="unnecessary escape"):
-        decode(b"\x10\xb3" + rans_encode([int(escape), 16], [int(start), 16 * (value + 128)], 0), tables)
+        decode(b"\x10\xb3" + rans_encode(steps, 0), tables)
 
 
 def test_other_tables_are_caught_even_with_the_same_id(tables: Tables, frames: Symbols):

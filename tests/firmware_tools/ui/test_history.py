@@ -136,7 +136,9 @@ def test_a_file_of_another_program_is_refused_and_left_alone(tmp_path: Path):
         database.execute("CREATE TABLE states(id)")
     text.write_text("no database at all, and long enough to be read as one" * 100)
     before = foreign.read_bytes(), text.read_bytes()
-    for file in (foreign, text, tmp_path / "nowhere" / "history", tmp_path):
+    with pytest.raises(ConfigError, match=r"there is no folder .*nowhere: create it"):
+        History(tmp_path / "nowhere" / "history")
+    for file in (foreign, text, tmp_path):
         with pytest.raises(ConfigError, match="name a file that this command has written"):
             History(file)
     assert (foreign.read_bytes(), text.read_bytes()) == before

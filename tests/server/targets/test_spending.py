@@ -71,7 +71,12 @@ def test_a_file_that_is_none_of_ours_is_named_and_kept(tmp_path: Path, content: 
 
 def test_a_file_that_cannot_be_written_is_found_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written: No such file"):
-        Spending(1.0, 0.1, tmp_path / "none" / "spent.json")
+        Spending(1.0, 0.1, Path("/proc/none/spent.json"))
+
+
+def test_the_folder_of_the_file_is_created(tmp_path: Path) -> None:
+    Spending(1.0, 0.1, tmp_path / "none" / "spent.json")
+    assert (tmp_path / "none" / "spent.json").is_file()
 
 
 @given(st.lists(st.floats(0, 2), max_size=30), st.floats(0.01, 1), st.floats(1, 10))
