@@ -150,7 +150,7 @@ def test_a_refused_value_is_shown_with_its_rule_in_words(tmp_path, text, found):
     [
         (BOARD + CAMERA.replace("[[cameras]]", "[cameras]"), r"write \[\[cameras\]\] with double brackets"),
         (BOARD.replace("[board]", "[[board]]") + CAMERA, r"write \[board\] with single brackets"),
-        (BOARD + CAMERA + "[[cameras.motion]]\nenabled = true\n", r"write \[cameras\[0\].motion\] with single"),
+        (BOARD + CAMERA + "[[cameras.motion]]\nenabled = true\n", r"write \[cameras\.motion\] with single"),
     ],
 )
 def test_brackets_of_the_wrong_number_are_explained(tmp_path, text, found):
