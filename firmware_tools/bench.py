@@ -338,7 +338,7 @@ def measure_server(
     if args.tier == "lm":
         from benchmarks import speculation
 
-        rounds = getattr(args, "rounds", 5)
+        rounds = getattr(args, "rounds", 3)
         return speculation.run_language(bundle, symbols, drafts, head_ms + draft_ms, rounds, args.threads)
     match args.part:
         case "server":

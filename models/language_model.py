@@ -2,7 +2,7 @@
 
 A projector (`Eyes`) turns the tail's features into picture tokens, which the model reads among its words, as LLaVA does
 (Liu et al., arXiv 2304.08485). Low-rank changes of its layers (Hu et al., arXiv 2106.09685) teach it to write captions.
-Both together are a few megabytes, and are stored apart from the model.
+Both together are ten megabytes, and are stored apart from the model.
 
 Shapes: B batch, T tokens, N = 16 picture tokens, D = 576 their width.
 """

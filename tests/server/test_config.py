@@ -110,7 +110,7 @@ def test_plain_http_off_this_machine_must_be_allowed(tmp_path: Path, address: st
     "target", ["openai", "openai:ftp://x/v1", "openai:http://a b/v1", "vllm:x", "hf:", "hf:a b", "", "bundle "]
 )
 def test_a_target_of_no_kind_is_refused(tmp_path: Path, target: str) -> None:
-    with pytest.raises(ConfigError, match='want "bundle", "openai:http'):
+    with pytest.raises(ConfigError, match='want "bundle", "lm", "openai:http'):
         load_toml(written(tmp_path, OPENAI.replace("openai:http://127.0.0.1:8080/v1", target) + TABLE), Config)
 
 
