@@ -87,7 +87,7 @@ def pretrained(dtype: torch.dtype = torch.float32) -> Pretrained:
 
 
 def question(words: str, labels: str) -> str:
-    """What a user says about the picture. labels: the words of the likeliest labels; empty: none are told."""
+    """The question with the words of the likeliest labels, if there are any."""
     return f"{words}\nLabels: {labels}." if labels else words
 
 

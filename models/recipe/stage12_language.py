@@ -1,8 +1,8 @@
 """A pretrained language model learns to see: it reads the tail's features among its words, and writes captions.
 
-Its own weights stay. What learns is the projector that makes picture tokens of features, and low-rank changes of its
-layers (models/language_model.py). It learns people's captions, the cloud's texts about the same photos, and to answer
-whether a thing is in the picture.
+Its own weights do not change. The training changes a projector, which makes picture tokens of features, and low-rank
+additions to its layers (models/language_model.py). It learns people's captions, the cloud's texts about the same
+photos, and to answer whether a thing is in the picture.
 
 All texts about a photo share one pass: a token sees the picture, its question and the earlier tokens of its own text.
 """

@@ -1,7 +1,7 @@
 """A pretrained language model that reads features of boards: SmolLM2-135M with a projector (models/language_model.py).
 
 It is a model of transformers like any other, but its picture tokens come from the bundle's own tail, also for pictures
-that boards send whole. It is told the likeliest labels in words, and its answers have them.
+that boards send whole. Its prompt contains the words of the likeliest labels, and its answers have labels.
 """
 
 from collections.abc import Mapping, Sequence

@@ -94,7 +94,7 @@ class PictureJob:
     prompt: str = ""  # name of one of the target's prompts; empty: its usual one
     earlier: tuple[EarlierPicture, ...] = ()  # the oldest first; for a prompt that shows several pictures
     image_tokens: Any = None  # of a latent, in place of the picture: a Tensor [N, D], or its text of image_embeds.py
-    labels_told: str = ""  # words of the likeliest labels, for a model that is told them
+    labels_told: str = ""  # words of the likeliest labels, which the prompt of some models contains
     scores: Mapping[str, float] = field(default_factory=dict)  # of the likeliest labels, as in the answer
 
 

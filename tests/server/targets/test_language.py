@@ -12,14 +12,14 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.wire import Status, encode_labels
 from server.app import check, load_target
 from server.config import Config, LanguageConfig, ServerConfig
-from server.pictures import PictureDecoder
 from server.prompts import PromptConfig
 from server.reply_cache import ReplyCache
 from server.service import Service
 from server.targets.language import LanguageTarget
 from tests.bundles import tiny_bundle
-from tests.server.boards import Lane, is_balanced, request
+from tests.server.boards import request
 from tests.server.targets.seeing_model import write_cached
+from tests.server.targets.test_huggingface_target import replies as served
 from tests.server.targets.test_target import picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")  # of its own calls of numpy
@@ -47,15 +47,7 @@ def target(config: Config) -> LanguageTarget:
 
 
 def replies(config: Config, target: LanguageTarget, *requests: object) -> list[object]:
-    service, lane = Service(config.server, target, ReplyCache()), Lane()
-    with PictureDecoder() as decoder:
-        for each in requests:
-            service.receive(lane.arrival(each))
-            service.decode_picture(decoder)
-    while len(service.batcher):
-        service.answer(service.batcher.take(0))
-    assert is_balanced(service)
-    return lane.replies
+    return served(Service(config.server, target, ReplyCache()), *requests)
 
 
 def test_a_latent_is_answered_with_text_and_labels_whatever_the_draft(config, target, bundle: Bundle) -> None:
