@@ -147,11 +147,12 @@ def _more_than_a_host(scheme: str, login: str, name: str, port: str) -> str:
     elif len(port) > 5 or not 1 <= int(port) <= 65535:
         port = "1 to 65535"
     wanted = f'host = "{name[:128]}", port = {port}{", tls = true" * uses_tls}'
+    options = f"--broker {name[:128]} --broker-port {port}{' --tls' * uses_tls}"
     if login:
         user = login.partition(":")[0][:128]
         wanted += f', username = "{user}" and password_file = "/etc/aiflow/password" with the password in it'
-    names = ["--broker", "--broker-port", *(["--tls"] * uses_tls), *(["--username", "--password-file"] * bool(login))]
-    return f'mqtt host = "{shown}" is more than a host, want {wanted} (as options: {", ".join(names)})'
+        options += f" --username {user} --password-file FILE"
+    return f'mqtt host = "{shown}" is more than a host, want {wanted}; as options: {options}'
 
 
 def is_loopback(host: str) -> bool:

@@ -25,7 +25,7 @@ def password(tmp_path: Path) -> Path:
     [
         ("mqtts://broker.lan:8884", 'want host = "broker.lan", port = 8884, tls = true'),
         ("mqtts://broker.lan", 'want host = "broker.lan", port = 8883, tls = true'),
-        ("mqtt://broker.lan/x", 'want host = "broker.lan", port = 1883 '),
+        ("mqtt://broker.lan/x", 'want host = "broker.lan", port = 1883; as options'),
         ("mqtt://broker.lan:99999", 'want host = "broker.lan", port = 1 to 65535'),
         ("broker.lan:99999", 'want host = "broker.lan", port = 1 to 65535'),
         ("broker.lan:8883", 'want host = "broker.lan", port = 8883'),
