@@ -14,7 +14,6 @@ from edge_runtime.mqtt.settings import is_loopback
 from edge_runtime.password_file import read_token
 from edge_runtime.wire import MAX_ENVELOPE
 from edge_runtime.wire.envelope import Share
-from models.captions import QUESTION
 from server.escalation import Bounds
 from server.prompts import DEFAULT, Prompt, PromptConfig, check_usual, read_prompts
 
@@ -233,8 +232,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
     def read_prompts(self) -> dict[str, Prompt]:
         """By name, with those that the target brings. Raises ConfigError."""
-        own = {CAPTION: PromptConfig(QUESTION)} if self.server.target == "lm" else {}
-        return read_prompts(own | self.prompts)
+        if self.server.target != "lm":
+            return read_prompts(self.prompts)
+        from models.captions import QUESTION  # a server of other targets may have no models
+
+        return read_prompts({CAPTION: PromptConfig(QUESTION)} | self.prompts)
 
     def check_target(self) -> None:
         """Raises ConfigError if the target lacks what it needs, or has what it cannot use."""
