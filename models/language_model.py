@@ -220,13 +220,12 @@ TEMPLATE = """{%- for message in messages -%}
 """
 
 
-def installed(learnt: Path, bundle: Bundle, cache: Path | None = None) -> Path:
+def installed(learnt: Path, changes: dict[str, Tensor], cache: Path | None = None) -> Path:
     """The folder of the whole model, which transformers loads; written at the first time, 270 MB in about a minute.
 
-    cache: where it is; None: in the user's cache. Raises ConfigError.
+    learnt: the file that `changes` were read from. cache: where it is; None: in the user's cache. Raises ConfigError.
     """
     cache = cache or cache_folder()
-    changes = read_learnt(learnt, bundle).changes
     if (folder := whole_folder(learnt, cache)).is_dir():
         return folder
     try:

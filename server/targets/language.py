@@ -98,8 +98,8 @@ def load_language(settings: Config, bundle: Bundle) -> LanguageTarget:
     """At the first time, writes the whole model into a cache, which takes a minute. Raises ConfigError."""
     server, config = settings.server, settings.lm
     learnt = Path(config.weights) if config.weights else SHIPPED
-    eyes = read_learnt(learnt, bundle).eyes
-    folder = installed(learnt, bundle, Path(config.cache) if config.cache else None)
+    eyes, changes = read_learnt(learnt, bundle)
+    folder = installed(learnt, changes, Path(config.cache) if config.cache else None)
     model = HuggingFaceTarget.load(str(folder), config.dtype, server.device, server.threads)
     model.tower = Tower(model.loaded, TOWER_PIXELS, QUESTION)
     engine = load_engine(bundle, (), server.device, server.threads)
