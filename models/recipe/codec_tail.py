@@ -22,7 +22,7 @@ from models.family import Tail
 from models.recipe import stage2_views, stage3_bottleneck
 from models.recipe.depthwise import use_matrices
 from models.recipe.stage3_bottleneck import GAINS, divergence
-from models.recipe.stage4_head import float_symbols, trained_head
+from models.recipe.stage4_head import float_head, float_symbols
 from models.recipe.training import Training
 from models.recipe.workspace import Workspace, channels_last
 
@@ -47,7 +47,7 @@ def run(work: Workspace, settings: Settings, out: Path) -> None:
     torch.manual_seed(12)
     rng = np.random.default_rng(12)
     photos = work.array("photos-train")
-    head = trained_head(work).requires_grad_(False)
+    head = float_head(work).requires_grad_(False)
     backbone = channels_last(pretrained_lite0()).to(torch.bfloat16).requires_grad_(False)
     net = Tail(len(GAINS))
     net.load_state_dict(work.averaged(stage3_bottleneck.NAME, "tail."))
