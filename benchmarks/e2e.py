@@ -19,11 +19,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.e2e_figures import BASELINE, PhotoOutcome, against_oracle, compared, outcome_of, slots_of
 from benchmarks.e2e_site import DEADLINE_S, MeasuredBoard, Site, machine, run_site
-from benchmarks.quality import Chain, Photos, score
+from benchmarks.quality import Photos, proven_chain, score
 from edge_runtime.capture.picture_files import Picture
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
@@ -32,9 +32,6 @@ from testbed.link_simulator import LinkSimulator
 from testbed.sample_photos import to_jpeg
 from testbed.shaping import Profile
 from testbed.terminal import track
-
-if TYPE_CHECKING:
-    from server.engine import Engine
 
 # The board's configured paradigm for each.
 PARADIGMS = {
@@ -124,16 +121,10 @@ def _fitting(photo: Picture) -> Picture:
 
 def smallest_jpeg(bundle: Bundle, case: Case) -> int:
     """The smallest JPEG quality of LADDER that keeps the baseline's CIDEr on these photos, without a network."""
-    from server.loading import load_engine
-
-    threads = os.cpu_count() or 1
-    if case.target == "lm":
-        from benchmarks.language import LanguageEngine
-
-        engine: Engine = LanguageEngine(bundle, threads)
-    else:
-        engine = load_engine(bundle, ["cloud"], threads=threads)
-    chain = Chain(bundle, "offload", "onnx", "cloud", engine)
+    tier = "lm" if case.target == "lm" else "cloud"
+    chain = proven_chain(bundle, "offload", tier, "onnx", threads=os.cpu_count() or 1)
+    engine = chain.engine
+    assert engine  # "offload" has a server
 
     def cider_of(quality: int) -> float:
         chain.plan = replace(chain.plan, jpeg_quality=quality)

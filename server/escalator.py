@@ -61,11 +61,13 @@ class Escalator:
         self._count, self._finish = count, finish
         self._lock = threading.Lock()  # over the next two
         self._ranks, self._allowances = Ranks(), Allowances(bounds.max_requested_share)
+        # By `id`: of a request that came again after ReplyCache's max_flight_s, two copies may wait.
+        self._waiting: set[int] = set()
         self._first_replies: dict[Key, bytes] = {}  # for a board that asks again because it lost the first reply
 
     def __len__(self) -> int:
         """Requests that wait for the tier above. Any thread."""
-        return len(self._first_replies)
+        return len(self._waiting)
 
     def first_reply(self, key: Key) -> bytes | None:
         """What the board of a request that waits for the tier above was told last. Any thread."""
@@ -109,6 +111,7 @@ class Escalator:
 
     def _reply_for_now(self, asked: AskedAbove) -> None:
         data = encode_reply(msgspec.structs.replace(asked.latest, final=False))
+        self._waiting.add(id(asked))
         self._first_replies[asked.accepted.key] = data
         asked.accepted.arrival.reply(data, asked.accepted.deadline - time.monotonic())
 
@@ -130,4 +133,5 @@ class Escalator:
                 self._count("unchanged", "")
             else:
                 self._count("changed", asked.reason)  # that of "explore" says what the bounds miss
+        self._waiting.discard(id(asked))
         self._finish(asked.accepted, msgspec.structs.replace(asked.latest, final=True))

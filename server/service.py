@@ -412,9 +412,9 @@ class Service:
             self._count("setting", "set" if is_set else "refused")
         return is_set is not None
 
-    def engine_hangs(self) -> None:
+    def engine_hangs(self, is_new: bool) -> None:
         """Its present batch has taken too long: what waits behind it is given to other servers."""
-        self._count("late")
+        self._count("late", count=is_new)
         self._hand_back("the engine of this server hangs: another one may answer")
 
     def _hand_back(self, why: str) -> None:

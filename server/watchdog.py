@@ -61,8 +61,8 @@ class Watchdog:
                 self._gateway.suspend(why)
             else:
                 self._gateway.resume()
-        if starts_to_hang:
-            self._service.engine_hangs()
+        if self._hangs:  # at each look: a request may have been queued since
+            self._service.engine_hangs(is_new=starts_to_hang)
         if self._service.load_questions():
             self._next_beat = now  # the status says at once what became of the message
         if now >= self._next_beat:

@@ -51,7 +51,7 @@ MAY_IMPORT = {
         ),
         *("edge_runtime.errors", "edge_runtime.shutdown", "edge_runtime.reporting", "edge_runtime.sd_notify"),
         *("edge_runtime.inference.preprocess", "edge_runtime.inference.bundle", "edge_runtime.inference.sampling"),
-        "edge_runtime.bounded_file",
+        *("edge_runtime.bounded_file", "edge_runtime.disk"),
         "edge_runtime.cores",
         "edge_runtime.picture_checks",
         "edge_runtime.http_call",

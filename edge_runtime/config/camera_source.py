@@ -70,8 +70,20 @@ def check_source_keys(source: str, keys: Mapping[str, Any]) -> None:
         raise ConfigError(f'source = "{WATCH}" names no folder: write {WATCH}/srv/ftp/cam')
     if kind == "address":
         _check_address(source, keys)
+    elif _contains_password(source.removeprefix(WATCH)):
+        raise ConfigError(
+            'source contains a password and is not an address: write source = "rtsp://camera.lan/...", '
+            'username = "..." and password_file = "/etc/aiflow/camera-password", whose first line is the password'
+        )
     if topic := keys.get("topic"):
         _check_topic(topic)
+
+
+def _contains_password(path: str) -> bool:
+    """Whether a path is meant as an address with a password. One that begins with /, . or ~ may contain : and @."""
+    query = parse_qsl(path.partition("?")[2])
+    is_path = re.match(r"/(?!/)|[.~]", path)
+    return any(key.lower() in PASSWORD_KEYS for key, _ in query) or bool(not is_path and re.search("(?s):.*@", path))
 
 
 def _check_address(source: str, keys: Mapping[str, Any]) -> None:

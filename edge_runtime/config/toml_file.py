@@ -26,6 +26,7 @@ from msgspec.inspect import (
 )
 
 from edge_runtime.bounded_file import read_bounded
+from edge_runtime.config.camera_source import PASSWORD_KEYS
 from edge_runtime.errors import ConfigError
 
 MAX_CONFIG_BYTES = 256 * 1024
@@ -109,8 +110,14 @@ def _explain(error: msgspec.ValidationError, data: Any, info: Any) -> str:
         return f"[{table}] is a single table: write [[{table}]] with double brackets, once for each of the {many}"
     if isinstance(found, list) and isinstance(info, StructType):
         return f"[[{table}]] is a list of tables: write [{table}] with single brackets, once"
-    shown = re.sub("://.*@", "://...@", json.dumps(found, default=str))  # without the login of a URL
-    return f"{name} = {shown[:MAX_SHOWN]}, want {_rule(info)}"
+    return f"{name} = {_shown(found)}, want {_rule(info)}"
+
+
+def _shown(value: Any) -> str:
+    """As JSON, without what may be a login: in a text, all before an @, and what follows a word for a password."""
+    shown = re.sub(r'"([a-z]+://)?(?:[^"\\]|\\.)*@', r'"\1...@', json.dumps(value, default=str))
+    words = "|".join(sorted(PASSWORD_KEYS))
+    return re.sub(rf'(?i)\b({words})=(?:[^"\\&]|\\.)*', r"\1=...", shown)[:MAX_SHOWN]
 
 
 def _at(path: str, data: Any, info: Any) -> tuple[Any, Any]:

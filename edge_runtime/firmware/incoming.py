@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_runtime.disk import replace_file, sync_file, sync_folder
 from edge_runtime.errors import AiflowError
-from edge_runtime.firmware.disk import replace_file, sync_file, sync_folder
 from edge_runtime.firmware.signature import SIGNATURE, SignatureError, Statement, read_signature
 from edge_runtime.inference.bundle import (
     INTER_TABLES,

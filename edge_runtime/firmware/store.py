@@ -26,7 +26,7 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from edge_runtime.firmware.disk import replace_file, sync_folder
+from edge_runtime.disk import replace_file, sync_folder
 from edge_runtime.firmware.incoming import Incoming, StoreError, board_files
 from edge_runtime.firmware.signature import (
     MAX_VERSION,

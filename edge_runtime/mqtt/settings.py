@@ -142,17 +142,17 @@ def _more_than_a_host(scheme: str, login: str, name: str, port: str) -> str:
     """What to write in place of a URL, or of a host with a port or a login. Does not show the password."""
     shown = f"{scheme}://" * bool(scheme) + "...@" * bool(login) + name[:128] + f":{port[:5]}" * bool(port)
     uses_tls = scheme.lower() in ("mqtts", "ssl", "tls", "wss")
-    if not port:
+    is_wrong = bool(port) and (len(port) > 5 or not 1 <= int(port) <= 65535)
+    if is_wrong or not port:
         port = "8883" if uses_tls else "1883"
-    elif len(port) > 5 or not 1 <= int(port) <= 65535:
-        port = "1 to 65535"
     wanted = f'host = "{name[:128]}", port = {port}{", tls = true" * uses_tls}'
     options = f"--broker {name[:128]} --broker-port {port}{' --tls' * uses_tls}"
     if login:
         user = login.partition(":")[0][:128]
         wanted += f', username = "{user}" and password_file = "/etc/aiflow/password" with the password in it'
         options += f" --username {user} --password-file FILE"
-    return f'mqtt host = "{shown}" is more than a host, want {wanted}; as options: {options}'
+    limits = "; a port is a number from 1 to 65535" * is_wrong
+    return f'mqtt host = "{shown}" is more than a host, want {wanted}; as options: {options}{limits}'
 
 
 def is_loopback(host: str) -> bool:

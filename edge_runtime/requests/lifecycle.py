@@ -53,7 +53,7 @@ MAX_UNKNOWN_BUNDLE = 6  # such replies in one try; with two servers, the right o
 
 
 class RequestLifecycle(Generic[T]):
-    """All requests that have not ended. At most `capacity` are open; one more is not sent.
+    """All requests that have not ended. At most `capacity` are open; one more ends when it is complete, unsent.
 
     The newest is refused, not the oldest: link and server have already worked for those that wait. If the oldest were
     dropped, a slow server would see each request end shortly before its reply.
@@ -147,7 +147,9 @@ class RequestLifecycle(Generic[T]):
             if self._takes(entry):
                 return self._keep(entry, now)
         if self.open_count > self._capacity:
-            return self._no_reply(entry, Why("full", f"{self._capacity} requests wait already"), now)
+            entry.why_not_yet = Why("full", f"{self._capacity} requests wait already")
+            self._move(entry, State.OPEN)  # but not sent
+            return self.on_complete(request_id, now)
         if self._outbox and self._outbox.every_request and self._takes(entry):
             entry.resend_at = now + STORE_S
             return self._store(entry, now)
@@ -193,7 +195,7 @@ class RequestLifecycle(Generic[T]):
         return self._answer(entry, reply, now)
 
     def on_complete(self, request_id: bytes, now: float) -> list[Action[T]]:
-        """The content has become complete. A request that no server takes before its deadline has waited for that."""
+        """The content has become complete. One that no server takes in time, or one too many, has waited for that."""
         entry = self._live.get(request_id)
         if entry is None or entry.state is not State.OPEN or entry.resend_at < inf or entry.why_not_yet is None:
             return []

@@ -34,7 +34,8 @@ class Tracked:
     payload: bytes  # as it is sent next
     event: Event  # the frame's latest
     captured: float  # seconds, time.monotonic()
-    draft_until: float = -inf  # the same clock: until then, outbox and event of the loss wait for the frame's draft
+    # The same clock: until then, outbox and event of the loss wait for the frame's draft, and the outbox for features.
+    draft_until: float = -inf
     compact: bytes = b""  # the same request with features instead of its picture, for the outbox
     is_paid: bool = False  # its bytes are taken from the budget
     sent_at: float | None = None  # seconds, time.monotonic(): first, in this try

@@ -256,8 +256,9 @@ class RequestTracker:
         actions: Sequence[Action[Tracked]] = ()
         match message:
             case NewRequest(request, payload, event, captured, deadline, keep, compact):
-                draft_until = -inf if event.tokens else deadline
-                tracked = Tracked(request, payload, event, captured, draft_until, compact, is_paid=not keep)
+                tracked = Tracked(request, payload, event, captured, compact=compact, is_paid=not keep)
+                is_complete = event.tokens and (self._outbox is None or tracked.may_be_stored)
+                tracked.draft_until = -inf if is_complete else deadline
                 actions = self._lifecycle.on_request(request.id, tracked, deadline, now, link_is_away=keep)
             case _Draft(event, compact):
                 actions = self._announce(event, compact, now)

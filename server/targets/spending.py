@@ -3,16 +3,19 @@
 What a call costs is known only afterwards. So an estimate, the dearest call so far, is set aside before each call and
 replaced by the cost afterwards: the budget is not exceeded by more than calls that are dearer than all before. A call
 that broke off may have been billed, so its estimate counts as spent. Days are those of UTC. The clock is an argument.
+
+The file is synced after each call that costs something, so that what a power cut takes away is not spent again. The
+budget itself bounds how often that is, and with it the wear of an SD card.
 """
 
 import json
 import logging
-import os
 import threading
 from datetime import datetime, timezone
 from math import isfinite
 from pathlib import Path
 
+from edge_runtime.disk import replace_file
 from edge_runtime.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -88,12 +91,10 @@ class Spending:
         self._day, self._today, self._estimate = day, 0.0, self._first_estimate
 
     def _write(self) -> None:
-        """Under the lock: the whole file at once, so that a crash leaves the old one or the new one. Raises OSError."""
+        """Under the lock. Raises OSError."""
         assert self._file
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_name(f"{self._file.name}.new")
-        temporary.write_text(json.dumps({"day": self._day, "spent": self._today}))
-        os.replace(temporary, self._file)
+        replace_file(self._file, json.dumps({"day": self._day, "spent": self._today}).encode())
 
 
 def next_day(now: float) -> str:

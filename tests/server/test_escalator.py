@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,8 +31,10 @@ from edge_runtime.wire import (
 )
 from edge_runtime.wire.bitstream import Reference, encode
 from edge_runtime.wire.envelope import seed_of
+from server.accepted import Accepted
 from server.config import ServerConfig, UpstreamConfig
 from server.engine import Engine, Job
+from server.escalator import Escalator
 from server.gateway import Gateway
 from server.loading import load_engine
 from server.packed import pack
@@ -42,7 +45,7 @@ from server.upstream import Upstream
 from server.watchdog import Watchdog
 from tests.brokers import Mosquitto
 from tests.bundles import MAX_TOKENS
-from tests.server.boards import PATIENCE_S, SCRIPT, SYMBOLS, Board, board_of, is_balanced, request
+from tests.server.boards import PATIENCE_S, SCRIPT, SYMBOLS, Board, Lane, board_of, is_balanced, request
 
 WANTS_CLOUD = Options(tier=Tier.CLOUD)
 
@@ -355,6 +358,24 @@ def test_a_cloud_killed_with_a_request_in_hand_leaves_the_edges_text(
         last = board.reply()
         assert (first.final, last) == (False, msgspec.structs.replace(first, final=True))
         assert (last.tier, tuple(last.token_ids)) == (Tier.EDGE, sites.own_text("edge", 2))
+
+
+def test_copies_of_one_request_that_wait_for_the_tier_above_count_each(sites: Sites) -> None:
+    """A copy that comes after `max_flight_s` is new; the older one may end before it, or wait there as well."""
+    asked, ended, lane = request(sites.bundle, options=WANTS_CLOUD), [], Lane()
+    own = Reply(id=asked.id, status=Status.OK, tier=Tier.EDGE, server="e1", confidence=0.5)
+    older, newer = (Accepted(lane.arrival(asked), asked, time.monotonic() + PATIENCE_S) for _ in range(2))
+    with Upstream(sites.up(), "e1") as upstream:
+        assert upstream.wait_online(PATIENCE_S)
+        bounds = sites.up().bounds()
+        escalator = Escalator(upstream, bounds, "e1", Tier.EDGE, lambda *_: None, lambda *of: ended.append(of))
+        assert escalator.ask(newer, own)
+        escalator.forget(older.key)  # it was stale
+        assert len(escalator) == 1
+        assert escalator.ask(older, own)
+        assert len(escalator) == 2
+    assert len(ended) == 2
+    assert len(escalator) == 0
 
 
 def test_a_server_that_stops_ends_what_it_asked_above_with_its_own_text(sites, board, tmp_path) -> None:

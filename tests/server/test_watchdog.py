@@ -79,6 +79,21 @@ def test_a_hung_engine_leaves_the_share_hands_back_what_waits_and_comes_back(
     assert lane.replies[-1].status is Status.OK
 
 
+def test_a_request_that_is_queued_just_after_the_engine_was_found_to_hang_is_handed_back_too(
+    make_service: Callable[..., Service], bundle: Bundle
+) -> None:
+    service, lane = make_service(), Lane()
+    watchdog = Watchdog(service, Share())
+    now = time.monotonic()
+    service.batch_times.begin(now)
+    watchdog.check(now + LATE_S + 1)
+    service.receive(lane.arrival(request(bundle, 0)))  # by its own clock, which is behind, the engine works
+    assert lane.replies == []
+    watchdog.check(now + LATE_S + 2)
+    assert [reply.status for reply in lane.replies] == [Status.BUSY]
+    assert service.counts["late", ""] == 1
+
+
 def test_the_status_says_that_the_engine_hangs_while_it_does(broker, bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_times, "LATE_S", 0.1)
     monkeypatch.setattr(batch_times, "LATE_BATCHES", 0)

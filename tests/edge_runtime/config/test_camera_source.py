@@ -69,7 +69,7 @@ def test_a_key_that_does_not_go_with_its_source_is_refused(source, keys):
         ("watch:/srv/ftp", {"existing": True}),
         ("frigate", {"frigate_camera": "front_door", "wait_s": 0.0}),
         ("rpicam", {"width": 640, "height": 480, "fps": 5}),
-        ("photos@home", {}),
+        *((path, {}) for path in ("photos@home", "/srv/a:b@c", "./a:b@c", "photo?.jpg")),
     ],
 )
 def test_a_key_that_goes_with_its_source_is_accepted(source, keys):
@@ -94,6 +94,40 @@ def test_a_password_in_an_address_is_refused_with_what_to_write_and_without_the_
     path = tmp_path / "board.toml"
     path.write_text(f'[board]\nid = "b1"\nbundle = "x"\n[[cameras]]\nname = "door"\nsource = "{source}"\n')
     with pytest.raises(ConfigError, match=r"camera door: the address in source contains .*password_file") as raised:
+        load_toml(path, RuntimeConfig)
+    assert not re.search("pa55|w0rd|admin", str(raised.value))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "admin:pa55w0rd@camera.lan/stream",
+        "//admin:pa55w0rd@camera.lan/stream",
+        "rtsp:/admin:pa55/w0rd@camera.lan/clip.mp4",
+        "watch:ftp://admin:pa55w0rd@nas.lan/cam",
+        "camera.lan/x?user=admin&password=pa55w0rd",
+        "/snap.cgi?pwd=pa55w0rd",
+    ],
+)
+def test_a_password_in_an_address_without_a_scheme_is_refused_and_not_shown(source):
+    with pytest.raises(ConfigError, match=r"camera door: source contains a password.*password_file") as raised:
+        CameraConfig("door", source)
+    assert not re.search("pa55|w0rd|admin", str(raised.value))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        '["admin:pa55w0rd@camera.lan/x", "photos"]',
+        '"""admin:"pa55"w0rd@camera.lan/' + 2048 * "x" + '"""',
+        '["camera.lan/x?user=me&Password=pa55w0rd&pwd=pa55w0rd"]',
+        '["rtsp://admin:pa55w0rd@camera.lan/x"]',
+    ],
+)
+def test_a_source_of_the_wrong_type_or_size_is_shown_without_its_password(tmp_path, source):
+    path = tmp_path / "board.toml"
+    path.write_text(f'[board]\nid = "b1"\nbundle = "x"\n[[cameras]]\nname = "door"\nsource = {source}\n')
+    with pytest.raises(ConfigError, match=r"cameras\[0\].source = .*camera.lan/x") as raised:
         load_toml(path, RuntimeConfig)
     assert not re.search("pa55|w0rd|admin", str(raised.value))
 

@@ -209,6 +209,27 @@ def test_one_request_too_many_is_lost_and_those_that_wait_stay() -> None:
     assert kinds(requests.on_request(name(4), "fourth", 9.0, 0.2)) == [Send]
 
 
+def test_one_request_too_many_waits_unsent_until_its_content_is_complete_or_for_its_deadline() -> None:
+    complete: set[str] = set()
+    requests: RequestLifecycle[str] = RequestLifecycle(
+        1,
+        min_resend_s=1.0,
+        rng=random.Random(0),
+        outbox=OutboxConfig("outbox.sqlite"),
+        may_store=lambda content: content in complete,
+        is_complete=lambda content: content in complete,
+    )
+    complete.add("first")
+    requests.on_request(ONE, "first", 99.0, 0.0)
+    assert requests.on_request(TWO, "soon", 9.0, 0.0) == []
+    assert requests.on_request(THREE, "never", 9.0, 0.0) == []
+    complete.add("soon")
+    why = Why("full", "1 requests wait already")
+    assert requests.on_complete(TWO, 0.1) == [Store(TWO, "soon"), Postpone(TWO, "soon", why)]
+    assert [action for action in requests.on_time(9.0) if action.id == THREE] == [Lose(THREE, "never", why)]
+    assert requests.counts.open == 1
+
+
 def test_duplicate_late_and_unknown_replies_are_told_apart() -> None:
     requests = lifecycle()
     requests.on_request(ONE, "", 9.0, 0.0)

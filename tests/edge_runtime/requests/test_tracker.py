@@ -99,16 +99,19 @@ class Board:
         keeps: bool = False,
         announces: bool = True,
         options: Options | None = None,
+        content_kind: ContentKind = ContentKind.LATENT,
+        has_draft: bool | None = None,
     ) -> Request:
-        """One more question; its id is its number. Without `announces`, its draft is still to come."""
+        """One more question; its id is its number. Without `announces`, its draft or its features are still to come."""
         self.asked += 1
+        has_draft = announces if has_draft is None else has_draft
         request = Request(
             id=self.asked.to_bytes(8, "big"),
             bundle=self.bundle.id,
             paradigm=Paradigm.SPECULATIVE,
             age_ms=10,
             budget_ms=int(1e3 * deadline_s),
-            content_kind=ContentKind.LATENT,
+            content_kind=content_kind,
             content=b"symbols",
             draft=encode_tokens(DRAFT),
             options=options,
@@ -118,8 +121,8 @@ class Board:
             frame=request.id.hex(),
             camera="door",
             captured=datetime.now(timezone.utc),
-            text="word7 word8" if announces else "",
-            tokens=DRAFT if announces else (),
+            text="word7 word8" if has_draft else "",
+            tokens=DRAFT if has_draft else (),
             timings_ms={"head": 1.0},
         )
         payload = encode_request(request)
@@ -782,6 +785,25 @@ def test_a_draft_that_follows_its_picture_is_kept_with_its_features_instead(brok
         assert (again.id, again.content) == (first.id, b"features")
         server.reply(again)
         assert board.next_event().final
+
+
+@pytest.mark.parametrize("has_draft", [False, True])
+def test_a_picture_too_many_waits_for_its_features_and_is_kept(broker, board_bundle, server, tmp_path, has_draft):
+    with Board(broker.port, board_bundle, capacity=1, outbox=outbox_in(tmp_path)) as board:
+        first = board.ask()
+        second = board.ask(announces=False, content_kind=ContentKind.JPEG, has_draft=has_draft)
+        features = msgspec.structs.replace(second, content_kind=ContentKind.LATENT)
+        until(lambda: board.tracker.summary()["accepted"] == 2)
+        seen = Event(type="new", frame=second.id.hex(), camera="door", captured=datetime.now(timezone.utc), text="late")
+        board.tracker.announce(seen, encode_request(features))
+        kept = board.next_event()
+        assert (kept.type, kept.text) == ("update", "late")
+        assert kept.why == "1 requests wait already: kept, asked again later"
+        assert server.request() == first
+        server.reply(first)
+        assert board.next_event().final
+        server.reply(server.request())
+        assert board.next_event().frame == second.id.hex()
 
 
 def test_a_draft_that_follows_while_its_request_is_written_is_announced_once(

@@ -1,5 +1,7 @@
 """The budget of a day: what is set aside, what is spent, and what is left after a restart."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,18 @@ def test_what_was_spent_today_outlives_a_restart(tmp_path: Path) -> None:
     again = Spending(budget=1.0, estimate=0.5, file=file)
     assert (again.today(NOON), again.is_spent(NOON)) == (0.75, True)
     assert again.today(NOON + DAY_S) == 0.0
+
+
+def test_what_was_spent_today_is_on_the_medium_before_the_next_call(tmp_path: Path, monkeypatch) -> None:
+    """A power cut takes what is not synced: the content of a file, and the folder's entry for it."""
+    file, steps, sync, replace = tmp_path / "spent.json", [], os.fsync, os.replace
+    spending = Spending(budget=1.0, estimate=0.5, file=file)
+    monkeypatch.setattr("os.fsync", lambda fd: (sync(fd), steps.append(Path(f"/proc/self/fd/{fd}").resolve())))
+    monkeypatch.setattr("os.replace", lambda *paths: (replace(*paths), steps.append(paths)))
+    spending.end(spending.begin(NOON), 0.75, NOON)
+    content, (new, old), folder = steps
+    assert (content, old, folder) == (new, file, tmp_path)
+    assert json.loads(file.read_bytes())["spent"] == 0.75
 
 
 @pytest.mark.parametrize(
