@@ -10,10 +10,6 @@ from testbed.terminal import markdown_table, print_table, short
 COLUMNS = ("link", "paradigm", "CIDEr", "bytes", "first text, ms", "verified, ms: p50, p95", "to offload", "server, ms")
 
 
-class PlotError(AiflowError, ValueError):
-    """A picture format that cannot be written."""
-
-
 def print_runs(runs: Sequence[dict[str, Any]]) -> None:
     """Prints the table, and for each profile what it does not show."""
     print_table(markdown(runs))
@@ -61,12 +57,12 @@ def markdown(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def check_plot(file: Path) -> None:
-    """Raises PlotError for a suffix that matplotlib does not know."""
+    """Raises AiflowError for a suffix that matplotlib does not know."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = FigureCanvasBase.get_supported_filetypes()
     if file.suffix.removeprefix(".").lower() not in known:
-        raise PlotError(f"{file}: no picture format {file.suffix!r}, want one of {', '.join(sorted(known))}")
+        raise AiflowError(f"{file}: no picture format {file.suffix!r}, want one of {', '.join(sorted(known))}")
 
 
 def plot(runs: Sequence[dict[str, Any]], file: Path) -> None:

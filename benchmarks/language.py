@@ -25,20 +25,7 @@ class LanguageEngine(Engine):
 
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
         """The texts of any number of jobs, in their order."""
-        written = self.target.model.answer([self.asked(job) for job in jobs])
-        return [
-            Answer(
-                answer.tokens,
-                answer.accepted,
-                answer.proposed,
-                answer.accepted_again,
-                answer.passes,
-                answer.confidence,
-                error=answer.error,
-                text=answer.text,
-            )
-            for answer in written
-        ]
+        return self.target.model.answer([self.asked(job) for job in jobs])
 
     def asked(self, job: Job) -> TextJob:
         """A job as the language model reads it. Without a draft, it writes alone."""

@@ -7,17 +7,8 @@ import os
 from pathlib import Path
 
 
-def sync_folder(folder: Path) -> None:
-    """Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Raises OSError."""
+def sync(path: Path) -> None:
+    """A file or a folder is on the medium. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,4 +24,4 @@ def replace_file(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
-    sync_folder(path.parent)
+    sync(path.parent)

@@ -35,14 +35,10 @@ OPTIONAL = {
 }
 
 
-class SystemTooSmallError(ConfigError):
-    """A 32-bit Python, for which no inference runtime has packages."""
-
-
 def refuse_32_bit(largest: int = sys.maxsize) -> None:
-    """Raises SystemTooSmallError. setup.py says the same when a checkout is installed; a wheel cannot refuse."""
+    """Raises ConfigError. setup.py says the same when a checkout is installed; a wheel cannot refuse."""
     if largest < 2**32:
-        raise SystemTooSmallError(
+        raise ConfigError(
             "this Python has 32 bits, for which onnxruntime and LiteRT have no packages: install a 64-bit system, "
             "such as Raspberry Pi OS (64-bit)"
         )

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from edge_runtime.errors import AiflowError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     config = parser.add_subparsers(dest="action", metavar="ACTION", required=True).add_parser(
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         discovery_prefix=args.discovery_prefix,
     )
     if bool(args.tls_cert) != bool(args.tls_key):
-        raise site_broker.BrokerConfigError("--tls-cert and --tls-key: want both or neither")
+        raise AiflowError("--tls-cert and --tls-key: want both or neither")
     folder = args.broker_dir or site_broker.BROKER_FOLDER
     try:
         result = site_broker.write_site(
@@ -81,5 +83,5 @@ def run(args: argparse.Namespace) -> None:
             plugin=args.plugin or site_broker.PLUGIN,
         )
     except OSError as error:
-        raise site_broker.BrokerConfigError(f"{args.out} cannot be written: {error}: name another folder") from error
+        raise AiflowError(f"{args.out} cannot be written: {error}: name another folder") from error
     print(site_broker.instructions(args.out, site, result, folder))

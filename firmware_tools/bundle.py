@@ -39,10 +39,6 @@ over MQTT:      aiflow bundle push --board porch --broker broker.lan models/zoo/
 """
 
 
-class BundleCommandError(AiflowError):
-    """The command cannot do what it was asked."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -86,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         advice = "is the disk full or read-only, or the file another account's?"
         if isinstance(error, FileNotFoundError):
             advice = "is the path right?"
-        raise BundleCommandError(f"{error.filename or 'disk'}: {error.strerror}: {advice}") from error
+        raise AiflowError(f"{error.filename or 'disk'}: {error.strerror}: {advice}") from error
 
 
 def _key(args: argparse.Namespace) -> None:
@@ -95,13 +91,13 @@ def _key(args: argparse.Namespace) -> None:
         with open(args.file, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(pem)
     except FileExistsError:
-        raise BundleCommandError(f"{args.file} exists already, and boards may trust it: name another file") from None
+        raise AiflowError(f"{args.file} exists already, and boards may trust it: name another file") from None
     print(f"{public} # {args.file.name}")
 
 
 def _sign(args: argparse.Namespace) -> None:
     if args.days > MAX_DAYS:
-        raise BundleCommandError(f"--days {args.days}: want at most {MAX_DAYS}")
+        raise AiflowError(f"--days {args.days}: want at most {MAX_DAYS}")
     bundle = _checked(args.bundle, complete=True)
     with args.key.open("rb") as file:
         key = file.read(MAX_KEY_BYTES)
@@ -121,7 +117,7 @@ def _verify(args: argparse.Namespace) -> None:
             return
         statement = claimed(signature)
     if statement.id != bundle.id.hex():
-        raise BundleCommandError(f"{args.bundle}: the signature is of another manifest: sign the bundle again")
+        raise AiflowError(f"{args.bundle}: the signature is of another manifest: sign the bundle again")
     check_new(statement, 0, today())
     unchecked = "" if args.trust else "; its files match, but the signature was not checked: name the keys with --trust"
     said = f"{statement.name} version {statement.version}, id {statement.id}, until {statement.expires}"
@@ -151,7 +147,7 @@ def _fill(incoming: Incoming, bundle: Bundle) -> None:
             file.seek(wanted.offset)
             data = file.read(min(CHUNK, wanted.size - wanted.offset))
         if not incoming.add(wanted.file, wanted.offset, data):
-            raise BundleCommandError(f"{bundle.path / wanted.name} changes while it is read: try again")
+            raise AiflowError(f"{bundle.path / wanted.name} changes while it is read: try again")
 
 
 def _rollback(args: argparse.Namespace) -> None:
@@ -180,10 +176,10 @@ def _push(args: argparse.Namespace) -> None:
 def _store(args: argparse.Namespace) -> tuple[RuntimeConfig, Store]:
     config = load_toml(args.config, RuntimeConfig, "board")
     if (store := store_of(config)) is None:
-        raise BundleCommandError(f"{args.config} has no [updates]: add the table, with a folder")
+        raise AiflowError(f"{args.config} has no [updates]: add the table, with a folder")
     place = next(path for path in (store.folder, *store.folder.absolute().parents) if path.exists())
     if os.geteuid() == 0 and (owner := place.stat().st_uid):  # what root puts there, the service could not change
-        raise BundleCommandError(
+        raise AiflowError(
             f"{place} belongs to user {owner}: run this as that user: runuser -u aiflow -- aiflow bundle ..."
         )
     return config, store

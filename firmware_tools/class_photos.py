@@ -20,10 +20,6 @@ MAX_TOLD = 5  # photos that a message names
 T = TypeVar("T")
 
 
-class ClassPhotosError(AiflowError, ValueError):
-    """Photos that no question can be taught with."""
-
-
 @dataclass(frozen=True)
 class ClassPhotos:
     """Photos of at least two classes, in the order of their names."""
@@ -41,7 +37,7 @@ def read_class_photos(
 ) -> tuple[ClassPhotos, list[T]]:
     """The photos class/name.jpg of directories and tars, and what `use` made of each, which may raise PictureError.
 
-    Raises ClassPhotosError, which names the photos and what to do; PictureError for a source without photos.
+    Raises AiflowError, which names the photos and what to do; PictureError for a source without photos.
     """
     names: dict[bytes, str] = {}  # by digest
     of_class: list[str] = []
@@ -54,19 +50,17 @@ def read_class_photos(
         digest = hashlib.sha256(picture.data).digest()
         if (first := names.get(digest)) is not None and picture.data:
             if _class_of(first) != label:
-                raise ClassPhotosError(
-                    f"{first} and {picture.name} are the same file in two classes: remove the wrong one"
-                )
+                raise AiflowError(f"{first} and {picture.name} are the same file in two classes: remove the wrong one")
             again += 1
             continue
         known.add(label)
         if len(known) > MAX_CLASSES:
-            raise ClassPhotosError(
+            raise AiflowError(
                 f"the photos have more than {MAX_CLASSES} classes, which no answer can hold: want photos named "
                 "class/name.jpg, and fewer classes"
             )
         if len(names) == MAX_PHOTOS:
-            raise ClassPhotosError(f"there are more than {MAX_PHOTOS} photos: leave some out, a few per class suffice")
+            raise AiflowError(f"there are more than {MAX_PHOTOS} photos: leave some out, a few per class suffice")
         try:
             result = use(picture)
         except PictureError as error:
@@ -77,23 +71,23 @@ def read_class_photos(
         used.append(result)
     if unreadable:
         more = f", and {len(unreadable) - MAX_TOLD} more" if len(unreadable) > MAX_TOLD else ""
-        raise ClassPhotosError(
+        raise AiflowError(
             f"{len(unreadable)} photos cannot be read, remove or replace them: {'; '.join(unreadable[:MAX_TOLD])}{more}"
         )
     if len(used) < MIN_PHOTOS:
-        raise ClassPhotosError(f"there are {len(used)} different photos, want at least {MIN_PHOTOS}: add some")
+        raise AiflowError(f"there are {len(used)} different photos, want at least {MIN_PHOTOS}: add some")
     classes = tuple(sorted(known))
     if len(classes) < 2:
-        raise ClassPhotosError(f"all photos are of the class {classes[0]!r}: add a folder with photos of another one")
+        raise AiflowError(f"all photos are of the class {classes[0]!r}: add a folder with photos of another one")
     return ClassPhotos(list(names.values()), classes, np.array([classes.index(c) for c in of_class]), again), used
 
 
 def _class_of(name: str) -> str:
     label = PurePosixPath(name).parent.name
     if not label:
-        raise ClassPhotosError(f"photo {name} is in no folder: want class/name.jpg, such as open/1.jpg")
+        raise AiflowError(f"photo {name} is in no folder: want class/name.jpg, such as open/1.jpg")
     if len(label) > MAX_CLASS or not label.isprintable() or '"' in label:  # a condition puts it in quotes
-        raise ClassPhotosError(
+        raise AiflowError(
             f"class {label[:MAX_CLASS]!r}: want a name of 1 to {MAX_CLASS} printable characters without quotes: "
             "rename the folder"
         )

@@ -38,10 +38,6 @@ DEADLINE_MS = 10_000
 MAX_WAITING = 1000  # events that arrived and are not shown yet
 
 
-class DemoError(AiflowError, ValueError):
-    """The demo cannot go on."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", **PHOTOS, help="your photos, not the shipped ones")
     parser.add_argument("--limit", type=number, default=LIMIT, metavar="N", help=f"at most N photos (default: {LIMIT})")
@@ -73,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def play(args: argparse.Namespace, photos: Sequence[Photo]) -> Results:
-    """Runs everything until each photo has its final event. Raises ProcessError, BrokerError, DemoError."""
+    """Runs everything until each photo has its final event. Raises AiflowError."""
     results = Results(photos)
     inbox: queue.Queue[tuple[float, Message]] = queue.Queue(MAX_WAITING)
     with ExitStack() as running:  # ends in the opposite order: board, server, broker
@@ -89,7 +85,7 @@ def play(args: argparse.Namespace, photos: Sequence[Photo]) -> Results:
             on_message=lambda message: inbox.put_nowait((time.time(), message)),
         )
         if not running.enter_context(client).wait_online(START_S):
-            raise DemoError(f"the broker on port {port} does not answer: {client.reason}")
+            raise AiflowError(f"the broker on port {port} does not answer: {client.reason}")
         processes: list[AiflowProcess] = []
         mqtt, bundle = {"port": port}, str(args.bundle.resolve())
         if args.paradigm != "device":

@@ -163,7 +163,7 @@ def look(
     model: LanguageModel,
     weights: str,
 ) -> list[Path]:
-    """Results of head and model for each photo: files in `work`. Uses those of an earlier run. Raises DistilError."""
+    """Results of head and model for each photo: files in `work`. Uses those of an earlier run. Raises AiflowError."""
     from edge_runtime.inference.preprocess import to_input
     from edge_runtime.picture_checks import PictureError, decode_picture
     from models.distilling import Seen, keep

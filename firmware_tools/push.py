@@ -19,10 +19,6 @@ FIRST_WORD_S = 10.0  # a board that can take bundles answers an offer sooner: af
 OFFLINE = "the board is offline: waiting for it"
 
 
-class PushError(AiflowError):
-    """The board did not take the bundle."""
-
-
 class Push:
     """One bundle for one board."""
 
@@ -43,7 +39,7 @@ class Push:
     def run(self, settings: MqttSettings, timeout_s: float) -> None:
         """Until the board keeps the bundle, or has it and asks its users.
 
-        Raises PushError if the board refuses it, or does not end within timeout_s.
+        Raises AiflowError if the board refuses it, or does not end within timeout_s.
         """
         arrived: queue.Queue[Message] = queue.Queue()
         start, last = time.monotonic(), StatusFields()
@@ -133,4 +129,4 @@ class Push:
             self._tell(text)
 
     def _fail(self, why: str) -> NoReturn:
-        raise PushError(f"bundle {self._statement.name} version {self._statement.version}: {why}")
+        raise AiflowError(f"bundle {self._statement.name} version {self._statement.version}: {why}")

@@ -36,10 +36,6 @@ CHECKED = {
 }
 
 
-class SetupError(AiflowError, ValueError):
-    """The file cannot be written, or an answer is missing."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_board_flags(parser)
     parser.epilog = (
@@ -62,9 +58,9 @@ def add_board_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises ConfigError for an impossible flag, and SetupError if something is not answered or not written."""
+    """Raises ConfigError for an impossible flag, and AiflowError if something is not answered or not written."""
     if args.out.exists() and not args.force:
-        raise SetupError(f"{args.out} exists: name another --out, or replace it with --force")
+        raise AiflowError(f"{args.out} exists: name another --out, or replace it with --force")
     config_of_flags(args)
     ask(args)
     new = args.out.with_name(f".{args.out.name}.new")
@@ -72,14 +68,14 @@ def run(args: argparse.Namespace) -> None:
         new.write_text("\n".join(_table(name, table) for name, table in tables(args).items()), encoding="utf-8")
         os.replace(new, args.out)
     except OSError as error:
-        raise SetupError(f"{args.out} cannot be written: {error.strerror}") from error
+        raise AiflowError(f"{args.out} cannot be written: {error.strerror}") from error
     finally:
         new.unlink(missing_ok=True)
     print(f"{args.out} is written. Now: aiflow doctor --config {args.out}")
 
 
 def ask(args: argparse.Namespace) -> None:
-    """Asks a person for the QUESTIONS that no flag answers; again after an impossible answer. Raises SetupError."""
+    """Asks a person for the QUESTIONS that no flag answers; again after an impossible answer. Raises AiflowError."""
     defaults = {"id": _host_id(), "camera": CAMERA, "broker": LOCAL}
     for flag, question in QUESTIONS.items():
         if flag == "ca_file" and not mqtt_table(args).get("tls"):
@@ -138,14 +134,14 @@ def tables(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _answer(flag: str, question: str, default: str) -> str:
-    """The answer of a person. Raises SetupError if there is nobody to ask."""
+    """The answer of a person. Raises AiflowError if there is nobody to ask."""
     if not sys.stdin.isatty():
-        raise SetupError(f"--{flag} is missing: name it, or run this on a terminal, where it is asked for")
+        raise AiflowError(f"--{flag} is missing: name it, or run this on a terminal, where it is asked for")
     hint = f" [{default}]" if default else ""
     try:
         return input(f"{question}{hint}: ")[:MAX_ANSWER].strip() or default
     except EOFError:
-        raise SetupError(f"--{flag} has no answer: nothing is written") from None
+        raise AiflowError(f"--{flag} has no answer: nothing is written") from None
 
 
 def _host_id() -> str:

@@ -49,10 +49,6 @@ BASE_MEMORY = 64 << 20  # bytes: what the broker itself and new connections need
 HASH_ROUNDS = 101
 
 
-class BrokerConfigError(AiflowError, ValueError):
-    """The broker's configuration cannot be made as asked."""
-
-
 class Board(NamedTuple):
     """A board, and the cameras whose switches people use over this broker."""
 
@@ -74,7 +70,7 @@ class Site:
     discovery_prefix: str = "homeassistant"  # of these announcements
 
     def __post_init__(self) -> None:
-        """Raises BrokerConfigError."""
+        """Raises AiflowError."""
         accounts = list(self.accounts())
         try:
             for name in accounts:
@@ -83,25 +79,25 @@ class Site:
             for board in self.boards:
                 self._board(board)  # the names of its cameras
         except TopicError as error:
-            raise BrokerConfigError(
+            raise AiflowError(
                 f"{error}; want names of 1 to 32 characters a-z, 0-9 and -, and none that is called server"
             ) from error
         try:
             msgspec.convert(self.discovery_prefix, TopicPrefix)
         except msgspec.ValidationError as error:
-            raise BrokerConfigError(
+            raise AiflowError(
                 f"discovery prefix {self.discovery_prefix[:64]!r}: want up to 64 of the characters A-Z, a-z, 0-9, _, - "
                 "and /, as in Home Assistant's MQTT settings"
             ) from error
         if twice := sorted({name for name in accounts if accounts.count(name) > 1}):
-            raise BrokerConfigError(
+            raise AiflowError(
                 f"{', '.join(twice)}: named twice, but two connections with one account end each other: give each "
                 "board, server, person and program a name of its own"
             )
         if len(accounts) > MAX_ACCOUNTS:
-            raise BrokerConfigError(f"{len(accounts)} accounts, want at most {MAX_ACCOUNTS}: make two sites")
+            raise AiflowError(f"{len(accounts)} accounts, want at most {MAX_ACCOUNTS}: make two sites")
         if not (self.boards and self.servers):
-            raise BrokerConfigError("want at least one board and one server: see --boards and --servers")
+            raise AiflowError("want at least one board and one server: see --boards and --servers")
 
     def accounts(self) -> Iterator[str]:
         yield from (board.name for board in self.boards)
@@ -245,20 +241,20 @@ def write_site(
     make_tls: the broker's names and addresses, to make an authority and a certificate for them. tls_files: instead, an
     existing certificate and its key. Neither: the certificate of an earlier run, unless no_tls; without one, plain text
     on loopback only. port: None is an earlier run's for the same kind of listener. remove: accounts that lose access.
-    Raises BrokerConfigError, and OSError if the folder cannot be written.
+    Raises AiflowError, and OSError if the folder cannot be written.
     """
     broker, passwords = out / "broker", out / "passwords"
     known = _known_logins(broker / "rights.json")
     named, gone = set(site.accounts()), set(remove)
     if both := sorted(named & gone):
-        raise BrokerConfigError(f"{', '.join(both)}: named as an account and in --remove: want one of them")
+        raise AiflowError(f"{', '.join(both)}: named as an account and in --remove: want one of them")
     if lost := sorted(known.keys() - named - gone):
-        raise BrokerConfigError(
+        raise AiflowError(
             f"{out} has accounts that are not named now: {', '.join(lost)}: name them again, or take their access "
             f"away with --remove {','.join(lost)}"
         )
     if port is not None and not 1 <= port <= 65535:
-        raise BrokerConfigError(f"--port {port}: want 1 to 65535, usually 8883")
+        raise AiflowError(f"--port {port}: want 1 to 65535, usually 8883")
     for folder in (out, broker, passwords):
         folder.mkdir(mode=0o700, exist_ok=True, parents=True)
     had_tls, had_port = _known_listener(broker / "aiflow.conf")
@@ -387,7 +383,7 @@ def _known_logins(path: Path) -> dict[str, Login]:
     try:
         written = msgspec.json.decode(_read(path, MAX_RIGHTS_BYTES), type=_Written)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise BrokerConfigError(f"{path}: not a file that this command has written ({error}): move it away") from error
+        raise AiflowError(f"{path}: not a file that this command has written ({error}): move it away") from error
     return {login.username: login for login in written.clients}
 
 
@@ -400,7 +396,7 @@ def _login(name: str, secret_file: Path, known: Login | None) -> tuple[Login, bo
         except UnicodeDecodeError:
             password = ""
         if not password:
-            raise BrokerConfigError(f"{secret_file}: want a password in UTF-8: delete the file for a new one")
+            raise AiflowError(f"{secret_file}: want a password in UTF-8: delete the file for a new one")
         return (known if known and known.fits(password) else Login.of(name, password)), False
     if known:
         return known, False
@@ -413,7 +409,7 @@ def _read(path: Path, max_bytes: int) -> bytes:
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise BrokerConfigError(f"{path}: larger than {max_bytes} bytes: not a file that this command has written")
+        raise AiflowError(f"{path}: larger than {max_bytes} bytes: not a file that this command has written")
     return data
 
 

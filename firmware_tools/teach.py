@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def learn(bundle: Bundle, images: Sequence[Path], backend: str) -> "tuple[ClassPhotos, Taught, Question]":
-    """A question from photos class/name.jpg of directories and tars. Raises ClassPhotosError, PictureError."""
+    """A question from photos class/name.jpg of directories and tars. Raises AiflowError, PictureError."""
     from models.teaching import inputs, label_directions, teach
 
     photos, known, rows = _read(bundle, images, backend)

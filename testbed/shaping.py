@@ -104,7 +104,7 @@ class Line(Generic[T]):
         self._travelling: deque[tuple[float, T]] = deque()  # with its earliest arrival; packets keep their order
         self._started = 0.0  # when the line began to send the rest of the first waiting packet
         self._rest = 0.0  # bytes of that packet that are not sent yet
-        self._buffered = 0  # bytes of all waiting packets
+        self.buffered = 0  # bytes of all waiting packets
 
     def put(self, now: float, size: int, packet: T) -> None:
         """size: bytes; 0 for a signal that takes no time on the line but keeps its place in the order."""
@@ -112,7 +112,7 @@ class Line(Generic[T]):
         if not self._waiting:
             self._started, self._rest = now, size
         self._waiting.append((size, packet))
-        self._buffered += size
+        self.buffered += size
         self._advance(now)
 
     def change(self, now: float, shape: Shape) -> None:
@@ -126,7 +126,7 @@ class Line(Generic[T]):
     def clear(self) -> None:
         self._waiting.clear()
         self._travelling.clear()
-        self._buffered = 0
+        self.buffered = 0
 
     def arrived(self, now: float) -> list[T]:
         """Removes and returns the packets that have arrived by now."""
@@ -140,11 +140,7 @@ class Line(Generic[T]):
         """True if nothing may be put in now. One packet may exceed the buffer's size."""
         self._advance(now)
         packets = len(self._waiting) + len(self._travelling)
-        return self._buffered >= self._shape.buffer_bytes or packets >= MAX_PACKETS
-
-    @property
-    def buffered(self) -> int:
-        return self._buffered
+        return self.buffered >= self._shape.buffer_bytes or packets >= MAX_PACKETS
 
     def next_event(self) -> float | None:
         """When the next packet leaves or arrives (may be past after an outage). None: nothing before the next call."""
@@ -158,7 +154,7 @@ class Line(Generic[T]):
         rate, delay_s, jitter_s, _ = self._shape
         while rate and self._waiting and (left := self._started + self._rest / rate) <= now:
             size, packet = self._waiting.popleft()
-            self._buffered -= size
+            self.buffered -= size
             self._travelling.append((left + delay_s + self._rng.uniform(0, jitter_s), packet))
             self._started = left
             self._rest = self._waiting[0][0] if self._waiting else 0

@@ -28,15 +28,11 @@ from testbed.sample_photos import to_jpeg
 PHOTO_PIXELS = 320  # as a small camera sends; decoding large photos is not measured here
 
 
-class RowError(AiflowError, ValueError):
-    """There is no such row."""
-
-
 def chosen(names: Sequence[str]) -> list[Fault]:
-    """The rows of these names, in the table's order; without names, the default ones. Raises RowError."""
+    """The rows of these names, in the table's order; without names, the default ones. Raises AiflowError."""
     known = {fault.name: fault for fault in ROWS}
     if unknown := [name for name in names if name not in known]:
-        raise RowError(f"there is no row {', '.join(unknown)}: want {', '.join(known)}")
+        raise AiflowError(f"there is no row {', '.join(unknown)}: want {', '.join(known)}")
     return [fault for fault in ROWS if fault.name in names or (fault.by_default and not names)]
 
 

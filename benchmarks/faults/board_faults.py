@@ -10,7 +10,6 @@ from pathlib import Path
 from benchmarks.faults.camera import MjpegServer
 from benchmarks.faults.scenario import NotRunError, Scenario
 from benchmarks.faults.site import SERVER
-from testbed.shaping import PROFILES
 
 HEADER_BYTES = 100  # of an SQLite database: sqlite.org/fileformat.html, 1.3
 WAL_HEADER_BYTES, WAL_FRAME_BYTES = 32, 24  # the same page, 4.1
@@ -68,39 +67,33 @@ def small_disk(scenario: Scenario) -> Path:
 def disk_fills(scenario: Scenario) -> None:
     """The link is down too, so that there is something to keep. The space returns before the link."""
     folder = small_disk(scenario)
-    link = scenario.add_link()
-    scenario.begin()
-    link.set(PROFILES["outage"])
-    scenario.fault_started()
-    scenario.expect(scenario.wait(30.0, lambda: scenario.counts.kept > 0), "requests kept before the disk filled")
-    filler = folder / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            scenario.note("tmpfs of 4 MiB filled to the last page")
-    before = scenario.counts.kept
-    scenario.hold()
-    scenario.expect(scenario.counts.kept > before, "requests kept while the disk was full")
-    filler.unlink()
-    scenario.fault_ended()
-    link.set(PROFILES["wifi"])
+    with scenario.outage():
+        scenario.fault_started()
+        scenario.expect(scenario.wait(30.0, lambda: scenario.counts.kept > 0), "requests kept before the disk filled")
+        filler = folder / "filler"
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                scenario.note("tmpfs of 4 MiB filled to the last page")
+        before = scenario.counts.kept
+        scenario.hold()
+        scenario.expect(scenario.counts.kept > before, "requests kept while the disk was full")
+        filler.unlink()
+        scenario.fault_ended()
 
 
 def disk_read_only(scenario: Scenario) -> None:
     """Read-only from before the board's start, as after an unclean shutdown."""
     folder = small_disk(scenario)
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-    link = scenario.add_link()
-    scenario.begin()
-    link.set(PROFILES["outage"])
-    scenario.fault_started()
-    scenario.hold(max(scenario.seconds, 4.0))
-    scenario.expect(scenario.counts.kept > 0, "requests kept in memory")
-    subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
-    scenario.fault_ended()
-    link.set(PROFILES["wifi"])
+    with scenario.outage():
+        scenario.fault_started()
+        scenario.hold(max(scenario.seconds, 4.0))
+        scenario.expect(scenario.counts.kept > 0, "requests kept in memory")
+        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+        scenario.fault_ended()
 
 
 def outbox_damaged(kind: str, scenario: Scenario) -> None:
@@ -153,14 +146,11 @@ def damage(kind: str, file: Path) -> None:
 
 def clock_jumps(number: int, scenario: Scenario) -> None:
     """The clock jumps while requests are kept, so that a mass expiry would show."""
-    link = scenario.add_link()
-    scenario.begin()
-    link.set(PROFILES["outage"])
-    scenario.wait(30.0, lambda: scenario.counts.kept >= 4)
-    scenario.signal_board(number)
-    scenario.hold_fault()
-    scenario.expect(scenario.counts.lost == 0, "no mass expiry")
-    link.set(PROFILES["wifi"])
+    with scenario.outage():
+        scenario.wait(30.0, lambda: scenario.counts.kept >= 4)
+        scenario.signal_board(number)
+        scenario.hold_fault()
+        scenario.expect(scenario.counts.lost == 0, "no mass expiry")
     scenario.note("time.time() of the board; clocks read in C were not changed")
 
 
@@ -187,14 +177,11 @@ def camera_fails(fault: str, scenario: Scenario) -> None:
 def board_dies(scenario: Scenario) -> None:
     """Every request is on disk before it is sent. The board is killed while some are open."""
     scenario.tables["outbox"] |= {"every_request": True}
-    link = scenario.add_link()
-    scenario.begin()
-    link.set(PROFILES["outage"])  # so that some are certainly open
-    scenario.fault_started()
-    scenario.wait(30.0, lambda: scenario.counts.unsettled >= 4)
-    scenario.note(f"{scenario.counts.unsettled} open when it was killed")
-    scenario.signal_board(signal.SIGKILL)
-    link.set(PROFILES["wifi"])
+    with scenario.outage():  # so that some are certainly open
+        scenario.fault_started()
+        scenario.wait(30.0, lambda: scenario.counts.unsettled >= 4)
+        scenario.note(f"{scenario.counts.unsettled} open when it was killed")
+        scenario.signal_board(signal.SIGKILL)
     scenario.fault_ended()
     scenario.start_board()
 

@@ -62,11 +62,8 @@ def share_member_dies(scenario: Scenario) -> None:
 
 
 def link_cut(scenario: Scenario) -> None:
-    link = scenario.add_link()
-    scenario.begin()
-    link.set(PROFILES["outage"])
-    scenario.hold_fault()
-    link.set(PROFILES["wifi"])
+    with scenario.outage():
+        scenario.hold_fault()
 
 
 def duplicate_id(scenario: Scenario) -> None:

@@ -8,7 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -149,6 +149,15 @@ class Scenario:
         link = self.closing.enter_context(LinkSimulator(target, PROFILES["wifi"], cut_in_outage=cut_in_outage))
         self.tables["mqtt"] |= {"port": link.port}
         return link
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Begins, then lets nothing pass between the board and the servers' broker during the block."""
+        link = self.add_link()
+        self.begin()
+        link.set(PROFILES["outage"])
+        yield
+        link.set(PROFILES["wifi"])
 
     def fault_started(self) -> None:
         """Call it after the action that causes the fault."""

@@ -27,10 +27,6 @@ TOKEN = re.compile(r'\s*(?:(?P<text>"[^"]*")|(?P<word>[\w.-]+)|(?P<sign>==|!=|>=
 Answers = Mapping[str, Mapping[str, float]]  # question, or LABEL, to class to probability; never empty inside
 
 
-class ConditionError(ConfigError):
-    """A text that is no condition."""
-
-
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """Whether the likeliest class of a question is this one."""
@@ -104,11 +100,11 @@ class Condition:
 
 
 def parse_condition(text: str, label_names: Mapping[str, str] | None = None) -> Condition:
-    """label_names: of labels that may also be given by an id. Raises ConditionError, which says where it ends to be one
+    """label_names: of labels that may also be given by an id. Raises ConfigError, which says where it ends to be one
     and what was wanted there.
     """
     if len(text) > MAX_CONDITION:
-        raise ConditionError(f"a condition of {len(text)} characters, want at most {MAX_CONDITION}")
+        raise ConfigError(f"a condition of {len(text)} characters, want at most {MAX_CONDITION}")
     return _Parser(text, label_names or {}).condition()
 
 
@@ -129,7 +125,7 @@ class _Parser:
         if self._text[self._at :].strip():
             raise self._error('"and", "or", "for" or the end')
         if not self._comparisons:
-            raise ConditionError(
+            raise ConfigError(
                 f"{self._text!r} compares no question: want at least one comparison, such as gate == open"
             )
         return Condition(part, tuple(dict.fromkeys(self._comparisons)), frames)
@@ -149,7 +145,7 @@ class _Parser:
     def _single(self) -> Part:
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise ConditionError(f"{self._text!r} has more than {MAX_DEPTH} parentheses and nots inside each other")
+            raise ConfigError(f"{self._text!r} has more than {MAX_DEPTH} parentheses and nots inside each other")
         part: Part
         if self._take("not"):
             part = Combined("not", (self._single(),))
@@ -200,7 +196,7 @@ class _Parser:
         self._at = end
         return float(token)
 
-    def _error(self, wanted: str) -> ConditionError:
+    def _error(self, wanted: str) -> ConfigError:
         rest = self._text[self._at :].strip()
         where = f"at {rest[:32]!r}" if rest else "at its end"
-        return ConditionError(f"{self._text!r} is no condition: {where} want {wanted}")
+        return ConfigError(f"{self._text!r} is no condition: {where} want {wanted}")

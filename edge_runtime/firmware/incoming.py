@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_runtime.disk import replace_file, sync_file, sync_folder
+from edge_runtime.disk import replace_file, sync
 from edge_runtime.errors import AiflowError
 from edge_runtime.firmware.signature import SIGNATURE, SignatureError, Statement, read_signature
 from edge_runtime.inference.bundle import (
@@ -131,7 +131,7 @@ class Incoming:
     def sync(self) -> None:
         """What has arrived is on the medium."""
         if (wanted := self.wanted()) and wanted.offset:
-            sync_file(self._part(wanted.name))
+            sync(self._part(wanted.name))
 
     def _stored_signature(self) -> bytes:
         """b"" if it is missing or damaged: then the bundle comes from its start."""
@@ -142,7 +142,7 @@ class Incoming:
 
     def _complete(self, wanted: Wanted) -> None:
         part = self._part(wanted.name)
-        sync_file(part)
+        sync(part)
         if file_hash(part, wanted.size) != wanted.file:
             if not self._resumed:
                 self._give_up(wanted, "its hash is another one than was signed")
@@ -151,7 +151,7 @@ class Incoming:
             part.unlink()
             return
         os.replace(part, self.folder / wanted.name)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def _give_up(self, wanted: Wanted, why: str) -> None:
         self._part(wanted.name).unlink(missing_ok=True)
@@ -185,10 +185,10 @@ class Incoming:
                 with suppress(OSError):  # a damaged source: the file arrives like the others
                     if source.stat().st_size == record.bytes and file_hash(source, record.bytes) == record.sha256:
                         shutil.copyfile(source, part)
-                        sync_file(part)
+                        sync(part)
                         os.replace(part, self.folder / name)
                         break
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def _part(self, name: str) -> Path:
         return self.folder / f"{name}{PART}"

@@ -26,7 +26,7 @@ import msgspec
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from edge_runtime.disk import replace_file, sync_folder
+from edge_runtime.disk import replace_file, sync
 from edge_runtime.firmware.incoming import Incoming, StoreError, board_files
 from edge_runtime.firmware.signature import (
     MAX_VERSION,
@@ -197,7 +197,7 @@ class Store:
                 shutil.rmtree(incoming.folder)
             else:
                 os.replace(incoming.folder, target)
-            sync_folder(self.folder)
+            sync(self.folder)
             if entry != state.current:
                 proven = state.current if state.starts is None else state.previous
                 highest = max(state.highest, incoming.statement.version)

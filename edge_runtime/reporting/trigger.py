@@ -15,7 +15,7 @@ class Trigger:
     """
 
     def __init__(self, when: str, label_names: Mapping[str, str] | None = None) -> None:
-        """label_names: by id. Raises ConditionError."""
+        """label_names: by id. Raises ConfigError."""
         self.when, self.condition = when, parse_condition(when, label_names)
         self._frame = ""  # the last one that counted
         self._true_in_row = 0

@@ -32,10 +32,6 @@ MAX_TOKENS = 24  # per caption, with its end token: 99 % are shorter
 CAPTIONS = 5  # kept per photo
 
 
-class RecipeError(AiflowError, ValueError):
-    """Input that the recipe cannot train on."""
-
-
 @dataclass(frozen=True, slots=True)
 class Sources:
     """What the recipe learns from. Only photos with captions are necessary."""
@@ -55,7 +51,7 @@ def run(work: Workspace, sources: Sources) -> None:
     for number, tsv in enumerate(sources.captions):
         of_this = read_captions(tsv)
         if both := of_this.keys() & captions.keys():
-            raise RecipeError(f"{tsv} names {min(both)}, as another captions file does: rename one of them")
+            raise AiflowError(f"{tsv} names {min(both)}, as another captions file does: rename one of them")
         captions |= of_this
         collection |= dict.fromkeys(of_this, number)
     sentences = [words_of(line) for path in sources.texts for line in lines_of(path)]
@@ -82,12 +78,12 @@ def run(work: Workspace, sources: Sources) -> None:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a text file, compressed by gzip or not. Raises RecipeError."""
+    """The lines of a text file, compressed by gzip or not. Raises AiflowError."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
             yield from file
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: {error}: name a text file in UTF-8, a sentence a line") from error
+        raise AiflowError(f"{path}: {error}: name a text file in UTF-8, a sentence a line") from error
 
 
 def frequent_words(texts: list[list[str]]) -> list[str]:
@@ -110,7 +106,7 @@ def row_of(words: list[str], ids: dict[str, int]) -> list[int]:
 
 
 def write_photos(work: Workspace, split: str, sources: Sources, wanted: set[str]) -> list[str]:
-    """Writes photos-<split>; returns their names, in order. Raises RecipeError if photos are missing."""
+    """Writes photos-<split>; returns their names, in order. Raises AiflowError if photos are missing."""
     photos, names = work.new_array(f"photos-{split}", (len(wanted), PIXELS, PIXELS, 3), np.uint8), list[str]()
     for source in sources.images:
         for picture in read_pictures(source):
@@ -120,19 +116,19 @@ def write_photos(work: Workspace, split: str, sources: Sources, wanted: set[str]
     missing = sorted(wanted.difference(names))
     if missing or not names:
         example = f", such as {missing[0]}" if missing else ": name a split `train` and a split `dev`"
-        raise RecipeError(f"{len(missing)} {split} photos that the captions name are missing{example}")
+        raise AiflowError(f"{len(missing)} {split} photos that the captions name are missing{example}")
     return names
 
 
 def write_labelled(work: Workspace, sources: list[Path]) -> int:
-    """Writes photos-labelled and labels-labelled, the classes' numbers. Raises RecipeError for an unknown class."""
+    """Writes photos-labelled and labels-labelled, the classes' numbers. Raises AiflowError for an unknown class."""
     numbers = {known.wordnet: number for number, known in enumerate(imagenet_classes())}
     photos, labels = list[np.ndarray](), list[int]()
     for source in sources:
         for picture in read_pictures(source):
             wordnet = picture.name.split("/")[0]
             if wordnet not in numbers:
-                raise RecipeError(f"{source}: {picture.name} is in no folder named by a WordNet id, such as n02123045/")
+                raise AiflowError(f"{source}: {picture.name} is in no folder named by a WordNet id, such as n02123045/")
             photos.append(to_input(decode_picture(picture.data)))
             labels.append(numbers[wordnet])
     np.save(work / "photos-labelled.npy", np.array(photos, np.uint8).reshape(-1, PIXELS, PIXELS, 3))

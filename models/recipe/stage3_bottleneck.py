@@ -216,11 +216,11 @@ def counted_bytes(symbols: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def shipped_bytes(average: Cut, maps: Tensor, level: int = REFERENCE) -> float:
+def shipped_bytes(average: Cut, maps: Tensor) -> float:
     """`counted_bytes` of the averaged bottleneck. The weights in training are noisy and need more bytes."""
     with torch.autocast("cpu", torch.bfloat16):
         latent = average.latent(maps)
-    return counted_bytes((latent * GAINS[level]).round().clamp(-127, 127)).item()
+    return counted_bytes((latent * GAINS[REFERENCE]).round().clamp(-127, 127)).item()
 
 
 def losses_of(net: Cut, backbone: Lite0, maps: Tensor, rates: Rates, texts: Tensor, photos: Tensor) -> Losses:

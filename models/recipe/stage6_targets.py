@@ -132,7 +132,7 @@ def rated_symbols(work: Workspace, codes: np.ndarray, rates: Rates) -> Tensor:
 
 
 @torch.inference_mode()
-def cache_maps(work: Workspace, batch: int = 200) -> None:
+def cache_maps(work: Workspace) -> None:
     """Writes, per part, maps: the tail's last map of every view, float16 [views * photos, 7, 7, 320], and labels: the
     words of its likeliest labels, int16 [views * photos, LABEL_WORDS].
     """
@@ -143,7 +143,7 @@ def cache_maps(work: Workspace, batch: int = 200) -> None:
         rates = complete_rates(len(codes), REFERENCE) if part == "dev" else view_rates(len(codes), seed)
         maps = work.new_array(f"maps-{part}", (len(codes), *LATENT[1:], MAP_CHANNELS), np.float16)
         words = np.zeros((len(codes), LABEL_WORDS), np.int16)
-        for rows in blocks(f"maps of {part}", len(codes), batch):
+        for rows in blocks(f"maps of {part}", len(codes), 200):
             rates_of = Rates(rates.level[rows], rates.channels[rows])
             with autocast():
                 last = net.tail.last_map(rated_symbols(work, codes[rows], rates_of), rates_of.level, rates_of.arrived)

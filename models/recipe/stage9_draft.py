@@ -102,12 +102,12 @@ def imitation_loss(net: DraftDecoder, texts: np.ndarray, memory: Tensor, dropout
 
 
 @torch.no_grad()
-def sample(net: DraftDecoder, memory: Tensor, longest: int = MAX_TOKENS) -> Tensor:
+def sample(net: DraftDecoder, memory: Tensor) -> Tensor:
     """A random text for each row of the memory [B, N, 128]: int64 [B, 1 + T], BOS first, PAD after EOS."""
-    texts = torch.full((len(memory), 1 + longest), PAD)
+    texts = torch.full((len(memory), 1 + MAX_TOKENS), PAD)
     texts[:, 0] = BOS
     state = net.new_state(len(memory))
-    for t in range(longest):
+    for t in range(MAX_TOKENS):
         logits, state = net.step(texts[:, t], state, memory)
         unfinished = (texts[:, : t + 1] != EOS).all(1)
         if not unfinished.any():

@@ -31,7 +31,7 @@ class FeatureReader:
 
 
 def load_features(folder: Path, bundle: Bundle, device: str, threads: int) -> FeatureReader:
-    """The tail in a folder, for this bundle. device, threads: to compute on. Raises TowerTailError and BundleError."""
+    """The tail in a folder, for this bundle. device, threads: to compute on. Raises ConfigError and BundleError."""
     record, tower_tail = read_tower_tail(folder, bundle)
     _ = bundle.tables, bundle.inter_tables  # a mistake in them is found at the start
     tail = load_engine(bundle, (), device, threads).tail

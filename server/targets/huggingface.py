@@ -27,6 +27,7 @@ from server.targets.huggingface_loading import Loaded, TargetError, load
 from server.targets.huggingface_prompts import Job, PromptError, model_inputs
 from server.targets.huggingface_tower import Tower
 from server.targets.phrases import START, PhraseMemory, Proposer
+from server.targets.target import Answer
 from server.verify import new_text
 
 logger = logging.getLogger(__name__)
@@ -38,20 +39,6 @@ PROBE_PROMPTS = ("Describe this in one sentence.", "What is unusual here?", "Des
 SAFETY = 16  # times the deviation that the start test saw, to bound the deviations that it did not see
 
 Inputs = dict[str, Any]  # of `generate`: tensors by name
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One text and how it was written. If that failed: an `error`, and no text."""
-
-    text: str
-    tokens: tuple[int, ...] = ()  # of the model's own vocabulary, without the end token
-    accepted: int = 0  # proposed tokens that the target chose as well
-    proposed: int = 0  # tokens of the draft that were usable
-    accepted_again: int = 0  # of the proposals that replaced the draft, tokens that the target chose as well
-    passes: int = 0  # forward passes of the text decoder, the prompt's included
-    confidence: float = 0.0  # geometric mean of the probabilities of its tokens, end token included
-    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +94,9 @@ class HuggingFaceTarget:
         return self.loaded.processor is not None
 
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
-        """The texts of any number of jobs, in their order. One that fails does not hurt the others.
+        """The texts of any number of jobs, in their order, with tokens of the model's own vocabulary.
+
+        One that fails does not hurt the others.
 
         Jobs with inputs of equal shapes are written in the same passes, if the start test allows it.
         """
@@ -173,17 +162,17 @@ class HuggingFaceTarget:
             self.drafts.learn(text.without_end)
         self.phrases.learn((START, *text.without_end))
         return Answer(
-            self.drafts.text(text.without_end),
             text.without_end,
             text.accepted,
             text.proposed,
             text.accepted_again,
             text.passes,
             math.exp(row.log_probability / len(text.tokens)),
+            text=self.drafts.text(text.without_end),
         )
 
     def _failed(self, error: BaseException) -> Answer:
-        return Answer("", error=f"target {self.loaded.name}: {error}")
+        return Answer(error=f"target {self.loaded.name}: {error}")
 
     def inputs(self, job: Job) -> Inputs:
         """The model's inputs for a job. Raises PromptError."""

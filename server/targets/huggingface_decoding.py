@@ -32,14 +32,6 @@ FAILURES = (AiflowError, ValueError, TypeError, LookupError, AttributeError, Run
 Propose = Callable[[tuple[int, ...], int], tuple[int, ...]]
 
 
-class NotFiniteError(AiflowError, ArithmeticError):
-    """The model computed NaN or infinity, in the last of so many passes."""
-
-    def __init__(self, passes: int) -> None:
-        super().__init__(f"the model computed no finite numbers in pass {passes} of a text")
-        self.passes = passes
-
-
 @dataclass
 class Row:
     """One text, and how it was written."""
@@ -50,7 +42,7 @@ class Row:
     margin: float = float("inf")  # smallest difference between the two best scores where a token was chosen
     widest: int = 0  # most proposals in a pass
     misses: int = 0  # last passes in a row of which no proposal was accepted
-    error: NotFiniteError | None = None  # why there is no text
+    error: AiflowError | None = None  # why there is no text
 
     @property
     def is_done(self) -> bool:
@@ -73,7 +65,7 @@ class Row:
         # argmax takes a NaN for a token. Here it stays NaN, and infinite scores become NaN.
         gain = float((best - scores[:written].logsumexp(-1)).sum())
         if math.isnan(gain):
-            self.error = NotFiniteError(self.text.passes)
+            self.error = AiflowError(f"the model computed no finite numbers in pass {self.text.passes} of a text")
             return
         self.log_probability += gain
         self.margin = min(self.margin, float((best - second).min()))

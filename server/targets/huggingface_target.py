@@ -113,16 +113,5 @@ class PictureModel(PromptedTarget):
         started = time.monotonic()
         answers = self.model.answer(jobs)
         passes_ms = 1e3 * (time.monotonic() - started)  # the first pass reads the pictures
-        return [
-            Answer(
-                text=written.text,
-                accepted=written.accepted,
-                proposed=written.proposed,
-                accepted_again=written.accepted_again,
-                passes=written.passes,
-                confidence=written.confidence,
-                error=written.error,
-                stages_ms={"passes": passes_ms},
-            )
-            for written in answers
-        ]
+        # Tokens of another vocabulary than the boards' are left out.
+        return [replace(answer, tokens=(), stages_ms={"passes": passes_ms}) for answer in answers]

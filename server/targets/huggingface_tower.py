@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from models.tower_tail import MAX_TOKENS, Record, TowerTailError
+from edge_runtime.errors import ConfigError
+from models.tower_tail import MAX_TOKENS, Record
 from server.targets.huggingface_loading import LOADING_ERRORS, Loaded, TargetError
 from server.targets.huggingface_prompts import Job, PromptError, model_inputs
 
@@ -67,16 +68,16 @@ class Tower:
 
     @classmethod
     def of_tail(cls, loaded: Loaded, record: Record, prompt: str) -> "Tower":
-        """The tower that a tail imitates. Raises TowerTailError if this is another one, TargetError and PromptError."""
+        """The tower that a tail imitates. Raises ConfigError if this is another one, TargetError and PromptError."""
         tower, remedy = cls(loaded, record.pixels, prompt), f"run `aiflow distil --target hf:{loaded.name}`"
         if (tower.count, tower.width) != (record.tokens, record.width):
-            raise TowerTailError(
+            raise ConfigError(
                 f"`tail` in [hf] is a tail for {record.tokens} tokens of {record.width} numbers, the tower of "
                 f"{loaded.name} makes {tower.count} of {tower.width}: want the model that it was made for, "
                 f"{record.target}, with the same preprocessor_config.json, or {remedy}"
             )
         if tower.weights_hash() != record.target_weights:
-            raise TowerTailError(
+            raise ConfigError(
                 f"`tail` in [hf] was made for {record.architecture} {record.target}, and {loaded.name} has other "
                 f"weights: {remedy}"
             )

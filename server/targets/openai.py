@@ -12,7 +12,6 @@ try. A failure that a further try cannot mend (any other status, a response that
 
 import logging
 import math
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -61,14 +60,13 @@ class OpenAITarget(PromptedTarget):
         url: str,
         config: OpenAIConfig,
         wall_clock: Callable[[], float] = time.time,
-        chance: Callable[[], float] = random.random,
         prompts: Mapping[str, Prompt] | None = None,
         bundle: Bundle | None = None,
     ) -> None:
         """url, config, prompts: checked before, see `Config.check_target`. wall_clock: seconds, Unix time.
 
-        chance: uniform in [0, 1). prompts: by name; None: `door` alone. bundle: whose vocabulary spells the drafts;
-        None: drafts are not used. Raises ConfigError for a spent_file that cannot be used.
+        prompts: by name; None: `door` alone. bundle: whose vocabulary spells the drafts; None: drafts are not used.
+        Raises ConfigError for a spent_file that cannot be used.
         """
         super().__init__(prompts, config.prompt, config.max_tokens, bundle)
         self.config, self._url, self._style = config, url, DraftStyle()
@@ -78,7 +76,7 @@ class OpenAITarget(PromptedTarget):
         # More than its tries: two calls with a draft, one to repair an answer.
         call_s = (TRIES + 3) * (config.timeout_s + LAST_WAIT_S) + MARGIN_S
         self.limits = Limits(batch=1, calls=config.calls, call_s=call_s, silent_s=call_s)
-        self.calls = PaidCalls(url, config, config.estimate(self._prompts.values()), wall_clock, chance)
+        self.calls = PaidCalls(url, config, config.estimate(self._prompts.values()), wall_clock)
 
     @property
     def abilities(self) -> Abilities:

@@ -42,10 +42,9 @@ class PaidCalls:
         config: OpenAIConfig,
         estimate: float,
         wall_clock: Callable[[], float] = time.time,
-        chance: Callable[[], float] = random.random,
     ) -> None:
         """estimate: of a call's cost, before there was one. The others: see OpenAITarget. Raises ConfigError."""
-        self._config, self._wall_clock, self._chance = config, wall_clock, chance
+        self._config, self._wall_clock = config, wall_clock
         self.endpoint = Endpoint(url, config.ca_file, REMEDIES)
         file = Path(config.spent_file) if config.spent_file else None
         self._spending = Spending(config.budget_per_day, estimate, file)
@@ -128,7 +127,7 @@ class PaidCalls:
         """Before the next try. If the other server says how long, all calls wait."""
         # Over the whole interval, since after an outage all calls return together. Brooker, "Exponential Backoff and
         # Jitter", 2015.
-        wait_s: float = self._chance() * min(LAST_WAIT_S, FIRST_WAIT_S * 2 ** (tries - 1))
+        wait_s: float = random.random() * min(LAST_WAIT_S, FIRST_WAIT_S * 2 ** (tries - 1))
         now, told_s = time.monotonic(), retry_after_s(error.retry_after, self._wall_clock())
         with self._lock:
             if told_s:

@@ -17,7 +17,8 @@ asks which model is loaded and how many tokens a picture has, and only then send
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import PurePath
@@ -205,7 +206,7 @@ class VllmTarget(OpenAITarget):
         job = PictureJob(picture, "image/jpeg", PROBE_PIXELS, time.monotonic() + self.config.timeout_s)
         job, prompt = replace(job, max_tokens=PROBE_TOKENS), self._prompts[self.config.prompt]
         asked = chat.messages(prompt, job)
-        try:
+        with self._probing(self._drafts, "drafts are verified by the other server", self._refuse_drafts):
             own, _ = self.calls.ask(self._body(asked, job), job.deadline)
             right = self._read_draft(asked, prompt, job, own.text.strip())[0]
             wrong = self._read_draft(asked, prompt, job, WRONG_DRAFT)[0]
@@ -213,17 +214,7 @@ class VllmTarget(OpenAITarget):
             if accepted < of or wrong.accepted == len(wrong.tokens):
                 why = f"{accepted} of {of} tokens of its own text accepted, and {wrong.accepted} of a wrong one"
                 raise DraftError(why)
-        except CallError as error:
-            self.calls.count(error.kind)
-            if error.kind in PERMANENT:
-                self._refuse_drafts(error)
-            else:
-                self._drafts.unknown(time.monotonic())
-        except DraftError as error:
-            self._refuse_drafts(error)
-        else:
             self._style.learn(own.text.strip())
-            self._taken(self._drafts, "drafts are verified by the other server")
         return self._takes_drafts
 
     def probe_features(self) -> bool:
@@ -232,7 +223,7 @@ class VllmTarget(OpenAITarget):
         record = self.features.record
         picture = cv2.imencode(".jpg", cv2.resize(PROBE_PIXELS, (record.pixels, record.pixels)))[1].tobytes()
         job = PictureJob(picture, "image/jpeg", PROBE_PIXELS, time.monotonic() + self.config.timeout_s)
-        try:
+        with self._probing(self._latents, "features are taken by the other server", self._refuse_features):
             self._check_model(record.target, job.deadline)
             seen = self._read_prompt(job)
             if (run := max((len(list(same)) for _, same in groupby(seen)), default=0)) != record.tokens:
@@ -245,26 +236,29 @@ class VllmTarget(OpenAITarget):
                 raise FeaturesError(
                     f"a prompt has {len(read)} tokens with image tokens, and {len(seen)} other ones with a picture"
                 )
+        return self._latents.is_taken
+
+    @contextmanager
+    def _probing(self, acceptance: Acceptance, words: str, refuse: Callable[[AiflowError], None]) -> Iterator[None]:
+        """What the probe in the `with` block says of an ability. words: for the log, if it is news that vLLM has it."""
+        try:
+            yield
         except CallError as error:
             self.calls.count(error.kind)
             if error.kind in PERMANENT:
-                self._refuse_features(error)
+                refuse(error)
             else:
-                self._latents.unknown(time.monotonic())
-        except FeaturesError as error:
-            self._refuse_features(error)
+                acceptance.unknown(time.monotonic())
+        except (DraftError, FeaturesError) as error:
+            refuse(error)
         else:
-            self._taken(self._latents, "features are taken by the other server")
-        return self._latents.is_taken
+            if not acceptance.is_taken:
+                logger.info("%s target=%s", words, self._url)
+            acceptance.taken(time.monotonic())
 
     def _refuse_features(self, error: AiflowError) -> None:
         self.calls.count("features_refused")
         self._refuse(self._latents, "the other server gets pictures only", error, isinstance(error, _CrashError))
-
-    def _taken(self, acceptance: Acceptance, words: str) -> None:
-        if not acceptance.is_taken:
-            logger.info("%s target=%s", words, self._url)
-        acceptance.taken(time.monotonic())
 
     def _models(self, deadline: float) -> list[_Model]:
         """What is served under this target's name. Raises CallError and FeaturesError."""

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.faults import RowError, chosen, report
+from benchmarks.faults import chosen, report
 from benchmarks.faults.board_faults import damage
 from benchmarks.faults.frame_records import FrameCounts, FrameRecords
 from benchmarks.faults.load import slope_of
 from benchmarks.faults.scenario import FaultResult
 from edge_runtime.config import OutboxConfig
+from edge_runtime.errors import AiflowError
 from edge_runtime.requests.outbox import Outbox, Row
 from edge_runtime.wire import Event
 
@@ -73,7 +74,7 @@ def test_losses_are_grouped_by_reason_without_their_numbers() -> None:
 
 
 def test_an_unknown_row_is_named_beside_those_that_there_are() -> None:
-    with pytest.raises(RowError, match=r"no row broker-sigtem: want broker-sigterm, "):
+    with pytest.raises(AiflowError, match=r"no row broker-sigtem: want broker-sigterm, "):
         chosen(["broker-sigtem"])
 
 

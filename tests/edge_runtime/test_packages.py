@@ -7,14 +7,8 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import packages
-from edge_runtime.packages import (
-    OPTIONAL,
-    MissingPackageError,
-    SystemTooSmallError,
-    how_to_install,
-    missing_package,
-    refuse_32_bit,
-)
+from edge_runtime.errors import ConfigError
+from edge_runtime.packages import OPTIONAL, MissingPackageError, how_to_install, missing_package, refuse_32_bit
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +42,6 @@ def test_only_an_optional_package_is_missing_and_the_rest_is_a_bug(module, is_kn
 
 
 def test_a_32_bit_python_is_refused_by_name_and_a_64_bit_one_is_not():
-    with pytest.raises(SystemTooSmallError, match=r"32 bits.*install a 64-bit system"):
+    with pytest.raises(ConfigError, match=r"32 bits.*install a 64-bit system"):
         refuse_32_bit(2**31 - 1)
     refuse_32_bit(2**63 - 1)

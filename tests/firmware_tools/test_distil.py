@@ -24,7 +24,7 @@ from edge_runtime.wire import ContentKind, Event, decode_request, topics
 from edge_runtime.wire.bitstream import decode
 from firmware_tools import cli
 from models.distilling import Settings
-from models.tower_tail import TowerTailError, read_tower_tail
+from models.tower_tail import read_tower_tail
 from server.app import load_target, run_server
 from server.config import Config, HuggingFaceConfig, ServerConfig
 from server.prompts import PromptConfig
@@ -134,10 +134,10 @@ def test_a_model_with_another_token_count_or_other_weights_is_refused(
     made: Made, board_bundle: Bundle, tmp_path: Path
 ) -> None:
     smolvlm(tmp_path / "larger", side=64)
-    with pytest.raises(TowerTailError, match=r"a tail for 4 tokens of 32 numbers, the tower of .* makes 16 of 32"):
+    with pytest.raises(ConfigError, match=r"a tail for 4 tokens of 32 numbers, the tower of .* makes 16 of 32"):
         load_target(configured(made, board_bundle, model=tmp_path / "larger"))
     smolvlm(tmp_path / "other", num_hidden_layers=2)
-    with pytest.raises(TowerTailError, match="has other weights: run `aiflow distil --target hf:"):
+    with pytest.raises(ConfigError, match="has other weights: run `aiflow distil --target hf:"):
         load_target(configured(made, board_bundle, model=tmp_path / "other"))
 
 

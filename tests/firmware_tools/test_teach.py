@@ -13,11 +13,12 @@ import pytest
 
 from edge_runtime.app import run_board
 from edge_runtime.config import RuntimeConfig, load_toml
+from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import MANIFEST, Bundle
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.wire import Event
 from firmware_tools import cli
-from firmware_tools.class_photos import ClassPhotosError, read_class_photos
+from firmware_tools.class_photos import read_class_photos
 from models.questions import read_question
 from server.app import run_server
 from server.config import Config, ServerConfig
@@ -148,7 +149,7 @@ def test_fewer_than_three_photos_are_refused_and_three_teach(photos: Path, board
 
 def test_more_than_five_thousand_photos_are_refused(photos: Path) -> None:
     many_photos(photos)
-    with pytest.raises(ClassPhotosError, match="more than 5000 photos"):
+    with pytest.raises(AiflowError, match="more than 5000 photos"):
         read_class_photos([photos], lambda picture: None)
 
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.captions import MAX_CAPTION_CHARACTERS, CaptionsError, captioned_as, captions_of, read_captions, words_of
+from edge_runtime.errors import AiflowError
+from models.captions import MAX_CAPTION_CHARACTERS, captioned_as, captions_of, read_captions, words_of
 
 HEADER = "split\timage\tcaption\n"
 
@@ -44,7 +45,7 @@ def test_quotes_are_letters_and_windows_files_are_read(tmp_path):
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_and_the_place_named(tmp_path, text, found):
-    with pytest.raises(CaptionsError, match=rf"captions\.tsv.*{found}"):
+    with pytest.raises(AiflowError, match=rf"captions\.tsv.*{found}"):
         read(tmp_path, text)
 
 
@@ -56,7 +57,7 @@ def test_the_captions_of_a_split_are_taken_or_all(tmp_path):
     read(tmp_path, HEADER + "dev\ta.jpg\tA dog\ntrain\tb.jpg\tA cat\n")
     assert captions_of(tmp_path / "captions.tsv", "dev") == {"a.jpg": ["A dog"]}
     assert captions_of(tmp_path / "captions.tsv") == {"a.jpg": ["A dog"], "b.jpg": ["A cat"]}
-    with pytest.raises(CaptionsError, match="no photo is in split test: want one of dev, train"):
+    with pytest.raises(AiflowError, match="no photo is in split test: want one of dev, train"):
         captions_of(tmp_path / "captions.tsv", "test")
 
 
@@ -75,7 +76,7 @@ def test_the_same_letters_in_another_spelling_are_the_same_name(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(CaptionsError, match=r"absent\.tsv.*name a tab-separated UTF-8 file"):
+    with pytest.raises(AiflowError, match=r"absent\.tsv.*name a tab-separated UTF-8 file"):
         read_captions(tmp_path / "absent.tsv")
 
 

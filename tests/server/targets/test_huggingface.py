@@ -18,9 +18,10 @@ from transformers import DynamicCache
 from transformers.generation import CandidateGenerator
 
 import server.targets.huggingface_decoding as decoding
-from server.targets.huggingface import MAX_TOKENS, Answer, HuggingFaceTarget, Job, prove
+from server.targets.huggingface import MAX_TOKENS, HuggingFaceTarget, Job, prove
 from server.targets.huggingface_loading import TargetError
 from server.targets.phrases import PhraseMemory
+from server.targets.target import Answer
 from server.verify import Text, verify
 from tests.server.targets.tiny_models import (
     LANGUAGE_MODELS,

@@ -34,11 +34,11 @@ from server.prompts import PromptConfig, read_prompts
 from server.reply_cache import ReplyCache
 from server.service import Service
 from server.targets import PictureJob, prompted
-from server.targets.huggingface import Answer, HuggingFaceTarget
+from server.targets.huggingface import HuggingFaceTarget
 from server.targets.huggingface_loading import load
 from server.targets.huggingface_prompts import Job, model_inputs
 from server.targets.huggingface_target import PictureModel
-from server.targets.target import EarlierPicture
+from server.targets.target import Answer, EarlierPicture
 from tests.brokers import Mosquitto
 from tests.listener import Listener
 from tests.server.boards import Lane, board_of, config, is_balanced
@@ -153,7 +153,7 @@ def says(model, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Job]]:
 
         def answer(jobs):
             asked.extend(jobs)
-            return [Answer(left.pop(0), (5,), passes=1, confidence=0.5) for _ in jobs]
+            return [Answer((5,), text=left.pop(0), passes=1, confidence=0.5) for _ in jobs]
 
         monkeypatch.setattr(model, "answer", answer)
         return asked
