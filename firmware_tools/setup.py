@@ -59,7 +59,9 @@ def add_board_flags(parser: argparse.ArgumentParser) -> None:
     board.add_argument("--camera-username", metavar="NAME", help="user name at the camera, if it has a login")
     board.add_argument("--camera-password-file", metavar="FILE", help="its password; with --camera-username")
     board.add_argument("--bundle", type=Path, metavar="DIR", help="default: the shipped one")
-    board.add_argument("--homeassistant", action="store_true", help="appear in the Home Assistant that uses this broker")
+    board.add_argument(
+        "--homeassistant", action="store_true", help="appear in the Home Assistant that uses this broker"
+    )
     add_broker_arguments(parser)
 
 
