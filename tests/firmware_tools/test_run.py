@@ -96,7 +96,10 @@ def test_without_broker_or_server_each_loss_says_so_and_only_what_left_is_counte
     assert done.stderr.count(f"no answer: {why}") == 1  # once, for those who see the log alone
 
 
-@pytest.mark.parametrize("options", [[], ["board.toml", "--camera", "0"], ["board.toml", "--username", "porch"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["board.toml", "--camera", "0"], ["board.toml", "--username", "porch"], ["board.toml", "--homeassistant"]],
+)
 def test_a_file_and_flags_are_not_mixed_and_one_is_needed(
     options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
