@@ -193,7 +193,8 @@ def run(
 ) -> dict[str, Any]:
     """The figures by number of replicas; 0: the server's own process, without Ray.
 
-    From two replicas on, there are two servers, and halfway through a second run one replica and one server are killed.
+    From two replicas on, there are two servers. A replica is killed halfway through a second run, and a server halfway
+    through a third one.
     """
     frames = cycle(list(zip(symbols, drafts, strict=True)))
     result: dict[str, Any] = {"tier": tier, "boards": boards, "interval_s": interval_s, "seconds": seconds}
@@ -208,18 +209,20 @@ def run(
             ]
             for server, name in zip(servers, ("one", "two"), strict=False):
                 wait_serving(server, port, SITE, name)
-            figures = {}
+            before_s = broker_cpu_s(port)
             with Boards(port, bundle, frames, boards, interval_s) as asking:
                 with _memory_mb(servers, seconds / 6) as memory_mb:
                     asking.run(seconds)
                 figures = asking.figures(seconds) | {"memory_mb": memory_mb}
-            if count > 1:
+            took_ms = 1e3 * (broker_cpu_s(port) - before_s)
+            figures["broker_ms_per_answer"] = round(took_ms / max(1, figures["answered"]), 3)
+            for victim in ("replica", "server") if count > 1 else ():  # in this order: the server does not come back
                 with (
                     Boards(port, bundle, frames, boards, interval_s) as asking,
-                    _killing(servers[0], folder, seconds / 2) as killed,
+                    _killing(victim, servers[0], folder, seconds / 2) as killed,
                 ):
                     asking.run(seconds)
-                    figures["while_some_are_killed"] = {"killed": killed, **asking.figures(seconds)}
+                figures[f"while_a_{victim}_is_killed"] = {"killed": len(killed), **asking.figures(seconds)}
         result[f"{count} replicas" if count else "without Ray"] = figures
     return result
 
@@ -290,20 +293,29 @@ def cluster_processes(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def broker_cpu_s(port: int) -> float:
+    """CPU time of the broker that listens on this port."""
+    listening = (each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
+    times = psutil.Process(next(each.pid for each in listening if each.laddr.port == port)).cpu_times()
+    return float(times.user + times.system)
+
+
 @contextmanager
-def _killing(server: AiflowProcess, folder: Path, after_s: float) -> Iterator[list[str]]:
-    """Kills one replica and this server after so many seconds, on a thread of its own. Yields what was killed."""
-    killed: list[str] = []
+def _killing(victim: str, server: AiflowProcess, folder: Path, after_s: float) -> Iterator[list[int]]:
+    """Kills one replica or this server after so many seconds, on a thread of its own. Yields the ids of the killed."""
+    killed: list[int] = []
 
     def kill() -> None:
+        if victim == "server":
+            killed.append(server.pid)
+            server.kill()
+            return
         for process in cluster_processes(folder):
             with suppress(psutil.NoSuchProcess):
                 if " ".join(process.cmdline()).startswith(REPLICA):
                     process.kill()
-                    killed.append("replica")
-                    break
-        server.kill()
-        killed.append("server")
+                    killed.append(process.pid)
+                    return
 
     timer = threading.Timer(after_s, kill)
     timer.start()

@@ -30,6 +30,7 @@ CHECKED = {
     "id": (),
     "site": (),
     "bundle": (),
+    "homeassistant": (),
     "camera": ("camera_username", "camera_password_file"),
     "broker_port": (),
     "broker": ("username", "password_file", "tls", "ca_file", "cert_file", "key_file", "insecure"),
@@ -54,6 +55,9 @@ def add_board_flags(parser: argparse.ArgumentParser) -> None:
     board.add_argument("--camera-username", metavar="NAME", help="user name at the camera, if it has a login")
     board.add_argument("--camera-password-file", metavar="FILE", help="its password; with --camera-username")
     board.add_argument("--bundle", type=Path, metavar="DIR", help="default: the shipped one")
+    board.add_argument(
+        "--homeassistant", action="store_true", help="appear in the Home Assistant that uses this broker"
+    )
     add_broker_arguments(parser)
 
 
@@ -117,7 +121,7 @@ def config_of_flags(args: argparse.Namespace) -> "RuntimeConfig":
 
 
 def tables(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The tables of board.toml; `cameras` has one."""
+    """The tables of board.toml; `cameras` has one, `homeassistant` is empty."""
     from models import SHIPPED_BUNDLE
 
     camera = {
@@ -130,7 +134,8 @@ def tables(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     mqtt = mqtt_table(args)
     if "username" in mqtt:
         mqtt.setdefault("password_file", "/etc/aiflow/password")
-    return {"board": board, "mqtt": mqtt, "cameras": {key: value for key, value in camera.items() if value}}
+    found = {"board": board, "mqtt": mqtt, "cameras": {key: value for key, value in camera.items() if value}}
+    return found | ({"homeassistant": {}} if args.homeassistant else {})
 
 
 def _answer(flag: str, question: str, default: str) -> str:

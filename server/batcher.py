@@ -81,6 +81,9 @@ class Batcher(Generic[Item]):
                 # Its newest: the older ones are nearer to their turn. If two are as long, the board that asks loses.
                 longest = max(self._queues, key=lambda name: (len(self._queues[name]), name == board))
                 refused, _ = self._pop(longest, newest=True)
+            if len(self._served_ms) > MAX_BOARDS:
+                active = {*self._queues, *self._in_service}
+                self._served_ms = {name: ms for name, ms in self._served_ms.items() if name in active}
             self._changed.notify()
             return refused
 
@@ -123,9 +126,6 @@ class Batcher(Generic[Item]):
             if not charges:
                 del self._in_service[board]
             self._typical_ms += TYPICAL_SHARE * (cost_ms - self._typical_ms)
-            if len(self._served_ms) > MAX_BOARDS:
-                active = {*self._queues, *self._in_service}
-                self._served_ms = {name: ms for name, ms in self._served_ms.items() if name in active}
             self._changed.notify_all()
 
     def clear(self) -> list[Item]:

@@ -97,6 +97,7 @@ class ServerRow(Struct):
     waiting: int = 0
     capacity: int = 0
     busy_s: float = 0.0  # in the present batch
+    batches: int = 0  # answered since the server's start
     batch_ms: float = 0.0  # medians
     pass_ms: float = 0.0
     received: int = 0

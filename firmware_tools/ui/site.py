@@ -168,6 +168,7 @@ class Site:
         )
         row.is_taking = status.state == "online" and status.share_proven and status.accepting
         row.waiting, row.capacity, row.busy_s = status.queue.waiting, status.queue.capacity, status.engine.busy_s
+        row.batches = status.engine.batches
         row.batch_ms, row.pass_ms = status.price_ms.batch, status.price_ms.one_pass
         row.received, row.answered = status.counts.received, status.counts.replies.get("ok", 0)
         if used := status.usage:

@@ -40,6 +40,7 @@ class Queue(Struct, frozen=True):
 
 class Engine(Struct, frozen=True):
     busy_s: Millis = 0.0
+    batches: Count = 0
 
 
 class Price(Struct, frozen=True):

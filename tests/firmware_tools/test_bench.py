@@ -137,6 +137,15 @@ def test_gateway_answers_every_board(bundle: Path, photos: Path) -> None:
     assert figures["16 boards"]["statuses"]["ok"] >= 16  # each of them
 
 
+def test_scale_asks_a_server_and_watches_the_broker(bundle: Path, photos: Path) -> None:
+    arguments = ("--boards", "4", "--interval", "0.5", "--seconds", "2", "--replicas", "0")
+    figures = bench(bundle, photos, "scale", *arguments)["without Ray"]
+    assert figures["answered"] == figures["asked"] > 0
+    assert figures["lost"] == figures["boards_without_answer"] == 0
+    assert 0 < figures["reply_ms_p50"] <= figures["reply_ms_p95"]
+    assert figures["broker_ms_per_answer"] > 0
+
+
 def test_without_photos_there_are_those_of_the_demo_in_many_views() -> None:
     views = list(frames(None, limit=10))
     whole, mirrored = views[:2]

@@ -1,5 +1,6 @@
 """What `aiflow run` prints for a person who looks on."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.wire import topics
 from firmware_tools import cli
 from firmware_tools.run import closing_line
 from testbed.broker import free_port
 from tests import runtimes
 from tests.brokers import Mosquitto
+from tests.listener import Listener
 
 
 @pytest.fixture
@@ -65,6 +68,15 @@ def test_a_camera_and_a_broker_need_no_file(config: Path, board_bundle: Bundle) 
     assert ", 2 frames, " in last.replace(":", ",")
 
 
+def test_a_board_without_a_file_announces_itself_to_home_assistant(
+    config: Path, broker: Mosquitto, board_bundle: Bundle
+) -> None:
+    flags = ["--id", "b2", "--broker", "127.0.0.1", "--broker-port", broker.port, "--bundle", board_bundle.path]
+    with Listener(broker.port, topics.discovery("homeassistant", "home", "b2")) as user:
+        run("--camera", config.parent / "pictures", *map(str, flags), "--homeassistant")
+        assert "camera.camera.caption" in json.loads(user.next())["cmps"]
+
+
 @pytest.mark.parametrize(
     ("has_broker", "why"),
     [(False, "no connection to the broker 127.0.0.1:"), (True, "no server has been heard: does `aiflow serve` run")],
@@ -84,7 +96,10 @@ def test_without_broker_or_server_each_loss_says_so_and_only_what_left_is_counte
     assert done.stderr.count(f"no answer: {why}") == 1  # once, for those who see the log alone
 
 
-@pytest.mark.parametrize("options", [[], ["board.toml", "--camera", "0"], ["board.toml", "--username", "porch"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["board.toml", "--camera", "0"], ["board.toml", "--username", "porch"], ["board.toml", "--homeassistant"]],
+)
 def test_a_file_and_flags_are_not_mixed_and_one_is_needed(
     options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

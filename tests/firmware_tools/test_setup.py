@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.config import RuntimeConfig, load_toml
+from edge_runtime.config import HomeAssistantConfig, RuntimeConfig, load_toml
 from edge_runtime.inference.bundle import Bundle
 from firmware_tools import cli
 from tests.brokers import Mosquitto
@@ -52,6 +52,14 @@ def test_a_broker_elsewhere_has_tls_and_one_on_this_machine_needs_none(tmp_path:
     assert setup(tmp_path, "--force", *FLAGS, "--insecure") == 0
     mqtt = load_toml(tmp_path / "board.toml", RuntimeConfig).mqtt
     assert (mqtt.tls, mqtt.port, mqtt.insecure) == (False, 1883, True)
+
+
+def test_a_board_appears_in_home_assistant_only_if_asked_to(tmp_path: Path) -> None:
+    flags = ("--ca-file", "", "--force")
+    assert setup(tmp_path, *FLAGS, *flags) == 0
+    assert load_toml(tmp_path / "board.toml", RuntimeConfig).homeassistant is None
+    assert setup(tmp_path, *FLAGS, *flags, "--homeassistant") == 0
+    assert load_toml(tmp_path / "board.toml", RuntimeConfig).homeassistant == HomeAssistantConfig()
 
 
 def test_the_doctor_approves_of_what_it_writes(tmp_path: Path, board_bundle: Bundle, broker: Mosquitto) -> None:

@@ -108,6 +108,14 @@ def test_the_costs_of_boards_that_are_gone_are_forgotten() -> None:
     assert len(queue._served_ms) <= MAX_BOARDS
 
 
+def test_ten_thousand_boards_that_appear_at_once_fill_the_queue_and_nothing_else() -> None:
+    queue = batcher(capacity=8)
+    refused = [queue.put(f"b{number}", f"b{number}", 1.0) for number in range(10_000)]
+    assert refused == [None] * 8 + [f"b{number}" for number in range(8, 10_000)]
+    assert len(queue) == 8
+    assert len(queue._served_ms) <= MAX_BOARDS
+
+
 def test_a_stale_request_is_taken_out_but_not_served() -> None:
     clock = Clock()
     queue = batcher(clock=clock)

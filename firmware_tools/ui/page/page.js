@@ -75,6 +75,7 @@ function showServer(row) {
     ["queue", `${count(row.waiting)} of ${count(row.capacity)}`],
     ["answered", count(row.answered)],
     ["accepted", row.proposed ? percent(row.accepted / row.proposed) : "–"],
+    ["batches", count(row.batches)],
     ["batch", row.batch_ms ? millis(row.batch_ms) : "–"],
     ["pass", row.pass_ms ? millis(row.pass_ms) : "–"],
     ["in this batch", row.busy_s ? `${row.busy_s} s` : "–"],

@@ -44,6 +44,14 @@ def test_a_number_is_read_when_it_is_asked_for():
         assert scrape(port)["aiflow_board_lost_total", ""] == 5
 
 
+@pytest.mark.parametrize(
+    "label", ['a"} 1\nup{x="', "<b>\\n\r\u202e{{ 1 }}", "x" * 10_000_000], ids=["quotes", "escapes", "10 MB"]
+)
+def test_a_hostile_label_is_one_value_and_makes_no_other_metric(label):
+    with exported(MetricsConfig(port=0), "board", MEANINGS, lambda: {"reply": {label: 3}, "lost": 1}) as port:
+        assert scrape(port) == {("aiflow_board_reply_total", label): 3, ("aiflow_board_lost_total", ""): 1}
+
+
 def test_a_counter_never_falls_and_a_gauge_may(caplog):
     numbers = {"lost": -60, "open": 9, "reply": {"ok": 3}}
     with exported(MetricsConfig(port=0), "board", MEANINGS, lambda: numbers) as port:

@@ -96,11 +96,12 @@ def test_it_shows_what_boards_and_servers_say(start: Callable[..., str], boards:
     boards.say("porch/up/status", b'{"state": "online", "problems": {"metrics": "port in use"}}', retain=True)
     usage = {"cost": 0.5, "cost_today": 0.1, "budget_per_day": 2.0, "currency": "EUR"}
     queue, price = {"waiting": 3, "capacity": 64}, {"batch": 40.0, "pass": 3.0}
-    boards.say("server/attic/status", server_status(queue=queue, price_ms=price, usage=usage), retain=True)
+    fields = {"queue": queue, "price_ms": price, "usage": usage, "engine": {"batches": 1234}}
+    boards.say("server/attic/status", server_status(**fields), retain=True)
     chromium.open(start())
     chromium.until("document.querySelector('.server .state')?.textContent == 'takes no requests'")
     shown = chromium.read("document.querySelector('.server').innerText")
-    assert all(part in shown for part in ("3 of 64", "40 ms", "3.0 ms", "0.5000 EUR", "0.1000 of 2 EUR"))
+    assert all(part in shown for part in ("3 of 64", "1,234", "40 ms", "3.0 ms", "0.5000 EUR", "0.1000 of 2 EUR"))
     assert chromium.until("document.querySelector('.board .trouble')?.textContent") == "metrics: port in use"
     boards.say("porch/up/image/front", JPEG)
     boards.say("porch/up/event", event("new", text="a cat laying on a bed"))

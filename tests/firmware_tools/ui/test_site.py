@@ -159,6 +159,7 @@ def test_a_server_shows_its_queue_its_prices_and_how_many_proposed_tokens_its_an
         "share_proven": True,
         "accepting": True,
         "queue": {"waiting": 3, "capacity": 64},
+        "engine": {"busy_s": 0.5, "batches": 6},
         "price_ms": {"batch": 40.0, "pass": 3.0},
         "usage": {"cost": 0.5, "cost_today": 0.1, "budget_per_day": None, "currency": "EUR", "calls": {}},
         "counts": {"received": 9, "replies": {"ok": 7}},
@@ -169,6 +170,7 @@ def test_a_server_shows_its_queue_its_prices_and_how_many_proposed_tokens_its_an
     home.take("aiflow/home/server/attic/status", server_status(**fields), False, NOW + 10)
     row = home.servers["attic"]
     assert (row.is_taking, row.waiting, row.capacity, row.batch_ms, row.pass_ms) == (True, 3, 64, 40.0, 3.0)
+    assert (row.busy_s, row.batches) == (0.5, 6)
     assert (row.received, row.answered, row.accepted, row.proposed) == (9, 7, 5, 8)
     assert (row.cost, row.cost_today, row.budget_per_day, row.currency) == (0.5, 0.1, None, "EUR")
 
