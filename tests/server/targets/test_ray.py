@@ -5,7 +5,10 @@ Ray is no part of the usual environment: without it, these tests are skipped.
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import psutil
@@ -13,7 +16,7 @@ import pytest
 import yaml
 
 from edge_runtime.errors import ConfigError
-from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.bundle import Bundle, open_bundle
 from models.family import LATENT
 from server.config import RayConfig
 from server.engine import Engine, Job
@@ -41,6 +44,11 @@ def jobs(bundle: Bundle) -> list[Job]:
     return [Job(each, tier="edge", draft=(5, 6, 7)) for each in symbols]
 
 
+def replicas() -> list[psutil.Process]:
+    running = psutil.process_iter(["cmdline"])
+    return [process for process in running if "ServeReplica:aiflow-" in str(process.info["cmdline"])]
+
+
 def test_ray_accepts_the_cluster_of_the_example() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -65,13 +73,9 @@ def test_replicas_write_the_texts_of_one_process(target: ray_engine.RayTarget, e
 
 def test_a_batch_whose_replica_dies_is_answered_by_another(target: ray_engine.RayTarget, jobs: list[Job]) -> None:
     expected = [answer.tokens for answer in target.answer(jobs)]
-    replicas = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "ServeReplica:aiflow-" in str(process.info["cmdline"])
-    ]
-    assert len(replicas) == 2
-    replicas[0].kill()
+    running = replicas()
+    assert len(running) == 2
+    running[0].kill()
     for _ in range(8):  # some of them are sent to the dead one
         assert [answer.tokens for answer in target.answer(jobs)] == expected
 
@@ -99,8 +103,38 @@ def test_each_try_is_a_step_and_a_picture_without_a_replica_is_for_another_serve
 
 def test_a_target_that_is_closed_answers_with_an_error_and_starts_no_cluster(
     target: ray_engine.RayTarget, jobs: list[Job]
-) -> None:  # last: nothing comes after
+) -> None:  # last of this cluster
     target.close()
     (answer,) = target.answer(jobs[:1])
     assert "no replica" in answer.error
     assert not ray_engine.ray.is_initialized()
+
+
+def test_a_replica_is_added_while_batches_wait(bundle: Bundle) -> None:  # it takes a minute
+    with ProcessPoolExecutor(1, get_context("spawn")) as another:  # since this process has had its cluster
+        assert another.submit(replicas_under_load, bundle.path).result() == 2
+
+
+def replicas_under_load(path: Path) -> int:
+    """The replicas of a cluster that starts with one, once there are two or a batch has failed."""
+    bundle = open_bundle(path)
+    target = ray_engine.RayTarget(
+        bundle, config(bundle).server, RayConfig(replicas=1, max_replicas=2), Questions(bundle)
+    )
+    is_enough = Event()
+
+    def ask() -> None:
+        while not is_enough.is_set():
+            assert not any(answer.error for answer in target.answer([Job(np.zeros(LATENT, np.int8))]))
+
+    assert len(replicas()) == 1
+    with ThreadPoolExecutor() as pool:
+        asking = [pool.submit(ask) for _ in range(2 * ray_engine.CALLS_PER_REPLICA)]
+        while len(replicas()) < 2 and not any(each.done() for each in asking):
+            is_enough.wait(0.2)
+        is_enough.set()
+    for each in asking:
+        each.result()
+    running = len(replicas())
+    target.close()
+    return running
