@@ -106,8 +106,8 @@ class Pipeline:
         answers: Answers | None = None,
         references: ReferenceFrames | None = None,
     ) -> None:
-        """Without a head, every plan must be to offload. sends_labels: with the features; otherwise there are only
-        labels on the device for frames that nobody verifies. answers, references: both are told what servers reply.
+        """Without a head, every plan must be to offload. sends_labels: with the features; if False, labels are found
+        only for frames that the board answers alone. answers, references: both are told what servers reply.
         """
         self.head, self.draft, self.labels = networks
         self.bundle, self.planner = bundle, planner
@@ -187,8 +187,8 @@ class Pipeline:
     def _offload(self, work: FrameInProgress) -> Event:
         """The request contains the picture, and the draft if a server can use it.
 
-        The outbox keeps features instead: they are small and show nobody. They are computed after sending, unless each
-        request is stored before.
+        The outbox keeps features instead: they are small and show nobody. They are computed after sending, or before
+        if the outbox stores each request before it is sent.
         """
         if work.plan.sends_draft or self.tracker.stores_first:
             self._run_head(work)
@@ -257,9 +257,9 @@ class Pipeline:
         return encode_request(self._request(work, plan, features)) if features else b""
 
     def _send(self, work: FrameInProgress, compact: bytes = b"") -> str | None:
-        """Sends the request. Returns None, or why it was not sent: it does not fit into the byte budget.
+        """Sends the request. Returns None, or why it was not sent: features or request do not fit into their bytes.
 
-        compact: the same one for the outbox.
+        compact: the same request with features, for the outbox.
         """
         plan, captured = work.plan, work.frame.captured
         if plan.paradigm != "offload" and self.sends_labels:

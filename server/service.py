@@ -108,7 +108,7 @@ class Service:
     def _admit(self, accepted: Accepted) -> None:
         """Finds out whether the request is new and can be answered here."""
         request, reply = accepted.request, accepted.arrival.reply
-        first = self.escalator.first_reply(accepted.key)  # before `begin`: the last reply is cached before this is gone
+        first = self.escalator.first_reply(accepted.key)  # read before `begin`, see `_finish`
         seen = self.replies.begin(accepted.key)
         if isinstance(seen, bytes):
             self._count("repeated")
@@ -315,7 +315,7 @@ class Service:
         return None
 
     def _compute(self, jobs: list[Any]) -> list[Answer]:
-        """The target's answers, and their times into the prices."""
+        """The target's answers. The times of the batch and of a pass are recorded, for the status's `price_ms`."""
         started = time.monotonic()
         try:
             answers = self.target.answer(jobs)
@@ -405,8 +405,10 @@ class Service:
             "counts": counts,
         }
 
+    # ---- the watchdog's thread ----
+
     def load_questions(self) -> bool:
-        """Reads the files of the newest message to set questions, for one thread. Whether there was a message."""
+        """Reads the files of the newest message to set questions. Whether there was a message."""
         is_set = self.target.load_questions()
         if is_set is not None:
             self._count("setting", "set" if is_set else "refused")
@@ -416,6 +418,8 @@ class Service:
         """Its present batch has taken too long: what waits behind it is given to other servers."""
         self._count("late", count=is_new)
         self._hand_back("the engine of this server hangs: another one may answer")
+
+    # ---- any thread: the ends of a request ----
 
     def _hand_back(self, why: str) -> None:
         for queue in (self.pictures, self.batcher):
@@ -438,7 +442,11 @@ class Service:
         return Reply(id=request_id, status=status, tier=self.tier, server=name, error=error[:1024], **fields)
 
     def _finish(self, accepted: Accepted, reply: Reply) -> None:
-        """The end of every request that had an id."""
+        """The end of every request that had an id.
+
+        This reply is cached before the first one of an escalated request is forgotten. So a repeat, which looks in the
+        other order, always finds one of them.
+        """
         data = encode_reply(reply)
         if reply.status is Status.OK:
             self.replies.put(accepted.key, data)

@@ -125,11 +125,11 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     source: Annotated[str, Meta(min_length=1, max_length=2048)]  # docs/cameras.md has each kind
     interval_s: Annotated[float, Meta(ge=0, le=86400)] | None = None  # between frames; 0: as fast as the board can
     stall_s: Annotated[float, Meta(ge=1, le=600)] = 5.0  # a camera is opened again after this time without a new frame
-    repeat: bool = False  # files start again when they end
     motion: MotionConfig = MotionConfig()  # which frames are processed; off: all
     max_interval_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0  # process a frame at least so often; 0: not
     frozen_s: Annotated[float, Meta(ge=0, le=86400)] = 30.0  # an unchanged picture is reported; 0: never
     # These go only with some kinds of source, see camera_source.KEYS.
+    repeat: bool = False  # files start again when they end
     snapshot: bool = False  # an HTTP address whose answer is one picture, even if its content type does not say so
     username: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     password_file: str | None = None  # its first line

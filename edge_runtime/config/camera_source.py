@@ -33,6 +33,7 @@ KEYS: Mapping[str, tuple[tuple[Kind, ...], str]] = {
     "frigate_camera": (("frigate",), '"frigate"'),
     "wait_s": (("frigate",), '"frigate"'),
     "existing": (("watch",), '"watch:FOLDER"'),
+    "repeat": (("video", "pictures"), "a file or a folder of pictures"),
     "width": CHILD,
     "height": CHILD,
     "fps": CHILD,
