@@ -31,7 +31,7 @@ from edge_runtime.inference.choice import choose
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.networks import Networks, load_networks
 from edge_runtime.inference.references import ReferenceFrames
-from edge_runtime.inference.reuse import Answers
+from edge_runtime.inference.reuse import ReusableAnswers
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Publish, State, connection_text
 from edge_runtime.mqtt.routes import Route, Router
 from edge_runtime.pipeline import Pipeline
@@ -92,7 +92,7 @@ class Board:
         # The network: requests and replies with `servers`, everything for users with `local`.
         byte_budget = ByteBudget(config.policy.bytes_per_minute)
         self.measurements = Measurements(byte_budget.spent, bundle.id.hex())
-        self.answers, self.references = Answers(), ReferenceFrames(board.refresh_s)
+        self.reusable, self.references = ReusableAnswers(), ReferenceFrames(board.refresh_s)
         self.routers: list[Router] = []
         self.servers, self.local = self._clients()
         names = bundle.manifest.class_names
@@ -168,7 +168,7 @@ class Board:
             self.events,
             slowdown=board.slowdown,
             sends_labels=board.labels == "send",
-            answers=self.answers,
+            reusable=self.reusable,
             references=self.references,
         )
 
@@ -311,7 +311,7 @@ class Board:
         self.servers.publish(topics.bundle_state(board.site, board.id), payload)
 
     def _event_published(self, event: Event) -> None:
-        self.answers.published(event)
+        self.reusable.published(event)
         self.users.event_published(event)
         if self._listener:
             self._listener(event)

@@ -28,7 +28,7 @@ from edge_runtime.inference.networks import Networks
 from edge_runtime.inference.preprocess import shrunk, to_input, to_jpeg
 from edge_runtime.inference.rate import RatedSymbols, features_of
 from edge_runtime.inference.references import ReferenceFrames, SentFrame
-from edge_runtime.inference.reuse import Answers
+from edge_runtime.inference.reuse import ReusableAnswers
 from edge_runtime.inference.sampling import sampler_of
 from edge_runtime.planning import Plan, Planner
 from edge_runtime.reporting.events import Events
@@ -103,18 +103,18 @@ class Pipeline:
         events: Events,
         slowdown: float = 1.0,
         sends_labels: bool = True,
-        answers: Answers | None = None,
+        reusable: ReusableAnswers | None = None,
         references: ReferenceFrames | None = None,
     ) -> None:
         """Without a head, every plan must be to offload. sends_labels: with the features; if False, labels are found
-        only for frames that the board answers alone. answers, references: both are told what servers reply.
+        only for frames that the board answers alone. reusable, references: both are told what servers reply.
         """
         self.head, self.draft, self.labels = networks
         self.bundle, self.planner = bundle, planner
         self.sends_labels = sends_labels
         self.tracker, self.events, self.slowdown = tracker, events, slowdown
         self.ids = RequestIds()
-        self.answers, self.references = answers or Answers(), references or ReferenceFrames()
+        self.reusable, self.references = reusable or ReusableAnswers(), references or ReferenceFrames()
         self.failed = 0  # frames that the head or the coder could not handle
         self.reused = 0  # frames for which an earlier answer was used again
         self.with_reference = 0  # frames that were coded against an earlier one
@@ -179,7 +179,7 @@ class Pipeline:
             why = f"draft accepted: confidence {work.draft.confidence:.2f}"
             event = self._answer_on_device(work, why)
             if work.plan.reuse_distance and work.latent:
-                self.answers.accepted(event, work.latent, work.frame.captured, wanted(work.plan))
+                self.reusable.accepted(event, work.latent, work.frame.captured, wanted(work.plan))
             return event
         why_unsent = self._send(work)
         return self._answer_on_device(work, why_unsent) if why_unsent else self._announce(work)
@@ -209,7 +209,7 @@ class Pipeline:
         if not plan.reuse_distance:
             return None
         self._run_head(work)
-        found = work.latent and self.answers.find(
+        found = work.latent and self.reusable.find(
             frame.camera, work.latent, wanted(plan), frame.captured, plan.reuse_distance, plan.reuse_s
         )
         if not found or not is_accepted(found[0], plan):
@@ -288,7 +288,7 @@ class Pipeline:
             rated = features.symbols, features.level, features.groups
             self.references.sent(SentFrame(request.id, work.frame.camera, *rated, captured, has_reference))
         if plan.reuse_distance and work.latent:
-            self.answers.asked(work.request_id.hex(), work.latent, captured, wanted(plan))
+            self.reusable.asked(work.request_id.hex(), work.latent, captured, wanted(plan))
         return None
 
     def _against_reference(self, work: FrameInProgress, request: Request, features: RatedSymbols) -> Request:

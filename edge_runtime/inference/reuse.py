@@ -44,7 +44,7 @@ class _Answered:
     asked: _Asked
 
 
-class Answers:
+class ReusableAnswers:
     """The last answered frame of each camera. For the frame path, except `published`."""
 
     def __init__(self) -> None:

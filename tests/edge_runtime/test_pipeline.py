@@ -22,7 +22,7 @@ from edge_runtime.inference.networks import Networks, load_draft, load_head, loa
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols
 from edge_runtime.inference.references import ReferenceFrames
-from edge_runtime.inference.reuse import Answers
+from edge_runtime.inference.reuse import ReusableAnswers
 from edge_runtime.inference.sampling import Sampler
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.picture_checks import decode_picture
@@ -75,7 +75,7 @@ class Board:
     ) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
         self.order: list[str] = []
-        order, answers, references = self.order, Answers(), ReferenceFrames(60.0)
+        order, reusable, references = self.order, ReusableAnswers(), ReferenceFrames(60.0)
 
         class RecordingTracker(RequestTracker):
             def submit(self, new: NewRequest) -> bool:
@@ -89,7 +89,7 @@ class Board:
 
         def listener(event: Event) -> None:
             order.append(event.type)
-            answers.published(event)
+            reusable.published(event)
             self.events.put(event)
 
         self.client = MqttClient(
@@ -110,7 +110,7 @@ class Board:
         labels = load_labels(bundle, head, "onnx", 1) if head else None
         networks = Networks(head, draft, labels)
         self.pipeline = Pipeline(
-            bundle, networks, FixedPlanner(plan), self.tracker, events, answers=answers, references=references
+            bundle, networks, FixedPlanner(plan), self.tracker, events, reusable=reusable, references=references
         )
         stack.enter_context(self.client)
         stack.enter_context(self.tracker)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime.inference.head import SHIFT, Latent
-from edge_runtime.inference.reuse import ASKED, Answers, distance
+from edge_runtime.inference.reuse import ASKED, ReusableAnswers, distance
 from edge_runtime.wire import Event, Options, Tier
 from edge_runtime.wire.event import AnsweredBy
 
@@ -28,7 +28,9 @@ def answer(frame: str, final: bool = True, camera: str = "door", **fields: objec
     return Event(type="update", frame=frame, camera=camera, captured=captured, final=final, **values)
 
 
-def find(answers: Answers, found: Latent, at: float = 1.0, options: Options = ANY, camera: str = "door") -> str | None:
+def find(
+    answers: ReusableAnswers, found: Latent, at: float = 1.0, options: Options = ANY, camera: str = "door"
+) -> str | None:
     """The text of the answer that holds."""
     holds = answers.find(camera, found, options, at, 0.15, 60.0)
     return holds[0].text if holds else None
@@ -48,7 +50,7 @@ def test_codes_of_both_kinds_and_factors_of_channels_count():
 
 
 def test_only_an_answered_frame_lends_its_answer():
-    answers = Answers()
+    answers = ReusableAnswers()
     assert find(answers, latent()) is None
     answers.asked("f1", latent(), 0.0, ANY)
     assert find(answers, latent()) is None
@@ -62,7 +64,7 @@ def test_only_an_answered_frame_lends_its_answer():
 
 
 def test_an_answer_holds_for_its_camera_its_question_and_its_time_only():
-    answers = Answers()
+    answers = ReusableAnswers()
     answers.asked("f1", latent(), 0.0, ANY)
     answers.published(answer("f1"))
     assert find(answers, latent(), at=60.0) == "answer to f1"
@@ -73,7 +75,7 @@ def test_an_answer_holds_for_its_camera_its_question_and_its_time_only():
 
 
 def test_an_answer_that_comes_late_does_not_replace_that_of_a_newer_frame():
-    answers = Answers()
+    answers = ReusableAnswers()
     for frame, code in (("f1", 50), ("f2", 100)):
         answers.asked(frame, latent(code), 0.0, ANY)
     answers.published(answer("f2"))
@@ -83,7 +85,7 @@ def test_an_answer_that_comes_late_does_not_replace_that_of_a_newer_frame():
 
 
 def test_a_scene_that_changes_slowly_cannot_drift_away_from_its_answer():
-    answers = Answers()
+    answers = ReusableAnswers()
     answers.asked("f1", latent(100), 0.0, ANY)
     answers.published(answer("f1"))
     reused = [find(answers, latent(100 + drift)) is not None for drift in range(6)]
@@ -92,7 +94,7 @@ def test_a_scene_that_changes_slowly_cannot_drift_away_from_its_answer():
 
 @given(st.lists(st.tuples(st.sampled_from(["ask", "answer", "find"]), st.integers(0, 200), st.integers(0, 3))))
 def test_any_order_reuses_the_answer_to_a_near_frame_only_and_memory_is_bounded(steps: list[tuple[str, int, int]]):
-    answers, codes = Answers(), {}
+    answers, codes = ReusableAnswers(), {}
     for number, (what, code, ago) in enumerate(steps):
         frame = f"{number:05d}"
         if what == "ask":
@@ -109,7 +111,7 @@ def test_any_order_reuses_the_answer_to_a_near_frame_only_and_memory_is_bounded(
 
 
 def test_frames_without_an_answer_are_forgotten():
-    answers = Answers()
+    answers = ReusableAnswers()
     for number in range(ASKED + 1):
         answers.asked(f"{number:03d}", latent(), 0.0, ANY)
     answers.published(answer("000"))
