@@ -8,7 +8,7 @@ from typing import NoReturn
 from edge_runtime.errors import AiflowError
 from edge_runtime.firmware.signature import SignatureError, claimed
 from edge_runtime.inference.bundle import MANIFEST, Bundle
-from edge_runtime.mqtt import Message, MqttClient, MqttSettings, State
+from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Publish, State
 from edge_runtime.wire import EnvelopeError, topics
 from edge_runtime.wire.update import CHUNK_BYTES, VERSION, Chunk, UpdateState, decode_update_state, encode_chunk
 from testbed.statuses import StatusFields, read_status
@@ -48,9 +48,9 @@ class Push:
         arrived: queue.Queue[Message] = queue.Queue()
         start, last = time.monotonic(), StatusFields()
         subscriptions = [(self._state, 1), (self._status, 1)]
-        with MqttClient(settings, subscriptions=subscriptions, on_message=arrived.put) as client:
+        offer = Publish(self._offer, self._signature)
+        with MqttClient(settings, subscriptions=subscriptions, on_message=arrived.put, birth=lambda: [offer]) as client:
             is_done, hint_at = False, start + FIRST_WORD_S
-            client.publish(self._offer, self._signature)
             while not is_done:
                 now = time.monotonic()
                 if (left_s := start + timeout_s - now) <= 0:
@@ -61,7 +61,8 @@ class Push:
                     wait_s = SILENT_S if self._has_word else FIRST_WORD_S
                     message = arrived.get(timeout=min(wait_s, left_s))
                 except queue.Empty:
-                    client.publish(self._offer, self._signature)
+                    if client.state is State.ONLINE:  # else each would wait for the broker, and be answered with bytes
+                        client.send(offer)
                     continue
                 if message.topic == self._state:
                     is_done = self._heard(message.payload, client)
@@ -71,7 +72,7 @@ class Push:
                     self._say(OFFLINE)
                 elif last != before and not message.retained:  # it has started or connected, perhaps in the middle
                     hint_at = time.monotonic() + FIRST_WORD_S
-                    client.publish(self._offer, self._signature)
+                    client.send(offer)
 
     def _heard(self, payload: bytes, client: MqttClient) -> bool:
         """True: the board needs the sender no more."""
