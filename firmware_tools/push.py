@@ -38,6 +38,7 @@ class Push:
         self._checked: set[str] = set()  # names of files that were compared with their hashes
         self._tell, self._told = tell, ""
         self._has_word = False  # the board has said something about this bundle
+        self._is_due = True  # an offer, when the broker is there
         self.sent = 0  # bytes of files
 
     def run(self, settings: MqttSettings, timeout_s: float) -> None:
@@ -49,7 +50,13 @@ class Push:
         start, last = time.monotonic(), StatusFields()
         subscriptions = [(self._state, 1), (self._status, 1)]
         offer = Publish(self._offer, self._signature)
-        with MqttClient(settings, subscriptions=subscriptions, on_message=arrived.put, birth=lambda: [offer]) as client:
+        client = MqttClient(
+            settings,
+            subscriptions=subscriptions,
+            on_message=arrived.put,
+            birth=lambda: [offer] * self._is_due,  # not one more for each time that the broker is away
+        )
+        with client:
             is_done, hint_at = False, start + FIRST_WORD_S
             while not is_done:
                 now = time.monotonic()
@@ -61,7 +68,8 @@ class Push:
                     wait_s = SILENT_S if self._has_word else FIRST_WORD_S
                     message = arrived.get(timeout=min(wait_s, left_s))
                 except queue.Empty:
-                    if client.state is State.ONLINE:  # else each would wait for the broker, and be answered with bytes
+                    self._is_due = True
+                    if client.state is State.ONLINE:
                         client.send(offer)
                     continue
                 if message.topic == self._state:
@@ -82,7 +90,7 @@ class Push:
             return False  # whoever may write there, may write anything
         if state.bundle not in ("", self._statement.id):
             return False  # about another sender's
-        self._has_word = True
+        self._has_word, self._is_due = True, False
         if state.state == "refused":
             self._fail(f"the board refuses it: {state.why}")
         if state.state == "wants":

@@ -27,7 +27,8 @@ class Events:
     ) -> None:
         """triggers: by camera."""
         self._client, self._listener, self._triggers = client, listener, triggers or {}
-        self._stepping = threading.Lock()  # over triggers and the next two: answers come on one thread, reused on another
+        # Over the triggers and the next two: answers come on one thread, those that are used again on another.
+        self._stepping = threading.Lock()
         self._told: set[Trigger] = set()  # whose unknown class was logged
         self.triggered = 0  # events of triggers
         self._event, self._last = topics.event(site, board), topics.last(site, board)
