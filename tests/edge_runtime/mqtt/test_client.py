@@ -472,8 +472,8 @@ def test_a_publish_that_the_access_list_forbids_is_refused_once(
     assert board.client.stats()["losses"] == 0
 
 
-def test_a_message_larger_than_the_broker_takes_is_never_sent(
-    start_broker: Callable[..., Mosquitto], start: Start
+def test_a_message_larger_than_the_broker_takes_is_never_sent_and_the_log_says_so(
+    start_broker: Callable[..., Mosquitto], start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = start_broker(PLAIN + "max_packet_size 1000\n")
     board = start(broker.port, "b1")
@@ -481,6 +481,7 @@ def test_a_message_larger_than_the_broker_takes_is_never_sent(
     board.publish("up/1", b"y" * 900)
     assert [board.outcome()[1], board.outcome()[1]] == [Outcome.OVERSIZED, Outcome.DELIVERED]
     assert board.client.stats()["losses"] == 0
+    assert "mqtt publish too large client=b1 topic=up/1 bytes=1000 most=1000" in caplog.text
 
 
 def test_a_message_of_10_mb_is_kept_from_a_client_by_the_broker(broker: Mosquitto, start: Start) -> None:
