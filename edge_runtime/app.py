@@ -67,6 +67,7 @@ class Board:
         """
         self.config, self.notifier, self._listener = config, notifier or Notifier(), listener
         board, site = config.board, config.board.site
+        self._telling = threading.Lock()  # over the next one, and the order of statuses: the last one is the newest
         self.problems: dict[str, str] = {}  # part -> what is wrong with it; in the status
 
         for mqtt in (config.mqtt, config.near_broker):
@@ -254,16 +255,22 @@ class Board:
 
     def publish_status(self) -> None:
         """On any thread: every broker that has the board's status hears of the change."""
+        with self._telling:
+            self._tell_status()
+
+    def _tell_status(self) -> None:
+        """With the lock held."""
         status = self._status("online")
         for client in {self.servers, self.local}:
             client.send(status)
 
     def report_problem(self, part: str, problem: str) -> None:
         """On any thread: show in the status what is wrong with a part; "" when it works again."""
-        before, now = self.problems, {**self.problems, part: problem}
-        self.problems = {name: text for name, text in now.items() if text}
-        if self.problems != before:
-            self.publish_status()
+        with self._telling:
+            before, now = self.problems, {**self.problems, part: problem}
+            self.problems = {name: text for name, text in now.items() if text}
+            if self.problems != before:
+                self._tell_status()
 
     # ---- which messages go where ----
 

@@ -26,6 +26,7 @@ CAMERA_FRAMES = 5  # of each camera
 LIMIT_S = 20.0  # for a check
 LONG_S = 300.0  # for one that loads large libraries from a slow SD card
 EXIT_CODES: dict[Status, int] = {"ok": 0, "warning": 1, "failure": 2}  # as monitoring plugins do (Nagios, Icinga)
+UNTRIED = Finding("failure", "not tried", "repair the packages first, then run `aiflow doctor` again")
 EPILOG = """\
 Exit codes: 0 all is in order, 1 warnings only, 2 at least one failure.
 Stop the board's service first if its camera or its broker's account allows one user only.
@@ -39,6 +40,7 @@ class Check:
     name: str
     run: Callable[[], Finding]
     limit_s: float = LIMIT_S
+    loads_packages: bool = False  # into this process, which a broken one would end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     findings: dict[str, Finding] = {}
     as_table = not args.json and is_terminal()
     for check in track(checks, "checking") if as_table else checks:
-        findings[check.name] = finding = bounded(check)
+        is_safe = not check.loads_packages or findings["packages"].status != "failure"
+        findings[check.name] = finding = bounded(check) if is_safe else UNTRIED
         if not args.json and not as_table:
             print(f"{finding.status.upper():8} {check.name}: {finding.found}{_advice(finding)}", flush=True)
     worst = max((finding.status for finding in findings.values()), key=lambda status: EXIT_CODES[status])
@@ -146,9 +149,9 @@ def _of_board(path: Path, config: "RuntimeConfig") -> Iterator[Check]:
         yield _broker(config, "local", for_users)
     for camera in config.cameras:
         limit_s = probes.FRAME_S + LIMIT_S
-        yield Check(f"camera {camera.name}", lambda camera=camera: _camera(camera), limit_s)  # type: ignore[misc]
+        yield Check(f"camera {camera.name}", lambda camera=camera: _camera(camera), limit_s, True)  # type: ignore[misc]
     if board.paradigm != "offload":
-        yield Check("self-test", lambda: _self_test(config), LONG_S)
+        yield Check("self-test", lambda: _self_test(config), LONG_S, True)
 
 
 def _bundle(config: "RuntimeConfig") -> Finding:

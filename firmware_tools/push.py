@@ -8,7 +8,7 @@ from typing import NoReturn
 from edge_runtime.errors import AiflowError
 from edge_runtime.firmware.signature import SignatureError, claimed
 from edge_runtime.inference.bundle import MANIFEST, Bundle
-from edge_runtime.mqtt import Message, MqttClient, MqttSettings, State
+from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Publish, State
 from edge_runtime.wire import EnvelopeError, topics
 from edge_runtime.wire.update import CHUNK_BYTES, VERSION, Chunk, UpdateState, decode_update_state, encode_chunk
 from testbed.statuses import StatusFields, read_status
@@ -34,6 +34,7 @@ class Push:
         self._checked: set[str] = set()  # names of files that were compared with their hashes
         self._tell, self._told = tell, ""
         self._has_word = False  # the board has said something about this bundle
+        self._is_due = True  # an offer, when the broker is there
         self.sent = 0  # bytes of files
 
     def run(self, settings: MqttSettings, timeout_s: float) -> None:
@@ -44,9 +45,15 @@ class Push:
         arrived: queue.Queue[Message] = queue.Queue()
         start, last = time.monotonic(), StatusFields()
         subscriptions = [(self._state, 1), (self._status, 1)]
-        with MqttClient(settings, subscriptions=subscriptions, on_message=arrived.put) as client:
+        offer = Publish(self._offer, self._signature)
+        client = MqttClient(
+            settings,
+            subscriptions=subscriptions,
+            on_message=arrived.put,
+            birth=lambda: [offer] * self._is_due,  # not one more for each time that the broker is away
+        )
+        with client:
             is_done, hint_at = False, start + FIRST_WORD_S
-            client.publish(self._offer, self._signature)
             while not is_done:
                 now = time.monotonic()
                 if (left_s := start + timeout_s - now) <= 0:
@@ -57,7 +64,9 @@ class Push:
                     wait_s = SILENT_S if self._has_word else FIRST_WORD_S
                     message = arrived.get(timeout=min(wait_s, left_s))
                 except queue.Empty:
-                    client.publish(self._offer, self._signature)
+                    self._is_due = True
+                    if client.state is State.ONLINE:
+                        client.send(offer)
                     continue
                 if message.topic == self._state:
                     is_done = self._heard(message.payload, client)
@@ -67,7 +76,7 @@ class Push:
                     self._say(OFFLINE)
                 elif last != before and not message.retained:  # it has started or connected, perhaps in the middle
                     hint_at = time.monotonic() + FIRST_WORD_S
-                    client.publish(self._offer, self._signature)
+                    client.send(offer)
 
     def _heard(self, payload: bytes, client: MqttClient) -> bool:
         """True: the board needs the sender no more."""
@@ -77,7 +86,7 @@ class Push:
             return False  # whoever may write there, may write anything
         if state.bundle not in ("", self._statement.id):
             return False  # about another sender's
-        self._has_word = True
+        self._has_word, self._is_due = True, False
         if state.state == "refused":
             self._fail(f"the board refuses it: {state.why}")
         if state.state == "wants":

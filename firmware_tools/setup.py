@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
         os.replace(new, args.out)
     except OSError as error:
         raise AiflowError(f"{args.out} cannot be written: {error.strerror}") from error
+    except UnicodeEncodeError as error:  # an argument with other bytes
+        raise AiflowError("a name in the answers is not UTF-8: rename the file or folder") from error
     finally:
         new.unlink(missing_ok=True)
     print(f"{args.out} is written. Now: aiflow doctor --config {args.out}")
@@ -155,6 +157,11 @@ def _host_id() -> str:
 
 
 def _table(name: str, values: Mapping[str, Any]) -> str:
-    """A table of TOML; a JSON string is a TOML string too."""
+    """A table of TOML."""
     header = "[[cameras]]" if name == "cameras" else f"[{name}]"
-    return "\n".join([header, *(f"{key} = {json.dumps(value)}" for key, value in values.items()), ""])
+    return "\n".join([header, *(f"{key} = {_value(value)}" for key, value in values.items()), ""])
+
+
+def _value(value: Any) -> str:
+    """A JSON string is a TOML string too, unless it has halves of characters (\\ud83d) or the character 127."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")

@@ -130,9 +130,10 @@ def _server(path: Path, config: "Config", aiflow: Path) -> Service:
     files += _named("server", server, "bundle", "second_bundle", "questions_folder")
     files += _named("openai", config.openai, "key_file", "ca_file")
     files += _named("hf", config.hf, "tail")
+    files += _named("vllm", config.vllm, "tail")
     files += _named("lm", config.lm, "weights")
     models = (("[server] target", server.target.removeprefix("hf:")), ("[hf] assistant", config.hf.assistant or ""))
-    files += [(what, model) for what, model in models if model.startswith("/")]  # a folder; others are names
+    files += [(what, model) for what, model in models if model.startswith(("/", ".", "~"))]  # folders; others are names
     files += _broker_files("upstream.mqtt", config.upstream.mqtt if config.upstream else None)
     files += [(f"[questions] {name}", file) for name, file in config.questions.items()]
     schemas = {name: prompt.schema for name, prompt in config.prompts.items()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from edge_runtime.capture.picture_files import Picture
 from edge_runtime.config import QUESTION
+from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
 from models import SHIPPED_BUNDLE
 from testbed.argument_types import PHOTOS, new_file
@@ -71,7 +72,10 @@ def run(args: argparse.Namespace) -> None:
         _sort(args)
     photos, taught, question = learn(bundle, args.images, args.backend)
     out = args.out or Path(f"{args.name}.safetensors")
-    question.write(out)
+    try:
+        question.write(out)
+    except OSError as error:
+        raise AiflowError(f"{out} cannot be written: {error.strerror}: name another --out, or make room") from error
     _print_report(photos, taught)
     print(
         f"{out}: {args.name}, {len(photos.names)} photos, expected accuracy {question.record.accuracy:.3f}\n"
@@ -93,7 +97,6 @@ def learn(bundle: Bundle, images: Sequence[Path], backend: str) -> "tuple[ClassP
 
 def _sort(args: argparse.Namespace) -> None:
     """Shows the page until all frames are sorted, or the user ends it."""
-    from edge_runtime.errors import AiflowError
     from firmware_tools.label_page import Labels, LabelServer
 
     if not args.classes or len(args.images) != 1 or args.images[0].is_file():

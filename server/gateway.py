@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from edge_runtime.logs import is_told
 from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Outcome, Publish, State
 from edge_runtime.reporting import Values
 from edge_runtime.wire import TopicError, topics
@@ -265,7 +266,8 @@ class Gateway:
     def _replied(self, outcome: Outcome) -> None:
         if outcome is not Outcome.DELIVERED:
             self.counts["undelivered"] += 1
-            logger.warning("reply not delivered server=%s outcome=%s", self.server, outcome.value)
+            if is_told(count := self.counts["undelivered"]):
+                logger.warning("reply not delivered server=%s outcome=%s count=%d", self.server, outcome.value, count)
 
     def _changed(self, state: State, reason: str) -> None:
         self._on_state(state, reason)

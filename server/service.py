@@ -54,6 +54,7 @@ from server.upstream import Upstream
 logger = logging.getLogger(__name__)
 
 MIN_RETRY_MS = 50
+NO_BUNDLE = bytes(8)  # of a board that sends pictures alone
 ELSEWHERE_RETRY_MS = 100  # the broker gives the next copy to another server of the pool, which may have the bundle
 # Threads that decode pictures. One board occupies one of them, so the pictures of another one do not wait for it.
 PICTURE_THREADS = 2
@@ -349,10 +350,13 @@ class Service:
         stages_ms = {"decode": 1e3 * (decoded - started) + accepted.picture_ms} | answer.stages_ms
         queued_ms = max(0.0, 1e3 * (started - accepted.arrival.at) - accepted.picture_ms)
         compute_ms = 1e3 * (done - started) + accepted.picture_ms
+        # The board of a picture may have another bundle, whose vocabulary has other words under these ids.
+        bundle = accepted.request.bundle
+        tokens = answer.tokens if bundle in (NO_BUNDLE, *self.target.abilities.bundles) else ()
         reply = self._own(
             accepted.request.id,
             Status.OK,
-            tokens=encode_tokens(answer.tokens),
+            tokens=encode_tokens(tokens),
             text=answer.text,
             accepted=answer.accepted,
             proposed=answer.proposed,

@@ -15,7 +15,7 @@ from edge_runtime.config.conditions import LABEL, MAX_CONDITION, parse_condition
 from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.config.toml_file import MAX_SHOWN
 from edge_runtime.errors import ConfigError
-from edge_runtime.mqtt.settings import MqttConfig, TopicPrefix, is_loopback
+from edge_runtime.mqtt.settings import MqttConfig, TopicPrefix, can_be_name, is_loopback
 from edge_runtime.wire.envelope import GREEDY, MAX_QUESTIONS, MAX_SEED, MAX_STOP, MAX_TOKEN, MAX_TOKENS, Options, Share
 
 MIN_FEATURE_BYTES = 32  # a limit below this is below what a header and a few symbols take
@@ -219,6 +219,11 @@ class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     port: Annotated[int, Meta(ge=0, le=65535)]  # 0: any free port, which the log shows
     host: str = "127.0.0.1"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        if not can_be_name(self.host):
+            raise ConfigError(f"host in [metrics] = {self.host[:128]!r}: want an address of this machine")
 
 
 class HomeAssistantConfig(Struct, frozen=True, forbid_unknown_fields=True):

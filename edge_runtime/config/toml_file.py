@@ -69,7 +69,7 @@ def read_toml(path: Path) -> Any:
     """The tables of a file as dictionaries, `~/` already replaced. Raises ConfigError."""
     try:
         text = read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8-sig")  # Windows editors write a byte order mark
-        return _expanded(msgspec.toml.decode(text))
+        return _expanded(msgspec.toml.decode(text), path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}: name a configuration file that can be read") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -79,11 +79,13 @@ def read_toml(path: Path) -> Any:
         raise ConfigError(f"{path}: not TOML: {error}{hint}") from error
 
 
-def _expanded(value: Any) -> Any:
+def _expanded(value: Any, path: Path) -> Any:
     if isinstance(value, dict):
-        return {name: _expanded(inner) for name, inner in value.items()}
+        return {name: _expanded(inner, path) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_expanded(inner) for inner in value]
+        return [_expanded(inner, path) for inner in value]
+    if isinstance(value, str) and "\0" in value:  # opening such a path is a ValueError
+        raise ConfigError(f"{path}: a text has \\u0000, a zero byte, which no path and no name can have: remove it")
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 

@@ -191,8 +191,9 @@ class Store:
         self_test(incoming.folder)
         with self._locked():
             state, target = self.state(), self.folder / entry
-            if target.exists() and entry not in (state.current, state.previous):
-                shutil.rmtree(target)  # of an installation that was cut off here
+            is_in_use = entry in (state.current, state.previous)
+            if target.exists() and not (is_in_use and isinstance(self._installed_or_why(entry), Installed)):
+                shutil.rmtree(target)  # of an installation that was cut off here, or damaged since
             if target.exists():
                 shutil.rmtree(incoming.folder)
             else:

@@ -38,6 +38,7 @@ from math import inf
 from typing import Any, TypeVar
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.logs import is_told
 from edge_runtime.mqtt.connection import Connection, Message, Publish
 from edge_runtime.mqtt.reconnect import CLOSED, Backoff, Loss
 from edge_runtime.mqtt.send_queue import Outcome, OutgoingMessage, SendQueue
@@ -98,6 +99,7 @@ class MqttClient:
         self._next_deadline = inf
         counted = ("received", "inbound_oversized", "callback_errors", "connects", "losses")
         self._counts = Counter(dict.fromkeys(counted, 0))  # written by the owner thread only
+        self._degraded = 0  # times, for the log: on a slow link it may be after each message
         self._close_by: float | None = None
         self.trouble = ""  # why it is not connected; empty while it is, and during the first attempt
         self._online = threading.Event()
@@ -333,10 +335,13 @@ class MqttClient:
             logger.warning("mqtt offline client=%s broker=%s reason=%s", client, address, reason)
             self.trouble = reason
         elif state is State.DEGRADED:
-            logger.warning("mqtt degraded client=%s reason=%s", client, reason)
+            self._degraded += 1
+            if is_told(self._degraded):
+                logger.warning("mqtt degraded client=%s count=%d reason=%s", client, self._degraded, reason)
         elif state is State.ONLINE:
             self.trouble = ""
-            logger.info("mqtt online client=%s broker=%s", client, reason)
+            if self.state is not State.DEGRADED or is_told(self._degraded):
+                logger.info("mqtt online client=%s broker=%s", client, reason)
         self.state, self.reason = state, reason
         (self._online.set if state is State.ONLINE else self._online.clear)()
         if self._on_state:

@@ -162,8 +162,11 @@ class Connection:
 
     def send(self, message: OutgoingMessage, now: float) -> None:
         """Put a message into flight, unless the broker does not accept its size."""
-        if len(message.topic.encode()) + len(message.payload) + PUBLISH_OVERHEAD > self._max_packet:
+        if len(message.topic.encode()) + (size := len(message.payload)) + PUBLISH_OVERHEAD > self._max_packet:
             self._queue.end(message, Outcome.OVERSIZED)
+            if is_told(self._queue.counts()["oversized"]):
+                client, topic, most = self._settings.client_id, message.topic, self._max_packet
+                logger.warning("mqtt publish too large client=%s topic=%s bytes=%d most=%d", client, topic, size, most)
             return
         # The time that is left now: in paho's own queue it would not decrease.
         expiry_s = None if message.deadline == inf else max(1, ceil(message.deadline - now))

@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.logs import printable
 from edge_runtime.password_file import read_password
 
 MAX_PACKET = 512 << 10  # bytes, inbound, unless somebody expects pictures
@@ -132,8 +133,8 @@ def checked_host(host: str) -> str:
     url = re.fullmatch(r"(?is)(?:([a-z][a-z0-9+.-]*)://)?(?:(.*)@)?(\[[^]]*\]|[^:/]*):?([0-9]*).*", host)
     if url and any(url.group(1, 2, 4)):
         raise ConfigError(_more_than_a_host(*url.groups("")))
-    if not 1 <= len(host) <= 253 or re.search(r"[\s/:@\[\]]", host):
-        shown = host.rpartition("@")[2][:128]
+    if not 1 <= len(host) <= 253 or re.search(r"[\s/:@\[\]]", host) or not can_be_name(host):
+        shown = printable(host.rpartition("@")[2], 128)
         raise ConfigError(f'mqtt host = "{shown}", want the name or address of the broker, such as "192.0.2.7"')
     return host
 
@@ -153,6 +154,14 @@ def _more_than_a_host(scheme: str, login: str, name: str, port: str) -> str:
         options += f" --username {user} --password-file FILE"
     limits = "; a port is a number from 1 to 65535" * is_wrong
     return f'mqtt host = "{shown}" is more than a host, want {wanted}; as options: {options}{limits}'
+
+
+def can_be_name(host: str) -> bool:
+    """Whether a resolver takes it: with an empty label, or one of over 63 characters, Python's raises UnicodeError."""
+    try:
+        return host.isprintable() and bool(host.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

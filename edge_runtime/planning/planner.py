@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from edge_runtime.capture.cameras import Cameras
 from edge_runtime.config import RuntimeConfig
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.planning.measurements import Measurements
@@ -22,6 +21,9 @@ from edge_runtime.wire import Options, Tier
 from edge_runtime.wire.envelope import GREEDY
 from edge_runtime.wire.event import Explain, ParadigmName
 
+if TYPE_CHECKING:
+    from edge_runtime.capture.cameras import Cameras  # loads OpenCV, which `aiflow doctor` must do without
+
 
 class BoardPlanner:
     """Used by the frame path's thread only."""
@@ -29,7 +31,7 @@ class BoardPlanner:
     def __init__(
         self,
         config: RuntimeConfig,
-        cameras: Cameras,
+        cameras: "Cameras",
         settings: RemoteSettings,
         measurements: Measurements,
         calibration: Calibration,

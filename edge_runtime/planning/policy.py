@@ -115,7 +115,7 @@ class Policy:
         return limit if limit < LONG_FEATURES * self._level_bytes[-1] else inf
 
     def _possible(self, snapshot: Snapshot, limit: float) -> list[Candidate]:
-        """The paradigms that the board can do, has CPU time for, and a server takes."""
+        """The paradigms that the board can do, has CPU time for, and a server takes. limit: bytes of features."""
         names: list[ParadigmName] = []
         if self._has_head and snapshot.takes.latents:
             names += ["speculative", "split"] if self._has_draft else ["split"]
@@ -130,11 +130,11 @@ class Policy:
         interval_ms = snapshot.board.interval_ms
         if not possible or self.config.cpu_share >= 1 or not interval_ms:
             return possible
-        limit = self.config.cpu_share * interval_ms
+        max_ms = self.config.cpu_share * interval_ms
         # Without CPU time for a draft that would only be shown, the board writes none.
-        possible = [c if c.board_ms <= limit else candidate(c.paradigm, snapshot, False, limit) for c in possible]
+        possible = [c if c.board_ms <= max_ms else candidate(c.paradigm, snapshot, False, limit) for c in possible]
         cheapest = min(each.board_ms for each in possible)
-        return [each for each in possible if each.board_ms <= max(limit, cheapest)]
+        return [each for each in possible if each.board_ms <= max(max_ms, cheapest)]
 
     def _fits_byte_budget(self, each: Candidate, snapshot: Snapshot, limit: float) -> bool:
         """Likely within the budget of this minute, and at most a quarter of it in a quarter of a minute.

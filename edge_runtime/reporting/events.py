@@ -4,6 +4,7 @@ An answer that makes a camera's trigger true is told first as an event of the tr
 """
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
@@ -26,18 +27,24 @@ class Events:
     ) -> None:
         """triggers: by camera."""
         self._client, self._listener, self._triggers = client, listener, triggers or {}
+        # Over the triggers and the next two: answers come on one thread, those that are used again on another.
+        self._stepping = threading.Lock()
         self._told: set[Trigger] = set()  # whose unknown class was logged
-        self.triggered = 0  # events of triggers; they and `_told` are changed by the thread with the answers alone
+        self.triggered = 0  # events of triggers
         self._event, self._last = topics.event(site, board), topics.last(site, board)
 
     def publish(self, event: Event) -> None:
         """Never blocks; any thread."""
         payload = encode_event(event)
         for trigger in self._triggers.get(event.camera, ()):
-            self._step(trigger, event)
+            with self._stepping:
+                news = self._step(trigger, event)
+            if news:
+                self._send(*news)
         self._send(event, payload)
 
-    def _step(self, trigger: Trigger, event: Event) -> None:
+    def _step(self, trigger: Trigger, event: Event) -> tuple[Event, bytes] | None:
+        """The trigger's event, if it has one to tell."""
         if trigger not in self._told and (unknown := trigger.unknown_class(event)):
             self._told.add(trigger)
             logger.warning(
@@ -48,7 +55,7 @@ class Events:
                 trigger.when,
             )
         if not trigger.step(event):
-            return
+            return None
         # What the condition does not need is in the event that follows.
         news = msgspec.structs.replace(
             event, type="trigger", final=False, trigger=trigger.when, tokens=(), explain=None, timings_ms={}, hops=()
@@ -57,9 +64,9 @@ class Events:
             payload = encode_event(news)
         except WireError as error:  # the condition was too much for an event that is full already
             logger.error("trigger not told camera=%s when=%r error=%s", event.camera, trigger.when, error)
-        else:
-            self.triggered += 1
-            self._send(news, payload)
+            return None
+        self.triggered += 1
+        return news, payload
 
     def _send(self, event: Event, payload: bytes) -> None:
         self._client.publish(self._event, payload, qos=1)

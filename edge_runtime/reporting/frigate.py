@@ -201,24 +201,23 @@ class FrigateAnswers:
 
     def _failed(self, answer: _Answer, error: CallError) -> None:
         """Refused for good, or another try later. If only this event is unknown, the others need not wait."""
-        now = time.monotonic()
+        now, is_refused, is_unknown = time.monotonic(), error.status in INVALID, error.status == UNKNOWN_EVENT
         with self._changed:
             self._in_call = 0
             self._counts["failed"] += 1
-            if error.status in INVALID:
-                self._ended("refused", answer, str(error))
-                return
             # At random, so that boards do not all come back in one moment; at least half, so that Frigate can start.
-            if error.status == UNKNOWN_EVENT:
+            if is_refused:
+                self._ended("refused", answer, str(error))
+            elif is_unknown:
                 pause_s = random.uniform(answer.pause_s / 2, answer.pause_s)
                 again = answer._replace(due=now + pause_s, pause_s=min(2 * answer.pause_s, self._max_pause_s))
+                heapq.heappush(self._waiting, again)
             else:
                 pause_s = random.uniform(self._pause_s / 2, self._pause_s)
                 self._paused_until, self._pause_s = now + pause_s, min(2 * self._pause_s, self._max_pause_s)
-                again = answer._replace(due=now)
-            heapq.heappush(self._waiting, again)
-        if error.status != UNKNOWN_EVENT and error.kind != "stopped":
-            self._tell(str(error))
+                heapq.heappush(self._waiting, answer._replace(due=now))
+        if error.kind != "stopped":
+            self._tell("" if is_refused or is_unknown else str(error))  # Frigate works, whatever this answer is
 
     def _ended(self, what: str, answer: _Answer, why: str) -> None:
         """Under the lock: an answer that Frigate will not get."""

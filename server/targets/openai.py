@@ -27,7 +27,7 @@ from server.prompts import Prompt
 from server.targets import chat
 from server.targets.acceptance import Acceptance
 from server.targets.draft_style import DraftStyle
-from server.targets.paid_calls import LAST_WAIT_S, PaidCalls
+from server.targets.paid_calls import LONGEST_WAIT_S, PaidCalls
 from server.targets.prompted import PromptedTarget
 from server.targets.target import Abilities, Answer, Limits, PictureJob
 
@@ -74,7 +74,7 @@ class OpenAITarget(PromptedTarget):
         self._may_send_drafts = bundle is not None and self._prompts[config.prompt].schema is None
         self._drafts = Acceptance(is_taken=config.prediction and self._may_send_drafts)
         # More than its tries: two calls with a draft, one to repair an answer.
-        call_s = (TRIES + 3) * (config.timeout_s + LAST_WAIT_S) + MARGIN_S
+        call_s = (TRIES + 3) * (config.timeout_s + LONGEST_WAIT_S) + MARGIN_S
         self.limits = Limits(batch=1, calls=config.calls, call_s=call_s, silent_s=call_s)
         self.calls = PaidCalls(url, config, config.estimate(self._prompts.values()), wall_clock)
 

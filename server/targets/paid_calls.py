@@ -31,6 +31,7 @@ REMEDIES = {
 FIRST_WAIT_S, LAST_WAIT_S = 0.5, 8.0  # at most, before the second try and before later ones
 MAX_PAUSE_S = 3600.0  # then one call is tried, whatever Retry-After said
 LONG_PAUSE_S = 10.0  # a server that is paused for longer leaves its share
+LONGEST_WAIT_S = LAST_WAIT_S + LONG_PAUSE_S  # of a thread; for a longer pause it would be taken for one that hangs
 
 
 class PaidCalls:
@@ -82,8 +83,9 @@ class PaidCalls:
         self.endpoint.close()
 
     def wait(self, seconds: float, deadline: float) -> bool:
-        """False: not so long, since the deadline is sooner, or this server stops."""
-        return time.monotonic() + seconds < deadline and not self.stop.wait(max(0.0, seconds))
+        """False: not so long, since the deadline is sooner, the pause is long, or this server stops."""
+        is_short = seconds <= LONGEST_WAIT_S and time.monotonic() + seconds < deadline
+        return is_short and not self.stop.wait(max(0.0, seconds))
 
     def ask(self, body: bytes, deadline: float, may_be_empty: bool = False) -> tuple[chat.Completion, Usage | None]:
         """A response, and what it used if the other server says so. may_be_empty: see `chat.read`. Raises CallError."""

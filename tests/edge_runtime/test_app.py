@@ -338,6 +338,24 @@ def test_a_metrics_port_that_is_taken_is_in_the_status_and_stops_no_camera(board
             until(lambda: status(broker.port).get("problems") == {})
 
 
+def test_no_problem_is_forgotten_or_kept_when_two_parts_report_at_once(board_bundle):
+    board = Board(configuration(board_bundle, 1, "mqtt", paradigm="offload"))
+    board.report_problem("link", "no connection")
+    other = threading.Thread(target=board.report_problem, args=("link", ""))
+
+    class SlowText(str):
+        def __bool__(self) -> bool:  # while the problems are written anew
+            if other.ident is None:
+                other.start()
+                other.join(1.0)
+            return True
+
+    board.report_problem("metrics", SlowText("the port is taken"))
+    other.join()
+    assert board.problems == {"metrics": "the port is taken"}
+    board.servers.close()
+
+
 def test_a_stop_does_not_wait_for_answers(board_bundle, broker, photos):
     with Running(configuration(board_bundle, broker.port, photos, deadline_ms=600_000)) as board:
         until(lambda: board.events.qsize() == 3)

@@ -13,12 +13,23 @@ from typing import Any
 
 import pytest
 
+from edge_runtime.firmware.signature import read_signature
 from edge_runtime.firmware.store import INCOMING, MAX_STARTS
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.mqtt import MqttSettings
 from edge_runtime.wire import topics
-from edge_runtime.wire.update import CHUNK_BYTES, WINDOW_BYTES, UpdateState, decode_chunk, decode_update_state
+from edge_runtime.wire.update import (
+    CHUNK_BYTES,
+    WINDOW_BYTES,
+    UpdateState,
+    decode_chunk,
+    decode_update_state,
+    encode_update_state,
+)
 from firmware_tools import push
 from firmware_tools.cli import EXIT_RESTART, main
+from testbed.link_simulator import LinkSimulator
+from testbed.shaping import named
 from tests.brokers import Mosquitto
 from tests.edge_runtime.capture.helpers import write_photos
 from tests.edge_runtime.firmware.helpers import rewritten, variant
@@ -286,6 +297,36 @@ def test_a_board_that_does_not_answer_is_told_with_what_may_be_wrong(
     captured = capsys.readouterr()
     assert said in captured.out
     assert f"not done within 3 s: {said}" in captured.err
+
+
+def test_a_broker_that_was_away_gets_one_offer_and_not_all_that_were_due_meanwhile(
+    site: Site, signed: Callable[..., Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push, "FIRST_WORD_S", 0.1)
+    bundle, waited = signed("new", 2), 0
+    offer, state = topics.bundle_offer(SITE, BOARD), topics.bundle_state(SITE, BOARD)
+    kept = encode_update_state(UpdateState("kept", bundle.id.hex()))
+    with (
+        LinkSimulator(("127.0.0.1", site.port), named("outage")) as link,
+        Listener(site.port, offer, answer=lambda _: kept, to=state) as board,
+    ):
+
+        class SlowPush(push.Push):
+            def _why_not_done(self, *known: Any) -> str:  # called each time that an offer is due
+                nonlocal waited
+                waited += 1
+                if waited == 20:
+                    link.set(named("wifi"))
+                return super()._why_not_done(*known)
+
+        settings = MqttSettings("127.0.0.1", link.port, client_id="push")
+        SlowPush(bundle, read_signature(bundle.path), SITE, BOARD, lambda _: None).run(settings, START_S)
+        board.client.publish(offer, b"the last one")
+        offers = 0
+        while board.next() != b"the last one":
+            offers += 1
+    assert waited >= 20
+    assert offers < 5
 
 
 def test_a_pushed_bundle_survives_a_killed_board_is_tried_and_kept(site: Site, signed: Callable[..., Bundle]) -> None:

@@ -1,6 +1,7 @@
 """`aiflow doctor`: what is wrong with a board is named, with what to do, and nothing makes it hang."""
 
 import json
+import os
 import re
 import shutil
 import stat
@@ -92,6 +93,27 @@ def test_everything_of_a_board_in_order_has_a_line(
         r"20 frames: head [0-9.]+ ms, draft [0-9.]+ ms \(medians, onnx, [12] thread\(s\)\)", lines["self-test"]
     )
     assert "connected in plain text" in lines["broker mqtt"]
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("raise ImportError('libGL')", "cv2: ImportError: libGL"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "cv2: ends with SIGILL"),
+    ],
+)
+def test_an_opencv_that_is_broken_ends_no_check_but_those_that_load_it(
+    config: Callable[..., Path], tmp_path: Path, code: str, why: str
+) -> None:
+    (tmp_path / "cv2.py").write_text(code)
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    command = [sys.executable, "-m", "firmware_tools", "doctor", "--json", "--config", str(config("photos"))]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert why in checks["packages"]["found"]
+    assert checks["bundle"]["status"] == "ok"
+    assert [checks[name]["found"] for name in ("camera door", "self-test")] == ["not tried"] * 2
 
 
 def test_a_bundle_that_was_given_up_is_a_warning(

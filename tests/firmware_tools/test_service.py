@@ -203,6 +203,13 @@ def test_a_server_with_replicas_gets_the_threads_of_ray(written: Callable[..., P
             '[prompts.gate]\nquestion = "?"\nschema = "s.json"\n',
             r"schema = s.json: want",
         ),
+        (
+            OPENAI.replace("openai:", "vllm:"),
+            "cpu",
+            '[openai]\nmodel = "m"\n[vllm]\ntail = "tail"\n',
+            r"\[vllm\] tail = tail: want an absolute path",
+        ),
+        (HF.replace("HOME/model", "./m"), "cpu", "", r"\[server\] target = ./m: want an absolute path"),
         (SERVER, "cpu", 'second_bundle = "b"\n', r"\[server\] second_bundle = b: want an absolute path"),
         (SERVER, "cpu", '[upstream.mqtt]\nca_file = "HOME/ca"\n', r"\[upstream.mqtt\] ca_file = .* does not see"),
     ],

@@ -43,6 +43,20 @@ def test_flags_make_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert os.listdir(tmp_path) == ["board.toml"]
 
 
+@pytest.mark.parametrize("folder", ["/srv/\N{CAMERA}", '/srv/"\\', "/srv/\x7f"])
+def test_any_name_of_a_folder_can_be_read_again(tmp_path: Path, folder: str) -> None:
+    flags = ["--id", "b1", "--camera", f"watch:{folder}", "--broker", "localhost", "--username", ""]
+    assert setup(tmp_path, *flags) == 0
+    assert load_toml(tmp_path / "board.toml", RuntimeConfig).cameras[0].source == f"watch:{folder}"
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    camera = os.fsdecode(b"watch:/srv/\xff")
+    assert setup(tmp_path, "--id", "b1", "--camera", camera, "--broker", "localhost", "--username", "") == 1
+    assert "not UTF-8" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_broker_elsewhere_has_tls_and_one_on_this_machine_needs_none(tmp_path: Path) -> None:
     assert setup(tmp_path, *FLAGS, "--ca-file", "") == 0
     assert load_toml(tmp_path / "board.toml", RuntimeConfig).mqtt.tls

@@ -67,6 +67,11 @@ def test_a_question_is_taught_measured_and_the_same_again(photos: Path, board_bu
     assert file.read_bytes() == first
 
 
+def test_a_full_disk_is_named(photos: Path, board_bundle: Bundle, capsys) -> None:
+    assert teach(photos, board_bundle, "--out", "/dev/full") == 1
+    assert "/dev/full cannot be written: No space left on device" in capsys.readouterr().err
+
+
 def test_what_was_taught_holds_for_photos_that_it_has_not_seen(photos: Path, board_bundle: Bundle, monkeypatch) -> None:
     monkeypatch.setattr("server.loading.prove", lambda engine, _: prove(engine, (1, 2)))
     assert teach(photos, board_bundle) == 0

@@ -5,6 +5,7 @@ import queue
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from edge_runtime.mqtt import Message, MqttClient, MqttSettings
 from edge_runtime.wire import topics
 from server.gateway import PROBE_EXPIRY_S, RETURNED_IN_A_ROW, Arrival, Gateway, Probes
-from tests.brokers import Mosquitto
+from tests.brokers import PLAIN, Mosquitto
 from tests.listener import PATIENCE_S, Listener, until
 
 # ---- what probes tell ----
@@ -128,6 +129,20 @@ def test_a_probe_is_sent_back_to_whoever_sent_it_and_what_only_looks_like_one_is
         for payload in (b"probe but much longer than one", b"probe 8 bytes."):
             board.client.publish(topics.request("home", "b1"), payload)
         assert board.next() == b"probe 8 bytes."
+
+
+def test_replies_that_the_broker_refuses_are_counted_and_do_not_fill_the_log(
+    start_broker: Callable[..., Mosquitto], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "acl").write_text("topic readwrite aiflow/home/s1/#\ntopic read aiflow/home/+/up/request\n")
+    broker = start_broker(f"{PLAIN}acl_file {tmp_path / 'acl'}\n")
+    settings, replies = MqttSettings("127.0.0.1", broker.port, client_id="s1"), 40
+    with Gateway(settings, "home", "s1", "servers", lambda _: None, dict) as gateway:
+        assert gateway.client.wait_online(PATIENCE_S)
+        for _ in range(replies):
+            gateway._reply(topics.reply("home", "b1"), b"reply", 60.0)
+        until(lambda: gateway.counts["undelivered"] == replies)
+    assert caplog.text.count("reply not delivered") == 6  # the 1st, 2nd, 4th, 8th, 16th, 32nd
 
 
 def test_in_a_pool_no_probe_is_missing(join: Join) -> None:

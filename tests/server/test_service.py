@@ -117,6 +117,17 @@ def test_a_picture_is_answered_as_its_latent_would_be(server, board, bundle, eng
     assert (reply.status, "picture" in reply.error) == (Status.BAD_REQUEST, True)
 
 
+def test_a_picture_of_a_board_with_another_bundle_gets_a_text_without_token_ids(server, board, bundle) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    asked = offload(bundle, cv2.imencode(".jpg", pixels)[1].tobytes(), options=Options(min_tokens=4))
+    board.ask(asked)
+    without = board.reply()
+    board.ask(msgspec.structs.replace(asked, id=b"another1", bundle=b"another1"))
+    another = board.reply()
+    assert (another.status, another.text) == (Status.OK, without.text)
+    assert (len(without.token_ids) > 0, another.tokens) == (True, b"")
+
+
 def test_a_repeated_id_gets_the_same_bytes_and_no_second_computation(server, board, bundle) -> None:
     asked = request(bundle, 1)
     board.ask(asked)

@@ -41,6 +41,17 @@ def test_id_bundle_and_one_camera_are_enough(tmp_path):
     assert config.mqtt.settings("b1").host == "127.0.0.1"
 
 
+def test_a_text_with_a_zero_byte_is_refused_since_no_path_can_have_one(tmp_path):
+    with pytest.raises(ConfigError, match=r"board\.toml: .*a zero byte"):
+        load(tmp_path, BOARD + CAMERA + '[mqtt]\nusername = "b"\npassword_file = "/etc/aiflow/\\u0000"\n')
+
+
+@pytest.mark.parametrize("host", ["", "board..lan", "x" * 64])
+def test_metrics_on_a_host_that_no_machine_can_have_are_refused(tmp_path, host):
+    with pytest.raises(ConfigError, match=r"board\.toml: .*host in \[metrics\] = .*want an address of this machine"):
+        load(tmp_path, BOARD + CAMERA + f'[metrics]\nport = 1\nhost = "{host}"\n')
+
+
 @pytest.mark.parametrize(
     ("text", "key", "nearest"),
     [

@@ -148,6 +148,15 @@ def test_a_damaged_bundle_gives_way_to_the_one_before(
     assert [running(store), running(store)] == ["b1", "b1"]
 
 
+def test_a_damaged_bundle_is_repaired_by_installing_it_again(store: Store, bundles: list[Bundle]) -> None:
+    install(store, bundles[1], 1)
+    store.keep()
+    (store.folder / entry(bundles[1], 1) / VOCABULARY).write_text("damaged")
+    install(store, bundles[1], 1)
+    assert running(store) == "b1"
+    assert store.state().starts is None
+
+
 def test_a_bundle_whose_signer_is_not_trusted_any_more_does_not_run(
     store: Store, bundles: list[Bundle], tmp_path: Path
 ) -> None:

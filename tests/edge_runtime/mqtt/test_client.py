@@ -185,6 +185,22 @@ def test_a_broker_that_pauses_makes_the_client_degraded_and_costs_no_connection(
     assert board.client.stats()["losses"] == 0
 
 
+def test_a_broker_that_is_slow_again_and_again_does_not_fill_the_log(
+    broker: Mosquitto, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    board = start(broker.port, "b1", settings={"keepalive_s": 60})
+    for _ in range(5):
+        since = len(board.states)
+        broker.freeze()
+        board.publish("up/1", b"x")
+        board.wait_state(State.DEGRADED, since=since)
+        broker.thaw()
+        board.wait_state(State.ONLINE, since=since)
+    assert caplog.text.count("mqtt degraded") == 3  # the 1st, 2nd and 4th time
+    assert caplog.text.count("mqtt online") == 1 + 3
+
+
 def test_a_frozen_broker_costs_the_connection_and_never_blocks_the_publisher(broker: Mosquitto, start: Start) -> None:
     board = start(broker.port, "b1", settings={"queue_messages": 10})
     broker.freeze()
@@ -472,8 +488,8 @@ def test_a_publish_that_the_access_list_forbids_is_refused_once(
     assert board.client.stats()["losses"] == 0
 
 
-def test_a_message_larger_than_the_broker_takes_is_never_sent(
-    start_broker: Callable[..., Mosquitto], start: Start
+def test_a_message_larger_than_the_broker_takes_is_never_sent_and_the_log_says_so(
+    start_broker: Callable[..., Mosquitto], start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = start_broker(PLAIN + "max_packet_size 1000\n")
     board = start(broker.port, "b1")
@@ -481,6 +497,7 @@ def test_a_message_larger_than_the_broker_takes_is_never_sent(
     board.publish("up/1", b"y" * 900)
     assert [board.outcome()[1], board.outcome()[1]] == [Outcome.OVERSIZED, Outcome.DELIVERED]
     assert board.client.stats()["losses"] == 0
+    assert "mqtt publish too large client=b1 topic=up/1 bytes=1000 most=1000" in caplog.text
 
 
 def test_a_message_of_10_mb_is_kept_from_a_client_by_the_broker(broker: Mosquitto, start: Start) -> None:

@@ -33,6 +33,9 @@ def password(tmp_path: Path) -> Path:
         ("a b", "want the name or address"),
         ("@broker.lan", "want the name or address"),
         ("x" * 254, "want the name or address"),
+        ("broker..lan", "want the name or address"),
+        ("x" * 64 + ".lan", "want the name or address"),
+        ("broker\0.lan", "want the name or address"),
     ],
 )
 def test_a_host_that_no_broker_can_have_is_refused_with_the_right_spelling(host: str, fix: str) -> None:

@@ -332,6 +332,13 @@ def test_a_board_without_cpu_time_for_its_draft_writes_none():
     assert choose(busy, PolicyConfig(cpu_share=0.1)).paradigm == "offload"
 
 
+def test_a_board_without_cpu_time_for_its_draft_expects_requests_of_the_usual_size():
+    thin = with_values(KNOWN, estimate=known_link(1500.0, 300.0), draft_ms=30.0, interval_ms=20.0)
+    roomy, short = (choose(thin, PolicyConfig(cpu_share=share, may_offload=False)) for share in (1.0, 0.5))
+    assert (roomy.writes_draft, short.writes_draft) == (True, False)
+    assert short.explain.expected_ms["split"] == roomy.explain.expected_ms["split"]
+
+
 # ---- properties ----
 
 ms = st.floats(0.1, 2000)

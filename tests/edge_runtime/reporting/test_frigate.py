@@ -164,6 +164,19 @@ def test_an_answer_that_frigate_refuses_is_not_tried_again(bad, caplog):
     assert "frigate answer refused" in caplog.text
 
 
+@pytest.mark.parametrize("status", [400, 404])
+def test_a_frigate_that_answers_again_is_no_trouble_even_if_it_takes_no_answer(status):
+    troubles: queue.Queue[str] = queue.Queue()
+    behaviour = iter([(503, "text/html", b"")])
+    with (
+        FrigateServer(lambda path: next(behaviour, (status, "application/json", b"{}"))) as server,
+        FrigateAnswers(FrigateConfig(url=server.url), troubles.put, min_pause_s=0.01) as answers,
+    ):
+        answers.put(event())
+        assert "503" in troubles.get(timeout=PATIENCE_S)
+        assert troubles.get(timeout=PATIENCE_S) == ""
+
+
 def test_an_answer_is_given_up_when_frigate_has_not_known_its_event_for_long(monkeypatch):
     monkeypatch.setattr(frigate_module, "MAX_AGE_S", 0.1)
     with FrigateServer(lambda path: (404, "application/json", b"{}")) as server, answers_for(server) as answers:

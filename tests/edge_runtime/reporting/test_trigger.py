@@ -1,6 +1,7 @@
 """When a trigger tells, and when it does not."""
 
 import json
+import threading
 from datetime import datetime, timezone
 
 import msgspec
@@ -116,6 +117,24 @@ def test_the_event_of_a_trigger_comes_before_the_frames_final_one() -> None:
     assert events.triggered == 1
     events.publish(answer(2, OPEN, camera="door"))  # another camera's
     assert len(client.sent) == 6
+
+
+def test_two_threads_with_answers_of_one_camera_tell_a_condition_once() -> None:
+    """Answers of servers come on one thread, those that are used again on another."""
+    events = Events(Topic(), "home", "b1", triggers={"yard": [Trigger("gate == open")]})
+    other = threading.Thread(target=events.publish, args=(answer(2, OPEN),))
+
+    class SlowAnswer(dict[str, float]):
+        def __getitem__(self, name: str) -> float:  # while the condition is looked at
+            if other.ident is None:
+                other.start()
+                other.join(1.0)
+            return super().__getitem__(name)
+
+    events.publish(answer(1, SlowAnswer(CLOSED), type="new", reuse=Reuse("1", 0.1)))
+    other.join()
+    events.publish(answer(3, OPEN))
+    assert events.triggered == 1
 
 
 def test_an_answer_that_fills_its_event_is_told_whether_the_trigger_fits_or_not(caplog) -> None:

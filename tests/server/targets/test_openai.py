@@ -188,6 +188,16 @@ def test_all_calls_wait_as_long_as_the_other_server_says(other: ChatServer) -> N
     assert target.why_closed(time.monotonic() + 100) == ""
 
 
+def test_a_long_limit_is_not_waited_for_whatever_the_deadline(other: ChatServer) -> None:
+    """The thread would be taken for one that hangs, and the server has left its share."""
+    other.behave, other.retry_after = lambda call: "answer" if call else "limit", "20"
+    target = target_of(other)
+    (answer,) = target.answer([job(left_s=600.0)])
+    assert "says 429" in answer.error
+    assert 20_000 <= answer.retry_after_ms < 30_000
+    assert "limits the rate" in target.why_closed(time.monotonic())
+
+
 def test_a_short_limit_is_waited_for_within_the_deadline(other: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:
     other.behave, other.retry_after = lambda call: "answer" if call else "limit", "0.25"
     target, waits = target_of(other), list[float]()
