@@ -40,7 +40,7 @@ class Arrival:
     board: str
     payload: bytes
     at: float  # seconds, time.monotonic()
-    accept: Callable[[], None]  # acknowledges the message to the broker
+    acknowledge: Callable[[], None]  # to the broker
     reply: Callable[[bytes, float], None]  # sends the bytes of a reply, useful for so many seconds, to the board
 
 

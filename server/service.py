@@ -79,9 +79,9 @@ class Service:
         self.config, self.target, self.replies, self.upstream = config, target, replies, upstream
         self.tier, limits = Tier[config.tier.upper()], target.limits
         self.takes_pictures = config.pictures and target.abilities.pictures
-        self.pictures: Batcher[Accepted] = Batcher(config.queue, 1, 0.0, time.monotonic)
+        self.picture_queue: Batcher[Accepted] = Batcher(config.queue, 1, 0.0, time.monotonic)
         # With several calls at once, one board may occupy half of them, so that the others always get some.
-        self.batcher: Batcher[Accepted] = Batcher(
+        self.target_queue: Batcher[Accepted] = Batcher(
             config.queue, limits.batch, config.batch_wait_ms / 1e3, time.monotonic, (limits.calls + 1) // 2
         )
         self.batch_times = BatchTimes(limits.call_s)
@@ -104,7 +104,7 @@ class Service:
             arrival.reply(encode_reply(refusal), 0.0)
         else:
             self._admit(Accepted(arrival, request, arrival.at + request.budget_ms / 1e3))
-        arrival.accept()
+        arrival.acknowledge()
 
     def _admit(self, accepted: Accepted) -> None:
         """Finds out whether the request is new and can be answered here."""
@@ -127,7 +127,7 @@ class Service:
             if request.options and request.options.prompt:
                 self._count("prompts", "asked")
             is_latent = request.content_kind is ContentKind.LATENT
-            self._enqueue(accepted, self.batcher if is_latent else self.pictures)
+            self._enqueue(accepted, self.target_queue if is_latent else self.picture_queue)
 
     def _enqueue(self, accepted: Accepted, queue: Batcher[Accepted]) -> None:
         """Into a queue, if an answer can be expected in time: otherwise it would only delay the others."""
@@ -149,7 +149,7 @@ class Service:
 
     def _expected_ms(self, accepted: Accepted) -> float:
         """From now until the engine has answered, as batches take lately; 0 while nobody is ahead of it."""
-        ahead = self.batcher.ahead_of(accepted.arrival.board)
+        ahead = self.target_queue.ahead_of(accepted.arrival.board)
         limits = self.target.limits
         batches = 1 + ahead / (limits.batch * limits.calls)
         return self.batch_times.medians_ms()["batch"] * batches if ahead else 0.0
@@ -158,7 +158,7 @@ class Service:
 
     def decode_picture(self, decoder: PictureDecoder) -> None:
         """Takes one picture out of its queue, if one comes soon, and puts its pixels into the engine's queue."""
-        batch = self.pictures.take(TAKE_S)
+        batch = self.picture_queue.take(TAKE_S)
         self._tell_stale(batch)
         for accepted in batch.items:
             started = time.monotonic()
@@ -172,9 +172,9 @@ class Service:
             else:
                 self._count("pictures", "decoded")
                 took_ms = 1e3 * (time.monotonic() - started)
-                self._enqueue(replace(accepted, pixels=pixels, picture_ms=took_ms), self.batcher)
+                self._enqueue(replace(accepted, pixels=pixels, picture_ms=took_ms), self.target_queue)
             finally:
-                self.pictures.done(accepted.arrival.board, 1e3 * (time.monotonic() - started))
+                self.picture_queue.done(accepted.arrival.board, 1e3 * (time.monotonic() - started))
 
     # ---- the threads that call the target: this one, and more if it takes several calls at once ----
 
@@ -195,13 +195,13 @@ class Service:
         self.target.on_step(progress)
         with self._threads(), self._bounded_stop(stop):
             while not stop.is_set():
-                self.answer(self.batcher.take(TAKE_S))
+                self.answer(self.target_queue.take(TAKE_S))
                 progress()
             notifier.stopping()
             self._accept_no_more()
             # In this order: a picture goes from the first to the second.
-            while not self.pictures.is_idle or not self.batcher.is_idle:
-                self.answer(self.batcher.take(TAKE_S))
+            while not self.picture_queue.is_idle or not self.target_queue.is_idle:
+                self.answer(self.target_queue.take(TAKE_S))
 
     @contextmanager
     def _bounded_stop(self, stop: threading.Event) -> Iterator[None]:
@@ -247,7 +247,7 @@ class Service:
 
         def answer() -> None:
             while not done.is_set():
-                self.answer(self.batcher.take(TAKE_S))
+                self.answer(self.target_queue.take(TAKE_S))
 
         threads = [
             threading.Thread(target=decode, args=(decoder,), name=f"pictures-{i}", daemon=True)
@@ -294,7 +294,7 @@ class Service:
         finally:
             self.batch_times.end()
             for accepted, cost_ms in zip(batch.items, costs_ms, strict=True):
-                self.batcher.done(accepted.arrival.board, cost_ms)
+                self.target_queue.done(accepted.arrival.board, cost_ms)
 
     def _job(self, accepted: Accepted) -> Any:
         """The job for the target; None: the request was refused, its content is not readable."""
@@ -388,7 +388,7 @@ class Service:
             "bundles": {},
             "target": can.status(),
             "pictures": self.takes_pictures,
-            "queue": {"waiting": len(self.batcher) + len(self.pictures), "capacity": self.config.queue},
+            "queue": {"waiting": len(self.target_queue) + len(self.picture_queue), "capacity": self.config.queue},
             "engine": {
                 "busy_s": round(self.batch_times.busy_s(now), 1),
                 "late": self.batch_times.is_late(now),
@@ -426,7 +426,7 @@ class Service:
     # ---- any thread: the ends of a request ----
 
     def _hand_back(self, why: str) -> None:
-        for queue in (self.pictures, self.batcher):
+        for queue in (self.picture_queue, self.target_queue):
             for accepted in queue.clear():
                 self._busy(accepted, why)
 

@@ -88,7 +88,7 @@ def server(site: Running) -> Server:
     def answer(arrival: Arrival) -> None:
         server.asked.append(arrival.board)
         arrival.reply(arrival.payload, 10.0)
-        arrival.accept()
+        arrival.acknowledge()
 
     settings = site.settings("attic", receive_maximum=64)
     server = Server(Gateway(settings, "home", "attic", SITE.pool, answer, dict))

@@ -96,7 +96,7 @@ def join(broker: Mosquitto) -> Iterator[Join]:
         def joins(name: str, is_proven: bool = True) -> Member:
             def arrived(arrival: Arrival) -> None:
                 member.arrivals.put(arrival)
-                arrival.accept()
+                arrival.acknowledge()
 
             settings = MqttSettings("127.0.0.1", broker.port, client_id=name)
             member = Member(Gateway(settings, "home", name, "servers", arrived, dict))

@@ -56,7 +56,7 @@ def expected(engine: Engine, asked: Question, i: int) -> dict[str, float]:
 def serve(service: Service, payload: msgspec.Struct) -> Reply:
     lane = Lane()
     service.receive(lane.arrival(payload))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     return lane.replies[-1]
 
 
@@ -114,7 +114,7 @@ def test_a_picture_is_asked_as_its_latent_would_be(bundle: Bundle, engine: Engin
     service.receive(lane.arrival(msgspec.structs.replace(asked, content_kind=ContentKind.JPEG, content=jpeg)))
     with PictureDecoder() as decoder:
         service.decode_picture(decoder)
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     known = engine.evidence([Job(engine.symbols(decode_picture(jpeg)))])[0]
     assert lane.replies[-1].answers == {"gate": question(bundle, 0).answer(known)}
 

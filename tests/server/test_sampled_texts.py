@@ -165,7 +165,7 @@ def test_a_repeat_a_replica_and_another_request_with_the_seed_get_the_same_text(
         for _ in range(2):
             asked = request(bundle, 3, options=sampled(1, seed=7), **changes)
             service.receive(lane.arrival(asked))
-            service.answer(service.batcher.take(0))
+            service.answer(service.target_queue.take(0))
             service.receive(lane.arrival(asked))  # a repeat
             texts |= {tuple(reply.token_ids) for reply in lane.replies[-2:]}
             assert lane.replies[-1].status is Status.OK
@@ -193,11 +193,11 @@ def test_no_schedule_of_lost_doubled_late_and_reordered_requests_and_killed_repl
             late = msgspec.structs.replace(asked[i], age_ms=passed, budget_ms=60_000 - passed)
             replicas[replica].receive(lane.arrival(late))
         elif what == "answer":
-            replicas[replica].answer(replicas[replica].batcher.take(0))
+            replicas[replica].answer(replicas[replica].target_queue.take(0))
         else:  # what it had accepted is lost
             replicas[replica] = make_service()
     for replica in replicas:
-        replica.answer(replica.batcher.take(0))
+        replica.answer(replica.target_queue.take(0))
         assert is_balanced(replica)
     for reply in lane.replies:
         i = int.from_bytes(reply.id, "big")
@@ -209,7 +209,7 @@ def test_without_a_seed_the_requests_id_is_the_seed(make_service, bundle, engine
     for number in (1, 2, 3, 1 << 60):
         asked = request(bundle, 3, options=sampled(0), id=number.to_bytes(8, "big"))
         service.receive(lane.arrival(asked))
-        service.answer(service.batcher.take(0))
+        service.answer(service.target_queue.take(0))
         assert tuple(lane.replies[-1].token_ids) == engine.answer([job(3, 0, seed=number)])[0].tokens
         texts.add(lane.replies[-1].tokens)
     assert len(texts) == 4
@@ -222,7 +222,7 @@ def test_the_tier_above_writes_what_it_would_have_written_for_the_board(make_ser
     asked = request(bundle, 5, options=sampled(wish))
     for one in (asked, msgspec.structs.replace(passed_up(asked, "e1", (6, 7, 8), 0.1), id=b"other id")):
         cloud.receive(lane.arrival(one))
-        cloud.answer(cloud.batcher.take(0))
+        cloud.answer(cloud.target_queue.take(0))
     first, second = lane.replies
     assert (first.status, second.status) == (Status.OK, Status.OK)
     assert first.tokens == second.tokens
@@ -232,7 +232,7 @@ def test_the_tier_above_writes_what_it_would_have_written_for_the_board(make_ser
 def test_stop_tokens_that_the_bundle_does_not_have_are_refused_by_name(make_service, bundle) -> None:
     service, lane = make_service(), Lane()
     service.receive(lane.arrival(request(bundle, options=sampled(0, stop=(VOCABULARY,)))))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     assert (lane.replies[-1].status, "stop tokens" in lane.replies[-1].error) == (Status.BAD_REQUEST, True)
     assert is_balanced(service)
 
@@ -248,4 +248,4 @@ def test_a_target_that_does_not_sample_leaves_the_request_to_another_server(
     service.receive(lane.arrival(request(bundle, options=options)))
     assert (lane.replies[-1].status, "does not sample" in lane.replies[-1].error) == (Status.UNKNOWN_BUNDLE, True)
     service.receive(lane.arrival(request(bundle, options=Options(top_k=3))))  # without a temperature: greedy
-    assert len(service.batcher) == 1
+    assert len(service.target_queue) == 1

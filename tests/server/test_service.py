@@ -231,7 +231,7 @@ def test_a_servers_counters_are_exported_with_its_connections(board, bundle, bro
 def test_a_server_without_a_tier_above_answers_with_what_it_has(make_service, bundle, engine, options) -> None:
     service, lane = make_service(), Lane()
     service.receive(lane.arrival(request(bundle, options=options)))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     (reply,) = lane.replies
     assert (reply.status, reply.tier, reply.server, reply.final) == (Status.OK, Tier.EDGE, "s1", True)
     assert tuple(reply.token_ids) == engine.answer([Job(SYMBOLS[0])])[0].tokens
@@ -245,7 +245,7 @@ def test_a_frame_with_a_reference_is_answered_as_it_would_be_alone(make_service,
 
     def ask(number: int, content: bytes, lane: Lane = lane) -> Reply:
         service.receive(lane.arrival(request(bundle, content=content, id=number.to_bytes(8, "big"))))
-        service.answer(service.batcher.take(0))
+        service.answer(service.target_queue.take(0))
         return lane.replies[-1]
 
     def against(name: int, symbols: np.ndarray, groups: int = 4) -> bytes:
@@ -271,10 +271,10 @@ def test_after_a_restart_the_references_are_lost_and_other_boards_have_none(make
     content = encode(SYMBOLS[1], bundle.inter_tables, 1, 4, Reference(1, SYMBOLS[0]))
     service, first, other = make_service(), Lane("b1"), Lane("b2")
     service.receive(first.arrival(request(bundle, 0, id=(1).to_bytes(8, "big"))))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     for asked, lane in ((service, other), (make_service(), first)):
         asked.receive(lane.arrival(request(bundle, content=content)))
-        asked.answer(asked.batcher.take(0))
+        asked.answer(asked.target_queue.take(0))
         assert (lane.replies[-1].status, lane.replies[-1].is_reference) == (Status.REFERENCE_LOST, False)
         assert is_balanced(asked)
 
@@ -283,7 +283,7 @@ def test_a_server_whose_bundle_has_no_tables_for_references_keeps_none(make_serv
     service, lane = make_service(), Lane()
     monkeypatch.setitem(service.target.bundle.__dict__, "inter_tables", None)
     service.receive(lane.arrival(request(bundle)))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     assert (lane.replies[0].status, lane.replies[0].is_reference) == (Status.OK, False)
     assert service.target.latents.references.bytes == 0
 
@@ -350,7 +350,7 @@ def test_a_server_without_a_process_for_pictures_is_busy_for_them(make_service, 
         decoder.kill()
         service.decode_picture(decoder)
     assert lane.replies[0].status is Status.BUSY
-    assert service.pictures.is_idle
+    assert service.picture_queue.is_idle
     assert is_balanced(service)
 
 
@@ -362,7 +362,7 @@ def test_a_server_that_takes_no_pictures_refuses_them_at_once_and_says_so(make_s
     assert service.counts["pictures", "not_taken"] == 1
     assert service.status()["pictures"] is False
     service.receive(lane.arrival(request(bundle)))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     assert lane.replies[1].status is Status.OK
     assert make_service().status()["pictures"] is True
 
@@ -383,7 +383,7 @@ def test_a_board_whose_requests_cost_more_is_served_less_often(make_service, bun
 
     monkeypatch.setattr(service.target.engine, "answer", answer)
     for _ in range(33):
-        service.answer(service.batcher.take(0))
+        service.answer(service.target_queue.take(0))
     assert 2 <= len(costly.replies) <= 5
     assert len(costly.replies) + len(cheap.replies) == 33
 
@@ -450,7 +450,7 @@ def test_a_full_queue_says_busy_at_once_and_when_to_come_back(make_service, bund
     assert lane.replies[0].retry_after_ms > 0
     assert lane.accepted == 3  # to the broker all are done with: the board was told
     assert is_balanced(service)
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     assert [reply.status for reply in lane.replies[1:]] == [Status.OK, Status.OK]
     assert is_balanced(service)
 
@@ -459,7 +459,7 @@ def test_a_request_that_cannot_be_answered_in_time_is_told_so_at_once(make_servi
     """Under overload a full queue would answer everything too late."""
     service, lane, other = make_service(max_batch=1), Lane(), Lane("other")
     service.receive(lane.arrival(request(bundle, 0)))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     service.batch_times = BatchTimes()
     service.batch_times.add(1000.0, 100.0)
     for i in (1, 2, 3):
@@ -477,7 +477,7 @@ def test_a_flooding_board_cannot_keep_a_quiet_one_out(make_service, bundle) -> N
         service.receive(flood.arrival(request(bundle, i)))
     service.receive(quiet.arrival(request(bundle, 7)))
     assert [reply.status for reply in flood.replies] == [Status.BUSY] * 3
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     assert [reply.status for reply in quiet.replies] == [Status.OK]
     assert is_balanced(service)
 
@@ -486,8 +486,8 @@ def test_a_request_that_comes_again_while_it_is_served_is_not_started_again(make
     service, lane, asked = make_service(), Lane(), request(bundle)
     service.receive(lane.arrival(asked))
     service.receive(lane.arrival(asked))
-    assert len(service.batcher) == 1
-    service.answer(service.batcher.take(0))
+    assert len(service.target_queue) == 1
+    service.answer(service.target_queue.take(0))
     service.receive(lane.arrival(asked))
     assert len(lane.replies) == 2
     assert lane.replies[0] == lane.replies[1]
@@ -504,7 +504,7 @@ def test_a_repeat_that_crosses_its_reply_gets_the_reply_again(make_service, bund
         service.receive(lane.arrival(asked))
 
     service.receive(replace(first, reply=reply_and_ask_again))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     assert len(lane.replies) == 2
     assert lane.replies[0] == lane.replies[1]
 
@@ -513,7 +513,7 @@ def test_the_same_id_of_another_board_is_another_request(make_service, bundle) -
     service, one, other, asked = make_service(), Lane("b1"), Lane("b2"), request(bundle)
     service.receive(one.arrival(asked))
     service.receive(other.arrival(asked))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     assert (len(one.replies), len(other.replies)) == (1, 1)
 
 
@@ -521,9 +521,9 @@ def test_a_busy_reply_is_not_remembered(make_service, bundle) -> None:
     service, lane, asked = make_service(queue=1), Lane(), request(bundle)
     service.receive(lane.arrival(request(bundle, 1)))
     service.receive(lane.arrival(asked))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     service.receive(lane.arrival(asked))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     assert [reply.status for reply in lane.replies] == [Status.BUSY, Status.OK, Status.OK]
 
 
@@ -538,9 +538,9 @@ def test_an_engine_that_breaks_fails_its_batch_by_name_and_the_next_is_served(
 
     with monkeypatch.context() as patched:
         patched.setattr(service.target.engine, "answer", broken)
-        service.answer(service.batcher.take(0))
+        service.answer(service.target_queue.take(0))
     service.receive(lane.arrival(request(bundle, 1)))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     assert [reply.status for reply in lane.replies] == [Status.FAILED, Status.OK]
     assert is_balanced(service)
 
@@ -560,7 +560,7 @@ def test_a_content_that_the_target_fails_to_read_fails_alone(make_service, bundl
         return job(target, accepted)
 
     monkeypatch.setattr(BundleTarget, "job", broken)
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     assert [reply.status for reply in lane.replies] == [status, Status.OK]
     assert is_balanced(service)
 
@@ -591,7 +591,7 @@ def test_the_status_names_bundle_queue_prices_and_numerics(make_service, bundle,
     service, lane = make_service(), Lane()
     service.receive(lane.arrival(request(bundle)))
     assert service.status()["queue"] == {"waiting": 1, "capacity": 64}
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     status = json.loads(json.dumps(service.status()))
     assert status["bundles"] == {bundle.id.hex(): bundle.manifest.name}
     assert status["queue"]["waiting"] == 0

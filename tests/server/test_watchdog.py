@@ -75,7 +75,7 @@ def test_a_hung_engine_leaves_the_share_hands_back_what_waits_and_comes_back(
     watchdog.check(now + 2 * PROBE_PERIOD_S)
     assert share.taken() == ["resume", "heartbeat"]
     service.receive(lane.arrival(request(bundle, 1)))
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     assert lane.replies[-1].status is Status.OK
 
 

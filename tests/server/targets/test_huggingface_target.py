@@ -78,8 +78,8 @@ def replies(service: Service, *requests: object) -> list[object]:
         for request in requests:
             service.receive(lane.arrival(request))
             service.decode_picture(decoder)
-    while len(service.batcher):
-        service.answer(service.batcher.take(0))
+    while len(service.target_queue):
+        service.answer(service.target_queue.take(0))
     assert is_balanced(service)
     return lane.replies
 

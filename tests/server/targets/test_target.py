@@ -69,8 +69,8 @@ def serve(service: Service, lane: Lane, *requests: Request) -> None:
     with PictureDecoder() as decoder:
         for _ in requests:
             service.decode_picture(decoder)
-    while len(service.batcher):
-        service.answer(service.batcher.take(0))
+    while len(service.target_queue):
+        service.answer(service.target_queue.take(0))
 
 
 def test_its_texts_and_counts_are_the_replies(service: Service, model: Model, bundle: Bundle) -> None:

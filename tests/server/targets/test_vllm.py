@@ -327,7 +327,7 @@ def test_a_boards_draft_reaches_it_in_words_and_its_reply_says_what_was_accepted
     with PictureDecoder() as decoder:
         service.receive(lane.arrival(offload(bundle=bundle.id, draft=draft)))
         service.decode_picture(decoder)
-    service.answer(service.batcher.take(0))
+    service.answer(service.target_queue.take(0))
     (reply,) = lane.replies
     assert (reply.status, reply.text, reply.token_ids) == (Status.OK, TEXT, [])
     assert (reply.accepted, reply.proposed, reply.passes) == (4, 5, 6)

@@ -79,8 +79,8 @@ class Site:
         before = len(self.lane.replies)
         for request in requests:
             self.service.receive(self.lane.arrival(request))
-        while not self.service.batcher.is_idle:
-            self.service.answer(self.service.batcher.take(0))
+        while not self.service.target_queue.is_idle:
+            self.service.answer(self.service.target_queue.take(0))
         assert is_balanced(self.service)
         return self.lane.replies[before:]
 
@@ -88,7 +88,7 @@ class Site:
         self.service.receive(self.lane.arrival(offload()))
         with PictureDecoder() as decoder:
             self.service.decode_picture(decoder)
-        self.service.answer(self.service.batcher.take(0))
+        self.service.answer(self.service.target_queue.take(0))
         return self.lane.replies[-1]
 
     @property
