@@ -13,7 +13,8 @@ What it promises:
 - A callback that raises is logged and counted, and the network loop goes on.
 - It judges the connection by progress: if no PUBACK comes for messages in flight it is DEGRADED, and after two
   keepalives it opens a new socket.
-- A message that the broker refuses, or that ends the connection again and again, ends once and causes no endless loop.
+- A message that the broker refuses, or closes the connection for again and again, ends once and causes no endless loop.
+  One that needs longer than two keepalives on a thin link does: `keepalive_s` must suit the largest message.
 
 What it does not promise: that anybody received the message. A PUBACK says only that the broker has it. Only a reply
 says that a request was served (requests/).

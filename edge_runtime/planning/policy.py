@@ -161,7 +161,7 @@ class Policy:
         takes = snapshot.takes
         if takes.wanted and not takes.latents and not takes.pictures:
             return f"no server has {takes.wanted}"
-        features = "no server takes features" if self._has_head else "the board has no head"
+        features = "no server takes this bundle's features" if self._has_head else "the board has no head"
         return (
             f"{features}, and {'no server takes pictures' if self.config.may_offload else 'pictures may not leave it'}"
         )

@@ -80,7 +80,7 @@ class Claims(NamedTuple):
 
 
 class Takes(NamedTuple):
-    """The contents that at least one server takes, by their statuses. Without a status: everything.
+    """The contents of this board that at least one server takes, by their statuses. Without a status: everything.
 
     A request that meets another server of the pool is refused and sent again, until it meets one that takes it. So one
     false claim does not keep requests from the other servers.
@@ -184,8 +184,10 @@ class ServerStatuses:
             taking = [status for status in taking if status.target.sample]
             wanted.append("a target that samples")
         with_pictures = [status for status in taking if status.pictures]
+        # A server that names no bundle says nothing of it.
+        with_bundle = [status for status in taking if not status.bundles or self._bundle in status.bundles]
         return Takes(
-            any(status.target.latents for status in taking),
+            any(status.target.latents for status in with_bundle),
             bool(with_pictures),
             " and ".join(wanted),
             # The draft is a caption, so it is no guess at the answer to a prompt that asks something else.

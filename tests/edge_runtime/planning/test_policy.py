@@ -116,7 +116,7 @@ def test_a_board_does_only_what_it_can():
             PolicyConfig(may_offload=False),
             True,
             set(),
-            "no server takes features, and pictures may",
+            "no server takes this bundle's features, and pictures may",
         ),
         (Takes(pictures=False), PolicyConfig(), False, set(), "the board has no head, and no server takes pictures"),
         (Takes(latents=False, wanted="the prompt gate"), PolicyConfig(), True, {"offload"}, "nothing else is possible"),

@@ -27,9 +27,9 @@ def status_of(server: str = "a", state: str = "online", **others: object) -> byt
 class Statuses(ServerStatuses):
     """With its counters."""
 
-    def __init__(self) -> None:
+    def __init__(self, bundle: str = "") -> None:
         self.counts: Counter[str] = Counter()
-        super().__init__(self.counts)
+        super().__init__(self.counts, bundle)
 
     def receive(self, server: str, now: float, **status: object) -> None:
         self.arrived(topics.server_status("home", server), status_of(server, **status), now)
@@ -155,6 +155,14 @@ def test_what_one_server_takes_is_possible_whatever_the_others_take():
     assert statuses.takes(2.0) == Takes(latents=False)
     statuses.receive("older", 2.0)  # of a version that says nothing of it
     assert statuses.takes(2.0) == Takes()
+
+
+def test_features_of_a_bundle_that_no_server_has_are_not_sent():
+    statuses = Statuses("aa")
+    statuses.receive("one", 1.0, bundles={"bb": "another"})
+    assert statuses.takes(1.0) == Takes(latents=False)
+    statuses.receive("two", 1.0, bundles={"aa": "ours", "bb": "another"})
+    assert statuses.takes(1.0) == Takes()
 
 
 def test_with_a_prompt_only_servers_that_have_it_count():
