@@ -143,6 +143,7 @@ class Boards:
         if now >= asked.at + BUDGET_S:
             del self._open[request_id]
             self.counts["lost"] += 1
+            self.counts["greedy_board_lost"] += asked.board == self.names[0]
         else:
             self.counts["sent_again"] += 1
             self._send(asked)
@@ -176,6 +177,7 @@ class Boards:
             "per_second": round((len(greedy) + sum(map(len, others))) / seconds, 2),
             "reply_ms_p50": round(float(np.percentile(together, 50))),
             "reply_ms_p95": round(float(np.percentile(together, 95))),
+            "greedy_board_lost": self.counts["greedy_board_lost"],
             "greedy_board_p50": round(float(np.percentile(greedy or [0.0], 50))),
             "boards_without_answer": sum(not replies for replies in others),
         }

@@ -33,6 +33,7 @@ def test_a_silent_server_is_asked_less_and_less_often_and_each_request_is_lost(
         request = decode_request(silent.heard.get().payload)
         left_ms[request.id].append(request.budget_ms)
     assert asking.counts["lost"] == asking.counts["asked"] == len(left_ms) > 0
+    assert asking.counts["greedy_board_lost"] == asking.counts["lost"]  # there is no other
     for budgets in left_ms.values():
         assert budgets == sorted(budgets, reverse=True)
         assert len(budgets) <= 5  # at once, and at least 0.1, 0.2, 0.4 and 0.8 s later
