@@ -5,6 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from models.backbone import pretrained_lite0
@@ -12,6 +13,7 @@ from models.coded_pictures import SIZES, picture_codecs, without_container
 from models.family import Tail
 from models.recipe import codec_tail
 from models.recipe.stage3_bottleneck import GAINS, Cut
+from models.recipe.stage4_head import trained_head
 from models.recipe.workspace import Workspace
 from tests import exports
 
@@ -57,6 +59,7 @@ def test_the_tail_is_trained_on_coded_pictures_and_can_be_loaded(
     np.save(tmp_path / "photos-train.npy", photos)
     before = Cut(pretrained_lite0(), vocabulary=40).state_dict()
     work.save("3-bottleneck", {"average": before})
+    torch.save(trained_head(work).state_dict(), tmp_path / "head.pt")
     codec_tail.run(work, codec_tail.Settings(steps=2), tmp_path / "tail.safetensors")
     after = load_file(tmp_path / "tail.safetensors")
     Tail(len(GAINS)).load_state_dict(after)

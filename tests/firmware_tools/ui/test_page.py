@@ -288,6 +288,7 @@ def test_a_user_logs_in_with_the_token(start: Callable[..., str], tmp_path: Path
     chromium.write("guessed")
     chromium.press("Enter")
     chromium.until(wrong, lambda display: display == "block")
+    chromium.until("document.readyState == 'complete'")  # until then, the fragment #wrong may take the focus
     chromium.read("document.querySelector('input').focus()")
     chromium.write("0123456789abcdef")
     chromium.press("Enter")
