@@ -35,8 +35,8 @@ def test_its_bounds_of_pictures_are_those_of_the_code() -> None:
     (prompt,) = (msgspec.convert(table, PromptConfig) for table in FRAMES["prompts"].values())
     assert prompt.frames == 3
     assert (MAX_FRAMES, "1 to 8" in TEXT, "last eight pictures of each camera" in TEXT) == (8, True, True)
-    said = f"at most {MAX_BYTES >> 20} MiB of pictures; of one board, at most {MAX_BOARD_BYTES >> 20} MiB and {MAX_CAMERAS} cameras"
-    assert said in TEXT
+    assert f"at most {MAX_BYTES >> 20} MiB of pictures" in TEXT
+    assert f"of one board, at most {MAX_BOARD_BYTES >> 20} MiB and {MAX_CAMERAS} cameras" in TEXT
     assert (MAX_AGE_S, "older than ten minutes" in TEXT) == (600.0, True)
 
 
