@@ -18,7 +18,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends no usage stat
 
 import ray
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import ActorAlreadyExistsError, RayError
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
@@ -149,7 +149,10 @@ def _replicas(bundle: Bundle, config: ServerConfig, settings: RayConfig) -> Any:
             f"no Ray cluster at {settings.address or 'this machine'}: {_last_line(error)}: start one with `ray start "
             "--head` and name it as address in [ray], or leave address out"
         ) from error
-    serve.start(proxy_location="Disabled")  # no HTTP: requests come by MQTT
+    try:
+        serve.start(proxy_location="Disabled")  # no HTTP: requests come by MQTT
+    except ActorAlreadyExistsError:  # another server has started it in this moment
+        serve.start(proxy_location="Disabled")
     name = f"aiflow-{bundle.id.hex()}-{config.tier}"
     if name in serve.status().applications:
         return serve.get_app_handle(name)

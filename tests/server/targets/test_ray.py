@@ -71,6 +71,22 @@ def test_replicas_write_the_texts_of_one_process(target: ray_engine.RayTarget, e
     assert target.limits.calls == 2 * ray_engine.CALLS_PER_REPLICA
 
 
+def test_a_server_that_starts_in_the_same_moment_joins_the_replicas(
+    target: ray_engine.RayTarget, bundle: Bundle, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, tries = ray_engine.serve.start, []
+
+    def race(**options: str) -> None:
+        tries.append(options)
+        if len(tries) == 1:
+            raise ray_engine.ActorAlreadyExistsError("SERVE_CONTROLLER_ACTOR")
+        start(**options)
+
+    monkeypatch.setattr(ray_engine.serve, "start", race)
+    other = ray_engine.RayTarget(bundle, config(bundle).server, RayConfig(replicas=2), Questions(bundle))
+    assert [answer.tokens for answer in other.answer(jobs)] == [answer.tokens for answer in target.answer(jobs)]
+
+
 def test_a_batch_whose_replica_dies_is_answered_by_another(target: ray_engine.RayTarget, jobs: list[Job]) -> None:
     expected = [answer.tokens for answer in target.answer(jobs)]
     running = replicas()
