@@ -107,7 +107,7 @@ class Pipeline:
         references: ReferenceFrames | None = None,
     ) -> None:
         """Without a head, every plan must be to offload. sends_labels: with the features; if False, labels are found
-        only for frames that the board answers alone. reusable, references: both are told what servers reply.
+        only for frames that the board answers alone. reusable, references: what servers reply goes into both.
         """
         self.head, self.draft, self.labels = networks
         self.bundle, self.planner = bundle, planner
