@@ -241,7 +241,7 @@ def test_the_documented_command_deletes_all_that_a_broker_keeps_of_a_board(board
     page = (Path(__file__).parents[3] / "docs" / "homeassistant.md").read_text()
     (command,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     program = tmp_path / "mosquitto_pub"
-    program.write_text('#!/bin/sh\nshift 9 && echo "$1"\n')  # the argument of -t
+    program.write_text('#!/bin/bash\necho "${@: -1}"\n')  # the last argument: that of -t
     program.chmod(0o755)
     shell = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     said = subprocess.run(["bash", "-c", command], env=shell, capture_output=True, text=True, check=True).stdout
