@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from edge_runtime.cores import usable_cores
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle, open_bundle
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from server.engine import Engine
     from server.targets.bundle import BundleTarget
     from server.targets.features import FeatureReader
+    from server.targets.huggingface import HuggingFaceTarget
+    from server.targets.huggingface_target import Model
 
 logger = logging.getLogger(__name__)
 
@@ -166,12 +170,8 @@ def load_target(config: Config) -> Loaded:
 
             embeds = ImageEmbeds(reader)
         return VllmTarget(url, config.openai, prompts=prompts, bundle=bundle, features=embeds), None
-    if server.target.startswith("hf:"):
-        return _picture_model(config), None
-    if server.target == "lm":
-        from server.targets.language import load_language
-
-        return load_language(config, opened(server.bundle)), None
+    if server.target == "lm" or server.target.startswith("hf:"):
+        return _model_target(config), None
     from server.targets.two_bundles import TwoBundles
 
     first = _bundle_target(config, server.bundle, config.questions)
@@ -191,7 +191,10 @@ def _bundle_target(config: Config, folder: str | None, questions: Mapping[str, s
 
         bundle = opened(folder)
         asked = Questions(bundle, questions, server.questions_folder)
-        target: BundleTarget = RayTarget(bundle, server, config.ray, asked)
+        # The same path on every machine, wherever the server was started.
+        placed = msgspec.structs.replace(server, bundle=str(bundle.path))
+        settings = msgspec.structs.replace(config, server=placed)
+        target: BundleTarget = RayTarget(bundle, settings, config.ray, asked)
     else:
         bundle, engine = load(server, folder)
         asked = Questions(bundle, questions, server.questions_folder)
@@ -206,20 +209,45 @@ def usual_calls(threads: int) -> int:
     return max(1, min(2, usable_cores() // threads))
 
 
-def _picture_model(config: Config) -> Target[Any]:
-    from server.targets.huggingface import HuggingFaceTarget
+def _model_target(config: Config) -> Target[Any]:
+    """A language model that reads features, or a model of Hugging Face, here or on replicas."""
+    server, bundle = config.server, _boards_bundle(config.server)
+    if config.ray:
+        from server.targets.ray_model import RayModel
+
+        model: Model = RayModel(config, config.ray)
+    else:
+        model = load_model(config)
+    if server.target == "lm":
+        from server.targets.language import load_language
+
+        return load_language(config, opened(server.bundle), model)
     from server.targets.huggingface_target import PictureModel
+
+    features = _features(config, bundle)
+    return PictureModel(model, config.hf, bundle, config.read_prompts(), server.max_batch, features)
+
+
+def load_model(config: Config) -> "HuggingFaceTarget":
+    """The model of the targets "hf:..." and "lm", in this process, after its start test. Raises ConfigError."""
+    from server.targets.huggingface import HuggingFaceTarget
     from server.targets.huggingface_tower import Tower
 
     server, hf = config.server, config.hf
+    if server.target == "lm":
+        from server.targets.language import load_language_model
+
+        return load_language_model(config, opened(server.bundle))
     how = (hf.dtype, server.device, server.threads, hf.offline)
     model = HuggingFaceTarget.load(server.target.removeprefix("hf:"), *how)
     if hf.assistant:
         model.add_assistant(hf.assistant, *how)
-    bundle, prompts = _boards_bundle(server), config.read_prompts()
-    if features := _features(config, bundle):
-        model.tower = Tower.of_tail(model.loaded, features.record, prompts[hf.prompt].text)
-    return PictureModel(model, hf, bundle, prompts, server.max_batch, features)
+    if hf.tail:
+        from models.tower_tail import read_tower_tail
+
+        record, _ = read_tower_tail(Path(hf.tail), opened(server.bundle))
+        model.tower = Tower.of_tail(model.loaded, record, config.read_prompts()[hf.prompt].text)
+    return model
 
 
 def _features(config: Config, bundle: Bundle | None) -> "FeatureReader | None":
@@ -227,7 +255,7 @@ def _features(config: Config, bundle: Bundle | None) -> "FeatureReader | None":
         return None
     from server.targets.features import load_features
 
-    return load_features(Path(config.tail), bundle, config.server.device, config.server.threads)
+    return load_features(Path(config.tail), bundle, config.own_device, config.server.threads)
 
 
 def _boards_bundle(server: ServerConfig) -> Bundle | None:

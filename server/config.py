@@ -159,7 +159,7 @@ def check_model(name: str) -> None:
 
 
 class RayConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """Replicas of the bundle's networks in a Ray cluster, in place of those of this process."""
+    """Replicas of the target's networks in a Ray cluster, in place of those of this process."""
 
     address: Annotated[str, Meta(min_length=1, max_length=256)] | None = None  # of a cluster; none: one for this server
     replicas: Annotated[int, Meta(ge=1, le=1000)] = 2  # at least so many
@@ -210,7 +210,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     vllm: VllmConfig = VllmConfig()  # with the target "vllm:..."
     hf: HuggingFaceConfig = HuggingFaceConfig()  # with the target "hf:..."
     lm: LanguageConfig = LanguageConfig()  # with the target "lm"
-    ray: RayConfig | None = None  # with the target "bundle"
+    ray: RayConfig | None = None  # with the targets "bundle", "hf:..." and "lm"
     upstream: UpstreamConfig | None = None
     metrics: MetricsConfig | None = None
 
@@ -224,6 +224,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             max_inbound_bytes=MAX_ENVELOPE + 1024,  # and its topic and properties
             receive_maximum=queue,  # requests are acknowledged when accepted, so the broker keeps the rest
         )
+
+    @property
+    def own_device(self) -> str:
+        """The device for networks that this process computes itself: the machines of a cluster have others."""
+        return "cpu" if self.ray else self.server.device
 
     @property
     def tail(self) -> str | None:
@@ -249,7 +254,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             ("[hf]", self.hf != HuggingFaceConfig(), ("hf",), "hf:FOLDER"),
             ("[lm]", self.lm != LanguageConfig(), ("lm",), "lm"),
             ("[prompts]", bool(self.prompts), ("openai", "vllm", "hf", "lm"), f'openai:{address}" or "hf:FOLDER'),
-            ("[ray]", self.ray is not None, ("bundle",), "bundle"),
+            ("[ray]", self.ray is not None, ("bundle", "hf", "lm"), 'bundle" or "hf:FOLDER'),
             ("second_bundle", server.second_bundle is not None, ("bundle",), "bundle"),
             ("calls in [server]", server.calls is not None, ("bundle",), "bundle"),
         ):

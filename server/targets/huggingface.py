@@ -57,6 +57,9 @@ class Proof:
 class HuggingFaceTarget:
     """One model. For one thread."""
 
+    calls = 1  # of `answer` at the same time
+    silent_s = 300.0  # of one pass: a large model reads several pictures on a CPU within it
+
     def __init__(self, loaded: Loaded) -> None:
         """Runs the start test. Raises TargetError if the model does not work at all."""
         self.loaded = loaded
@@ -65,7 +68,7 @@ class HuggingFaceTarget:
         self.tower: Tower | None = None  # puts image tokens in the place of a picture
         self.assistant: Assistant | None = None  # proposes if phrases do not
         self.rewritten = 0  # texts that were written again, alone and without proposals
-        self.on_pass: Callable[[], None] = lambda: None
+        self.on_step: Callable[[], None] = lambda: None  # called after each pass
         self.proof = Proof()
         self.proof = prove(self)
         logger.log(
@@ -87,6 +90,11 @@ class HuggingFaceTarget:
     ) -> None:
         """Lets a smaller language model propose, see `huggingface_loading.load`. Raises TargetError."""
         self.assistant = Assistant(load(name, dtype, device, threads, offline), self.loaded, self.drafts.special)
+
+    @property
+    def name(self) -> str:
+        """A folder, or a name on the hub."""
+        return self.loaded.name
 
     @property
     def takes_pictures(self) -> bool:
@@ -174,6 +182,17 @@ class HuggingFaceTarget:
     def _failed(self, error: BaseException) -> Answer:
         return Answer(error=f"target {self.loaded.name}: {error}")
 
+    def check(self, job: Job) -> None:
+        """Raises PromptError if the model cannot read this job."""
+        self.inputs(job)
+
+    def assistant_status(self) -> dict[str, Any] | None:
+        """The assistant's counts; None: there is none."""
+        return self.assistant.status() if self.assistant else None
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
     def inputs(self, job: Job) -> Inputs:
         """The model's inputs for a job. Raises PromptError."""
         if not 1 <= job.max_tokens <= MAX_TOKENS:
@@ -203,7 +222,7 @@ class HuggingFaceTarget:
     ) -> GreedyDecoding:
         """Writes the rows, which have one limit. reads_draft_with_prompt: None: as proven. settings: of `generate`."""
         with_prompt = self.proof.reads_draft_with_prompt if reads_draft_with_prompt is None else reads_draft_with_prompt
-        decoding = GreedyDecoding(rows, with_prompt, self.on_pass)
+        decoding = GreedyDecoding(rows, with_prompt, self.on_step)
         self.loaded.model.generate(
             **(self.tower.placed(inputs) if self.tower else inputs),
             custom_generate=decoding,

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,21 +12,44 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.picture_checks import decode_picture
 from server.config import HuggingFaceConfig
 from server.prompts import Prompt
-from server.targets.huggingface import MAX_TOKENS, HuggingFaceTarget
+from server.targets.huggingface import MAX_TOKENS, Proof
 from server.targets.huggingface_prompts import Job, PromptError
 from server.targets.prompted import Features, PromptedTarget, objection, words
 from server.targets.target import Abilities, Answer, Limits, PictureJob, Verified
 
-SILENT_S = 300.0  # of one pass: a large model reads several pictures on a CPU within it
 BLANK = np.zeros((224, 224, 3), np.uint8)
 
 
+class Model(Protocol):
+    """A model of this process (huggingface.py), or replicas of it on other machines (ray_model.py)."""
+
+    proof: Proof
+    on_step: Callable[[], None]
+    calls: int  # of `answer` at the same time
+    silent_s: float  # for so long it may work without a step
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def takes_pictures(self) -> bool: ...
+
+    def check(self, job: Job) -> None:
+        """Raises PromptError if the model cannot read this job."""
+
+    def answer(self, jobs: Sequence[Job]) -> list[Answer]: ...
+
+    def assistant_status(self) -> dict[str, Any] | None: ...
+
+    def close(self) -> None: ...
+
+
 class PictureModel(PromptedTarget):
-    """For one thread, except `status`."""
+    """For as many threads as its model, except `status`, which is for any."""
 
     def __init__(
         self,
-        model: HuggingFaceTarget,
+        model: Model,
         config: HuggingFaceConfig,
         bundle: Bundle | None = None,
         prompts: Mapping[str, Prompt] | None = None,
@@ -39,9 +62,9 @@ class PictureModel(PromptedTarget):
         """
         super().__init__(prompts, config.prompt, config.max_tokens, bundle, features)
         if not model.takes_pictures:
-            raise ConfigError(f"{model.loaded.name} takes no pictures: want an image-text-to-text model")
+            raise ConfigError(f"{model.name} takes no pictures: want an image-text-to-text model")
         self.model = model
-        self.limits = Limits(batch=max_batch if model.proof.batches else 1, silent_s=SILENT_S)
+        self.limits = Limits(max_batch if model.proof.batches else 1, model.calls, silent_s=model.silent_s)
         for name, prompt in self._prompts.items():
             self._try(name, prompt)
 
@@ -57,7 +80,7 @@ class PictureModel(PromptedTarget):
             is_prose=False,
         )
         try:
-            self.model.inputs(job)
+            self.model.check(job)
         except PromptError as error:
             raise ConfigError(f"prompt {name}: {error}") from error
         if prompt.frames > 1:  # some processors take them, and then the model does not
@@ -72,7 +95,7 @@ class PictureModel(PromptedTarget):
         verified: Verified = "server" if uses_drafts else "none"
         # Nobody wants a draft of a JSON object.
         takes_drafts = uses_drafts and self._bundle is not None and self._prompts[self._usual].schema is None
-        name = f"hf:{self.model.loaded.name}"
+        name = f"hf:{self.model.name}"
         prompts = tuple(sorted(self._prompts))
         return self._with_features(Abilities(name, verified, drafts=takes_drafts, prompts=prompts))
 
@@ -81,12 +104,15 @@ class PictureModel(PromptedTarget):
         return [self._checked(job, answer) for job, answer in zip(jobs, first, strict=True)]
 
     def on_step(self, step: Callable[[], None]) -> None:
-        self.model.on_pass = step
+        self.model.on_step = step
 
     def status(self) -> dict[str, Any]:
         bundles = {self._bundle.id.hex(): self._bundle.manifest.name} if self._bundle else {}
-        assistant = self.model.assistant.status() if self.model.assistant else None
-        return {"numerics": self.model.proof.numerics, "bundles": bundles, "assistant": assistant}
+        numerics, assistant = self.model.proof.numerics, self.model.assistant_status()
+        return {"numerics": numerics, "bundles": bundles, "assistant": assistant}
+
+    def close(self) -> None:
+        self.model.close()
 
     def asked(self, job: PictureJob, draft: str | None = None, repair: tuple[str, str] | None = None) -> Job:
         prompt = self._prompt_of(job)

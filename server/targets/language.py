@@ -25,18 +25,18 @@ from server.loading import load_engine
 from server.prompts import Prompt
 from server.targets.huggingface import HuggingFaceTarget
 from server.targets.huggingface_prompts import Job
-from server.targets.huggingface_target import PictureModel
+from server.targets.huggingface_target import Model, PictureModel
 from server.targets.huggingface_tower import Tower
 from server.targets.latents import Latents
 from server.targets.target import Abilities, Answer, FeaturesError, PictureJob, picture_job
 
 
 class LanguageTarget(PictureModel):
-    """For one thread, except `status`."""
+    """For as many threads as its model, except `status`, which is for any."""
 
     def __init__(
         self,
-        model: HuggingFaceTarget,
+        model: Model,
         eyes: Eyes,
         engine: Engine,
         bundle: Bundle,
@@ -94,14 +94,25 @@ class LanguageTarget(PictureModel):
         return replace(asked, prompt=question(asked.prompt, job.labels_told))
 
 
-def load_language(settings: Config, bundle: Bundle) -> LanguageTarget:
-    """At the first time, writes the whole model into a cache, which takes a minute. Raises ConfigError."""
+def load_language(settings: Config, bundle: Bundle, model: Model) -> LanguageTarget:
+    """model: of `load_language_model`. Raises ConfigError."""
     server, config = settings.server, settings.lm
-    learnt = Path(config.weights) if config.weights else SHIPPED
-    eyes, changes = read_learnt(learnt, bundle)
+    eyes, _ = read_learnt(_learnt(settings), bundle)
+    device = settings.own_device
+    engine = load_engine(bundle, (), device, server.threads)
+    limits, prompts = HuggingFaceConfig(config.prompt, config.max_tokens, config.dtype), settings.read_prompts()
+    return LanguageTarget(model, eyes.to(device), engine, bundle, limits, prompts, server.max_batch)
+
+
+def load_language_model(settings: Config, bundle: Bundle) -> HuggingFaceTarget:
+    """At the first time, writes the whole model into a cache, which takes a minute. Raises ConfigError."""
+    server, config, learnt = settings.server, settings.lm, _learnt(settings)
+    _, changes = read_learnt(learnt, bundle)
     folder = installed(learnt, changes, Path(config.cache) if config.cache else None)
     model = HuggingFaceTarget.load(str(folder), config.dtype, server.device, server.threads)
     model.tower = Tower(model.loaded, TOWER_PIXELS, QUESTION)
-    engine = load_engine(bundle, (), server.device, server.threads)
-    limits, prompts = HuggingFaceConfig(config.prompt, config.max_tokens, config.dtype), settings.read_prompts()
-    return LanguageTarget(model, eyes.to(server.device), engine, bundle, limits, prompts, server.max_batch)
+    return model
+
+
+def _learnt(settings: Config) -> Path:
+    return Path(settings.lm.weights) if settings.lm.weights else SHIPPED

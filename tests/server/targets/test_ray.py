@@ -26,14 +26,14 @@ from tests.server.boards import config
 
 pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
 with warnings.catch_warnings(action="ignore"):  # of Ray's own libraries
-    from server.targets import ray_engine
+    from server.targets import ray_engine, ray_replicas
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
 def target(bundle: Bundle) -> Iterator[ray_engine.RayTarget]:
-    target = ray_engine.RayTarget(bundle, config(bundle).server, RayConfig(replicas=2), Questions(bundle))
+    target = ray_engine.RayTarget(bundle, config(bundle), RayConfig(replicas=2), Questions(bundle))
     yield target
     target.close()
 
@@ -61,29 +61,29 @@ def test_ray_accepts_the_cluster_of_the_example() -> None:
 def test_a_cluster_that_is_not_there_is_named(bundle: Bundle) -> None:  # first: this process joins one cluster
     nowhere = RayConfig(address="127.0.0.1:1")
     with pytest.raises(ConfigError, match="no Ray cluster"):
-        ray_engine.RayTarget(bundle, config(bundle).server, nowhere, Questions(bundle))
+        ray_engine.RayTarget(bundle, config(bundle), nowhere, Questions(bundle))
 
 
 def test_replicas_write_the_texts_of_one_process(target: ray_engine.RayTarget, engine: Engine, jobs: list[Job]) -> None:
     expected = [answer.tokens for answer in engine.answer(jobs)]
     assert [answer.tokens for answer in target.answer(jobs)] == expected
     assert target.abilities.verified == "strict"
-    assert target.limits.calls == 2 * ray_engine.CALLS_PER_REPLICA
+    assert target.limits.calls == 2 * ray_replicas.CALLS_PER_REPLICA
 
 
 def test_a_server_that_starts_in_the_same_moment_joins_the_replicas(
     target: ray_engine.RayTarget, bundle: Bundle, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start, tries = ray_engine.serve.start, []
+    start, tries = ray_replicas.serve.start, []
 
     def race(**options: str) -> None:
         tries.append(options)
         if len(tries) == 1:
-            raise ray_engine.ActorAlreadyExistsError("SERVE_CONTROLLER_ACTOR")
+            raise ray_replicas.ActorAlreadyExistsError("SERVE_CONTROLLER_ACTOR")
         start(**options)
 
-    monkeypatch.setattr(ray_engine.serve, "start", race)
-    other = ray_engine.RayTarget(bundle, config(bundle).server, RayConfig(replicas=2), Questions(bundle))
+    monkeypatch.setattr(ray_replicas.serve, "start", race)
+    other = ray_engine.RayTarget(bundle, config(bundle), RayConfig(replicas=2), Questions(bundle))
     assert [answer.tokens for answer in other.answer(jobs)] == [answer.tokens for answer in target.answer(jobs)]
 
 
@@ -114,7 +114,7 @@ def test_each_try_is_a_step_and_a_picture_without_a_replica_is_for_another_serve
     monkeypatch.setattr(target.engine, "_timeout_s", 0.0)
     with pytest.raises(PictureWorkerError, match="no replica"):
         target.engine.symbols(np.zeros((224, 224, 3), np.uint8))
-    assert len(steps) == ray_engine.TRIES
+    assert len(steps) == ray_replicas.TRIES
 
 
 def test_a_target_that_is_closed_answers_with_an_error_and_starts_no_cluster(
@@ -123,7 +123,7 @@ def test_a_target_that_is_closed_answers_with_an_error_and_starts_no_cluster(
     target.close()
     (answer,) = target.answer(jobs[:1])
     assert "no replica" in answer.error
-    assert not ray_engine.ray.is_initialized()
+    assert not ray_replicas.ray.is_initialized()
 
 
 def test_a_replica_is_added_while_batches_wait(bundle: Bundle) -> None:  # it takes a minute
@@ -135,7 +135,7 @@ def replicas_under_load(path: Path) -> int:
     """The replicas of a cluster that starts with one, once there are two or a batch has failed."""
     bundle = open_bundle(path)
     target = ray_engine.RayTarget(
-        bundle, config(bundle).server, RayConfig(replicas=1, max_replicas=2), Questions(bundle)
+        bundle, config(bundle), RayConfig(replicas=1, max_replicas=2), Questions(bundle)
     )
     is_enough = Event()
 
@@ -145,7 +145,7 @@ def replicas_under_load(path: Path) -> int:
 
     assert len(replicas()) == 1
     with ThreadPoolExecutor() as pool:
-        asking = [pool.submit(ask) for _ in range(2 * ray_engine.CALLS_PER_REPLICA)]
+        asking = [pool.submit(ask) for _ in range(2 * ray_replicas.CALLS_PER_REPLICA)]
         while len(replicas()) < 2 and not any(each.done() for each in asking):
             is_enough.wait(0.2)
         is_enough.set()
