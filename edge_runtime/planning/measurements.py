@@ -8,7 +8,6 @@ never steps back.
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from math import isfinite
 
 from edge_runtime.planning.board_estimator import STAGES, BoardEstimator, BoardSnapshot
@@ -45,6 +44,34 @@ class Snapshot:
     takes: Takes = field(default_factory=Takes)  # what the servers take
 
 
+@dataclass(frozen=True, slots=True)
+class RequestSent:
+    """Maybe not for the first time."""
+
+    request_id: bytes
+    paradigm: ParadigmName
+    size: int  # bytes of the whole payload
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAnswered:
+    """A reply with status ok arrived."""
+
+    reply: Reply
+    draft: tuple[int, ...]  # of the board, whether the request contained it or not
+    at: float
+    is_timed: bool = True  # False: its time says nothing of the link
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLost:
+    """No server answered in time."""
+
+    request_id: bytes
+    at: float
+
+
 class Measurements:
     """`sent` is called before `answered` or `lost` of the same request."""
 
@@ -52,8 +79,7 @@ class Measurements:
         """bytes_spent: bytes of requests sent in the within_s seconds before `now`. bundle: the id of the board's."""
         self.counts = Counter(dict.fromkeys(IGNORED, 0))
         self._bytes_spent, self._is_connected, self._now = bytes_spent, True, 0.0
-        # Of each observation, what applies it, given its time, and this time.
-        self._inbox: deque[tuple[Callable[[float], None], float]] = deque(maxlen=QUEUE)
+        self._inbox: deque[RequestSent | RequestAnswered | RequestLost] = deque(maxlen=QUEUE)
         self._link, self._board = LinkEstimator(), BoardEstimator()
         self._server, self._statuses = ServerEstimator(self.counts), ServerStatuses(self.counts, bundle)
 
@@ -65,19 +91,18 @@ class Measurements:
 
     def sent(self, request_id: bytes, paradigm: ParadigmName, size: int, now: float) -> None:
         """A request is sent, or sent again. size: bytes of its whole payload."""
-        if self._is_good(size):
-            self._put(partial(self._link.sent, request_id, paradigm, size), now)
+        self._put(RequestSent(request_id, paradigm, size, now), size, now)
 
     def answered(self, reply: Reply, now: float, draft: Sequence[int] = (), *, is_timed: bool = True) -> None:
         """The first reply to a request, with status ok. draft: of the board, sent or not.
 
         is_timed: False if the request has waited for the broker or for a server.
         """
-        self._put(partial(self._apply_answer, reply, tuple(draft), is_timed), now)
+        self._put(RequestAnswered(reply, tuple(draft), now, is_timed), now)
 
     def lost(self, request_id: bytes, now: float) -> None:
         """No server answered the request in time."""
-        self._put(partial(self._apply_loss, request_id), now)
+        self._put(RequestLost(request_id, now), now)
 
     def status_arrived(self, topic: str, payload: bytes, now: float) -> None:
         """A server's status, as received. Called by one thread only, the MQTT client's."""
@@ -87,12 +112,12 @@ class Measurements:
         """Why no server can be expected to answer, in words; "" if one can."""
         return self._statuses.find_silence()
 
-    def _put(self, apply: Callable[[float], None], now: float) -> None:
-        if not self._is_good(now):
+    def _put(self, message: RequestSent | RequestAnswered | RequestLost, *numbers: float) -> None:
+        if not all(self._is_good(number) for number in numbers):
             return
         if len(self._inbox) == QUEUE:
             self.counts["overflow"] += 1
-        self._inbox.append((apply, now))
+        self._inbox.append(message)
 
     def _is_good(self, number: float) -> bool:
         """Counts it if not."""
@@ -123,8 +148,7 @@ class Measurements:
         if isfinite(now):
             self._now = max(self._now, now)
         while self._inbox:
-            apply, at = self._inbox.popleft()
-            apply(min(at, self._now))  # a time in the future counts as now
+            self._apply(self._inbox.popleft())
 
     def snapshot(self, now: float, prompt: str = "", samples: bool = False) -> Snapshot:
         """From all messages until now. prompt: only servers that have it count in `takes`; empty: all do.
@@ -145,18 +169,22 @@ class Measurements:
             takes=self._statuses.takes(now, prompt, samples),
         )
 
-    def _apply_loss(self, request_id: bytes, at: float) -> None:
-        self._link.lost(request_id, self._server.usual_ms(at), at)
-
-    def _apply_answer(self, reply: Reply, draft: tuple[int, ...], is_timed: bool, at: float) -> None:
-        if (request := self._link.answered(reply.id, at)) is None:
-            return
-        # A higher tier, which `server` may name, publishes its status to another broker.
-        self._statuses.answered(reply.hops[0].server if reply.hops else reply.server)
-        total_ms = 1e3 * (at - request.sent_at)
-        server_ms = sum(hop.queue_ms + hop.compute_ms for hop in reply.hops)
-        if server_ms <= total_ms:
-            self._link.measured(request, total_ms - server_ms if is_timed else None, at)
-            self._server.answered(request.paradigm, reply, draft, at)
-        else:
-            self.counts["hops_refused"] += 1
+    def _apply(self, message: RequestSent | RequestAnswered | RequestLost) -> None:
+        at = min(message.at, self._now)  # a time in the future counts as now
+        match message:
+            case RequestSent(request_id, paradigm, size):
+                self._link.sent(request_id, paradigm, size, at)
+            case RequestLost(request_id):
+                self._link.lost(request_id, self._server.usual_ms(at), at)
+            case RequestAnswered(reply, draft, _, is_timed):
+                if (request := self._link.answered(reply.id, at)) is None:
+                    return
+                # A higher tier, which `server` may name, publishes its status to another broker.
+                self._statuses.answered(reply.hops[0].server if reply.hops else reply.server)
+                total_ms = 1e3 * (at - request.sent_at)
+                server_ms = sum(hop.queue_ms + hop.compute_ms for hop in reply.hops)
+                if server_ms <= total_ms:
+                    self._link.measured(request, total_ms - server_ms if is_timed else None, at)
+                    self._server.answered(request.paradigm, reply, draft, at)
+                else:
+                    self.counts["hops_refused"] += 1
