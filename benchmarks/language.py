@@ -9,7 +9,7 @@ from server.config import Config, ServerConfig
 from server.engine import Engine, Job
 from server.targets import Answer
 from server.targets.huggingface_prompts import Job as TextJob
-from server.targets.language import load_language
+from server.targets.language import load_language, load_language_model
 from server.targets.target import PictureJob
 
 
@@ -18,14 +18,15 @@ class LanguageEngine(Engine):
 
     def __init__(self, bundle: Bundle, threads: int = 2) -> None:
         """Raises ConfigError."""
-        server = ServerConfig("bench", str(bundle.path), target="lm", threads=threads)
-        self.target = load_language(Config(server), bundle)
+        config = Config(ServerConfig("bench", str(bundle.path), target="lm", threads=threads))
+        self.model = load_language_model(config, bundle)
+        self.target = load_language(config, bundle, self.model)
         self.bundle, own = bundle, self.target.engine
         super().__init__(own.tail, {}, own.classifier, own.classes, own.head)
 
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
         """The texts of any number of jobs, in their order."""
-        return self.target.model.answer([self.asked(job) for job in jobs])
+        return self.model.answer([self.asked(job) for job in jobs])
 
     def asked(self, job: Job) -> TextJob:
         """A job as the language model reads it. Without a draft, it writes alone."""

@@ -118,7 +118,7 @@ def run_language(
 
     engine, level = LanguageEngine(bundle, threads), bundle.manifest.latent.default_level
     jobs = [engine.asked(Job(each, level, draft=tuple(draft))) for each, draft in zip(symbols, drafts, strict=True)]
-    return {"target": "lm"} | _of_transformers(engine.target.model, jobs, draft_ms, rounds, (1,))
+    return {"target": "lm"} | _of_transformers(engine.model, jobs, draft_ms, rounds, (1,))
 
 
 def _of_transformers(

@@ -1,7 +1,7 @@
 """The board's requests: sends them, and turns what comes back, or does not, into events.
 
-What becomes of a request is decided in lifecycle.py; here are the thread around it, the byte budget, the events and the
-outbox. Every request that the board submits ends in exactly one more final event.
+What becomes of a request is decided in lifecycle.py, and its events are those of request_events.py; here are the thread
+around both, the byte budget and the outbox. Every request that the board submits ends in exactly one more final event.
 """
 
 import logging
@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -33,9 +32,9 @@ from edge_runtime.requests.actions import (
     Store,
     Why,
 )
-from edge_runtime.requests.answer_event import answer_event
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.requests.lifecycle import RequestLifecycle
+from edge_runtime.requests.request_events import RequestEvents
 from edge_runtime.requests.thread import LifecycleThread
 from edge_runtime.requests.tracked import NewRequest, Row, Tracked, row_of
 from edge_runtime.wire import (
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_AFTER_S = 1e6  # of an event
 NO_BYTES = Why("no_bytes", "no bytes left in this minute's budget")
 
 
@@ -128,9 +126,9 @@ class RequestTracker:
 
         find_silence: why no server can answer now, in words for people; "" if one can.
         """
-        self._client, self._bundle, self._events, self._observer = client, bundle, events, observer
+        self._client, self._observer, self._find_silence = client, observer, find_silence
         self._capacity, self._budget, self._on_reply = capacity, byte_budget or ByteBudget(), on_reply
-        self._find_silence, self._silence = find_silence, ""  # the latter: what was told last
+        self._request_events = RequestEvents(events, bundle, lambda: client.state is State.ONLINE, find_silence)
         self._lost_early: dict[bytes, Lose[Tracked]] = {}  # before the frame's draft came: their events wait for it
         self._topic = topics.request(site, board)
         self._outbox = self._new_outbox(outbox) if outbox else None
@@ -148,13 +146,10 @@ class RequestTracker:
             "requests", self._lifecycle, self._receive, self._perform, self._reply, self._before_step
         )
         self.reply_arrived = self._thread.reply_arrived  # each message on the board's reply topic; any thread
-        self._unanswered: set[str] = set()  # questions that were logged; the board's own, so they are few
         self._submitted = 0  # by the frame path
         self._sent_bytes = 0  # of all requests that the broker has
-        self._answer_seconds = (
-            0,
-            0.0,
-        )  # requests that were answered without the outbox, and their seconds since capture
+        # Requests that were answered without the outbox, and their seconds since capture.
+        self._answer_seconds = 0, 0.0
 
     def _new_outbox(self, config: OutboxConfig) -> "Outbox":
         from edge_runtime.requests.outbox import Outbox  # here, as a board without one need not load SQLite
@@ -281,17 +276,16 @@ class RequestTracker:
             self._thread.replies["overtaken"] += 1
             return ()
         if tracked:
-            event = msgspec.structs.replace(event, bytes_up=self._bytes_up(tracked))
             tracked.event, tracked.compact, tracked.draft_until = event, compact, -inf
         if event.tokens or tracked is None:
-            self._events.publish(event)
+            self._request_events.announced(event, tracked)
         return self._lifecycle.on_complete(request_id, now)
 
     def _reply(self, reply: Reply, now: float) -> Sequence[Action[Tracked]]:
         self._on_reply(reply)
         if reply.status is Status.OK and (tracked := self._lifecycle.find(reply.id)):
             try:
-                tracked.answer = self._update(tracked, reply, now)
+                tracked.answer = self._request_events.update(tracked, reply, now)
                 encode_event(tracked.answer)
             except WireError as error:  # within a reply's limits, but not within an event's
                 return self._lifecycle.on_unusable_answer(reply.id, Why("failed", f"server {reply.server}: {error}"))
@@ -315,12 +309,11 @@ class RequestTracker:
             case Answer():
                 return self._answer(action, now)
             case Settle():
-                self._publish(action.content, now, final=True, why=action.why.text)
+                self._request_events.settled(action.content, action.why, now)
             case Postpone():
                 self._refund(action.content, now)
                 self._observe_loss(action.id, now)
-                why = f"{self._reason(action.why)}: kept, asked again later"
-                self._publish(action.content, now, type="update", final=False, why=why[:1024])
+                self._request_events.postponed(action.content, action.why, now)
             case Lose(request_id, Tracked(draft_until=until)) if now < until:
                 self._lost_early[request_id] = action
             case Lose():
@@ -367,71 +360,19 @@ class RequestTracker:
         tracked.copy_ended(size, is_delivered)
         self._thread.copy_ended(request_id, outcome)
 
-    def _bytes_up(self, tracked: Tracked) -> int:
-        return tracked.bytes_up(self._client.state is State.ONLINE)
-
-    def _reason(self, why: Why) -> str:
-        """Why a request has no answer. If no server could have answered, this is the reason, and is logged once."""
-        if why.code not in ("no_reply", "stopping") or not (silence := self._find_silence()):
-            return why.text
-        if silence != self._silence:
-            self._silence = silence
-            logger.warning("no answer: %s", silence)
-        return silence if why.code == "no_reply" else f"{why.text}: {silence}"
-
     def _answer(self, answer: Answer[Tracked], now: float) -> Sequence[Action[Tracked]]:
         tracked = answer.content
         if answer.is_first and not tracked.is_retry:
             self._answer_seconds = (self._answer_seconds[0] + 1, self._answer_seconds[1] + now - tracked.captured)
         if self._observer and answer.is_first:
             self._observer.answered(answer.reply, now, tracked.event.tokens, is_timed=not answer.is_unclear)
-        self._warn_of_unanswered(tracked, answer.reply)
-        try:
-            update = tracked.answer or self._update(tracked, answer.reply, now)
-            self._events.publish(update)
-        except WireError as error:  # a late reply to a kept request; others are checked before they are counted
-            why = f"server {answer.reply.server}: {error}"
-            self._publish(tracked, now, type="lost", final=True, why=why[:1024])
-        else:
-            tracked.event = update
+        self._request_events.answered(tracked, answer.reply, now)
         return ()
 
-    def _warn_of_unanswered(self, tracked: Tracked, reply: Reply) -> None:
-        """A server leaves out the questions that it does not know. Each is logged once: it may be misspelt here."""
-        options = tracked.request.options
-        asked = options.questions if options and reply.final else ()
-        for name in set(asked) - (reply.answers or {}).keys() - self._unanswered:
-            self._unanswered.add(name)
-            logger.warning(
-                "question not answered question=%s camera=%s server=%r: its [questions] has none of that name",
-                name,
-                tracked.event.camera,
-                reply.server,
-            )
-
-    def _update(self, tracked: Tracked, reply: Reply, now: float) -> Event:
-        """The event that a reply is to the board's users. Raises WireError if it claims an object that is none."""
-        event = answer_event(tracked.event, reply, reply.text or self._bundle.text(reply.token_ids))
-        # Unknown for a late reply to a request that an earlier run has sent.
-        answer_ms = {} if tracked.sent_at is None else {"answer": round(1e3 * (now - tracked.sent_at), 1)}
-        return msgspec.structs.replace(
-            event,
-            bytes_up=self._bytes_up(tracked),
-            timings_ms=event.timings_ms | answer_ms,
-            after_ms=_after_ms(now - tracked.captured),
-        )
-
     def _lose(self, lose: Lose[Tracked], now: float) -> None:
-        why = self._reason(lose.why)[:1024]
-        logger.info("request lost id=%s reason=%s", lose.id.hex(), why)
         if lose.content and not lose.content.is_retry:
             self._observe_loss(lose.id, now)
-        if lose.content:
-            self._publish(lose.content, now, type="lost", final=True, why=why)
-        else:
-            captured = datetime.now(timezone.utc)  # nobody knows any more
-            lost = Event(type="lost", frame=lose.id.hex(), camera="unknown", captured=captured, final=True)
-            self._events.publish(msgspec.structs.replace(lost, why=why))
+        self._request_events.lost(lose, now)
 
     def _refund(self, tracked: Tracked | None, now: float) -> None:
         """Give back the bytes of a request that was paid for and never sent."""
@@ -443,20 +384,9 @@ class RequestTracker:
         if self._observer:
             self._observer.lost(request_id, now)
 
-    def _publish(self, tracked: Tracked, now: float, **changes: Any) -> None:
-        after_ms = _after_ms(now - tracked.captured)
-        self._events.publish(
-            msgspec.structs.replace(tracked.event, bytes_up=self._bytes_up(tracked), after_ms=after_ms, **changes)
-        )
-
     def _restore(self, row: Row, now: float) -> Tracked:
         """A row of the outbox as a request. Raises WireError for what another version wrote."""
         request, event = decode_request(row.payload), decode_event(row.event)
         age_s = max(0.0, row.kept - row.captured) + self._lifecycle.kept_for_s(row.id, now)
         request = msgspec.structs.replace(request, age_ms=min(int(1e3 * age_s), MAX_UINT32))
         return Tracked(request, row.payload, event, now - age_s, is_retry=True, delivered=event.bytes_up)
-
-
-def _after_ms(seconds: float) -> float:
-    """As an event can hold it: what was kept for weeks, or under a clock that jumped, is as old as can be said."""
-    return 1e3 * min(max(0.0, seconds), MAX_AFTER_S)

@@ -173,7 +173,10 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
     ] = 0
     jpeg_bytes: Annotated[
         UInt32,
-        Meta(description="Bytes of the frame as a JPEG, to compare. 0 if the answer came before this was known."),
+        Meta(
+            description="Bytes of the frame as a JPEG, to compare; of a camera without file names, of one in eight "
+            "frames, for the next seven, too. 0 if the answer came before this was known."
+        ),
     ] = 0
     timings_ms: Annotated[Stages, Meta(description="The board's work: stage to milliseconds.")] = {}
     hops: Annotated[

@@ -162,7 +162,18 @@ def test_the_request_is_sent_before_the_event_and_before_jpeg_bytes_are_counted(
             board.tracker.reply_arrived(verified(server.next()))
             update = board.next_event()
             assert (update.type, update.frame, update.text, update.final) == ("update", seen.frame, "verified", True)
-    assert board.order == 5 * ["submit", "jpeg", "new", "update"]
+    assert board.order == ["submit", "jpeg", "new", "update", *(4 * ["submit", "new", "update"])]
+
+
+@pytest.mark.parametrize(("name", "encoded"), [("", 2), ("photo.jpg", 9)])
+def test_one_frame_in_eight_of_a_camera_and_each_photo_of_a_folder_is_encoded_to_count_its_bytes(
+    start, broker, monkeypatch, name, encoded
+):
+    board, sizes = start("device"), []
+    monkeypatch.setattr("edge_runtime.pipeline.to_jpeg", lambda *arguments: sizes.append(0) or to_jpeg(*arguments))
+    events = [board.pipeline.handle(replace(frame(0), name=name)) for _ in range(9)]
+    assert len(sizes) == encoded
+    assert {event.jpeg_bytes for event in events} == {len(to_jpeg(to_input(frame(0).pixels), 75))}
 
 
 def test_a_reply_that_is_faster_than_the_draft_is_not_replaced_by_the_draft(start, broker):

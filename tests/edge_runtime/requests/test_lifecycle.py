@@ -740,6 +740,7 @@ def test_what_the_outbox_was_giving_up_at_the_end_and_no_disk_took_is_lost_too()
 
 # ---- everything at once ----
 
+MISSING = b"missing"  # stands for all requests that a disk has lost with their ids
 RECENT = st.integers(0, 5)  # one of the latest requests, so that most events meet one that is alive
 STATUSES = st.sampled_from([Status.OK] * 6 + list(Status))
 
@@ -796,6 +797,7 @@ class AnySchedule(RuleBasedStateMachine):
 
     @rule(budget=st.floats(0, 10), size=st.sampled_from([10, 30_000]), is_away=st.booleans())
     def submit(self, budget: float, size: int, is_away: bool) -> None:
+        self.contents_are_complete_or_not(0, is_complete=True)  # the path of a frame handles one after the other
         self.used.append(name(len(self.used)))
         content, deadline = "x" * size, self.now + budget
         self.follow(self.requests.on_request(self.used[-1], content, deadline, self.now, link_is_away=is_away))
@@ -861,13 +863,21 @@ class AnySchedule(RuleBasedStateMachine):
         if self.disk.pop(request_id, None) is not None:
             self.follow(self.requests.on_read(request_id, None, self.now))
 
-    @rule()
-    def killed_and_started_again(self) -> None:
+    @rule(number=RECENT)
+    def process_ends_before_the_disk_has_written(self, number: int) -> None:
+        """One request of those; `stopped_in_order_and_started_again` is the other end."""
+        if content := self.pending_disk.get(request_id := self.recent(number)):
+            self.follow(self.requests.on_unwritten(request_id, content))
+
+    @rule(missing=st.integers(0, 2))
+    def killed_and_started_again(self, missing: int) -> None:
         """Nothing is told at a kill. Requests that were only in memory are gone with the process that counted them."""
         self.begin_run()
         found = [Found(request_id, len(content), 1.0) for request_id, content in self.disk.items()]
-        self.follow(self.requests.on_found(found, 0, self.now))
-        assert self.requests.counts.found == (len(found) if self.has_outbox else 0)
+        missing *= self.has_outbox
+        self.finals[MISSING] = missing  # the outbox tells these itself
+        self.follow(self.requests.on_found(found, missing, self.now))
+        assert self.requests.counts.found == (len(found) + missing if self.has_outbox else 0)
 
     @rule()
     def stopped_in_order_and_started_again(self) -> None:
@@ -888,7 +898,7 @@ class AnySchedule(RuleBasedStateMachine):
 
     @invariant()
     def no_request_has_two_final_events(self) -> None:
-        assert all(count <= 1 for count in self.finals.values())
+        assert all(count <= 1 for request_id, count in self.finals.items() if request_id != MISSING)
         ended = sum(self.finals.values())
         counts = self.requests.counts
         assert ended == counts.answered - counts.improvable + counts.lost

@@ -812,7 +812,7 @@ def test_a_draft_that_follows_while_its_request_is_written_is_announced_once(
     news: list[Event] = []
     with Board(broker.port, board_bundle, outbox=outbox_in(tmp_path, every_request=True)) as board:
         monkeypatch.setattr(board, "heard", lambda event: news.append(event) if event.type == "new" else None)
-        board.tracker._events._listener = board.heard
+        board.tracker._request_events._events._listener = board.heard
         monkeypatch.setattr(Outbox, "put", lambda *_: None)  # and never says that it has
         first = board.ask(announces=False)
         draft = Event(

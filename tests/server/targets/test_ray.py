@@ -134,9 +134,7 @@ def test_a_replica_is_added_while_batches_wait(bundle: Bundle) -> None:  # it ta
 def replicas_under_load(path: Path) -> int:
     """The replicas of a cluster that starts with one, once there are two or a batch has failed."""
     bundle = open_bundle(path)
-    target = ray_engine.RayTarget(
-        bundle, config(bundle), RayConfig(replicas=1, max_replicas=2), Questions(bundle)
-    )
+    target = ray_engine.RayTarget(bundle, config(bundle), RayConfig(replicas=1, max_replicas=2), Questions(bundle))
     is_enough = Event()
 
     def ask() -> None:

@@ -5,7 +5,6 @@ Ray is no part of the usual environment: without it, these tests are skipped.
 
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -92,7 +91,7 @@ def test_replicas_answer_pictures_and_drafts_as_one_process_does(
 
 def test_a_prompt_that_the_model_cannot_read_is_refused_by_name(config: Config, target: Target[object]) -> None:
     long = msgspec.structs.replace(config, prompts=PROMPTS | {"long": PromptConfig("a dog " * 300)})
-    with pytest.raises(ConfigError, match="prompt long: .* reads .* at most"):
+    with pytest.raises(ConfigError, match=r"prompt long: .* reads .* at most"):
         on_replicas(long)
 
 
