@@ -93,7 +93,7 @@ def _explain(error: msgspec.ValidationError, data: Any, info: Any) -> str:
     """Names the key, its value and its rule, as a reader of the TOML file knows them."""
     parts = re.fullmatch(r"(?s)(.*?)(?: - at `\$\.([^`]*)`)?", str(error))
     message, name = parts.groups("") if parts else (str(error), "")
-    found, info = _at(name, data, info)
+    root, (found, info) = info, _at(name, data, info)
     where = f" (in {name})" if name else ""
     if isinstance(error.__cause__, ConfigError):  # from a __post_init__ of ours
         return f"{error.__cause__}{where}"
@@ -103,8 +103,9 @@ def _explain(error: msgspec.ValidationError, data: Any, info: Any) -> str:
         known = [field.encode_name for field in getattr(info, "fields", ())]
         import difflib  # here, as most boards need not load it
 
-        nearest = difflib.get_close_matches(unknown[1], known, 1)
+        nearest, tables = difflib.get_close_matches(unknown[1], known, 1), _tables_with(unknown[1], root)
         hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
+        hint = f"it belongs to {' or '.join(tables)}" if tables else hint
         return f"unknown key `{json.dumps(unknown[1][:MAX_SHOWN])[1:-1]}`{where}: {hint}"
     table = re.sub(r"\[[0-9]+\]", "", name)  # a header of TOML has no numbers
     if isinstance(found, dict) and isinstance(info, VarTupleType):
@@ -137,6 +138,18 @@ def _at(path: str, data: Any, info: Any) -> tuple[Any, Any]:
         if isinstance(info, UnionType):  # an optional key
             info = next(option for option in info.types if not isinstance(option, NoneType))
     return data, info
+
+
+def _tables_with(key: str, info: StructType) -> list[str]:
+    """The headers of the tables that know a key, such as [board] and [[cameras]]."""
+    headers = []
+    for field in info.fields:
+        kinds = field.type.types if isinstance(field.type, UnionType) else (field.type,)
+        for kind in kinds:
+            table, header = (kind.item_type, "[[{}]]") if isinstance(kind, VarTupleType) else (kind, "[{}]")
+            if isinstance(table, StructType) and key in [inner.encode_name for inner in table.fields]:
+                headers.append(header.format(field.encode_name))
+    return headers
 
 
 def _is_wrong(table: Any, info: StructType) -> bool:

@@ -71,6 +71,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path, text, ke
         load(tmp_path, text)
 
 
+def test_a_key_in_the_wrong_table_is_refused_with_the_tables_that_know_it(tmp_path):
+    with pytest.raises(ConfigError, match=r"`paradigm` \(in policy\): it belongs to \[board\] or \[\[cameras\]\]$"):
+        load(tmp_path, BOARD + CAMERA + '[policy]\nparadigm = "split"\n')
+
+
 def test_an_unknown_key_like_no_other_is_refused_with_those_of_its_table(tmp_path):
     with pytest.raises(ConfigError, match=r"`zzz`.*known keys: id, bundle, site, backend, "):
         load(tmp_path, BOARD + "zzz = 1\n" + CAMERA)
