@@ -125,7 +125,9 @@ def test_a_table_ray_that_cannot_work_is_named(tmp_path: Path, table: str, messa
         load_toml(file, Config)
 
 
-def test_replicas_are_of_the_bundle_only() -> None:
-    config = Config(ServerConfig(id="attic", target="hf:folder"), ray=RayConfig())
-    with pytest.raises(ConfigError, match=r"\[ray\]"):
+def test_another_server_has_no_replicas_of_ours() -> None:
+    config = Config(ServerConfig(id="attic", target="openai:http://127.0.0.1:1/v1"), ray=RayConfig())
+    with pytest.raises(
+        ConfigError, match=r"\[ray\] is of no use with target = \"openai\": .* \"bundle\" or \"hf:FOLDER\""
+    ):
         config.check_target()
