@@ -59,11 +59,13 @@ class Board:
         listener: Callable[[Event], None] | None = None,
         notifier: Notifier | None = None,
         stop: threading.Event | None = None,
+        state_folder: Path | None = None,
     ) -> None:
         """Raises the named error of a part that can never start. A broker that is away is not an error.
 
         notifier: to the service manager; None: there is none. stop: if it is set while backends are tried,
-        StoppedError is raised.
+        StoppedError is raised. state_folder: keeps over a restart which pictures of watched folders have been read;
+        None: nothing does.
         """
         self.config, self.notifier, self._listener = config, notifier or Notifier(), listener
         board, site = config.board, config.board.site
@@ -79,7 +81,8 @@ class Board:
         self.bundle = bundle = self.updates.bundle if self.updates else open_bundle(Path(board.bundle))
         networks, sampling = self._of_bundle(stop)
 
-        self.thermal, self.cameras = ThermalReader(), Cameras(config.cameras, self.publish_status)
+        read_pictures = state_folder / "watched" / board.id if state_folder else None
+        self.thermal, self.cameras = ThermalReader(), Cameras(config.cameras, self.publish_status, read_pictures)
         self.users = Users(
             config,
             self.cameras,
@@ -386,13 +389,14 @@ def run_board(
     stop: threading.Event,
     listener: Callable[[Event], None] | None = None,
     notifier: Notifier | None = None,
+    state_folder: Path | None = None,
 ) -> Values:
     """`Board.run` of a new board, with its numbers exported if [metrics] is configured.
 
     Returns {} if `stop` is set before the start is over.
     """
     try:
-        board = Board(config, listener, notifier, stop)
+        board = Board(config, listener, notifier, stop, state_folder)
     except StoppedError as error:
         logger.info("board stopped: %s", error)
         return {}

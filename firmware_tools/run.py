@@ -39,9 +39,12 @@ def run(args: argparse.Namespace) -> int:
         )
     config = load_toml(args.config, RuntimeConfig, "board") if args.config else config_of_flags(args)
     notifier = Notifier.from_environment(os.environ)
+    # StateDirectory= of systemd.exec(5), which may name several.
+    state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    state_folder = Path(state) if state else None
     stop = stop_when_told(STOP_S, reloads=notifier.is_heard)
     if not (sys.stdout.isatty() if args.show is None else args.show):
-        run_board(config, stop, notifier=notifier)
+        run_board(config, stop, notifier=notifier, state_folder=state_folder)
         return stop.exit_code
 
     from firmware_tools.watch import Lines, line  # needs rich, 4 MB that a service saves
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         lines.put(line(config.board.id, event))
 
     with Lines() as lines:  # prints on a separate thread: a terminal that stops must not stop the board
-        summary = run_board(config, stop, show, notifier)
+        summary = run_board(config, stop, show, notifier, state_folder)
         lines.put(closing_line(summary))
     return stop.exit_code
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import inf
+from pathlib import Path
 from typing import Literal
 
 from edge_runtime.capture.frame import Counters, Frame
@@ -59,12 +60,15 @@ class Camera:
     stalled: worked until now, and is opened again. lost: the last try brought no frame, and more tries follow. frozen:
     live, but always the same picture; opening it again would not change that. ended: the files have been read. off:
     switched off or paused.
-    A camera whose pictures come over MQTT or into a folder does not stall, since nobody knows when its next one is due.
+    A camera whose pictures come over MQTT or into a folder does not stall, since nobody knows when its next one is due,
+    unless the drive with the folder does not answer.
     Switching a camera off closes it; files start from the beginning when they are switched on again.
     """
 
-    def __init__(self, config: CameraConfig, on_change: Callable[[], None] = lambda: None) -> None:
-        """on_change: called on any thread after each change of state.
+    def __init__(
+        self, config: CameraConfig, on_change: Callable[[], None] = lambda: None, state_folder: Path | None = None
+    ) -> None:
+        """on_change: called on any thread after each change of state. state_folder: see Cameras.
 
         Raises ConfigError for the motion mask and for a password file that cannot be used.
         """
@@ -77,7 +81,9 @@ class Camera:
         self._kind = kind = kind_of(config.source)
         self.mqtt_pictures = MqttPictures(config, self.counters) if kind == "mqtt" else None
         self.frigate = FrigatePictures(config, self.counters) if kind == "frigate" else None
-        self._watched_folder = WatchedFolder(config, self.counters, self._listed) if kind == "watch" else None
+        self._watched_folder = (
+            WatchedFolder(config, self.counters, self._listed, state_folder) if kind == "watch" else None
+        )
         is_live = kind not in ("frigate", "watch", "video", "pictures")  # files and events may repeat a picture
         self._can_freeze = config.frozen_s > 0 and is_live
         self._not_before = -inf  # a camera that is opened again keeps its interval
@@ -120,8 +126,15 @@ class Camera:
             self._handled.set()
 
     def tell_if_nothing_comes(self, now: float) -> None:
-        """Reports a camera that has been starting for long. To be called now and then; now: time.monotonic()."""
+        """Reports a camera that has been starting for long, or whose thread waits for a drive that does not answer.
+
+        To be called now and then; now: time.monotonic().
+        """
         with self._switched:
+            folder, limit_s = self._watched_folder, self.config.stall_s
+            if folder and self.is_on and now - folder.asked_at > limit_s:
+                why = f"{folder.folder} has not answered for {limit_s:g} s: is its drive, or the server of that, there?"
+                self._become("stalled", printable(why, MAX_REASON))
             if self._state[0] == "starting" and self.is_on and now - self._since > FIRST_PICTURE_S:
                 counters, missing = self.counters, f"no picture has come{MISSING.get(self._kind, '')}"
                 if counters.unreadable and not counters.frames:
@@ -137,6 +150,8 @@ class Camera:
 
     def handled(self) -> None:
         """The last frame that was handed over has been handled: the next one may come."""
+        if self._watched_folder:
+            self._watched_folder.handled()
         self._handled.set()
 
     # ---- the camera's own thread ----

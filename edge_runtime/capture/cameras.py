@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from edge_runtime.capture.camera import Camera, CameraState
 from edge_runtime.capture.frame import POLL_S, Counters, Frame
@@ -25,12 +26,19 @@ CLOSE_S = 2.0  # for the cameras' threads to end; a thread that hangs in a drive
 class Cameras:
     """All cameras of a board."""
 
-    def __init__(self, configs: Sequence[CameraConfig], on_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        configs: Sequence[CameraConfig],
+        on_change: Callable[[], None] = lambda: None,
+        state_folder: Path | None = None,
+    ) -> None:
         """Opens nothing yet. on_change: called on any thread after each change of a camera's state.
+
+        state_folder: for what a camera remembers over a restart, of this board alone; None: nothing is remembered.
 
         Raises ConfigError for a motion mask or a password file that can never work.
         """
-        self._cameras = {config.name: Camera(config, on_change) for config in configs}
+        self._cameras = {config.name: Camera(config, on_change, state_folder) for config in configs}
 
     def __getitem__(self, name: str) -> Camera:
         return self._cameras[name]

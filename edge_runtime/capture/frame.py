@@ -56,7 +56,8 @@ class Counters:
     frames: int = 0  # read
     still: int = 0  # of these, held back by the motion gate
     lightning: int = 0  # of those, because the whole picture changed at once
-    skipped: int = 0  # replaced by a newer one, too early, too old, unchanged, or read while the camera was off
+    # Replaced by a newer one, too early, too old, unchanged, read while the camera was off, or in a folder before.
+    skipped: int = 0
     unreadable: int = 0  # pictures that could not be decoded
     reopened: int = 0  # times that a camera stalled, ended or could not be opened, or that files failed
 

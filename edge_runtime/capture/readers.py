@@ -4,10 +4,12 @@ A reader is a generator. It ends when its source has ended or `stop` is set, and
 A live source keeps only its newest frame: a slow board skips frames instead of queueing them.
 """
 
+import errno
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from edge_runtime.capture.child import missing_program
@@ -20,8 +22,11 @@ from edge_runtime.config import CameraConfig
 from edge_runtime.config.camera_source import SCHEMES, kind_of, scheme_of
 from edge_runtime.logs import printable
 from edge_runtime.picture_checks import PictureError, decode_picture
+from edge_runtime.shutdown import DriverThread
 
 logger = logging.getLogger(__name__)
+
+ANSWER_S = 5.0  # for a drive, before the start; all cameras together must stay below the service's TimeoutStartSec
 
 
 def reader_of(camera: CameraConfig) -> Callable[[CameraConfig, threading.Event, Counters], Iterator[Frame]]:
@@ -114,10 +119,29 @@ def check_source(camera: CameraConfig) -> tuple[str, str]:
     return missing_program(camera.source) if kind in ("rpicam", "nvargus") else "", ""
 
 
+def _ask_drive(path: Path) -> None:
+    """Raises TimeoutError if a call for the path blocks, as on a network drive whose server is away.
+
+    The thread of the call is left behind then.
+    """
+
+    def ask() -> None:
+        with suppress(OSError):
+            path.stat()
+
+    asking = DriverThread(target=ask, name=f"check-{path.name}")
+    asking.start()
+    asking.join(ANSWER_S)
+    if asking.is_alive():
+        why = f"it has not answered for {ANSWER_S:g} s: is its drive, or the server of that, there?"
+        raise TimeoutError(errno.ETIMEDOUT, why)
+
+
 def _check_path(camera: CameraConfig) -> tuple[str, str]:
     kind = kind_of(camera.source)
     path = folder_of(camera) if kind == "watch" else Path(camera.source)
     try:
+        _ask_drive(path)
         if path.is_file():
             path.open("rb").close()
         path.stat()

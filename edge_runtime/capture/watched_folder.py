@@ -2,8 +2,11 @@
 
 The folder is listed again and again, which also works over NFS and SMB. A file is read when its size and its time have
 not changed for STABLE_S, so that nothing is read half-written. A file that is written anew is a new picture.
+seen_files.py remembers over a restart what has been read. A drive that does not answer blocks the thread of `frames`,
+and `asked_at` tells the other threads so.
 """
 
+import hashlib
 import logging
 import os
 import stat
@@ -15,6 +18,7 @@ from pathlib import Path
 
 from edge_runtime.capture.frame import CameraError, Counters, Frame
 from edge_runtime.capture.picture_files import SUFFIXES
+from edge_runtime.capture.seen_files import SeenFiles, Version
 from edge_runtime.config import CameraConfig
 from edge_runtime.config.camera_source import WATCH
 from edge_runtime.logs import printable
@@ -24,13 +28,12 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5  # between two listings
 SCAN_SHARE = 0.05  # of the time, at most, goes to listing a large folder
+MAX_PAUSE_S = 30.0  # between two listings, whatever the share: one may have waited for a drive for hours
 STABLE_S = 1.0  # a file that has not changed for this time is complete
 MAX_ENTRIES = 50_000  # files and folders; remembering them takes about 10 MB
 MAX_DEPTH = 8  # of folders in folders: cameras make one per day or hour
 
 MAX_LINES, MINUTE_S = 10, 60.0  # of the log, for unreadable files, in this time
-
-Version = tuple[int, int]  # a file's size in bytes and its time of modification in nanoseconds
 
 
 def folder_of(camera: CameraConfig) -> Path:
@@ -42,12 +45,24 @@ class WatchedFolder:
     """The folder of one camera, and which of its files have been read. Links are followed."""
 
     def __init__(
-        self, camera: CameraConfig, counters: Counters, on_listed: Callable[[str], None] = lambda _: None
+        self,
+        camera: CameraConfig,
+        counters: Counters,
+        on_listed: Callable[[str], None] = lambda _: None,
+        state: Path | None = None,
     ) -> None:
-        """on_listed: called on the thread of `frames` whenever the folder could be listed, with what it waits for."""
+        """on_listed: called on the thread of `frames` whenever the folder could be listed, with what it waits for.
+
+        state: a folder for a file that remembers over a restart what has been read; None: nothing is remembered.
+        """
         self._on_listed = on_listed
-        self._camera, self._counters, self._folder = camera, counters, folder_of(camera)
-        self._is_first = not camera.existing  # the next listing only tells what is there already
+        self._camera, self._counters, self.folder = camera, counters, folder_of(camera)
+        # A camera whose folder is another one now has not seen it before.
+        name = f"{camera.name}-{hashlib.blake2b(os.fsencode(self.folder), digest_size=8).hexdigest()}"
+        self._seen = SeenFiles(state / name if state else None)
+        self.asked_at = inf  # when the drive was asked for what is waited for now, time.monotonic(); inf: for nothing
+        self._at_hand: tuple[str, Version] | None = None  # the file of the last frame, until that has been handled
+        self._is_first = True  # the next listing is the first one
         self._read: dict[str, Version] = {}  # path -> the version that was read or refused
         self._growing: dict[str, tuple[Version, float]] = {}  # path -> its version, and since when it has that
         self._refused: set[str] = set()  # paths that have been reported
@@ -58,29 +73,44 @@ class WatchedFolder:
         due = -inf
         while not stop.is_set():
             started = time.monotonic()
-            ready = self._ready(started)
-            empty = f"{self._folder} has no new picture (old ones: {len(self._read)}): put one there"
+            try:
+                ready = self._ready(started)
+            finally:
+                self.asked_at = inf
+            empty = f"{self.folder} has no new picture (old ones: {len(self._read)}): put one there"
             self._on_listed("" if ready or self._growing else empty)
-            pause_s = max(POLL_S, (time.monotonic() - started) / SCAN_SHARE)
+            pause_s = max(POLL_S, min(MAX_PAUSE_S, (time.monotonic() - started) / SCAN_SHARE))
             for path, version in ready:
                 if stop.wait(max(0.0, due - time.monotonic())):
                     return
+                self._seen.add(path, version)
+                self._at_hand = path, version
                 if (frame := self._picture(path, version)) is not None:
                     due = time.monotonic() + self._camera.min_interval_s
                     yield frame
                     del frame  # see Frame
+                    if stop.is_set():  # it may not have been handled; `handled` knows
+                        return
+                self.handled()
             stop.wait(pause_s)
+
+    def handled(self) -> None:
+        """The last frame has been handled, or is none. Any thread, while `frames` waits."""
+        at_hand, self._at_hand = self._at_hand, None
+        if at_hand:
+            self._seen.add(*at_hand)
 
     def _ready(self, now: float) -> list[tuple[str, Version]]:
         """Files that are complete and not read yet, the oldest first."""
         growing, ready, found = self._growing, [], set()
+        is_unknown = self._is_first and not self._camera.existing and not self._seen.is_known
         self._growing = {}
         for path, status in self._files():
             version = (status.st_size, status.st_mtime_ns)
             found.add(path)
             if self._read.get(path) == version:
                 continue
-            if self._is_first:
+            if is_unknown or self._seen.done_before(path, version):
                 self._read[path] = version
             elif status.st_size > MAX_PICTURE_BYTES:
                 self._read[path] = version
@@ -92,31 +122,42 @@ class WatchedFolder:
                     ready.append((version[1], path, version))
                 else:
                     self._growing[path] = version, since
-        self._is_first = False
+        if is_unknown and self._read:
+            self._counters.skipped += len(self._read)
+            logger.info(
+                "pictures that were there before are not answered camera=%s count=%d",
+                self._camera.name,
+                len(self._read),
+            )
         if len(self._refused) > MAX_ENTRIES:
             self._refused.clear()
         if len(self._read) > MAX_ENTRIES:  # not sooner: what a lost mount hides comes back and is not new
             self._read = {path: version for path, version in self._read.items() if path in found}
+        if (self._is_first and not self._seen.is_known) or self._seen.is_long:
+            self._seen.rewrite(self._read.items())
+        self._is_first = False
         return [(path, version) for _, path, version in sorted(ready)]
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
         """Pictures in the folder and the folders in it, without hidden ones."""
-        pending, visited, entries_left = [(str(self._folder), 0)], set[tuple[int, int]](), MAX_ENTRIES
+        pending, visited, entries_left = [(str(self.folder), 0)], set[tuple[int, int]](), MAX_ENTRIES
         while pending:
+            self.asked_at = time.monotonic()
             folder, depth = pending.pop()
             try:
                 entries = os.scandir(folder)
             except OSError as error:
                 if not depth:
-                    raise CameraError(f"{self._folder} cannot be listed: {error.strerror}") from error
+                    raise CameraError(f"{self.folder} cannot be listed: {error.strerror}") from error
                 self._refuse(folder, f"it cannot be listed: {error.strerror}")
                 continue
             with entries:
                 for entry in entries:
+                    self.asked_at = time.monotonic()
                     entries_left -= 1
                     if entries_left < 0:
                         raise CameraError(
-                            f"{self._folder} has more than {MAX_ENTRIES} files: delete old ones, for example with "
+                            f"{self.folder} has more than {MAX_ENTRIES} files: delete old ones, for example with "
                             "find FOLDER -type f -mtime +7 -delete"
                         )
                     if entry.name.startswith("."):
@@ -138,6 +179,7 @@ class WatchedFolder:
 
     def _picture(self, path: str, version: Version) -> Frame | None:
         """A file's frame. None if it has changed or vanished since, or is no picture."""
+        self.asked_at = time.monotonic()
         try:
             # Not blocking: the file may have been exchanged for a named pipe.
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -149,6 +191,8 @@ class WatchedFolder:
             self._read[path] = version
             self._unreadable(path, error.strerror or str(error))
             return None
+        finally:
+            self.asked_at = inf
         if (status.st_size, status.st_mtime_ns) != version:
             return None  # the next listing finds its new version
         self._read[path] = version
@@ -157,7 +201,7 @@ class WatchedFolder:
         except PictureError as error:
             self._unreadable(path, str(error))
             return None
-        name = os.path.relpath(path, self._folder)
+        name = os.path.relpath(path, self.folder)
         captured_unix = min(time.time(), status.st_mtime)
         return Frame(self._camera.name, pixels, captured_unix, time.monotonic(), name, data)
 
@@ -179,7 +223,7 @@ class WatchedFolder:
             "picture unreadable camera=%s count=%d name=%s error=%s",
             self._camera.name,
             self._counters.unreadable,
-            printable(os.path.relpath(path, self._folder), 256),
+            printable(os.path.relpath(path, self.folder), 256),
             printable(why, 256),
         )
         if self._lines == MAX_LINES:

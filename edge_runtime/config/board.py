@@ -138,7 +138,7 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
     frigate_camera: FrigateCameraName | None = None  # of "frigate": its name there; None: the same name
     # Of "frigate": for a better picture of an event, from its first message; None: capture.frigate.WAIT_S.
     wait_s: Annotated[float, Meta(ge=0, le=600)] | None = None
-    existing: bool = False  # of "watch:": also the pictures that are in the folder at start
+    existing: bool = False  # of "watch:": also the pictures that are in the folder at the first start
     width: Annotated[int, Meta(ge=16, le=8192)] | None = None  # pixels
     height: Annotated[int, Meta(ge=16, le=8192)] | None = None  # pixels
     fps: Annotated[int, Meta(ge=1, le=120)] | None = None  # frames per second that the camera takes

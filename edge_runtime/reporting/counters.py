@@ -58,7 +58,8 @@ BOARD = {
     "still": Meaning("Frames held back by the motion gate"),
     "lightning": Meaning("Frames held back because the whole picture changed at once"),
     "skipped": Meaning(
-        "Frames that a newer one replaced before they were handled, that came too early, or that had not changed"
+        "Frames that a newer one replaced before they were handled, that came too early, or that had not changed, and "
+        "pictures that were in a watched folder at the first start"
     ),
     "unreadable": Meaning("Pictures that could not be decoded, and files of a watched folder that were refused"),
     "reopened": Meaning("Cameras opened again after a stall, an end or an error"),

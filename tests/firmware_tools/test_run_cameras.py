@@ -202,3 +202,24 @@ def test_a_signal_ends_a_board_and_the_program_of_its_camera(
     running.logs("camera live")
     assert_ended_in_order(running)
     until(programs.all_gone)
+
+
+def test_a_board_that_is_killed_and_started_again_reads_what_came_meanwhile_and_nothing_twice(
+    board: Callable[..., Board], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the state directory that systemd names."""
+    monkeypatch.setenv("STATE_DIRECTORY", f"{tmp_path}/state:{tmp_path}/other")
+    (tmp_path / "cam").mkdir()
+    running = board(f"watch:{tmp_path}/cam")
+    running.logs("camera waiting")
+    (tmp_path / "cam/a.jpg").write_bytes(large_jpeg(100))
+    running.logs("camera live")
+    (kept,) = (tmp_path / "state/watched/b1").iterdir()
+    until(lambda: kept.stat().st_size == 16)  # a.jpg has been handled
+    running.end(signal.SIGKILL)
+    (tmp_path / "cam/b.jpg").write_bytes(large_jpeg(200))
+    running = board(f"watch:{tmp_path}/cam")
+    running.logs("camera live")
+    until(lambda: kept.stat().st_size == 32)
+    assert_ended_in_order(running)
+    assert " frames=1 " in running.log

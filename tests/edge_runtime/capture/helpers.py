@@ -5,12 +5,15 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
 
 from edge_runtime.capture import Frame
 from tests.listener import PATIENCE_S
+
+T = TypeVar("T")
 
 
 def grey(shade: int, size: int = 16) -> np.ndarray:
@@ -99,8 +102,8 @@ class MjpegCamera:
         self.server.server_close()
 
 
-def in_background(frames: Iterator[Frame]) -> "queue.Queue[Frame]":
-    """Takes frames as they come."""
-    taken: queue.Queue[Frame] = queue.Queue()
+def in_background(frames: Iterator[T]) -> "queue.Queue[T]":
+    """Takes frames, or what is made of them, as they come."""
+    taken: queue.Queue[T] = queue.Queue()
     threading.Thread(target=lambda: [taken.put(frame) for frame in frames], daemon=True).start()
     return taken

@@ -16,6 +16,7 @@ from tests.edge_runtime.capture.helpers import MjpegCamera, in_background, shade
 from tests.http_camera import HttpCamera
 from tests.http_camera import picture as answer_with
 from tests.listener import PATIENCE_S, until
+from tests.rtsp_camera import OPENCV, TOLERANCE_S, RtspCamera
 
 
 @pytest.mark.parametrize("fault", ["stalls", "ends"])
@@ -45,6 +46,40 @@ def test_a_camera_that_cannot_be_opened_is_tried_again_until_stopped(stop, no_pa
     assert taken.empty()
     assert cameras.states()["door"].state == "lost"
     assert cameras.states()["door"].why.startswith("cannot be opened: connection refused")
+
+
+@pytest.mark.skipif(OPENCV < (4, 12), reason="before OpenCV 4.12, packets do not carry the time of their arrival")
+def test_an_rtsp_camera_that_drops_its_connection_is_opened_again_and_no_frame_is_given_as_a_newer_one(stop, no_pause):
+    with RtspCamera() as network_camera:
+        states: list[str] = []
+        config = CameraConfig("door", network_camera.url, 0, stall_s=2)
+        cameras = Cameras([config], lambda: states.append(cameras.states()["door"].state))
+        lateness = in_background(map(network_camera.lateness_s, cameras.frames(stop)))
+        found = [lateness.get(timeout=PATIENCE_S)]
+        network_camera.drops.set()
+        until(lambda: states == ["live", "stalled", "live"])
+        found += [lateness.get(timeout=PATIENCE_S) for _ in range(lateness.qsize() + 5)]
+        assert max(found) <= TOLERANCE_S
+        assert cameras["door"].counters.reopened == 1
+        stop.set()
+
+
+def test_an_rtsp_camera_that_refuses_the_login_is_named_until_it_takes_it(stop, no_pause, tmp_path, caplog):
+    (tmp_path / "password").write_text("s3cret-word")
+    login = {"username": "viewer", "password_file": str(tmp_path / "password")}
+    with RtspCamera("401 Unauthorized", challenge='Digest realm="camera", nonce="abc"') as network_camera:
+        cameras = Cameras([CameraConfig("door", network_camera.url, 0, **login)])
+        taken = in_background(cameras.frames(stop))
+        until(lambda: cameras["door"].counters.reopened >= 2)
+        state = cameras.states()["door"]
+        refused = "cannot be opened: the camera answers 401 Unauthorized: check username and password_file"
+        assert (state.state, state.why) == ("lost", refused)
+        assert caplog.text.count("camera lost camera=door") == 1
+        network_camera.answer = "200 OK"
+        taken.get(timeout=PATIENCE_S)
+        assert cameras.states()["door"].state == "live"
+        assert "s3cret" not in caplog.text
+        stop.set()
 
 
 def test_an_error_of_a_driver_is_the_reason_and_the_camera_is_opened_again(stop, no_pause, monkeypatch):

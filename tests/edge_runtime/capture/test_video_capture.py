@@ -17,14 +17,14 @@ import cv2
 import psutil
 import pytest
 
-from edge_runtime.capture import Cameras, Counters, video_capture
+from edge_runtime.capture import Cameras, Counters, Frame, video_capture
 from edge_runtime.capture.frame import CameraError
 from edge_runtime.capture.live import live_frames
 from edge_runtime.capture.video_capture import DriverError, VideoCapture
 from edge_runtime.config import CameraConfig
 from tests.edge_runtime.capture.helpers import grey, in_background
 from tests.listener import PATIENCE_S, until
-from tests.rtsp_camera import RtspCamera
+from tests.rtsp_camera import OPENCV, TOLERANCE_S, RtspCamera
 
 ROOT = Path(__file__).parents[3]
 CAMERA = CameraConfig("door", "/dev/video0", interval_s=0, stall_s=600)
@@ -255,6 +255,28 @@ def test_a_frame_of_a_device_has_the_time_that_its_driver_gives(stop, tmp_path, 
 
 
 # ---- a stream ----
+
+
+@pytest.mark.skipif(OPENCV < (4, 12), reason="before OpenCV 4.12, packets do not carry the time of their arrival")
+@pytest.mark.parametrize("grows", [True, False])
+def test_an_h264_stream_that_changes_its_size_is_scaled_to_the_first_one_and_no_frame_is_damaged_or_late(stop, grows):
+    """FFmpeg's decoder goes on, and OpenCV keeps the size that the stream had when it was opened."""
+    with RtspCamera() as camera:
+        if not grows:
+            camera.is_large.set()
+
+        def seen(frame: Frame) -> tuple[tuple[int, ...], float, float]:
+            return frame.pixels.shape[:2], float(frame.pixels.std()), camera.lateness_s(frame)
+
+        taken = in_background(map(seen, live_frames(CameraConfig("door", camera.url, 0), stop, Counters())))
+        frames = [taken.get(timeout=PATIENCE_S)]
+        (camera.is_large.set if grows else camera.is_large.clear)()
+        assert camera.changed.wait(PATIENCE_S)
+        frames += [taken.get(timeout=PATIENCE_S) for _ in range(taken.qsize() + 10)]
+        stop.set()
+    assert {shape for shape, _, _ in frames} == {(64, 64) if grows else (80, 96)}
+    assert max(deviation for _, deviation, _ in frames) < 3  # each is of one colour
+    assert max(lateness for _, _, lateness in frames) <= TOLERANCE_S
 
 
 def test_a_stream_whose_pictures_change_their_size_goes_on(stop):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.capture import Cameras, Counters, Frame, watched_folder
+from edge_runtime.capture import Cameras, Counters, Frame, readers, watched_folder
 from edge_runtime.capture.frame import CameraError
 from edge_runtime.capture.watched_folder import WatchedFolder
 from edge_runtime.config import CameraConfig
@@ -22,6 +22,7 @@ Watch = Callable[..., "queue.Queue[Frame]"]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(watched_folder, "POLL_S", 0.02)
+    monkeypatch.setattr(watched_folder, "MAX_PAUSE_S", 0.1)
     monkeypatch.setattr(watched_folder, "STABLE_S", 0.1)
     (tmp_path / "cam").mkdir()
     return tmp_path / "cam"
@@ -30,9 +31,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Watching:
     """A folder that is watched. `listed` waits until it has been listed once more."""
 
-    def __init__(self, folder: Path, stop: threading.Event, **settings: object) -> None:
+    def __init__(self, folder: Path, stop: threading.Event, state: Path | None = None, **settings: object) -> None:
         self.counters, self._listings = Counters(), threading.Semaphore(0)
-        watched = WatchedFolder(CameraConfig("door", f"watch:{folder}", **settings), self.counters)
+        watched = WatchedFolder(CameraConfig("door", f"watch:{folder}", **settings), self.counters, state=state)
         list_files = watched._files
 
         def counted() -> Iterator[tuple[str, os.stat_result]]:
@@ -85,6 +86,87 @@ def test_a_folder_without_a_new_picture_says_once_what_it_waits_for(folder, stop
 def test_pictures_that_were_there_come_if_they_are_asked_for(folder, stop):
     (folder / "old.jpg").write_bytes(jpeg(10))
     assert Watching(folder, stop, existing=True).next() == ("old.jpg", 10)
+
+
+def test_pictures_that_were_there_and_are_not_answered_are_counted_and_logged(folder, stop, caplog):
+    caplog.set_level("INFO")
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).write_bytes(jpeg(10))
+    assert Watching(folder, stop).counters.skipped == 2
+    assert caplog.text.count("pictures that were there before are not answered camera=door count=2") == 1
+
+
+# ---- over a restart ----
+
+
+def names_of_a_board(config: CameraConfig, state: Path, last: str) -> list[str]:
+    """Of the pictures that a board with this camera handles from its start to its end, after the last one."""
+    stop, names = threading.Event(), list[str]()
+    for frame in Cameras([config], state_folder=state).frames(stop):
+        names.append(frame.name)
+        if frame.name == last:
+            stop.set()
+    return names
+
+
+def test_pictures_that_come_while_the_board_is_away_are_read_once_whatever_their_times_are(folder, tmp_path):
+    config, state = CameraConfig("door", f"watch:{folder}"), tmp_path / "state"
+    (folder / "old.jpg").write_bytes(jpeg(10))
+    stop = threading.Event()
+    cameras = Cameras([config], state_folder=state)
+    taken = in_background(cameras.frames(stop))
+    until(lambda: cameras.states()["door"].state == "waiting")  # it has been listed
+    (folder / "a.jpg").write_bytes(jpeg(50))
+    assert taken.get(timeout=PATIENCE_S).name == "a.jpg"
+    stop.set()
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "source-door"])
+    (folder / "b.jpg").write_bytes(jpeg(100))
+    os.utime(folder / "b.jpg", (1000, 1000))  # as an upload may that keeps the time of its file
+    (folder / "old.jpg").write_bytes(jpeg(150))
+    assert names_of_a_board(config, state, "old.jpg") == ["b.jpg", "old.jpg"]
+    (folder / "c.jpg").write_bytes(jpeg(200))
+    assert names_of_a_board(config, state, "c.jpg") == ["c.jpg"]
+
+
+def test_existing_pictures_are_answered_once_and_not_at_each_start(folder, tmp_path):
+    config = CameraConfig("door", f"watch:{folder}", existing=True)
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).write_bytes(jpeg(50))
+    assert names_of_a_board(config, tmp_path / "state", "b.jpg") == ["a.jpg", "b.jpg"]
+    (folder / "c.jpg").write_bytes(jpeg(100))
+    assert names_of_a_board(config, tmp_path / "state", "c.jpg") == ["c.jpg"]
+
+
+def test_a_picture_that_ends_the_board_is_tried_once_more_and_not_at_each_start(folder, stop, tmp_path):
+    config, state = CameraConfig("door", f"watch:{folder}", existing=True), tmp_path / "state"
+    (folder / "a.jpg").write_bytes(jpeg(50))
+    for _ in range(2):
+        frames = WatchedFolder(config, Counters(), state=state).frames(stop)
+        assert next(frames).name == "a.jpg"
+        frames.close()  # as if the board had been killed: nobody says that it has been handled
+    (folder / "b.jpg").write_bytes(jpeg(100))
+    assert next(WatchedFolder(config, Counters(), state=state).frames(stop)).name == "b.jpg"
+
+
+def test_another_folder_is_a_new_one_also_for_a_camera_of_the_same_name(folder, stop, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/old.jpg").write_bytes(jpeg(10))
+    for place in (folder, tmp_path / "other"):
+        watching = Watching(place, stop, state=tmp_path / "state")
+    (tmp_path / "other/new.jpg").write_bytes(jpeg(50))
+    assert watching.next() == ("new.jpg", 50)
+
+
+def test_a_state_folder_that_cannot_be_written_is_told_once_and_pictures_are_answered(folder, stop, tmp_path, caplog):
+    (tmp_path / "state").touch()
+    watching = Watching(folder, stop, state=tmp_path / "state")
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).write_bytes(jpeg(50))
+        assert watching.next() == (name, 50)
+    assert caplog.text.count("which pictures have been read is not kept") == 1
+
+
+# ---- what else lands in a folder ----
 
 
 def test_pictures_that_are_found_together_come_in_the_order_of_their_times_and_names(folder, stop):
@@ -221,6 +303,72 @@ def test_a_folder_that_goes_and_comes_back_gives_only_what_is_new(folder, stop, 
     (folder / "b.jpg").write_bytes(jpeg(100))
     assert taken.get(timeout=PATIENCE_S).name == "b.jpg"
     assert taken.empty()
+
+
+# ---- a drive that does not answer ----
+
+
+class Drive:
+    """Its calls block while it is away, as those of a network drive whose server is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+        self.is_there = threading.Event()
+        self.is_there.set()
+
+        def slow(call: Callable[..., object]) -> Callable[..., object]:
+            def answer(path: object, *args: object, **settings: object) -> object:
+                if isinstance(path, str | Path) and Path(path) in folders:
+                    self.is_there.wait()
+                return call(path, *args, **settings)
+
+            return answer
+
+        for name in ("scandir", "stat", "open"):
+            monkeypatch.setattr(os, name, slow(getattr(os, name)))
+
+
+@pytest.mark.parametrize("blocked", ["cam", "cam/b.jpg"])
+def test_a_drive_that_does_not_answer_is_a_stall_until_it_answers_and_the_other_cameras_go_on(
+    folder, stop, tmp_path, monkeypatch, caplog, blocked
+):
+    drive = Drive(monkeypatch, tmp_path / blocked)
+    (tmp_path / "here").mkdir()
+    cameras = Cameras([CameraConfig(name, f"watch:{tmp_path}/{name}", stall_s=1) for name in ("cam", "here")])
+    taken = in_background(cameras.frames(stop))
+    until(lambda: [state.state for state in cameras.states().values()] == ["waiting", "waiting"])
+    (folder / "a.jpg").write_bytes(jpeg(50))
+    assert taken.get(timeout=PATIENCE_S).name == "a.jpg"
+    drive.is_there.clear()
+    (folder / "b.jpg").write_bytes(jpeg(100))
+    until(lambda: cameras.states()["cam"].state == "stalled")
+    assert cameras.states()["cam"].why.startswith(f"{folder} has not answered for 1 s: is its drive")
+    (tmp_path / "here/c.jpg").write_bytes(jpeg(150))
+    assert taken.get(timeout=PATIENCE_S).name == "c.jpg"
+    drive.is_there.set()
+    assert taken.get(timeout=PATIENCE_S).name == "b.jpg"
+    assert cameras.states()["cam"].state == "live"
+    assert caplog.text.count("camera stalled camera=cam") == 1
+
+
+def test_a_board_starts_and_ends_while_a_drive_does_not_answer(folder, stop, monkeypatch):
+    drive = Drive(monkeypatch, folder)
+    drive.is_there.clear()
+    monkeypatch.setattr(readers, "ANSWER_S", 0.1)
+    monkeypatch.setattr("edge_runtime.capture.cameras.CLOSE_S", 0.1)
+    cameras = Cameras([CameraConfig("door", f"watch:{folder}", stall_s=1)])
+    (warning,) = cameras.check()
+    assert warning.startswith(f"camera door: {folder} cannot be read: it has not answered for 0.1 s: is its drive")
+    ended = threading.Event()
+
+    def run() -> None:
+        list(cameras.frames(stop))
+        ended.set()
+
+    threading.Thread(target=run).start()
+    until(lambda: cameras.states()["door"].state == "stalled")
+    stop.set()
+    assert ended.wait(PATIENCE_S)
+    drive.is_there.set()
 
 
 def test_names_that_are_no_text_reach_neither_log_nor_fail(folder, stop, caplog):
