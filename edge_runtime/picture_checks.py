@@ -15,6 +15,7 @@ import struct
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from edge_runtime.decoder_stderr import DECODER_STDERR
 from edge_runtime.errors import AiflowError
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ def _decode(data: bytes, flag: int) -> "np.ndarray":
     import numpy as np
 
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+        with DECODER_STDERR.silenced():
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
         if pixels is None:
             raise PictureError(f"{len(data)} bytes starting {data[:4].hex()} are not a complete picture: send it again")
         return pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, pixels)  # in place

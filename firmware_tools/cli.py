@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection
 
 from edge_runtime import __version__
+from edge_runtime.decoder_stderr import DECODER_STDERR
 from edge_runtime.errors import AiflowError, ConfigError, RestartError
 from edge_runtime.logs import ERROR_MARK, is_journal, log_to_stderr
 from edge_runtime.packages import missing_package, refuse_32_bit
@@ -67,6 +68,8 @@ def _run(arguments: list[str]) -> int:
     try:
         refuse_32_bit()
         args = parser_with({command}).parse_args(arguments)
+        if command == "run":  # a board decodes the pictures of cameras in this process
+            DECODER_STDERR.separate()
         level = logging.DEBUG if args.verbose else logging.INFO if command in SERVICES else logging.WARNING
         log_to_stderr(level)
         code: int = args.run(args) or 0

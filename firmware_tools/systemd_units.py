@@ -112,14 +112,15 @@ def _board(path: Path, config: RuntimeConfig, aiflow: Path) -> Service:
     files += _broker_files("local", config.local)
     files += _named("frigate", config.frigate, "token_file", "ca_file")
     files += _named("updates", config.updates, "trust_file")
+    sources = []  # the board itself waits for those that are not there
     for camera in config.cameras:
         if camera.password_file:
             files.append((f"camera {camera.name} password_file", camera.password_file))
         if kind_of(camera.source) in ("watch", "video", "pictures"):
-            files.append((f"camera {camera.name} source", camera.source.removeprefix(WATCH)))
-    unit = _unit("board", path, aiflow, STOP_S, devices)
+            sources.append((f"camera {camera.name} source", camera.source.removeprefix(WATCH)))
+    unit = _unit("board", path, aiflow, STOP_S, devices, files)
     writes = (*_named("outbox", config.outbox, "file"), *_named("updates", config.updates, "folder"))
-    return Service("board", path, unit, tuple(files), writes)
+    return Service("board", path, unit, (*files, *sources), writes)
 
 
 def _server(path: Path, config: "Config", aiflow: Path) -> Service:
@@ -138,7 +139,7 @@ def _server(path: Path, config: "Config", aiflow: Path) -> Service:
     files += [(f"[questions] {name}", file) for name, file in config.questions.items()]
     schemas = {name: prompt.schema for name, prompt in config.prompts.items()}
     files += [(f"[prompts.{name}] schema", file) for name, file in schemas.items() if isinstance(file, str)]
-    unit = _unit("server", path, aiflow, server.stop_s, devices)
+    unit = _unit("server", path, aiflow, server.stop_s, devices, files)
     writes = (*_named("openai", config.openai, "spent_file"), *_named("lm", config.lm, "cache"))
     return Service("server", path, unit, tuple(files), writes)
 
@@ -154,9 +155,11 @@ def _named(table: str, values: object, *keys: str) -> Iterator[tuple[str, str]]:
             yield f"[{table}] {key}", path
 
 
-def _unit(role: Role, config: Path, aiflow: Path, stop_s: float, devices: str) -> str:
+def _unit(role: Role, config: Path, aiflow: Path, stop_s: float, devices: str, files: list[tuple[str, str]]) -> str:
     from firmware_tools.cli import EXIT_CONFIG
 
+    paths = {str(config), str(aiflow), *(path for _, path in files)}
+    waits_for = [path for path in sorted(paths) if path.startswith("/") and set(path) <= PLAIN]
     template = resources.files("firmware_tools").joinpath("units").joinpath(unit_name(role)).read_text(encoding="utf-8")
     return Template(template).substitute(
         mark=mark(role),
@@ -165,6 +168,7 @@ def _unit(role: Role, config: Path, aiflow: Path, stop_s: float, devices: str) -
         stop_s=f"{stop_s + SLACK_S + STOP_SLACK_S:.0f}",
         exit_config=EXIT_CONFIG,
         devices=devices,
+        waits_for=" ".join(path for path in waits_for if CREDENTIALS not in Path(path).parents),
     )
 
 

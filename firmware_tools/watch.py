@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
         except WireError as error:
             lines.put(f"{message.topic}: {error}")
             return
-        lines.put(line(message.topic.split("/")[2], event))
+        retained = "  (retained by the broker, not live)" if message.retained else ""
+        lines.put(line(message.topic.split("/")[2], event) + retained)
         shown += 1
         if shown == args.count:
             lines.done.set()

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,7 +137,11 @@ def run_server(
         )
         stack.enter_context(
             exported(
-                config.metrics, "server", SERVER, lambda: values(service.status() | {"gateway": gateway.summary()})
+                config.metrics,
+                "server",
+                SERVER,
+                lambda: values(service.status() | {"gateway": gateway.summary()}),
+                partial(setattr, service, "metrics_problem"),
             )
         )
         stack.enter_context(gateway)

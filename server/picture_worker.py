@@ -29,8 +29,9 @@ MAX_REASON = 1024  # bytes
 
 def main(cpu_s: float, memory_bytes: int, max_pixels: int) -> None:
     """Answers pictures until the server closes its end of the socket."""
-    # Whoever stops the server may signal all of its processes, but it still needs this one to finish its work.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # Whoever stops the server may signal all of its processes, as a terminal that closes does, but the server still
+    # needs this one to finish its work.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     import cv2
 

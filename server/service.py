@@ -86,6 +86,7 @@ class Service:
         )
         self.batch_times = BatchTimes(limits.call_s)
         self.counts: Counter[tuple[str, str]] = Counter()  # by name and label, see counters.py
+        self.metrics_problem = ""  # set on the metrics' thread
         self._lock = threading.Lock()  # over counts and _is_stopping; held for a few statements
         self._is_stopping = False
         self.escalator = Escalator(upstream, bounds or Bounds(), config.id, self.tier, self._count, self._finish)
@@ -406,6 +407,7 @@ class Service:
             "usage": None,
             "assistant": None,
             **self.target.status(),
+            "problems": {"metrics": self.metrics_problem} if self.metrics_problem else {},
             "counts": counts,
         }
 

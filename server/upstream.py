@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime.logs import printable
-from edge_runtime.mqtt import MqttClient, Outcome, State
+from edge_runtime.mqtt import Message, MqttClient, Outcome, State
 from edge_runtime.requests.actions import Action, Answer, Lose, Send, Settle, Why
 from edge_runtime.requests.lifecycle import RequestLifecycle
 from edge_runtime.requests.thread import LifecycleThread
@@ -80,7 +80,7 @@ class Upstream:
         self._client = MqttClient(
             config.settings(server),
             subscriptions=[(topics.reply(config.site, server), 1)],
-            on_message=lambda message: self._thread.reply_arrived(message.payload),
+            on_message=self._message_arrived,
         )
 
     def __enter__(self) -> "Upstream":
@@ -156,6 +156,13 @@ class Upstream:
                 logger.info("no reply from above reason=%s", printable(why.text, 256))
                 asked.tell(None, why.code)
         return ()
+
+    def _message_arrived(self, message: Message) -> None:
+        """On the client's thread."""
+        if message.retained:  # kept from an earlier time, so no reply to what is asked now
+            self._thread.replies["retained"] += 1
+        else:
+            self._thread.reply_arrived(message.payload)
 
     def _copy_ended(self, asked: UpstreamRequest, outcome: Outcome) -> None:
         """On the client's thread: the broker has a copy, or it was given up."""

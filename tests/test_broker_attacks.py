@@ -211,6 +211,27 @@ def test_a_board_cannot_fill_the_broker_with_retained_messages(site: Running, se
         assert site.memory() - before < 8 << 20
 
 
+def test_connections_of_strangers_are_bounded_and_end_no_other(site: Running, server: Server) -> None:
+    (conf,) = site.folder.glob("mosquitto-*.conf")
+    limit = int(re.findall(r"(?m)^max_connections (\d+)$", conf.read_text())[0])
+    with ExitStack() as held, a_good_board_is_answered(site, server):
+        strangers = [
+            held.enter_context(socket.create_connection(("127.0.0.1", site.broker.port))) for _ in range(limit + 50)
+        ]
+        until(lambda: sum(map(is_closed, strangers)) >= 50)
+    site.client("anna")
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """By the other side."""
+    try:
+        return not connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
 def test_a_packet_of_150_megabytes_ends_its_connection_and_nothing_else(site: Running, server: Server) -> None:
     with a_good_board_is_answered(site, server):
         before = site.memory()

@@ -2,11 +2,12 @@
 
 import ctypes
 from collections.abc import Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
 
-from edge_runtime.inference.backends import SUFFIXES, load_model
+from edge_runtime.inference.backends import SUFFIXES, BackendError, load_model
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.choice import Setup
 from edge_runtime.inference.draft import Draft
@@ -47,7 +48,12 @@ def load_draft(bundle: Bundle, backend: str, threads: int) -> Draft:
     Raises BundleError, BackendError.
     """
     look, step = (load_model(bundle.file(f"draft_{part}{SUFFIXES[backend]}"), threads) for part in ("look", "step"))
-    return Draft(look, step, bundle.manifest.max_tokens)
+    draft, latent = Draft(look, step, bundle.manifest.max_tokens), bundle.manifest.latent
+    with np.errstate(invalid="ignore"):  # the difference of two infinite logits
+        tried = draft.write(np.zeros((latent.channels, latent.height, latent.width), np.int8))
+    if not isfinite(tried.confidence):
+        raise BackendError(f"the draft decoder of {bundle.path} computes no finite numbers: install another bundle")
+    return draft
 
 
 def load_labels(bundle: Bundle, head: Head, backend: str, threads: int, providers: Sequence[str] = ()) -> Labels | None:

@@ -22,6 +22,7 @@ from math import inf
 from typing import Generic, TypeVar
 
 from edge_runtime.config import OutboxConfig
+from edge_runtime.logs import printable
 from edge_runtime.requests.actions import (
     Action,
     Answer,
@@ -49,7 +50,7 @@ RETRY_DEADLINE_S = 30.0  # for the reply to a request that comes out of the outb
 AWAY_S = 5.0  # after a frame found the link away, nothing is retried for this time
 POLL_S = 0.5  # between two looks whether a kept request may be retried
 DEFAULT_BUSY_S = 1.0  # for a server that says "busy" without a time
-MAX_UNKNOWN_BUNDLE = 6  # such replies in one try; with two servers, the right one is missed so often once in 64
+MAX_UNKNOWN_BUNDLE = 16  # such replies in one try; if one of four servers has the bundle, 1 % of requests miss it
 
 
 class RequestLifecycle(Generic[T]):
@@ -354,7 +355,8 @@ class RequestLifecycle(Generic[T]):
             return []
         self._counts["busy"] += 1
         told_s = DEFAULT_BUSY_S if reply.retry_after_ms is None else reply.retry_after_ms / 1e3
-        entry.resend_at = now + busy_wait_s(told_s, entry.copies_asked_for, self._rng)
+        # A server without the bundle is not overloaded, so its replies do not double the wait for another server.
+        entry.resend_at = now + busy_wait_s(told_s, entry.copies_asked_for - entry.unknown_bundle, self._rng)
         self._ask_for_copy(entry, reply)
         entry.unknown_bundle += reply.status is Status.UNKNOWN_BUNDLE
         if entry.resend_at < entry.deadline and entry.unknown_bundle < MAX_UNKNOWN_BUNDLE:
@@ -493,5 +495,6 @@ class RequestLifecycle(Generic[T]):
 
 
 def _why(reply: Reply) -> Why:
+    """For logs and events: the server's words, as a terminal can show them."""
     code = reply.status.name.lower()
-    return Why(code, f"server {reply.server}: {code}: {reply.error}")
+    return Why(code, printable(f"server {reply.server}: {code}: {reply.error}"))

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.logs import printable
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests.actions import Lose, Why
 from edge_runtime.requests.answer_event import answer_event
@@ -55,7 +56,8 @@ class RequestEvents:
             update = tracked.answer or self.update(tracked, reply, now)
             self._events.publish(update)
         except WireError as error:  # a late reply to a kept request; others are checked before they are counted
-            self._publish(tracked, now, type="lost", final=True, why=f"server {reply.server}: {error}")
+            why = printable(f"server {reply.server}: {error}")
+            self._publish(tracked, now, type="lost", final=True, why=why)
         else:
             tracked.event = update
 

@@ -17,6 +17,7 @@ import msgspec
 
 from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.logs import printable
 from edge_runtime.mqtt import MqttClient, Outcome, State
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests.actions import (
@@ -288,7 +289,8 @@ class RequestTracker:
                 tracked.answer = self._request_events.update(tracked, reply, now)
                 encode_event(tracked.answer)
             except WireError as error:  # within a reply's limits, but not within an event's
-                return self._lifecycle.on_unusable_answer(reply.id, Why("failed", f"server {reply.server}: {error}"))
+                why = Why("failed", printable(f"server {reply.server}: {error}"))
+                return self._lifecycle.on_unusable_answer(reply.id, why)
         return self._lifecycle.on_reply(reply, now)
 
     def _read(self, request_id: bytes, row: Row | None, now: float) -> Sequence[Action[Tracked]]:

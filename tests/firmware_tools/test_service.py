@@ -144,6 +144,15 @@ def test_a_unit_gives_time_to_stop_and_does_not_restart_on_a_wrong_configuration
     assert "$" not in unit.replace("$MAINPID", "")  # systemd's own
 
 
+def test_a_service_starts_after_the_disks_with_its_files_are_mounted(written: Callable[..., Path]) -> None:
+    more = (
+        '[mqtt]\nusername = "b"\npassword_file = "/mnt/keys/p"\nca_file = "/run/credentials/aiflow-board.service/ca"\n'
+    )
+    unit = service_of(config := written(BOARD, "/mnt/photos", more), AIFLOW).unit
+    paths = re.findall(r"(?m)^RequiresMountsFor=(.*)$", unit)[0].split()
+    assert paths == sorted([str(AIFLOW), "/opt/aiflow/bundles/b", "/mnt/keys/p", str(config)])  # a camera is waited for
+
+
 @pytest.mark.parametrize(("text", "source"), CASES)
 def test_a_service_gets_the_devices_that_its_configuration_needs(
     written: Callable[..., Path], text: str, source: str

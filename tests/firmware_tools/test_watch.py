@@ -88,6 +88,7 @@ def test_an_event_is_one_line_where_the_output_is_no_terminal(broker):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     (shown,) = done.stdout.splitlines()
     assert text in shown
+    assert shown.endswith("(retained by the broker, not live)")
 
 
 @pytest.mark.parametrize("year", [1, 9999])

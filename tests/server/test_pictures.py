@@ -76,7 +76,7 @@ def test_who_stops_the_server_does_not_stop_the_process() -> None:
     with PictureDecoder() as decoder:
         decoder.decode(SMALL)
         process = decoder._process
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             process.send_signal(number)
         decoder.decode(SMALL)
         assert decoder._process is process

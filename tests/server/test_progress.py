@@ -1,5 +1,9 @@
 """What a server tells its service manager: ready, progress with each step of its engine, silence when that hangs."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +19,7 @@ from edge_runtime.wire import Status
 from server.app import run_server
 from server.engine import DecodingBatch, Engine
 from tests.brokers import Mosquitto
-from tests.server.boards import PATIENCE_S, Board, Lane, config, request
+from tests.server.boards import PATIENCE_S, SCRIPT, Board, Lane, config, request
 from tests.service_manager import WATCHDOG_S, ServiceManager, at
 
 
@@ -53,6 +57,23 @@ def test_a_server_is_ready_makes_progress_and_says_that_it_stops(
     manager.wait_for("WATCHDOG=1")
     stop.set()
     manager.wait_for("STOPPING=1")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, os.EX_OK), (signal.SIGHUP, os.EX_TEMPFAIL)])
+def test_a_signal_ends_a_server_in_order_and_a_hangup_lets_it_start_again(
+    board: Board, bundle: Bundle, broker: Mosquitto, manager: ServiceManager, tmp_path: Path, number: int, code: int
+) -> None:
+    path = tmp_path / "server.toml"
+    path.write_text(f'[server]\nid = "s1"\nbundle = "{bundle.path}"\nmax_batch = 1\n[mqtt]\nport = {broker.port}\n')
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, str(path)], env=os.environ | manager.environment) as process:
+        try:
+            board.wait_for_status(state="online", share_proven=True)
+            process.send_signal(number)
+            manager.wait_for("STOPPING=1")
+            board.wait_for_status(state="offline")
+            assert process.wait(PATIENCE_S) == code
+        finally:
+            process.kill()
 
 
 def test_a_server_whose_engine_hangs_falls_silent_until_it_works_again(

@@ -1,11 +1,13 @@
 """The service behind a real broker, asked by a board."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +38,7 @@ from server.batcher import Batch
 from server.config import ServerConfig
 from server.engine import Answer, Job
 from server.pictures import Limits, PictureDecoder, PictureWorkerError
-from server.service import readable_id
+from server.service import PICTURE_THREADS, readable_id
 from server.targets.bundle import BundleTarget
 from testbed.broker import free_port
 from tests.brokers import Mosquitto
@@ -224,6 +226,21 @@ def test_a_servers_counters_are_exported_with_its_connections(board, bundle, bro
         thread.join(PATIENCE_S)
 
 
+def test_a_metrics_port_that_is_in_use_is_a_problem_in_the_status(board, bundle, broker) -> None:
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        metrics = MetricsConfig(port=other.getsockname()[1])
+        exporting = msgspec.structs.replace(config(bundle, broker.port, max_batch=1), metrics=metrics)
+        thread = threading.Thread(target=run_server, args=(exporting, stop))
+        thread.start()
+        try:
+            problems = board.wait_for_status(state="online")["problems"]
+        finally:
+            stop.set()
+            thread.join(PATIENCE_S)
+    assert problems == {"metrics": f"127.0.0.1:{metrics.port}: Address already in use"}
+
+
 # ---- without a broker: the service as a value, its two threads played by the test ----
 
 
@@ -330,6 +347,27 @@ def test_pictures_that_are_expensive_to_decode_delay_only_the_board_that_sends_t
                 reply = board.reply()
                 assert (reply.id, reply.status, reply.error) == (asked.id, Status.OK, "")
         assert {attacker.reply().status for _ in range(3)} == {Status.BAD_REQUEST}
+
+
+def test_latents_are_answered_while_pictures_are_decoded(server, board, broker, bundle, monkeypatch) -> None:
+    decode, decoding, release = PictureDecoder.decode, threading.Semaphore(0), threading.Event()
+
+    def held(decoder: PictureDecoder, picture: bytes) -> np.ndarray:
+        decoding.release()
+        assert release.wait(PATIENCE_S)
+        return decode(decoder, picture)
+
+    monkeypatch.setattr(PictureDecoder, "decode", held)
+    with ExitStack() as stack:
+        others = [stack.enter_context(board_of(broker, f"sends-picture-{n}")) for n in range(PICTURE_THREADS)]
+        for other in others:
+            other.ask(offload(bundle, PICTURE))
+        assert all(decoding.acquire(timeout=PATIENCE_S) for _ in others)
+        board.ask(request(bundle))
+        assert board.reply().status is Status.OK
+        assert all(other.replies.empty() for other in others)
+        release.set()
+        assert {other.reply().status for other in others} == {Status.OK}
 
 
 def test_a_picture_that_takes_too_much_is_refused_by_name_and_counted(make_service, bundle) -> None:

@@ -207,6 +207,18 @@ def test_replies_that_are_none_or_to_nothing_are_counted_and_harmless(connect, a
     )
 
 
+def test_a_retained_message_is_no_reply(broker: Mosquitto, above) -> None:
+    above.client.publish(topics.reply("hq", "e1"), b"of yesterday", retain=True)
+    until(lambda: above.client.stats()["delivered"] == 1)
+    with Upstream(config(broker), "e1") as upstream:
+        below = Below()
+        ask(upstream, below)
+        above.say(ok(above.request(), 7))
+        assert below.next()[0].token_ids == [7]
+        replies = upstream.status()["replies"]
+    assert (replies["retained"], replies["ok"], replies.get("unreadable", 0)) == (1, 1, 0)
+
+
 def test_a_reply_that_is_not_final_is_told_once_and_the_final_one_still_follows(connect, above) -> None:
     upstream, below = connect(), Below()
     ask(upstream, below)

@@ -18,11 +18,11 @@ from edge_runtime.capture.frame import CameraError, NewestFrame
 from edge_runtime.capture.live import ArrivalTimes, live_frames
 from edge_runtime.capture.mqtt_pictures import MqttPictures
 from edge_runtime.capture.readers import file_frames, reader_of, video_frames
-from edge_runtime.capture.video_capture import Grabbed
+from edge_runtime.capture.video_capture import Grabbed, VideoCapture
 from edge_runtime.capture.watched_folder import WatchedFolder
 from edge_runtime.config import CameraConfig
 from edge_runtime.picture_checks import PictureError
-from edge_runtime.shutdown import DriverThread
+from edge_runtime.shutdown import DriverThread, threads_in_driver
 from tests.edge_runtime.capture.helpers import (
     MjpegCamera,
     grey,
@@ -34,6 +34,7 @@ from tests.edge_runtime.capture.helpers import (
 )
 from tests.listener import PATIENCE_S, until
 from tests.rtsp_camera import OPENCV, TOLERANCE_S, RtspCamera
+from tests.server.costly_jpeg import costly_jpeg
 
 # ---- files ----
 
@@ -148,8 +149,10 @@ def test_only_key_frames_are_decoded_if_the_camera_is_configured_so(stop, monkey
         stop.set()
 
 
-def test_a_silent_stream_has_stalled_and_gives_no_older_frame_as_a_new_one(stop):
+def test_a_silent_stream_has_stalled_and_gives_no_older_frame_as_a_new_one(stop, monkeypatch):
     """The decoder keeps some frames. After a read timeout FFmpeg returns them, one for each further timeout."""
+    reads, grab = [], VideoCapture.grab
+    monkeypatch.setattr(VideoCapture, "grab", lambda capture: reads.append(grab(capture)) or reads[-1])
     with RtspCamera() as camera:
         frames = live_frames(CameraConfig("door", camera.url, interval_s=0.5, stall_s=1), stop, Counters())
         seen = [next(frames)]
@@ -157,6 +160,9 @@ def test_a_silent_stream_has_stalled_and_gives_no_older_frame_as_a_new_one(stop)
         with pytest.raises(CameraError, match="shows no new frame for 1 s"):
             seen += frames
         assert seen[-1].captured <= camera.sent_at[-1] + TOLERANCE_S
+    until(lambda: not threads_in_driver())
+    silent = [read for read in reads if read is None or read.ended - read.started >= 1]
+    assert len(silent) == 1  # it is stalled after one timeout, not after one for each frame that was kept
 
 
 @pytest.mark.skipif(OPENCV < (4, 12), reason="before OpenCV 4.12, packets do not carry the time of their arrival")
@@ -318,12 +324,24 @@ def test_the_newest_picture_over_mqtt_is_decoded_when_it_is_taken(stop):
     assert counters.skipped == 1
 
 
-def test_an_unreadable_picture_over_mqtt_is_counted_and_the_next_one_is_given(stop):
+@pytest.mark.parametrize(
+    ("picture", "reason"),
+    [
+        (b"garbage", "does not start a JPEG"),
+        (cv2.imencode(".png", np.zeros((4000, 4001), np.uint8))[1].tobytes(), "at most 16000000 are decoded"),
+        (costly_jpeg(64, 100), "scans"),
+    ],
+    ids=["garbage", "large", "costly"],
+)
+def test_a_picture_over_mqtt_that_is_unreadable_or_costly_is_counted_and_the_next_one_is_given(
+    stop, caplog, picture, reason
+):
     counters = Counters()
     source = MqttPictures(CameraConfig("door", "mqtt"), counters)
     taken = in_background(source.frames(stop))
-    source.put(b"garbage")
+    source.put(picture)
     until(lambda: counters.unreadable == 1)
+    until(lambda: reason in caplog.text)
     source.put(jpeg(30))
     assert shade_of(taken.get(timeout=PATIENCE_S)) == 30
 

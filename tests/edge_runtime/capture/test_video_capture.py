@@ -290,4 +290,5 @@ def test_a_stream_whose_pictures_change_their_size_goes_on(stop):
                 picture = cv2.imencode(".jpg", grey(100, size))[1].tobytes()
                 while taken.empty() or taken.get().pixels.shape != (size, size, 3):
                     connection.sendall(picture)
+                    stop.wait(0.01)
         stop.set()

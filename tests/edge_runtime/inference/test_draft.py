@@ -1,14 +1,20 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from edge_runtime.inference.backends import SUFFIXES
+from edge_runtime.inference.backends import SUFFIXES, BackendError
 from edge_runtime.inference.bundle import BOS, EOS
 from edge_runtime.inference.draft import STATE, Draft
+from edge_runtime.inference.networks import load_draft
 from edge_runtime.inference.sampling import Sampler
 from edge_runtime.wire.envelope import Options
+from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import DRAFT_STATE
 from tests import exports
+from tests.edge_runtime.firmware.helpers import rewritten
 
 MAX_TOKENS = 12
 
@@ -74,6 +80,20 @@ def test_a_draft_that_is_likely_token_by_token_is_confident(draft, symbols):
     assert cold == [draft.write(latent) for latent in symbols[:5]]
     hot = [draft.write(latent, Sampler(Options(temperature=9.0), 1)) for latent in symbols[:5]]
     assert max(one.confidence for one in hot) < min(one.confidence for one in cold)
+
+
+@pytest.mark.parametrize("backend", SUFFIXES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_found_when_the_draft_is_loaded(board_bundle, tmp_path, backend, value):
+    folder = Path(shutil.copytree(board_bundle.path, tmp_path / "bundle"))
+    decoder = exports.draft(board_bundle.manifest.vocabulary)
+    with torch.no_grad():
+        decoder.bias[BOS + 3] = value
+    write = {"onnx": write_draft_onnx, "litert": write_draft_litert}[backend]
+    (folder / f"draft_step{SUFFIXES[backend]}").write_bytes(write(quantise_draft(decoder))[1])
+    damaged = rewritten(board_bundle, folder, tuple(board_bundle.manifest.files))
+    with pytest.raises(BackendError, match="no finite numbers"):
+        load_draft(damaged, backend, 1)
 
 
 def test_the_state_is_as_wide_as_the_network_has_it():

@@ -373,6 +373,16 @@ def test_a_server_without_the_bundle_does_not_end_a_request_that_its_neighbour_c
     assert kinds(requests.on_reply(reply(ONE), 0.4)) == [Answer]
 
 
+def test_many_servers_without_the_bundle_are_asked_before_a_usual_deadline() -> None:
+    requests = lifecycle()
+    requests.on_request(ONE, "x", 5.0, 0.0)
+    now = 0.0
+    for _ in range(MAX_UNKNOWN_BUNDLE - 1):
+        assert requests.on_reply(reply(ONE, Status.UNKNOWN_BUNDLE, retry_after_ms=100), now) == []
+        assert resend(requests, now := requests.next_at())
+    assert kinds(requests.on_reply(reply(ONE), now)) == [Answer]
+
+
 def test_a_bundle_that_no_server_has_is_named_at_the_deadline() -> None:
     requests = lifecycle()
     requests.on_request(ONE, "x", 9.0, 0.0)

@@ -1,6 +1,7 @@
 """Every question ends in exactly one further event: against a real broker, with a server that does as it is told."""
 
 import itertools
+import logging
 import queue
 import shutil
 import sqlite3
@@ -336,6 +337,22 @@ def test_a_refusal_loses_the_question_at_once_and_says_who_and_why(board, server
     assert event.why == f"server s1: {status.name.lower()}: try this"
     assert (event.text, event.tokens) == ("word7 word8", DRAFT)  # the draft stands
     assert board.tracker.summary()["reply"][status.name.lower()] == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"status": Status.FAILED, "error": "\x1b]0;title\x07 \u202etxt"},
+        {"status": Status.OK, "text": "[2]", "checked": CheckedObject("door", True)},  # claims an object
+    ],
+)
+def test_a_servers_words_give_no_orders_to_the_terminal_that_shows_the_log(board, server, caplog, said):
+    caplog.set_level(logging.INFO)
+    board.ask()
+    server.say(encode_reply(Reply(id=server.request().id, tier=Tier.CLOUD, server="s\x1b[2J\n1", **said)))
+    assert board.next_event().why.startswith("server s\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}1: ")
+    (lost,) = (text for record in caplog.records if (text := record.getMessage()).startswith("request lost"))
+    assert lost.isprintable()
 
 
 def test_a_loss_waits_for_a_draft_that_never_comes_until_the_deadline(board, server):
