@@ -108,7 +108,8 @@ wheels: venv  ## dist/ with sdists and wheels, the server's part of the bundle a
 	rm -f dist/*.whl dist/*.tar.gz models/zoo/*/bundle.sig
 	$(if $(KEY),for manifest in models/zoo/*/manifest.json; do $(BIN)/aiflow bundle sign --key '$(KEY)' \
 	  --version '$(BUNDLE_VERSION)' $${manifest%/*} || exit 1; done,@echo 'The shipped bundle is NOT signed: no KEY=signing.pem')
-	for part in . models/zoo; do $(BIN)/python -m build --outdir dist $$part || exit 1; done
+	AIFLOW_WHEEL_SYSTEMS=manylinux_2_28_x86_64.manylinux_2_28_aarch64 $(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist models/zoo
 	rm -f models/zoo/*/bundle.sig
 
 man: venv  ## build/aiflow.1, the manual page, from what `aiflow --help` says
