@@ -10,7 +10,7 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' edge_runtime/__init__.
 # The time in what is built, so that a commit gives the same files again.
 wheels man deb: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
 
-.PHONY: help venv demo language test test-all test-lowest test-systemd arm64 lint fuzz bench faults soak constraints schema wheels man deb image release clean
+.PHONY: help venv demo language test test-all test-lowest test-tflite test-systemd arm64 lint fuzz bench faults soak constraints schema wheels man deb image release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -44,9 +44,13 @@ test: venv  ## every test; those that need a broker are skipped where mosquitto 
 test-all:  ## every test with each Python from 3.10 to 3.13 that is found, in environments of their own
 	for v in 3.10 3.11 3.12 3.13; do \
 	  python=$$(ls -d $$HOME/.pyenv/versions/$$v.*/bin/python /usr/bin/python$$v 2>/dev/null | tail -1); \
-	  if [ -z "$$python" ]; then echo "Python $$v is not found: skipped"; continue; fi; \
-	  $(MAKE) test PYTHON=$$python VENV=.venv-$$v || exit 1; \
-	done
+	  if [ -z "$$python" ]; then missing="$$missing $$v"; continue; fi; \
+	  $(MAKE) test PYTHON=$$python VENV=.venv-$$v || { echo "failed with Python: $$v"; exit 1; }; \
+	  tested="$$tested $$v"; \
+	done; \
+	echo "tested with Python:$${tested:- none}"; \
+	echo "not found, so not tested:$${missing:- none}"; \
+	test -n "$$tested"
 
 test-lowest:  ## every test with the lowest versions that setup.cfg allows, in an environment of its own
 	$(PYTHON) -m venv --clear .venv-lowest
@@ -54,6 +58,12 @@ test-lowest:  ## every test with the lowest versions that setup.cfg allows, in a
 	.venv-lowest/bin/pip install --quiet '$(TORCH)'
 	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[test]'
 	.venv-lowest/bin/python -m pytest -q -W ignore::DeprecationWarning  # of the newest packages that the lowest ones call
+
+test-tflite: venv  ## the symbols of tflite-runtime against those of LiteRT, in an environment of its own; needs Python 3.11
+	$(PYTHON) -m venv --clear .venv-tflite
+	.venv-tflite/bin/pip install --quiet '.[tflite]'
+	AIFLOW_TFLITE_PYTHON=$(CURDIR)/.venv-tflite/bin/python \
+	  $(BIN)/python -m pytest -q tests/edge_runtime/inference/test_backends.py -k tflite_runtime
 
 test-systemd: venv  ## both services under a real systemd in a container: killed, frozen, starved; as root
 	AIFLOW_DEBIAN_ROOT=$${AIFLOW_DEBIAN_ROOT:-$$HOME/.cache/aiflow/debian} \
@@ -98,7 +108,8 @@ wheels: venv  ## dist/ with sdists and wheels, the server's part of the bundle a
 	rm -f dist/*.whl dist/*.tar.gz models/zoo/*/bundle.sig
 	$(if $(KEY),for manifest in models/zoo/*/manifest.json; do $(BIN)/aiflow bundle sign --key '$(KEY)' \
 	  --version '$(BUNDLE_VERSION)' $${manifest%/*} || exit 1; done,@echo 'The shipped bundle is NOT signed: no KEY=signing.pem')
-	for part in . models/zoo; do $(BIN)/python -m build --outdir dist $$part || exit 1; done
+	AIFLOW_WHEEL_SYSTEMS=manylinux_2_28_x86_64.manylinux_2_28_aarch64 $(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist models/zoo
 	rm -f models/zoo/*/bundle.sig
 
 man: venv  ## build/aiflow.1, the manual page, from what `aiflow --help` says

@@ -36,7 +36,7 @@ OPTIONAL = {
 
 
 def refuse_32_bit(largest: int = sys.maxsize) -> None:
-    """Raises ConfigError. setup.py says the same when a checkout is installed; a wheel cannot refuse."""
+    """Raises ConfigError. setup.py says the same when a checkout is installed: ADR 33."""
     if largest < 2**32:
         raise ConfigError(
             "this Python has 32 bits, for which onnxruntime and LiteRT have no packages: install a 64-bit system, "

@@ -2,11 +2,16 @@
 
 import argparse
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from edge_runtime.config import RuntimeConfig, load_toml
 from edge_runtime.errors import AiflowError
+from edge_runtime.firmware.archive import Archive
 from edge_runtime.firmware.incoming import Incoming
 from edge_runtime.firmware.signature import (
     SIGNATURE,
@@ -31,6 +36,7 @@ from testbed.terminal import print_rows
 DAYS, MAX_DAYS = 365, 36500  # that a signature is good for
 PUSH_S = 3600  # for 14 MB over a thin link, and the trial
 MAX_KEY_BYTES = 16 * 1024
+Read: TypeAlias = Callable[[str, int, int], bytes]  # of a bundle: a file's name, an offset, at most so many bytes
 EPILOG = """\
 a key, once:    aiflow bundle key signing.pem; its public key goes into the boards' trust_file
 a new bundle:   aiflow bundle sign --key signing.pem --version 2 models/zoo/mine
@@ -56,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sign.add_argument("--days", type=number, default=DAYS, help=f"until the signature expires (default: {DAYS})")
     verify = actions.add_parser("verify", help="check the files that are there, and the signature")
     verify.add_argument("--trust", type=Path, metavar="FILE", help="public keys, one per line (default: files only)")
-    install = actions.add_parser("install", help="install a bundle from a directory; the board's next start tries it")
+    install = actions.add_parser(
+        "install", help="install a bundle from a directory or a .tar file; the board's next start tries it"
+    )
     install.add_argument("--force", action="store_true", help="also an older version, or an expired one")
     rollback = actions.add_parser("rollback", help="go back to the bundle before; the board's next start runs it")
     shown = actions.add_parser("list", help="the installed bundles")
@@ -67,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     push.add_argument("--timeout", type=number, default=PUSH_S, metavar="S", help=f"seconds (default: {PUSH_S})")
     add_broker_arguments(push)
     for action in (sign, verify, install, push):
-        action.add_argument("bundle", type=Path, help="its directory")
+        where = "its directory, or a .tar file of it" if action is install else "its directory"
+        action.add_argument("bundle", type=Path, help=where)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -126,28 +135,38 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _install(args: argparse.Namespace) -> None:
     config, store = _store(args)
-    bundle = _checked(args.bundle, complete=False)
-    signature = required_signature(args.bundle) if store.trust else b""
-    if store.trust:
-        statement = verified(signature, store.trust)
-        if not args.force:
-            store.check_new(statement, today())
-    else:
-        statement = statement_of(bundle, UNSIGNED, today())
-    incoming = store.incoming(statement, signature)
-    _fill(incoming, bundle)
+    with ExitStack() as stack:
+        read: Read
+        if args.bundle.is_file():
+            archive = stack.enter_context(Archive(args.bundle))
+            read, statement = archive.read, archive.statement(UNSIGNED, today())
+            signature = archive.signature() if store.trust else b""
+        else:
+            bundle = _checked(args.bundle, complete=False)
+            read, statement = partial(_read, bundle.path), statement_of(bundle, UNSIGNED, today())
+            signature = required_signature(args.bundle) if store.trust else b""
+        if store.trust:
+            statement = verified(signature, store.trust)
+            if not args.force:
+                store.check_new(statement, today())
+        incoming = store.incoming(statement, signature)
+        _fill(incoming, read)
     store.install(incoming, lambda folder: self_test(config, folder))
     print(f"{statement.name} version {statement.version} is installed: the board tries it at its next start")
 
 
-def _fill(incoming: Incoming, bundle: Bundle) -> None:
+def _read(folder: Path, name: str, offset: int, size: int) -> bytes:
+    with (folder / name).open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _fill(incoming: Incoming, read: Read) -> None:
     """Copies what the store needs, as it would arrive over MQTT."""
     while wanted := incoming.wanted():
-        with (bundle.path / wanted.name).open("rb") as file:
-            file.seek(wanted.offset)
-            data = file.read(min(CHUNK, wanted.size - wanted.offset))
+        data = read(wanted.name, wanted.offset, min(CHUNK, wanted.size - wanted.offset))
         if not incoming.add(wanted.file, wanted.offset, data):
-            raise AiflowError(f"{bundle.path / wanted.name} changes while it is read: try again")
+            raise AiflowError(f"{wanted.name} changes while it is read: try again")
 
 
 def _rollback(args: argparse.Namespace) -> None:

@@ -203,27 +203,27 @@ def through_a_server(
             count = len(list(pictures.iterdir()))
             here, _ = play(process, port, count)
             process.command = debian.python([site], "-m", "firmware_tools", *process.command[-2:])
-            there, resident = play(process, port, count)
+            there, (resident, translated) = play(process, port, count)
             equal = [
                 name for name in here if (here[name].tokens, here[name].tier) == (there[name].tokens, there[name].tier)
             ]
             size = sum(answer.bytes_up for answer in there.values()) / count
             print(f"{backend}: {len(equal)} of {count} verified texts equal; {size:.0f} bytes per picture", flush=True)
-            print(f"{backend}: resident {resident}", flush=True)
+            print(f"{backend}: resident {resident} MB, of which {translated} MB are translated code", flush=True)
             differ = here.keys() & set(same[backend]) - set(equal)
             faults += [f"{backend}: {name}: {there[name]}, here {here[name]}" for name in sorted(differ)]
     return faults
 
 
-def play(board: Process, port: int, pictures: int) -> tuple[dict[str, Answer], str]:
-    """Runs a board until each picture has its final event. Returns answers by picture, and the memory it had then."""
+def play(board: Process, port: int, pictures: int) -> tuple[dict[str, Answer], tuple[int, int]]:
+    """Runs a board until each picture has its final event. Returns answers by picture, and the most `memory` it had."""
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     settings = MqttConfig(port=port).settings("listener")
     found: dict[str, Answer] = {}
     with MqttClient(settings, subscriptions=[(topics.event(SITE, BOARD), 1)], on_message=inbox.put) as client:
         if not client.wait_online(START_S):
             raise EmulationError(f"the broker on port {port} does not answer: {client.reason}")
-        resident = ""
+        most = 0, 0
         with board:
             while len(found) < pictures:
                 ended = board.has_ended()
@@ -234,16 +234,16 @@ def play(board: Process, port: int, pictures: int) -> tuple[dict[str, Answer], s
                         tier = event.answered_by.tier if event.answered_by else event.type
                         found[event.picture] = Answer(event.text, event.tokens, tier, event.bytes_up)
                 if board.is_running():
-                    resident = memory(board.pid)
+                    most = max(most, memory(board.pid))  # a board that is about to end has less
                 if ended and event is None:
                     raise EmulationError(
                         f"{board.name} ended after {len(found)} of {pictures} pictures:\n{board.said()[-2000:]}"
                     )
-    return found, resident
+    return found, most
 
 
-def memory(pid: int) -> str:
-    """Resident megabytes of a process, and how much of it is the emulator's translated code."""
+def memory(pid: int) -> tuple[int, int]:
+    """Resident megabytes of a process, and how many of them are the emulator's translated code."""
     total = translated = 0
     with suppress(OSError):  # it has just ended
         writes_code = False
@@ -253,7 +253,7 @@ def memory(pid: int) -> str:
             elif size := re.match(r"Rss: +(\d+) kB", line):
                 total += int(size[1])
                 translated += int(size[1]) if writes_code else 0
-    return f"{total / 1e3:.0f} MB, of which {translated / 1e3:.0f} MB are translated code"
+    return round(total / 1e3), round(translated / 1e3)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.tags import parse_tag, sys_tags
 from setuptools import Distribution
 
 from edge_runtime.firmware.signature import SIGNATURE, new_key, verified
@@ -94,6 +96,25 @@ def test_a_wheel_holds_the_live_page(monkeypatch):
     page = {path.relative_to(ROOT) for path in ROOT.glob("firmware_tools/ui/page/*")}
     assert {path.name for path in page} >= {"index.html", "page.css", "page.js"}
     assert page <= packed(ROOT, monkeypatch)
+
+
+def test_a_released_wheel_fits_64_bit_linux_with_glibc_only():
+    dry = ["make", "--dry-run", "--old-file=venv", "BIN=bin", "wheels"]
+    recipe = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    systems = re.search(r"AIFLOW_WHEEL_SYSTEMS=(\S+)", recipe)
+    assert systems
+    code = (
+        "import runpy, sys; from setuptools import Distribution; sys.argv[1:] = ['--name']; "
+        "wheel = runpy.run_path('setup.py')['Wheel'](Distribution()); wheel.ensure_finalized(); "
+        "print('-'.join(wheel.get_tag()))"
+    )
+    environment = {**os.environ, "AIFLOW_WHEEL_SYSTEMS": systems[1]}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    tags = parse_tag(done.stdout.splitlines()[-1])
+    assert tags & set(sys_tags())  # this machine's
+    assert {tag.platform for tag in tags} == {"manylinux_2_28_x86_64", "manylinux_2_28_aarch64"}
 
 
 def test_a_checkout_is_not_installed_on_a_32_bit_python():

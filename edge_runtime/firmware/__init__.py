@@ -2,6 +2,7 @@
 
 - `signature`: who has signed a bundle, its version and its expiry date
 - `store`: the installed bundles, which of them runs, and the way back
+- `archive`: a bundle in a tar file
 - `incoming`: the files of a bundle on their way into the store
 - `self_test`: whether a bundle works here, in a process of its own
 - `updates`: the same over MQTT, for `aiflow bundle push`

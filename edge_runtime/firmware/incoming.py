@@ -1,7 +1,8 @@
 """The files of a bundle on their way into the store: first its manifest, then what is not here yet.
 
 Each file arrives in order, in pieces, and gets its name only when its hash is right, so what is stored is not asked for
-again after a restart. It knows nothing of MQTT: `aiflow bundle install` reads the same pieces from a directory.
+again after a restart. It knows nothing of MQTT: `aiflow bundle install` reads the same pieces from a directory, or from
+a tar file.
 """
 
 import logging

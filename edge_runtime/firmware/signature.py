@@ -86,6 +86,12 @@ def signed(statement: Statement, private_key: bytes) -> bytes:
 
 def verified(data: bytes, trust: Trust) -> Statement:
     """The statement of a bundle.sig that one of these keys has signed. Raises SignatureError."""
+    signer(data, trust)
+    return claimed(data)
+
+
+def signer(data: bytes, trust: Trust) -> bytes:
+    """Which of these keys has signed a bundle.sig. Raises SignatureError if none has."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -101,7 +107,7 @@ def verified(data: bytes, trust: Trust) -> Statement:
             f"none of the {len(trust)} trusted keys has signed this: sign it with one of theirs, or add its signer's "
             "public key to the trust file"
         )
-    return _statement(line)
+    return key
 
 
 def claimed(data: bytes) -> Statement:
@@ -133,7 +139,10 @@ def _statement(line: bytes) -> Statement:
 
 
 def check_new(statement: Statement, highest: int, today: date) -> None:
-    """Whether a board may still install it. highest: the highest version that was installed. Raises SignatureError."""
+    """Whether a board may still install it. highest: version that was installed of the keys that are trusted now.
+
+    Raises SignatureError.
+    """
     if today > statement.expires:
         raise SignatureError(
             f"bundle {statement.name} version {statement.version} expired on {statement.expires}: sign it again"

@@ -1,6 +1,6 @@
 """The installed bundles of a board, which of them runs, and the way back.
 
-    FOLDER/state.json                  which bundle runs, the one before it, the highest version, the starts on trial
+    FOLDER/state.json                  which bundle runs, the one before it, the highest versions, the starts on trial
     FOLDER/<name>-<version>-<id>/      an installed bundle
     FOLDER/.incoming/                  one that is not complete
 
@@ -29,12 +29,16 @@ from msgspec.structs import replace
 from edge_runtime.disk import replace_file, sync
 from edge_runtime.firmware.incoming import Incoming, StoreError, board_files
 from edge_runtime.firmware.signature import (
+    MAX_KEYS,
     MAX_VERSION,
     SignatureError,
     Statement,
     Trust,
     check_new,
+    claimed,
     read_signature,
+    required_signature,
+    signer,
     verified,
 )
 from edge_runtime.inference.bundle import Bundle, BundleError, open_bundle
@@ -42,12 +46,14 @@ from edge_runtime.inference.bundle import Bundle, BundleError, open_bundle
 logger = logging.getLogger(__name__)
 
 STATE, INCOMING = "state.json", ".incoming"
-MAX_STATE_BYTES = 4096
+MAX_STATE_BYTES = 8192  # with MAX_KEYS keys and the longest `why`, 5 KB
 MAX_STARTS = 3  # on trial
 MAX_WHY = 512  # characters
 LOCK_S = 10.0  # another process holds the lock for some milliseconds
 UNSIGNED = 0  # the version of a bundle without a signature
 
+Key = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Version = Annotated[int, Meta(ge=0, le=MAX_VERSION)]
 Entry = Annotated[str, Meta(pattern=r"^([\w.-]+-[0-9]{1,10}-[0-9a-f]{16})?\Z", max_length=96)]  # a folder, or ""
 
 
@@ -56,7 +62,9 @@ class State(Struct, frozen=True):
 
     current: Entry = ""  # "": the bundle that the configuration names
     previous: Entry = ""  # where `rollback` goes
-    highest: Annotated[int, Meta(ge=0, le=MAX_VERSION)] = 0  # version that was ever installed
+    # By public key, in hex: the highest version of its bundles that was ever installed. A key that is not trusted any
+    # more does not count: whoever had stolen it may have installed MAX_VERSION, which nothing can exceed.
+    highest: Annotated[dict[Key, Version], Meta(max_length=MAX_KEYS)] = {}
     starts: Annotated[int, Meta(ge=0, le=MAX_STARTS)] | None = None  # of the current one on trial; None: it is proven
     failed: Entry = ""  # the last one that was given up
     why: str = ""  # it was given up
@@ -171,7 +179,7 @@ class Store:
         state = self.state()
         if state.why and state.failed == entry_of(statement):
             raise SignatureError(f"version {statement.version} was given up here: {state.why}: sign a newer one")
-        check_new(statement, max(state.highest, self._factory_version()), today)
+        check_new(statement, max([self._factory_version(), *self._of_trusted(state.highest).values()]), today)
 
     def incoming(self, statement: Statement, signature: bytes) -> Incoming:
         """Where its files go. There is one at a time: another bundle's files are removed. Raises OSError."""
@@ -201,7 +209,7 @@ class Store:
             sync(self.folder)
             if entry != state.current:
                 proven = state.current if state.starts is None else state.previous
-                highest = max(state.highest, incoming.statement.version)
+                highest = self._with_version_of(target, state.highest)
                 state = State(entry, "" if entry == proven else proven, highest, 0)
                 self._write(state)
             self._remove_others(state)
@@ -223,13 +231,39 @@ class Store:
         versions = {entry: int(entry.split("-")[-2]) for entry in self.entries()}
         newest = sorted(versions, key=lambda entry: versions[entry], reverse=True)
         current, previous = [*newest, "", ""][:2]
-        return State(current, previous, max(versions.values(), default=0), 0 if current else None)
+        highest: dict[str, int] = {}
+        for entry in newest:
+            with suppress(SignatureError):
+                highest = self._with_version_of(self.folder / entry, highest)
+        return State(current, previous, highest, 0 if current else None)
 
     def entries(self) -> list[str]:
         """The folders of bundles, in use or not."""
         with suppress(OSError):
             return sorted(path.name for path in self.folder.iterdir() if path.is_dir() and _is_entry(path.name))
         return []
+
+    def factory_fault(self) -> str:
+        """Why a board with a trust file could not install the bundle that the configuration names; "": it could."""
+        if self.trust:
+            try:
+                if verified(required_signature(self.factory), self.trust).id != open_bundle(self.factory).id.hex():
+                    return f"{self.factory}: the signature is of another bundle: sign it again"
+            except BundleError as error:
+                return str(error)
+        return ""
+
+    def _of_trusted(self, highest: dict[str, int]) -> dict[str, int]:
+        keys = {key.hex() for key in self.trust}
+        return {key: version for key, version in highest.items() if key in keys}
+
+    def _with_version_of(self, bundle: Path, highest: dict[str, int]) -> dict[str, int]:
+        """The highest versions after this bundle. Forgets keys that are not trusted. Raises SignatureError."""
+        if not self.trust:
+            return highest
+        data, kept = read_signature(bundle), self._of_trusted(highest)
+        key = signer(data, self.trust).hex()
+        return kept | {key: max(kept.get(key, 0), claimed(data).version)}
 
     def _factory_version(self) -> int:
         """Of the bundle that the configuration names, if it is signed: an update must be newer than that too."""

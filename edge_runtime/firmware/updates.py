@@ -116,6 +116,8 @@ class Updates:
         """
         self._store, self._self_test, self._today = store, self_test, today
         self._publish, self._on_change, self._asks = publish, on_change, asks
+        if fault := store.factory_fault():  # it runs nevertheless: ADR 34
+            logger.warning("bundle of [board] not signed by a trusted key bundle=%s why=%s", store.factory, fault)
         found, state = store.start()
         self.bundle = found.bundle if found else open_bundle(store.factory)
         self.version = found.version if found else 0
@@ -263,6 +265,8 @@ class Updates:
                 return
             if chunk.offset + len(chunk.data) >= self._window_end:
                 self._incoming.sync()
+                # Again, since a slow sender may outlast the expiry date.
+                self._store.check_new(self._incoming.statement, self._today())
                 self._go_on(self._incoming)
         except EnvelopeError as error:
             self._unread += 1

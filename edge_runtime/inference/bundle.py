@@ -278,12 +278,17 @@ def open_bundle(path: Path) -> Bundle:
         raise BundleError(f"{path} holds no {MANIFEST}: name the directory of a bundle, such as models/zoo/<bundle>")
     try:
         data = read_bounded(manifest_path, MAX_MANIFEST_BYTES)
-        schema = msgspec.json.decode(data, type=_Versioned).schema
-        if schema != SCHEMA:
-            raise BundleError(f"{manifest_path} has schema {schema}, this version reads {SCHEMA}: update the older")
-        manifest = msgspec.json.decode(data, type=Manifest)
     except OSError as error:
         raise BundleError(f"{manifest_path} cannot be read: {error.strerror}") from error
+    return Bundle(path, decode_manifest(data, manifest_path), hashlib.sha256(data).digest()[:8])
+
+
+def decode_manifest(data: bytes, path: Path) -> Manifest:
+    """path: where it is from, for errors. Raises BundleError."""
+    try:
+        schema = msgspec.json.decode(data, type=_Versioned).schema
+        if schema != SCHEMA:
+            raise BundleError(f"{path} has schema {schema}, this version reads {SCHEMA}: update the older")
+        return msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BundleError(f"{manifest_path}: {error}: copy the bundle again, or build it again") from error
-    return Bundle(path, manifest, hashlib.sha256(data).digest()[:8])
+        raise BundleError(f"{path}: {error}: copy the bundle again, or build it again") from error

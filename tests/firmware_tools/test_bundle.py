@@ -210,7 +210,43 @@ def test_an_unsigned_and_a_foreign_bundle_are_installed_only_where_nobody_is_tru
         assert f"{new.path} is unsigned" in said
         assert f"aiflow bundle sign --key signing.pem --version N {new.path}" in said
     site.configure(trust=False)
-    assert aiflow("bundle", "install", "--config", site.config, new.path) == 0
+    subprocess.run(["tar", "-cf", tmp_path / "new.tar", "-C", new.path.parent, new.path.name], check=True)
+    for path in (new.path, tmp_path / "new.tar"):
+        assert aiflow("bundle", "install", "--config", site.config, path) == 0
+
+
+def test_a_tar_file_is_installed_as_its_directory_is(
+    site: Site, signed: Callable[..., Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, packed = signed("new", 3), tmp_path / "new.tar"
+    command = ("bundle", "install", "--config", site.config, packed)
+
+    def pack(*more: object) -> None:
+        subprocess.run(["tar", "-cf", packed, "-C", new.path, ".", *map(str, more)], check=True)
+
+    link = tmp_path / "extra"
+    link.symlink_to("/etc/passwd")
+    pack("-C", tmp_path, link.name)
+    assert aiflow(*command) == 1
+    assert "'extra' is no plain file" in capsys.readouterr().err
+    signature = (new.path / "bundle.sig").read_bytes()
+    (new.path / "bundle.sig").unlink()
+    pack()
+    assert aiflow(*command) == 1
+    assert f"{packed} is unsigned" in capsys.readouterr().err
+    (new.path / "bundle.sig").write_bytes(signature)
+    vocabulary = (new.path / "vocabulary.txt").read_bytes()
+    (new.path / "vocabulary.txt").write_bytes(vocabulary[::-1])
+    pack()
+    assert aiflow(*command) == 1
+    assert "vocabulary.txt has arrived, but its hash is another one than was signed" in capsys.readouterr().err
+    assert {path.name for path in (site.folder / "bundles").iterdir()} == {INCOMING}
+    (new.path / "vocabulary.txt").write_bytes(vocabulary)
+    pack()
+    assert aiflow(*command) == 0
+    assert f"new-3-{new.id.hex()}" in {path.name for path in (site.folder / "bundles").iterdir()}
+    assert aiflow(*command) == 1
+    assert "3 was installed" in capsys.readouterr().err
 
 
 def test_a_bundle_that_does_not_work_here_is_not_installed(

@@ -2,6 +2,7 @@
 
 - wire.py: requests, replies, events, bitstreams, tables, topics
 - manifest.py: a bundle's manifest
+- update.py: what comes before a new bundle is trusted: its signature, its archive, what crosses the network
 - pictures.py: JPEG, PNG, WebP
 - configuration.py: board.toml, server.toml, motion masks, link traces
 """

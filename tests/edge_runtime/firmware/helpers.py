@@ -72,8 +72,8 @@ def fill(incoming: Incoming, source: Path, piece: int = 1 << 16) -> int:
     return sent
 
 
-def install(store: Store, bundle: Bundle, version: int) -> None:
-    incoming = store.incoming(*sign(bundle, version))
+def install(store: Store, bundle: Bundle, version: int, key: tuple[bytes, str] = KEY) -> None:
+    incoming = store.incoming(*sign(bundle, version, key=key))
     fill(incoming, bundle.path)
     store.install(incoming, lambda _: None)
 

@@ -1,8 +1,9 @@
 """Installs, starts, keeps and goes back, and is killed on the way: `power_cut.py FOLDER KEY NEW OLD FACTORY RUNS MODE`.
 
 MODE: "steps" kills before each call that opens, syncs, renames or removes something, or makes a folder; "times" kills
-at random times; "errors" lets these calls fail with a full disk, instead. After each, a board must start.
-Prints how many times it was killed, and how many of these a board started after.
+at random times of the installation, until RUNS kills came before its end; "errors" lets these calls fail with a full
+disk, instead. After each, a board must start. Prints how many times it was killed, and how many of these a board
+started after.
 """
 
 import errno
@@ -18,19 +19,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+from edge_runtime.firmware.self_test import check
 from edge_runtime.firmware.signature import claimed
 from edge_runtime.firmware.store import MAX_STARTS, Store
 from edge_runtime.inference.bundle import open_bundle
+from edge_runtime.inference.choice import Setup
 from tests.edge_runtime.firmware.helpers import fill
 
 NOT_REACHED = 3  # an exit code
+MAX_RUNS = 1000  # a random kill may come too late, and then it does not count
+OFFLOAD = Setup("none", 1)  # these bundles have no networks
 WATCHED = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.copyfile"}
 
 
 def update(store: Store, new: Path, signature: bytes) -> None:
     incoming = store.incoming(claimed(signature), signature)
     fill(incoming, new, piece=1 << 14)
-    store.install(incoming, lambda _: None)
+    store.install(incoming, lambda folder: check(folder, OFFLOAD))
 
 
 def work(store: Store, new: Path, signature: bytes) -> None:
@@ -65,17 +70,22 @@ def break_at(step: int, folder: Path, mode: str) -> list[int]:
     return calls
 
 
-def run(step: int, store: Store, new: Path, signature: bytes, mode: str, whole_s: float) -> bool:
-    """False: the work was done before anything broke."""
+def run(step: int, store: Store, new: Path, signature: bytes, mode: str, update_s: float) -> bool:
+    """False: the work was done before anything broke. update_s: how long an installation takes."""
+    begun, begins = os.pipe()
     child = os.fork()
     if child == 0:
+        os.write(begins, b"x")
         calls = [step] if mode == "times" else break_at(step, store.folder, mode)
         with suppress(OSError):
-            work(store, new, signature)
+            (update if mode == "times" else work)(store, new, signature)
         os._exit(0 if step in calls and mode == "errors" else NOT_REACHED)
+    os.close(begins)
     if mode == "times":
-        time.sleep(random.uniform(0, whole_s))
+        os.read(begun, 1)
+        time.sleep(random.uniform(0, update_s))
         os.kill(child, signal.SIGKILL)
+    os.close(begun)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != NOT_REACHED
 
 
@@ -84,7 +94,8 @@ def starts(store: Store, names: set[str], new: Path, signature: bytes) -> bool:
     for _ in range(MAX_STARTS + 2):
         found, state = store.start()
         bundle = found.bundle if found else open_bundle(store.factory)
-        _ = bundle.tables, bundle.inter_tables, bundle.words
+        check(bundle.path, OFFLOAD)
+        _ = bundle.words
         if bundle.manifest.name not in names:
             return False
         was_used = "operator" in state.why or "starts" in state.why  # the new one was, and was given up
@@ -106,24 +117,22 @@ def main() -> None:
     names = {"new", "old"}
     if mode == "errors":  # a disk that did not give the new bundle at its start, and then an operator who went back
         names.add("factory")
-    cut = good = 0
-    whole_s = 0.0
-    for step in range(runs):
-        shutil.rmtree(store.folder, ignore_errors=True)
+    shutil.copytree(folder / "before", store.folder)
+    began = time.monotonic()
+    update(store, new, signature)
+    update_s = time.monotonic() - began
+    cut = good = step = 0
+    while cut < runs and step < MAX_RUNS:
+        shutil.rmtree(store.folder)
         shutil.copytree(folder / "before", store.folder)
-        if not whole_s:
-            began = time.monotonic()
-            work(store, new, signature)
-            whole_s = time.monotonic() - began
-            shutil.rmtree(store.folder)
-            shutil.copytree(folder / "before", store.folder)
-        if run(step, store, new, signature, mode, whole_s):
+        if run(step, store, new, signature, mode, update_s):
             cut += 1
             good += starts(store, names, new, signature)
             if good < cut:
                 sys.exit(f"no good start after {mode} {step}: {store.state()}")
         elif mode != "times":
             break
+        step += 1
     print(cut, good)
 
 

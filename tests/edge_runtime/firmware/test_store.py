@@ -9,7 +9,7 @@ import pytest
 
 from edge_runtime.firmware import store as store_module
 from edge_runtime.firmware.incoming import StoreError
-from edge_runtime.firmware.signature import SignatureError, statement_of
+from edge_runtime.firmware.signature import MAX_VERSION, SignatureError, statement_of
 from edge_runtime.firmware.store import MAX_STARTS, STATE, State, Store, entry_of
 from edge_runtime.inference.bundle import TABLES, VOCABULARY, Bundle
 from tests.edge_runtime.firmware.helpers import (
@@ -43,7 +43,7 @@ def test_an_installed_bundle_runs_on_trial_until_it_is_kept(store: Store, bundle
     assert store.state().starts == 1
     store.keep()
     assert running(store) == "b1"
-    assert store.state() == State(entry_of(statement_of(bundles[1], 1, NEVER)), "", 1, None)
+    assert store.state() == State(entry_of(statement_of(bundles[1], 1, NEVER)), "", {store.trust[0].hex(): 1}, None)
 
 
 def test_a_bundle_that_is_never_kept_is_given_up(store: Store, bundles: list[Bundle]) -> None:
@@ -163,6 +163,21 @@ def test_a_bundle_whose_signer_is_not_trusted_any_more_does_not_run(
     install(store, bundles[1], 1)
     store.keep()
     assert running(Store(store.folder, trust(tmp_path, OTHER_KEY), (), store.factory)) == ""
+
+
+def test_after_a_change_of_keys_the_versions_of_the_new_key_still_only_go_up(
+    store: Store, bundles: list[Bundle], tmp_path: Path
+) -> None:
+    install(store, bundles[1], MAX_VERSION)
+    changed = Store(store.folder, trust(tmp_path, OTHER_KEY), (), store.factory)
+    for version, content in ((3, None), (5, b"damaged")):
+        install(changed, bundles[2], version, key=OTHER_KEY)
+        if content:
+            (store.folder / STATE).write_bytes(content)
+        for old in (version - 1, version):
+            with pytest.raises(SignatureError, match=f"{version} was installed"):
+                changed.check_new(sign(bundles[3], old, key=OTHER_KEY)[0], TODAY)
+        changed.check_new(sign(bundles[3], version + 1, key=OTHER_KEY)[0], TODAY)
 
 
 def test_a_signature_moved_to_another_bundle_is_found(store: Store, bundles: list[Bundle]) -> None:

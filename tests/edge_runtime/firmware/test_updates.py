@@ -15,7 +15,14 @@ from edge_runtime.app import Board, run_board
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, SamplingConfig, UpdatesConfig
 from edge_runtime.errors import RestartError
 from edge_runtime.firmware.incoming import StoreError
-from edge_runtime.firmware.signature import MAX_SIGNATURE_BYTES, SIGNATURE, statement_of
+from edge_runtime.firmware.signature import (
+    MAX_SIGNATURE_BYTES,
+    MAX_VERSION,
+    SIGNATURE,
+    SignatureError,
+    claimed,
+    statement_of,
+)
 from edge_runtime.firmware.store import INCOMING, MAX_STARTS, Store, entry_of
 from edge_runtime.firmware.updates import TRIAL_FRAMES, Updates, store_of
 from edge_runtime.inference.bundle import Bundle
@@ -34,6 +41,7 @@ from edge_runtime.wire.update import (
 )
 from tests.brokers import Mosquitto
 from tests.edge_runtime.firmware.helpers import (
+    KEY,
     NEVER,
     OTHER_KEY,
     TODAY,
@@ -222,6 +230,60 @@ def test_an_older_bundle_a_replayed_one_and_an_expired_one_are_refused_by_name(s
         assert state.state == "refused"
         assert why in state.why
     assert files(store) == before
+
+
+def test_a_stolen_key_with_the_highest_version_ends_the_updates_only_while_it_is_trusted(
+    station, store, bundles, tmp_path
+):
+    """Fast-forward attack."""
+    install(store, bundles[2], MAX_VERSION)
+    both = Store(store.folder, trust(tmp_path, KEY, OTHER_KEY), (), store.factory)
+    _, signature = sign(bundles[3], 3, key=OTHER_KEY)
+    with pytest.raises(SignatureError, match=f"{MAX_VERSION} was installed"):
+        both.check_new(claimed(signature), TODAY)
+    rotated = Store(store.folder, trust(tmp_path, OTHER_KEY), (), store.factory)
+    board = station(rotated)
+    assert board.send_all(board.offer(signature), bundles[3]).state == "testing"
+    assert board.next().state == "installed"
+    assert running(rotated) == "b3"
+    assert "trusted keys" in board.offer(sign(bundles[1], MAX_VERSION)[1]).why
+
+
+def test_a_sender_that_is_slower_than_the_expiry_date_does_not_get_its_bundle_installed(station, store, bundles):
+    """Slow retrieval attack."""
+    board, before = station(), files(store)
+    state = board.offer(sign(bundles[2], 3, TODAY)[1])
+    data = (bundles[2].path / "manifest.json").read_bytes()
+    for offset in range(10):
+        board.send(state.file, offset, data[offset : offset + 1])
+    again = board.offer(sign(bundles[2], 3, TODAY)[1])
+    assert (again.state, again.offset) == ("wants", 10)
+    board.today = TODAY + timedelta(days=1)
+    board.send(state.file, 10, data[10:])
+    refused = board.next()
+    assert (refused.state, "expired" in refused.why) == ("refused", True)
+    assert (files(store), running(store)) == (before, "b1")
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [("signed", ""), ("unsigned", "is unsigned"), ("foreign", "trusted keys"), ("moved", "another bundle")],
+)
+def test_a_bundle_of_the_configuration_that_nobody_trusted_has_signed_runs_with_a_warning(
+    store, bundles, caplog, case, told
+):
+    factory = bundles[0]
+    if case != "unsigned":
+        sign(factory, 1, key=OTHER_KEY if case == "foreign" else KEY)
+    if case == "moved":
+        (factory.path / SIGNATURE).write_bytes(sign(bundles[1], 1)[1])
+    store.roll_back()
+    caplog.clear()
+    for board_store in (Store(store.folder, (), (), factory.path), store):  # without a trust_file, and with one
+        assert caplog.messages == []
+        updates = Updates(board_store, lambda _: None, lambda _: None)
+        assert updates.bundle.id == factory.id
+    assert [told in message for message in caplog.messages] == ([True] if told else [])
 
 
 def test_the_offer_of_what_runs_changes_nothing(station, store, bundles):
