@@ -127,7 +127,8 @@ class Board:
 
     def _of_bundle(self, stop: threading.Event | None) -> tuple[Networks, dict[str, Options]]:
         """Its networks, and how each camera's tokens are chosen. Raises BundleError, BackendError, StoppedError, and
-        ConfigError for stop words that the bundle does not have; RestartError if another bundle is to run.
+        ConfigError for stop words that the bundle does not have; RestartError if another bundle is to run, or if no
+        runtime was ready in time.
         """
         board, bundle = self.config.board, self.bundle
         try:
@@ -369,7 +370,7 @@ def fastest_networks(
 ) -> Networks:
     """As `choose` finds them: anew if what it kept no longer loads, such as after an update of the GPU's libraries.
 
-    Raises BundleError, BackendError, StoppedError.
+    Raises BundleError, BackendError, RestartError, StoppedError.
     """
     board, has_labels = config.board, config.board.labels != "never"
     find = partial(choose, bundle, board.backend, config.threads, board.providers, tell, stop)

@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from edge_runtime.config import RuntimeConfig
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, RestartError
 from edge_runtime.firmware.incoming import Incoming, StoreError, WrongHashError
 from edge_runtime.firmware.signature import (
     MAX_SIGNATURE_BYTES,
@@ -83,7 +83,7 @@ def self_test(config: RuntimeConfig, folder: Path) -> None:
     try:
         if board.paradigm != "offload":
             setup = choose(open_bundle(folder), board.backend, config.threads, board.providers)
-    except ConfigError as error:
+    except (ConfigError, RestartError) as error:
         raise StoreError(f"the self-test of the bundle failed: {error}: the bundle is not installed") from error
     module, arguments = "edge_runtime.firmware.self_test", msgspec.json.encode(setup).decode()
     command = [sys.executable, "-m", module, str(folder.absolute()), arguments]
