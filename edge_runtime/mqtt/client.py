@@ -48,6 +48,11 @@ from edge_runtime.mqtt.settings import MqttConfig, MqttSettings, Timing
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# A thread without a step for so long hangs. An attempt to connect is one step: a name may have several servers that do
+# not answer, and several addresses, each with a handshake.
+HANG_S = 300.0
+NOT_YET_VALID, HAS_EXPIRED = 9, 10  # X509_V_ERR_CERT_... of OpenSSL
+
 
 class State(enum.Enum):
     STOPPED = "stopped"
@@ -365,5 +370,8 @@ def _likely_cause(error: Exception, settings: MqttSettings) -> str:
     if isinstance(error, ConnectionRefusedError):
         return f": does a broker listen at {settings.host}:{settings.port}?"
     if isinstance(error, socket.gaierror):
+    if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in (NOT_YET_VALID, HAS_EXPIRED):
+        now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        return f": is the clock of this machine right? It says {now}. If it is, renew the broker's certificate"
         return f": is {settings.host} the right name, and is there a network?"
     return ""
