@@ -248,10 +248,10 @@ class Board:
         }
 
     def _progressed(self) -> None:
-        """A frame has been handled, or none is due. This thread hangs if one of the others blocks it, except for the
-        thread of the requests, which it must ask.
+        """A frame has been handled, or none is due. This thread hangs if one of the others blocks it, except for those
+        of the requests and of the MQTT clients, which it must ask.
         """
-        if not self.tracker.hangs():
+        if not (self.tracker.hangs() or self.servers.hangs() or self.local.hangs()):
             self.notifier.progress()
 
     def publish_status(self) -> None:
