@@ -47,7 +47,6 @@ from edge_runtime.wire import Event, Options, topics
 logger = logging.getLogger(__name__)
 
 BOOT = secrets.token_hex(4)  # distinguishes one start of a board from the next
-STOP_S = 10.0  # that an orderly end may take: both clients send what is left, the outbox writes
 
 
 class Board:

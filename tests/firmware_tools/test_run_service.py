@@ -199,6 +199,13 @@ def test_a_board_that_is_told_to_stop_while_it_tries_a_backend_ends_in_order(
     assert process.wait(PATIENCE_S) == code
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, os.EX_OK), (signal.SIGHUP, EXIT_RESTART)])
+def test_a_board_that_is_told_to_stop_while_its_libraries_load_ends_in_order(
+    start: Callable[..., "subprocess.Popen[str]"], number: int, code: int
+) -> None:
+    assert start("mqtt", TOLD_DURING_IMPORTS.format(number=int(number))).wait(PATIENCE_S) == code
+
+
 def test_programs_that_a_board_starts_do_not_speak_to_the_manager(manager: ServiceManager) -> None:
     code = (
         "import os; from edge_runtime.sd_notify import Notifier; Notifier.from_environment(os.environ)\n"

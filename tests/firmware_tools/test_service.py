@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.app import STOP_S
 from edge_runtime.errors import ConfigError
-from edge_runtime.shutdown import SLACK_S
+from edge_runtime.shutdown import BOARD_STOP_S, SLACK_S
 from firmware_tools import cli, systemd_units
 from firmware_tools import service as command
 from firmware_tools.service import EXIT_NOT_INSTALLED, EXIT_RUNNING, EXIT_STOPPED, System, run_command
-from tests.brokers import skip
 from firmware_tools.systemd_units import ServiceError, check_files, check_program, service_of
+from tests.brokers import skip
 
 AIFLOW = Path("/opt/aiflow/bin/aiflow")
 BOARD = """
@@ -64,11 +63,11 @@ class Recorder:
         commands, self.commands = self.commands, []
         return commands
 
+
 @pytest.fixture
 def _systemd() -> None:
     if not (shutil.which("systemd-analyze") and shutil.which("systemd-sysusers")):
         skip("systemd is not installed: apt install systemd")
-
 
 
 @pytest.fixture
