@@ -1,7 +1,8 @@
 """How boards end on SIGTERM, in several states: their exit codes, and the seconds that it took.
 
-Each board is a process of its own, with an MJPEG camera and one that OpenCV reads (benchmarks/capture.py), an outbox,
-and requests that nobody answers. The signal comes at a random time after the board has come into its state.
+Each board is a process of its own, with an MJPEG camera and one that OpenCV reads (benchmarks/capture.py), or with a
+watched folder. It has an outbox, and nobody answers its requests. The signal comes at a random time after the board has
+come into its state.
 """
 
 import random
