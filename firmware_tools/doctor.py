@@ -190,9 +190,7 @@ def _updates(config: "RuntimeConfig") -> Finding:
         )
     if state.why:
         return Finding("warning", f"{found}; {state.failed} was given up: {state.why}", "sign a newer version")
-    if store.trust and (
-        why := _is_not_trusted(store.folder / state.current if state.current else store.factory, store)
-    ):
+    if store.trust and (why := _is_not_trusted(_in_use(config), store)):
         return Finding("warning", found, f"it runs all the same: {why}")
     return ok(found)
 
