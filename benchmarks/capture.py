@@ -226,16 +226,19 @@ def write_streams(folder: Path, pictures: Sequence[NDArray[np.uint8]], count: in
 
 
 @contextmanager
-def served(stream: Path, count: int) -> Iterator[str]:
-    """The address of a process that serves the stream at its own rate."""
-    command = [*COMMAND, "serve", str(stream), str(count)]
+def served(stream: Path, count: int, sent: int | None = None) -> Iterator[str]:
+    """The address of a process that serves the stream at its own rate.
+
+    count: its frames. sent: after so many of them it sends nothing more, and keeps the connection; None: it sends all.
+    """
+    command = [*COMMAND, "serve", str(stream), str(count), str(count if sent is None else sent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, cwd=ROOT, text=True) as process:
         assert process.stdout is not None
         yield f"http://127.0.0.1:{int(process.stdout.readline())}/{stream.name}"
         process.terminate()
 
 
-def _serve(stream: Path, count: int) -> None:
+def _serve(stream: Path, count: int, sent: int) -> None:
     """Sends each connection the stream, a frame's share of its bytes at a time; prints the port."""
     data, is_video = stream.read_bytes(), stream.suffix == ".mkv"
     kind = "video/x-matroska" if is_video else f"multipart/x-mixed-replace; boundary={BOUNDARY.decode()}"
@@ -246,12 +249,14 @@ def _serve(stream: Path, count: int) -> None:
             self.send_header("Content-Type", kind)
             self.end_headers()
             started, size = time.monotonic(), len(data) // count
-            for number in range(count):
+            for number in range(sent):
                 time.sleep(max(0.0, started + number / FPS - time.monotonic()))
                 try:
                     self.wfile.write(data[number * size : (number + 1) * size])
                 except OSError:
                     return
+            if sent < count:
+                threading.Event().wait()
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -268,6 +273,6 @@ def _serve(stream: Path, count: int) -> None:
 if __name__ == "__main__":
     what, place, *numbers = sys.argv[1:]
     if what == "serve":
-        _serve(Path(place), int(numbers[0]))
+        _serve(Path(place), int(numbers[0]), int(numbers[1]))
     else:
         print(json.dumps(_read(what, place, float(numbers[0]), float(numbers[1]), int(numbers[2]))))

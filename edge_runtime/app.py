@@ -47,7 +47,6 @@ from edge_runtime.wire import Event, Options, topics
 logger = logging.getLogger(__name__)
 
 BOOT = secrets.token_hex(4)  # distinguishes one start of a board from the next
-STOP_S = 10.0  # that an orderly end may take: both clients send what is left, the outbox writes
 
 
 class Board:
@@ -130,7 +129,8 @@ class Board:
 
     def _of_bundle(self, stop: threading.Event | None) -> tuple[Networks, dict[str, Options]]:
         """Its networks, and how each camera's tokens are chosen. Raises BundleError, BackendError, StoppedError, and
-        ConfigError for stop words that the bundle does not have; RestartError if another bundle is to run.
+        ConfigError for stop words that the bundle does not have; RestartError if another bundle is to run, or if no
+        runtime was ready in time.
         """
         board, bundle = self.config.board, self.bundle
         try:
@@ -250,10 +250,10 @@ class Board:
         }
 
     def _progressed(self) -> None:
-        """A frame has been handled, or none is due. This thread hangs if one of the others blocks it, except for the
-        thread of the requests, which it must ask.
+        """A frame has been handled, or none is due. This thread hangs if one of the others blocks it, except for those
+        of the requests and of the MQTT clients, which it must ask.
         """
-        if not self.tracker.hangs():
+        if not (self.tracker.hangs() or self.servers.hangs() or self.local.hangs()):
             self.notifier.progress()
 
     def publish_status(self) -> None:
@@ -372,7 +372,7 @@ def fastest_networks(
 ) -> Networks:
     """As `choose` finds them: anew if what it kept no longer loads, such as after an update of the GPU's libraries.
 
-    Raises BundleError, BackendError, StoppedError.
+    Raises BundleError, BackendError, RestartError, StoppedError.
     """
     board, has_labels = config.board, config.board.labels != "never"
     find = partial(choose, bundle, board.backend, config.threads, board.providers, tell, stop)

@@ -17,7 +17,9 @@ class ConfigError(AiflowError, ValueError):
 
 
 class RestartError(AiflowError):
-    """The board has to start again: another bundle is to run. `aiflow run` exits with 75, and systemd starts it."""
+    """The board has to start again: another bundle is to run, or the start took too long. `aiflow run` exits with 75,
+    and systemd starts it.
+    """
 
 
 class StoppedError(AiflowError):

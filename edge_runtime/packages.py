@@ -3,8 +3,10 @@
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import walk_tb
 
 from edge_runtime.errors import ConfigError
+from edge_runtime.logs import printable
 
 # Modules that an installation may lack, with the distribution that has each and the extra of setup.cfg that brings it.
 OPTIONAL = {
@@ -33,6 +35,8 @@ OPTIONAL = {
     "psutil": ("psutil", "test"),
     "zstandard": ("zstandard", "test"),
 }
+COMPILED = OPTIONAL.keys() | {"numpy", "msgspec"}  # may be installed and not load
+MAX_WHY = 200  # characters
 
 
 def refuse_32_bit(largest: int = sys.maxsize) -> None:
@@ -70,7 +74,35 @@ def how_to_install(module: str) -> str:
     return f"pip install '{'.' if Path.cwd() == root else root}[{extra}]'"
 
 
-def missing_package(error: ModuleNotFoundError) -> MissingPackageError | None:
-    """The named error for an optional package; None for any other module, whose absence is a bug."""
-    module = (error.name or "").partition(".")[0]
-    return MissingPackageError(module) if module in OPTIONAL else None
+def package_error(error: ImportError) -> ConfigError | None:
+    """The named error for an optional package that is not installed, and for one that is and does not load, such as
+    without a library of the system; None for any other module, whose absence is a bug.
+    """
+    module = _package(error.name)
+    if isinstance(error, ModuleNotFoundError) and module in OPTIONAL:
+        return MissingPackageError(module)
+    # The error has the name of a library at best: the innermost code that ran is of the package that is broken.
+    running = [_package(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+    if (broken := next((name for name in [*reversed(running), module] if name in COMPILED), None)) is None:
+        return None
+    cause: BaseException = error
+    while cause.__cause__:  # numpy's own text is a page of advice
+        cause = cause.__cause__
+    why = printable(" ".join(str(cause).split()), MAX_WHY)
+    return ConfigError(f"the Python package {_distribution(broken)} does not load: {why}: {how_to_repair(broken)}")
+
+
+def how_to_repair(module: str) -> str:
+    """What to do if a package is installed and does not load."""
+    return (
+        f"install it again (pip install --force-reinstall '{_distribution(module)}'), and the library of the system "
+        "that it names, if it names one"
+    )
+
+
+def _distribution(module: str) -> str:
+    return OPTIONAL.get(module, (module, ""))[0]
+
+
+def _package(module: str | None) -> str:
+    return (module or "").partition(".")[0]

@@ -19,6 +19,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+BOARD_STOP_S = 10.0  # that a board's orderly end may take: its clients send what is left, the outbox writes
 SLACK_S = 10.0  # beyond the time that an orderly end may take
 # A closing terminal and timeout(1) send one wish as two signals. Within this time they count as one.
 REPEAT_S = 1.0

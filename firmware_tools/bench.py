@@ -27,7 +27,7 @@ PARTS = {
     "codec": "the entropy coder, on the photos' symbols",
     "static": "a static camera: bytes against an earlier frame, and frames that need no answer of their own",
     "capture": "CPU time and memory of live cameras, and of a whole board with them, against converting every frame",
-    "stops": "boards with live cameras that get SIGTERM: their exit codes, and how long it takes",
+    "stops": "boards in several states that get SIGTERM: their exit codes, and how long it takes",
     "device": "a board alone: stages, memory",
     "users": "memory of the live page after many events; what Home Assistant and Prometheus cost a board",
     "server": "a server's engine: texts per second, with drafts and without",
@@ -127,7 +127,9 @@ def _add_arguments(parser: argparse.ArgumentParser, part: str) -> None:
             _seconds(parser, "--seconds", 10.0, "duration of each measurement")
             _number(parser, "--rounds", 3, "repeat all this often, for medians")
         case "stops":
-            _number(parser, "--boards", 50, "boards, one after the other")
+            _number(parser, "--boards", 10, "boards in each state, one after the other")
+            states = ("live", "opening", "stalled", "broker-away", "folder")
+            parser.add_argument("--state", choices=states, help="of cameras or broker (default: each)")
         case "device":
             parser.add_argument("--backend", choices=BACKENDS, help="runtime of head and draft (default: both)")
             _number(parser, "--frames", 500, "frames that the board handles")
@@ -296,7 +298,7 @@ def measure(args: argparse.Namespace, bundle: Bundle, pictures: list[Any]) -> di
         case "stops":
             from benchmarks import stops
 
-            return stops.run(bundle, pictures, args.boards)
+            return stops.run(bundle, pictures, args.boards, [args.state] if args.state else list(stops.STATES))
         case "device":
             from benchmarks import device
 

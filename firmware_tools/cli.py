@@ -14,7 +14,7 @@ from edge_runtime import __version__
 from edge_runtime.decoder_stderr import DECODER_STDERR
 from edge_runtime.errors import AiflowError, ConfigError, RestartError
 from edge_runtime.logs import ERROR_MARK, is_journal, log_to_stderr
-from edge_runtime.packages import missing_package, refuse_32_bit
+from edge_runtime.packages import package_error, refuse_32_bit
 from edge_runtime.shutdown import leave
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,10 @@ def _run(arguments: list[str]) -> int:
         return EXIT_FAILED
     except AiflowError as error:
         return _report(error, command, args)
-    except ModuleNotFoundError as error:
-        if (missing := missing_package(error)) is None:
+    except ImportError as error:
+        if (named := package_error(error)) is None:
             raise
-        return _report(missing, command, args)
+        return _report(named, command, args)
 
 
 def whole_parser() -> argparse.ArgumentParser:
@@ -96,8 +96,8 @@ def whole_parser() -> argparse.ArgumentParser:
 def _can_be_imported(command: str) -> bool:
     try:
         importlib.import_module(f"firmware_tools.{command}")
-    except ModuleNotFoundError as error:
-        if missing_package(error) is None:
+    except ImportError as error:
+        if package_error(error) is None:
             raise
         return False
     return True

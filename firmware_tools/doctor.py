@@ -19,6 +19,7 @@ from firmware_tools.host_checks import Finding, Status, ok
 
 if TYPE_CHECKING:
     from edge_runtime.config import CameraConfig, RuntimeConfig
+    from edge_runtime.firmware.store import Store
 
 SCHEMA = 1  # of --json; new keys do not change it
 FRAMES = 20  # of the self-test
@@ -154,11 +155,20 @@ def _of_board(path: Path, config: "RuntimeConfig") -> Iterator[Check]:
         yield Check("self-test", lambda: _self_test(config), LONG_S, True)
 
 
+def _in_use(config: "RuntimeConfig") -> Path:
+    """The folder of the bundle that the board's next start runs, if it is in order."""
+    from edge_runtime.firmware.updates import store_of
+
+    store = store_of(config)
+    current = store.state().current if store else ""
+    return store.folder / current if store and current else Path(config.board.bundle)
+
+
 def _bundle(config: "RuntimeConfig") -> Finding:
     from edge_runtime.inference.bundle import open_bundle
 
-    bundle = open_bundle(Path(config.board.bundle))
-    found = bundle.check(for_server=False)
+    bundle = open_bundle(_in_use(config))
+    found = f"{bundle.path}: {bundle.check(for_server=False)}"
     config.sampling(bundle.words)
     if unknown := config.unknown_labels(bundle.manifest.class_names, bundle.manifest.classes):
         return Finding("warning", found, "; ".join(unknown))
@@ -180,15 +190,35 @@ def _updates(config: "RuntimeConfig") -> Finding:
         )
     if state.why:
         return Finding("warning", f"{found}; {state.failed} was given up: {state.why}", "sign a newer version")
+    if store.trust and (why := _is_not_trusted(_in_use(config), store)):
+        return Finding("warning", found, f"it runs all the same: {why}")
     return ok(found)
 
 
+def _is_not_trusted(folder: Path, store: "Store") -> str:
+    """Why the store would not install this bundle, and what to do; "" if it would. Of the versions it knows nothing."""
+    from edge_runtime.firmware.signature import SignatureError, check_new, required_signature, verified
+    from edge_runtime.firmware.updates import today
+
+    try:
+        check_new(verified(required_signature(folder), store.trust), -1, today())
+    except SignatureError as error:
+        return str(error)
+    return ""
+
+
 def _broker(config: "RuntimeConfig", table: str, subscriptions: list[str]) -> Check:
+    from edge_runtime.wire import topics
+
     mqtt = config.mqtt if table == "mqtt" else config.near_broker
     assert mqtt is not None
 
     def check() -> Finding:
-        found = f"{mqtt.host}:{mqtt.port}: {probes.subscribed(mqtt.settings(config.board.id), subscriptions)}"
+        board, settings = config.board, mqtt.settings(config.board.id)
+        found = f"{mqtt.host}:{mqtt.port}: {probes.subscribed(settings, subscriptions)}"
+        if table == "mqtt" and probes.is_online(settings, topics.status(board.site, board.id)):
+            advice = "is it this one? If not, give one of them another id: each disconnects the other"
+            return Finding("warning", f"{found}; a board with the id {board.id} is running", advice)
         if mqtt.insecure and not mqtt.ca_file:
             return Finding("warning", found, "use TLS (ca_file) on a network that others use too")
         return ok(found)
@@ -214,7 +244,7 @@ def _self_test(config: "RuntimeConfig") -> Finding:
     from edge_runtime.inference.preprocess import PIXELS
 
     board = config.board
-    bundle = open_bundle(Path(board.bundle))
+    bundle = open_bundle(_in_use(config))
     setup = choose(bundle, board.backend, config.threads, board.providers)
     head, draft, _ = load_networks(bundle, setup, has_labels=False)
     assert head

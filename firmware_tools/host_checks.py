@@ -13,13 +13,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from edge_runtime.cores import usable_cores
 from edge_runtime.errors import ConfigError
-from edge_runtime.packages import how_to_install
+from edge_runtime.firmware.signature import FIRST_YEAR
+from edge_runtime.inference.backends import RUNTIMES, hint
+from edge_runtime.packages import how_to_install, how_to_repair
 from edge_runtime.planning.thermal import ThermalReader
 
 Status = Literal["ok", "warning", "failure"]
@@ -29,7 +32,6 @@ IMPORT_S = 60.0  # a slow SD card takes long to read OpenCV
 NEEDED_MB, SCARCE_MB = 120, 250  # memory; a board with onnxruntime takes about 115 MB
 FULL_MB, NEARLY_FULL_MB = 10, 200  # free on a disk
 HOT_C = 80.0  # a Raspberry Pi slows itself down from here
-FIRST_YEAR = 2026  # a clock before this has lost its time
 # In the order of preference; a CPU without any of them works, and is slower.
 CPU_FEATURES = ("asimddp", "i8mm", "asimd", "avx512_vnni", "avx_vnni", "avx2", "avx", "sse4_1")
 UNDER_VOLTAGE, SINCE_START = 0b1, 16  # bits of the Raspberry Pi's flags, see planning/thermal.py
@@ -59,10 +61,13 @@ def check_python() -> Finding:
     return ok(found)
 
 
-def check_packages() -> Finding:
-    """OpenCV and the runtimes, each imported in a process of its own: one that does not fit the processor crashes."""
+def check_packages(backends: Sequence[str] = tuple(RUNTIMES)) -> Finding:
+    """OpenCV and the runtimes, each imported in a process of its own: one that does not fit the processor crashes.
+
+    backends: one of them must work; none: the board needs no runtime.
+    """
     versions, broken = {}, {}
-    for module in ("cv2", "onnxruntime", "ai_edge_litert", "tflite_runtime"):
+    for module in ("cv2", *(runtime for backend in backends for runtime in RUNTIMES[backend])):
         version, why = _import(module)
         if version:
             versions[module] = version
@@ -70,10 +75,11 @@ def check_packages() -> Finding:
             broken[module] = why
     found = ", ".join(f"{module} {version}" for module, version in versions.items()) or "none"
     if "cv2" not in versions:
-        return Finding("failure", f"{found}; cv2: {broken.get('cv2', 'not installed')}", how_to_install("cv2"))
+        advice = how_to_repair("cv2") if "cv2" in broken else how_to_install("cv2")
+        return Finding("failure", f"{found}; cv2: {broken.get('cv2', 'not installed')}", advice)
     problems = "".join(f"; {module}: {why}" for module, why in broken.items())
-    if len(versions) == 1:
-        return Finding("failure", f"{found}, no runtime for the networks{problems}", how_to_install("onnxruntime"))
+    if backends and len(versions) == 1:
+        return Finding("failure", f"{found}, no runtime for the networks{problems}", hint(backends[0]))
     if broken:
         return Finding("warning", found + problems, "remove or reinstall what is broken; the board uses the other one")
     return ok(found)

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from edge_runtime.errors import AiflowError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edge_runtime.mqtt.settings import MqttSettings
 
 CONNECT_S = 15.0  # for a connection with TLS and its subscriptions over a slow link
+STATUS_S = 2.0  # for a message that the broker has kept, once the connection is there
 FRAME_S = 15.0  # for a camera's frames; a slow board may take some to start OpenCV, and 5 to open a stream
 
 
@@ -62,6 +63,22 @@ def subscribed(settings: "MqttSettings", subscriptions: list[str]) -> str:
                 return f"connected {kind}, {who}; {len(subscriptions)} subscription(s) granted"
             if state is State.BACKOFF:
                 raise AiflowError(reason)
+
+
+def is_online(settings: "MqttSettings", topic: str) -> bool:
+    """Whether a board's status, which its broker keeps, says that it runs; False as well if it may not be read."""
+    import msgspec
+
+    from edge_runtime.mqtt import Message, MqttClient
+    from testbed.statuses import read_status
+
+    settings = msgspec.structs.replace(settings, client_id=f"{settings.client_id}-validate")
+    arrived: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    client = MqttClient(settings, subscriptions=[(topic, 1)], optional=[topic], on_message=arrived.put)
+    with client, suppress(queue.Empty):
+        client.wait_online(CONNECT_S)
+        return read_status(arrived.get(timeout=STATUS_S).payload).state == "online"
+    return False
 
 
 def seen(camera: "CameraConfig", count: int = 1) -> str:

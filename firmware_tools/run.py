@@ -28,10 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs until the sources end, SIGINT or SIGTERM. Then prints every counter that is not zero."""
-    from edge_runtime.app import STOP_S, run_board
     from edge_runtime.config import RuntimeConfig, load_toml
     from edge_runtime.sd_notify import Notifier
-    from edge_runtime.shutdown import stop_when_told
+    from edge_runtime.shutdown import BOARD_STOP_S, stop_when_told
 
     if (args.config is None) != has_flags(args):
         raise ConfigError(
@@ -42,7 +41,11 @@ def run(args: argparse.Namespace) -> int:
     # StateDirectory= of systemd.exec(5), which may name several.
     state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
     state_folder = Path(state) if state else None
-    stop = stop_when_told(STOP_S, reloads=notifier.is_heard)
+    stop = stop_when_told(BOARD_STOP_S, reloads=notifier.is_heard)
+    from edge_runtime.app import run_board  # loads OpenCV, which takes seconds from an SD card: a signal may come
+
+    if stop.is_set():
+        return stop.exit_code
     if not (sys.stdout.isatty() if args.show is None else args.show):
         run_board(config, stop, notifier=notifier, state_folder=state_folder)
         return stop.exit_code

@@ -121,6 +121,7 @@ class Site:
         writes += [topics.state(site, name, switch) for switch in _switches(board)]
         subscribes = [topics.reply(site, name), topics.server_statuses(site), f"{topics.ROOT}/{site}/{name}/down/set/+"]
         subscribes += [topics.bundle_offer(site, name), topics.bundle_chunk(site, name)]
+        subscribes.append(topics.status(site, name))  # `aiflow doctor` asks whether a board with this id runs
         if self.takes_pictures:
             subscribes += [topics.frame(site, name), f"{topics.frame(site, name)}/#"]
         if self.home_assistants:

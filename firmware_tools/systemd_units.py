@@ -16,7 +16,7 @@ from edge_runtime.config import RuntimeConfig, load_toml, read_toml
 from edge_runtime.config.camera_source import WATCH, kind_of
 from edge_runtime.errors import AiflowError, ConfigError
 from edge_runtime.mqtt import MqttConfig
-from edge_runtime.shutdown import SLACK_S
+from edge_runtime.shutdown import BOARD_STOP_S, SLACK_S
 
 if TYPE_CHECKING:
     from server.config import Config
@@ -99,8 +99,6 @@ def service_of(config: Path, aiflow: Path) -> Service:
 
 
 def _board(path: Path, config: RuntimeConfig, aiflow: Path) -> Service:
-    from edge_runtime.app import STOP_S  # here, since it loads OpenCV
-
     kinds = {kind_of(camera.source) for camera in config.cameras}
     devices = CAMERA_DEVICES if kinds & {"device", "rpicam"} else NO_DEVICES
     if config.board.providers:
@@ -118,7 +116,7 @@ def _board(path: Path, config: RuntimeConfig, aiflow: Path) -> Service:
             files.append((f"camera {camera.name} password_file", camera.password_file))
         if kind_of(camera.source) in ("watch", "video", "pictures"):
             sources.append((f"camera {camera.name} source", camera.source.removeprefix(WATCH)))
-    unit = _unit("board", path, aiflow, STOP_S, devices, files)
+    unit = _unit("board", path, aiflow, BOARD_STOP_S, devices, files)
     writes = (*_named("outbox", config.outbox, "file"), *_named("updates", config.updates, "folder"))
     return Service("board", path, unit, (*files, *sources), writes)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from edge_runtime.errors import AiflowError
-from firmware_tools.host_checks import check_place
+from edge_runtime.errors import AiflowError, ConfigError
+from firmware_tools.host_checks import check_packages, check_place
 from firmware_tools.probes import board_subscriptions, seen, subscribed
 
 if TYPE_CHECKING:
@@ -68,21 +68,25 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
 
 def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     """Returns the checks that need a connection."""
-    from edge_runtime.capture import Cameras
-    from edge_runtime.firmware.updates import store_of
     from edge_runtime.inference.backends import installed
 
     board = config.board
+    packages = check_packages(() if board.paradigm == "offload" else installed(board.backend))
+    if packages.status == "failure":
+        raise ConfigError(f"the packages of a board: {packages.found}: {packages.advice}")
+    # Now that OpenCV does not end this process.
+    from edge_runtime.capture import Cameras
+    from edge_runtime.firmware.updates import store_of
+
     near = config.near_broker
     settings = config.mqtt.settings(board.id)
     near_settings = near.settings(board.id) if near else None
     config.frigate.check_files()
     bundle = _check_bundle(Path(board.bundle), for_server=False)
     config.sampling(bundle.words)
-    if board.paradigm != "offload":
-        installed(board.backend)
     if (store := store_of(config)) is not None:
         print(f"{store.folder}: {len(store.entries())} installed bundle(s), {len(store.trust)} trusted key(s)")
+    _warn([f"packages: {packages.found}: {packages.advice}"] if packages.status == "warning" else [])
     _warn(Cameras(config.cameras).check())
     _warn(config.unknown_labels(bundle.manifest.class_names, bundle.manifest.classes))
     if config.outbox:

@@ -150,7 +150,7 @@ def run_server(
         stack.enter_context(Watchdog(service, gateway))
         try:
             notifier.ready()
-            service.serve(stop, notifier)
+            service.serve(stop, notifier, lambda: gateway.client.hangs() or (upstream is not None and upstream.hangs()))
         except Exception as error:
             raise RuntimeError("the server broke while it served") from error
     logger.info("server stopped id=%s counts=%s", server.id, service.status()["counts"])

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -179,10 +179,16 @@ class Service:
 
     # ---- the threads that call the target: this one, and more if it takes several calls at once ----
 
-    def serve(self, stop: threading.Event, notifier: Notifier | None = None) -> None:
+    def serve(
+        self,
+        stop: threading.Event,
+        notifier: Notifier | None = None,
+        connection_hangs: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Answers until `stop` is set, then finishes what was accepted, as far as `stop_s` allows.
 
-        notifier: hears of each batch, of each step of the target, and that there is nothing to do.
+        notifier: hears of each batch, of each step of the target, and that there is nothing to do; of none of them
+        while connection_hangs.
         """
         notifier = notifier or Notifier()
         notifier.allow(self.target.limits.silent_s)
@@ -190,7 +196,8 @@ class Service:
         def progress() -> None:
             now = time.monotonic()
             self.batch_times.step(now)
-            if self.batch_times.silent_s(now) <= SILENT_S + self.target.limits.silent_s:
+            is_silent = self.batch_times.silent_s(now) > SILENT_S + self.target.limits.silent_s
+            if not (is_silent or connection_hangs()):
                 notifier.progress()
 
         self.target.on_step(progress)

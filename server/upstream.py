@@ -117,6 +117,9 @@ class Upstream:
         """Whether the broker has answered in that time."""
         return self._client.wait_online(timeout_s)
 
+    def hangs(self) -> bool:
+        return self._client.hangs()
+
     def status(self) -> dict[str, Any]:
         """Connection, round trip in ms and counters: accepted = answered + lost + open."""
         now, counts = time.monotonic(), self._thread.counts

@@ -28,6 +28,7 @@ MAX_VERSION = (1 << 31) - 1
 MAX_KEY_FILE_BYTES = 64 * 1024
 MAX_KEYS = 16
 KEY_BYTES, SIGNATURE_BYTES = 32, 64
+FIRST_YEAR = 2026  # a clock before this has lost its time
 
 Trust: TypeAlias = tuple[bytes, ...]  # public keys, 32 bytes each
 
@@ -151,6 +152,15 @@ def check_new(statement: Statement, highest: int, today: date) -> None:
         raise SignatureError(
             f"bundle {statement.name} has version {statement.version}, and {highest} was installed before: sign it "
             "with a higher version"
+        )
+
+
+def check_clock(today: date) -> None:
+    """Whether expiry dates can be judged. Raises SignatureError."""
+    if today.year < FIRST_YEAR:
+        raise SignatureError(
+            f"this board's clock says {today}, so whether a bundle has expired is unknown: offer it again when the "
+            "clock is right (connect the board to a network, start a time service)"
         )
 
 

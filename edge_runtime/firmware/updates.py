@@ -21,12 +21,13 @@ from typing import Any
 import msgspec
 
 from edge_runtime.config import RuntimeConfig
-from edge_runtime.errors import ConfigError
+from edge_runtime.errors import ConfigError, RestartError
 from edge_runtime.firmware.incoming import Incoming, StoreError, WrongHashError
 from edge_runtime.firmware.signature import (
     MAX_SIGNATURE_BYTES,
     SignatureError,
     Statement,
+    check_clock,
     read_signature,
     read_trust,
     verified,
@@ -82,7 +83,7 @@ def self_test(config: RuntimeConfig, folder: Path) -> None:
     try:
         if board.paradigm != "offload":
             setup = choose(open_bundle(folder), board.backend, config.threads, board.providers)
-    except ConfigError as error:
+    except (ConfigError, RestartError) as error:
         raise StoreError(f"the self-test of the bundle failed: {error}: the bundle is not installed") from error
     module, arguments = "edge_runtime.firmware.self_test", msgspec.json.encode(setup).decode()
     command = [sys.executable, "-m", module, str(folder.absolute()), arguments]
@@ -226,9 +227,10 @@ class Updates:
         except SignatureError:  # damaged: the sender offers it again
             return
         if signature:
-            self._offered(signature)
+            self._offered(signature, is_new=False)
 
-    def _offered(self, signature: bytes) -> None:
+    def _offered(self, signature: bytes, is_new: bool = True) -> None:
+        """is_new: it comes over MQTT now. At the start of a board the clock may not be set yet."""
         try:
             if not self._store.trust:
                 raise SignatureError("this board trusts nobody: name a trust_file in its [updates]")
@@ -240,8 +242,17 @@ class Updates:
             self._say("installed", statement.id)
         elif statement.id == self.bundle.id.hex():
             self._say("trial" if self.is_trial else "kept", statement.id)
-        elif not self.restart_why:
+        elif not (self.restart_why or (is_new and self._clock_is_wrong(statement.id))):
             self._receive(statement, signature)
+
+    def _clock_is_wrong(self, bundle: str) -> bool:
+        """Says so to the sender. What has arrived of the bundle stays."""
+        try:
+            check_clock(self._today())
+        except SignatureError as error:
+            self._refuse(bundle, error)
+            return True
+        return False
 
     def _receive(self, statement: Statement, signature: bytes) -> None:
         try:
@@ -280,6 +291,8 @@ class Updates:
             self._unread += 1
             if is_told(self._unread):
                 logger.warning("bundle not installed, none waits or the word is not %s count=%d", INSTALL, self._unread)
+            return
+        if self._clock_is_wrong(self._incoming.statement.id):
             return
         try:
             self._store.check_new(self._incoming.statement, self._today())  # it may have expired since

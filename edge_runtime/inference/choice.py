@@ -26,7 +26,7 @@ from msgspec import Meta, Struct
 
 from edge_runtime import __version__
 from edge_runtime.cores import usable_cores
-from edge_runtime.errors import StoppedError
+from edge_runtime.errors import RestartError, StoppedError
 from edge_runtime.inference.backends import RUNTIMES, SUFFIXES, BackendError, cache_folder, hint, installed
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.logs import printable
@@ -40,6 +40,7 @@ THREADS = (1, 2, 4)  # that are measured, as far as there are cores
 WORTH = 0.7  # twice the threads must take at most this fraction of the time: they also cost power and heat
 MAX_KEPT_BYTES = 16384
 MAX_WHY = 300  # characters of a child's last words
+HANGS = "hangs: no result within"
 STOPPED = ("SIGHUP", "SIGINT", "SIGTERM")  # of a terminal's children, when it ends the board
 CPU_INFO = re.compile(r"(?m)^(?:model name|flags|Features|CPU implementer|CPU part|Model)\s*:.*$")
 
@@ -74,7 +75,7 @@ def choose(
     backend: one of SUFFIXES, or "auto" for all that are installed. threads: None: measured. providers: of onnxruntime;
     if they work they are used, without a comparison. tell: gets the seconds that the next child may take. stop: ends
     the trials as soon as it is set. again: what was kept does not load.
-    Raises BundleError, BackendError if nothing works, and StoppedError.
+    Raises BundleError, BackendError if nothing works, RestartError if nothing has worked in time, and StoppedError.
     """
     names = installed(backend)
     asked = {"backend": backend, "threads": str(threads), "providers": " ".join(providers)}
@@ -99,13 +100,13 @@ def _measured(
     tell: Callable[[float], None],
     stop: threading.Event,
 ) -> tuple[Setup, str]:
-    """The best setup, and why. Raises BundleError, BackendError, StoppedError."""
+    """The best setup, and why. Raises BundleError, BackendError, RestartError, StoppedError."""
     for name in names:  # a bundle that lacks files says nothing about a runtime
         for network in ("head", "draft_look", "draft_step"):
             bundle.file(f"{network}{SUFFIXES[name]}")
     counts = [threads] if threads else [count for count in THREADS if count <= usable_cores()]
     found: dict[float, tuple[Setup, str]] = {}  # by milliseconds
-    failed = []
+    failed, may_work = [], False
     for name, given in _variants(names, providers):
         title = " with ".join([name, *([" and ".join(given)] if given else [])])
         tell((BUILD_S if given else PROBE_S) + PROBE_S)  # and then the board loads them
@@ -114,6 +115,7 @@ def _measured(
         if isinstance(took, str):
             logger.warning("backend=%s does not work: %s", title, took)
             failed.append(f"{title} {took}")
+            may_work |= took.startswith(HANGS)
             continue
         best = counts[0]
         for count in counts[1:]:
@@ -122,6 +124,11 @@ def _measured(
         found[took[best]] = Setup(name, best, given), f"{title}: {measured}"
         if given:
             break
+    if not found and may_work:
+        raise RestartError(
+            f"no runtime for the networks was ready in time: {'; '.join(failed)}: a board that is busy needs another "
+            "start; if it is not busy, see what `aiflow doctor` says of them"
+        )
     if not found:
         install = " or ".join(hint(name) for name in names)
         raise BackendError(
@@ -163,7 +170,7 @@ def _probe(arguments: Sequence[str], limit_s: float, stop: threading.Event) -> d
     if stop.is_set():
         raise StoppedError(f"told to stop during the trial of {arguments[1]}")
     if not has_ended:
-        return f"hangs: no result within {limit_s:g} s"
+        return f"{HANGS} {limit_s:g} s"
     if child.returncode < 0:
         name = signal.Signals(-child.returncode).name
         if name in STOPPED:  # says nothing of the runtime

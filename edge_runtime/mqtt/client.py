@@ -48,6 +48,11 @@ from edge_runtime.mqtt.settings import MqttConfig, MqttSettings, Timing
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# A thread without a step for so long hangs. An attempt to connect is one step: a name may have several servers that do
+# not answer, and several addresses, each with a handshake.
+HANG_S = 300.0
+NOT_YET_VALID, HAS_EXPIRED = 9, 10  # X509_V_ERR_CERT_... of OpenSSL
+
 
 class State(enum.Enum):
     STOPPED = "stopped"
@@ -102,6 +107,7 @@ class MqttClient:
         self._counts = Counter(dict.fromkeys(counted, 0))  # written by the owner thread only
         self._degraded = 0  # times, for the log: on a slow link it may be after each message
         self._close_by: float | None = None
+        self._last_step = 0.0  # when the owner thread last looked at the clock
         self.trouble = ""  # why it is not connected; empty while it is, and during the first attempt
         self._online = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{settings.client_id}", daemon=True)
@@ -182,6 +188,10 @@ class MqttClient:
     def wait_online(self, timeout: float | None = None) -> bool:
         return self._online.wait(timeout)
 
+    def hangs(self) -> bool:
+        """The thread that sends and receives has made no step for too long: its messages stay where they are."""
+        return self.state is not State.STOPPED and self._clock() - self._last_step > HANG_S
+
     def stats(self) -> dict[str, int]:
         """Counters since start. published = pending (waiting or in flight now) + one for each Outcome.
 
@@ -221,6 +231,7 @@ class MqttClient:
     def _run(self) -> None:
         try:
             while not self._is_done():
+                self._last_step = self._clock()
                 self._set_state(State.CONNECTING, f"{self.settings.host}:{self.settings.port}")
                 connection = self._new_connection()
                 self._serve(connection)
@@ -247,7 +258,7 @@ class MqttClient:
 
     def _step(self, connection: Connection) -> None:
         """Everything that is due; then wait for the socket, another thread, or the next deadline."""
-        now = self._clock()
+        self._last_step = now = self._clock()
         self._next_deadline = self._queue.sweep(now)
         self._call_outcomes()
         connection.send_acks()
@@ -300,6 +311,7 @@ class MqttClient:
         poll = select.poll()
         poll.register(self._wake_read, select.POLLIN)
         while (now := self._clock()) < until and not self._is_done():
+            self._last_step = now
             self._next_deadline = self._queue.sweep(now)
             self._call_outcomes()
             poll.poll(min(1000 * (until - now), self._idle_ms(now)))
@@ -358,6 +370,9 @@ class MqttClient:
 
 def _likely_cause(error: Exception, settings: MqttSettings) -> str:
     """The likely cause, which an operator should look at first."""
+    if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in (NOT_YET_VALID, HAS_EXPIRED):
+        now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        return f": is the clock of this machine right? It says {now}. If it is, renew the broker's certificate"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f": is {settings.host} a name in the broker's certificate, and ca_file the authority that signed it?"
     if settings.uses_tls and isinstance(error, ssl.SSLError | ConnectionResetError):

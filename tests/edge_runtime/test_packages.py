@@ -8,7 +8,7 @@ import pytest
 
 from edge_runtime import packages
 from edge_runtime.errors import ConfigError
-from edge_runtime.packages import OPTIONAL, MissingPackageError, how_to_install, missing_package, refuse_32_bit
+from edge_runtime.packages import OPTIONAL, MissingPackageError, how_to_install, package_error, refuse_32_bit
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def test_from_a_wheel_the_command_names_the_package_itself(monkeypatch, tmp_path
 
 @pytest.mark.parametrize(("module", "is_known"), [("torch.nn", True), ("edge_runtime.tyop", False), (None, False)])
 def test_only_an_optional_package_is_missing_and_the_rest_is_a_bug(module, is_known):
-    found = missing_package(ModuleNotFoundError(name=module))
+    found = package_error(ModuleNotFoundError(name=module))
     assert isinstance(found, MissingPackageError) == is_known
 
 

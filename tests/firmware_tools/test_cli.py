@@ -13,6 +13,7 @@ import torch
 from benchmarks.faults.rows import ROWS
 from firmware_tools.cli import COMMANDS, EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED, main
 from firmware_tools.evaluate import SHIPPED_BUNDLE
+from tests import runtimes
 from tests.bundles import tiny_bundle
 
 BOARD = """
@@ -337,6 +338,40 @@ def test_a_command_whose_package_is_missing_says_how_to_install_it(config: Calla
     assert (done.returncode, len(done.stderr.splitlines())) == (EXIT_CONFIG, 1)
     assert "torch is not installed: pip install '" in done.stderr
     assert "aiflow-edge" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "validate"])
+@pytest.mark.parametrize(
+    ("module", "code", "named"),
+    [
+        (
+            "cv2",
+            "raise ImportError('libGL.so.1: cannot open shared object file', name='cv2')",
+            "opencv-python-headless",
+        ),
+        ("numpy", "raise ImportError('\\n\\nRead this!\\n') from ImportError('libGL.so.1: cannot open')", "numpy"),
+    ],
+)
+def test_a_package_that_does_not_load_is_named_with_what_it_misses(
+    config: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    module: str,
+    code: str,
+    named: str,
+) -> None:
+    runtimes.install(tmp_path / "packages", monkeypatch, module, code)
+    done = aiflow(command, config(BOARD))
+    assert_one_line(done, "libGL.so.1: cannot open", "install", named)
+
+
+def test_an_opencv_for_another_processor_is_named_before_the_board_is_started(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`aiflow service install` validates, as the account of the service, before it writes the unit."""
+    runtimes.install(tmp_path / "packages", monkeypatch, "cv2", runtimes.SIGILL)
+    assert_one_line(aiflow("validate", config(BOARD)), "cv2: ends with SIGILL", "pip install")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

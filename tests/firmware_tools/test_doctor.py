@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import re
 import shutil
 import stat
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +20,17 @@ import pytest
 
 from edge_runtime.errors import AiflowError
 from edge_runtime.firmware.store import State
-from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.bundle import Bundle, open_bundle
+from edge_runtime.mqtt import MqttClient, MqttConfig, Outcome
+from edge_runtime.wire import topics
 from firmware_tools import cli, host_checks, probes
 from firmware_tools.doctor import Check, _with_config, bounded
 from firmware_tools.host_checks import Finding, ok
 from tests.brokers import Mosquitto
 from tests.edge_runtime.capture.helpers import large_jpeg, write_photos
+from tests.edge_runtime.firmware.helpers import KEY, NEVER, OTHER_KEY, sign, trust
 from tests.http_camera import HttpCamera, picture
+from tests.listener import PATIENCE_S
 
 HOST = ["python", "packages", "cpu", "memory", "temperature", "power", "disk", "clock"]
 
@@ -140,6 +146,48 @@ def test_an_installed_bundle_that_is_damaged_is_named_although_the_one_of_the_co
     finding = found_by("updates", path)
     assert finding.status == "failure"
     assert f"{entry}/head.onnx is not the file" in finding.found
+    for name in ("bundle", "self-test"):  # of the bundle that runs
+        assert f"{entry}/head.onnx is not the file" in found_by(name, path).found
+
+
+@pytest.mark.parametrize(
+    ("key", "expires", "says"),
+    [
+        (None, NEVER, "is unsigned"),
+        (OTHER_KEY, NEVER, "none of the 1 trusted keys has signed this"),
+        (KEY, date(2025, 12, 31), "expired on 2025-12-31"),
+        (KEY, NEVER, ""),
+    ],
+)
+def test_a_bundle_in_use_that_a_board_with_a_trust_file_would_not_install_is_a_warning(
+    config: Callable[..., Path], tmp_path: Path, board_bundle: Bundle, key: Any, expires: date, says: str
+) -> None:
+    trust(tmp_path)
+    path = config("mqtt", more=f'[updates]\nfolder = "{tmp_path}/bundles"\ntrust_file = "{tmp_path}/trust"\n')
+    shutil.copytree(board_bundle.path, tmp_path / "shipped")
+    path.write_text(path.read_text().replace(str(board_bundle.path), str(tmp_path / "shipped")))
+    if key:
+        sign(open_bundle(tmp_path / "shipped"), 3, expires, key)
+    finding = found_by("updates", path)
+    assert (finding.status, says in finding.advice) == ("warning" if says else "ok", True)
+
+
+def test_another_board_with_the_same_id_is_a_warning_while_it_runs(
+    config: Callable[..., Path], broker: Mosquitto
+) -> None:
+    path, status = config("mqtt", broker.port), topics.status("home", "b1")
+    assert found_by("broker mqtt", path).status == "ok"
+    with MqttClient(MqttConfig(port=broker.port).settings("other")) as other:
+        for state, expected in (("online", "warning"), ("offline", "ok")):
+            said = queue.SimpleQueue[Outcome]()
+            payload = json.dumps({"state": state}).encode()
+            other.publish(status, payload, retain=True, on_outcome=said.put)
+            assert said.get(timeout=PATIENCE_S) is Outcome.DELIVERED
+            finding = found_by("broker mqtt", path)
+            assert (finding.status, "a board with the id b1 is running" in finding.found) == (
+                expected,
+                expected == "warning",
+            )
 
 
 @pytest.mark.parametrize("kept", ['[outbox]\nfile = "/proc/outbox"', '[updates]\nfolder = "/proc/bundles"'])

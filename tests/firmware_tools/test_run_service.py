@@ -53,6 +53,24 @@ def hang(*_, **__):
     threading.Event().wait()
 RequestLifecycle.on_time = hang
 """
+CONNECTION_HANGS = """
+import threading
+from edge_runtime.mqtt import client
+client.HANG_S = 0.5
+def hang(*_):
+    print("hangs", flush=True)
+    threading.Event().wait()
+client.MqttClient._watch = hang
+"""
+
+TOLD_DURING_IMPORTS = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "edge_runtime.app":
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Finder())
+"""
 
 
 @pytest.fixture
@@ -129,19 +147,18 @@ def test_a_board_is_ready_without_its_broker_and_its_status_says_what_is_wrong(
     assert any(message.startswith(f"STATUS=broker 127.0.0.1:{broker.port} backoff: ") for message in seen)
 
 
-@pytest.mark.parametrize("before", [FRAME_THREAD_HANGS, REQUESTS_HANG])
+@pytest.mark.parametrize("before", [FRAME_THREAD_HANGS, REQUESTS_HANG, CONNECTION_HANGS])
 def test_a_board_that_hangs_falls_silent(
     start: Callable[..., "subprocess.Popen[str]"], manager: ServiceManager, tmp_path: Path, before: str
 ) -> None:
-    process = start("mqtt" if before is REQUESTS_HANG else write_photos(tmp_path / "photos", 10), before)
+    process = start(write_photos(tmp_path / "photos", 10) if before is FRAME_THREAD_HANGS else "mqtt", before)
     manager.wait_for("READY=1")
     assert process.stdout
     assert process.stdout.readline() == "hangs\n"
-    if before is REQUESTS_HANG:
-        while not manager.is_silent():
-            pass
-    else:
+    if before is FRAME_THREAD_HANGS:
         assert manager.is_silent()
+    else:
+        assert manager.hears_the_last_ping()
 
 
 def test_a_board_that_is_stopped_by_a_signal_falls_silent_and_goes_on(
@@ -180,6 +197,13 @@ def test_a_board_that_is_told_to_stop_while_it_tries_a_backend_ends_in_order(
     manager.wait_for("EXTEND_TIMEOUT_USEC=")
     process.send_signal(number)
     assert process.wait(PATIENCE_S) == code
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, os.EX_OK), (signal.SIGHUP, EXIT_RESTART)])
+def test_a_board_that_is_told_to_stop_while_its_libraries_load_ends_in_order(
+    start: Callable[..., "subprocess.Popen[str]"], number: int, code: int
+) -> None:
+    assert start("mqtt", TOLD_DURING_IMPORTS.format(number=int(number))).wait(PATIENCE_S) == code
 
 
 def test_programs_that_a_board_starts_do_not_speak_to_the_manager(manager: ServiceManager) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime.app import STOP_S
 from edge_runtime.errors import ConfigError
-from edge_runtime.shutdown import SLACK_S
+from edge_runtime.shutdown import BOARD_STOP_S, SLACK_S
 from firmware_tools import cli, systemd_units
 from firmware_tools import service as command
 from firmware_tools.service import EXIT_NOT_INSTALLED, EXIT_RUNNING, EXIT_STOPPED, System, run_command
 from firmware_tools.systemd_units import ServiceError, check_files, check_program, service_of
+from tests.brokers import skip
 
 AIFLOW = Path("/opt/aiflow/bin/aiflow")
 BOARD = """
@@ -41,8 +41,7 @@ OPENAI = '[server]\nid = "attic"\ntarget = "openai:http://127.0.0.1:1/v1"\ndevic
 HF = '[server]\nid = "attic"\ntarget = "hf:HOME/model"\ndevice = "{source}"\n'
 CASES = [(BOARD, "rtsp://camera.lan/x"), (BOARD, "/dev/video0"), (BOARD, "rpicam"), (BOARD, "nvargus")]
 CASES += [(SERVER, "cpu"), (SERVER, "cuda")]
-EXPOSURE = {"rtsp://camera.lan/x": 1.5, "/dev/video0": 1.8, "rpicam": 1.8, "nvargus": 2.2, "cpu": 1.4, "cuda": 2.0}
-needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+EXPOSURE = {"rtsp://camera.lan/x": 1.4, "/dev/video0": 1.6, "rpicam": 1.6, "nvargus": 2.0, "cpu": 1.2, "cuda": 1.8}
 
 
 class Recorder:
@@ -63,6 +62,12 @@ class Recorder:
     def taken(self) -> list[str]:
         commands, self.commands = self.commands, []
         return commands
+
+
+@pytest.fixture
+def _systemd() -> None:
+    if not (shutil.which("systemd-analyze") and shutil.which("systemd-sysusers")):
+        skip("systemd is not installed: apt install systemd")
 
 
 @pytest.fixture
@@ -107,7 +112,7 @@ def tree(root: Path) -> dict[str, bytes | str]:
 # ---- the units ----
 
 
-@needs_systemd
+@pytest.mark.usefixtures("_systemd")
 @pytest.mark.parametrize(("text", "source"), CASES)
 def test_a_unit_is_read_by_systemd_and_exposes_little(
     written: Callable[..., Path], tmp_path: Path, text: str, source: str
@@ -128,7 +133,7 @@ def test_a_unit_is_read_by_systemd_and_exposes_little(
     assert float(exposure[1]) <= EXPOSURE[source]
 
 
-@pytest.mark.parametrize(("text", "stop_s"), [(BOARD, STOP_S), (SERVER, 25)])
+@pytest.mark.parametrize(("text", "stop_s"), [(BOARD, BOARD_STOP_S), (SERVER, 25)])
 def test_a_unit_gives_time_to_stop_and_does_not_restart_on_a_wrong_configuration(
     written: Callable[..., Path], text: str, stop_s: float
 ) -> None:
@@ -398,7 +403,7 @@ def test_a_program_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
         systemd_units.program()
 
 
-@pytest.mark.skipif(shutil.which("systemd-sysusers") is None, reason="systemd is not installed")
+@pytest.mark.usefixtures("_systemd")
 def test_the_account_is_one_that_systemd_can_make(
     written: Callable[..., Path], recorder: Recorder, system: System
 ) -> None:

@@ -267,6 +267,13 @@ def test_after_all_that_every_request_has_been_answered_or_reported_lost(site: S
     assert last["accepted"] + last.get("found", 0) == last["answered"] + last.get("lost", 0)
 
 
+def test_the_journal_finds_a_line_by_its_logger(site: Site) -> None:
+    select = ("--unit=aiflow-server", "LOGGER=edge_runtime.mqtt.client", "PRIORITY=6", "SYSLOG_IDENTIFIER=aiflow")
+    found = site.container.call("journalctl", "--no-pager", "--output=cat", *select).stdout.splitlines()
+    assert found
+    assert all(line.startswith("mqtt online client=") for line in found)
+
+
 @ROLES
 def test_a_service_is_removed(site: Site, role: str) -> None:
     assert site.aiflow_service("uninstall", role) == 0

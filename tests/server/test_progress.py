@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edge_runtime.inference.bundle import Bundle
+from edge_runtime.mqtt import MqttClient, client
 from edge_runtime.sd_notify import Notifier
 from edge_runtime.wire import Status
 from server.app import run_server
@@ -93,6 +95,26 @@ def test_a_server_whose_engine_hangs_falls_silent_until_it_works_again(
     assert manager.hears_the_last_ping()
     release.set()
     assert board.reply().status is Status.OK
+    manager.wait_for("WATCHDOG=1")
+
+
+def test_a_server_whose_connection_hangs_falls_silent_until_it_works_again(
+    stop: threading.Event, board: Board, manager: ServiceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, release, watch = threading.Event(), threading.Event(), MqttClient._watch
+
+    def hanging(client: MqttClient, *arguments: Any) -> None:
+        if threading.current_thread().name == "mqtt-s1":
+            hangs.set()
+            release.wait(PATIENCE_S)
+        watch(client, *arguments)
+
+    board.wait_for_status(state="online", share_proven=True)
+    monkeypatch.setattr(client, "HANG_S", 1.0)
+    monkeypatch.setattr(MqttClient, "_watch", hanging)
+    assert hangs.wait(PATIENCE_S)
+    assert manager.hears_the_last_ping()
+    release.set()
     manager.wait_for("WATCHDOG=1")
 
 

@@ -61,9 +61,9 @@ OFFER, CHUNK = topics.bundle_offer(SITE, BOARD), topics.bundle_chunk(SITE, BOARD
 class Station:
     """A board's updates behind a real MQTT client, and a sender."""
 
-    def __init__(self, store: Store, port: int, stack: ExitStack, asks: bool = False) -> None:
+    def __init__(self, store: Store, port: int, stack: ExitStack, asks: bool = False, today: date = TODAY) -> None:
         self.restart, self.self_test_fails = threading.Event(), False
-        self.today = TODAY
+        self.today = today
         self.updates = Updates(store, self._self_test, self._publish, today=lambda: self.today, asks=asks)
         self.updates.stop_with(self.restart)
         install = Route(topics.bundle_install(SITE, BOARD), self.updates.install_arrived)
@@ -125,7 +125,7 @@ def store(bundles: list[Bundle], tmp_path: Path) -> Store:
 @pytest.fixture
 def station(store: Store, broker: Mosquitto) -> Iterator[Callable[[Store], Station]]:
     with ExitStack() as stack:
-        yield lambda store=store, asks=False: Station(store, broker.port, stack, asks)
+        yield lambda store=store, **values: Station(store, broker.port, stack, **values)
 
 
 def files(store: Store) -> set[str]:
@@ -173,7 +173,7 @@ def test_a_bundle_that_waits_still_does_after_a_restart_and_is_refused_when_expi
     with ExitStack() as first_start:
         board = Station(store, broker.port, first_start, asks=True)
         assert board.send_all(board.offer(sign(bundles[2], 3, TODAY)[1]), bundles[2]).state == "waiting"
-    board = station(asks=True)
+    board = station(asks=True, today=date(1970, 1, 1))  # a clock that a time service sets later
     until(lambda: board.updates.status()["state"] == "waiting")
     board.today = TODAY + timedelta(days=1)
     while (state := board.tell(b"install")).state == "waiting":  # said at the start
@@ -284,6 +284,20 @@ def test_a_bundle_of_the_configuration_that_nobody_trusted_has_signed_runs_with_
         updates = Updates(board_store, lambda _: None, lambda _: None)
         assert updates.bundle.id == factory.id
     assert [told in message for message in caplog.messages] == ([True] if told else [])
+
+
+def test_while_the_clock_has_lost_its_time_no_bundle_is_taken_and_one_that_waits_stays(station, store, bundles):
+    board, before, (_, signature) = station(asks=True), files(store), sign(bundles[2], 3, date(2029, 12, 31))
+    board.today = date(1970, 1, 1)
+    state = board.offer(signature)
+    assert (state.state, "clock says 1970-01-01" in state.why) == ("refused", True)
+    assert files(store) == before
+    board.today = date(2029, 12, 31)
+    assert board.send_all(board.offer(signature), bundles[2]).state == "waiting"
+    board.today = date(1970, 1, 1)
+    assert board.tell(b"install").state == board.offer(signature).state == "refused"
+    board.today = date(2029, 12, 31)
+    assert board.tell(b"install").state == "testing"
 
 
 def test_the_offer_of_what_runs_changes_nothing(station, store, bundles):

@@ -11,6 +11,7 @@ import pytest
 from edge_runtime.app import fastest_networks
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
 from edge_runtime.cores import usable_cores
+from edge_runtime.errors import RestartError
 from edge_runtime.inference import choice
 from edge_runtime.inference.backends import BackendError, load_model, onnx
 from edge_runtime.inference.bundle import BundleError
@@ -77,6 +78,15 @@ def test_if_no_runtime_works_the_error_names_each_and_says_what_to_do(tmp_path, 
     for said in ("onnx was ended by SIGILL", "litert fails: ", "install another version", "pip install", "doctor"):
         assert said in str(raised.value)
     assert not cache.exists()  # the next start tries again
+
+
+def test_runtimes_that_are_not_ready_in_time_are_worth_another_start(tmp_path, monkeypatch, board_bundle, cache):
+    broken(tmp_path, monkeypatch, "onnxruntime", runtimes.HANGS)
+    broken(tmp_path, monkeypatch, "ai_edge_litert", runtimes.RAISES)
+    monkeypatch.setattr(choice, "PROBE_S", 2.0)
+    with pytest.raises(RestartError, match=r"onnx hangs: no result within 2 s; litert (hangs|fails)"):
+        choose(board_bundle)
+    assert not cache.exists()
 
 
 def test_a_kept_choice_starts_no_child_until_a_runtime_is_installed_anew(

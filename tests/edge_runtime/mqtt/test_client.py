@@ -13,11 +13,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import datetime, timezone
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Outcome, Publish, State, Timing
 from edge_runtime.requests.lifecycle import RequestLifecycle
@@ -597,6 +603,24 @@ def test_tls_needs_the_right_authority(
     stranger = start(broker.port, "b2", online=False, settings={"ca_file": f"{certificates}/foreign.crt"})
     stranger.wait_state(State.BACKOFF, "CERTIFICATE_VERIFY_FAILED")
     assert stranger.client.stats()["connects"] == 0
+
+
+# paho leaves a socket whose handshake failed to the garbage collector, which closes it at once but complains.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("year", [2000, 2100])
+def test_a_certificate_of_another_time_asks_for_the_clock(
+    start_broker: Callable[..., Mosquitto], start: Start, tmp_path: Path, year: int
+) -> None:
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name.from_rfc4514_string("CN=127.0.0.1")
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(datetime(year, 1, 1)).not_valid_after(datetime(year, 2, 1))
+    names = x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))])
+    certificate = made.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    (tmp_path / "crt").write_bytes(certificate.public_bytes(Encoding.PEM))
+    (tmp_path / "key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    broker = start_broker(PLAIN + f"certfile {tmp_path}/crt\nkeyfile {tmp_path}/key\n")
+    board = start(broker.port, "b1", online=False, settings={"ca_file": f"{tmp_path}/crt"})
+    board.wait_state(State.BACKOFF, f"is the clock of this machine right? It says {datetime.now(timezone.utc):%Y-}")
 
 
 def test_a_plain_client_at_a_tls_port_is_told_so(
