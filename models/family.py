@@ -435,8 +435,8 @@ class DraftDecoder(nn.Module):
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.look1 = nn.Conv2d(LATENT[0], DRAFT_MEMORY, 3, padding=1)
-        self.look_positions = nn.Parameter(torch.zeros(DRAFT_MEMORY, *LATENT[1:]))
+        self.image_conv = nn.Conv2d(LATENT[0], DRAFT_MEMORY, 3, padding=1)
+        self.image_positions = nn.Parameter(torch.zeros(DRAFT_MEMORY, *LATENT[1:]))
         self.tokens = nn.Embedding(vocabulary, DRAFT_EMBEDDING)
         self.query = nn.Linear(DRAFT_STATE, DRAFT_MEMORY)
         self.input_gates = nn.Linear(DRAFT_EMBEDDING + DRAFT_MEMORY, 3 * DRAFT_STATE)
@@ -450,7 +450,7 @@ class DraftDecoder(nn.Module):
 
     def encode_image(self, symbols: Tensor) -> Tensor:
         """Symbols, float [B, 64, 7, 7], to the memory, float [B, N, 128]."""
-        memory = F.relu(self.look1(symbols) + self.look_positions)
+        memory = F.relu(self.image_conv(symbols) + self.image_positions)
         return memory.flatten(2).transpose(1, 2)
 
     def new_state(self, batch: int) -> Tensor:

@@ -46,8 +46,8 @@ def load_draft(bundle: Bundle, backend: str, threads: int) -> Draft:
 
     Raises BundleError, BackendError.
     """
-    look, step = (load_model(bundle.file(f"draft_{part}{SUFFIXES[backend]}"), threads) for part in ("look", "step"))
-    return Draft(look, step, bundle.manifest.max_tokens)
+    encoder, step = (load_model(bundle.file(f"draft_{part}{SUFFIXES[backend]}"), threads) for part in ("look", "step"))
+    return Draft(encoder, step, bundle.manifest.max_tokens)
 
 
 def load_labels(bundle: Bundle, head: Head, backend: str, threads: int, providers: Sequence[str] = ()) -> Labels | None:
