@@ -200,7 +200,8 @@ class Bundle:
     def _incomplete(self, of_server: bool) -> BundleError:
         advice = "copy the whole bundle again"
         if of_server:
-            advice = f"a server needs its part of the bundle: install aiflow-edge-server-models, or {advice}"
+            wheel = "aiflow_edge_server_models-*.whl"
+            advice = f"a server needs its part of the bundle: pip install {wheel} of the same release, or {advice}"
         return BundleError(f"{self.path} lacks {', '.join(self._missing(of_server))}: {advice}")
 
     @cached_property
