@@ -415,7 +415,8 @@ DRAFT_EMBEDDING, DRAFT_STATE, DRAFT_MEMORY = 128, 256, 128
 def gru_step(x: Tensor, h: Tensor, state: Tensor) -> Tensor:
     """The next state [..., D] of a gated recurrent unit (Cho et al., arXiv 1406.1078).
 
-    x and h [..., 3 D] are the gates' inputs from the token and from the state: reset, update, new.
+    x and h [..., 3 D] are the gates' inputs from the token and from the state: reset, update, new. Not nn.GRUCell:
+    that computes x itself, and the lookahead reads it from a table (models/lookahead.py).
     """
     x_reset, x_update, x_new = x.chunk(3, -1)
     h_reset, h_update, h_new = h.chunk(3, -1)
