@@ -87,8 +87,9 @@ def test_only_a_final_version_with_its_heading_in_the_changelog_is_released(tmp_
     (tmp_path / "edge_runtime").mkdir()
     (tmp_path / "edge_runtime" / "__init__.py").write_text(f'__version__ = "{version}"\n')
     (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {heading}\n\n## 0.1.0\n")
-    command = ["make", "--old-file=venv", "--old-file=lint", "--old-file=test", "--old-file=wheels", "BIN=bin", "release"]
-    result = subprocess.run([*command, "--dry-run"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = [f"--old-file={name}" for name in ("venv", "lint", "test", "wheels")]
+    command = ["make", "--dry-run", *done, "release"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout.index("CHANGELOG.md") < result.stdout.index("git tag")
     result = subprocess.run(["make", "release-version"], cwd=tmp_path, capture_output=True, check=False)
     assert (result.returncode == 0) is is_released
