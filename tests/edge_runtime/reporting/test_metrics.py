@@ -55,9 +55,11 @@ def test_a_hostile_label_is_one_value_and_makes_no_other_metric(label):
 
 def test_kinds_of_kinds_have_two_labels():
     numbers = {"mqtt": {"servers": {"sent": 3}, "local": {"sent": 4, "dropped": 0}}}
-    with exported(MetricsConfig(port=0), "board", MEANINGS, lambda: numbers) as port:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-            (family,) = text_string_to_metric_families(response.read().decode())
+    with (
+        exported(MetricsConfig(port=0), "board", MEANINGS, lambda: numbers) as port,
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response,
+    ):
+        (family,) = text_string_to_metric_families(response.read().decode())
     labels = [(sample.labels["broker"], sample.labels["what"], sample.value) for sample in family.samples]
     assert labels == [("servers", "sent", 3), ("local", "sent", 4), ("local", "dropped", 0)]
 
