@@ -10,7 +10,7 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' edge_runtime/__init__.
 # The time in what is built, so that a commit gives the same files again.
 wheels man deb: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
 
-.PHONY: help venv demo language test test-all test-lowest test-tflite test-systemd arm64 lint fuzz bench faults soak constraints schema wheels man deb image release clean
+.PHONY: help venv demo language test test-all test-lowest test-tflite test-systemd arm64 lint fuzz bench faults soak constraints schema wheels man deb image release-version release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -125,7 +125,11 @@ image: wheels  ## the container image aiflow-edge-server; CONTAINERS=docker for 
 	$(CONTAINERS) build --file Containerfile --build-arg TORCH='$(TORCH)' --tag aiflow-edge-server:$(VERSION) \
 	  $(if $(filter podman,$(CONTAINERS)),--format docker) .
 
-release: lint test wheels  ## the wheels checked, the board's tried in a fresh environment; then the tag of the version
+release-version:
+	@case '$(VERSION)' in *dev*) echo 'version $(VERSION): write the final one into edge_runtime/__init__.py'; exit 1; esac
+	@grep -qxF '## $(VERSION)' CHANGELOG.md || { echo 'CHANGELOG.md: write the heading "## $(VERSION)"'; exit 1; }
+
+release: release-version lint test wheels  ## the wheels checked, the board's tried in a fresh environment; then the tag of the version
 	test -z "$$(git status --porcelain)" || { echo 'commit or remove what git status shows'; exit 1; }
 	$(BIN)/pip install --quiet twine
 	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz

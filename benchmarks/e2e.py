@@ -29,7 +29,7 @@ from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.picture_checks import decode_picture
 from testbed.link_simulator import LinkSimulator
-from testbed.sample_photos import to_jpeg
+from testbed.sample_photos import shrunk_jpeg
 from testbed.shaping import Profile
 from testbed.terminal import track
 
@@ -116,7 +116,7 @@ def _fitting(photo: Picture) -> Picture:
     """The photo; shrunk, but not below the model's input size, if camera software would not send so large a file."""
     if len(photo.data) <= MAX_FRAME_BYTES:
         return photo
-    return Picture(photo.name, to_jpeg(decode_picture(photo.data), LARGE_FRAME, 90))
+    return Picture(photo.name, shrunk_jpeg(decode_picture(photo.data), LARGE_FRAME, 90))
 
 
 def smallest_jpeg(bundle: Bundle, case: Case) -> int:

@@ -43,7 +43,7 @@ SITE = "bench"
 CONNECTIONS = 20  # of all boards together
 BUDGET_S = 20.0
 RESEND_S = 3.0
-GREEDY = 20  # times as many requests come from the first board, to see whether the others still get their share
+BUSY_BOARD = 20  # times as many requests come from the first board, to see whether the others still get their share
 REPLICA = "ray::ServeReplica:aiflow-"
 
 Frames = Iterator[tuple[NDArray[np.int8], Sequence[int]]]
@@ -112,7 +112,7 @@ class Boards:
                     heapq.heappush(self._due, (now + self._period(name), name, b""))
 
     def _period(self, name: str) -> float:
-        return self._interval_s / GREEDY if name == self.names[0] else self._interval_s
+        return self._interval_s / BUSY_BOARD if name == self.names[0] else self._interval_s
 
     def _ask(self, name: str) -> None:
         symbols, draft = next(self._frames)
@@ -218,13 +218,13 @@ def run(
                 figures = asking.figures(seconds) | {"memory_mb": memory_mb}
             took_ms = 1e3 * (broker_cpu_s(port) - before_s)
             figures["broker_ms_per_answer"] = round(took_ms / max(1, figures["answered"]), 3)
-            for victim in ("replica", "server") if count > 1 else ():  # in this order: the server does not come back
+            for process in ("replica", "server") if count > 1 else ():  # in this order: the server does not come back
                 with (
                     Boards(port, bundle, frames, boards, interval_s) as asking,
-                    _killing(victim, servers[0], folder, seconds / 2) as killed,
+                    _killing(process, servers[0], folder, seconds / 2) as killed,
                 ):
                     asking.run(seconds)
-                figures[f"while_a_{victim}_is_killed"] = {"killed": len(killed), **asking.figures(seconds)}
+                figures[f"while_a_{process}_is_killed"] = {"killed": len(killed), **asking.figures(seconds)}
         result[f"{count} replicas" if count else "without Ray"] = figures
     return result
 
@@ -303,12 +303,12 @@ def broker_cpu_s(port: int) -> float:
 
 
 @contextmanager
-def _killing(victim: str, server: AiflowProcess, folder: Path, after_s: float) -> Iterator[list[int]]:
+def _killing(which: str, server: AiflowProcess, folder: Path, after_s: float) -> Iterator[list[int]]:
     """Kills one replica or this server after so many seconds, on a thread of its own. Yields the ids of the killed."""
     killed: list[int] = []
 
     def kill() -> None:
-        if victim == "server":
+        if which == "server":
             killed.append(server.pid)
             server.kill()
             return

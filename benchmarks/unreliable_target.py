@@ -40,7 +40,7 @@ REPEAT_SHARE = 0.1  # of the answered requests, asked once more afterwards
 
 
 @dataclass
-class Outcome:
+class Totals:
     """What became of the requests of one run."""
 
     accepted: int = 0
@@ -63,7 +63,7 @@ class Outcome:
         return self.accepted == self.answered + self.lost and not any(faults)
 
 
-class Board:
+class SimulatedBoard:
     """A board's requests, handed to a service directly."""
 
     def __init__(self, name: str, service: Service, capacity: int) -> None:
@@ -106,7 +106,7 @@ class Board:
 
 def measure(
     requests: int = 1000, fault_share: float = 1 / 3, boards: int = 8, deadline_s: float = 30.0, seed: int = 0
-) -> Outcome:
+) -> Totals:
     """Runs so many requests through a target of which this share of calls goes wrong, in every way in turn."""
     rng = random.Random(seed)
     faults = [rng.choice(FAULTS) if rng.random() < fault_share else None for _ in range(8 * requests)]
@@ -126,7 +126,7 @@ def measure(
         stop = threading.Event()
         serving = threading.Thread(target=service.serve, args=(stop,))
         serving.start()
-        lanes = [Board(f"b{i}", service, 8) for i in range(boards)]
+        lanes = [SimulatedBoard(f"b{i}", service, 8) for i in range(boards)]
         ids, asked = RequestIds(), dict[bytes, Request]()
         for lane in lanes:
             lane.thread.start()
@@ -137,39 +137,39 @@ def measure(
         for lane in lanes:
             for _ in range(8):
                 lane.room.acquire(timeout=SETTLE_S)
-        outcome = _outcome(lanes, asked)
+        totals = _total(lanes, asked)
         billed = sum(other.billed.values())
-        _repeat(lanes, asked, outcome, rng)
+        _repeat(lanes, asked, totals, rng)
         stop.set()
         serving.join()  # it answers first what it has accepted
-        outcome.billed_for_repeats = sum(other.billed.values()) - billed
+        totals.billed_for_repeats = sum(other.billed.values()) - billed
         for lane in lanes:
             lane.thread.close(Why("stopping", "the run is over"))
-        outcome.calls = dict(sorted(target.status()["usage"]["calls"].items()))
-        outcome.breaches = len(other.objections)
-    outcome.seconds = round(time.monotonic() - started, 1)
-    return outcome
+        totals.calls = dict(sorted(target.status()["usage"]["calls"].items()))
+        totals.breaches = len(other.objections)
+    totals.seconds = round(time.monotonic() - started, 1)
+    return totals
 
 
-def _outcome(lanes: Sequence[Board], asked: dict[bytes, Request]) -> Outcome:
-    outcome = Outcome()
+def _total(lanes: Sequence[SimulatedBoard], asked: dict[bytes, Request]) -> Totals:
+    totals = Totals()
     for lane in lanes:
         counts = lane.thread.counts
-        outcome.accepted += counts.accepted
-        outcome.resent += counts.resent
+        totals.accepted += counts.accepted
+        totals.resent += counts.resent
         for request_id, ends in lane.ends.items():
-            outcome.ended_twice += len(ends) > 1
+            totals.ended_twice += len(ends) > 1
             last = ends[-1]
             if isinstance(last, Reply):
-                outcome.answered += 1
-                outcome.wrong_texts += last.text != text_of(asked[request_id].content)
+                totals.answered += 1
+                totals.wrong_texts += last.text != text_of(asked[request_id].content)
             else:
-                outcome.lost += 1
-                outcome.lost_because[last.code] += 1
-    return outcome
+                totals.lost += 1
+                totals.lost_because[last.code] += 1
+    return totals
 
 
-def _repeat(lanes: Sequence[Board], asked: dict[bytes, Request], outcome: Outcome, rng: random.Random) -> None:
+def _repeat(lanes: Sequence[SimulatedBoard], asked: dict[bytes, Request], totals: Totals, rng: random.Random) -> None:
     """Asks some answered requests again, as a board does that has lost the reply."""
     for lane in lanes:
         for request_id, ends in lane.ends.items():
@@ -178,7 +178,7 @@ def _repeat(lanes: Sequence[Board], asked: dict[bytes, Request], outcome: Outcom
                 lane._service.receive(
                     lane.arrival(asked[request_id], lambda data, _, replies=replies: replies.append(decode_reply(data)))
                 )
-                outcome.changed_repeats += replies != [ends[-1]]
+                totals.changed_repeats += replies != [ends[-1]]
 
 
 def _request(request_id: bytes, picture: bytes, deadline_s: float) -> Request:
@@ -204,9 +204,9 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=1000, metavar="N")
     parser.add_argument("--fault-share", type=float, default=1 / 3, metavar="SHARE", help="of the calls (default: 1/3)")
     args = parser.parse_args()
-    outcome = measure(args.requests, args.fault_share)
-    print(json.dumps(msgspec.to_builtins(outcome) | {"is_sound": outcome.is_sound}, indent=2))
-    return 0 if outcome.is_sound else 1
+    totals = measure(args.requests, args.fault_share)
+    print(json.dumps(msgspec.to_builtins(totals) | {"is_sound": totals.is_sound}, indent=2))
+    return 0 if totals.is_sound else 1
 
 
 if __name__ == "__main__":

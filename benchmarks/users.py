@@ -71,7 +71,7 @@ def measure_page(pictures: Sequence[bytes], events: int) -> dict[str, float]:
             MqttClient(MqttConfig(port=broker).settings("boards", queue_messages=1024)) as client,
         ):
             page.wait_for(lambda: address in page.said(), PATIENCE_S)
-            threading.Thread(target=_look_at, args=[address], daemon=True).start()
+            threading.Thread(target=_read_updates, args=[address], daemon=True).start()
             for frame in range(max(1, events // 2 // PAGE_BOARDS)):
                 for number in range(PAGE_BOARDS):
                     board, words = f"board-{number}", f"frame{frame} of{number}end"
@@ -107,7 +107,7 @@ def _events(frame: str, words: str) -> list[Event]:
     return [draft, Event(type="update", text=text, **fields, **answered)]
 
 
-def _look_at(address: str) -> None:
+def _read_updates(address: str) -> None:
     """A browser that reads all updates until the page ends."""
     with suppress(OSError), urlopen(f"{address}api/updates") as updates:
         for _ in updates:

@@ -222,7 +222,9 @@ class Board:
         rejected = Counter[str]()
         for router in self.routers:
             rejected.update(router.rejected())
-        values: dict[str, Any] = {
+        clients = {"servers": self.servers} | ({} if self.local is self.servers else {"local": self.local})
+        counts = {broker: client.counts() for broker, client in clients.items()}
+        return {
             **self.tracker.summary(),
             **asdict(self.cameras.totals()),
             "jpeg_bytes": self.pipeline.jpeg_bytes,
@@ -234,9 +236,8 @@ class Board:
             "rejected": dict(rejected),
             "ignored": dict(self.measurements.counts),
             **self.users.counts(),
-            **self.servers.counts("mqtt"),
+            **{name: {broker: each[name] for broker, each in counts.items()} for name in counts["servers"]},
         }
-        return values if self.local is self.servers else values | self.local.counts("local")
 
     def numbers(self) -> Values:
         """`summary`, and what is so now; any thread."""

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
 
+from edge_runtime import __version__
 from edge_runtime.errors import ConfigError
 from edge_runtime.logs import printable
 
@@ -63,15 +64,26 @@ def require(*modules: str) -> None:
 
 
 def how_to_install(module: str) -> str:
-    """The pip command that brings an optional module: from a checkout its whole extra, from a wheel the package alone.
+    """The pip command that brings an optional module: in a checkout its whole extra, else the package alone."""
+    distribution, extra = OPTIONAL[module]
+    if _checkout():
+        return how_to_install_program(extra)
+    return f"pip install '{distribution}'" if "[" in distribution else f"pip install {distribution}"
+
+
+def how_to_install_program(extra: str) -> str:
+    """The pip command that installs this program with an extra, from the checkout or from the wheel's file.
 
     This project is not published on a package index, so its own name would install something else or nothing.
     """
-    distribution, extra = OPTIONAL[module]
+    root = _checkout()
+    source = "." if root == Path.cwd() else root or f"aiflow_edge-{__version__}-py3-none-any.whl"
+    return f"pip install '{source}[{extra}]'"
+
+
+def _checkout() -> Path | None:
     root = Path(__file__).resolve().parents[1]
-    if not (root / "setup.cfg").is_file():
-        return f"pip install '{distribution}'" if "[" in distribution else f"pip install {distribution}"
-    return f"pip install '{'.' if Path.cwd() == root else root}[{extra}]'"
+    return root if (root / "setup.cfg").is_file() else None
 
 
 def package_error(error: ImportError) -> ConfigError | None:

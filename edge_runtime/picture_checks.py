@@ -2,6 +2,7 @@
 
 Some pictures are small to send and expensive to decode. The checks read the structure of a file, refuse what ordinary
 encoders do not write, and pass on only the parts that make up the picture. They know nothing of where it comes from.
+The size is read on the way. A second reader of it, such as imagesize, may find another header than the decoder does.
 Each format's function names the attacks that it stops.
 
 What decoding costs after the checks, in CPU time per megapixel on one core of a cloud server (Xeon, OpenCV 5.0;

@@ -54,7 +54,7 @@ REUSED = (  # of an event
     *("text", "tokens", "answered_by", "label", "scores", "confidence", "unsure", "answers"),
     *("object", "schema", "valid", "seed"),
 )
-MAX_PICTURE = MAX_ENVELOPE - 1024  # bytes, beside the other fields of a request; a larger picture is made smaller
+MAX_SENT_PICTURE = MAX_ENVELOPE - 1024  # bytes, beside the other fields of a request; a larger picture is made smaller
 JPEG_EVERY = 8  # frames of a camera: encoding one takes a tenth of a frame's time
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)  # for a request that contains features
 
@@ -398,7 +398,7 @@ def build_request(
         content = bitstream.encode(features.symbols, bundle.tables, features.level, features.groups)
     else:
         kind, content = ContentKind.JPEG, to_jpeg(pixels, plan.jpeg_quality)
-        while len(content) > MAX_PICTURE:
+        while len(content) > MAX_SENT_PICTURE:
             pixels = shrunk(pixels, max(pixels.shape) // 2)
             content = to_jpeg(pixels, plan.jpeg_quality)
     camera = "" if features else plan.camera

@@ -16,7 +16,7 @@ from edge_runtime.picture_checks import decode_picture
 from edge_runtime.wire import Event
 from firmware_tools.event_parts import answered_by, labels, marked, stages
 from testbed.processes import read_event
-from testbed.sample_photos import Photo, to_jpeg
+from testbed.sample_photos import Photo, shrunk_jpeg
 from testbed.terminal import short
 
 PREVIEW_PIXELS = 480  # a phone's screen has as many CSS pixels or fewer
@@ -214,7 +214,7 @@ def _level_labels(count: int) -> str:
 
 
 def _card(result: PhotoResult, levels: Sequence[AtLevel], question: TaughtQuestion | None) -> str:
-    name, preview = escape(result.photo.name), to_jpeg(decode_picture(result.photo.data), PREVIEW_PIXELS, 80)
+    name, preview = escape(result.photo.name), shrunk_jpeg(decode_picture(result.photo.data), PREVIEW_PIXELS, 80)
     data = base64.b64encode(preview).decode()
     parts = [f'<img alt="{name}" src="data:image/jpeg;base64,{data}"><section><p><small>{name}']
     if result.photo.credit:

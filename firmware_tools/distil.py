@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
     tail = load_engine(bundle, (), args.device, args.threads).tail
     work = args.work or args.out.with_name(f"{args.out.name}.work")
     weights = model.tower.weights_hash()
-    photos = look(work, args.photos, args.limit, bundle, head, model, weights)
+    photos = compute_features(work, args.photos, args.limit, bundle, head, model, weights)
     taught, held_out = split(photos)
     held_out = held_out[:MEASURED]
     given = {"steps": args.steps, "kl_steps": args.kl_steps}
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def look(
+def compute_features(
     work: Path,
     sources: Sequence[Path],
     limit: int | None,
@@ -163,7 +163,7 @@ def look(
     model: LanguageModel,
     weights: str,
 ) -> list[Path]:
-    """Results of head and model for each photo: files in `work`. Uses those of an earlier run. Raises AiflowError."""
+    """Codes, image tokens and text of each photo: files in `work`. Uses those of an earlier run. Raises AiflowError."""
     from edge_runtime.inference.preprocess import to_input
     from edge_runtime.picture_checks import PictureError, decode_picture
     from models.distilling import Seen, keep

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs
 from edge_runtime.capture.picture_files import SUFFIXES
 from edge_runtime.logs import printable
 from edge_runtime.picture_checks import PictureError, decode_picture
-from testbed.sample_photos import to_jpeg
+from testbed.sample_photos import shrunk_jpeg
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Labels:
 
 def _shown(path: Path) -> bytes | None:
     try:
-        return to_jpeg(decode_picture(path.read_bytes()), SHOWN_PIXELS, 85)
+        return shrunk_jpeg(decode_picture(path.read_bytes()), SHOWN_PIXELS, 85)
     except (PictureError, OSError) as error:
         logger.warning("frame left out name=%s error=%s", printable(str(path)), printable(str(error)))
         return None

@@ -83,7 +83,7 @@ class Push:
         try:
             state = decode_update_state(payload)
         except EnvelopeError:
-            return False  # whoever may write there, may write anything
+            return False  # not a state: any account with rights to this topic can publish anything
         if state.bundle not in ("", self._statement.id):
             return False  # about another sender's
         self._has_word, self._is_due = True, False

@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def closing_line(summary: "Values") -> str:
+    from edge_runtime.reporting import kinds
+
     flat: list[tuple[str, float]] = []
     for name, value in summary.items():
-        if name == "answer_seconds" and isinstance(value, Mapping):
-            flat.append(("s to an answer on average", round(value["sum"] / max(1, value["count"]), 3)))
-        elif isinstance(value, Mapping):
-            flat += [(f"{name} {label}", number) for label, number in value.items()]
+        if name == "answer_seconds":
+            numbers = dict(kinds(value))
+            flat.append(("s to an answer on average", round(numbers["sum",] / max(1, numbers["count",]), 3)))
         else:
-            flat.append((name, value))
+            flat += [(" ".join((name, *labels)), number) for labels, number in kinds(value)]
     counts = ", ".join(f"{count:.15g} {name.replace('_', ' ')}" for name, count in flat if count)
     return f"the board has stopped: {counts or 'nothing happened'}"

@@ -157,7 +157,7 @@ def _host_id() -> str:
 
 
 def _table(name: str, values: Mapping[str, Any]) -> str:
-    """A table of TOML."""
+    """A table of TOML. tomli-w would write the camera as an inline table, to which nobody can add `[[cameras]]`."""
     header = "[[cameras]]" if name == "cameras" else f"[{name}]"
     return "\n".join([header, *(f"{key} = {_value(value)}" for key, value in values.items()), ""])
 

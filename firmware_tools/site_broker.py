@@ -50,7 +50,7 @@ HASH_ROUNDS = 101
 
 
 class Board(NamedTuple):
-    """A board, and the cameras whose switches people use over this broker."""
+    """A board, and the cameras whose remote settings people change over this broker."""
 
     name: str
     cameras: Sequence[str] = ()

@@ -16,6 +16,7 @@ from edge_runtime.config import RuntimeConfig, load_toml, read_toml
 from edge_runtime.config.camera_source import WATCH, kind_of
 from edge_runtime.errors import AiflowError, ConfigError
 from edge_runtime.mqtt import MqttConfig
+from edge_runtime.packages import how_to_install_program
 from edge_runtime.shutdown import BOARD_STOP_S, SLACK_S
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def program() -> Path:
     if not path.is_file():
         raise ServiceError(
             f"{path} does not exist: install the program into a virtual environment, for example /opt/aiflow "
-            "(pip install '.[board]'), and run the `aiflow` of that environment"
+            f"({how_to_install_program('board')}), and run the `aiflow` of that environment"
         )
     return path
 

@@ -415,7 +415,8 @@ DRAFT_EMBEDDING, DRAFT_STATE, DRAFT_MEMORY = 128, 256, 128
 def gru_step(x: Tensor, h: Tensor, state: Tensor) -> Tensor:
     """The next state [..., D] of a gated recurrent unit (Cho et al., arXiv 1406.1078).
 
-    x and h [..., 3 D] are the gates' inputs from the token and from the state: reset, update, new.
+    x and h [..., 3 D] are the gates' inputs from the token and from the state: reset, update, new. Not nn.GRUCell:
+    that computes x itself, and the lookahead reads it from a table (models/lookahead.py).
     """
     x_reset, x_update, x_new = x.chunk(3, -1)
     h_reset, h_update, h_new = h.chunk(3, -1)
@@ -435,8 +436,8 @@ class DraftDecoder(nn.Module):
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.look1 = nn.Conv2d(LATENT[0], DRAFT_MEMORY, 3, padding=1)
-        self.look_positions = nn.Parameter(torch.zeros(DRAFT_MEMORY, *LATENT[1:]))
+        self.image_conv = nn.Conv2d(LATENT[0], DRAFT_MEMORY, 3, padding=1)
+        self.image_positions = nn.Parameter(torch.zeros(DRAFT_MEMORY, *LATENT[1:]))
         self.tokens = nn.Embedding(vocabulary, DRAFT_EMBEDDING)
         self.query = nn.Linear(DRAFT_STATE, DRAFT_MEMORY)
         self.input_gates = nn.Linear(DRAFT_EMBEDDING + DRAFT_MEMORY, 3 * DRAFT_STATE)
@@ -450,7 +451,7 @@ class DraftDecoder(nn.Module):
 
     def encode_image(self, symbols: Tensor) -> Tensor:
         """Symbols, float [B, 64, 7, 7], to the memory, float [B, N, 128]."""
-        memory = F.relu(self.look1(symbols) + self.look_positions)
+        memory = F.relu(self.image_conv(symbols) + self.image_positions)
         return memory.flatten(2).transpose(1, 2)
 
     def new_state(self, batch: int) -> Tensor:

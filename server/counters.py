@@ -67,10 +67,11 @@ SERVER = {
         "why",
     ),
     "upstream": Meaning(
-        "Requests to the tier above, by what became of them, and its replies (reply_*); unknown, late and duplicate "
-        "are replies to nothing that was asked, to what had ended, and to what was answered",
+        "Requests to the tier above, by what became of them; unknown, late and duplicate are replies to nothing that "
+        "was asked, to what had ended, and to what was answered",
         "what",
     ),
+    "upstream_replies": Meaning("Replies of the tier above, by what they said", "status"),
     "loop": Meaning("Requests refused since they had passed this server before"),
     "undelivered": Meaning("Replies, first ones included, that the broker did not take: their boards ask again"),
     "foreign_topics": Meaning("Messages on topics that are no board's request topic"),
@@ -112,6 +113,6 @@ def values(status: Mapping[str, Any]) -> Values:
     if assistant := status.get("assistant"):
         numbers["assistant"] = {name: count for name, count in assistant.items() if name != "model"}
     if above := status.get("upstream"):
-        requests = {name: count for name, count in above["requests"].items() if name != "open"}
-        numbers["upstream"] = requests | {f"reply_{name}": count for name, count in above["replies"].items()}
+        numbers["upstream"] = {name: count for name, count in above["requests"].items() if name != "open"}
+        numbers["upstream_replies"] = above["replies"]
     return numbers

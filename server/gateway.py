@@ -158,7 +158,7 @@ class Gateway:
         with self._lock:
             probes = {"sent": self._probes.sent, "missing": self._probes.missing}
             share = {"accepting": int(not self._suspended), "share_proven": int(self._probes.is_proven)}
-        return {**self.counts, **share, "probes": probes, **self.client.counts("mqtt")}
+        return {**self.counts, **share, "probes": probes, **self.client.counts()}
 
     def _set_suspended(self, reason: str) -> None:
         with self._lock:

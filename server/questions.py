@@ -22,7 +22,7 @@ from models.questions import Question, QuestionError, read_question
 
 logger = logging.getLogger(__name__)
 
-MAX_QUESTIONS = 64  # of a server: 64 files of 584 KB
+MAX_FILES = 64  # of a server: 64 files of 584 KB
 MAX_MESSAGE = 16 * 1024  # bytes
 MAX_REASON = 300  # characters in the status
 
@@ -78,8 +78,8 @@ class Questions:
 
 def _read(files: Mapping[str, Path], bundle: Bundle) -> Mapping[str, Question]:
     """All of them, or ConfigError."""
-    if len(files) > MAX_QUESTIONS:
-        raise ConfigError(f"{len(files)} questions, want at most {MAX_QUESTIONS}")
+    if len(files) > MAX_FILES:
+        raise ConfigError(f"{len(files)} questions, want at most {MAX_FILES}")
     questions = {}
     for name, file in files.items():
         if not re.fullmatch(QUESTION, name):

@@ -2,6 +2,8 @@
 
 A board sends a request again if no reply came: the request was lost, or it is still being answered here, or the reply
 was lost. `begin` says which. Knows nothing of MQTT and of what the bytes mean. Any number of threads may use it.
+
+Not cachetools.TTLCache: it bounds the number of replies or their bytes, not both, and drops the least recently used.
 """
 
 import threading

@@ -113,7 +113,7 @@ def shipped() -> Iterator[Photo]:
                 yield Photo(name, file.read_bytes(), credit)
 
 
-def to_jpeg(pixels: NDArray[np.uint8], longest: int, quality: int) -> bytes:
+def shrunk_jpeg(pixels: NDArray[np.uint8], longest: int, quality: int) -> bytes:
     """uint8 RGB [H, W, 3] as a JPEG, shrunk if its longer side has more than `longest` pixels."""
     return preprocess.to_jpeg(preprocess.shrunk(pixels, longest), quality)
 

@@ -60,8 +60,8 @@ def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 34, 
         files = {name: data for name, data in exports.files().items() if name.startswith(("head", "labels"))}
         int8_draft = quantise_draft(exports.draft(VOCABULARY))
         for suffix, write in ((".onnx", write_draft_onnx), (".tflite", write_draft_litert)):
-            look, step = write(int8_draft)
-            files |= {f"draft_look{suffix}": look, f"draft_step{suffix}": step}
+            encoder, step = write(int8_draft)
+            files |= {f"draft_look{suffix}": encoder, f"draft_step{suffix}": step}
         for name, data in files.items():
             (path / name).write_bytes(data)
     for tier, sizes in SHAPES.items():

@@ -77,7 +77,7 @@ def draft(vocabulary: int = VOCABULARY) -> DraftDecoder:
     draft = DraftDecoder(vocabulary).eval()
     with torch.no_grad():
         draft.tokens.weight.normal_()  # logits with the spread of a trained decoder
-        draft.look_positions.normal_()
+        draft.image_positions.normal_()
         for layer in (draft.query, draft.input_gates, draft.state_gates, draft.out):
             layer.weight *= 3
         draft.bias[EOS] = 20.0
@@ -93,14 +93,14 @@ def latents(count: int, seed: int) -> np.ndarray:
 
 @cache
 def files() -> dict[str, bytes]:
-    """The files head, labels, look and step for both runtimes."""
+    """The files head, labels, encoder and step for both runtimes."""
     int8_draft = quantise_draft(draft())
     drafts = {".onnx": write_draft_onnx(int8_draft), ".tflite": write_draft_litert(int8_draft)}
     writers = {".onnx": write_onnx, ".tflite": write_litert}
     images = {f"{name}{s}": write(network) for name, network in int8_networks().items() for s, write in writers.items()}
-    looks = {f"look{suffix}": look for suffix, (look, _) in drafts.items()}
+    encoders = {f"encoder{suffix}": encoder for suffix, (encoder, _) in drafts.items()}
     steps = {f"step{suffix}": step for suffix, (_, step) in drafts.items()}
-    return images | looks | steps
+    return images | encoders | steps
 
 
 def loaded(directory: Path, name: str, data: bytes | None = None) -> Model:

@@ -169,11 +169,11 @@ def test_a_board_cannot_fill_the_broker_with_subscriptions(site: Running, server
 @pytest.mark.parametrize("account", ["porch", "anna"])
 def test_nobody_can_evict_a_server_or_board_with_its_client_id(site: Running, server: Server, account: str) -> None:
     with a_good_board_is_answered(site, server):
-        for victim in ("attic", "gate"):
+        for attacked in ("attic", "gate"):
             for _ in range(5):
-                with Raw(site, account, client_id=victim):
+                with Raw(site, account, client_id=attacked):
                     pass
-            site.client(account, client_id=victim).close()
+            site.client(account, client_id=attacked).close()
 
 
 def test_an_account_is_for_one_connection(site: Running) -> None:

@@ -80,6 +80,23 @@ def test_the_shipped_bundle_is_signed_into_a_boards_wheel_if_there_is_a_key(tmp_
     assert signature not in packed(tmp_path / "models" / "zoo", monkeypatch, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("version", "heading", "is_released"),
+    [("0.2.0.dev0", "0.2.0.dev0", False), ("0.2.0", "0.2.0 (unreleased)", False), ("0.2.0", "0.2.0", True)],
+)
+def test_only_a_final_version_with_its_heading_in_the_changelog_is_released(tmp_path, version, heading, is_released):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "edge_runtime").mkdir()
+    (tmp_path / "edge_runtime" / "__init__.py").write_text(f'__version__ = "{version}"\n')
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {heading}\n\n## 0.1.0\n")
+    done = [f"--old-file={name}" for name in ("venv", "lint", "test", "wheels")]
+    command = ["make", "--dry-run", *done, "release"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.index("CHANGELOG.md") < result.stdout.index("git tag")
+    result = subprocess.run(["make", "release-version"], cwd=tmp_path, capture_output=True, check=False)
+    assert (result.returncode == 0) is is_released
+
+
 def test_the_extra_of_a_server_wants_the_models_of_this_checkout():
     version = re.search('(?m)^version = "(.*)"$', (MODELS / "pyproject.toml").read_text())
     assert version

@@ -131,7 +131,7 @@ def test_what_was_answered_is_in_the_numbers(exposed):
     assert samples["aiflow_board_request_bytes_total",] > samples["aiflow_board_jpeg_bytes_total",] > 0
     assert samples["aiflow_board_answer_seconds_count",] == samples["aiflow_board_answered_total",] >= 1
     assert samples["aiflow_board_answer_seconds_sum",] > 0
-    assert samples["aiflow_board_cameras", "live"] == samples["aiflow_board_mqtt_connected",] == 1
+    assert samples["aiflow_board_cameras", "live"] == samples["aiflow_board_mqtt_connected", "servers"] == 1
     assert samples["aiflow_server_batch_seconds_count",] == samples["aiflow_server_batched_total",] >= 1
     assert samples["aiflow_server_target_cost_today",] > 0
     assert (samples["aiflow_server_target_budget_per_day",], samples["aiflow_server_queue_capacity",]) == (100, 64)

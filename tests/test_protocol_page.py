@@ -19,6 +19,7 @@ from server.reply_cache import ReplyCache
 from server.service import Service
 from server.targets.bundle import BundleTarget
 from server.watchdog import STATUS_PERIOD_S
+from tests.pages import says
 
 PAGE = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
 CAMERA = CameraConfig("door", "mqtt")
@@ -76,15 +77,13 @@ def test_the_settings_are_those_of_the_board():
 
 def test_its_bounds_are_those_of_the_code():
     config = Config(ServerConfig("attic", "bundle"))
-    bounds = {
-        MqttSettings("127.0.0.1", 1883, client_id="porch").max_inbound_bytes: "a board's is {:,} bytes",
-        config.mqtt_settings().max_inbound_bytes: "a server's is {:,},",
-        MAX_REPLY: "replies from the tier above is {:,}.",
-        MAX_STATUS: "each at most {:,} bytes",
-        MAX_SETTING_BYTES: "text of at most {} bytes",
-        SERVERS: "at most {} servers",
-        int(CLAIM_AGE_S): "for {} s, and only until",
-        int(STATUS_PERIOD_S): "a server every {} s",
-    }
-    text = " ".join(PAGE.split())
-    assert [said for bound, said in bounds.items() if said.format(bound) not in text] == []
+    bounds: list[tuple[str | int, ...]] = [
+        (MqttSettings("127.0.0.1", 1883, client_id="porch").max_inbound_bytes, "board"),
+        (config.mqtt_settings().max_inbound_bytes, "server"),
+        (MAX_REPLY, "replies", "tier"),
+        (MAX_STATUS, "bytes", SERVERS, "servers"),
+        (MAX_SETTING_BYTES, "bytes", "`down/set/<name>`"),
+        (f"{CLAIM_AGE_S:.0f} s", "status"),
+        (f"{STATUS_PERIOD_S:.0f} s", "server"),
+    ]
+    assert [facts for facts in bounds if not says(PAGE, *facts)] == []

@@ -12,6 +12,7 @@ from edge_runtime.http_call import MAX_RESPONSE
 from server.config import USUAL_INPUT_TOKENS, Config
 from server.targets.openai import TRIES
 from server.targets.target import Verified
+from tests.pages import says
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "targets.md").read_text()
@@ -43,8 +44,7 @@ def test_its_addresses_are_targets() -> None:
 def test_its_words_and_figures_are_those_of_the_code() -> None:
     for word in get_args(Verified):
         assert f"| `{word}` |" in DECISION
-    text = " ".join(PAGE.split())
-    assert f"in {len(FAULTS)} ways" in text
-    assert f"{USUAL_INPUT_TOKENS:,} input tokens" in text
-    assert (TRIES, "four times in all" in text) == (4, True)
-    assert (MAX_RESPONSE, "more than 1 MiB" in text) == (1 << 20, True)
+    assert says(PAGE, len(FAULTS), "ways")
+    assert says(PAGE, USUAL_INPUT_TOKENS, "tokens")
+    assert (TRIES, says(PAGE, "tried", "four", "times")) == (4, True)
+    assert says(PAGE, f"{MAX_RESPONSE >> 20} MiB")

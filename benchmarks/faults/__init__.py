@@ -23,7 +23,7 @@ from benchmarks.faults.site import FaultSite
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.picture_checks import decode_picture
-from testbed.sample_photos import to_jpeg
+from testbed.sample_photos import shrunk_jpeg
 
 PHOTO_PIXELS = 320  # as a small camera sends; decoding large photos is not measured here
 
@@ -48,7 +48,7 @@ def play(
     A scenario that cannot begin, for example because a server does not start, did not hold.
     """
     results: list[FaultResult] = []
-    small = [to_jpeg(decode_picture(photo), PHOTO_PIXELS, 85) for photo in photos]
+    small = [shrunk_jpeg(decode_picture(photo), PHOTO_PIXELS, 85) for photo in photos]
     with tempfile.TemporaryDirectory(prefix="aiflow-faults-") as folder:
         # Scenarios that leave brokers and servers unharmed share them: loading a server takes as long as a scenario.
         for name, group in groupby(faults, lambda fault: "shared" if fault.shares_site else fault.name):

@@ -1,5 +1,8 @@
 """Newer bundles on a board: signed, received, tried, kept or given up.
 
+The room exports nothing: a running board imports `updates`, and what only signs, checks or lists bundles imports
+`signature` and `store`.
+
 - `signature`: who has signed a bundle, its version and its expiry date
 - `store`: the installed bundles, which of them runs, and the way back
 - `archive`: a bundle in a tar file

@@ -111,7 +111,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quality: Annotated[dict[Label, Annotated[float, Meta(ge=-1e9, le=1e9)]], Meta(max_length=256)]  # on the dev split
     # From a draft's confidence to its quality relative to the cloud's text; none: each draft is verified.
     draft_calibration: Annotated[tuple[tuple[Share, Share], ...], Meta(max_length=MAX_POINTS)] = ()
-    # A text with less confidence, as whoever wrote it states it, is called unsure; none: none is.
+    # By who wrote a text: it is called unsure if its confidence is less. Without an entry, no text is.
     unsure_below: Annotated[dict[AnyTierName, Share], Meta(max_length=3)] = {}
     label_temperature: Annotated[float, Meta(ge=0.01, le=100)] = 1.0  # of the classifier: its logits are divided by it
     class_ids: Annotated[tuple[Label, ...], Meta(max_length=65536)] = ()  # WordNet ids of the classes, if they have any
@@ -200,7 +200,8 @@ class Bundle:
     def _incomplete(self, of_server: bool) -> BundleError:
         advice = "copy the whole bundle again"
         if of_server:
-            advice = f"a server needs its part of the bundle: install aiflow-edge-server-models, or {advice}"
+            wheel = "aiflow_edge_server_models-*.whl"
+            advice = f"a server needs its part of the bundle: pip install {wheel} of the same release, or {advice}"
         return BundleError(f"{self.path} lacks {', '.join(self._missing(of_server))}: {advice}")
 
     @cached_property

@@ -10,12 +10,14 @@ Statistics 26, 1955; for classifiers Zadrozny and Elkan, KDD 2002). The result i
 """
 
 import struct
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 from math import inf, isfinite
 from operator import add
 from typing import NamedTuple
+
+import numpy as np
 
 from edge_runtime.errors import ConfigError
 
@@ -39,24 +41,16 @@ class Calibration:
                 raise ConfigError(
                     f"calibration: ({next_x}, {next_y}) after ({x}, {y}): both must rise, quality may stay"
                 )
-        self._points = points
+        self._confidences, self._qualities = np.array([(0.0, 0.0), *points]).T
 
     def predicted_quality(self, confidence: float) -> float:
         """Of a draft, as a fraction of the quality of the server's text, 0..1. 0 for NaN and infinity.
 
         Below the first point it falls to 0 at confidence 0.
         """
-        if not self._points or not isfinite(confidence):
+        if not isfinite(confidence):
             return 0.0
-        index = bisect_right(self._points, confidence, key=lambda point: point[0])
-        if index == len(self._points):
-            return self._points[-1][1]
-        low, low_y = self._points[index - 1] if index else (0.0, 0.0)
-        high, high_y = self._points[index]
-        if confidence <= low:
-            return low_y
-        # Rounding could make it exceed high_y, and the function must never fall.
-        return min(high_y, low_y + (high_y - low_y) * (confidence - low) / (high - low))
+        return float(np.interp(confidence, self._confidences, self._qualities))
 
     def min_confidence(self, quality_floor: float) -> float:
         """The least confidence whose predicted quality is above 0 and at least quality_floor; inf if there is none.

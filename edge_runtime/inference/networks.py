@@ -47,8 +47,8 @@ def load_draft(bundle: Bundle, backend: str, threads: int) -> Draft:
 
     Raises BundleError, BackendError.
     """
-    look, step = (load_model(bundle.file(f"draft_{part}{SUFFIXES[backend]}"), threads) for part in ("look", "step"))
-    draft, latent = Draft(look, step, bundle.manifest.max_tokens), bundle.manifest.latent
+    encoder, step = (load_model(bundle.file(f"draft_{part}{SUFFIXES[backend]}"), threads) for part in ("look", "step"))
+    draft, latent = Draft(encoder, step, bundle.manifest.max_tokens), bundle.manifest.latent
     with np.errstate(invalid="ignore"):  # the difference of two infinite logits
         tried = draft.write(np.zeros((latent.channels, latent.height, latent.width), np.int8))
     if not isfinite(tried.confidence):

@@ -200,10 +200,10 @@ class MqttClient:
         """
         return {**self._queue.counts(), **self._counts, "evictions": self._backoff.evictions}
 
-    def counts(self, name: str) -> dict[str, int | dict[str, int]]:
+    def counts(self) -> dict[str, int | dict[str, int]]:
         """`stats` for the exporter: a labelled counter and, apart from it, the numbers that may fall."""
         counters, is_connected = self.stats(), self.state is State.ONLINE
-        return {f"{name}_pending": counters.pop("pending"), name: counters, f"{name}_connected": int(is_connected)}
+        return {"mqtt_pending": counters.pop("pending"), "mqtt": counters, "mqtt_connected": int(is_connected)}
 
     def close(self, drain_s: float = 2.0) -> None:
         """Accept no more, wait up to drain_s for what is queued or in flight, disconnect; the rest ends as CLOSED."""

@@ -1,7 +1,6 @@
-"""The planner of a board: makes the plan of each frame from what is configured, switched and measured.
+"""The planner of a board: makes the plan of each frame from configuration, remote settings and measurements.
 
-The settings of the board, of its cameras and of its run-time switches meet here. If the paradigm is "auto", the policy
-chooses it (policy.py), from what the board has measured (measurements.py).
+If the paradigm is "auto", the policy chooses it (policy.py), from what the board has measured (measurements.py).
 """
 
 import time

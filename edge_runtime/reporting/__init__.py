@@ -7,8 +7,8 @@ to Prometheus; it is not imported here, since its library costs a few megabytes 
 load.
 """
 
-from edge_runtime.reporting.counters import BOARD, Meaning, Values, not_zero
+from edge_runtime.reporting.counters import BOARD, Meaning, Values, kinds, not_zero
 from edge_runtime.reporting.events import Events
 from edge_runtime.reporting.remote_settings import RemoteSettings, Setting, board_settings
 
-__all__ = ["BOARD", "Events", "Meaning", "RemoteSettings", "Setting", "Values", "board_settings", "not_zero"]
+__all__ = ["BOARD", "Events", "Meaning", "RemoteSettings", "Setting", "Values", "board_settings", "kinds", "not_zero"]

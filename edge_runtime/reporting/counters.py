@@ -1,22 +1,27 @@
 """The numbers that a board counts, and what each of them means.
 
-Components count; each offers its numbers as name -> number, or name -> {label: number} if they come in kinds. Nothing
-is counted a second time here. A name without a meaning is an error of the test suite.
+Components count; each offers its numbers as name -> number, or name -> {label: number} if they come in kinds, which may
+have kinds of their own. Nothing is counted a second time here. A name without a meaning is an error of the test suite.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-Values = Mapping[str, float | Mapping[str, float]]  # an inner mapping is label -> number
+Value = float | Mapping[str, float | Mapping[str, float]]  # a mapping is label -> number
+Values = Mapping[str, Value]
 
 
 class Meaning(NamedTuple):
     """The meaning of a number, for people."""
 
     text: str
-    label: str = ""  # what distinguishes the kinds, if the number comes in kinds
+    label: str = ""  # what distinguishes the kinds, if the number comes in kinds; "broker, what": kinds of kinds
     is_gauge: bool = False  # may fall; everything else is a counter
     is_summary: bool = False  # {"count": of events, "sum": of their values}; the mean is sum / count
+
+    @property
+    def labels(self) -> list[str]:
+        return self.label.split(", ") if self.label else []
 
     @property
     def suffix(self) -> str:
@@ -93,21 +98,26 @@ BOARD = {
         "(more passes than its text has tokens), servers_forgotten, bad_value, overflow",
         "what",
     ),
-    "mqtt": Meaning("Messages to and from the servers' broker, by what became of them; its connections", "what"),
-    "mqtt_pending": Meaning("Messages to the servers' broker that wait or are in flight", is_gauge=True),
-    "mqtt_connected": Meaning("1 while the servers' broker answers", is_gauge=True),
-    "local": Meaning("As mqtt, for the near broker, if there is one", "what"),
-    "local_pending": Meaning("As mqtt_pending, for the near broker, if there is one", is_gauge=True),
-    "local_connected": Meaning("As mqtt_connected, for the near broker, if there is one", is_gauge=True),
+    "mqtt": Meaning(
+        "Messages to and from a broker (servers; local: the near one, if there is one), by what became of them; its "
+        "connections",
+        "broker, what",
+    ),
+    "mqtt_pending": Meaning("Messages to a broker that wait or are in flight", "broker", is_gauge=True),
+    "mqtt_connected": Meaning("1 while the broker answers", "broker", is_gauge=True),
 }
 
 
+def kinds(value: Value, *labels: str) -> Iterator[tuple[tuple[str, ...], float]]:
+    """The numbers of a value with their labels; none for a number that does not come in kinds."""
+    if isinstance(value, Mapping):
+        for label, inner in value.items():
+            yield from kinds(inner, *labels, label)
+    else:
+        yield labels, value
+
+
 def not_zero(values: Values) -> str:
-    """The numbers that are not zero, for a log line: `lost=2 reply{ok}=40`."""
-    flat: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}{{{label}}}": number for label, number in value.items()}
-        else:
-            flat[name] = value
-    return " ".join(f"{name}={number:g}" for name, number in flat.items() if number)
+    """The numbers that are not zero, for a log line: `lost=2 reply{ok}=40 mqtt{local,sent}=9`."""
+    flat = ((name, labels, number) for name, value in values.items() for labels, number in kinds(value) if number)
+    return " ".join(f"{name}{{{','.join(labels)}}}={n:g}" if labels else f"{name}={n:g}" for name, labels, n in flat)

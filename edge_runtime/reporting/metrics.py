@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from edge_runtime.config import MetricsConfig
-from edge_runtime.reporting.counters import Meaning, Values
+from edge_runtime.reporting.counters import Meaning, Value, Values, kinds
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +37,8 @@ class _Reader(Collector):
 
     def __init__(self, prefix: str, meanings: Mapping[str, Meaning], read: Callable[[], Values]) -> None:
         self._prefix, self._meanings, self._read = prefix, meanings, read
-        self._highest: dict[tuple[str, str], float] = {}
-        self._fell: set[tuple[str, str]] = set()
+        self._highest: dict[tuple[str, ...], float] = {}
+        self._fell: set[tuple[str, ...]] = set()
         self._lock = threading.Lock()  # two scrapes at once: what was read first must not be told last
 
     def collect(self) -> Iterator[Metric]:
@@ -46,24 +46,25 @@ class _Reader(Collector):
             families = [self._family(name, value) for name, value in self._read().items()]
         yield from families
 
-    def _family(self, name: str, value: float | Mapping[str, float]) -> Metric:
-        meaning = self._meanings[name]
-        if meaning.is_summary and isinstance(value, Mapping):
-            return SummaryMetricFamily(f"aiflow_{self._prefix}_{name}", meaning.text, int(value["count"]), value["sum"])
+    def _family(self, name: str, value: Value) -> Metric:
+        meaning, numbers = self._meanings[name], dict(kinds(value))
+        if meaning.is_summary:
+            count, total = int(numbers["count",]), numbers["sum",]
+            return SummaryMetricFamily(f"aiflow_{self._prefix}_{name}", meaning.text, count, total)
         family = GaugeMetricFamily if meaning.is_gauge else CounterMetricFamily
-        labels = [meaning.label] if meaning.label else []
-        metric = family(f"aiflow_{self._prefix}_{name}", meaning.text, labels=labels)
-        for label, number in value.items() if isinstance(value, Mapping) else [("", value)]:
-            metric.add_metric([label] * len(labels), number if meaning.is_gauge else self._counted(name, label, number))
+        metric = family(f"aiflow_{self._prefix}_{name}", meaning.text, labels=meaning.labels)
+        for labels, number in numbers.items():
+            metric.add_metric(labels, number if meaning.is_gauge else self._counted((name, *labels), number))
         return metric
 
-    def _counted(self, name: str, label: str, number: float) -> float:
-        highest = self._highest.get((name, label), 0.0)
-        if number < highest and (name, label) not in self._fell:  # a bug of the component that counts
-            self._fell.add((name, label))
-            logger.error("counter fell name=%s label=%s from=%g to=%g", name, label, highest, number)
-        self._highest[name, label] = max(highest, number)
-        return self._highest[name, label]
+    def _counted(self, name: tuple[str, ...], number: float) -> float:
+        """name: with its labels."""
+        highest = self._highest.get(name, 0.0)
+        if number < highest and name not in self._fell:  # a bug of the component that counts
+            self._fell.add(name)
+            logger.error("counter fell name=%s label=%s from=%g to=%g", name[0], ",".join(name[1:]), highest, number)
+        self._highest[name] = max(highest, number)
+        return self._highest[name]
 
 
 class _Handler(WSGIRequestHandler):

@@ -13,7 +13,7 @@ from edge_runtime.picture_checks import check_picture
 from edge_runtime.wire import Event, decode_event, topics
 from firmware_tools.ui.answer_view import count_minute, show_answer
 from firmware_tools.ui.rows import BoardRow, CameraRow, ServerRow, shown
-from firmware_tools.ui.statuses import BoardStatus, MessageError, ServerStatus, read_status
+from firmware_tools.ui.statuses import BoardFields, MessageError, ServerFields, decode_fields
 
 MAX_BOARDS, MAX_CAMERAS, MAX_SERVERS = 1000, 16, 64
 QUIET_S = 3600.0
@@ -137,7 +137,7 @@ class Site:
                 return NOTHING
             self._forget(self.boards[board])
             return Change((("board", board),))
-        status = read_status(payload, BoardStatus)
+        status = decode_fields(payload, BoardFields)
         row, keys = self._board(board, now)
         if row is None:
             return Change(keys)
@@ -156,7 +156,7 @@ class Site:
     def _server_status(self, server: str, payload: bytes, now: float) -> Change:
         if not payload:  # its retained status is deleted
             return Change((("server", server),)) if self.servers.pop(server, None) else NOTHING
-        status = read_status(payload, ServerStatus)
+        status = decode_fields(payload, ServerFields)
         if status.server != server or (server not in self.servers and len(self.servers) >= MAX_SERVERS):
             raise MessageError("another server's status, or too many servers")
         before = self.servers.get(server) or ServerRow(server)

@@ -20,7 +20,7 @@ class MessageError(AiflowError, ValueError):
     """A message that the page does not use."""
 
 
-class BoardStatus(Struct, frozen=True):
+class BoardFields(Struct, frozen=True):
     state: State
     version: Name = ""
     bundle: Name = ""
@@ -29,38 +29,38 @@ class BoardStatus(Struct, frozen=True):
     problems: Annotated[dict[Name, Line], Meta(max_length=32)] = {}
 
 
-class Target(Struct, frozen=True):
+class TargetFields(Struct, frozen=True):
     name: Line = ""
 
 
-class Queue(Struct, frozen=True):
+class QueueFields(Struct, frozen=True):
     waiting: UInt32 = 0
     capacity: UInt32 = 0
 
 
-class Engine(Struct, frozen=True):
+class EngineFields(Struct, frozen=True):
     busy_s: Millis = 0.0
     batches: Count = 0
 
 
-class Price(Struct, frozen=True):
+class PriceFields(Struct, frozen=True):
     batch: Millis = 0.0
     one_pass: Millis = msgspec.field(default=0.0, name="pass")
 
 
-class Usage(Struct, frozen=True):
+class UsageFields(Struct, frozen=True):
     cost: Amount | None = None
     cost_today: Amount | None = None
     budget_per_day: Amount | None = None
     currency: Annotated[str, Meta(max_length=8)] = ""
 
 
-class Counts(Struct, frozen=True):
+class CountsFields(Struct, frozen=True):
     received: Count = 0
     replies: Annotated[dict[Name, Count], Meta(max_length=64)] = {}
 
 
-class ServerStatus(Struct, frozen=True):
+class ServerFields(Struct, frozen=True):
     state: State
     server: Name
     version: Name = ""
@@ -68,17 +68,17 @@ class ServerStatus(Struct, frozen=True):
     share_proven: bool = False
     accepting: bool = False
     why: Line = ""
-    target: Target = Target()
-    queue: Queue = Queue()
-    engine: Engine = Engine()
-    price_ms: Price = Price()
-    usage: Usage | None = None
-    counts: Counts = Counts()
+    target: TargetFields = TargetFields()
+    queue: QueueFields = QueueFields()
+    engine: EngineFields = EngineFields()
+    price_ms: PriceFields = PriceFields()
+    usage: UsageFields | None = None
+    counts: CountsFields = CountsFields()
 
 
-S = TypeVar("S", BoardStatus, ServerStatus)
+S = TypeVar("S", BoardFields, ServerFields)
 
 
-def read_status(payload: bytes, kind: type[S]) -> S:
+def decode_fields(payload: bytes, kind: type[S]) -> S:
     """Raises MessageError for what is not a status within its bounds; fields it does not know are ignored."""
     return decode_bounded(msgspec.json.Decoder(kind), payload, MAX_STATUS, "a status", MessageError)

@@ -41,7 +41,7 @@ class Int8Draft:
     A layer with two inputs is split in two, since the ranges of its inputs differ by a factor of ten.
     """
 
-    look: Int8Linear  # 3x3 convolution, inputs in the order channel, row, column
+    image_conv: Int8Linear  # 3x3 convolution, inputs in the order channel, row, column
     places: Int8Linear  # what is added at each position, [1, 49 * 128]: one scale
     tokens: Int8Linear  # [V, 128], the embedding and the last layer
     query: Int8Linear  # with the attention's 1 / sqrt(width)
@@ -55,10 +55,10 @@ class Int8Draft:
 def quantise_draft(draft: DraftDecoder) -> Int8Draft:
     """Quantises a trained draft decoder's weights."""
     scale, gates, out = 1.0 / math.sqrt(DRAFT_MEMORY), draft.input_gates, draft.out
-    assert draft.look1.bias is not None
+    assert draft.image_conv.bias is not None
     return Int8Draft(
-        look=_int8(draft.look1.weight.flatten(1)),
-        places=_int8((draft.look_positions.flatten(1).T + draft.look1.bias).reshape(1, -1)),
+        image_conv=_int8(draft.image_conv.weight.flatten(1)),
+        places=_int8((draft.image_positions.flatten(1).T + draft.image_conv.bias).reshape(1, -1)),
         tokens=_int8(draft.tokens.weight, draft.bias + draft.never_emitted),
         query=_int8(draft.query.weight * scale, draft.query.bias * scale),
         embedding_gates=_int8(gates.weight[:, :DRAFT_EMBEDDING], gates.bias),
@@ -101,20 +101,20 @@ def _step(ops: _Operations[Name], draft: Int8Draft, token: Name, state: Name, me
 
 
 def write_draft_onnx(draft: Int8Draft) -> tuple[bytes, bytes]:
-    """The draft decoder as two ONNX files, look and step.
+    """The draft decoder as two ONNX files: its image encoder (`draft_look` in a bundle) and its step.
 
-    look: `symbols` float32 [1, 64, 7, 7] to `memory` float32 [1, 49, 128]. step: `token` int32 [1], `state` float32
+    Encoder: `symbols` float32 [1, 64, 7, 7] to `memory` float32 [1, 49, 128]. Step: `token` int32 [1], `state` float32
     [1, 256] and `memory` to `logits` float32 [1, V] and `next_state`.
     """
     ops = _Onnx()
-    ops.look(draft)
-    look = ops.graph.to_bytes("look", [_onnx_value("symbols", (1, *LATENT))], [_onnx_value("memory", MEMORY)], {})
+    ops.encode_image(draft)
+    encoder = ops.graph.to_bytes("look", [_onnx_value("symbols", (1, *LATENT))], [_onnx_value("memory", MEMORY)], {})
     ops = _Onnx()
     _step(ops, draft, "token", "state", "memory")
     inputs = [helper.make_tensor_value_info("token", TensorProto.INT32, [1])]
     inputs += [_onnx_value("state", (1, DRAFT_STATE)), _onnx_value("memory", MEMORY)]
     outputs = [_onnx_value("logits", (1, len(draft.tokens.codes))), _onnx_value("next_state", (1, DRAFT_STATE))]
-    return look, ops.graph.to_bytes("step", inputs, outputs, {})
+    return encoder, ops.graph.to_bytes("step", inputs, outputs, {})
 
 
 def _onnx_value(name: str, shape: tuple[int, ...]) -> ValueInfoProto:
@@ -129,8 +129,8 @@ class _Onnx:
         self.zero = self.graph.constant("zero", np.int8(0))
         self._codes: dict[str, list[str]] = {}  # of an activation: its codes, scale and zero point
 
-    def look(self, draft: Int8Draft) -> None:
-        graph, layer = self.graph, draft.look
+    def encode_image(self, draft: Int8Draft) -> None:
+        graph, layer = self.graph, draft.image_conv
         kernel = graph.constant("kernel_codes", layer.codes.reshape(-1, LATENT[0], 3, 3))
         scales = graph.constant("kernel_scales", layer.scales)
         kernel = graph.node("DequantizeLinear", [kernel, scales], "kernel", axis=0)
@@ -187,16 +187,16 @@ class _Onnx:
 
 
 def write_draft_litert(draft: Int8Draft) -> tuple[bytes, bytes]:
-    """The draft decoder as two LiteRT files, look and step; inputs and outputs as in write_draft_onnx."""
+    """The draft decoder as two LiteRT files, encoder and step; inputs and outputs as in write_draft_onnx."""
     ops = _LiteRt()
     symbols = ops.graph.tensor("symbols", (1, *LATENT), np.float32)
-    look = ops.graph.to_bytes([symbols], [ops.look(draft, symbols)])
+    encoder = ops.graph.to_bytes([symbols], [ops.encode_image(draft, symbols)])
     ops = _LiteRt()
     token = ops.graph.tensor("token", (1,), np.int32)
     state = ops.graph.tensor("state", (1, DRAFT_STATE), np.float32)
     memory = ops.graph.tensor("memory", MEMORY, np.float32)
     outputs = _step(ops, draft, token, state, memory)
-    return look, ops.graph.to_bytes([token, state, memory], list(outputs))
+    return encoder, ops.graph.to_bytes([token, state, memory], list(outputs))
 
 
 class _LiteRt:
@@ -206,8 +206,8 @@ class _LiteRt:
         self.graph = litert_graph.LitertGraph()
         self._tables: dict[str, tuple[int, int]] = {}  # weights and scales by name
 
-    def look(self, draft: Int8Draft, symbols: int) -> int:
-        graph, layer = self.graph, draft.look
+    def encode_image(self, draft: Int8Draft, symbols: int) -> int:
+        graph, layer = self.graph, draft.image_conv
         channels, height, width = LATENT
         order = graph.constant("order", np.array([0, 2, 3, 1], np.int32))
         image = self._operation("TRANSPOSE", [symbols, order], (1, height, width, channels), options="Transpose")

@@ -113,8 +113,8 @@ def texts_of_tier(work: Workspace, tier: str) -> Scored:
 
 def drafts_of(work: Workspace, bundle: Path, suffix: str) -> tuple[Scored, list[list[int]]]:
     """The drafts of one runtime, as a board writes them."""
-    look, step = (load_model(bundle / f"draft_{part}.{suffix}") for part in ("look", "step"))
-    draft = Draft(look, step, MAX_TOKENS)
+    encoder, step = (load_model(bundle / f"draft_{part}.{suffix}") for part in ("look", "step"))
+    draft = Draft(encoder, step, MAX_TOKENS)
     drafts = [draft.write(each) for each in stage5_symbols.symbols(work, work.array("codes-dev"), len(GAINS) - 1)]
     texts = [[token for token in drafted.tokens if token != EOS] for drafted in drafts]
     return scored(work, [drafted.confidence for drafted in drafts], texts), texts

@@ -45,14 +45,14 @@ def run(work: Workspace) -> None:
 
         seen = np.zeros((len(pairs), LABEL_BYTES * MAX_LABELS), np.uint8)
 
-        def look(pair: tuple[int, int], photos: np.ndarray = photos, seed: int = seed) -> tuple[np.ndarray, bytes]:
+        def encode(pair: tuple[int, int], photos: np.ndarray = photos, seed: int = seed) -> tuple[np.ndarray, bytes]:
             latent = head.latent(make_view(photos, *pair, seed))
             assert latent.backbone_map is not None
             return latent.codes, encode_labels(worth_sending(labels.likeliest(latent.backbone_map)))
 
         with ThreadPoolExecutor(2) as pool:  # the runtime releases the GIL while it computes
             for rows in blocks(f"latents of {part}", len(pairs), BATCH):
-                for at, (its_codes, sent) in zip(range(len(pairs))[rows], pool.map(look, pairs[rows]), strict=True):
+                for at, (its_codes, sent) in zip(range(len(pairs))[rows], pool.map(encode, pairs[rows]), strict=True):
                     codes[at], seen[at, : len(sent)] = its_codes, np.frombuffer(sent, np.uint8)
         np.save(work / f"seen-{part}.npy", seen)
     (work / "head_output.txt").write_text(f"{model.scale!r} {model.zero_point}\n")

@@ -21,7 +21,7 @@ class Acceptance:
         self.is_taken = is_taken
         self.why = ""  # it is not taken; empty: it is, or nothing is known
         self.due = -inf  # when it is asked; inf: not before there is a doubt
-        self._asked_after_s = FIRST_WAIT_S  # the wait that ends then; if it is due at once: the next look is not later
+        self._asked_after_s = FIRST_WAIT_S  # the wait that ends then; if it is due at once: the next check is not later
         self._may_crash = False
         self._asked_at, self._same = -inf, 0  # answers in a row that said the same
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTINUE: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False, "return_token_ids": True}
-LOOK_S = 30.0  # between two looks at the list of models, which costs nothing
+CHECK_S = 30.0  # how often the list of models is read, which costs nothing
 PROBE_TOKENS = 16  # of its text
 PROBE_PIXELS = np.linspace(0, 255, 224 * 224 * 3).astype(np.uint8).reshape(224, 224, 3)
 WRONG_DRAFT = "zebra zebra zebra zebra"
@@ -133,7 +133,7 @@ class VllmTarget(OpenAITarget):
         self._lost_connections, self._was_away = 0, False  # as last seen
         self._is_due = threading.Event()  # a probe is, or this server stops
         if self._probes:
-            threading.Thread(target=self._look_until_closed, name="probe", daemon=True).start()
+            threading.Thread(target=self._probe_until_closed, name="probe", daemon=True).start()
 
     @property
     def abilities(self) -> Abilities:
@@ -152,13 +152,13 @@ class VllmTarget(OpenAITarget):
 
     # ---- the probes ----
 
-    def _look_until_closed(self) -> None:
+    def _probe_until_closed(self) -> None:
         while not self.calls.stop.is_set():
-            self.look()
-            self._is_due.wait(LOOK_S)
+            self.probe_due()
+            self._is_due.wait(CHECK_S)
             self._is_due.clear()
 
-    def look(self) -> None:
+    def probe_due(self) -> None:
         """Makes the probes that are due: all of them if vLLM was away meanwhile.
 
         First forgets what was known, if vLLM is away now or serves another model.

@@ -114,7 +114,7 @@ def test_photos_become_drafts_and_verified_texts_and_the_board_ends(board_bundle
         summary = run_board(configuration(board_bundle, broker.port, photos, backend=backend), threading.Event())
         events = [decode_event(user.next()) for _ in range(6)]
     assert (summary["accepted"], summary["answered"], summary["lost"], summary["open"]) == (3, 3, 0, 0)
-    assert (summary["frames_failed"], summary["unreadable"], summary["mqtt"]["dropped"]) == (0, 0, 0)
+    assert (summary["frames_failed"], summary["unreadable"], summary["mqtt"]["servers"]["dropped"]) == (0, 0, 0)
     for name in {event.frame for event in events}:
         new, update = (event for event in events if event.frame == name)
         assert (new.type, update.type, update.text, update.final) == ("new", "update", "verified", True)
@@ -297,7 +297,7 @@ def test_both_tables_may_name_one_broker(board_bundle, broker, photos, local, co
     with server(broker.port), Running(config) as board:
         summary = board.wait_ended()
     assert summary["answered"] == 3
-    ends = [summary[name] for name in ("mqtt", "local") if name in summary]
+    ends = summary["mqtt"].values()
     assert [(end["connects"], end["evictions"], end["losses"]) for end in ends] == connections * [(1, 0, 0)]
     assert status(broker.port)["state"] == "offline"
 
@@ -432,7 +432,7 @@ def test_aiflow_run_stops_cleanly_on_a_signal(config_file, broker, number):
         finally:
             process.kill()
     assert process.returncode == os.EX_OK
-    assert re.search(rb"board stopped accepted=\d+ .*mqtt\{published\}=\d+", log)
+    assert re.search(rb"board stopped accepted=\d+ .*mqtt\{servers,published\}=\d+", log)
     assert not re.search(rb"board stopped .*=0( |$)", log, re.MULTILINE)
     assert b"Traceback" not in log
     assert status(broker.port)["state"] == "offline"

@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import packages
+from edge_runtime import __version__, packages
 from edge_runtime.errors import ConfigError
-from edge_runtime.packages import OPTIONAL, MissingPackageError, how_to_install, package_error, refuse_32_bit
+from edge_runtime.packages import (
+    OPTIONAL,
+    MissingPackageError,
+    how_to_install,
+    how_to_install_program,
+    package_error,
+    refuse_32_bit,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +35,13 @@ def test_in_a_checkout_the_command_installs_its_extra(monkeypatch):
     assert how_to_install("torch") == "pip install '.[pytorch]'"
     monkeypatch.chdir("/")
     assert how_to_install("torch") == f"pip install '{ROOT}[pytorch]'"
+
+
+def test_the_program_itself_is_installed_from_the_checkout_or_from_the_wheels_file(monkeypatch, tmp_path):
+    monkeypatch.chdir("/")
+    assert how_to_install_program("board") == f"pip install '{ROOT}[board]'"
+    monkeypatch.setattr(packages, "__file__", str(tmp_path / "edge_runtime" / "packages.py"))
+    assert how_to_install_program("board") == f"pip install 'aiflow_edge-{__version__}-py3-none-any.whl[board]'"
 
 
 def test_from_a_wheel_the_command_names_the_package_itself(monkeypatch, tmp_path):

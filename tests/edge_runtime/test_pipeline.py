@@ -703,8 +703,8 @@ def test_the_encoding_time_of_a_picture_over_the_byte_budget_is_not_measured_as_
     board.pipeline.head, board.pipeline.draft = load_head(board_bundle, "onnx", 1), load_draft(board_bundle, "onnx", 1)
     cameras = (CameraConfig("door", "mqtt"),)
     config = RuntimeConfig(BoardConfig(BOARD, "bundle", paradigm="offload"), cameras)
-    measurements, switches = Measurements(), RemoteSettings(SITE, BOARD, board_settings(config))
-    board.pipeline.planner = BoardPlanner(config, Cameras(cameras), switches, measurements, Calibration())
+    measurements, remote = Measurements(), RemoteSettings(SITE, BOARD, board_settings(config))
+    board.pipeline.planner = BoardPlanner(config, Cameras(cameras), remote, measurements, Calibration())
     assert board.pipeline.handle(frame()).paradigm == "device"
     measured = measurements.snapshot(time.monotonic()).board
     assert measured.encode_ms is None

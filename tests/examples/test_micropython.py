@@ -31,7 +31,7 @@ from edge_runtime.wire import (
     encode_reply,
     topics,
 )
-from firmware_tools.ui.statuses import BoardStatus, read_status
+from firmware_tools.ui.statuses import BoardFields, decode_fields
 from testbed.chat_server import ChatServer
 from testbed.processes import AiflowProcess, wait_serving
 from tests.brokers import Mosquitto
@@ -221,8 +221,8 @@ def test_a_server_process_answers_the_picture_of_the_readme(broker: Mosquitto, t
         status = watcher.next()
         clients[0].die()
         will = watcher.next()
-    assert read_status(status, BoardStatus) == BoardStatus("online", paradigm="offload", cameras={"door": "live"})
-    assert read_status(will, BoardStatus).state == "offline"
+    assert decode_fields(status, BoardFields) == BoardFields("online", paradigm="offload", cameras={"door": "live"})
+    assert decode_fields(will, BoardFields).state == "offline"
 
 
 def test_a_request_is_the_picture_as_the_protocol_says(site: Site):

@@ -139,8 +139,8 @@ def test_a_service_does_not_load_what_only_a_terminal_needs(config: Path) -> Non
 
 
 def test_the_closing_line_has_what_is_not_zero() -> None:
-    assert closing_line({"accepted": 3, "lost": 0, "mqtt": {"losses": 1, "refused": 0}}) == (
-        "the board has stopped: 3 accepted, 1 mqtt losses"
+    assert closing_line({"accepted": 3, "lost": 0, "mqtt": {"local": {"losses": 1, "refused": 0}}}) == (
+        "the board has stopped: 3 accepted, 1 mqtt local losses"
     )
     assert closing_line({"answer_seconds": {"count": 4, "sum": 0.5}}).endswith(": 0.125 s to an answer on average")
     assert closing_line({"jpeg_bytes": 12345678}).endswith(": 12345678 jpeg bytes")

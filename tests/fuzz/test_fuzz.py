@@ -31,9 +31,10 @@ def test_any_input_is_read_or_refused_by_name(name):
             pytest.fail(f"input {number} raised {error!r}: {data!r}")
 
 
-def test_the_corpus_is_small_and_each_part_has_a_target():
+def test_the_corpus_is_small_without_doubles_and_each_part_has_a_target():
     assert {path.name for path in CORPUS.iterdir()} == set(TARGETS)
     assert sum(path.stat().st_size for path in CORPUS.glob("*/*")) < MAX_CORPUS_BYTES
+    assert [name for name in TARGETS if len(set(seeds(name))) < len(seeds(name))] == []
 
 
 def test_another_error_than_the_named_one_is_a_fault():

@@ -15,7 +15,7 @@ each_backend = pytest.mark.parametrize("suffix", SUFFIXES.values())
 
 @each_backend
 def test_8_bits_hardly_ever_change_the_next_token(tmp_path, suffix):
-    look, step = (exports.loaded(tmp_path, f"{name}{suffix}") for name in ("look", "step"))
+    encoder, step = (exports.loaded(tmp_path, f"{name}{suffix}") for name in ("encoder", "step"))
     draft, rng = exports.draft(), np.random.default_rng(5)
     same = []
     for latent in exports.latents(20, seed=5):
@@ -23,7 +23,7 @@ def test_8_bits_hardly_ever_change_the_next_token(tmp_path, suffix):
         tokens = [BOS, *rng.integers(4, exports.VOCABULARY, 9)]
         with torch.inference_mode():
             exact_memory, exact_state = draft.encode_image(torch.from_numpy(symbols)), draft.new_state(1)
-        (memory,) = look.run(symbols)
+        (memory,) = encoder.run(symbols)
         state = exact_state.numpy()
         assert np.abs(memory - exact_memory.numpy()).max() < 0.1
         for token in tokens:
@@ -38,16 +38,16 @@ def test_8_bits_hardly_ever_change_the_next_token(tmp_path, suffix):
 
 @each_backend
 def test_the_next_token_depends_on_token_state_and_symbols(tmp_path, suffix):
-    look, step = (exports.loaded(tmp_path, f"{name}{suffix}") for name in ("look", "step"))
+    encoder, step = (exports.loaded(tmp_path, f"{name}{suffix}") for name in ("encoder", "step"))
     token, state = np.array([BOS], np.int32), np.zeros((1, 256), np.float32)
     symbols = np.zeros((1, 64, 7, 7), np.float32)
-    base = step.run(token, state, *look.run(symbols))[0]
+    base = step.run(token, state, *encoder.run(symbols))[0]
     for other in ((token + 7, state, symbols), (token, state + 0.5, symbols), (token, state, symbols + 1)):
-        assert np.abs(step.run(*other[:2], *look.run(other[2]))[0] - base).max() > 0.1
+        assert np.abs(step.run(*other[:2], *encoder.run(other[2]))[0] - base).max() > 0.1
 
 
 def test_onnx_weights_are_8_bits():
-    for name in ("look.onnx", "step.onnx"):
+    for name in ("encoder.onnx", "step.onnx"):
         constants = onnx.load_from_string(exports.files()[name]).graph.initializer
         matrices = [c for c in constants if len(c.dims) > 1]
         assert matrices
@@ -55,7 +55,7 @@ def test_onnx_weights_are_8_bits():
 
 
 def test_litert_weights_are_8_bits():
-    for name in ("look.tflite", "step.tflite"):
+    for name in ("encoder.tflite", "step.tflite"):
         model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(exports.files()[name]))
         constants = [t for t in model.subgraphs[0].tensors if model.buffers[t.buffer].data is not None]
         matrices = [t for t in constants if len(t.shape) > 1]

@@ -47,4 +47,5 @@ def test_an_assistant_is_told_by_what_it_did():
 def test_what_a_tier_above_says_unasked_is_counted():
     above = {"requests": {"accepted": 4, "unknown": 2, "open": 1}, "replies": {"ok": 3, "unreadable": 1}}
     read = values(STATUS | {"upstream": above})
-    assert read["upstream"] == {"accepted": 4, "unknown": 2, "reply_ok": 3, "reply_unreadable": 1}
+    assert read["upstream"] == {"accepted": 4, "unknown": 2}
+    assert read["upstream_replies"] == {"ok": 3, "unreadable": 1}

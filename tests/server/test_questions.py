@@ -19,7 +19,7 @@ from server.app import run_server
 from server.engine import Engine, Job
 from server.escalation import passed_down
 from server.pictures import PictureDecoder
-from server.questions import MAX_MESSAGE, MAX_QUESTIONS, Questions
+from server.questions import MAX_FILES, MAX_MESSAGE, Questions
 from server.reply_cache import ReplyCache
 from server.service import Service
 from server.targets.bundle import BundleTarget
@@ -138,7 +138,7 @@ def test_a_file_that_is_wrong_ends_the_start_and_is_named(bundle: Bundle, folder
         ({"door": ".."}, "without slashes"),
         ({"a door": "door.safetensors"}, "message is not as"),
         (["door"], "message is not as"),
-        ({f"q{i}": "door.safetensors" for i in range(MAX_QUESTIONS + 1)}, f"at most {MAX_QUESTIONS}"),
+        ({f"q{i}": "door.safetensors" for i in range(MAX_FILES + 1)}, f"at most {MAX_FILES}"),
         ("x" * MAX_MESSAGE, "at most"),
     ],
 )

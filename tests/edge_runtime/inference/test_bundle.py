@@ -91,7 +91,7 @@ def test_a_board_needs_no_file_of_the_servers_part_and_a_server_hears_which_it_l
     for ask in (lambda: bundle.check(for_server=True), lambda: bundle.file("tail.safetensors")):
         with pytest.raises(BundleError) as error:
             ask()
-        assert all(name in str(error.value) for name in [*weights, "install aiflow-edge-server-models"])
+        assert all(name in str(error.value) for name in [*weights, "pip install aiflow_edge_server_models-*.whl"])
     (copy / "head.onnx").unlink()
     with pytest.raises(BundleError, match=r"lacks head\.onnx: copy the whole bundle again"):
         bundle.check(for_server=False)

@@ -21,7 +21,7 @@ MAX_TOKENS = 12
 
 @pytest.fixture(params=SUFFIXES.values())
 def draft(request, tmp_path) -> Draft:
-    return Draft(*(exports.loaded(tmp_path, f"{name}{request.param}") for name in ("look", "step")), MAX_TOKENS)
+    return Draft(*(exports.loaded(tmp_path, f"{name}{request.param}") for name in ("encoder", "step")), MAX_TOKENS)
 
 
 @pytest.fixture(scope="module")

@@ -128,8 +128,8 @@ def test_exactly_the_drafts_from_the_least_confidence_on_are_good_enough(table, 
 
 @given(tables, st.floats(allow_nan=False), st.data())
 def test_a_quality_that_is_in_the_table_is_reached_at_its_point(table, confidence, data):
-    calibration = Calibration([*table[:7], (1.0, 1.0)] if not table or table[-1][0] < 1 else table)
-    points = calibration._points
+    points = [*table[:7], (1.0, 1.0)] if not table or table[-1][0] < 1 else table
+    calibration = Calibration(points)
     x, y = data.draw(st.sampled_from(points))
     least = calibration.min_confidence(y)
     assert least <= x or y == 0

@@ -59,7 +59,8 @@ def test_a_summary_may_be_read_while_new_kinds_are_counted(board):
 
 
 def test_what_is_not_zero_is_shown():
-    assert not_zero({"lost": 0, "accepted": 12, "reply": {"ok": 11, "busy": 0}}) == "accepted=12 reply{ok}=11"
+    counts = {"lost": 0, "accepted": 12, "reply": {"ok": 11, "busy": 0}, "mqtt": {"local": {"sent": 9, "dropped": 0}}}
+    assert not_zero(counts) == "accepted=12 reply{ok}=11 mqtt{local,sent}=9"
 
 
 @pytest.mark.parametrize("meanings", [BOARD, SERVER], ids=["board", "server"])

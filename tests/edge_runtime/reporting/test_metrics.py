@@ -19,6 +19,7 @@ MEANINGS = {
     "wait": Meaning("Waits.", is_summary=True),
     "open": Meaning("Open.", is_gauge=True),
     "reply": Meaning("By status.", "status"),
+    "mqtt": Meaning("By broker and kind.", "broker, what"),
 }
 
 
@@ -50,6 +51,17 @@ def test_a_number_is_read_when_it_is_asked_for():
 def test_a_hostile_label_is_one_value_and_makes_no_other_metric(label):
     with exported(MetricsConfig(port=0), "board", MEANINGS, lambda: {"reply": {label: 3}, "lost": 1}) as port:
         assert scrape(port) == {("aiflow_board_reply_total", label): 3, ("aiflow_board_lost_total", ""): 1}
+
+
+def test_kinds_of_kinds_have_two_labels():
+    numbers = {"mqtt": {"servers": {"sent": 3}, "local": {"sent": 4, "dropped": 0}}}
+    with (
+        exported(MetricsConfig(port=0), "board", MEANINGS, lambda: numbers) as port,
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response,
+    ):
+        (family,) = text_string_to_metric_families(response.read().decode())
+    labels = [(sample.labels["broker"], sample.labels["what"], sample.value) for sample in family.samples]
+    assert labels == [("servers", "sent", 3), ("local", "sent", 4), ("local", "dropped", 0)]
 
 
 def test_a_counter_never_falls_and_a_gauge_may(caplog):

@@ -1,4 +1,4 @@
-"""Every question ends in exactly one further event: against a real broker, with a server that does as it is told."""
+"""Every request ends in exactly one further event: against a real broker, with a server that does as it is told."""
 
 import itertools
 import logging
@@ -91,7 +91,7 @@ class Board:
         self.asked, self.silence = 0, silence
 
     def heard(self, event: Event) -> None:
-        if event.type != "new":  # one for each question: test_pipeline.py
+        if event.type != "new":  # one for each request: test_pipeline.py
             self.listener(event)
 
     def ask(
@@ -103,7 +103,7 @@ class Board:
         content_kind: ContentKind = ContentKind.LATENT,
         has_draft: bool | None = None,
     ) -> Request:
-        """One more question; its id is its number. Without `announces`, its draft or its features are still to come."""
+        """One more request; its id is its number. Without `announces`, its draft or its features are still to come."""
         self.asked += 1
         has_draft = announces if has_draft is None else has_draft
         request = Request(
@@ -148,7 +148,7 @@ class Board:
         self.running.close()
 
     def __exit__(self, *_: object) -> None:
-        """Whatever the test was about: no event too many, and every question accounted for."""
+        """Whatever the test was about: no event too many, and every request accounted for."""
         self.stop()
         self.client.close()
         counts = self.tracker.summary()
@@ -188,7 +188,7 @@ def board(broker: Mosquitto, board_bundle: Bundle) -> Iterator[Board]:
 
 
 def answer_one_more(board: Board, server: Server) -> None:
-    """A question whose answer shows that everything said before has been heard: messages keep their order."""
+    """A request whose answer shows that everything said before has been heard: messages keep their order."""
     board.ask()
     server.reply(server.request())
     assert board.next_event().frame == board.asked.to_bytes(8, "big").hex()
@@ -329,7 +329,7 @@ def test_an_update_is_published_and_retained_as_the_last_event(board, server, br
 
 
 @pytest.mark.parametrize("status", [Status.STALE, Status.BAD_REQUEST, Status.FAILED])
-def test_a_refusal_loses_the_question_at_once_and_says_who_and_why(board, server, status):
+def test_a_refusal_loses_the_request_at_once_and_says_who_and_why(board, server, status):
     board.ask()
     server.reply(server.request(), status, error="try this")
     event = board.next_event()
@@ -371,7 +371,7 @@ def test_a_loss_waits_for_a_draft_that_never_comes_until_the_board_stops(board, 
     assert board.next_event().type == "lost"
 
 
-def test_without_a_reply_a_question_is_lost_at_its_deadline(board, server):
+def test_without_a_reply_a_request_is_lost_at_its_deadline(board, server):
     request = board.ask(deadline_s=SOON_S)
     event = board.next_event()
     assert (event.type, event.why) == ("lost", "no reply to 1 sent")
@@ -474,7 +474,7 @@ def test_a_valid_reply_becomes_an_object_and_an_invalid_one_stays_a_text(board, 
 
 
 @pytest.mark.parametrize("text", ["two", "[2]", '{"a":' * 20 + "1" + "}" * 20, "", '{"a": 1e999}'])
-def test_a_reply_that_claims_an_object_and_has_none_loses_its_question_and_no_other(board, server, text):
+def test_a_reply_that_claims_an_object_and_has_none_loses_its_request_and_no_other(board, server, text):
     board.ask()
     server.reply(server.request(), text=text, checked=CheckedObject("door", True))
     event = board.next_event()
@@ -490,7 +490,7 @@ def test_a_busy_reply_that_claims_an_object_is_busy_all_the_same(board, server):
     assert board.next_event().text == "a dog"
 
 
-def test_a_reply_too_large_for_an_event_loses_its_question_and_no_other(board, server):
+def test_a_reply_too_large_for_an_event_loses_its_request_and_no_other(board, server):
     board.ask()
     names = {chr(n) * 64: 0.5 for n in range(1, 32)}  # as JSON each letter is six
     server.reply(server.request(), text="\x01" * 8192, tokens=encode_tokens([MAX_TOKEN] * 1024), scores=names)
@@ -515,7 +515,7 @@ def test_a_request_that_the_broker_refuses_is_lost_at_once(start_broker, tmp_pat
         assert (event.type, event.why) == ("lost", f"broker: {outcome}")
 
 
-def test_one_question_too_many_is_lost_unsent_and_those_that_wait_are_answered(broker, board_bundle, server):
+def test_one_request_too_many_is_lost_unsent_and_those_that_wait_are_answered(broker, board_bundle, server):
     with Board(broker.port, board_bundle, capacity=2) as board:
         asked = [board.ask() for _ in range(3)]
         event = board.next_event()
@@ -610,7 +610,7 @@ def after(seconds: float, action: Callable[[], Any]) -> None:
     threading.Timer(seconds, action).start()
 
 
-def test_waiting_ends_when_the_last_question_has_its_event(board, server):
+def test_waiting_ends_when_the_last_request_has_its_event(board, server):
     requests = [board.ask() for _ in range(2)]
     after(0.1, lambda: [server.reply(request) for request in requests])
     board.tracker.wait_until_settled(FOREVER_S, threading.Event())
@@ -618,7 +618,7 @@ def test_waiting_ends_when_the_last_question_has_its_event(board, server):
     assert [board.next_event().type for _ in requests] == ["update", "update"]
 
 
-def test_a_question_is_waited_for_while_it_is_in_nobodys_hands(board, monkeypatch):
+def test_a_request_is_waited_for_before_it_is_registered(board, monkeypatch):
     gate, on_request = threading.Event(), RequestLifecycle.on_request
 
     def accept_later(*arguments: Any, **keywords: Any) -> Any:
@@ -914,7 +914,7 @@ def test_what_another_version_kept_is_reported_lost(broker, board_bundle, tmp_pa
         until(lambda: board.tracker.summary()["lost"] == 1)
 
 
-def test_what_cannot_be_handled_is_counted_and_the_next_question_is_answered(board, server, monkeypatch):
+def test_what_cannot_be_handled_is_counted_and_the_next_request_is_answered(board, server, monkeypatch):
     def broken(*_: Any) -> None:
         raise RuntimeError("for the test")
 

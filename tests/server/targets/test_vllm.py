@@ -34,9 +34,9 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Target(VllmTarget):
-    """It looks and probes when a test wants it."""
+    """It probes when a test wants it."""
 
-    def _look_until_closed(self) -> None:
+    def _probe_until_closed(self) -> None:
         pass
 
 
@@ -164,7 +164,7 @@ def test_a_server_that_lies_later_answers_without_the_draft_and_gets_no_more_aft
     for _ in range(2):
         (answer,) = target.answer([job("A man opens a window")])
         assert (answer.text, answer.error) == (TEXT, "")
-        target.look()
+        target.probe_due()
     assert begun(vllm)[-1] is None
     assert calls(target)["draft_unread"] == 2  # by the request, and by the probe
     assert not target.abilities.drafts
@@ -180,7 +180,7 @@ def test_one_refused_draft_costs_a_probe_and_not_the_drafts_of_others(
     assert (answer.text, answer.error, calls(target)["draft_refused"]) == (TEXT, "", 1)
     vllm.asked.clear()
     vllm.behave = lambda _: "answer"
-    target.look()
+    target.probe_due()
     assert begun(vllm) == [None, TEXT, WRONG_DRAFT]
     assert target.abilities.drafts
 
@@ -204,72 +204,72 @@ def test_a_probe_that_is_refused_is_made_again_and_the_status_and_the_log_say_so
     vllm.behave = lambda _: behaviour
     for wait_s in (30, 60, 120):
         wait_out(target._drafts)
-        target.look()
+        target.probe_due()
         assert target.abilities.status()["refused"]["drafts"].endswith(f": asked again after {wait_s} s")
-    target.look()  # it is not due
+    target.probe_due()  # it is not due
     assert calls(target)["draft_refused"] == 3
     assert caplog.text.count("the other server gets no drafts") == 1
     vllm.behave = lambda _: "answer"
     wait_out(target._drafts)
-    target.look()
+    target.probe_due()
     assert (target.abilities.drafts, target.abilities.refused) == (True, {})
 
 
 def test_another_model_under_the_same_name_is_probed_anew(vllm: VllmServer, target: Target) -> None:
-    target.look()
+    target.probe_due()
     vllm.models[0]["created"] = 2  # vLLM writes the time of the answer there
-    target.look()
+    target.probe_due()
     assert vllm.asked == []
     vllm.models[0]["root"] = "hub/large"
     vllm.lie = "no_logprobs"
-    target.look()
+    target.probe_due()
     assert (len(vllm.asked), target.abilities.drafts) == (2, False)
 
 
 def test_a_server_that_was_away_is_probed_anew(bundle: Bundle) -> None:
     with VllmServer() as before:
         target = target_of(before, bundle)
-        target.look()
+        target.probe_due()
         assert target.abilities.drafts
-    target.look()
+    target.probe_due()
     assert not target.abilities.drafts
     assert "no connection" in target.abilities.refused["drafts"]
     with VllmServer() as after:
         target.calls.endpoint._port = after.server_address[1]
-        target.look()
+        target.probe_due()
         assert (len(after.asked), target.abilities.drafts) == (3, True)
-        target.calls.count("no_connection")  # a request found it away between two looks
-        target.look()
+        target.calls.count("no_connection")  # a request found it away between two checks
+        target.probe_due()
         assert len(after.asked) == 6
 
 
-def test_a_restart_while_it_is_probed_is_noticed_at_the_next_look(vllm: VllmServer, target: Target) -> None:
+def test_a_restart_while_it_is_probed_is_noticed_at_the_next_check(vllm: VllmServer, target: Target) -> None:
     wait_out(target._drafts)
     target._draft_failed(DraftError("no ranks"))
     vllm.behave = lambda _: target.calls.count("no_connection") or "answer"  # a request finds nobody meanwhile
-    target.look()
+    target.probe_due()
     vllm.behave = lambda _: "answer"
     vllm.asked.clear()
-    target.look()
+    target.probe_due()
     assert len(vllm.asked) == 3
-    target.look()
+    target.probe_due()
     assert len(vllm.asked) == 3
 
 
 def test_a_server_that_was_away_behind_a_proxy_is_probed_anew(vllm: VllmServer, target: Target) -> None:
     vllm.is_down = True
-    target.look()
+    target.probe_due()
     assert target.abilities.drafts  # it may only be busy
     vllm.is_down, vllm.lie = False, "no_logprobs"
-    target.look()
+    target.probe_due()
     assert not target.abilities.drafts
     vllm.lie, vllm.is_down = None, True
-    target.look()
+    target.probe_due()
     vllm.is_down = False
-    target.look()
+    target.probe_due()
     assert target.abilities.drafts
     vllm.asked.clear()
-    target.look()
+    target.probe_due()
     assert vllm.asked == []
 
 

@@ -221,15 +221,15 @@ def test_a_server_that_takes_them_no_more_gets_pictures_only_after_a_probe_until
     vllm.takes_embeds = False
     wait_out(site.target._latents)
     (first,) = site.ask(latent(site.bundle))
-    site.target.look()
+    site.target.probe_due()
     (second,) = site.ask(latent(site.bundle))
     assert (first.status, "says 400" in first.error, second.status) == (Status.BUSY, True, Status.UNKNOWN_BUNDLE)
     assert (site.calls["features_refused"], len(vllm.refused)) == (2, 2)  # by the request, and by the probe
     vllm.takes_embeds = True
-    site.target.look()  # it is not due
+    site.target.probe_due()  # it is not due
     assert site.ask(latent(site.bundle))[0].status is Status.UNKNOWN_BUNDLE
     wait_out(site.target._latents)
-    site.target.look()
+    site.target.probe_due()
     assert site.ask(latent(site.bundle))[0].status is Status.OK
 
 
@@ -241,7 +241,7 @@ def test_one_refused_request_costs_a_probe_and_not_the_features_of_others(vllm: 
         assert site.target.abilities.bundles == (site.bundle.id,)
         vllm.behave = lambda _: "answer"
         vllm.asked.clear()
-        site.target.look()
+        site.target.probe_due()
         assert "image_embeds" in parts(vllm)
         assert site.ask(latent(site.bundle))[0].status is Status.OK
         site.target._latents._asked_at -= wait_s
@@ -253,11 +253,11 @@ def test_a_wrong_key_at_the_start_is_no_longer_in_the_way_when_it_is_right(
 ) -> None:
     site = Site(vllm.url, bundle, tmp_path)
     vllm.behave = lambda _: behaviour
-    site.target.look()
+    site.target.probe_due()
     assert behaviour[-3:] in site.target.abilities.refused["features"]
     vllm.behave = lambda _: "answer"
     wait_out(site.target._latents)
-    site.target.look()
+    site.target.probe_due()
     assert site.ask(latent(bundle))[0].status is Status.OK
 
 
@@ -265,14 +265,14 @@ def test_a_wrong_key_at_the_start_is_no_longer_in_the_way_when_it_is_right(
 def test_another_model_under_the_same_name_gets_no_features_before_it_is_probed(
     vllm: VllmServer, site: Site, change: dict[str, object]
 ) -> None:
-    site.target.look()
+    site.target.probe_due()
     vllm.asked.clear()
     vllm.models[0].update(change)
-    site.target.look()
+    site.target.probe_due()
     takes_features = "max_model_len" in change  # the same model with another option
     assert ("image_embeds" in parts(vllm), site.target.abilities.bundles != ()) == (takes_features,) * 2
     vllm.models[0].update(id="fake", root="hub/tiny")
-    site.target.look()
+    site.target.probe_due()
     assert site.ask(latent(site.bundle))[0].status is Status.OK
 
 
@@ -284,10 +284,10 @@ def test_a_server_that_may_have_crashed_is_left_alone_when_it_is_back_but_anothe
     site.target.probe_features()
     vllm.behave = lambda _: "answer"
     site.target.calls.count("no_connection")
-    site.target.look()
+    site.target.probe_due()
     assert parts(vllm)[2:] == ["image_url"] * 3  # about drafts
     vllm.models[0].update(root="new/tiny")
-    site.target.look()
+    site.target.probe_due()
     assert parts(vllm)[-1] == "image_embeds"
     assert site.target.abilities.bundles == (bundle.id,)
 
@@ -297,7 +297,7 @@ def test_one_lost_connection_costs_a_probe_and_not_the_features_even_if_it_is_bu
 ) -> None:
     site.target.calls.count("no_connection")
     vllm.behave = lambda _: "limit_silently"
-    site.target.look()
+    site.target.probe_due()
     assert len(vllm.asked) == 2  # about drafts, and about features
     vllm.behave = lambda _: "answer"
     assert site.target.abilities.bundles == (site.bundle.id,)
@@ -345,7 +345,7 @@ def test_a_refusal_of_features_that_come_with_a_draft_says_nothing_about_drafts(
     vllm.takes_embeds = False
     wait_out(site.target._latents)
     (reply,) = site.ask(latent(site.bundle, draft=(4, 5)))
-    site.target.look()
+    site.target.probe_due()
     assert (reply.status, site.target.abilities.bundles, site.target.abilities.drafts) == (Status.BUSY, (), True)
     assert "draft_refused" not in site.calls
 
