@@ -16,7 +16,8 @@ class DecoderStderr:
     """Descriptor 2 of this process. Silences nothing before `separate`."""
 
     def __init__(self) -> None:
-        self._python: int | None = None  # Python's own descriptor of standard error; None: Python writes to 2
+        self.own: int | None = None  # the descriptor for all other words, such as a child's; None: it is 2
+        self._nowhere = -1
         self._lock = threading.Lock()  # over the next one, and where 2 leads to
         self._decoding = 0  # pictures, on all threads
 
@@ -28,30 +29,28 @@ class DecoderStderr:
         stderr = sys.__stderr__
         if stderr is None or stderr is not sys.stderr or stderr.fileno() != 2:
             return
-        self._python = os.dup(2)
-        sys.stderr = open(self._python, "w", 1, stderr.encoding, stderr.errors, closefd=False)  # noqa: SIM115
+        self.own, self._nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        sys.stderr = open(self.own, "w", 1, stderr.encoding, stderr.errors, closefd=False)  # noqa: SIM115
         if faulthandler.is_enabled():
             faulthandler.enable(sys.stderr)
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
         """While a picture is decoded; any thread."""
-        if self._python is None:
+        if self.own is None:
             yield
             return
         with self._lock:
             self._decoding += 1
             if self._decoding == 1:
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, 2)
-                os.close(nowhere)
+                os.dup2(self._nowhere, 2)
         try:
             yield
         finally:
             with self._lock:
                 self._decoding -= 1
                 if self._decoding == 0:
-                    os.dup2(self._python, 2)
+                    os.dup2(self.own, 2)
 
 
 DECODER_STDERR = DecoderStderr()  # a process has one descriptor 2

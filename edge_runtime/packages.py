@@ -1,11 +1,14 @@
 """Python packages that an installation may lack, the command that installs each, and systems that have none of them."""
 
+import errno
+import os
 import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
 
-from edge_runtime import __version__
 from edge_runtime.errors import ConfigError
 from edge_runtime.logs import printable
 
@@ -38,6 +41,7 @@ OPTIONAL = {
 }
 COMPILED = OPTIONAL.keys() | {"numpy", "msgspec"}  # may be installed and not load
 MAX_WHY = 200  # characters
+PASSING = (errno.ENOMEM, errno.EIO, errno.EMFILE, errno.ENFILE)  # why a good package may not load now
 
 
 def refuse_32_bit(largest: int = sys.maxsize) -> None:
@@ -77,8 +81,9 @@ def how_to_install_program(extra: str) -> str:
     This project is not published on a package index, so its own name would install something else or nothing.
     """
     root = _checkout()
-    source = "." if root == Path.cwd() else root or f"aiflow_edge-{__version__}-py3-none-any.whl"
-    return f"pip install '{source}[{extra}]'"
+    if root is None:
+        return f'pip install "$(echo aiflow_edge-*.whl)[{extra}]"'
+    return f"pip install '{'.' if root == Path.cwd() else root}[{extra}]'"
 
 
 def _checkout() -> Path | None:
@@ -95,19 +100,25 @@ def package_error(error: ImportError) -> ConfigError | None:
         return MissingPackageError(module)
     # The error has the name of a library at best: the innermost code that ran is of the package that is broken.
     running = [_package(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
-    if (broken := next((name for name in [*reversed(running), module] if name in COMPILED), None)) is None:
+    innermost = next((name for name in reversed(running) if name not in ("importlib", "_frozen_importlib")), "")
+    if (broken := next((name for name in (innermost, module) if name in COMPILED), None)) is None:
         return None
     cause: BaseException = error
     while cause.__cause__:  # numpy's own text is a page of advice
         cause = cause.__cause__
+    if any(os.strerror(number) in str(cause) for number in PASSING):
+        return None
     why = printable(" ".join(str(cause).split()), MAX_WHY)
     return ConfigError(f"the Python package {_distribution(broken)} does not load: {why}: {how_to_repair(broken)}")
 
 
 def how_to_repair(module: str) -> str:
     """What to do if a package is installed and does not load."""
+    distribution = _distribution(module)
+    with suppress(PackageNotFoundError):
+        distribution = f"{distribution.partition('[')[0]}=={version(distribution.partition('[')[0])}"
     return (
-        f"install it again (pip install --force-reinstall '{_distribution(module)}'), and the library of the system "
+        f"install it again (pip install --force-reinstall --no-deps {distribution}), and the library of the system "
         "that it names, if it names one"
     )
 

@@ -217,8 +217,8 @@ def _broker(config: "RuntimeConfig", table: str, subscriptions: list[str]) -> Ch
         board, settings = config.board, mqtt.settings(config.board.id)
         found = f"{mqtt.host}:{mqtt.port}: {probes.subscribed(settings, subscriptions)}"
         if table == "mqtt" and probes.is_online(settings, topics.status(board.site, board.id)):
-            advice = "is it this one? If not, give one of them another id: each disconnects the other"
-            return Finding("warning", f"{found}; a board with the id {board.id} is running", advice)
+            # Usually this one, as a service: no warning, which would hide others.
+            found += f"; a board with the id {board.id} is running: if it is another one, give it another id"
         if mqtt.insecure and not mqtt.ca_file:
             return Finding("warning", found, "use TLS (ca_file) on a network that others use too")
         return ok(found)

@@ -79,7 +79,8 @@ def check_packages(backends: Sequence[str] = tuple(RUNTIMES)) -> Finding:
         return Finding("failure", f"{found}; cv2: {broken.get('cv2', 'not installed')}", advice)
     problems = "".join(f"; {module}: {why}" for module, why in broken.items())
     if backends and len(versions) == 1:
-        return Finding("failure", f"{found}, no runtime for the networks{problems}", hint(backends[0]))
+        advice = how_to_repair(next(iter(broken))) if broken else hint(backends[0])
+        return Finding("failure", f"{found}, no runtime for the networks{problems}", advice)
     if broken:
         return Finding("warning", found + problems, "remove or reinstall what is broken; the board uses the other one")
     return ok(found)

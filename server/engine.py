@@ -110,7 +110,6 @@ class Engine:
     @torch.inference_mode()
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
         """The texts of any number of jobs, in their order."""
-        torch.set_num_threads(self.threads)  # OpenMP has a count for each thread that calls it
         started = time.perf_counter()
         features = self.features(jobs)
         tail_ms = 1e3 * (time.perf_counter() - started)
@@ -125,6 +124,7 @@ class Engine:
     @torch.inference_mode()
     def features(self, jobs: Sequence[Job], sizes: Sequence[int] = ()) -> Tensor:
         """The tail, in batches of these sizes, by default the proven ones: float [B, N, 1280] of the jobs' symbols."""
+        torch.set_num_threads(self.threads)  # OpenMP has a count for each thread that calls it
         symbols = torch.from_numpy(np.stack([job.symbols for job in jobs]).astype(np.float32))
         level = torch.tensor([job.level % self.tail.levels for job in jobs])
         arrived = arrived_groups(torch.tensor([job.channels for job in jobs]))

@@ -39,14 +39,14 @@ class SeenFiles:
         try:
             data = read_bounded(path, MAX_BYTES)
             self._length = len(data) // ENTRY_BYTES
-            os.truncate(path, self._length * ENTRY_BYTES)  # a power cut may have left a part of an entry
+            entries = (data[at : at + ENTRY_BYTES] for at in range(0, self._length * ENTRY_BYTES, ENTRY_BYTES))
+            self._before, self.is_known = Counter(entries), True
+            if len(data) % ENTRY_BYTES:  # a power cut has left a part of an entry
+                os.truncate(path, self._length * ENTRY_BYTES)
         except FileNotFoundError:
             return
         except OSError as error:
             self._tell(error)
-            return
-        entries = (data[at : at + ENTRY_BYTES] for at in range(0, self._length * ENTRY_BYTES, ENTRY_BYTES))
-        self._before, self.is_known = Counter(entries), True
 
     @property
     def is_long(self) -> bool:

@@ -27,6 +27,7 @@ from edge_runtime.capture.frame import CameraError
 from edge_runtime.capture.login import login_of, with_login
 from edge_runtime.capture.processes import end, ending_with_parent
 from edge_runtime.config import CameraConfig
+from edge_runtime.decoder_stderr import DECODER_STDERR
 from edge_runtime.opencv_process import GRAB, GRABBED, MAX_PACKET, OPENED, OVERWRITE, RETRIEVE, SIZE
 from edge_runtime.picture_checks import MAX_PICTURE_PIXELS
 
@@ -187,6 +188,7 @@ def _start(read_timeout_s: float, more_options: str) -> tuple["subprocess.Popen[
                 ending_with_parent(command),
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
+                stderr=DECODER_STDERR.own,
                 cwd=ROOT,
                 env=environment,
                 start_new_session=True,  # Ctrl-C in a terminal ends the board, and the board ends the process

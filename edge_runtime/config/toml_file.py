@@ -104,8 +104,8 @@ def _explain(error: msgspec.ValidationError, data: Any, info: Any) -> str:
         import difflib  # here, as most boards need not load it
 
         nearest, tables = difflib.get_close_matches(unknown[1], known, 1), _tables_with(unknown[1], root)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
-        hint = f"it belongs to {' or '.join(tables)}" if tables else hint
+        elsewhere = f"it is a key of {' or '.join(tables)}; " if tables else ""
+        hint = f"did you mean {nearest[0]}?" if nearest else f"{elsewhere}known keys: {', '.join(known)}"
         return f"unknown key `{json.dumps(unknown[1][:MAX_SHOWN])[1:-1]}`{where}: {hint}"
     table = re.sub(r"\[[0-9]+\]", "", name)  # a header of TOML has no numbers
     if isinstance(found, dict) and isinstance(info, VarTupleType):

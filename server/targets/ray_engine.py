@@ -20,6 +20,8 @@ from server.targets.bundle import BundleTarget
 from server.targets.ray_replicas import Replicas
 from server.targets.target import Answer, Limits
 
+CALLS = 2  # of a replica at the same time: one is computed while the next one is on the way
+
 
 class Facts(NamedTuple):
     """A replica's description of itself."""
@@ -53,7 +55,7 @@ class RayEngine(Replicas):
 
     def __init__(self, bundle: Bundle, config: Config, settings: RayConfig) -> None:
         """config: of the server, with this bundle. Raises ConfigError, also if the replicas have another bundle."""
-        super().__init__(Replica, f"aiflow-{bundle.id.hex()}-{config.server.tier}", config, settings)
+        super().__init__(Replica, f"aiflow-{bundle.id.hex()}-{config.server.tier}", config, settings, CALLS)
         facts: Facts = self.facts
         if facts.bundle != bundle.id:
             raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from edge_runtime.errors import ConfigError
 from server.config import Config, RayConfig, ServerConfig
 from server.prompts import PromptConfig
 from server.targets import ray_replicas
@@ -18,6 +19,8 @@ from server.targets.huggingface import Proof
 from server.targets.huggingface_prompts import Job, PromptError
 from server.targets.ray_replicas import Replicas
 from server.targets.target import Answer
+
+CALLS = 1  # of a replica at the same time: a second one would wait for as long as a batch takes
 
 
 class Facts(NamedTuple):
@@ -62,13 +65,16 @@ class RayModel(Replicas):
         """Starts the replicas, or joins those of another server with the same settings. Raises ConfigError."""
         placed = _placed(config)
         name = f"aiflow-{hashlib.sha256(msgspec.json.encode(placed)).hexdigest()[:16]}"
-        super().__init__(Replica, name, placed, settings)
+        super().__init__(Replica, name, placed, settings, CALLS)
         facts: Facts = self.facts
         self.name, self.takes_pictures, self.proof = facts
 
     def check(self, job: Job) -> None:
-        """Raises PromptError."""
-        if refusal := self.ask("refusal", job):
+        """Raises PromptError, and ConfigError if no replica answers."""
+        refusal = self.ask("refusal", job)
+        if refusal is None:
+            raise ConfigError("no replica has answered: see the logs of Ray")
+        if refusal:
             raise PromptError(refusal)
 
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:

@@ -25,21 +25,21 @@ logger = logging.getLogger(__name__)
 CONNECT_S = 10.0  # to a cluster
 START_S = 600.0  # for the first replica: it loads torch and runs the start test
 TRIES = 3  # of a batch, each on a replica that is free
+JOINED = ("DEPLOYING", "RUNNING")  # applications; one that could not start is started again
 RETRY_MS = 1000  # when boards may ask again, if no replica has answered
-CALLS_PER_REPLICA = 2  # one is computed while the next one is on the way
 
 
 class Replicas:
     """The replicas of one name. For any number of threads."""
 
-    def __init__(self, kind: type[Any], name: str, config: Config, settings: RayConfig) -> None:
+    def __init__(self, kind: type[Any], name: str, config: Config, settings: RayConfig, calls: int) -> None:
         """Starts them, or joins those that another server has started by this name, and waits for the first one.
 
         kind: made of `config` in each process of Ray's, with methods `facts` and `answer`. The paths in `config` have
-        to be the same on every machine. Raises ConfigError.
+        to be the same on every machine. calls: at the same time, of a replica. Raises ConfigError.
         """
-        self._handle, self._timeout_s = _deployed(kind, name, config, settings), settings.timeout_s
-        self.calls = CALLS_PER_REPLICA * max(settings.replicas, settings.max_replicas or 0)  # at the same time
+        self._handle, self._timeout_s = _deployed(kind, name, config, settings, calls), settings.timeout_s
+        self.calls = calls * max(settings.replicas, settings.max_replicas or 0)  # at the same time
         self.silent_s = settings.timeout_s
         self.on_step: Callable[[], None] = lambda: None  # called after each try
         try:
@@ -65,9 +65,11 @@ class Replicas:
         return None
 
     def _ask_once(self, method: str, *arguments: Any) -> Any:
+        call = self._handle.options(method_name=method).remote(*arguments)
         try:
-            answer = self._handle.options(method_name=method).remote(*arguments).result(timeout_s=self._timeout_s)
+            answer = call.result(timeout_s=self._timeout_s)
         except (RayError, TimeoutError) as error:
+            call.cancel()  # if it still waits, it would only delay others
             logger.warning("replica failed method=%s error=%s", method, _last_line(error))
             return None
         if answer is None:
@@ -80,7 +82,7 @@ def close() -> None:
     ray.shutdown()
 
 
-def _deployed(kind: type[Any], name: str, config: Config, settings: RayConfig) -> Any:
+def _deployed(kind: type[Any], name: str, config: Config, settings: RayConfig, calls: int) -> Any:
     host, _, port = (settings.address or "").removeprefix("ray://").rpartition(":")
     try:
         if host:  # Ray itself would try for a quarter of an hour
@@ -101,17 +103,21 @@ def _deployed(kind: type[Any], name: str, config: Config, settings: RayConfig) -
         serve.start(proxy_location="Disabled")  # no HTTP: requests come by MQTT
     except ActorAlreadyExistsError:  # another server has started it in this moment
         serve.start(proxy_location="Disabled")
-    if name in serve.status().applications:
+    if (there := serve.status().applications.get(name)) and there.status in JOINED:
         return serve.get_app_handle(name)
     scaling: dict[str, Any] = {"num_replicas": settings.replicas}
     if settings.max_replicas:
         bounds = {"min_replicas": settings.replicas, "max_replicas": settings.max_replicas}
-        scaling = {"autoscaling_config": {**bounds, "target_ongoing_requests": CALLS_PER_REPLICA}}
+        scaling = {"autoscaling_config": {**bounds, "target_ongoing_requests": calls}}
     actor = {"num_cpus": config.server.threads, "num_gpus": settings.gpus}
-    deployment = serve.deployment(
-        kind, name="engine", max_ongoing_requests=CALLS_PER_REPLICA, ray_actor_options=actor, **scaling
-    )
-    return serve.run(deployment.bind(config), name=name, route_prefix=None)
+    deployment = serve.deployment(kind, name="engine", max_ongoing_requests=calls, ray_actor_options=actor, **scaling)
+    try:
+        return serve.run(deployment.bind(config), name=name, route_prefix=None)
+    except (RayError, RuntimeError) as error:
+        raise ConfigError(
+            f"the replicas do not start: {_last_line(error)}: see the logs of Ray, and install the bundle or the model "
+            "at the same path on every machine"
+        ) from error
 
 
 def _last_line(error: Exception) -> str:

@@ -172,22 +172,18 @@ def test_a_bundle_in_use_that_a_board_with_a_trust_file_would_not_install_is_a_w
     assert (finding.status, says in finding.advice) == ("warning" if says else "ok", True)
 
 
-def test_another_board_with_the_same_id_is_a_warning_while_it_runs(
-    config: Callable[..., Path], broker: Mosquitto
-) -> None:
+def test_a_running_board_with_the_same_id_is_named(config: Callable[..., Path], broker: Mosquitto) -> None:
     path, status = config("mqtt", broker.port), topics.status("home", "b1")
     assert found_by("broker mqtt", path).status == "ok"
     with MqttClient(MqttConfig(port=broker.port).settings("other")) as other:
-        for state, expected in (("online", "warning"), ("offline", "ok")):
+        for state in ("online", "offline"):
             said = queue.SimpleQueue[Outcome]()
             payload = json.dumps({"state": state}).encode()
             other.publish(status, payload, retain=True, on_outcome=said.put)
             assert said.get(timeout=PATIENCE_S) is Outcome.DELIVERED
             finding = found_by("broker mqtt", path)
-            assert (finding.status, "a board with the id b1 is running" in finding.found) == (
-                expected,
-                expected == "warning",
-            )
+            assert finding.status == "ok"
+            assert ("a board with the id b1 is running" in finding.found) == (state == "online")
 
 
 @pytest.mark.parametrize("kept", ['[outbox]\nfile = "/proc/outbox"', '[updates]\nfolder = "/proc/bundles"'])

@@ -1,5 +1,6 @@
 """What is kept of the files that a watched folder had: bounded, and of use after a power cut."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def test_an_entry_that_was_cut_is_left_out_and_the_next_one_is_whole(path):
         again.add(*B)
     last = SeenFiles(path)
     assert (last.done_before(*A), last.done_before(*B)) == (True, True)
+
+
+def test_on_a_disk_that_has_become_read_only_what_was_kept_still_counts(path, monkeypatch):
+    SeenFiles(path).rewrite([A])
+    with path.open("ab") as file:
+        file.write(b"cut")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    monkeypatch.setattr("os.truncate", refuse)
+    assert SeenFiles(path).done_before(*A)
 
 
 def test_the_file_says_when_it_is_long_and_a_larger_one_is_not_read(path, monkeypatch, caplog):

@@ -72,7 +72,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path, text, ke
 
 
 def test_a_key_in_the_wrong_table_is_refused_with_the_tables_that_know_it(tmp_path):
-    with pytest.raises(ConfigError, match=r"`paradigm` \(in policy\): it belongs to \[board\] or \[\[cameras\]\]$"):
+    said = r"`paradigm` \(in policy\): it is a key of \[board\] or \[\[cameras\]\]; known keys: quality_floor"
+    with pytest.raises(ConfigError, match=said):
         load(tmp_path, BOARD + CAMERA + '[policy]\nparadigm = "split"\n')
 
 

@@ -68,7 +68,7 @@ def test_replicas_write_the_texts_of_one_process(target: ray_engine.RayTarget, e
     expected = [answer.tokens for answer in engine.answer(jobs)]
     assert [answer.tokens for answer in target.answer(jobs)] == expected
     assert target.abilities.verified == "strict"
-    assert target.limits.calls == 2 * ray_replicas.CALLS_PER_REPLICA
+    assert target.limits.calls == 2 * ray_engine.CALLS
 
 
 def test_a_server_that_starts_in_the_same_moment_joins_the_replicas(
@@ -143,7 +143,7 @@ def replicas_under_load(path: Path) -> int:
 
     assert len(replicas()) == 1
     with ThreadPoolExecutor() as pool:
-        asking = [pool.submit(ask) for _ in range(2 * ray_replicas.CALLS_PER_REPLICA)]
+        asking = [pool.submit(ask) for _ in range(2 * ray_engine.CALLS)]
         while len(replicas()) < 2 and not any(each.done() for each in asking):
             is_enough.wait(0.2)
         is_enough.set()

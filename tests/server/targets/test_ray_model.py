@@ -86,7 +86,7 @@ def test_replicas_answer_pictures_and_drafts_as_one_process_does(
     assert [reply.accepted for reply in found] == [reply.accepted for reply in expected]
     assert target.abilities == here.abilities
     assert target.status()["numerics"] == here.status()["numerics"]
-    assert target.limits.calls == ray_replicas.CALLS_PER_REPLICA
+    assert target.limits.calls == 1
 
 
 def test_a_prompt_that_the_model_cannot_read_is_refused_by_name(config: Config, target: Target[object]) -> None:
