@@ -4,7 +4,6 @@ import errno
 import os
 import sys
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
@@ -114,6 +113,8 @@ def package_error(error: ImportError) -> ConfigError | None:
 
 def how_to_repair(module: str) -> str:
     """What to do if a package is installed and does not load."""
+    from importlib.metadata import PackageNotFoundError, version  # here: it loads much that a board does not need
+
     distribution = _distribution(module)
     with suppress(PackageNotFoundError):
         distribution = f"{distribution.partition('[')[0]}=={version(distribution.partition('[')[0])}"
