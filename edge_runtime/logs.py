@@ -66,10 +66,8 @@ def _field(name: str, value: str) -> bytes:
 
 def log_to_stderr(level: int) -> None:
     """For entry points. If standard error is the journal's, records have their fields there."""
-    handler: logging.Handler = JournalHandler() if is_journal() else logging.StreamHandler()
-    if handler.formatter is None:
-        handler.setFormatter(logging.Formatter(FORMAT))
-    logging.basicConfig(level=level, handlers=[handler])
+    handlers = [JournalHandler()] if is_journal() else None  # None: one for standard error
+    logging.basicConfig(level=level, format=FORMAT, handlers=handlers)
 
 
 def is_journal() -> bool:

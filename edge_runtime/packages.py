@@ -115,9 +115,9 @@ def how_to_repair(module: str) -> str:
     """What to do if a package is installed and does not load."""
     from importlib.metadata import PackageNotFoundError, version  # here: it loads much that a board does not need
 
-    distribution = _distribution(module)
+    distribution = _distribution(module).partition("[")[0]
     with suppress(PackageNotFoundError):
-        distribution = f"{distribution.partition('[')[0]}=={version(distribution.partition('[')[0])}"
+        distribution = f"{distribution}=={version(distribution)}"
     return (
         f"install it again (pip install --force-reinstall --no-deps {distribution}), and the library of the system "
         "that it names, if it names one"

@@ -20,7 +20,7 @@ from edge_runtime.capture.live import decoded, live_frames
 from edge_runtime.capture.login import login_of
 from edge_runtime.capture.motion_gate import MotionGate, shrink
 from edge_runtime.capture.mqtt_pictures import MqttPictures
-from edge_runtime.capture.readers import reader_of
+from edge_runtime.capture.readers import no_answer, reader_of
 from edge_runtime.capture.watched_folder import WatchedFolder
 from edge_runtime.config import CameraConfig
 from edge_runtime.config.camera_source import Kind, kind_of
@@ -133,8 +133,7 @@ class Camera:
         with self._switched:
             folder, limit_s = self._watched_folder, self.config.stall_s
             if folder and self.is_on and now - folder.asked_at > limit_s:
-                why = f"{folder.folder} has not answered for {limit_s:g} s: is its drive, or the server of that, there?"
-                self._become("stalled", printable(why, MAX_REASON))
+                self._become("stalled", printable(f"{folder.folder} {no_answer(limit_s)}", MAX_REASON))
             if self._state[0] == "starting" and self.is_on and now - self._since > FIRST_PICTURE_S:
                 counters, missing = self.counters, f"no picture has come{MISSING.get(self._kind, '')}"
                 if counters.unreadable and not counters.frames:

@@ -119,6 +119,11 @@ def check_source(camera: CameraConfig) -> tuple[str, str]:
     return missing_program(camera.source) if kind in ("rpicam", "nvargus") else "", ""
 
 
+def no_answer(seconds: float) -> str:
+    """What a drive does, for messages."""
+    return f"has not answered for {seconds:g} s: is its drive, or the server of that, there?"
+
+
 def _ask_drive(path: Path) -> None:
     """Raises TimeoutError if a call for the path blocks, as on a network drive whose server is away.
 
@@ -133,8 +138,7 @@ def _ask_drive(path: Path) -> None:
     asking.start()
     asking.join(ANSWER_S)
     if asking.is_alive():
-        why = f"it has not answered for {ANSWER_S:g} s: is its drive, or the server of that, there?"
-        raise TimeoutError(errno.ETIMEDOUT, why)
+        raise TimeoutError(errno.ETIMEDOUT, f"it {no_answer(ANSWER_S)}")
 
 
 def _check_path(camera: CameraConfig) -> tuple[str, str]:

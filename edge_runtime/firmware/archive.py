@@ -4,13 +4,12 @@ So no member decides where a file is written. The extensions of tar are not read
 amount of memory, and may contradict each other: there are plain files and directories, or the archive is refused.
 """
 
-import hashlib
 import tarfile
 from datetime import date
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
-from edge_runtime.firmware.signature import MAX_SIGNATURE_BYTES, SIGNATURE, SignatureError, Statement
+from edge_runtime.firmware.signature import MAX_SIGNATURE_BYTES, SIGNATURE, SignatureError, Statement, statement_about
 from edge_runtime.inference.bundle import MANIFEST, MAX_MANIFEST_BYTES, BundleError, decode_manifest
 
 MAX_MEMBERS = 512  # a manifest names 256 files at most
@@ -49,8 +48,7 @@ class Archive:
 
     def statement(self, version: int, expires: date) -> Statement:
         """About the bundle as it is, whoever has signed it."""
-        data = self.manifest_bytes
-        return Statement(self.manifest.name, version, expires, hashlib.sha256(data).hexdigest(), len(data))
+        return statement_about(self.manifest.name, self.manifest_bytes, version, expires)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Bytes of a file, from an offset, at most `size`. Raises BundleError and OSError."""

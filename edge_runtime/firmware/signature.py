@@ -54,8 +54,12 @@ class Statement(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def statement_of(bundle: Bundle, version: int, expires: date) -> Statement:
-    data = (bundle.path / MANIFEST).read_bytes()
-    return Statement(bundle.manifest.name, version, expires, hashlib.sha256(data).hexdigest(), len(data))
+    return statement_about(bundle.manifest.name, (bundle.path / MANIFEST).read_bytes(), version, expires)
+
+
+def statement_about(name: str, manifest: bytes, version: int, expires: date) -> Statement:
+    """name: of the bundle whose manifest this is."""
+    return Statement(name, version, expires, hashlib.sha256(manifest).hexdigest(), len(manifest))
 
 
 def new_key() -> tuple[bytes, str]:

@@ -56,8 +56,7 @@ class RequestEvents:
             update = tracked.answer or self.update(tracked, reply, now)
             self._events.publish(update)
         except WireError as error:  # a late reply to a kept request; others are checked before they are counted
-            why = printable(f"server {reply.server}: {error}")
-            self._publish(tracked, now, type="lost", final=True, why=why)
+            self._publish(tracked, now, type="lost", final=True, why=unusable(reply, error).text)
         else:
             tracked.event = update
 
@@ -111,6 +110,11 @@ class RequestEvents:
                 tracked.event.camera,
                 reply.server,
             )
+
+
+def unusable(reply: Reply, error: WireError) -> Why:
+    """Why a reply is no event, in words that a terminal can show."""
+    return Why("failed", printable(f"server {reply.server}: {error}"))
 
 
 def _after_ms(seconds: float) -> float:

@@ -17,7 +17,6 @@ import msgspec
 
 from edge_runtime.config import OutboxConfig
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.logs import printable
 from edge_runtime.mqtt import MqttClient, Outcome, State
 from edge_runtime.reporting.events import Events
 from edge_runtime.requests.actions import (
@@ -35,7 +34,7 @@ from edge_runtime.requests.actions import (
 )
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.requests.lifecycle import RequestLifecycle
-from edge_runtime.requests.request_events import RequestEvents
+from edge_runtime.requests.request_events import RequestEvents, unusable
 from edge_runtime.requests.thread import LifecycleThread
 from edge_runtime.requests.tracked import NewRequest, Row, Tracked, row_of
 from edge_runtime.wire import (
@@ -289,8 +288,7 @@ class RequestTracker:
                 tracked.answer = self._request_events.update(tracked, reply, now)
                 encode_event(tracked.answer)
             except WireError as error:  # within a reply's limits, but not within an event's
-                why = Why("failed", printable(f"server {reply.server}: {error}"))
-                return self._lifecycle.on_unusable_answer(reply.id, why)
+                return self._lifecycle.on_unusable_answer(reply.id, unusable(reply, error))
         return self._lifecycle.on_reply(reply, now)
 
     def _read(self, request_id: bytes, row: Row | None, now: float) -> Sequence[Action[Tracked]]:

@@ -1,5 +1,6 @@
 """A small language model that reads pictures, with random weights, in place of the pretrained one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -7,6 +8,8 @@ import transformers
 
 from edge_runtime.inference.bundle import Bundle
 from models.language_model import Pretrained, SeeingModel, assemble, read_learnt, whole_folder, write_learnt
+from server.config import Config, LanguageConfig, ServerConfig
+from server.prompts import PromptConfig
 from tests.server.targets.tiny_models import TEXT, words
 
 MARKS = ("<|im_start|>", "<|im_end|>")
@@ -43,3 +46,9 @@ def write_cached(folder: Path, bundle: Bundle) -> Path:
     write_learnt(learnt, random_learnt().learnt.state_dict(), bundle)
     assemble(pretrained(), read_learnt(learnt, bundle).changes, whole_folder(learnt, folder))
     return learnt
+
+
+def language_config(cache: Path, bundle: Bundle, prompts: Mapping[str, PromptConfig]) -> Config:
+    """A server with this model, in the cache, and the prompt "photo" as its usual one."""
+    language = LanguageConfig("photo", weights=str(write_cached(cache, bundle)), cache=str(cache))
+    return Config(ServerConfig("s1", str(bundle.path), target="lm"), prompts=dict(prompts), lm=language)

@@ -18,7 +18,7 @@ from server.service import Service
 from server.targets.language import LanguageTarget
 from tests.bundles import tiny_bundle
 from tests.server.boards import request
-from tests.server.targets.seeing_model import write_cached
+from tests.server.targets.seeing_model import language_config
 from tests.server.targets.test_huggingface_target import replies as served
 from tests.server.targets.test_target import picture
 
@@ -34,9 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def config(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    cache = tmp_path_factory.mktemp("cache")
-    language = LanguageConfig("photo", weights=str(write_cached(cache, bundle)), cache=str(cache))
-    return Config(ServerConfig("s1", str(bundle.path), target="lm"), prompts=PROMPTS, lm=language)
+    return language_config(tmp_path_factory.mktemp("cache"), bundle, PROMPTS)
 
 
 @pytest.fixture(scope="module")

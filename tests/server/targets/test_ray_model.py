@@ -16,14 +16,14 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.wire import Reply, Request, Status
 from server.app import check, load_target
-from server.config import Config, HuggingFaceConfig, LanguageConfig, RayConfig, ServerConfig
+from server.config import Config, HuggingFaceConfig, RayConfig, ServerConfig
 from server.prompts import PromptConfig
 from server.reply_cache import ReplyCache
 from server.service import Service
 from server.targets import Target
 from tests.bundles import tiny_bundle
 from tests.server.boards import request
-from tests.server.targets.seeing_model import write_cached
+from tests.server.targets.seeing_model import language_config
 from tests.server.targets.test_huggingface_target import replies
 from tests.server.targets.test_ray import replicas
 from tests.server.targets.test_target import picture
@@ -52,9 +52,7 @@ def config(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 @pytest.fixture(scope="module")
 def language(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    cache = tmp_path_factory.mktemp("cache")
-    settings = LanguageConfig("photo", weights=str(write_cached(cache, bundle)), cache=str(cache))
-    return Config(ServerConfig("s1", str(bundle.path), target="lm"), prompts={"photo": PROMPTS["photo"]}, lm=settings)
+    return language_config(tmp_path_factory.mktemp("cache"), bundle, {"photo": PROMPTS["photo"]})
 
 
 @pytest.fixture(scope="module")
