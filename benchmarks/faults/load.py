@@ -3,14 +3,13 @@
 Camera, head and draft are left out, since one machine cannot run them fifty times: the latents are prepared before.
 """
 
-import random
 import secrets
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
-from itertools import cycle
+from itertools import combinations, cycle
 from typing import Any
 
 import msgspec
@@ -32,6 +31,7 @@ from edge_runtime.requests import NewRequest, RequestTracker
 from edge_runtime.wire import Event, RequestIds, encode_request, topics
 from edge_runtime.wire.event import AnsweredBy
 from server.reply_cache import MAX_AGE_S, MAX_REPLIES
+from server.watchdog import STATUS_PERIOD_S
 
 BOARDS = 50
 REQUEST_INTERVAL_S = 4.0  # between two requests of one board
@@ -40,7 +40,10 @@ MAX_CONNECTS = 10  # in BIN_S, when all boards reconnect at once
 BIN_S = 0.1
 OPEN = 16  # open requests per board in the soak
 BATCH = 8  # a server's batch size
-SAMPLE_S = 1.0
+LOADED_S = 1.0  # of requests between two looks at the queues
+# Under load the server's memory goes up and down by some 10 MB with the batches at hand, which would hide a leak.
+REST_EVERY_S = 30.0
+REST_S = STATUS_PERIOD_S + 1.0  # after the last answer: until then the server has given back what it has freed
 OVERLOAD = 3.0
 MAX_GROWTH_MB = 1.0  # over the second half of a soak
 
@@ -185,18 +188,26 @@ def soak(scenario: Scenario) -> None:
             "server": psutil.Process(scenario.site.processes[SERVER].pid),
             "broker": psutil.Process(scenario.site.broker.pid),
         }
-        resident: dict[str, list[float]] = {name: [] for name in watched}
+        times: list[float] = []
+        resident: dict[str, list[float]] = {name: [] for name in watched}  # at each of the times, at rest
         most_open = 0
         began = time.monotonic()  # the server's memory grows until its reply cache is full
         while scenario.records.answers(began) < MAX_REPLIES and time.monotonic() < began + MAX_AGE_S:
-            load.send_for(SAMPLE_S, OVERLOAD * server_per_s)
+            load.send_for(LOADED_S, OVERLOAD * server_per_s)
         scenario.fault_started()
         end = time.monotonic() + scenario.seconds
         while time.monotonic() < end:
-            load.send_for(SAMPLE_S, OVERLOAD * server_per_s)
-            most_open = max(most_open, *(board.tracker.summary()["open"] for board in load.boards))
+            loaded_until = time.monotonic() + REST_EVERY_S
+            while time.monotonic() < loaded_until:
+                load.send_for(LOADED_S, OVERLOAD * server_per_s)
+                most_open = max(most_open, *(board.tracker.summary()["open"] for board in load.boards))
+            scenario.send_frames(False)
+            scenario.wait(30.0, lambda: scenario.counts.unsettled == 0)
+            scenario.wait(REST_S)
+            times.append(time.monotonic())
             for name, process in watched.items():
                 resident[name].append(process.memory_info().rss / 2**20)
+            scenario.send_frames()
         scenario.interval_s = 0.25
         scenario.fault_ended()
         scenario.wait_for_answers()
@@ -207,7 +218,7 @@ def soak(scenario: Scenario) -> None:
     scenario.note(f"at most {most_open} of {OPEN} open at a board, {waiting} of {bound} waiting at the server")
     scenario.expect(most_open <= OPEN and waiting <= bound, "queues within their bounds")
     for name, samples in resident.items():
-        slope, growth = slope_of(samples)
+        slope, growth = slope_of(times, samples)
         scenario.rss_slope[name] = round(slope, 3)
         scenario.expect(growth <= MAX_GROWTH_MB, f"flat memory of the {name} ({growth:+.2f} MiB over the second half)")
 
@@ -233,15 +244,14 @@ def _frame_s(scenario: Scenario) -> float:
     return 4.0 / max(1, handled)
 
 
-def slope_of(samples: Sequence[float]) -> tuple[float, float]:
+def slope_of(times: Sequence[float], samples: Sequence[float]) -> tuple[float, float]:
     """Growth of the second half of the samples: MiB per 10 minutes, and MiB in total. The first half is warm-up.
 
-    Theil-Sen: the median of the slopes of random pairs, so that a single garbage collection does not matter.
+    times: of the samples, in seconds. Theil-Sen: the median of the slopes of all pairs, so that a single garbage
+    collection does not matter.
     """
-    half = np.asarray(samples[len(samples) // 2 :])
+    half = list(zip(times, samples, strict=True))[len(samples) // 2 :]
     if len(half) < 3:
         return 0.0, 0.0
-    rng = random.Random(0)
-    pairs = [sorted(rng.sample(range(len(half)), 2)) for _ in range(2000)]
-    slope = float(np.median([(half[b] - half[a]) / (b - a) for a, b in pairs])) / SAMPLE_S
-    return 600 * slope, slope * SAMPLE_S * len(half)
+    slope = float(np.median([(b - a) / (till - since) for (since, a), (till, b) in combinations(half, 2)]))
+    return 600 * slope, slope * (half[-1][0] - half[0][0])
