@@ -41,6 +41,7 @@ from edge_runtime.reporting import BOARD, Events, Values, not_zero
 from edge_runtime.reporting.trigger import Trigger
 from edge_runtime.requests import ByteBudget, RequestTracker
 from edge_runtime.sd_notify import Notifier
+from edge_runtime.shutdown import Stop
 from edge_runtime.users import Users
 from edge_runtime.wire import Event, Options, topics
 
@@ -203,6 +204,8 @@ class Board:
             own = [camera.config.deadline_ms or 0 for camera in self.cameras]
             self.tracker.wait_until_settled(max(self.config.board.deadline_ms, *own) / 1e3, stop, self._progressed)
             self.notifier.stopping()
+        if self.updates and not (isinstance(stop, Stop) and stop.is_broken):
+            self.updates.forget_starts()
         summary = self.summary()
         logger.info("board stopped %s", not_zero(summary))
         if self.updates and self.updates.restart_why:

@@ -149,7 +149,6 @@ class Updates:
         with suppress(queue.Full):  # then it wakes anyway
             self._messages.put_nowait(None)
         self._thread.join(STOP_S)  # a self-test is not waited for
-        self.forget_starts()
 
     def stop_with(self, stop: threading.Event) -> None:
         """Sets the event that ends the board when it has to start again."""

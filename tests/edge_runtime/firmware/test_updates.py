@@ -28,6 +28,8 @@ from edge_runtime.firmware.updates import TRIAL_FRAMES, Updates, store_of
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.mqtt.routes import Route, Router
+from edge_runtime.pipeline import Pipeline
+from edge_runtime.shutdown import Stop
 from edge_runtime.wire import EnvelopeError, topics
 from edge_runtime.wire.update import (
     CHUNK_BYTES,
@@ -453,6 +455,29 @@ def test_a_board_that_is_stopped_while_it_tries_a_backend_goes_on_with_the_trial
     for _ in range(MAX_STARTS + 1):
         assert run_board(config, stop) == {}
     assert running(store) == new.manifest.name
+
+
+@pytest.mark.parametrize("end", ["in order", "frame path", "thread"])
+def test_only_an_orderly_end_does_not_count_against_a_bundle_on_trial(board_bundle, broker, tmp_path, monkeypatch, end):
+    trust(tmp_path)
+    config = RuntimeConfig(
+        BoardConfig(BOARD, str(board_bundle.path), paradigm="offload"),
+        (CameraConfig("door", "mqtt"),),
+        MqttConfig(port=broker.port),
+        updates=UpdatesConfig(str(tmp_path / "store"), str(tmp_path / "trust")),
+    )
+    store = store_of(config)
+    assert store is not None
+    new = variant(board_bundle, tmp_path / "new", "new", name="new")
+    install(store, new, 1)
+    stop = Stop()
+    stop.set()
+    stop.is_broken = end == "thread"  # as the hook of threading sets it
+    if end == "frame path":
+        monkeypatch.setattr(Pipeline, "run", lambda *_: 1 / 0)
+    with suppress(RuntimeError):
+        run_board(config, stop)
+    assert store.state().starts == (0 if end == "in order" else 1)
 
 
 @given(
