@@ -23,7 +23,7 @@ from server.loading import ready_engine
 from testbed.terminal import markdown_table, short
 
 if TYPE_CHECKING:
-    from server.targets.huggingface import HuggingFaceTarget
+    from server.targets.huggingface_model import HuggingFaceModel
     from server.targets.huggingface_prompts import Job as TextJob
 
 DELAYS_MS = (0, 30, 100)  # of a link, in one direction
@@ -85,14 +85,14 @@ def run_hf(
 ) -> dict[str, Any]:
     """A model of transformers on pictures uint8 [224, 224, 3] with a draft of the bundle's words each.
 
-    model: see `HuggingFaceTarget.load`. assistant: a smaller language model, for one more way. Raises TargetError.
+    model: see `HuggingFaceModel.load`. assistant: a smaller language model, for one more way. Raises TargetError.
     """
     from server.config import HuggingFaceConfig
     from server.prompts import QUESTION
-    from server.targets.huggingface import HuggingFaceTarget
+    from server.targets.huggingface_model import HuggingFaceModel
     from server.targets.huggingface_prompts import Job as TextJob
 
-    target, limit = HuggingFaceTarget.load(model, threads=threads), HuggingFaceConfig().max_tokens
+    target, limit = HuggingFaceModel.load(model, threads=threads), HuggingFaceConfig().max_tokens
     jobs = [
         TextJob(QUESTION, picture, bundle.text(list(draft)), limit)
         for picture, draft in zip(pixels, drafts, strict=True)
@@ -122,10 +122,10 @@ def run_language(
 
 
 def _of_transformers(
-    target: "HuggingFaceTarget", jobs: Sequence["TextJob"], draft_ms: float, rounds: int, batches: Sequence[int]
+    target: "HuggingFaceModel", jobs: Sequence["TextJob"], draft_ms: float, rounds: int, batches: Sequence[int]
 ) -> dict[str, Any]:
-    from server.targets.huggingface import PHRASES, together
     from server.targets.huggingface_decoding import Row
+    from server.targets.huggingface_model import PHRASES, together
     from server.targets.phrases import PhraseMemory
 
     loaded_assistant = target.assistant

@@ -31,6 +31,7 @@ from server.config import OpenAIConfig, ServerConfig
 from server.gateway import Arrival
 from server.reply_cache import MAX_AGE_S, ReplyCache
 from server.service import Service
+from server.serving import serve
 from server.targets.openai import OpenAITarget
 from testbed.chat_server import BEHAVIOURS, Behaviour, ChatServer, text_of
 
@@ -124,7 +125,7 @@ def measure(
             ServerConfig("bench", target=f"openai:{other.url}", queue=512), target, ReplyCache(max_flight_s=MAX_AGE_S)
         )
         stop = threading.Event()
-        serving = threading.Thread(target=service.serve, args=(stop,))
+        serving = threading.Thread(target=serve, args=(service, stop))
         serving.start()
         lanes = [SimulatedBoard(f"b{i}", service, 8) for i in range(boards)]
         ids, asked = RequestIds(), dict[bytes, Request]()

@@ -1,8 +1,9 @@
 """The path of a frame, top to bottom: read this file first.
 
 plan -> input -> head -> symbols -> draft -> bits -> request -> event "new": one function per paradigm says in which
-order. Nothing here waits for the network. requests/ ends every request in one more event, whether a reply comes or not;
-planning/ decides which paradigm a frame takes, and why.
+order. Nothing here waits for the network. requests/ ends every request in one more event, whether a reply comes or not,
+and stores those that cannot be sent now, if there is an outbox. planning/ decides which paradigm a frame takes, and why
+(`Plan`); a plan with `keep` goes to the outbox at once.
 """
 
 import logging
@@ -50,7 +51,7 @@ from edge_runtime.wire.event import PARADIGMS, AnsweredBy, Event, Rate, Reuse
 
 logger = logging.getLogger(__name__)
 
-REUSED = (  # of an event
+REUSED = (  # fields of an earlier event that hold for the new one too
     *("text", "tokens", "answered_by", "label", "scores", "confidence", "unsure", "answers"),
     *("object", "schema", "valid", "seed"),
 )
@@ -93,7 +94,7 @@ class FrameInProgress:
 
 
 class Pipeline:
-    """The networks of one board, and the ways out of it."""
+    """The networks of one board, and where their results go: to servers, to the board's users."""
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class Pipeline:
         self.reused = 0  # frames for which an earlier answer was used again
         self.with_reference = 0  # frames that were coded against an earlier one
         self.jpeg_bytes = 0  # of all handled frames as pictures
-        self._jpeg_sizes: dict[str, tuple[int, int]] = {}  # by camera: bytes, and for how many frames more they stand
+        self._jpeg_sizes: dict[str, tuple[int, int]] = {}  # by camera: bytes, and how many frames more count them
         self.handled = dict.fromkeys(PARADIGMS, 0)  # frames, by the paradigm of their event
 
     def run(self, frames: Iterable[Frame]) -> None:
@@ -139,7 +140,10 @@ class Pipeline:
             return None
 
     def answer(self, frame: Frame) -> Event:
-        """Sends the request of one frame, if its plan has one, and publishes the event "new". Returns this event."""
+        """Sends the request of one frame, if its plan has one. Returns the event "new" with what is known of the frame.
+
+        It is published if it has a draft, or if it is the only one.
+        """
         plan, watch = self.planner.plan(frame.camera), Stopwatch(self.slowdown)
         request_id = self.ids.next(int(frame.captured_unix * 1e3), secrets.randbits(16))
         work = FrameInProgress(frame, plan, watch, request_id, to_input(frame.pixels))
@@ -168,7 +172,7 @@ class Pipeline:
     def _split(self, work: FrameInProgress) -> Event:
         """The request contains the features. The draft is decoded after sending, to show something until the reply."""
         self._run_head(work)
-        why_unsent = self._send(work)
+        why_unsent = self._send_features(work)
         if why_unsent or work.plan.writes_draft:
             self._write_draft(work)
         return self._answer_on_device(work, why_unsent) if why_unsent else self._announce(work)
@@ -183,7 +187,7 @@ class Pipeline:
             if work.plan.reuse_distance and work.latent:
                 self.reusable.accepted(event, work.latent, work.frame.captured, wanted(work.plan))
             return event
-        why_unsent = self._send(work)
+        why_unsent = self._send_features(work)
         return self._answer_on_device(work, why_unsent) if why_unsent else self._announce(work)
 
     def _offload(self, work: FrameInProgress) -> Event:
@@ -196,7 +200,7 @@ class Pipeline:
             self._run_head(work)
         if work.plan.sends_draft:
             self._write_draft(work)
-        why_unsent = self._send(work, self._compact(work) if self.tracker.stores_first else b"")
+        why_unsent = self._send_picture(work, self._compact(work) if self.tracker.stores_first else b"")
         if why_unsent or work.plan.writes_draft or self.tracker.has_outbox:
             self._run_head(work)
         if not work.draft and (why_unsent or work.plan.writes_draft):
@@ -248,7 +252,7 @@ class Pipeline:
             work.watch.lap("labels")
 
     def _features(self, work: FrameInProgress) -> RatedSymbols | None:
-        """The symbols that are sent, at the rate of the plan. None: its bytes do not hold even the coarsest ones."""
+        """The symbols that are sent, at the rate of the plan. None: even the coarsest ones take more than its bytes."""
         plan = work.plan
         return features_of(work.latent, self.bundle, plan.level, plan.groups, plan.max_bytes) if work.latent else None
 
@@ -258,37 +262,49 @@ class Pipeline:
         plan = replace(work.plan, paradigm="speculative")
         return encode_request(self._request(work, plan, features)) if features else b""
 
-    def _send(self, work: FrameInProgress, compact: bytes = b"") -> str | None:
-        """Sends the request. Returns None, or why it was not sent: features or request do not fit into their bytes.
-
-        compact: the same request with features, for the outbox.
-        """
-        plan, captured = work.plan, work.frame.captured
-        if plan.paradigm != "offload" and self.sends_labels:
+    def _send_features(self, work: FrameInProgress) -> str | None:
+        """Sends the request with features and labels. None, or why it was not sent: something does not fit."""
+        plan, frame = work.plan, work.frame
+        if self.sends_labels:
             self._find_labels(work)
-        features = self._features(work) if plan.paradigm != "offload" else None
-        if features is None and plan.paradigm != "offload":
+        features = self._features(work)
+        if features is None:
             return f"{plan.paradigm}: the coarsest features do not fit into {plan.max_bytes} bytes"
         request = self._request(work, plan, features)
-        first_copy = self._against_reference(work, request, features) if features and not plan.keep else request
+        first_copy = request if plan.keep else self._against_reference(work, request, features)
         payload = encode_request(first_copy)
         work.watch.lap("encode")
-        if features is None:
-            work.jpeg_bytes = len(request.content)
-        else:
-            work.rate = Rate(features.level, features.groups, len(first_copy.content))
-            if plan.keep:  # the outbox stores this event. In all other cases the encoding would only delay the request.
-                self._count_jpeg_bytes(work)
-        event, deadline = self._event(work, bytes_up=len(payload)), captured + plan.budget_ms / 1e3
-        if not self.tracker.submit(NewRequest(request, payload, event, captured, deadline, plan.keep, compact)):
+        work.rate = Rate(features.level, features.groups, len(first_copy.content))
+        if plan.keep:  # the outbox stores this event. In all other cases the encoding would only delay the request.
+            self._count_jpeg_bytes(work)
+        if why := self._submit(work, request, payload):
             work.rate = None
-            return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
-        work.bytes_up = 0 if plan.keep else len(payload)
-        if features and not plan.keep:
+            return why
+        if not plan.keep:
             has_reference = first_copy is not request
             self.with_reference += has_reference
             rated = features.symbols, features.level, features.groups
-            self.references.sent(SentFrame(request.id, work.frame.camera, *rated, captured, has_reference))
+            self.references.sent(SentFrame(request.id, frame.camera, *rated, frame.captured, has_reference))
+        return None
+
+    def _send_picture(self, work: FrameInProgress, compact: bytes = b"") -> str | None:
+        """Sends the request with the picture. None, or why it was not sent.
+
+        compact: the same request with features, for the outbox.
+        """
+        request = self._request(work, work.plan, None)
+        payload = encode_request(request)
+        work.watch.lap("encode")
+        work.jpeg_bytes = len(request.content)
+        return self._submit(work, request, payload, compact)
+
+    def _submit(self, work: FrameInProgress, request: Request, payload: bytes, compact: bytes = b"") -> str | None:
+        """Hands the request over to requests/. None, or why it was not taken: the byte budget is spent."""
+        plan, captured = work.plan, work.frame.captured
+        event, deadline = self._event(work, bytes_up=len(payload)), captured + plan.budget_ms / 1e3
+        if not self.tracker.submit(NewRequest(request, payload, event, captured, deadline, plan.keep, compact)):
+            return f"{plan.paradigm}: {len(payload)} bytes more do not fit into this minute's budget"
+        work.bytes_up = 0 if plan.keep else len(payload)
         if plan.reuse_distance and work.latent:
             self.reusable.asked(work.request_id.hex(), work.latent, captured, wanted(plan))
         return None
@@ -320,7 +336,7 @@ class Pipeline:
         return event
 
     def _announce(self, work: FrameInProgress, compact: bytes = b"") -> Event:
-        """Publishes the draft, unless the reply is here already. compact: the request that the outbox shall keep."""
+        """Publishes the draft, if there is one and the reply is not here yet. compact: the request for the outbox."""
         self._count_jpeg_bytes(work)
         event = self._event(work)
         self.tracker.announce(event, compact)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edge_runtime.inference.bundle import Bundle
     from edge_runtime.inference.head import Head
     from models.distilling import Agreement
-    from server.targets.huggingface import HuggingFaceTarget
+    from server.targets.huggingface_model import HuggingFaceModel
     from server.targets.huggingface_tower import Tower
 
 MAX_TEXT = 32  # tokens of the texts on which two models are compared
@@ -74,7 +74,7 @@ def _device(text: str) -> str:
 class LanguageModel(NamedTuple):
     """The interface of models.distilling to the language model behind the tower."""
 
-    target: "HuggingFaceTarget"
+    target: "HuggingFaceModel"
     tower: "Tower"
     prompt: str
 
@@ -100,12 +100,12 @@ def run(args: argparse.Namespace) -> None:
     from models.tower_tail import Record, SymbolReader, read_tower_tail, write_tower_tail
     from server.loading import load_engine
     from server.prompts import QUESTION
-    from server.targets.huggingface import HuggingFaceTarget
+    from server.targets.huggingface_model import HuggingFaceModel
     from server.targets.huggingface_tower import Tower
 
     bundle, prompt = open_bundle(args.bundle), args.prompt or QUESTION
     head = load_head(bundle, "onnx", 1)
-    target = HuggingFaceTarget.load(args.target, args.dtype, args.device, args.threads, offline=not args.online)
+    target = HuggingFaceModel.load(args.target, args.dtype, args.device, args.threads, offline=not args.online)
     target.tower = Tower(target.loaded, args.pixels, prompt)
     model = LanguageModel(target, target.tower, prompt)
     tail = load_engine(bundle, (), args.device, args.threads).tail

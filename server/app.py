@@ -23,6 +23,7 @@ from server.counters import SERVER, values
 from server.gateway import Gateway
 from server.reply_cache import MAX_AGE_S, ReplyCache
 from server.service import Service
+from server.serving import serve
 from server.targets import Target
 from server.upstream import Upstream
 from server.watchdog import Watchdog
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from server.engine import Engine
     from server.targets.bundle import BundleTarget
     from server.targets.features import FeatureReader
-    from server.targets.huggingface import HuggingFaceTarget
+    from server.targets.huggingface_model import HuggingFaceModel
     from server.targets.huggingface_target import Model
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,9 @@ def run_server(
         stack.enter_context(Watchdog(service, gateway))
         try:
             notifier.ready()
-            service.serve(stop, notifier, lambda: gateway.client.hangs() or (upstream is not None and upstream.hangs()))
+            serve(
+                service, stop, notifier, lambda: gateway.client.hangs() or (upstream is not None and upstream.hangs())
+            )
         except Exception as error:
             raise RuntimeError("the server broke while it served") from error
     logger.info("server stopped id=%s counts=%s", server.id, service.status()["counts"])
@@ -227,15 +230,15 @@ def _model_target(config: Config) -> Target[Any]:
         from server.targets.language import load_language
 
         return load_language(config, opened(server.bundle), model)
-    from server.targets.huggingface_target import PictureModel
+    from server.targets.huggingface_target import HuggingFaceTarget
 
     features = _features(config, bundle)
-    return PictureModel(model, config.hf, bundle, config.read_prompts(), server.max_batch, features)
+    return HuggingFaceTarget(model, config.hf, bundle, config.read_prompts(), server.max_batch, features)
 
 
-def load_model(config: Config) -> "HuggingFaceTarget":
+def load_model(config: Config) -> "HuggingFaceModel":
     """The model of the targets "hf:..." and "lm", in this process, after its start test. Raises ConfigError."""
-    from server.targets.huggingface import HuggingFaceTarget
+    from server.targets.huggingface_model import HuggingFaceModel
     from server.targets.huggingface_tower import Tower
 
     server, hf = config.server, config.hf
@@ -244,7 +247,7 @@ def load_model(config: Config) -> "HuggingFaceTarget":
 
         return load_language_model(config, opened(server.bundle))
     how = (hf.dtype, server.device, server.threads, hf.offline)
-    model = HuggingFaceTarget.load(server.target.removeprefix("hf:"), *how)
+    model = HuggingFaceModel.load(server.target.removeprefix("hf:"), *how)
     if hf.assistant:
         model.add_assistant(hf.assistant, *how)
     if hf.tail:

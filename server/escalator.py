@@ -14,7 +14,6 @@ from functools import partial
 import msgspec
 
 from edge_runtime.wire import EnvelopeError, Reply, Tier, encode_reply
-from server.accepted import Accepted
 from server.escalation import (
     Allowances,
     Bounds,
@@ -27,6 +26,7 @@ from server.escalation import (
     passed_up,
     requested_reason,
 )
+from server.received import Received
 from server.reply_cache import Key
 from server.upstream import Upstream
 
@@ -35,7 +35,7 @@ from server.upstream import Upstream
 class AskedAbove:
     """A request whose board has a first reply and gets one more."""
 
-    accepted: Accepted
+    received: Received
     reason: Reason
     own: Reply  # this server's
     latest: Reply  # what the board was told last; it becomes final if nothing better follows
@@ -55,7 +55,7 @@ class Escalator:
         server: str,
         tier: Tier,
         count: Callable[[str, str], None],
-        finish: Callable[[Accepted, Reply], None],
+        finish: Callable[[Received, Reply], None],
     ) -> None:
         self._upstream, self._bounds, self._server, self._tier = upstream, bounds, server, tier
         self._count, self._finish = count, finish
@@ -77,33 +77,33 @@ class Escalator:
         """The request has a final reply. Any thread."""
         self._first_replies.pop(key, None)
 
-    def ask(self, accepted: Accepted, own: Reply) -> bool:
+    def ask(self, received: Received, own: Reply) -> bool:
         """Asks the tier above, if it should be asked and can be. False: this server's own reply is final."""
-        reason = self._reason_to_ask(accepted, own.confidence or 0.0)
+        reason = self._reason_to_ask(received, own.confidence or 0.0)
         if reason is None:
             return False
-        now, until = time.monotonic(), ask_until(accepted.arrival.at, accepted.deadline)
-        of_board = sum(board == accepted.arrival.board for board, _ in list(self._first_replies))
+        now, until = time.monotonic(), ask_until(received.arrival.at, received.deadline)
+        of_board = sum(board == received.arrival.board for board, _ in list(self._first_replies))
         above = self._upstream.above(now) if self._upstream else None
         obstacle = obstacle_to(above, until - now, of_board < self._bounds.max_open_per_board)
         if obstacle or self._upstream is None:
             self._count("alone", obstacle or "no_upstream")
             return False
         self._count("escalated", reason)
-        asked = AskedAbove(accepted, reason, own, own)
+        asked = AskedAbove(received, reason, own, own)
         self._reply_for_now(asked)
         try:
-            request = passed_up(accepted.request, self._server, own.token_ids, now - accepted.arrival.at)
+            request = passed_up(received.request, self._server, own.token_ids, now - received.arrival.at)
             self._upstream.ask(request, until, partial(self._answered, asked))
         except EnvelopeError:  # content that just fits an envelope
             self._answered(asked, None, "too_large")
         return True
 
-    def _reason_to_ask(self, accepted: Accepted, confidence: float) -> Reason | None:
-        requested = requested_reason(accepted.request.options, self._tier, confidence)
+    def _reason_to_ask(self, received: Received, confidence: float) -> Reason | None:
+        requested = requested_reason(received.request.options, self._tier, confidence)
         with self._lock:
             rank = self._ranks.rank(confidence, random.random())
-            may_ask = self._allowances.spend(accepted.arrival.board, requested is not None)
+            may_ask = self._allowances.spend(received.arrival.board, requested is not None)
         own = own_reason(confidence, rank, self._bounds, random.random())
         if requested and not may_ask:
             self._count("alone", "asked_too_often")
@@ -112,8 +112,8 @@ class Escalator:
     def _reply_for_now(self, asked: AskedAbove) -> None:
         data = encode_reply(msgspec.structs.replace(asked.latest, final=False))
         self._waiting.add(id(asked))
-        self._first_replies[asked.accepted.key] = data
-        asked.accepted.arrival.reply(data, asked.accepted.deadline - time.monotonic())
+        self._first_replies[asked.received.key] = data
+        asked.received.arrival.reply(data, asked.received.deadline - time.monotonic())
 
     def _answered(self, asked: AskedAbove, reply: Reply | None, why: str) -> None:
         """On the thread of upstream.py: what the tier above says. None: it says nothing more, and why.
@@ -134,4 +134,4 @@ class Escalator:
             else:
                 self._count("changed", asked.reason)  # that of "explore" says what the bounds miss
         self._waiting.discard(id(asked))
-        self._finish(asked.accepted, msgspec.structs.replace(asked.latest, final=True))
+        self._finish(asked.received, msgspec.structs.replace(asked.latest, final=True))

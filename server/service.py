@@ -1,20 +1,17 @@
 """The path of a request, top to bottom: receive, admit, decode its picture, batch, ask the target, reply; and if the
 tier above may know better: reply, ask there, reply once more.
 
-`receive` runs on the MQTT client's thread and never waits. Pictures are decoded on threads of their own, each with a
-process of its own. `serve` runs on the thread that calls the target (targets/target.py), and starts more of them for a
-target that takes several calls at once. Replies of the tier above come on another thread. Between the threads are two
-queues, one before the pictures' threads and one before the target, and the cache of replies. Every request ends in a
-status, which its board is told, and in a counter: received = last replies (by status) + repeated + joined + waiting +
-being answered + asked above.
+`receive` runs on the MQTT client's thread and never waits. `decode_picture` and `answer`, which calls the target
+(targets/target.py), run on threads that serving.py starts. Replies of the tier above come on another thread. Between
+the threads are two queues, one before the pictures' threads and one before the target, each of which forms batches
+(batcher.py), and the cache of replies. Every request ends in a status, which its board is told, and in a counter:
+received = last replies (by status) + repeated + joined + waiting + being answered + asked above.
 """
 
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +19,6 @@ import msgspec
 
 from edge_runtime import __version__
 from edge_runtime.picture_checks import PictureError
-from edge_runtime.sd_notify import Notifier
 from edge_runtime.wire import (
     ContentKind,
     EnvelopeError,
@@ -37,7 +33,6 @@ from edge_runtime.wire import (
     encode_tokens,
 )
 from edge_runtime.wire.envelope import MAX_TEXT, Bytes8
-from server.accepted import Accepted
 from server.admission import refusal_of
 from server.batch_times import BatchTimes
 from server.batcher import Batch, Batcher
@@ -47,6 +42,7 @@ from server.escalation import Bounds
 from server.escalator import Escalator
 from server.gateway import Arrival
 from server.pictures import PictureCostError, PictureDecoder, PictureWorkerError
+from server.received import Received
 from server.reply_cache import ReplyCache, Seen
 from server.targets import Answer, FeaturesError, Target
 from server.upstream import Upstream
@@ -56,9 +52,6 @@ logger = logging.getLogger(__name__)
 MIN_RETRY_MS = 50
 NO_BUNDLE = bytes(8)  # of a board that sends pictures alone
 ELSEWHERE_RETRY_MS = 100  # the broker gives the next copy to another server of the pool, which may have the bundle
-# Threads that decode pictures. One board occupies one of them, so the pictures of another one do not wait for it.
-PICTURE_THREADS = 2
-SILENT_S = 3.0  # a batch without a step for longer may hang: what other threads do is then no progress
 TAKE_S = 0.2  # how often a thread that waits for work looks whether it should stop
 
 
@@ -79,9 +72,9 @@ class Service:
         self.config, self.target, self.replies, self.upstream = config, target, replies, upstream
         self.tier, limits = Tier[config.tier.upper()], target.limits
         self.takes_pictures = config.pictures and target.abilities.pictures
-        self.picture_queue: Batcher[Accepted] = Batcher(config.queue, 1, 0.0, time.monotonic)
+        self.picture_queue: Batcher[Received] = Batcher(config.queue, 1, 0.0, time.monotonic)
         # With several calls at once, one board may occupy half of them, so that the others always get some.
-        self.target_queue: Batcher[Accepted] = Batcher(
+        self.target_queue: Batcher[Received] = Batcher(
             config.queue, limits.batch, config.batch_wait_ms / 1e3, time.monotonic, (limits.calls + 1) // 2
         )
         self.batch_times = BatchTimes(limits.call_s)
@@ -90,7 +83,6 @@ class Service:
         self._lock = threading.Lock()  # over counts and _is_stopping; held for a few statements
         self._is_stopping = False
         self.escalator = Escalator(upstream, bounds or Bounds(), config.id, self.tier, self._count, self._finish)
-        self._decoders = [PictureDecoder() for _ in range(PICTURE_THREADS)] if self.takes_pictures else []
 
     # ---- the MQTT client's thread ----
 
@@ -104,14 +96,14 @@ class Service:
             refusal = self._own(readable_id(arrival.payload), Status.BAD_REQUEST, error=str(error))
             arrival.reply(encode_reply(refusal), 0.0)
         else:
-            self._admit(Accepted(arrival, request, arrival.at + request.budget_ms / 1e3))
+            self._admit(Received(arrival, request, arrival.at + request.budget_ms / 1e3))
         arrival.acknowledge()
 
-    def _admit(self, accepted: Accepted) -> None:
+    def _admit(self, received: Received) -> None:
         """Finds out whether the request is new and can be answered here."""
-        request, reply = accepted.request, accepted.arrival.reply
-        first = self.escalator.first_reply(accepted.key)  # read before `begin`, see `_finish`
-        seen = self.replies.begin(accepted.key)
+        request, reply = received.request, received.arrival.reply
+        first = self.escalator.first_reply(received.key)  # read before `begin`, see `_finish`
+        seen = self.replies.begin(received.key)
         if isinstance(seen, bytes):
             self._count("repeated")
             reply(seen, request.budget_ms / 1e3)
@@ -123,34 +115,34 @@ class Service:
             if refusal.counted:
                 self._count(*refusal.counted)
             retry_ms = ELSEWHERE_RETRY_MS if refusal.status is Status.UNKNOWN_BUNDLE else None
-            self._refuse(accepted, refusal.status, refusal.why, retry_ms)
+            self._refuse(received, refusal.status, refusal.why, retry_ms)
         else:
             if request.options and request.options.prompt:
                 self._count("prompts", "asked")
             is_latent = request.content_kind is ContentKind.LATENT
-            self._enqueue(accepted, self.target_queue if is_latent else self.picture_queue)
+            self._enqueue(received, self.target_queue if is_latent else self.picture_queue)
 
-    def _enqueue(self, accepted: Accepted, queue: Batcher[Accepted]) -> None:
+    def _enqueue(self, received: Received, queue: Batcher[Received]) -> None:
         """Into a queue, if an answer can be expected in time: otherwise it would only delay the others."""
         now = time.monotonic()
-        wait_ms, left_ms = self._expected_ms(accepted), 1e3 * (accepted.deadline - now)
+        wait_ms, left_ms = self._expected_ms(received), 1e3 * (received.deadline - now)
         if self.batch_times.is_late(now):
-            self._busy(accepted, "the engine of this server hangs: another one may answer")
-        elif wait_ms > left_ms > 0:
-            self._busy(accepted, f"an answer takes {wait_ms:.0f} ms now, {left_ms:.0f} are left: come back later")
+            self._busy(received, "the engine of this server hangs: another one may answer")
+        elif wait_ms > left_ms > 0:  # a request without time left ends in `_tell_stale`, not in a promise
+            self._busy(received, f"an answer takes {wait_ms:.0f} ms now, {left_ms:.0f} are left: come back later")
         else:
             with self._lock:  # so that nothing new comes in once the server stops
                 # A picture that has been decoded was accepted before.
-                is_open = not self._is_stopping or accepted.pixels is not None
-                refused = queue.put(accepted.arrival.board, accepted, accepted.deadline) if is_open else None
+                is_open = not self._is_stopping or received.pixels is not None
+                refused = queue.put(received.arrival.board, received, received.deadline) if is_open else None
             if not is_open:
-                self._busy(accepted, "this server stops: another one may answer")
+                self._busy(received, "this server stops: another one may answer")
             elif refused:
                 self._busy(refused, f"{self.config.queue} requests wait already: come back later")
 
-    def _expected_ms(self, accepted: Accepted) -> float:
+    def _expected_ms(self, received: Received) -> float:
         """From now until the engine has answered, as batches take lately; 0 while nobody is ahead of it."""
-        ahead = self.target_queue.ahead_of(accepted.arrival.board)
+        ahead = self.target_queue.ahead_of(received.arrival.board)
         limits = self.target.limits
         batches = 1 + ahead / (limits.batch * limits.calls)
         return self.batch_times.medians_ms()["batch"] * batches if ahead else 0.0
@@ -161,119 +153,25 @@ class Service:
         """Takes one picture out of its queue, if one comes soon, and puts its pixels into the engine's queue."""
         batch = self.picture_queue.take(TAKE_S)
         self._tell_stale(batch)
-        for accepted in batch.items:
+        for received in batch.items:
             started = time.monotonic()
             try:
-                pixels = decoder.decode(accepted.request.content)
+                pixels = decoder.decode(received.request.content)
             except PictureWorkerError as error:
-                self._busy(accepted, f"{error}: another server may answer")
+                self._busy(received, f"{error}: another server may answer")
             except PictureError as error:
                 self._count("pictures", "too_costly" if isinstance(error, PictureCostError) else "unreadable")
-                self._refuse(accepted, Status.BAD_REQUEST, str(error))
+                self._refuse(received, Status.BAD_REQUEST, str(error))
             else:
                 self._count("pictures", "decoded")
                 took_ms = 1e3 * (time.monotonic() - started)
-                self._enqueue(replace(accepted, pixels=pixels, picture_ms=took_ms), self.target_queue)
+                self._enqueue(replace(received, pixels=pixels, picture_ms=took_ms), self.target_queue)
             finally:
-                self.picture_queue.done(accepted.arrival.board, 1e3 * (time.monotonic() - started))
+                self.picture_queue.done(received.arrival.board, 1e3 * (time.monotonic() - started))
 
-    # ---- the threads that call the target: this one, and more if it takes several calls at once ----
+    # ---- the threads that call the target ----
 
-    def serve(
-        self,
-        stop: threading.Event,
-        notifier: Notifier | None = None,
-        connection_hangs: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """Answers until `stop` is set, then finishes what was accepted, as far as `stop_s` allows.
-
-        notifier: hears of each batch, of each step of the target, and that there is nothing to do; of none of them
-        while connection_hangs.
-        """
-        notifier = notifier or Notifier()
-        notifier.allow(self.target.limits.silent_s)
-
-        def progress() -> None:
-            now = time.monotonic()
-            self.batch_times.step(now)
-            is_silent = self.batch_times.silent_s(now) > SILENT_S + self.target.limits.silent_s
-            if not (is_silent or connection_hangs()):
-                notifier.progress()
-
-        self.target.on_step(progress)
-        with self._threads(), self._bounded_stop(stop):
-            while not stop.is_set():
-                self.answer(self.target_queue.take(TAKE_S))
-                progress()
-            notifier.stopping()
-            self._accept_no_more()
-            # In this order: a picture goes from the first to the second.
-            while not self.picture_queue.is_idle or not self.target_queue.is_idle:
-                self.answer(self.target_queue.take(TAKE_S))
-
-    @contextmanager
-    def _bounded_stop(self, stop: threading.Event) -> Iterator[None]:
-        """Gives up what is not answered `stop_s` after `stop`. On a thread of its own: others may be in long calls."""
-        has_ended = threading.Event()
-
-        def watch() -> None:
-            while not stop.wait(TAKE_S):
-                if has_ended.is_set():
-                    return
-            self._accept_no_more()
-            if has_ended.wait(self.config.stop_s):
-                return
-            while True:  # again: a picture that was being decoded may have moved on since
-                self._hand_back("this server stops before it could answer: another one may")
-                self.target.close()
-                for decoder in self._decoders:
-                    decoder.kill()
-                if has_ended.wait(TAKE_S):
-                    return
-
-        watcher = threading.Thread(target=watch, name="stop", daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            has_ended.set()
-            watcher.join()
-
-    def _accept_no_more(self) -> None:
-        with self._lock:
-            self._is_stopping = True
-
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """Those that decode pictures, and those besides this one that call the target."""
-        done = threading.Event()
-
-        def decode(decoder: PictureDecoder) -> None:
-            with decoder:
-                while not done.is_set():
-                    self.decode_picture(decoder)
-
-        def answer() -> None:
-            while not done.is_set():
-                self.answer(self.target_queue.take(TAKE_S))
-
-        threads = [
-            threading.Thread(target=decode, args=(decoder,), name=f"pictures-{i}", daemon=True)
-            for i, decoder in enumerate(self._decoders)
-        ]
-        threads += [
-            threading.Thread(target=answer, name=f"target-{i}", daemon=True) for i in range(1, self.target.limits.calls)
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            for thread in threads:
-                thread.join()
-
-    def answer(self, batch: Batch[Accepted]) -> None:
+    def answer(self, batch: Batch[Received]) -> None:
         """One batch, from contents to replies. The cost of each request is charged to its board."""
         self._tell_stale(batch)
         if not batch.items:
@@ -283,9 +181,9 @@ class Service:
         costs_ms = [0.0] * len(batch.items)
         try:
             jobs: dict[int, Any] = {}  # by place in the batch
-            for i, accepted in enumerate(batch.items):
+            for i, received in enumerate(batch.items):
                 began = time.monotonic()
-                if (job := self._job(accepted)) is not None:
+                if (job := self._job(received)) is not None:
                     jobs[i] = job
                 costs_ms[i] = 1e3 * (time.monotonic() - began)
             if jobs:
@@ -301,26 +199,26 @@ class Service:
                         self._refuse(batch.items[i], Status.FAILED, f"the target's answer cannot be sent: {error}")
         finally:
             self.batch_times.end()
-            for accepted, cost_ms in zip(batch.items, costs_ms, strict=True):
-                self.target_queue.done(accepted.arrival.board, cost_ms)
+            for received, cost_ms in zip(batch.items, costs_ms, strict=True):
+                self.target_queue.done(received.arrival.board, cost_ms)
 
-    def _job(self, accepted: Accepted) -> Any:
+    def _job(self, received: Received) -> Any:
         """The job for the target; None: the request was refused, its content is not readable."""
-        options, known = accepted.request.options, self.target.question_names()
+        options, known = received.request.options, self.target.question_names()
         for name in options.questions if options else ():
             self._count("questions", "asked" if name in known else "unknown")
         try:
-            return self.target.job(accepted)
+            return self.target.job(received)
         except WireError as error:
             is_lost = isinstance(error, ReferenceLostError)
-            self._refuse(accepted, Status.REFERENCE_LOST if is_lost else Status.BAD_REQUEST, str(error))
+            self._refuse(received, Status.REFERENCE_LOST if is_lost else Status.BAD_REQUEST, str(error))
         except PictureWorkerError as error:
-            self._busy(accepted, f"{error}: another server may answer")
+            self._busy(received, f"{error}: another server may answer")
         except FeaturesError as error:
-            self._refuse(accepted, Status.FAILED, str(error))
-        except Exception as error:  # networks read pictures, and may read latents: as in `_compute`
-            logger.exception("content not read id=%s", accepted.request.id.hex())
-            self._refuse(accepted, Status.FAILED, _in_engine(error))
+            self._refuse(received, Status.FAILED, str(error))
+        except Exception as error:  # a target may run networks here too: as in `_compute`
+            logger.exception("content not read id=%s", received.request.id.hex())
+            self._refuse(received, Status.FAILED, _in_engine(error))
         return None
 
     def _compute(self, jobs: list[Any]) -> list[Answer]:
@@ -346,23 +244,23 @@ class Service:
                 self._count("prompts", "valid" if answer.checked.valid else "invalid")
         return answers
 
-    def _reply(self, accepted: Accepted, job: Any, answer: Answer, started: float, decoded: float, done: float) -> None:
+    def _reply(self, received: Received, job: Any, answer: Answer, started: float, decoded: float, done: float) -> None:
         """From an answer to a reply; the times are of its batch."""
         if answer.error:
             status = Status.FAILED if answer.retry_after_ms is None else Status.BUSY
-            self._refuse(accepted, status, answer.error, answer.retry_after_ms)
+            self._refuse(received, status, answer.error, answer.retry_after_ms)
             return
         if len(answer.text) > MAX_TEXT:
-            self._refuse(accepted, Status.FAILED, f"the target wrote {len(answer.text)} characters, want {MAX_TEXT}")
+            self._refuse(received, Status.FAILED, f"the target wrote {len(answer.text)} characters, want {MAX_TEXT}")
             return
-        stages_ms = {"decode": 1e3 * (decoded - started) + accepted.picture_ms} | answer.stages_ms
-        queued_ms = max(0.0, 1e3 * (started - accepted.arrival.at) - accepted.picture_ms)
-        compute_ms = 1e3 * (done - started) + accepted.picture_ms
+        stages_ms = {"decode": 1e3 * (decoded - started) + received.picture_ms} | answer.stages_ms
+        queued_ms = max(0.0, 1e3 * (started - received.arrival.at) - received.picture_ms)
+        compute_ms = 1e3 * (done - started) + received.picture_ms
         # The board of a picture may have another bundle, whose vocabulary has other words under these ids.
-        bundle = accepted.request.bundle
+        bundle = received.request.bundle
         tokens = answer.tokens if bundle in (NO_BUNDLE, *self.target.abilities.bundles) else ()
         reply = self._own(
-            accepted.request.id,
+            received.request.id,
             Status.OK,
             tokens=encode_tokens(tokens),
             text=answer.text,
@@ -375,12 +273,12 @@ class Service:
             label=next(iter(answer.scores), None),
             scores=answer.scores or None,
             answers=answer.answers or None,
-            is_reference=accepted.pixels is None and self.target.abilities.references,
+            is_reference=received.pixels is None and self.target.abilities.references,
             checked=answer.checked,
         )
-        above = self.target.request_above(accepted, job) if self.upstream else accepted
+        above = self.target.request_above(received, job) if self.upstream else received
         if not self.escalator.ask(above, reply):
-            self._finish(accepted, reply)
+            self._finish(received, reply)
 
     # ---- any thread ----
 
@@ -430,45 +328,51 @@ class Service:
     def engine_hangs(self, is_new: bool) -> None:
         """Its present batch has taken too long: what waits behind it is given to other servers."""
         self._count("late", count=is_new)
-        self._hand_back("the engine of this server hangs: another one may answer")
+        self.hand_back("the engine of this server hangs: another one may answer")
 
-    # ---- any thread: the ends of a request ----
+    # ---- any thread: the end of the service ----
 
-    def _hand_back(self, why: str) -> None:
+    def accept_no_more(self) -> None:
+        """What comes from now on is given to other servers."""
+        with self._lock:
+            self._is_stopping = True
+
+    def hand_back(self, why: str) -> None:
+        """What waits is given to other servers."""
         for queue in (self.picture_queue, self.target_queue):
-            for accepted in queue.clear():
-                self._busy(accepted, why)
+            for received in queue.clear():
+                self._busy(received, why)
 
-    def _tell_stale(self, batch: Batch[Accepted]) -> None:
-        for accepted in batch.stale:
-            self._refuse(accepted, Status.STALE, f"its {accepted.request.budget_ms} ms were spent in the queue")
+    def _tell_stale(self, batch: Batch[Received]) -> None:
+        for received in batch.stale:
+            self._refuse(received, Status.STALE, f"its {received.request.budget_ms} ms were spent in the queue")
 
-    def _busy(self, accepted: Accepted, why: str) -> None:
-        self._refuse(accepted, Status.BUSY, why, max(MIN_RETRY_MS, int(self._expected_ms(accepted))))
+    def _busy(self, received: Received, why: str) -> None:
+        self._refuse(received, Status.BUSY, why, max(MIN_RETRY_MS, int(self._expected_ms(received))))
 
-    def _refuse(self, accepted: Accepted, status: Status, why: str, retry_ms: int | None = None) -> None:
-        self._finish(accepted, self._own(accepted.request.id, status, error=why, retry_after_ms=retry_ms))
+    def _refuse(self, received: Received, status: Status, why: str, retry_ms: int | None = None) -> None:
+        self._finish(received, self._own(received.request.id, status, error=why, retry_after_ms=retry_ms))
 
     def _own(self, request_id: bytes, status: Status, error: str = "", **fields: Any) -> Reply:
         """A reply of this server's."""
         name = self.config.id
         return Reply(id=request_id, status=status, tier=self.tier, server=name, error=error[:1024], **fields)
 
-    def _finish(self, accepted: Accepted, reply: Reply) -> None:
-        """The end of every request that had an id.
+    def _finish(self, received: Received, reply: Reply) -> None:
+        """The end of every request that could be read.
 
         This reply is cached before the first one of an escalated request is forgotten. So a repeat, which looks in the
         other order, always finds one of them.
         """
         data = encode_reply(reply)
         if reply.status is Status.OK:
-            self.replies.put(accepted.key, data)
+            self.replies.put(received.key, data)
         else:  # asking again may end otherwise
-            self.replies.forget(accepted.key)
-        self.escalator.forget(accepted.key)
+            self.replies.forget(received.key)
+        self.escalator.forget(received.key)
         self._count("replies", reply.status.name.lower())
         # Last: a repeat that crosses it must not be told that a reply is still to come.
-        accepted.arrival.reply(data, accepted.deadline - time.monotonic())
+        received.arrival.reply(data, received.deadline - time.monotonic())
 
     def _count(self, name: str, label: str = "", count: int = 1) -> None:
         with self._lock:

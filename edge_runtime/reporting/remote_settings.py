@@ -3,7 +3,7 @@
 A table of names, each with the values it takes. A message either is one of these values, or is counted and changes
 nothing. The value in force is retained at the broker: published at each connection and after each change. It lives as
 long as the process: after a restart the configuration is in force again, so that nobody's forgotten setting stays.
-This module decides what changes; app.py applies it to the parts of the board.
+This module decides what changes; users.py applies it to the parts of the board.
 """
 
 import logging

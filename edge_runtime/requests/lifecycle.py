@@ -4,9 +4,9 @@ A PUBACK only says that a broker took a message, and a server that dies takes it
 request stays open until a reply with its id comes. Until then it is sent again with the *same* id (servers answer a
 repeat from their cache). With an outbox, a request without a reply at its deadline is kept and asked again later.
 
-    submitted -> STORING -> OPEN -> IMPROVABLE -> answered
-                    |        | ^
-                    v        v |                             from every state: -> lost
+    submitted -> STORING -> OPEN -> IMPROVABLE      IMPROVABLE has been answered, and waits for a better answer.
+                    |        | ^                    A final answer ends a request in OPEN, IMPROVABLE and READING.
+                    v        v |                    From every state but IMPROVABLE, it may be lost.
                        KEPT -> READING
 
 The methods named `on_...` take what happened and return the actions that follow; the caller carries these out. Time is

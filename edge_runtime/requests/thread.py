@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 M = TypeVar("M")
 
-QUEUE = 256  # messages that wait; then `offer` refuses
+QUEUE = 256  # messages that wait; then `_offer` refuses
 IDLE_S = 0.5  # the longest wait between two looks at the clock
 HANG_S = 10.0  # a thread that has not looked at the clock for so long hangs
 

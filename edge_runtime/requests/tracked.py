@@ -21,7 +21,7 @@ class NewRequest:
     )
     event: Event  # what the frame's next event starts from
     captured: float  # seconds, time.monotonic()
-    deadline: float  # the same clock; without an answer until then, the draft is the final text
+    deadline: float  # the same clock; without an answer until then, it is lost, or the outbox keeps it
     keep: bool = False  # the link is away: into the outbox at once, not sent
     compact: bytes = b""  # the same request with features instead of its picture, for the outbox
 

@@ -17,9 +17,9 @@ from edge_runtime.inference.sampling import sampler_of
 from edge_runtime.wire import EnvelopeError, Paradigm
 from edge_runtime.wire.bitstream import Header, encode
 from edge_runtime.wire.envelope import seed_of
-from server.accepted import Accepted
 from server.engine import Job, Proof
 from server.questions import Questions
+from server.received import Received
 from server.targets.latents import Latents
 from server.targets.target import Abilities, Answer, Limits, Target
 
@@ -72,9 +72,9 @@ class BundleTarget(Target[Job]):
             tokenizer=self.bundle.id.hex(),
         )
 
-    def job(self, accepted: Accepted) -> Job:
-        request = accepted.request
-        symbols, level, channels = self._symbols(accepted)
+    def job(self, received: Received) -> Job:
+        request = received.request
+        symbols, level, channels = self._symbols(received)
         options = request.options
         max_tokens = options.max_tokens if options else None
         # A board without a draft that asks for speculation gets the server's; "split" is the target alone.
@@ -108,13 +108,13 @@ class BundleTarget(Target[Job]):
     def on_step(self, step: Callable[[], None]) -> None:
         self.engine.on_step = step
 
-    def request_above(self, accepted: Accepted, job: Job) -> Accepted:
+    def request_above(self, received: Received, job: Job) -> Received:
         """The tier above has no earlier frames of the board, so the content must do without."""
-        request, tables = accepted.request, self.bundle.tables
-        if accepted.pixels is not None or Header.from_bytes(request.content).reference is None:
-            return accepted
+        request, tables = received.request, self.bundle.tables
+        if received.pixels is not None or Header.from_bytes(request.content).reference is None:
+            return received
         content = encode(job.symbols, tables, job.level, job.channels * tables.groups // tables.channels)
-        return replace(accepted, request=msgspec.structs.replace(request, content=content))
+        return replace(received, request=msgspec.structs.replace(request, content=content))
 
     def question_names(self) -> Collection[str]:
         return self.questions.known
@@ -131,9 +131,9 @@ class BundleTarget(Target[Job]):
             **self.questions.status(),
         }
 
-    def _symbols(self, accepted: Accepted) -> tuple[NDArray[np.int8], int, int]:
+    def _symbols(self, received: Received) -> tuple[NDArray[np.int8], int, int]:
         """The latent's symbols, their level, and how many channels of them were sent. Raises BitstreamError."""
         tables = self.bundle.tables
-        if accepted.pixels is not None:
-            return self.engine.symbols(accepted.pixels), tables.levels - 1, tables.channels
-        return self.latents.symbols(accepted)
+        if received.pixels is not None:
+            return self.engine.symbols(received.pixels), tables.levels - 1, tables.channels
+        return self.latents.symbols(received)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from edge_runtime.inference.bundle import Bundle
 from models.tower_tail import Record, SymbolReader, read_tower_tail
-from server.accepted import Accepted
 from server.loading import load_engine
+from server.received import Received
 from server.targets.latents import Latents
 from server.targets.target import FeaturesError
 
@@ -20,9 +20,9 @@ class FeatureReader:
         self.bundle, self.record, self.reader = bundle, record, reader
         self._latents = Latents(bundle)
 
-    def tokens(self, accepted: Accepted) -> Tensor:
+    def tokens(self, received: Received) -> Tensor:
         """Image tokens [N, D], finite, for a request with a latent. Raises BitstreamError and FeaturesError."""
-        found = self.reader.tokens(*self._latents.symbols(accepted))
+        found = self.reader.tokens(*self._latents.symbols(received))
         if not found.isfinite().all():
             raise FeaturesError(
                 f"the tail for {self.record.target} made image tokens that are not finite: run `aiflow distil` again"

@@ -12,7 +12,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.picture_checks import decode_picture
 from server.config import HuggingFaceConfig
 from server.prompts import Prompt
-from server.targets.huggingface import MAX_TOKENS, Proof
+from server.targets.huggingface_model import MAX_TOKENS, Proof
 from server.targets.huggingface_prompts import Job, PromptError
 from server.targets.prompted import Features, PromptedTarget, objection, words
 from server.targets.target import Abilities, Answer, Limits, PictureJob, Verified
@@ -21,7 +21,7 @@ BLANK = np.zeros((224, 224, 3), np.uint8)
 
 
 class Model(Protocol):
-    """A model of this process (huggingface.py), or replicas of it on other machines (ray_model.py)."""
+    """A model of this process (huggingface_model.py), or replicas of it on other machines (ray_model.py)."""
 
     proof: Proof
     on_step: Callable[[], None]
@@ -44,7 +44,7 @@ class Model(Protocol):
     def close(self) -> None: ...
 
 
-class PictureModel(PromptedTarget):
+class HuggingFaceTarget(PromptedTarget):
     """For as many threads as its model, except `status`, which is for any."""
 
     def __init__(

@@ -10,7 +10,7 @@ import io
 import torch
 from torch import Tensor
 
-from server.accepted import Accepted
+from server.received import Received
 from server.targets.features import FeatureReader
 
 
@@ -20,9 +20,9 @@ class ImageEmbeds:
     def __init__(self, reader: FeatureReader) -> None:
         self._reader, self.bundle, self.record = reader, reader.bundle, reader.record
 
-    def tokens(self, accepted: Accepted) -> str:
+    def tokens(self, received: Received) -> str:
         """The image tokens for a request with a latent. Raises BitstreamError and FeaturesError."""
-        return encoded(self._reader.tokens(accepted))
+        return encoded(self._reader.tokens(received))
 
     def mean(self) -> str:
         """The mean image tokens of the photos that the tail was made with."""

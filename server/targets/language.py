@@ -17,21 +17,21 @@ from models.captions import QUESTION
 from models.family import LABEL_WORDS
 from models.labels import label_words, with_seen, words_of_labels
 from models.language_model import SHIPPED, TOWER_PIXELS, Eyes, installed, question, read_learnt
-from server.accepted import Accepted
 from server.config import Config, HuggingFaceConfig
 from server.engine import Engine
 from server.engine import Job as EngineJob
 from server.loading import load_engine
 from server.prompts import Prompt
-from server.targets.huggingface import HuggingFaceTarget
+from server.received import Received
+from server.targets.huggingface_model import HuggingFaceModel
 from server.targets.huggingface_prompts import Job
-from server.targets.huggingface_target import Model, PictureModel
+from server.targets.huggingface_target import HuggingFaceTarget, Model
 from server.targets.huggingface_tower import Tower
 from server.targets.latents import Latents
 from server.targets.target import Abilities, Answer, FeaturesError, PictureJob, picture_job
 
 
-class LanguageTarget(PictureModel):
+class LanguageTarget(HuggingFaceTarget):
     """For as many threads as its model, except `status`, which is for any."""
 
     def __init__(
@@ -62,15 +62,15 @@ class LanguageTarget(PictureModel):
             references=self.bundle.inter_tables is not None,
         )
 
-    def job(self, accepted: Accepted) -> PictureJob:
-        seen, classes = accepted.request.seen_labels, self.bundle.manifest.classes
+    def job(self, received: Received) -> PictureJob:
+        seen, classes = received.request.seen_labels, self.bundle.manifest.classes
         if max(seen, default=-1) >= len(classes):
             raise EnvelopeError(f"label {max(seen)} of {len(classes)}: want a class of the bundle")
-        if accepted.pixels is None:
-            read = EngineJob(*self._latents.symbols(accepted), labels=seen)
+        if received.pixels is None:
+            read = EngineJob(*self._latents.symbols(received), labels=seen)
         else:
-            read = EngineJob(self.engine.symbols(accepted.pixels))
-        return self.seen(read, picture_job(accepted, self.bundle))
+            read = EngineJob(self.engine.symbols(received.pixels))
+        return self.seen(read, picture_job(received, self.bundle))
 
     @torch.no_grad()
     def seen(self, read: EngineJob, job: PictureJob) -> PictureJob:
@@ -104,12 +104,12 @@ def load_language(settings: Config, bundle: Bundle, model: Model) -> LanguageTar
     return LanguageTarget(model, eyes.to(device), engine, bundle, limits, prompts, server.max_batch)
 
 
-def load_language_model(settings: Config, bundle: Bundle) -> HuggingFaceTarget:
+def load_language_model(settings: Config, bundle: Bundle) -> HuggingFaceModel:
     """At the first time, writes the whole model into a cache, which takes a minute. Raises ConfigError."""
     server, config, learnt = settings.server, settings.lm, _learnt(settings)
     _, changes = read_learnt(learnt, bundle)
     folder = installed(learnt, changes, Path(config.cache) if config.cache else None)
-    model = HuggingFaceTarget.load(str(folder), config.dtype, server.device, server.threads)
+    model = HuggingFaceModel.load(str(folder), config.dtype, server.device, server.threads)
     model.tower = Tower(model.loaded, TOWER_PIXELS, QUESTION)
     return model
 

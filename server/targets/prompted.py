@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.wire import CheckedObject, ContentKind, Usage
 from edge_runtime.wire.envelope import MAX_UINT32
-from server.accepted import Accepted
 from server.answer_schema import AnswerError, AnswerSchema
 from server.prompts import Prompt, read_prompts
+from server.received import Received
 from server.targets.recent_pictures import RecentPictures
 from server.targets.target import Abilities, Answer, PictureJob, Target, picture_job
 
@@ -27,7 +27,7 @@ class Features(Protocol):
 
     bundle: Bundle  # whose latents it reads
 
-    def tokens(self, accepted: Accepted) -> Any:
+    def tokens(self, received: Received) -> Any:
         """`PictureJob.image_tokens` of a request with a latent. Raises BitstreamError and FeaturesError."""
 
 
@@ -67,16 +67,16 @@ class PromptedTarget(Target[PictureJob]):
         bundle = self.features.bundle
         return replace(can, bundles=(bundle.id,), references=bundle.inter_tables is not None)
 
-    def job(self, accepted: Accepted) -> PictureJob:
-        if self.features and accepted.request.content_kind is ContentKind.LATENT:
+    def job(self, received: Received) -> PictureJob:
+        if self.features and received.request.content_kind is ContentKind.LATENT:
             # Earlier frames are not kept: a prompt that shows several pictures is asked about this one.
-            return picture_job(accepted, self._bundle, self.features.tokens(accepted))
-        job, options = picture_job(accepted, self._bundle), accepted.request.options
+            return picture_job(received, self._bundle, self.features.tokens(received))
+        job, options = picture_job(received, self._bundle), received.request.options
         # To a tier above, all boards of an edge server are one: their cameras cannot be told apart.
         if not self._shows_several or (options and options.via):
             return job
         camera, frames = options.camera if options else "", self._prompt_of(job).frames
-        request, board = accepted.request, accepted.arrival.board
+        request, board = received.request, received.arrival.board
         earlier = self._recent.add(board, camera, request.id, job.picture, job.media_type, frames)
         return replace(job, earlier=earlier)
 

@@ -15,7 +15,7 @@ from edge_runtime.errors import ConfigError
 from server.config import Config, RayConfig, ServerConfig
 from server.prompts import PromptConfig
 from server.targets import ray_replicas
-from server.targets.huggingface import Proof
+from server.targets.huggingface_model import Proof
 from server.targets.huggingface_prompts import Job, PromptError
 from server.targets.ray_replicas import Replicas
 from server.targets.target import Answer
@@ -59,7 +59,7 @@ class Replica:
 
 
 class RayModel(Replicas):
-    """The model for `PictureModel`, on replicas. For any number of threads."""
+    """The model for `HuggingFaceTarget`, on replicas. For any number of threads."""
 
     def __init__(self, config: Config, settings: RayConfig) -> None:
         """Starts the replicas, or joins those of another server with the same settings. Raises ConfigError."""

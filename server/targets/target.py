@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.wire import CheckedObject, ContentKind, Usage
-from server.accepted import Accepted
+from server.received import Received
 
 MediaType = Literal["image/jpeg", "image/webp"]
 # How far a text is the target's own, whatever the draft: docs/adr/0019.
@@ -133,7 +133,7 @@ class Target(ABC, Generic[Job]):
         """Its present abilities."""
 
     @abstractmethod
-    def job(self, accepted: Accepted) -> Job:
+    def job(self, received: Received) -> Job:
         """The job for `answer` from a request that the abilities allow.
 
         Raises WireError for unreadable content, and FeaturesError.
@@ -143,9 +143,9 @@ class Target(ABC, Generic[Job]):
     def answer(self, jobs: Sequence[Job]) -> list[Answer]:
         """One answer per job, in their order; at most `limits.batch` jobs. An error of one job is in its answer."""
 
-    def request_above(self, accepted: Accepted, job: Job) -> Accepted:
+    def request_above(self, received: Received, job: Job) -> Received:
         """The request as the tier above can read it."""
-        return accepted
+        return received
 
     def question_names(self) -> Collection[str]:
         """The taught questions that it answers."""
@@ -173,18 +173,18 @@ class Target(ABC, Generic[Job]):
         """Ends calls of `answer` early: each returns soon, with an error."""
 
 
-def picture_job(accepted: Accepted, bundle: Bundle | None = None, image_tokens: Any = None) -> PictureJob:
+def picture_job(received: Received, bundle: Bundle | None = None, image_tokens: Any = None) -> PictureJob:
     """The job of a request that has a picture, or image tokens in its place.
 
     bundle: whose vocabulary spells the draft; None: there is no draft.
     """
-    request = accepted.request
+    request = received.request
     draft = bundle.text(request.draft_ids) if bundle and request.draft and request.bundle == bundle.id else ""
     return PictureJob(
         request.content if image_tokens is None else b"",
         "image/webp" if request.content_kind is ContentKind.WEBP else "image/jpeg",
-        accepted.pixels,
-        accepted.deadline,
+        received.pixels,
+        received.deadline,
         draft,
         request.options.max_tokens if request.options else None,
         request.options.prompt if request.options else "",

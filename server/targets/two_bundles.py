@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from server.accepted import Accepted
 from server.engine import Job
+from server.received import Received
 from server.targets.bundle import BundleTarget
 from server.targets.target import Abilities, Answer, Target
 
@@ -32,10 +32,10 @@ class TwoBundles(Target[OwnedJob]):
             references=all(one.references for one in each),
         )
 
-    def job(self, accepted: Accepted) -> OwnedJob:
-        wanted = accepted.request.bundle
+    def job(self, received: Received) -> OwnedJob:
+        wanted = received.request.bundle
         target = next((each for each in self.both if each.bundle.id == wanted), self.first)
-        return target, target.job(accepted)
+        return target, target.job(received)
 
     def answer(self, jobs: Sequence[OwnedJob]) -> list[Answer]:
         answers: dict[int, Answer] = {}
@@ -49,9 +49,9 @@ class TwoBundles(Target[OwnedJob]):
         for target in self.both:
             target.on_step(step)
 
-    def request_above(self, accepted: Accepted, job: OwnedJob) -> Accepted:
+    def request_above(self, received: Received, job: OwnedJob) -> Received:
         target, its_job = job
-        return target.request_above(accepted, its_job)
+        return target.request_above(received, its_job)
 
     def question_names(self) -> Collection[str]:
         return self.first.question_names()

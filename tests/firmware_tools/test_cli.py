@@ -225,9 +225,9 @@ def test_a_missing_or_altered_model_is_named(
 
 def test_an_error_after_the_start_is_none_of_the_configuration(config: Callable[..., Path]) -> None:
     script = (
-        "import sys\nfrom server.service import Service\nfrom firmware_tools.cli import main\n"
+        "import sys\nimport server.app\nfrom firmware_tools.cli import main\n"
         "def broken(*_):\n    raise ValueError('in the middle of it')\n"
-        f"Service.serve = broken\nsys.exit(main(['serve', {str(config(SERVER, 'max_batch = 1'))!r}]))"
+        f"server.app.serve = broken\nsys.exit(main(['serve', {str(config(SERVER, 'max_batch = 1'))!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == EXIT_FAILED

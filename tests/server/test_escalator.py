@@ -31,15 +31,16 @@ from edge_runtime.wire import (
 )
 from edge_runtime.wire.bitstream import Reference, encode
 from edge_runtime.wire.envelope import seed_of
-from server.accepted import Accepted
 from server.config import ServerConfig, UpstreamConfig
 from server.engine import Engine, Job
 from server.escalator import Escalator
 from server.gateway import Gateway
 from server.loading import load_engine
 from server.packed import pack
+from server.received import Received
 from server.reply_cache import ReplyCache
 from server.service import Service
+from server.serving import serve
 from server.targets.bundle import BundleTarget
 from server.upstream import Upstream
 from server.watchdog import Watchdog
@@ -85,7 +86,7 @@ class Sites:
                 stack.enter_context(upstream)
                 assert upstream.wait_online(PATIENCE_S)
             stack.enter_context(Watchdog(service, gateway))
-            thread = threading.Thread(target=service.serve, args=(stop,))
+            thread = threading.Thread(target=serve, args=(service, stop))
             thread.start()
             stack.callback(thread.join)
             stack.callback(stop.set)
@@ -364,7 +365,7 @@ def test_copies_of_one_request_that_wait_for_the_tier_above_count_each(sites: Si
     """A copy that comes after `max_flight_s` is new; the older one may end before it, or wait there as well."""
     asked, ended, lane = request(sites.bundle, options=WANTS_CLOUD), [], Lane()
     own = Reply(id=asked.id, status=Status.OK, tier=Tier.EDGE, server="e1", confidence=0.5)
-    older, newer = (Accepted(lane.arrival(asked), asked, time.monotonic() + PATIENCE_S) for _ in range(2))
+    older, newer = (Received(lane.arrival(asked), asked, time.monotonic() + PATIENCE_S) for _ in range(2))
     with Upstream(sites.up(), "e1") as upstream:
         assert upstream.wait_online(PATIENCE_S)
         bounds = sites.up().bounds()

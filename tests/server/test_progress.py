@@ -20,6 +20,7 @@ from edge_runtime.sd_notify import Notifier
 from edge_runtime.wire import Status
 from server.app import run_server
 from server.engine import DecodingBatch, Engine
+from server.serving import serve
 from tests.brokers import Mosquitto
 from tests.server.boards import PATIENCE_S, SCRIPT, Board, Lane, config, request
 from tests.service_manager import WATCHDOG_S, ServiceManager, at
@@ -133,7 +134,7 @@ def test_each_pass_of_a_long_batch_is_progress(make_service, bundle: Bundle, mon
     monkeypatch.setattr(DecodingBatch, "step", counted)
     service.receive(lane.arrival(request(bundle)))
     stop.set()
-    service.serve(stop, Counting())
+    serve(service, stop, Counting())
     assert len(steps) > 1
     assert progress == list(range(1, len(steps) + 1))
 
@@ -144,13 +145,13 @@ def test_a_target_whose_answers_are_one_long_step_makes_systemd_wait_longer(
     service, stop = make_service(), threading.Event()
     service.target.limits = replace(service.target.limits, silent_s=300)
     stop.set()
-    service.serve(stop, Notifier(manager.address, watchdog_s=20))
+    serve(service, stop, Notifier(manager.address, watchdog_s=20))
     assert manager.pending() == ["WATCHDOG_USEC=320000000", "STOPPING=1"]
 
 
 def test_a_server_whose_batch_hangs_on_another_thread_falls_silent(make_service, manager: ServiceManager) -> None:
     service, stop = make_service(), threading.Event()
-    thread = threading.Thread(target=service.serve, args=(stop, Notifier(manager.address, WATCHDOG_S)))
+    thread = threading.Thread(target=serve, args=(service, stop, Notifier(manager.address, WATCHDOG_S)))
     thread.start()
     try:
         manager.wait_for("WATCHDOG=1")

@@ -38,7 +38,8 @@ from server.batcher import Batch
 from server.config import ServerConfig
 from server.engine import Answer, Job
 from server.pictures import Limits, PictureDecoder, PictureWorkerError
-from server.service import PICTURE_THREADS, readable_id
+from server.service import readable_id
+from server.serving import PICTURE_THREADS, serve
 from server.targets.bundle import BundleTarget
 from testbed.broker import free_port
 from tests.brokers import Mosquitto
@@ -431,7 +432,7 @@ def test_stopping_finishes_the_pictures_that_were_accepted(make_service, bundle)
     for _ in range(3):
         service.receive(lane.arrival(offload(bundle, PICTURE)))
     stop.set()
-    service.serve(stop)
+    serve(service, stop)
     assert [reply.status for reply in lane.replies] == [Status.OK] * 3
     assert {"decode", "tail"} <= lane.replies[0].hops[0].stages_ms.keys()
     assert service.counts["pictures", "decoded"] == 3
@@ -608,7 +609,7 @@ def test_stopping_finishes_what_was_accepted(make_service, bundle) -> None:
     for i in range(11):  # more than one batch
         service.receive(lane.arrival(request(bundle, i)))
     stop.set()
-    service.serve(stop)
+    serve(service, stop)
     assert [reply.status for reply in lane.replies] == [Status.OK] * 11
     assert is_balanced(service)
 
@@ -618,7 +619,7 @@ def test_stopping_without_time_left_still_answers_everybody(make_service, bundle
     for i in range(3):
         service.receive(lane.arrival(request(bundle, i)))
     stop.set()
-    service.serve(stop)
+    serve(service, stop)
     service.receive(lane.arrival(request(bundle, 4)))
     assert [reply.status for reply in lane.replies] == [Status.BUSY] * 4
     assert is_balanced(service)

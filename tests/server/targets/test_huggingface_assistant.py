@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from server.targets.huggingface import HuggingFaceTarget, Job
 from server.targets.huggingface_assistant import FIRST_LENGTH, MAX_LENGTH, AssistedText
 from server.targets.huggingface_loading import TargetError
+from server.targets.huggingface_model import HuggingFaceModel, Job
 from server.targets.phrases import PhraseMemory
-from tests.server.targets.test_huggingface import PROMPTS, jobs, load, of_generate, passes_of, same_question
+from tests.server.targets.test_huggingface_model import PROMPTS, jobs, load, of_generate, passes_of, same_question
 from tests.server.targets.tiny_models import (
     LANGUAGE_MODELS,
     SMOLVLM_MARKS,
@@ -47,7 +47,7 @@ COPIES = ("llama", "gpt2", "mistral-sliding-window", "lfm2-convolution", "gemma3
 
 
 @pytest.fixture(scope="module", params=PAIRS)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTarget:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceModel:
     save, save_small = PAIRS[request.param]
     target = load(tmp_path_factory.mktemp("target"), save)
     save_small(small := tmp_path_factory.mktemp("assistant"))
@@ -56,17 +56,17 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="module", params=COPIES)
-def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTarget:
+def twins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceModel:
     return _twins(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
-def llamas(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTarget:
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceModel:
     return _twins(tmp_path_factory.mktemp("llamas"), "llama")
 
 
 @pytest.fixture
-def llama(llamas: HuggingFaceTarget) -> HuggingFaceTarget:
+def llama(llamas: HuggingFaceModel) -> HuggingFaceModel:
     """A model, and its copy as its assistant, as they are at the start."""
     assistant = llamas.assistant
     assert assistant is not None
@@ -75,17 +75,17 @@ def llama(llamas: HuggingFaceTarget) -> HuggingFaceTarget:
     return llamas
 
 
-def _twins(folder: Path, name: str) -> HuggingFaceTarget:
+def _twins(folder: Path, name: str) -> HuggingFaceModel:
     target = load(folder, LANGUAGE_MODELS[name])
     target.add_assistant(str(folder))
     return target
 
 
-def long_jobs(target: HuggingFaceTarget, **changes) -> list[Job]:
+def long_jobs(target: HuggingFaceModel, **changes) -> list[Job]:
     return [replace(job, max_tokens=LIMIT, **changes) for job in jobs(target)]
 
 
-def test_a_text_with_an_assistant_is_that_of_generate(pair: HuggingFaceTarget) -> None:
+def test_a_text_with_an_assistant_is_that_of_generate(pair: HuggingFaceModel) -> None:
     for job in long_jobs(pair, draft=""):
         (alone,), before = pair.answer([replace(job, draft=None)]), pair.rewritten
         pair.phrases = PhraseMemory(1)
@@ -97,7 +97,7 @@ def test_a_text_with_an_assistant_is_that_of_generate(pair: HuggingFaceTarget) -
     assert pair.assistant.counts["passes"] > pair.assistant.counts["failed"] == 0
 
 
-def test_with_a_copy_of_itself_a_text_takes_about_a_pass_per_block(twins: HuggingFaceTarget) -> None:
+def test_with_a_copy_of_itself_a_text_takes_about_a_pass_per_block(twins: HuggingFaceModel) -> None:
     twins.phrases, assistant = PhraseMemory(1), twins.assistant
     blocks = tokens = 0
     for job in long_jobs(twins, draft=""):
@@ -114,7 +114,7 @@ def test_with_a_copy_of_itself_a_text_takes_about_a_pass_per_block(twins: Huggin
 
 @pytest.mark.parametrize("small", [None, language_model("Llama", byte_pairs("metaspace"), **SMALLER)])
 def test_passes_are_no_more_than_those_of_assisted_generation_with_the_same_assistant(
-    llama: HuggingFaceTarget, tmp_path: Path, small, monkeypatch: pytest.MonkeyPatch
+    llama: HuggingFaceModel, tmp_path: Path, small, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small:
         small(tmp_path)
@@ -133,7 +133,7 @@ def test_passes_are_no_more_than_those_of_assisted_generation_with_the_same_assi
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_draft_and_any_length_of_proposals_give_the_text_of_none(llama: HuggingFaceTarget, data) -> None:
+def test_any_draft_and_any_length_of_proposals_give_the_text_of_none(llama: HuggingFaceModel, data) -> None:
     job = jobs(llama)[data.draw(st.integers(0, len(PROMPTS) - 1))]
     job = replace(job, max_tokens=data.draw(st.integers(1, 40)))
     (own,) = llama.answer([job])
@@ -144,7 +144,7 @@ def test_any_draft_and_any_length_of_proposals_give_the_text_of_none(llama: Hugg
     assert answer.passes <= own.passes
 
 
-def test_it_is_asked_only_where_nothing_cheaper_proposes(llama: HuggingFaceTarget) -> None:
+def test_it_is_asked_only_where_nothing_cheaper_proposes(llama: HuggingFaceModel) -> None:
     llama.phrases, counts = PhraseMemory(1000), llama.assistant.counts
     (job, *_) = long_jobs(llama)
     (own,) = llama.answer([job])  # without proposals; its phrases are known from now on
@@ -160,7 +160,7 @@ def test_it_is_asked_only_where_nothing_cheaper_proposes(llama: HuggingFaceTarge
     assert counts["passes"] > 0
 
 
-def test_after_a_wrong_proposal_it_goes_on_as_if_it_had_never_been_made(twins: HuggingFaceTarget) -> None:
+def test_after_a_wrong_proposal_it_goes_on_as_if_it_had_never_been_made(twins: HuggingFaceModel) -> None:
     assistant, prompt = twins.assistant, twins.inputs(jobs(twins)[0])["input_ids"][0].tolist()
     text, random = AssistedText(assistant, prompt, LIMIT), torch.Generator().manual_seed(3)
     written, usable = list[int](), sorted(assistant.usable)
@@ -171,7 +171,7 @@ def test_after_a_wrong_proposal_it_goes_on_as_if_it_had_never_been_made(twins: H
         written += [*proposed[: right % 4], usable[other]]
 
 
-def test_it_proposes_more_if_all_was_right_and_less_if_not(llama: HuggingFaceTarget) -> None:
+def test_it_proposes_more_if_all_was_right_and_less_if_not(llama: HuggingFaceModel) -> None:
     assistant = llama.assistant
     assistant.learn(5, 5)
     assert assistant.length == FIRST_LENGTH + 2
@@ -207,14 +207,14 @@ def test_it_reads_the_words_of_a_prompt_and_no_picture(tmp_path: Path) -> None:
     assert seen == [token for token in prompt if token != place]
 
 
-def break_down(target: HuggingFaceTarget) -> None:
+def break_down(target: HuggingFaceModel) -> None:
     def fails(*_):
         raise RuntimeError("out of memory")
 
     target.assistant.loaded.model.register_forward_pre_hook(fails)
 
 
-def compute_nan(target: HuggingFaceTarget) -> None:
+def compute_nan(target: HuggingFaceModel) -> None:
     with torch.no_grad():
         target.assistant.loaded.model.model.norm.weight.fill_(torch.nan)
 
@@ -246,7 +246,7 @@ def test_a_text_that_is_too_long_for_the_assistant_is_no_fault(tmp_path: Path, m
 
 
 @pytest.fixture
-def folders(tmp_path: Path) -> tuple[HuggingFaceTarget, Path]:
+def folders(tmp_path: Path) -> tuple[HuggingFaceModel, Path]:
     """A target, and the folder of its assistant, which is not loaded yet."""
     folder = tmp_path / "assistant"
     language_model("Llama", **SMALLER)(folder)

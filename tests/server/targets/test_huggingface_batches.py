@@ -11,21 +11,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import server.targets.huggingface_decoding as decoding
-from server.targets import huggingface
-from server.targets.huggingface import HuggingFaceTarget, prove
-from tests.server.targets.test_huggingface import jobs, load, same_question
+from server.targets import huggingface_model
+from server.targets.huggingface_model import HuggingFaceModel, prove
+from tests.server.targets.test_huggingface_model import jobs, load, same_question
 from tests.server.targets.tiny_models import LANGUAGE_MODELS, VISION_MODELS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")  # of its own calls of numpy
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTarget:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceModel:
     return load(tmp_path_factory.mktemp("llama"), LANGUAGE_MODELS["llama"])
 
 
 @pytest.fixture
-def passes(llama: HuggingFaceTarget) -> Iterator[list[int]]:
+def passes(llama: HuggingFaceModel) -> Iterator[list[int]]:
     """One entry per forward pass of the model."""
     counted: list[int] = []
     hook = llama.loaded.model.register_forward_hook(lambda *_: counted.append(1))
@@ -33,7 +33,7 @@ def passes(llama: HuggingFaceTarget) -> Iterator[list[int]]:
     hook.remove()
 
 
-def test_texts_of_one_length_are_written_in_the_same_passes(llama: HuggingFaceTarget, passes: list[int]) -> None:
+def test_texts_of_one_length_are_written_in_the_same_passes(llama: HuggingFaceModel, passes: list[int]) -> None:
     asked = [replace(job, max_tokens=48) for job in same_question(llama)]
     own = llama.answer(asked)
     assert len(passes) == max(answer.passes for answer in own) == 48
@@ -50,7 +50,7 @@ def test_texts_of_one_length_are_written_in_the_same_passes(llama: HuggingFaceTa
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_batch_of_any_drafts_gives_the_texts_of_none(llama: HuggingFaceTarget, data) -> None:
+def test_any_batch_of_any_drafts_gives_the_texts_of_none(llama: HuggingFaceModel, data) -> None:
     limit = data.draw(st.sampled_from([1, 7, 40]))
     asked, wanted = [], []
     for job in data.draw(st.lists(st.sampled_from(jobs(llama)), min_size=1, max_size=5)):
@@ -63,24 +63,24 @@ def test_any_batch_of_any_drafts_gives_the_texts_of_none(llama: HuggingFaceTarge
 
 
 def test_rows_that_get_the_picture_of_another_row_would_be_found(tmp_path, monkeypatch) -> None:
-    target, right = load(tmp_path, VISION_MODELS["llava"]), huggingface.together
+    target, right = load(tmp_path, VISION_MODELS["llava"]), huggingface_model.together
 
     def careless(asked):
         return {name: value.flip(0) if "pixel" in name else value for name, value in right(asked).items()}
 
-    monkeypatch.setattr(huggingface, "together", careless)
+    monkeypatch.setattr(huggingface_model, "together", careless)
     proof = prove(target)
     assert (proof.strict, proof.batches) == (True, False)
 
 
-def test_rows_that_are_not_rolled_back_to_the_shortest_would_be_found(llama: HuggingFaceTarget, monkeypatch) -> None:
+def test_rows_that_are_not_rolled_back_to_the_shortest_would_be_found(llama: HuggingFaceModel, monkeypatch) -> None:
     monkeypatch.setattr(decoding, "kept", lambda end, lengths: min(end, max(lengths) - 1))
     proof = prove(llama)
     assert (proof.strict, proof.batches) == (True, False)
 
 
-def test_a_batch_that_fails_is_written_one_by_one(llama: HuggingFaceTarget, monkeypatch) -> None:
-    asked, right = same_question(llama), huggingface.together
+def test_a_batch_that_fails_is_written_one_by_one(llama: HuggingFaceModel, monkeypatch) -> None:
+    asked, right = same_question(llama), huggingface_model.together
     own = [answer.tokens for answer in llama.answer(asked)]
 
     def fails(inputs):
@@ -88,5 +88,5 @@ def test_a_batch_that_fails_is_written_one_by_one(llama: HuggingFaceTarget, monk
             raise RuntimeError("out of memory")
         return right(inputs)
 
-    monkeypatch.setattr(huggingface, "together", fails)
+    monkeypatch.setattr(huggingface_model, "together", fails)
     assert [answer.tokens for answer in llama.answer(asked)] == own

@@ -34,10 +34,10 @@ from server.prompts import PromptConfig, read_prompts
 from server.reply_cache import ReplyCache
 from server.service import Service
 from server.targets import PictureJob, prompted
-from server.targets.huggingface import HuggingFaceTarget
 from server.targets.huggingface_loading import load
+from server.targets.huggingface_model import HuggingFaceModel
 from server.targets.huggingface_prompts import Job, model_inputs
-from server.targets.huggingface_target import PictureModel
+from server.targets.huggingface_target import HuggingFaceTarget
 from server.targets.target import Answer, EarlierPicture
 from tests.brokers import Mosquitto
 from tests.listener import Listener
@@ -68,8 +68,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> HuggingFaceTarget:
-    return HuggingFaceTarget.load(str(folder))
+def model(folder: Path) -> HuggingFaceModel:
+    return HuggingFaceModel.load(str(folder))
 
 
 def replies(service: Service, *requests: object) -> list[object]:
@@ -85,7 +85,7 @@ def replies(service: Service, *requests: object) -> list[object]:
 
 
 def test_a_picture_is_answered_with_the_models_own_text_whatever_the_draft(model, bundle: Bundle) -> None:
-    service = Service(config(bundle).server, PictureModel(model, ASKED, bundle, PROMPTS), ReplyCache())
+    service = Service(config(bundle).server, HuggingFaceTarget(model, ASKED, bundle, PROMPTS), ReplyCache())
     plain, drafted = replies(service, picture(bundle, 0), picture(bundle, 0, draft=(5, 6, 9)))
     assert (plain.status, drafted.status) == (Status.OK, Status.OK)
     assert plain.text == drafted.text != ""
@@ -101,7 +101,7 @@ def test_a_picture_is_answered_with_the_models_own_text_whatever_the_draft(model
 def test_a_boards_draft_that_the_model_would_have_written_costs_one_pass(
     model, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = Service(config(bundle).server, PictureModel(model, ASKED, bundle, PROMPTS), ReplyCache())
+    service = Service(config(bundle).server, HuggingFaceTarget(model, ASKED, bundle, PROMPTS), ReplyCache())
     (alone,) = replies(service, picture(bundle, 0))
     words = alone.text.split(" ")
     monkeypatch.setitem(vars(bundle), "words", ("<pad>", "<start>", "<end>", "<unknown>", *words))
@@ -113,7 +113,7 @@ def test_a_boards_draft_that_the_model_would_have_written_costs_one_pass(
 
 
 def test_a_request_may_want_a_shorter_text_and_never_gets_a_longer_one(model, bundle: Bundle) -> None:
-    service = Service(config(bundle).server, PictureModel(model, ASKED, prompts=PROMPTS), ReplyCache())
+    service = Service(config(bundle).server, HuggingFaceTarget(model, ASKED, prompts=PROMPTS), ReplyCache())
     texts = [
         reply.text
         for reply in replies(service, *(picture(bundle, 0, options=Options(max_tokens=n)) for n in (2, 8, 100)))
@@ -123,13 +123,13 @@ def test_a_request_may_want_a_shorter_text_and_never_gets_a_longer_one(model, bu
 
 
 def test_without_a_bundle_no_draft_is_used_and_the_status_says_so(model) -> None:
-    assert not PictureModel(model, ASKED, prompts=PROMPTS).abilities.drafts
+    assert not HuggingFaceTarget(model, ASKED, prompts=PROMPTS).abilities.drafts
 
 
 def test_a_language_model_without_eyes_is_refused_by_name(tmp_path: Path) -> None:
     LANGUAGE_MODELS["llama"](tmp_path)
     with pytest.raises(ConfigError, match="takes no pictures: want an image-text-to-text model"):
-        PictureModel(HuggingFaceTarget.load(str(tmp_path)), ASKED, prompts=PROMPTS)
+        HuggingFaceTarget(HuggingFaceModel.load(str(tmp_path)), ASKED, prompts=PROMPTS)
 
 
 def job(prompt: str, left_s: float = PATIENCE_S, **changes: object) -> PictureJob:
@@ -140,8 +140,8 @@ def job(prompt: str, left_s: float = PATIENCE_S, **changes: object) -> PictureJo
 
 
 @pytest.fixture
-def target(model) -> PictureModel:
-    return PictureModel(model, ASKED, prompts=PROMPTS)
+def target(model) -> HuggingFaceTarget:
+    return HuggingFaceTarget(model, ASKED, prompts=PROMPTS)
 
 
 @pytest.fixture
@@ -202,15 +202,15 @@ def test_words_and_pictures_reach_the_model_in_their_order(tmp_path: Path, kind:
 
 def test_a_prompt_with_more_pictures_than_the_model_reads_is_refused_at_start(tmp_path: Path) -> None:
     VISION_MODELS["blip"](tmp_path)
-    model = HuggingFaceTarget.load(str(tmp_path))
-    PictureModel(model, ASKED, prompts=read_prompts({"photo": PromptConfig("a photo")}))
+    model = HuggingFaceModel.load(str(tmp_path))
+    HuggingFaceTarget(model, ASKED, prompts=read_prompts({"photo": PromptConfig("a photo")}))
     with pytest.raises(ConfigError, match=r"prompt moves: .* 2 pictures, it reads one: want frames = 1"):
-        PictureModel(model, ASKED, prompts=read_prompts({**TABLES, "moves": PromptConfig("a photo", frames=2)}))
+        HuggingFaceTarget(model, ASKED, prompts=read_prompts({**TABLES, "moves": PromptConfig("a photo", frames=2)}))
 
 
 def test_a_prompt_that_the_model_cannot_read_is_refused_at_start(model) -> None:
     with pytest.raises(ConfigError, match=r"prompt long: .* reads 512 at most"):
-        PictureModel(model, ASKED, prompts=read_prompts({**TABLES, "long": PromptConfig("a dog " * 300)}))
+        HuggingFaceTarget(model, ASKED, prompts=read_prompts({**TABLES, "long": PromptConfig("a dog " * 300)}))
 
 
 def test_an_object_that_matches_is_valid_and_alone_in_the_text(target, says) -> None:
@@ -245,7 +245,7 @@ def test_without_time_for_it_there_is_no_second_try(target, says) -> None:
 def test_requests_that_wait_together_share_their_passes_and_a_reply_says_whether_its_object_is_valid(
     model, bundle: Bundle
 ) -> None:
-    target = PictureModel(model, ASKED, bundle, PROMPTS, max_batch=8)
+    target = HuggingFaceTarget(model, ASKED, bundle, PROMPTS, max_batch=8)
     service, passes = Service(config(bundle).server, target, ReplyCache()), list[int]()
     hook = model.loaded.model.register_forward_hook(lambda *_: passes.append(1))
     asked = [picture(bundle, 0), picture(bundle, 1, draft=(5, 6, 9)), picture(bundle, 2)]

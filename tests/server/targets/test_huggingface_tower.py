@@ -9,8 +9,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import torch
 
-from server.targets.huggingface import HuggingFaceTarget
 from server.targets.huggingface_loading import TargetError, load
+from server.targets.huggingface_model import HuggingFaceModel
 from server.targets.huggingface_prompts import Job, model_inputs
 from server.targets.huggingface_tower import Tower
 from tests.server.targets.tiny_models import LANGUAGE_MODELS, VISION_MODELS, blip2, smolvlm
@@ -28,15 +28,15 @@ def square(seed: int = 1) -> np.ndarray:
 
 
 @pytest.fixture(scope="module", params=WITH_SEAM)
-def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTarget:
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceModel:
     folder = tmp_path_factory.mktemp(request.param)
     VISION_MODELS[request.param](folder)
-    target = HuggingFaceTarget.load(str(folder))
+    target = HuggingFaceModel.load(str(folder))
     target.tower = Tower(target.loaded, SIDE, PROMPT)
     return target
 
 
-def test_a_text_about_the_towers_tokens_is_the_text_about_the_picture(target: HuggingFaceTarget) -> None:
+def test_a_text_about_the_towers_tokens_is_the_text_about_the_picture(target: HuggingFaceModel) -> None:
     assert target.tower
     tokens = target.tower.tokens(square())
     assert tokens.shape == (target.tower.count, target.tower.width)
@@ -50,7 +50,7 @@ def test_a_text_about_the_towers_tokens_is_the_text_about_the_picture(target: Hu
     assert (read.error, read.tokens, drafted.tokens) == ("", seen.tokens, seen.tokens)
 
 
-def test_probabilities_of_a_given_text_are_those_of_generate_and_have_gradients(target: HuggingFaceTarget) -> None:
+def test_probabilities_of_a_given_text_are_those_of_generate_and_have_gradients(target: HuggingFaceModel) -> None:
     assert target.tower
     tokens = target.tower.tokens(square()).requires_grad_()
     found = target.tower.log_probabilities(PROMPT, tokens, TEXT)

@@ -13,11 +13,11 @@ from edge_runtime.app import run_board
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.wire import CheckedObject, Options, Status, Usage, decode_event, topics
-from server.accepted import Accepted
 from server.app import run_server
 from server.config import Config, OpenAIConfig, ServerConfig
 from server.gateway import Arrival
 from server.prompts import PromptConfig, read_prompts
+from server.received import Received
 from server.reply_cache import ReplyCache
 from server.service import Service
 from server.targets import PictureJob, paid_calls, prompted
@@ -176,26 +176,26 @@ def test_a_repair_keeps_the_budget(other: ChatServer) -> None:
 # ---- several pictures in one question ----
 
 
-def of_camera(seconds: int, camera: str, prompt: str = "moves", via: tuple[str, ...] = ()) -> Accepted:
+def of_camera(seconds: int, camera: str, prompt: str = "moves", via: tuple[str, ...] = ()) -> Received:
     """A request of a board; its picture says when and where it was taken."""
     asked = offload(
         id=(seconds * 1000 << 16).to_bytes(8, "big"), options=Options(prompt=prompt, camera=camera, via=via)
     )
     asked = msgspec.structs.replace(asked, content=f"{camera} {seconds}".encode())
     arrival = Arrival("b1", b"", 0.0, lambda: None, lambda *_: None)
-    return Accepted(arrival, asked, time.monotonic() + PATIENCE_S, np.zeros((224, 224, 3), np.uint8))
+    return Received(arrival, asked, time.monotonic() + PATIENCE_S, np.zeros((224, 224, 3), np.uint8))
 
 
 def test_a_prompt_may_show_the_last_pictures_of_its_camera_in_order(other: ChatServer) -> None:
     target = target_of(other)
-    for accepted in (
+    for received in (
         of_camera(10, "a"),
         of_camera(11, "b"),
         of_camera(12, "a"),
         of_camera(17, "a"),
         of_camera(20, "a"),
     ):
-        target.answer([target.job(accepted)])
+        target.answer([target.job(received)])
     assert [asked.pictures for asked in other.asked] == [
         (b"a 10",),
         (b"b 11",),
@@ -210,8 +210,8 @@ def test_a_prompt_may_show_the_last_pictures_of_its_camera_in_order(other: ChatS
 
 def test_a_prompt_without_frames_shows_one_picture_and_counts_for_a_later_question(other: ChatServer) -> None:
     target = target_of(other)
-    for accepted in (of_camera(10, "a"), of_camera(12, "a", "drive"), of_camera(13, "a")):
-        target.answer([target.job(accepted)])
+    for received in (of_camera(10, "a"), of_camera(12, "a", "drive"), of_camera(13, "a")):
+        target.answer([target.job(received)])
     assert [asked.pictures for asked in other.asked] == [(b"a 10",), (b"a 12",), (b"a 10", b"a 12", b"a 13")]
 
 

@@ -32,13 +32,14 @@ from edge_runtime.wire import (
     decode_reply,
     encode_request,
 )
-from server.accepted import Accepted
 from server.app import run_server
 from server.config import Config, OpenAIConfig, ServerConfig, UpstreamConfig
 from server.counters import SERVER, values
 from server.gateway import Arrival
+from server.received import Received
 from server.reply_cache import ReplyCache
 from server.service import Service
+from server.serving import serve
 from server.targets.openai import OpenAITarget
 from server.watchdog import Watchdog
 from testbed.chat_server import ChatServer, text_of
@@ -88,7 +89,7 @@ def serving(other: ChatServer, queue: int = 64, **changes: object) -> Iterator[S
     """A service without a broker."""
     target = OpenAITarget(other.url, OpenAIConfig("fake", **changes))
     service, stop = Service(ServerConfig("s1", target="openai:x", queue=queue), target, ReplyCache()), threading.Event()
-    thread = threading.Thread(target=service.serve, args=(stop,))
+    thread = threading.Thread(target=serve, args=(service, stop))
     thread.start()
     try:
         yield service
@@ -198,7 +199,7 @@ def test_a_server_that_stops_ends_its_calls_and_tells_their_boards(other: ChatSe
     other.behave = lambda _: "stall"
     target, stop = OpenAITarget(other.url, OpenAIConfig("fake", calls=calls)), threading.Event()
     service = Service(ServerConfig("s1", target="openai:x", stop_s=0.0), target, ReplyCache())
-    thread = threading.Thread(target=service.serve, args=(stop,))
+    thread = threading.Thread(target=serve, args=(service, stop))
     thread.start()
     board = Board(service)
     for number in range(3):
@@ -331,12 +332,12 @@ def test_several_calls_may_ask_at_once_whether_a_tier_above_is_wanted(other: Cha
     target = OpenAITarget(other.url, OpenAIConfig("fake"))
     service, errors = Service(ServerConfig("s1", target="openai:x"), target, ReplyCache()), list[Exception]()
     asked, own = offload(), Reply(id=bytes(8), status=Status.OK, confidence=0.5)
-    accepted = Accepted(Arrival("b1", b"", 0.0, lambda: None, lambda *_: None), asked, 1e9)
+    received = Received(Arrival("b1", b"", 0.0, lambda: None, lambda *_: None), asked, 1e9)
 
     def ask() -> None:
         try:
             for _ in range(300):
-                assert not service.escalator.ask(accepted, own)
+                assert not service.escalator.ask(received, own)
         except Exception as error:
             errors.append(error)
 

@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from transformers.generation import CandidateGenerator
 
 import server.targets.huggingface_decoding as decoding
-from server.targets.huggingface import MAX_TOKENS, HuggingFaceTarget, Job, prove
 from server.targets.huggingface_loading import TargetError
+from server.targets.huggingface_model import MAX_TOKENS, HuggingFaceModel, Job, prove
 from server.targets.phrases import PhraseMemory
 from server.targets.target import Answer
 from server.verify import Text, verify
@@ -51,23 +51,23 @@ HOSTILE = (
 )
 
 
-def load(folder: Path, save: Folder) -> HuggingFaceTarget:
+def load(folder: Path, save: Folder) -> HuggingFaceModel:
     save(folder)
-    return HuggingFaceTarget.load(str(folder))
+    return HuggingFaceModel.load(str(folder))
 
 
 @pytest.fixture(scope="module", params=[*LANGUAGE_MODELS, *VISION_MODELS])
-def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTarget:
+def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceModel:
     save = {**LANGUAGE_MODELS, **VISION_MODELS}[request.param]
     return load(tmp_path_factory.mktemp(request.param), save)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTarget:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceModel:
     return load(tmp_path_factory.mktemp("llama"), LANGUAGE_MODELS["llama"])
 
 
-def jobs(target: HuggingFaceTarget, **changes) -> list[Job]:
+def jobs(target: HuggingFaceModel, **changes) -> list[Job]:
     random = np.random.default_rng(7)
     pictures = [random.integers(0, 256, (40, 50, 3), dtype=np.uint8) for _ in PROMPTS]
     return [
@@ -76,7 +76,7 @@ def jobs(target: HuggingFaceTarget, **changes) -> list[Job]:
     ]
 
 
-def of_generate(target: HuggingFaceTarget, job: Job, **more) -> tuple[int, ...]:
+def of_generate(target: HuggingFaceModel, job: Job, **more) -> tuple[int, ...]:
     """The text of transformers itself, without the end token."""
     inputs = target.inputs(job)
     model = target.loaded.model
@@ -90,11 +90,11 @@ def of_generate(target: HuggingFaceTarget, job: Job, **more) -> tuple[int, ...]:
     return tuple(written[:-1] if written[-1:] == [ends] else written)
 
 
-def own_answers(target: HuggingFaceTarget) -> list[Answer]:
+def own_answers(target: HuggingFaceModel) -> list[Answer]:
     return target.answer(jobs(target))
 
 
-def test_without_a_draft_a_text_is_that_of_generate_in_one_pass_per_token(target: HuggingFaceTarget) -> None:
+def test_without_a_draft_a_text_is_that_of_generate_in_one_pass_per_token(target: HuggingFaceModel) -> None:
     assert target.proof.strict, target.proof.reason
     answers = own_answers(target)
     for job, answer in zip(jobs(target), answers, strict=True):
@@ -107,7 +107,7 @@ def test_without_a_draft_a_text_is_that_of_generate_in_one_pass_per_token(target
     assert len({answer.tokens for answer in answers}) > 1
 
 
-def test_a_draft_that_the_target_would_have_written_takes_one_pass(target: HuggingFaceTarget) -> None:
+def test_a_draft_that_the_target_would_have_written_takes_one_pass(target: HuggingFaceModel) -> None:
     for job, own in zip(jobs(target), own_answers(target), strict=True):
         target.answer([job])  # it has just written the same text, so it knows how its texts begin
         answer = target.answer([replace(job, draft=own.text)])[0]
@@ -118,7 +118,7 @@ def test_a_draft_that_the_target_would_have_written_takes_one_pass(target: Huggi
         assert answer.confidence == pytest.approx(own.confidence, rel=1e-3)
 
 
-def test_wrong_drafts_change_no_token_and_cost_no_pass(target: HuggingFaceTarget) -> None:
+def test_wrong_drafts_change_no_token_and_cost_no_pass(target: HuggingFaceModel) -> None:
     for job, own in zip(jobs(target), own_answers(target), strict=True):
         words = own.text.split()
         middle = len(words) // 2
@@ -136,7 +136,7 @@ def test_wrong_drafts_change_no_token_and_cost_no_pass(target: HuggingFaceTarget
             assert len(own.tokens) <= answer.accepted + answer.accepted_again + answer.passes
 
 
-def test_hostile_drafts_change_no_token_and_cost_no_pass(target: HuggingFaceTarget) -> None:
+def test_hostile_drafts_change_no_token_and_cost_no_pass(target: HuggingFaceModel) -> None:
     job, own = jobs(target)[0], own_answers(target)[0]
     for draft in HOSTILE:
         answer = target.answer([replace(job, draft=draft)])[0]
@@ -146,7 +146,7 @@ def test_hostile_drafts_change_no_token_and_cost_no_pass(target: HuggingFaceTarg
 
 
 @pytest.fixture
-def ending(llama: HuggingFaceTarget) -> Iterator[tuple[HuggingFaceTarget, Answer, int]]:
+def ending(llama: HuggingFaceModel) -> Iterator[tuple[HuggingFaceModel, Answer, int]]:
     """A model that ends its first text early, this text before that, and how many of its tokens are left."""
     long = own_answers(llama)[0]
     settings = llama.loaded.model.generation_config
@@ -166,7 +166,7 @@ def test_a_text_ends_at_the_first_of_several_end_tokens_even_if_the_draft_goes_o
         assert answer.accepted <= at
 
 
-def test_penalties_see_the_same_history_with_and_without_a_draft(llama: HuggingFaceTarget) -> None:
+def test_penalties_see_the_same_history_with_and_without_a_draft(llama: HuggingFaceModel) -> None:
     generation = llama.loaded.model.generation_config
     before = {"repetition_penalty": generation.repetition_penalty, "no_repeat_ngram_size": None, "min_new_tokens": None}
     unpenalised = [answer.tokens for answer in own_answers(llama)]
@@ -184,7 +184,7 @@ def test_penalties_see_the_same_history_with_and_without_a_draft(llama: HuggingF
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_draft_gives_the_text_of_none(llama: HuggingFaceTarget, data) -> None:
+def test_any_draft_gives_the_text_of_none(llama: HuggingFaceModel, data) -> None:
     job = jobs(llama)[data.draw(st.integers(0, len(PROMPTS) - 1))]
     job = replace(job, max_tokens=data.draw(st.integers(1, 24)))
     own = llama.answer([job])[0]
@@ -195,7 +195,7 @@ def test_any_draft_gives_the_text_of_none(llama: HuggingFaceTarget, data) -> Non
     assert answer.passes <= own.passes
 
 
-def test_accepting_one_token_after_a_mismatch_would_be_found(llama: HuggingFaceTarget, monkeypatch) -> None:
+def test_accepting_one_token_after_a_mismatch_would_be_found(llama: HuggingFaceModel, monkeypatch) -> None:
     def careless(text: Text, choices: list[int]) -> Text:
         after = verify(text, choices)
         n = len(after.tokens) - len(text.tokens)
@@ -205,7 +205,7 @@ def test_accepting_one_token_after_a_mismatch_would_be_found(llama: HuggingFaceT
     assert not prove(llama).strict
 
 
-def test_a_cache_that_is_not_rolled_back_would_be_found(llama: HuggingFaceTarget, monkeypatch) -> None:
+def test_a_cache_that_is_not_rolled_back_would_be_found(llama: HuggingFaceModel, monkeypatch) -> None:
     monkeypatch.setattr(DynamicCache, "crop", lambda cache, tokens: None)
     proof = prove(llama)
     assert not proof.strict
@@ -275,7 +275,7 @@ def test_a_job_without_finite_numbers_fails_by_name_and_alone(tmp_path) -> None:
         ({"prompt": "\ud800"}, "cannot read this prompt"),
     ],
 )
-def test_a_job_that_cannot_be_answered_fails_by_name_and_alone(llama: HuggingFaceTarget, changes, message: str) -> None:
+def test_a_job_that_cannot_be_answered_fails_by_name_and_alone(llama: HuggingFaceModel, changes, message: str) -> None:
     good = jobs(llama)[0]
     first, bad, last = llama.answer([good, replace(good, **changes), good])
     assert message in bad.error
@@ -299,10 +299,10 @@ def test_a_picture_that_cannot_be_read_fails_by_name(tmp_path_factory, pixels, m
     assert re.search(message, answer.error)
 
 
-_vision: list[HuggingFaceTarget] = []
+_vision: list[HuggingFaceModel] = []
 
 
-def vision_target(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceTarget:
+def vision_target(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceModel:
     if not _vision:
         _vision.append(load(tmp_path_factory.mktemp("llava"), VISION_MODELS["llava"]))
     return _vision[0]
@@ -323,7 +323,7 @@ class StubbornAssistant(CandidateGenerator):
         pass
 
 
-def passes_of(target: HuggingFaceTarget, job: Job, **more) -> int:
+def passes_of(target: HuggingFaceModel, job: Job, **more) -> int:
     """Forward passes of transformers' assisted generation, which must write the same text."""
     counted: list[int] = []
     hook = target.loaded.model.register_forward_hook(lambda *_: counted.append(1))
@@ -335,7 +335,7 @@ def passes_of(target: HuggingFaceTarget, job: Job, **more) -> int:
 
 @pytest.mark.parametrize("wrong", [0, 1, 2, 5])
 def test_passes_are_no_more_than_those_of_assisted_generation_with_the_same_draft(
-    llama: HuggingFaceTarget, monkeypatch, wrong: int
+    llama: HuggingFaceModel, monkeypatch, wrong: int
 ) -> None:
     theirs, ours = 0, 0
     for job, own in zip(jobs(llama), own_answers(llama), strict=True):
@@ -352,7 +352,7 @@ def test_passes_are_no_more_than_those_of_assisted_generation_with_the_same_draf
     assert wrong or ours == theirs == len(PROMPTS)
 
 
-def test_passes_are_no_more_than_those_of_prompt_lookup(llama: HuggingFaceTarget, monkeypatch) -> None:
+def test_passes_are_no_more_than_those_of_prompt_lookup(llama: HuggingFaceModel, monkeypatch) -> None:
     theirs, ours = 0, 0
     for short in jobs(llama):
         job = replace(short, max_tokens=48)
@@ -362,7 +362,7 @@ def test_passes_are_no_more_than_those_of_prompt_lookup(llama: HuggingFaceTarget
     assert ours <= theirs
 
 
-def test_what_the_target_has_written_before_is_proposed_again(llama: HuggingFaceTarget, monkeypatch) -> None:
+def test_what_the_target_has_written_before_is_proposed_again(llama: HuggingFaceModel, monkeypatch) -> None:
     monkeypatch.setattr(llama, "phrases", PhraseMemory(1000))
     job = replace(jobs(llama)[1], draft="")
     (first,), (again,) = llama.answer([job]), llama.answer([job])
@@ -371,7 +371,7 @@ def test_what_the_target_has_written_before_is_proposed_again(llama: HuggingFace
     assert again.accepted_again > 0
 
 
-def test_numbers_of_passes_are_those_that_the_model_ran(llama: HuggingFaceTarget) -> None:
+def test_numbers_of_passes_are_those_that_the_model_ran(llama: HuggingFaceModel) -> None:
     counted = []
     hook = llama.loaded.model.register_forward_hook(lambda *_: counted.append(1))
     asked = [*jobs(llama), *jobs(llama, draft="the dog is running")]
@@ -381,13 +381,13 @@ def test_numbers_of_passes_are_those_that_the_model_ran(llama: HuggingFaceTarget
     assert len(counted) == sum(answer.passes for answer in answers)
 
 
-def same_question(target: HuggingFaceTarget) -> list[Job]:
+def same_question(target: HuggingFaceModel) -> list[Job]:
     """Jobs that can share passes: of one length, with other pictures, or with other words if it takes none."""
     prompts = PROMPTS[:1] * 3 if target.takes_pictures else OF_ONE_LENGTH
     return [replace(job, prompt=prompt) for job, prompt in zip(jobs(target), prompts, strict=True)]
 
 
-def test_texts_that_are_written_together_are_those_of_generate_whatever_the_drafts(target: HuggingFaceTarget) -> None:
+def test_texts_that_are_written_together_are_those_of_generate_whatever_the_drafts(target: HuggingFaceModel) -> None:
     assert target.proof.batches
     asked = same_question(target)
     own = [target.answer([job])[0] for job in asked]
@@ -405,7 +405,7 @@ def test_texts_that_are_written_together_are_those_of_generate_whatever_the_draf
 
 def test_bfloat16_is_proven_anew_and_never_written_again_for_a_near_tie(tmp_path) -> None:
     language_model("Llama")(tmp_path)
-    target = HuggingFaceTarget.load(str(tmp_path), dtype="bfloat16")
+    target = HuggingFaceModel.load(str(tmp_path), dtype="bfloat16")
     assert target.proof.near_tie == 0.0
     assert target.proof.numerics
     (answer,) = target.answer(jobs(target, draft="the dog")[:1])

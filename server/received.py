@@ -1,4 +1,4 @@
-"""A request that a server has accepted, as it goes from stage to stage."""
+"""A request that has reached a server, as it goes from stage to stage."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ from server.reply_cache import Key
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
-    """A request that will be answered."""
+class Received:
+    """A request that could be read. It ends in a reply: the answer, or why there is none."""
 
     arrival: Arrival
     request: Request

@@ -1,4 +1,4 @@
-"""A model of Hugging Face transformers as a target, in the server's process: pictures and prompts in, texts out.
+"""A model of Hugging Face transformers, in the server's process: pictures and prompts in, texts out.
 
 A draft is verified in the pass that reads the prompt. Then the text goes on with proposals from the rest of the draft,
 from the prompt, from what this model has written before, and from a smaller model (`huggingface_assistant.py`). The
@@ -54,7 +54,7 @@ class Proof:
     numerics: str = ""  # short id of the bits; servers with different ones may answer differently
 
 
-class HuggingFaceTarget:
+class HuggingFaceModel:
     """One model. For one thread."""
 
     calls = 1  # of `answer` at the same time
@@ -81,7 +81,7 @@ class HuggingFaceTarget:
     @classmethod
     def load(
         cls, name: str, dtype: str = "float32", device: str = "cpu", threads: int = 1, offline: bool = True
-    ) -> "HuggingFaceTarget":
+    ) -> "HuggingFaceModel":
         """From a folder or a name on the hub, see `huggingface_loading.load`. Raises TargetError."""
         return cls(load(name, dtype, device, threads, offline))
 
@@ -240,7 +240,7 @@ def together(asked: Sequence[Inputs]) -> Inputs:
     return {name: torch.cat([inputs[name] for inputs in asked]) for name in asked[0]}
 
 
-def prove(target: HuggingFaceTarget) -> Proof:
+def prove(model: HuggingFaceModel) -> Proof:
     """The start test: texts without a draft, then with right and wrong ones, alone and in one batch.
 
     Raises TargetError if none can be written.
@@ -248,15 +248,15 @@ def prove(target: HuggingFaceTarget) -> Proof:
     Libraries choose the order of sums by shape, so the bits of a token may depend on how many tokens a pass reads. In
     float32 they differ in the last places, and texts only if two tokens are almost equally likely.
     """
-    loaded, random = target.loaded, np.random.default_rng(0)
+    loaded, random = model.loaded, np.random.default_rng(0)
     pictures = [random.integers(0, 256, (224, 224, 3), dtype=np.uint8) for _ in range(2)]
     jobs = [
-        Job(prompt, picture if target.takes_pictures else None, max_tokens=PROBE_TOKENS)
+        Job(prompt, picture if model.takes_pictures else None, max_tokens=PROBE_TOKENS)
         for prompt, picture in zip(PROBE_PROMPTS, (*pictures, pictures[1]), strict=True)
     ]
-    decode, row = partial(target.decode, min_new_tokens=PROBE_TOKENS), partial(target.row, PROBE_TOKENS)
+    decode, row = partial(model.decode, min_new_tokens=PROBE_TOKENS), partial(model.row, PROBE_TOKENS)
     try:
-        asked = [target.inputs(job) for job in jobs]
+        asked = [model.inputs(job) for job in jobs]
         written = [decode(inputs, [row()]) for inputs in asked]
         alone = [decoding.rows[0] for decoding in written]
         if error := next((each.error for each in alone if each.error), None):
@@ -264,12 +264,12 @@ def prove(target: HuggingFaceTarget) -> Proof:
     except FAILURES as error:
         raise TargetError(f"{loaded.name}: {loaded.architecture} fails at a first text: {error}") from error
     for each in alone:
-        target.drafts.learn(each.text.without_end)
+        model.drafts.learn(each.text.without_end)
     threads = torch.get_num_threads()
     seen = [(each.text.tokens, each.log_probability) for each in alone]
     setting = (torch.__version__, transformers.__version__, loaded.model.device.type, loaded.model.dtype, threads, seen)
     numerics = hashlib.sha256(repr(setting).encode()).hexdigest()[:8]
-    drafts = [_probe_drafts(each.text.tokens, target.drafts) for each in alone]
+    drafts = [_probe_drafts(each.text.tokens, model.drafts) for each in alone]
     reason, with_prompt, deviation = f"texts of {loaded.architecture} differ with drafts", True, math.inf
     if not all(decoding.can_roll_back for decoding in written):
         reason = f"the cache of {loaded.architecture} cannot be rolled back"
