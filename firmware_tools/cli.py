@@ -7,6 +7,7 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Collection
 
@@ -66,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     command, args = next((argument for argument in arguments if argument in COMMANDS), ""), argparse.Namespace()
     try:
+        if command == "run":  # until `stop_when_told`, there is nothing to end in order
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(os.EX_OK))
         refuse_32_bit()
         args = parser_with({command}).parse_args(arguments)
         if command == "run":  # a board decodes the pictures of cameras in this process

@@ -102,6 +102,7 @@ def install(service: Service, aiflow: Path, system: System, *, dry_run: bool) ->
     """Prints what it does. Raises ServiceError; before the account can use the configuration, no unit is written."""
     path, name = system.unit(service.role), system.unit(service.role).name
     before = _installed(path, service.role)
+    _check_config(before or "", service, name)
     account = ["systemd-sysusers", "--inline", ACCOUNT]
     # As the service's account: the rights of files are the most frequent mistake.
     validate = ["runuser", "-u", USER, "--", str(aiflow), "validate", str(service.config)]
@@ -220,6 +221,16 @@ def _installed(path: Path, role: Role) -> str | None:
             f"(systemctl disable --now {path.name}; mv {path} {path}.old)"
         )
     return text
+
+
+def _check_config(installed: str, service: Service, name: str) -> None:
+    """Raises ServiceError if the unit that is installed has another configuration: it would end, without a word."""
+    start = next((line for line in installed.splitlines() if line.startswith("ExecStart=")), "")
+    if (other := start.rpartition(" ")[2]) not in ("", str(service.config)):
+        raise ServiceError(
+            f"{name} runs {other}: a machine has one {service.role} as a service. To replace it: "
+            f"aiflow service uninstall {service.role}, then install {service.config}"
+        )
 
 
 def _write(path: Path, text: str) -> None:

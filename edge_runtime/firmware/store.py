@@ -170,7 +170,10 @@ class Store:
             state = self.state()
             if not state.current:
                 raise StoreError(f"{self.folder} has no bundle in use: the one of the configuration runs already")
-            return self._without_current(state, "an operator went back")
+            logger.warning("bundle rolled back bundle=%s back_to=%s", state.current, state.previous or "factory")
+            after = replace(state, current=state.previous, previous="", starts=None)
+            self._write(after)
+            return after
 
     # ---- what comes in ----
 

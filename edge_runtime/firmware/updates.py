@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import date, datetime, timezone
@@ -53,6 +54,9 @@ from edge_runtime.wire.update import (
 logger = logging.getLogger(__name__)
 
 TRIAL_FRAMES = 20  # that a new bundle must handle; a failed start or hang before them counts against it
+# A camera may see something once a day. Power cuts, which count as failed starts, must not end a good bundle until it
+# has seen so much: after so many seconds, one frame is enough.
+TRIAL_S = 600.0
 SELF_TEST_S = 120.0  # loading networks from a slow SD card takes some seconds
 BACKLOG = 64  # messages that wait for the disk: 1 MB
 STOP_S = 2.0  # for the last file operation
@@ -109,9 +113,10 @@ class Updates:
         on_change: Callable[[], None] = lambda: None,
         today: Callable[[], date] = today,
         asks: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """self_test: see `Store.install`. publish: an UpdateState, never blocks. on_change: `status` has changed.
-        asks: a bundle that has arrived waits until a user installs it.
+        asks: a bundle that has arrived waits until a user installs it. clock: in seconds.
 
         Raises BundleError if not even the bundle of the configuration can be opened.
         """
@@ -129,6 +134,7 @@ class Updates:
         self.restart_why = ""  # why the board has to start again; "": it need not
         self._stop = threading.Event()
         self._handled = 0  # frames, in this trial
+        self._clock, self._started = clock, clock()
         self._incoming: Incoming | None = None
         self._signature = b""  # of the one that is coming
         self._window_end = 0  # of the file that is wanted: what was asked for ends here
@@ -189,17 +195,19 @@ class Updates:
         if not self.is_trial or self.restart_why:
             return
         self._handled += 1
+        has_run_long = not failed and self._clock() - self._started >= TRIAL_S
+        works = has_run_long or self._handled - failed >= TRIAL_FRAMES
         if failed >= TRIAL_FRAMES:
             self.give_up(f"{failed} frames failed")
-        elif self._handled - failed >= TRIAL_FRAMES and self._try_to(partial(self._store.keep, self._entry)):
+        elif works and self._try_to(partial(self._store.keep, self._entry)):
             self.is_trial = False
             logger.info("bundle kept bundle=%s version=%d", self.bundle.manifest.name, self.version)
             if self._word == "trial":  # else another one comes or waits already
                 self._word = "idle"
             self._on_change()
             self._say("kept", self.bundle.id.hex())
-        elif self._handled - failed >= TRIAL_FRAMES:  # the disk refuses: again after as many frames
-            self._handled = 0
+        elif works:  # the disk refuses: again after as many frames, or as long
+            self._handled, self._started = 0, self._clock()
 
     def forget_starts(self) -> None:
         """The board was stopped in order: a trial goes on with the next start."""

@@ -206,6 +206,14 @@ def test_a_board_that_is_told_to_stop_while_its_libraries_load_ends_in_order(
     assert start("mqtt", TOLD_DURING_IMPORTS.format(number=int(number))).wait(PATIENCE_S) == code
 
 
+def test_a_board_that_is_told_to_stop_before_it_has_read_its_configuration_exits_with_0(tmp_path: Path) -> None:
+    os.mkfifo(config := tmp_path / "board.toml")
+    command = [sys.executable, "-m", "firmware_tools", "run", str(config)]
+    with subprocess.Popen(command) as process, config.open("w"):  # opened: the board reads, and waits for what comes
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == os.EX_OK
+
+
 def test_programs_that_a_board_starts_do_not_speak_to_the_manager(manager: ServiceManager) -> None:
     code = (
         "import os; from edge_runtime.sd_notify import Notifier; Notifier.from_environment(os.environ)\n"

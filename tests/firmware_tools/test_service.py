@@ -352,6 +352,22 @@ def test_credentials_of_systemd_are_not_looked_for_before_the_service_runs(
     assert not any("validate" in line for line in recorder.taken())
 
 
+def test_a_second_board_is_refused_with_the_name_of_the_first_and_another_program_for_it_is_not(
+    written: Callable[..., Path], recorder: Recorder, system: System, tmp_path: Path
+) -> None:
+    first = written()
+    act(system, "install", config=first)
+    unit = system.unit("board")
+    unit.write_text(unit.read_text().replace("ExecStart=/", "ExecStart=/elsewhere/"))  # the environment has moved
+    act(system, "install", config=first)
+    before = tree(recorder.root)
+    (second := first.with_name("second.toml")).write_text(first.read_text())
+    recorder.taken()
+    with pytest.raises(ServiceError, match=f"runs {first}: a machine has one board as a service"):
+        act(system, "install", config=second)
+    assert (tree(recorder.root), recorder.taken()) == (before, [])
+
+
 @pytest.mark.parametrize("kind", ["foreign", "masked", "other"])
 def test_a_unit_of_somebody_else_is_neither_replaced_nor_removed(
     written: Callable[..., Path], recorder: Recorder, system: System, kind: str

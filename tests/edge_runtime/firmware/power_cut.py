@@ -98,7 +98,7 @@ def starts(store: Store, names: set[str], new: Path, signature: bytes) -> bool:
         _ = bundle.words
         if bundle.manifest.name not in names:
             return False
-        was_used = "operator" in state.why or "starts" in state.why  # the new one was, and was given up
+        was_used = claimed(signature).version in state.highest.values()  # the new one, before the board went back
         if bundle.manifest.name == "old" and not was_used and "factory" not in names:
             store.check_new(claimed(signature), date(2030, 1, 1))
             update(store, new, signature)

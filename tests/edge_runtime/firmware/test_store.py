@@ -99,6 +99,7 @@ def test_an_operator_goes_back_twice_and_then_there_is_nothing_behind(store: Sto
         install(store, bundles[version], version)
         store.keep()
     assert [store.roll_back().current != "", running(store)] == [True, "b1"]
+    assert (store.state().failed, store.state().why) == ("", "")  # nothing is wrong with the other one
     assert [store.roll_back().current, running(store)] == ["", ""]
     with pytest.raises(StoreError, match="no bundle in use"):
         store.roll_back()

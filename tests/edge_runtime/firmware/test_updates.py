@@ -24,7 +24,7 @@ from edge_runtime.firmware.signature import (
     statement_of,
 )
 from edge_runtime.firmware.store import INCOMING, MAX_STARTS, Store, entry_of
-from edge_runtime.firmware.updates import TRIAL_FRAMES, Updates, store_of
+from edge_runtime.firmware.updates import TRIAL_FRAMES, TRIAL_S, Updates, store_of
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import Message, MqttClient, MqttConfig
 from edge_runtime.mqtt.routes import Route, Router
@@ -65,8 +65,10 @@ class Station:
 
     def __init__(self, store: Store, port: int, stack: ExitStack, asks: bool = False, today: date = TODAY) -> None:
         self.restart, self.self_test_fails = threading.Event(), False
-        self.today = today
-        self.updates = Updates(store, self._self_test, self._publish, today=lambda: self.today, asks=asks)
+        self.today, self.now = today, 0.0
+        self.updates = Updates(
+            store, self._self_test, self._publish, today=lambda: self.today, asks=asks, clock=lambda: self.now
+        )
         self.updates.stop_with(self.restart)
         install = Route(topics.bundle_install(SITE, BOARD), self.updates.install_arrived)
         self.router = Router([*self.updates.routes(SITE, BOARD), install])
@@ -384,6 +386,19 @@ def test_a_trial_ends_well_after_some_frames(station, store, bundles):
     board.updates.frame_handled(0)
     assert (board.next().state, board.updates.is_trial) == ("kept", False)
     assert store.state().starts is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "failed", "is_kept"), [(TRIAL_S - 1, 0, False), (TRIAL_S, 0, True), (TRIAL_S, 1, False)]
+)
+def test_a_board_with_few_frames_keeps_a_bundle_after_a_time_without_a_failure(
+    station, store, bundles, seconds, failed, is_kept
+):
+    install(store, bundles[2], 3)
+    board = station()
+    board.now = seconds
+    board.updates.frame_handled(failed)
+    assert board.updates.is_trial is not is_kept
 
 
 def test_a_bundle_on_trial_whose_frames_fail_is_given_up(station, store, bundles):
