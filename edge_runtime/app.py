@@ -47,6 +47,8 @@ from edge_runtime.wire import Event, Options, topics
 
 logger = logging.getLogger(__name__)
 
+FIRST_TRIES = 6  # of a request, which would fit before its deadline as long as no reply time is known
+
 BOOT = secrets.token_hex(4)  # distinguishes one start of a board from the next
 
 
@@ -117,6 +119,9 @@ class Board:
             byte_budget=byte_budget,
             on_reply=self.references.heard,
             find_silence=self._find_silence,
+            # A copy may reach another server of the pool, which would compute it, perhaps pay for it, once more. The
+            # deadline says for how slow an answer the user is prepared.
+            unknown_resend_s=board.deadline_ms / 1e3 / FIRST_TRIES,
         )
         self.pipeline = self._new_pipeline(networks, sampling)
 

@@ -59,6 +59,7 @@ class RequestLifecycle(Generic[T]):
     The newest is refused, not the oldest: link and server have already worked for those that wait. If the oldest were
     dropped, a slow server would see each request end shortly before its reply.
 
+    min_resend_s: before a request is sent again; unknown_resend_s: the same, as long as no reply time is known.
     outbox: its limits, if there is one; size_of: the bytes that a content takes there; may_store: whether it may go
     there. can_store: whether the outbox takes one more request. The caller keeps it up to date. is_complete: whether a
     content has all that its events and the outbox shall have; if not, `on_complete` follows.
@@ -70,6 +71,7 @@ class RequestLifecycle(Generic[T]):
         *,
         min_resend_s: float,
         rng: random.Random,
+        unknown_resend_s: float = 0.0,
         outbox: OutboxConfig | None = None,
         size_of: Callable[[T], int] = lambda _: 0,
         may_store: Callable[[T], bool] = lambda _: True,
@@ -80,7 +82,7 @@ class RequestLifecycle(Generic[T]):
         self.can_store = outbox is not None
         self._capacity, self._rng, self._outbox = capacity, rng, outbox
         self._size_of, self._may_store, self._is_complete = size_of, may_store, is_complete
-        self._resend = ResendTimer(min_resend_s, rng)
+        self._resend = ResendTimer(min_resend_s, rng, unknown_resend_s)
         self._retry = RetryTimer(outbox.replay_per_s if outbox else 1.0, rng)
         self._live: dict[bytes, Entry[T]] = {}  # those that are not KEPT
         self._stored: StoredEntries[T] = StoredEntries(outbox)  # some are live, too

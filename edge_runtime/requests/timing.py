@@ -16,16 +16,17 @@ FIRST_RETRY_S, LAST_RETRY_S = 5.0, 600.0  # after a retry without a reply; doubl
 class ResendTimer:
     """How long to wait for a reply before a request is sent again."""
 
-    def __init__(self, min_s: float, rng: random.Random) -> None:
-        self._min_s, self._rng = min_s, rng
+    def __init__(self, min_s: float, rng: random.Random, unknown_s: float = 0.0) -> None:
+        """unknown_s: as long as no reply time is known."""
+        self._min_s, self._rng, self._unknown_s = min_s, rng, unknown_s
         self._reply_times: deque[float] = deque(maxlen=SAMPLES)
         self.doublings = 0  # that a new request begins with
 
     def interval(self, doublings: int) -> float:
         """Seconds: four times what nearly all replies take, doubled so often, with jitter."""
         times = sorted(self._reply_times)
-        p95 = times[ceil(0.95 * len(times)) - 1] if times else 0.0
-        return max(self._min_s, 4 * p95) * 2.0 ** min(doublings, MAX_DOUBLINGS) * self._rng.uniform(1, 1.5)
+        usual_s = 4 * times[ceil(0.95 * len(times)) - 1] if times else self._unknown_s
+        return max(self._min_s, usual_s) * 2.0 ** min(doublings, MAX_DOUBLINGS) * self._rng.uniform(1, 1.5)
 
     def replied(self, seconds: float | None, doublings: int) -> None:
         """A reply came; seconds: None if the request was sent more than once.

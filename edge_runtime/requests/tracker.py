@@ -121,10 +121,12 @@ class RequestTracker:
         byte_budget: ByteBudget | None = None,
         on_reply: Callable[[Reply], None] = lambda _: None,
         find_silence: Callable[[], str] = str,
+        unknown_resend_s: float = 0.0,
     ) -> None:
         """capacity: requests that wait for a reply; byte_budget: None: no limit; on_reply: is told each reply.
 
-        find_silence: why no server can answer now, in words for people; "" if one can.
+        find_silence: why no server can answer now, in words for people; "" if one can. unknown_resend_s: see
+        RequestLifecycle.
         """
         self._client, self._observer, self._find_silence = client, observer, find_silence
         self._capacity, self._budget, self._on_reply = capacity, byte_budget or ByteBudget(), on_reply
@@ -136,6 +138,7 @@ class RequestTracker:
         self._lifecycle: RequestLifecycle[Tracked] = RequestLifecycle(
             capacity,
             min_resend_s=resend_s,
+            unknown_resend_s=unknown_resend_s,
             rng=random.Random(),
             outbox=outbox,
             size_of=lambda tracked: row_of(tracked).size,

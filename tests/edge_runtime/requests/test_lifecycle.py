@@ -98,6 +98,15 @@ def test_an_unanswered_request_is_sent_again_at_growing_distances_until_its_dead
     assert requests.on_time(31.0) == []
 
 
+def test_until_a_reply_time_is_known_a_copy_waits_for_an_answer_as_slow_as_the_user_allows() -> None:
+    requests: RequestLifecycle[str] = RequestLifecycle(4, min_resend_s=1.0, unknown_resend_s=10.0, rng=random.Random(0))
+    requests.on_request(ONE, "", 60.0, 0.0)
+    assert 10.0 <= requests.next_at() <= 15.0
+    requests.on_reply(reply(ONE), 0.2)
+    requests.on_request(TWO, "", 60.0, 1.0)
+    assert 2.0 <= requests.next_at() <= 2.5
+
+
 def test_nothing_is_sent_again_before_four_times_the_usual_reply_time() -> None:
     requests = lifecycle()
     for number in range(20):
