@@ -15,7 +15,7 @@ def cells(result: FaultResult) -> tuple[str, ...]:
         return result.fault, "", "", "", "", "", held, result.note
     recovery = "" if result.recovery_s is None else f"{result.recovery_s:.1f}"
     counts = (str(n) for n in (result.accepted, result.answered, result.lost, result.duplicates))
-    slopes = ", ".join(f"{name} {slope:+.2f}" for name, slope in result.rss_slope.items())
+    slopes = ", ".join(f"{name} {slope:+.2f}" for name, slope in result.memory_slope.items())
     memory = f"; memory, MiB per 10 min: {slopes}" if slopes else ""
     return result.fault, *counts, recovery, held, result.note + memory
 

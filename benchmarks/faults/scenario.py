@@ -62,7 +62,7 @@ class FaultResult:
     first_events_in_fault: int = 0
     note: str = ""
     reasons: dict[str, int] = field(default_factory=dict)  # of the losses
-    rss_slope: dict[str, float] = field(default_factory=dict)  # MiB per 10 minutes, of a soak
+    memory_slope: dict[str, float] = field(default_factory=dict)  # MiB per 10 minutes, of a soak
     board: dict[str, int] = field(default_factory=dict)  # the counters of the board's last process
 
 
@@ -73,7 +73,7 @@ class Scenario:
         """seconds: how long the fault lasts; None: the fault's own duration."""
         self.site, self.fault, self.seconds = site, fault, fault.seconds if seconds is None else seconds
         self.records, self.notes, self.unseen = FrameRecords(), list[str](), list[str]()
-        self.rss_slope: dict[str, float] = {}
+        self.memory_slope: dict[str, float] = {}
         self.name = f"board-{fault.name}"
         self.outbox = site.folder / self.name / "outbox.sqlite"
         self.interval_s = 0.25  # between frames
@@ -287,7 +287,7 @@ class Scenario:
         result.fault_s = round(self.ended_at - self.started_at, 2)
         result.answers_in_fault = self.records.answers(self.started_at, self.ended_at)
         result.first_events_in_fault = self.records.first_events(self.started_at, self.ended_at)
-        result.reasons, result.rss_slope = dict(self.records.reasons), self.rss_slope
+        result.reasons, result.memory_slope = dict(self.records.reasons), self.memory_slope
         if self.board:
             result.board = final_counters(self.board_log())
             result.gaps = self._gaps()
