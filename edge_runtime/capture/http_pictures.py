@@ -143,8 +143,9 @@ class HttpPictures:
             raise CameraError(too_slow) from None
         if not data or answer.length:  # fewer bytes than it said
             raise CameraError("hangs up in the middle of a picture")
-        _refuse_page(kind, data)
-        if kind.startswith(NOT_PICTURES) and not starts_as_picture(data):
+        picture = bytes(data)
+        _refuse_page(kind, picture)
+        if kind.startswith(NOT_PICTURES) and not starts_as_picture(picture):
             raise _no_picture(kind, is_page=kind in PAGES)
         unchanged = {
             "If-None-Match": answer.headers.get("ETag"),
@@ -152,7 +153,7 @@ class HttpPictures:
         }
         # Folded and foreign ones could not be sent back.
         self._unchanged_if = {k: v for k, v in unchanged.items() if v and v.isascii() and v.isprintable()}
-        return bytes(data)
+        return picture
 
     # ---- requests ----
 
