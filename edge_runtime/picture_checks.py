@@ -38,7 +38,7 @@ SEGMENTS = FRAMES | {HUFFMAN_TABLES, QUANTISATION_TABLES, RESTART_INTERVAL, COMM
 END_OF_SCAN = re.compile(rb"\xff[^\x00]")
 END_OF_RESTARTING_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 
-PNG_START = b"\x89PNG\r\n\x1a\n"
+JPEG_START, PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
 
 
@@ -98,13 +98,22 @@ def check_picture(data: bytes, max_pixels: int = MAX_PICTURE_PIXELS) -> tuple[in
     try:
         if data[:8] == PNG_START:
             return _check_png(data, max_pixels)
-        if data[:3] == b"\xff\xd8\xff":
+        if data[:3] == JPEG_START:
             return _check_jpeg(data, max_pixels)
-        if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        if _starts_as_webp(data):
             return _check_webp(data, max_pixels)
     except (struct.error, IndexError) as error:
         raise PictureError("picture ends within its header: was it cut?") from error
     raise PictureError(f"{data[:4].hex()!r} does not start a JPEG, PNG or WebP: convert the picture")
+
+
+def starts_as_picture(data: bytes) -> bool:
+    """Whether its first bytes are those of a JPEG, PNG or WebP."""
+    return data.startswith((JPEG_START, PNG_START)) or _starts_as_webp(data)
+
+
+def _starts_as_webp(data: bytes) -> bool:
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

@@ -46,6 +46,11 @@ JETSON_CAMERA = f"# nvargus-daemon listens in /tmp, and its client opens the dev
 NO_DEVICES_NOR_USERS = f"{NO_DEVICES}\nPrivateUsers=yes"
 GPU = "# A GPU.\nPrivateTmp=yes"
 BOARD_GPU = f"{GPU}\n{VIDEO}"  # the group has the devices of a Jetson's GPU, too
+# Limits of a board and of each camera, which may have a process that decodes. Measured with onnxruntime: a board with
+# 1, 8 and 16 cameras of 1080p and H.264 takes 142, 541 and 988 MB and has 10, 45 and 85 threads. With 2160p and H.265 a
+# camera takes 155 MB. A limit that is too low kills a board that works, so the rest is spare.
+BOARD_MB, CAMERA_MB = 320, 192
+BOARD_TASKS, CAMERA_TASKS = 112, 16
 COMPILES = "\n# CUDA and TensorRT take more memory than a board otherwise does.\nMemoryMax=80%"
 RAY = "\n# Ray starts a process for each core, each with dozens of threads.\nTasksMax=infinity"
 
@@ -117,7 +122,9 @@ def _board(path: Path, config: RuntimeConfig, aiflow: Path) -> Service:
             files.append((f"camera {camera.name} password_file", camera.password_file))
         if kind_of(camera.source) in ("watch", "video", "pictures"):
             sources.append((f"camera {camera.name} source", camera.source.removeprefix(WATCH)))
-    unit = _unit("board", path, aiflow, BOARD_STOP_S, devices, files)
+    count = len(config.cameras)
+    limits = {"memory_mb": BOARD_MB + CAMERA_MB * count, "tasks": BOARD_TASKS + CAMERA_TASKS * count}
+    unit = _unit("board", path, aiflow, BOARD_STOP_S, devices, files, **limits)
     writes = (*_named("outbox", config.outbox, "file"), *_named("updates", config.updates, "folder"))
     return Service("board", path, unit, (*files, *sources), writes)
 
@@ -154,7 +161,9 @@ def _named(table: str, values: object, *keys: str) -> Iterator[tuple[str, str]]:
             yield f"[{table}] {key}", path
 
 
-def _unit(role: Role, config: Path, aiflow: Path, stop_s: float, devices: str, files: list[tuple[str, str]]) -> str:
+def _unit(
+    role: Role, config: Path, aiflow: Path, stop_s: float, devices: str, files: list[tuple[str, str]], **limits: int
+) -> str:
     from firmware_tools.cli import EXIT_CONFIG
 
     paths = {str(config), str(aiflow), *(path for _, path in files)}
@@ -167,6 +176,7 @@ def _unit(role: Role, config: Path, aiflow: Path, stop_s: float, devices: str, f
         stop_s=f"{stop_s + SLACK_S + STOP_SLACK_S:.0f}",
         exit_config=EXIT_CONFIG,
         devices=devices,
+        **limits,
         waits_for=" ".join(path for path in waits_for if CREDENTIALS not in Path(path).parents),
     )
 

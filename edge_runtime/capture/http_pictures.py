@@ -1,10 +1,11 @@
 """Cameras that send JPEGs over HTTP: one per request (a snapshot address), or an endless answer of many (MJPEG).
 
-The content type of the answer decides which it is. Any other video is left to OpenCV. Every wait, every size and the
-number of redirects have a bound.
+The content type of the answer decides which it is, unless the user says that it is a snapshot address. Any other video
+is left to OpenCV. Every wait, every size and the number of redirects have a bound.
 """
 
 import http.client
+import re
 import socket
 import ssl
 import threading
@@ -19,13 +20,19 @@ from edge_runtime.capture.login import authorization, login_of, same_server, wit
 from edge_runtime.config import CameraConfig
 from edge_runtime.config.camera_source import HTTP, PLACEHOLDERS
 from edge_runtime.logs import printable
-from edge_runtime.picture_checks import MAX_PICTURE_BYTES
+from edge_runtime.picture_checks import MAX_PICTURE_BYTES, starts_as_picture
 
 ANSWER_S = 5.0  # for a connection, and for each part of the answer's headers
 MAX_REDIRECTS = 3
 MIN_POLL_S = 0.1  # between two requests for a snapshot, even without an interval
 CHUNK_BYTES = 1 << 16
-NOT_PICTURES = ("text/", "application/json", "application/xml")  # content types
+PAGES = ("text/html", "application/xhtml+xml")  # content types
+NOT_PICTURES = ("text/", "application/json", "application/xml", *PAGES)
+# How pages begin: most of the tags in the WHATWG's "MIME Sniffing", section 7.1, and the first line of XHTML.
+PAGE_START = re.compile(
+    rb"(?i)(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?<(?:!--|(?:!doctype\s+html|html|head|title|body|script)\b)"
+)
+PAGE_START_BYTES = 64  # after blanks; enough to recognise a page
 
 
 class HttpPictures:
@@ -49,16 +56,12 @@ class HttpPictures:
         try:
             asked = time.monotonic()
             with self._get() as answer:
-                kind = answer.headers.get_content_type() if "Content-Type" in answer.headers else ""
-                if kind.startswith(NOT_PICTURES) and answer.status == http.client.OK:
-                    raise CameraError(
-                        f"the camera answers with {printable(kind, 64)}, not with a picture: check the path in its "
-                        "address, and whether it wants a login"
-                    )
+                kind = _content_type(answer)
                 if kind.startswith("multipart/") and not self._camera.snapshot:
                     self._read_stream(answer, slot)
                     return True
-                if not (self._camera.snapshot or kind.startswith("image/")):
+                if not (self._camera.snapshot or kind.startswith(("image/", *NOT_PICTURES))):
+                    _refuse_page(kind, _first_bytes(answer))
                     return False
                 answered = time.monotonic()  # the picture is no newer than this, however long it takes to arrive
                 picture = self._read_picture(answer, asked)
@@ -106,10 +109,6 @@ class HttpPictures:
             asked = time.monotonic()
             with self._get() as answer:
                 answered = time.monotonic()
-                if answer.status == http.client.OK and answer.headers.get_content_type().startswith(NOT_PICTURES):
-                    raise CameraError(
-                        "the camera answers with a page, not with a picture any more: does it want a login?"
-                    )
                 picture = None if answer.status == http.client.NOT_MODIFIED else self._read_picture(answer, asked)
 
     def _wait_until_due(self, slot: NewestFrame, following: float) -> bool:
@@ -122,7 +121,13 @@ class HttpPictures:
         return True
 
     def _read_picture(self, answer: http.client.HTTPResponse, asked: float) -> bytes:
-        stall_s, data = self._camera.stall_s, bytearray()
+        """A whole answer. Raises CameraError if it is a page or another text.
+
+        With `snapshot` its type may be wrong, so that its first bytes decide.
+        """
+        kind, stall_s, data = _content_type(answer), self._camera.stall_s, bytearray()
+        if kind.startswith(NOT_PICTURES) and not self._camera.snapshot:
+            raise _no_picture(kind, is_page=kind in PAGES)
         self._wait_at_most(stall_s)
         too_slow = f"does not complete its picture within {stall_s:g} s: let it send a smaller one, or raise stall_s"
         try:
@@ -138,13 +143,17 @@ class HttpPictures:
             raise CameraError(too_slow) from None
         if not data or answer.length:  # fewer bytes than it said
             raise CameraError("hangs up in the middle of a picture")
+        picture = bytes(data)
+        _refuse_page(kind, picture)
+        if kind.startswith(NOT_PICTURES) and not starts_as_picture(picture):
+            raise _no_picture(kind, is_page=kind in PAGES)
         unchanged = {
             "If-None-Match": answer.headers.get("ETag"),
             "If-Modified-Since": answer.headers.get("Last-Modified"),
         }
         # Folded and foreign ones could not be sent back.
         self._unchanged_if = {k: v for k, v in unchanged.items() if v and v.isascii() and v.isprintable()}
-        return bytes(data)
+        return picture
 
     # ---- requests ----
 
@@ -200,6 +209,35 @@ class HttpPictures:
     def _wait_at_most(self, seconds: float) -> None:
         if self._socket:
             self._socket.settimeout(seconds)
+
+
+def _content_type(answer: http.client.HTTPResponse) -> str:
+    """Empty if the camera sends none: get_content_type() of the headers would return text/plain."""
+    return answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+
+def _first_bytes(answer: http.client.HTTPResponse) -> bytes:
+    """Enough to recognise a page; less if the camera sends less."""
+    data = b""
+    with suppress(OSError, http.client.HTTPException):  # OpenCV asks again, and says what is wrong
+        while len(data.lstrip()) < PAGE_START_BYTES and len(data) < CHUNK_BYTES and (more := answer.read1(CHUNK_BYTES)):
+            data += more
+    return data
+
+
+def _refuse_page(kind: str, data: bytes) -> None:
+    """Raises CameraError for the beginning of a page, whatever its type."""
+    if PAGE_START.match(data):
+        raise _no_picture(kind, is_page=True)
+
+
+def _no_picture(kind: str, is_page: bool) -> CameraError:
+    kind = printable(kind, 64)
+    what = (f"a page ({kind})" if kind else "a page") if is_page else kind
+    return CameraError(
+        f"the camera answers with {what}, not with a picture: does it want a login, and is the path in its address "
+        "right?"
+    )
 
 
 def _target(parts: SplitResult) -> str:

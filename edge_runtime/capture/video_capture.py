@@ -41,10 +41,14 @@ POLL_S = 0.2  # how often it looks whether it has been abandoned
 GOODBYE_S = 0.5  # for an orderly end of a connection
 # What the user has set in the environment stays. FFmpeg is silent, since why_not_opened finds the reason. The options
 # are OpenCV's default, and that packets carry the time of their arrival. One thread: OpenBLAS reserves memory for each.
+# Two threads decode, not one per core: with 1080p, each further one takes 7 MB and holds back one frame. One might be
+# too slow for 25 frames per second: it takes 5.6 ms per frame of H.264 and 8.8 ms of H.265 on a core of a server (AMD
+# EPYC), and a core of a Raspberry Pi is several times slower.
 ENVIRONMENT = {
     "OPENCV_FFMPEG_LOGLEVEL": "-8",  # AV_LOG_QUIET
     OPTIONS: "rtsp_flags;prefer_tcp|use_wallclock_as_timestamps;1",
     "OPENBLAS_NUM_THREADS": "1",
+    "OPENCV_FFMPEG_THREADS": "2",
 }
 KEY_FRAMES = "|avdiscard;nonkey"  # with OPTIONS: the decoder leaves out all others
 

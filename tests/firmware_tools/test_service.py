@@ -181,6 +181,19 @@ def test_a_board_with_providers_gets_the_gpu_and_memory_to_compile_networks(
     assert re.findall(r"(?m)^MemoryMax=(.*)", unit)[-1] == "80%"  # the last one counts
 
 
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_a_board_gets_memory_and_threads_for_each_of_its_cameras(written: Callable[..., Path], count: int) -> None:
+    cameras = "".join(f'[[cameras]]\nname = "c{n}"\nsource = "rtsp://camera.lan/{n}"\n' for n in range(1, count))
+    unit = service_of(written(BOARD, "rtsp://camera.lan/0", cameras), AIFLOW).unit
+    ((memory_mb, tasks),) = re.findall(r"(?m)^MemoryMax=(\d+)M\nTasksMax=(\d+)$", unit)
+    board_mb, reader_mb = 116, 155  # measured: resident with onnxruntime; a reader of 2160p, H.265, with its frame
+    board_threads, camera_threads = 10, 6  # two in the board, four in the reader: test_video_capture.py
+    assert int(memory_mb) >= max(512, board_mb + count * reader_mb)
+    assert int(tasks) >= max(128, board_threads + count * camera_threads)
+    if count == 1:
+        assert (memory_mb, tasks) == ("512", "128")
+
+
 def test_a_server_with_replicas_gets_the_threads_of_ray(written: Callable[..., Path]) -> None:
     unit = service_of(written(SERVER, "cpu", "[ray]\n"), AIFLOW).unit
     assert re.findall(r"(?m)^TasksMax=(.*)", unit)[-1] == "infinity"

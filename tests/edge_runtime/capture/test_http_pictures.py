@@ -133,6 +133,35 @@ def test_an_address_that_does_not_name_its_content_is_a_snapshot_if_the_user_say
         stop.set()
 
 
+WRONG_TYPES = [
+    {},
+    *({"Content-Type": kind} for kind in ("text/plain", "application/octet-stream", "jpeg", "text/html")),
+]
+
+
+@pytest.mark.parametrize("headers", WRONG_TYPES)
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_a_snapshot_address_may_send_no_content_type_or_a_wrong_one_with_every_picture(stop, headers, suffix):
+    number = itertools.count()
+
+    def answer(_: Request) -> Answer:
+        shade = 10 + next(number) * 40 % 240
+        return 200, headers, cv2.imencode(suffix, grey(shade), [cv2.IMWRITE_WEBP_QUALITY, 90])[1].tobytes()
+
+    with HttpCamera(answer) as camera:
+        frames = frames_of(camera, stop, Counters(), snapshot=True)
+        assert [shade_of(next(frames)) for _ in range(3)] == [10, 50, 90]
+        stop.set()
+
+
+def test_a_camera_may_send_its_content_type_with_its_first_picture_only(stop):
+    answers = itertools.chain([picture(jpeg(10))], itertools.repeat((200, {}, jpeg(50))))
+    with HttpCamera(lambda _: next(answers)) as camera:
+        frames = frames_of(camera, stop, Counters())
+        assert [shade_of(next(frames)) for _ in range(2)] == [10, 50]
+        stop.set()
+
+
 def test_a_damaged_picture_is_counted_and_the_next_one_is_given(stop):
     answers = iter([picture(b"\xff\xd8\xff no picture"), picture(jpeg(30))])
     counters = Counters()
@@ -293,7 +322,7 @@ def slow_headers(request: Request) -> None:
         (lambda _: (401, {}, b""), "the camera answers 401"),
         (lambda _: (503, {}, b""), "the camera answers 503"),
         (lambda _: (302, {}, b""), "the camera answers 302"),
-        (lambda _: (200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>login"), "answers with text/html"),
+        (lambda _: (200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>login"), r"a page \(text/html\)"),
         (lambda _: picture(b""), "hangs up in the middle of a picture"),
         (lambda _: (200, {"Content-Type": "image/jpeg", "Content-Length": "5000"}, jpeg(1)), "hangs up in the middle"),
         (lambda request: request.wfile.write(b"\x00 no HTTP\r\n") and None, "its answer is not HTTP: are protocol and"),
@@ -313,14 +342,54 @@ def test_an_answer_that_is_no_picture_is_an_error_that_says_so(stop, monkeypatch
         next(frames_of(camera, stop, Counters(), stall_s=1))
 
 
-def test_a_camera_that_becomes_a_login_page_is_lost_with_the_reason(stop, no_pause):
-    answers = itertools.chain([picture(jpeg(10))], itertools.repeat((200, {"Content-Type": "text/html"}, b"<html>")))
+PAGE = b"\n<!DOCTYPE html>\n<html><title>Login"
+XHTML = b'<?xml version="1.0" encoding="UTF-8"?>\r\n<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0 Strict//EN" "x">'
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "page"),
+    [
+        ("text/html; charset=utf-8", PAGE),
+        ("application/xhtml+xml", XHTML),
+        ("", PAGE),
+        ("", XHTML),
+        ("", b"\xef\xbb\xbf<HTML lang=en>"),
+        ("application/octet-stream", b" " * 100 + b"<html>"),
+        ("image/jpeg", PAGE),
+    ],
+)
+def test_a_page_is_reported_as_a_page_whatever_its_type_is(stop, snapshot, kind, page):
+    headers = {"Content-Type": kind} if kind else {}
+    shown = rf" \({kind.partition(';')[0]}\)".replace("+", r"\+") if kind else ""
+    with (
+        HttpCamera(lambda _: (200, headers, page)) as camera,
+        pytest.raises(CameraError, match=f"answers with a page{shown}, not with a picture: does it want a login"),
+    ):
+        next(frames_of(camera, stop, Counters(), snapshot=snapshot))
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_a_text_that_is_no_page_is_reported_with_its_type(stop, snapshot):
+    with (
+        HttpCamera(lambda _: (200, {"Content-Type": "application/json"}, b'{"error": "busy"}')) as camera,
+        pytest.raises(CameraError, match="answers with application/json, not with a picture"),
+    ):
+        next(frames_of(camera, stop, Counters(), snapshot=snapshot))
+
+
+@pytest.mark.parametrize(("snapshot", "headers"), [(False, {"Content-Type": "text/html"}), (True, {}), (False, {})])
+def test_a_camera_that_becomes_a_login_page_is_stalled_and_then_lost_with_the_reason(
+    stop, no_pause, caplog, snapshot, headers
+):
+    answers = itertools.chain([picture(jpeg(10))], itertools.repeat((200, headers, PAGE)))
     with HttpCamera(lambda _: next(answers)) as camera:
-        cameras = Cameras([CameraConfig("door", camera.url, 0)])
+        cameras = Cameras([CameraConfig("door", camera.url, 0, snapshot=snapshot)])
         in_background(cameras.frames(stop))
         until(lambda: cameras.states()["door"].state == "lost")
-        assert "text/html" in cameras.states()["door"].why
+        assert "answers with a page" in cameras.states()["door"].why
         stop.set()
+    assert "camera stalled camera=door reason=the camera answers with a page" in caplog.text
 
 
 # ---- MJPEG ----

@@ -24,7 +24,7 @@ from edge_runtime.capture.video_capture import DriverError, VideoCapture
 from edge_runtime.config import CameraConfig
 from tests.edge_runtime.capture.helpers import grey, in_background
 from tests.listener import PATIENCE_S, until
-from tests.rtsp_camera import OPENCV, TOLERANCE_S, RtspCamera
+from tests.rtsp_camera import OPENCV, TOLERANCE_S, VIDEO, RtspCamera
 
 ROOT = Path(__file__).parents[3]
 CAMERA = CameraConfig("door", "/dev/video0", interval_s=0, stall_s=600)
@@ -98,6 +98,19 @@ def test_no_password_is_in_the_arguments_or_in_the_environment_of_the_process(st
             (process,) = processes()
             assert "s3cret-word" not in f"{process.cmdline()} {process.environ()}"
         assert camera.logins
+
+
+@pytest.mark.parametrize("users", [None, "5"])
+def test_the_process_has_few_threads_whatever_the_machine_unless_the_user_says_so(stop, monkeypatch, users):
+    """firmware_tools/systemd_units.py counts on this."""
+    monkeypatch.delenv("OPENCV_FFMPEG_THREADS", raising=False)
+    if users:
+        monkeypatch.setenv("OPENCV_FFMPEG_THREADS", users)
+    with VideoCapture(CameraConfig("door", str(VIDEO)), stop) as capture:
+        assert capture.grab()
+        (process,) = processes()
+        assert process.environ()["OPENCV_FFMPEG_THREADS"] == (users or "2")  # also FFmpeg's default with two cores
+        assert (process.num_threads() <= 4) is (users is None)
 
 
 # ---- the driver ----
