@@ -144,6 +144,21 @@ def summary(results: Results) -> dict[str, Any]:
     return figures
 
 
+# By eye: what is wrong with the captions of the shipped bundle. A caption that has changed since has no judgement.
+JUDGED = {
+    ("cat", "a cat sitting on top of a sink"): "half right: a cat, and no sink",
+    ("astronaut", "a man in a red helmet is holding a football"): "wrong: an astronaut, with her helmet beside her",
+    ("photographer", "a man is holding a camera while standing on a camera"): "half right: he does not stand on it",
+    ("temple", "a large clock tower sitting on top of a field"): "half right: a tower, without a clock, above a lake",
+    ("rocket", "a group of people standing in front of a large plane"): "wrong: a rocket before its start, and nobody",
+    (
+        "portrait",
+        "a man in a black jacket is standing in front of a white building",
+    ): "half right: a woman in a black uniform, in front of a flag",
+    ("flower", "a vase filled with lots of bananas on a table"): "wrong: a dahlia in a garden",
+    ("coffee", "a wooden table with a wooden table and a cup"): "right, but clumsy",
+}
+
 STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8882;--new:#1a7f37;--old:#b35900}
 @media(prefers-color-scheme:dark){:root{--new:#4cc46a;--old:#e0904d}}
@@ -229,6 +244,8 @@ def _card(result: PhotoResult, levels: Sequence[AtLevel], question: TaughtQuesti
         parts.append(f'<p class="text">{_marked_html(event.text, result.draft or event.text, "ins")}</p>')
     else:
         parts.append(f'<p class="text">{escape(event.text)}</p>')
+    if result.photo.credit and (judged := JUDGED.get((result.photo.name, event.text))):
+        parts.append(f"<p><small>caption {escape(judged)}</small></p>")
     if event.scores:
         doubt = " · not sure" if event.unsure else ""
         parts.append(f"<p><small>{escape(labels(event.scores))}{doubt}</small></p>")

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.picture_checks import PictureError
 from edge_runtime.wire import AnsweredBy, Event, EventHop, encode_event, topics
-from firmware_tools.demo_page import AtLevel, PhotoResult, Results, TaughtQuestion, page, summary
+from firmware_tools.demo_page import JUDGED, AtLevel, PhotoResult, Results, TaughtQuestion, page, summary
 from firmware_tools.event_parts import marked, stages
 from models import SHIPPED_BUNDLE
 from testbed.sample_photos import TAUGHT, Photo, collect, shipped
@@ -263,6 +264,25 @@ def test_a_level_is_chosen_without_a_script_and_shows_its_answers(result: PhotoR
     assert re.search(r'class="rate level1">.*420 B.*a dog runs', html)
     assert "#level1:checked~main .level1{display:block}" in html
     assert 'type="radio"' not in page(results_of(result), "demo", "")
+
+
+def test_a_caption_of_a_shipped_photo_is_called_wrong_where_it_is_and_only_that_caption(result: PhotoResult) -> None:
+    at, (name, text) = CAPTURED.timestamp(), next(key for key, said in JUDGED.items() if said.startswith("wrong"))
+    rocket, (known,) = (
+        Photo(name, PHOTO.data, "somebody"),
+        [said for key, said in JUDGED.items() if key == (name, text)],
+    )
+    for photo, said, is_judged in (
+        (rocket, text, True),
+        (rocket, "a rocket", False),
+        (replace(rocket, credit=""), text, False),
+    ):
+        answered = PhotoResult(photo).followed(msgspec.structs.replace(UPDATE, text=said), at)
+        assert (known in Pictures(page(results_of(answered), "demo", "")).text) is is_judged
+
+
+def test_the_judged_photos_are_shipped_ones() -> None:
+    assert {name for name, _ in JUDGED} == {photo.name for photo in shipped()}
 
 
 def test_a_question_is_not_asked_about_the_photos_that_it_was_taught_with(result: PhotoResult) -> None:
