@@ -104,10 +104,10 @@ def bounded(check: Check) -> Finding:
 
 
 def host(config: "RuntimeConfig | None") -> list[Check]:
-    """The checks that need no configuration; with one, the disk is that of the outbox and of the installed bundles."""
+    """The checks of the system; with a configuration, of what that board needs."""
     return [
         Check("python", host_checks.check_python),
-        Check("packages", host_checks.check_packages, LONG_S),
+        Check("packages", partial(host_checks.check_packages, config and config.board), LONG_S),
         Check("cpu", host_checks.check_cpu),
         Check("memory", host_checks.check_memory),
         Check("temperature", host_checks.check_temperature),

@@ -13,10 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from edge_runtime.cores import usable_cores
 from edge_runtime.errors import ConfigError
@@ -24,6 +23,9 @@ from edge_runtime.firmware.signature import FIRST_YEAR
 from edge_runtime.inference.backends import RUNTIMES, hint
 from edge_runtime.packages import how_to_install, how_to_repair
 from edge_runtime.planning.thermal import ThermalReader
+
+if TYPE_CHECKING:
+    from edge_runtime.config import BoardConfig
 
 Status = Literal["ok", "warning", "failure"]
 
@@ -61,11 +63,13 @@ def check_python() -> Finding:
     return ok(found)
 
 
-def check_packages(backends: Sequence[str] = tuple(RUNTIMES)) -> Finding:
+def check_packages(board: "BoardConfig | None" = None) -> Finding:
     """OpenCV and the runtimes, each imported in a process of its own: one that does not fit the processor crashes.
 
-    backends: one of them must work; none: the board needs no runtime.
+    One of the board's runtimes must work; a board that only offloads needs none. None: a board with the defaults.
     """
+    wanted, is_needed = (board.backend, board.paradigm != "offload") if board else ("auto", True)
+    backends = [name for name in RUNTIMES if is_needed and wanted in ("auto", name)]
     versions, broken = {}, {}
     for module in ("cv2", *(runtime for backend in backends for runtime in RUNTIMES[backend])):
         version, why = _import(module)

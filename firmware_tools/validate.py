@@ -68,10 +68,8 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
 
 def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     """Returns the checks that need a connection."""
-    from edge_runtime.inference.backends import installed
-
     board = config.board
-    packages = check_packages(() if board.paradigm == "offload" else installed(board.backend))
+    packages = check_packages(board)
     if packages.status == "failure":
         raise ConfigError(f"the packages of a board: {packages.found}: {packages.advice}")
     # Now that OpenCV does not end this process.

@@ -408,3 +408,16 @@ def test_packages_that_are_missing_or_do_not_fit_the_processor_are_found(
     assert finding.status == status
     assert found in finding.found
     assert (finding.advice != "") == (status != "ok")
+
+
+@pytest.mark.parametrize(
+    ("board", "status"), [("", "failure"), ('paradigm = "offload"', "ok"), ('backend = "litert"', "failure")]
+)
+def test_only_the_runtimes_that_the_board_needs_are_looked_at(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, board: str, status: str
+) -> None:
+    path = config("mqtt")
+    path.write_text(path.read_text().replace('backend = "onnx"', board))
+    with_onnx = 'backend = "litert"' in board
+    fake_python(tmp_path, monkeypatch, f"*cv2*{'|*onnxruntime*' * with_onnx}) echo 1.0;;\n{MISSING}")
+    assert found_by("packages", path).status == status
