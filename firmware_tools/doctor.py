@@ -19,7 +19,6 @@ from firmware_tools.host_checks import Finding, Status, ok
 
 if TYPE_CHECKING:
     from edge_runtime.config import CameraConfig, RuntimeConfig
-    from edge_runtime.firmware.store import Store
 
 SCHEMA = 1  # of --json; new keys do not change it
 FRAMES = 20  # of the self-test
@@ -176,7 +175,7 @@ def _bundle(config: "RuntimeConfig") -> Finding:
 
 
 def _updates(config: "RuntimeConfig") -> Finding:
-    from edge_runtime.firmware.updates import store_of
+    from edge_runtime.firmware.updates import store_of, today
 
     store = store_of(config)
     assert store is not None
@@ -190,21 +189,9 @@ def _updates(config: "RuntimeConfig") -> Finding:
         )
     if state.why:
         return Finding("warning", f"{found}; {state.failed} was given up: {state.why}", "sign a newer version")
-    if store.trust and (why := _is_not_trusted(_in_use(config), store)):
+    if why := store.fault(_in_use(config), today()):
         return Finding("warning", found, f"it runs all the same: {why}")
     return ok(found)
-
-
-def _is_not_trusted(folder: Path, store: "Store") -> str:
-    """Why the store would not install this bundle, and what to do; "" if it would. Of the versions it knows nothing."""
-    from edge_runtime.firmware.signature import SignatureError, check_new, required_signature, verified
-    from edge_runtime.firmware.updates import today
-
-    try:
-        check_new(verified(required_signature(folder), store.trust), -1, today())
-    except SignatureError as error:
-        return str(error)
-    return ""
 
 
 def _broker(config: "RuntimeConfig", table: str, subscriptions: list[str]) -> Check:

@@ -150,6 +150,15 @@ def test_an_installed_bundle_that_is_damaged_is_named_although_the_one_of_the_co
         assert f"{entry}/head.onnx is not the file" in found_by(name, path).found
 
 
+def with_trust(config: Callable[..., Path], tmp_path: Path, board_bundle: Bundle) -> Path:
+    """The board.toml of a board with a trust file, and with a bundle of its own in `shipped`."""
+    trust(tmp_path)
+    path = config("mqtt", more=f'[updates]\nfolder = "{tmp_path}/bundles"\ntrust_file = "{tmp_path}/trust"\n')
+    shutil.copytree(board_bundle.path, tmp_path / "shipped")
+    path.write_text(path.read_text().replace(str(board_bundle.path), str(tmp_path / "shipped")))
+    return path
+
+
 @pytest.mark.parametrize(
     ("key", "expires", "says"),
     [
@@ -162,14 +171,22 @@ def test_an_installed_bundle_that_is_damaged_is_named_although_the_one_of_the_co
 def test_a_bundle_in_use_that_a_board_with_a_trust_file_would_not_install_is_a_warning(
     config: Callable[..., Path], tmp_path: Path, board_bundle: Bundle, key: Any, expires: date, says: str
 ) -> None:
-    trust(tmp_path)
-    path = config("mqtt", more=f'[updates]\nfolder = "{tmp_path}/bundles"\ntrust_file = "{tmp_path}/trust"\n')
-    shutil.copytree(board_bundle.path, tmp_path / "shipped")
-    path.write_text(path.read_text().replace(str(board_bundle.path), str(tmp_path / "shipped")))
+    path = with_trust(config, tmp_path, board_bundle)
     if key:
         sign(open_bundle(tmp_path / "shipped"), 3, expires, key)
     finding = found_by("updates", path)
     assert (finding.status, says in finding.advice) == ("warning" if says else "ok", True)
+
+
+def test_a_bundle_in_use_that_another_bundles_signature_came_with_is_a_warning(
+    config: Callable[..., Path], tmp_path: Path, board_bundle: Bundle
+) -> None:
+    path = with_trust(config, tmp_path, board_bundle)
+    sign(open_bundle(tmp_path / "shipped"), 3)
+    manifest = tmp_path / "shipped" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b"\n")  # another bundle with the same files
+    finding = found_by("updates", path)
+    assert (finding.status, "signature is of another bundle" in finding.advice) == ("warning", True)
 
 
 def test_a_running_board_with_the_same_id_is_named(config: Callable[..., Path], broker: Mosquitto) -> None:
