@@ -144,9 +144,9 @@ def _of_board(path: Path, config: "RuntimeConfig") -> Iterator[Check]:
         yield Check("updates", lambda: _updates(config))
     for_servers, for_users = probes.board_subscriptions(config)
     near = config.near_broker
-    yield _broker(config, "mqtt", for_servers if near else for_servers + for_users)
+    yield _broker(path, config, "mqtt", for_servers if near else for_servers + for_users)
     if near:
-        yield _broker(config, "local", for_users)
+        yield _broker(path, config, "local", for_users)
     for camera in config.cameras:
         limit_s = probes.FRAME_S + LIMIT_S
         yield Check(f"camera {camera.name}", lambda camera=camera: _camera(camera), limit_s, True)  # type: ignore[misc]
@@ -194,21 +194,24 @@ def _updates(config: "RuntimeConfig") -> Finding:
     return ok(found)
 
 
-def _broker(config: "RuntimeConfig", table: str, subscriptions: list[str]) -> Check:
+def _broker(path: Path, config: "RuntimeConfig", table: str, subscriptions: list[probes.Subscription]) -> Check:
     from edge_runtime.wire import topics
 
     mqtt = config.mqtt if table == "mqtt" else config.near_broker
     assert mqtt is not None
 
     def check() -> Finding:
-        board, settings = config.board, mqtt.settings(config.board.id)
-        found = f"{mqtt.host}:{mqtt.port}: {probes.subscribed(settings, subscriptions)}"
-        if table == "mqtt" and probes.is_online(settings, topics.status(board.site, board.id)):
-            # Usually this one, as a service: no warning, which would hide others.
-            found += f"; a board with the id {board.id} is running: if it is another one, give it another id"
+        board = config.board
+        status = topics.status(board.site, board.id) if table == "mqtt" else ""
+        answer = probes.ask(mqtt.settings(board.id), subscriptions, status)
+        found, advice = f"{mqtt.host}:{mqtt.port}: {answer.found}", answer.warnings
+        if answer.has_board:
+            found += f"; a board with the id {board.id} is running"
+        if answer.has_board and not host_checks.runs_here(path):
+            advice.append(f"no process here runs {path}: if another board has this id, give one of them another id")
         if mqtt.insecure and not mqtt.ca_file:
-            return Finding("warning", found, "use TLS (ca_file) on a network that others use too")
-        return ok(found)
+            advice.append("use TLS (ca_file) on a network that others use too")
+        return Finding("warning" if advice else "ok", found, "; ".join(advice))
 
     return Check(f"broker {table}", check, probes.CONNECT_S + LIMIT_S)
 

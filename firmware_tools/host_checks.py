@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -221,6 +222,18 @@ def check_disk(folder: Path, is_needed: bool) -> Finding:
     if free_mb < NEARLY_FULL_MB:
         return Finding("warning", found, "delete files: the disk is nearly full")
     return ok(found)
+
+
+def runs_here(config: Path, root: Path = Path("/")) -> bool:
+    """Whether a process of this machine is `aiflow run` with this file."""
+    for process in (root / "proc").glob("[0-9]*"):
+        words, folder = _text(process / "cmdline").split("\0"), ""
+        with suppress(OSError):  # another user's: a service names an absolute path anyway
+            folder = os.readlink(process / "cwd")
+        files = [os.path.realpath(os.path.join(folder, word)) for word in words]
+        if "run" in words and os.path.realpath(config) in files:
+            return True
+    return False
 
 
 def check_clock() -> Finding:

@@ -21,7 +21,7 @@ import pytest
 from edge_runtime.errors import AiflowError
 from edge_runtime.firmware.store import State
 from edge_runtime.inference.bundle import Bundle, open_bundle
-from edge_runtime.mqtt import MqttClient, MqttConfig, Outcome
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Outcome
 from edge_runtime.wire import topics
 from firmware_tools import cli, host_checks, probes
 from firmware_tools.doctor import Check, _with_config, bounded
@@ -189,18 +189,40 @@ def test_a_bundle_in_use_that_another_bundles_signature_came_with_is_a_warning(
     assert (finding.status, "signature is of another bundle" in finding.advice) == ("warning", True)
 
 
-def test_a_running_board_with_the_same_id_is_named(config: Callable[..., Path], broker: Mosquitto) -> None:
+def test_a_board_with_the_same_id_that_runs_elsewhere_is_a_warning(
+    config: Callable[..., Path], broker: Mosquitto
+) -> None:
     path, status = config("mqtt", broker.port), topics.status("home", "b1")
     assert found_by("broker mqtt", path).status == "ok"
     with MqttClient(MqttConfig(port=broker.port).settings("other")) as other:
-        for state in ("online", "offline"):
+        for state, expected in (("online", "warning"), ("offline", "ok")):
             said = queue.SimpleQueue[Outcome]()
             payload = json.dumps({"state": state}).encode()
             other.publish(status, payload, retain=True, on_outcome=said.put)
             assert said.get(timeout=PATIENCE_S) is Outcome.DELIVERED
             finding = found_by("broker mqtt", path)
-            assert finding.status == "ok"
+            assert finding.status == expected
             assert ("a board with the id b1 is running" in finding.found) == (state == "online")
+
+
+def test_a_board_with_the_same_id_that_runs_here_with_this_file_is_in_order(
+    config: Callable[..., Path], broker: Mosquitto
+) -> None:
+    path, said = config("mqtt", broker.port), queue.SimpleQueue[Message]()
+    settings, status = MqttConfig(port=broker.port).settings("other"), topics.status("home", "b1")
+    command = [sys.executable, "-m", "firmware_tools", "run", "--no-show", path.name]
+    paths = os.pathsep.join(filter(None, sys.path))
+    with (
+        MqttClient(settings, subscriptions=[(status, 1)], on_message=said.put),
+        subprocess.Popen(command, cwd=path.parent, env=os.environ | {"PYTHONPATH": paths}) as board,
+    ):
+        try:
+            assert json.loads(said.get(timeout=PATIENCE_S).payload)["state"] == "online"
+            finding = found_by("broker mqtt", path)
+        finally:
+            board.terminate()
+    assert finding.status == "ok"
+    assert "a board with the id b1 is running" in finding.found
 
 
 @pytest.mark.parametrize("kept", ['[outbox]\nfile = "/proc/outbox"', '[updates]\nfolder = "/proc/bundles"'])
