@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from edge_runtime.errors import AiflowError
 from firmware_tools import host_checks, probes
 from firmware_tools.host_checks import Finding, Status, ok
+from firmware_tools.service import System
 
 if TYPE_CHECKING:
     from edge_runtime.config import CameraConfig, RuntimeConfig
@@ -102,8 +103,8 @@ def bounded(check: Check) -> Finding:
     return found
 
 
-def host(config: "RuntimeConfig | None") -> list[Check]:
-    """The checks of the system; with a configuration, of what that board needs."""
+def host(config: "RuntimeConfig | None", path: Path | None = None) -> list[Check]:
+    """The checks of the system; with a configuration and its file, of what that board needs."""
     return [
         Check("python", host_checks.check_python),
         Check("packages", partial(host_checks.check_packages, config and config.board), LONG_S),
@@ -111,17 +112,26 @@ def host(config: "RuntimeConfig | None") -> list[Check]:
         Check("memory", host_checks.check_memory),
         Check("temperature", host_checks.check_temperature),
         Check("power", host_checks.check_power),
-        Check("disk", partial(_disk, config)),
+        Check("disk", partial(_disk, config, System().state_of(path) if path else None)),
         Check("clock", host_checks.check_clock),
     ]
 
 
-def _disk(config: "RuntimeConfig | None") -> Finding:
-    """The worst of the places where the board keeps files."""
-    kept = [Path(config.outbox.file).parent] if config and config.outbox else []
-    kept += [Path(config.updates.folder)] if config and config.updates else []
-    found = [host_checks.check_disk(folder, True) for folder in kept] or [host_checks.check_disk(Path.cwd(), False)]
-    return max(found, key=lambda finding: EXIT_CODES[finding.status])
+def _disk(config: "RuntimeConfig | None", state: Path | None) -> Finding:
+    """The worst of the places where the board keeps files. state: where its service runs; None: it is no service."""
+    from edge_runtime.config.camera_source import kind_of
+    from edge_runtime.inference.backends import cache_folder
+
+    base, found = state or Path.cwd(), list[Finding]()
+    if config and config.outbox:
+        found.append(host_checks.check_disk((base / config.outbox.file).parent, "the outbox", True))
+    if config and config.updates:
+        found.append(host_checks.check_disk(base / config.updates.folder, "installed bundles", True))
+    if config and state and any(kind_of(camera.source) == "watch" for camera in config.cameras):
+        found.append(host_checks.check_disk(state, "what was read of watched folders, over a restart", False))
+    if config is None or config.board.paradigm != "offload":
+        found.append(host_checks.check_disk(state or cache_folder(), "the choice of a backend, over a restart", False))
+    return max(found or [ok("this board keeps nothing")], key=lambda finding: EXIT_CODES[finding.status])
 
 
 def _with_config(path: Path) -> list[Check]:
@@ -133,7 +143,7 @@ def _with_config(path: Path) -> list[Check]:
     except AiflowError as error:
         finding = Finding("failure", str(error))
         return [*host(None), Check("configuration", lambda: finding)]
-    return [*host(config), *_of_board(path, config)]
+    return [*host(config, path), *_of_board(path, config)]
 
 
 def _of_board(path: Path, config: "RuntimeConfig") -> Iterator[Check]:

@@ -42,8 +42,8 @@ class Answer:
 def board_subscriptions(config: "RuntimeConfig") -> tuple[list[Subscription], list[Subscription]]:
     """The subscriptions of a board: at the servers' broker, and at that of its users.
 
-    They are those of the board's routes, with which a test compares them: those themselves load OpenCV, which a board
-    whose packages are broken cannot.
+    A test compares them with a board's routes. The routes themselves would load OpenCV, and a broken one may end this
+    process.
     """
     from edge_runtime.config.camera_source import kind_of
     from edge_runtime.wire import topics
