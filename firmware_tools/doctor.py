@@ -107,7 +107,7 @@ def host(config: "RuntimeConfig | None", path: Path | None = None) -> list[Check
     """The checks of the system; with a configuration and its file, of what that board needs."""
     return [
         Check("python", host_checks.check_python),
-        Check("packages", partial(host_checks.check_packages, config and config.board), LONG_S),
+        Check("packages", partial(host_checks.check_packages, config.board if config else None), LONG_S),
         Check("cpu", host_checks.check_cpu),
         Check("memory", host_checks.check_memory),
         Check("temperature", host_checks.check_temperature),

@@ -206,7 +206,8 @@ def check_disk(folder: Path, kept: str, is_needed: bool, root: Path = Path("/"))
 
     kept: what the board keeps there. is_needed: the board does not work in order without that.
     """
-    existing, bad = nearest(folder.absolute()), "failure" if is_needed else "warning"
+    existing = nearest(folder.absolute())
+    bad: Status = "failure" if is_needed else "warning"
     advice = f"or name another place: it is for {kept}"
     if not existing.is_dir():
         return Finding(bad, f"{existing}: is a file, not a folder", f"remove it, {advice}")
