@@ -246,9 +246,9 @@ def _wear(folder: Path, root: Path) -> tuple[str, bool]:
     return used + few, life >= WORN or spare >= FEW_SPARE
 
 
-def runs_here(config: Path, root: Path = Path("/")) -> bool:
+def runs_here(config: Path) -> bool:
     """Whether a process of this machine is `aiflow run` with this file."""
-    for process in (root / "proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         words, folder = _text(process / "cmdline").split("\0"), ""
         with suppress(OSError):  # another user's: a service names an absolute path anyway
             folder = os.readlink(process / "cwd")
