@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from edge_runtime.errors import AiflowError
 from firmware_tools import host_checks, probes
 from firmware_tools.host_checks import Finding, Status, ok
+from firmware_tools.service import System
 
 if TYPE_CHECKING:
     from edge_runtime.config import CameraConfig, RuntimeConfig
-    from edge_runtime.firmware.store import Store
 
 SCHEMA = 1  # of --json; new keys do not change it
 FRAMES = 20  # of the self-test
@@ -103,26 +103,35 @@ def bounded(check: Check) -> Finding:
     return found
 
 
-def host(config: "RuntimeConfig | None") -> list[Check]:
-    """The checks that need no configuration; with one, the disk is that of the outbox and of the installed bundles."""
+def host(config: "RuntimeConfig | None", path: Path | None = None) -> list[Check]:
+    """The checks of the system; with a configuration and its file, of what that board needs."""
     return [
         Check("python", host_checks.check_python),
-        Check("packages", host_checks.check_packages, LONG_S),
+        Check("packages", partial(host_checks.check_packages, config.board if config else None), LONG_S),
         Check("cpu", host_checks.check_cpu),
         Check("memory", host_checks.check_memory),
         Check("temperature", host_checks.check_temperature),
         Check("power", host_checks.check_power),
-        Check("disk", partial(_disk, config)),
+        Check("disk", partial(_disk, config, System().state_of(path) if path else None)),
         Check("clock", host_checks.check_clock),
     ]
 
 
-def _disk(config: "RuntimeConfig | None") -> Finding:
-    """The worst of the places where the board keeps files."""
-    kept = [Path(config.outbox.file).parent] if config and config.outbox else []
-    kept += [Path(config.updates.folder)] if config and config.updates else []
-    found = [host_checks.check_disk(folder, True) for folder in kept] or [host_checks.check_disk(Path.cwd(), False)]
-    return max(found, key=lambda finding: EXIT_CODES[finding.status])
+def _disk(config: "RuntimeConfig | None", state: Path | None) -> Finding:
+    """The worst of the places where the board keeps files. state: where its service runs; None: it is no service."""
+    from edge_runtime.config.camera_source import kind_of
+    from edge_runtime.inference.backends import cache_folder
+
+    base, found = state or Path.cwd(), list[Finding]()
+    if config and config.outbox:
+        found.append(host_checks.check_disk((base / config.outbox.file).parent, "the outbox", True))
+    if config and config.updates:
+        found.append(host_checks.check_disk(base / config.updates.folder, "installed bundles", True))
+    if config and state and any(kind_of(camera.source) == "watch" for camera in config.cameras):
+        found.append(host_checks.check_disk(state, "what was read of watched folders, over a restart", False))
+    if config is None or config.board.paradigm != "offload":
+        found.append(host_checks.check_disk(state or cache_folder(), "the choice of a backend, over a restart", False))
+    return max(found or [ok("this board keeps nothing")], key=lambda finding: EXIT_CODES[finding.status])
 
 
 def _with_config(path: Path) -> list[Check]:
@@ -134,7 +143,7 @@ def _with_config(path: Path) -> list[Check]:
     except AiflowError as error:
         finding = Finding("failure", str(error))
         return [*host(None), Check("configuration", lambda: finding)]
-    return [*host(config), *_of_board(path, config)]
+    return [*host(config, path), *_of_board(path, config)]
 
 
 def _of_board(path: Path, config: "RuntimeConfig") -> Iterator[Check]:
@@ -145,9 +154,9 @@ def _of_board(path: Path, config: "RuntimeConfig") -> Iterator[Check]:
         yield Check("updates", lambda: _updates(config))
     for_servers, for_users = probes.board_subscriptions(config)
     near = config.near_broker
-    yield _broker(config, "mqtt", for_servers if near else for_servers + for_users)
+    yield _broker(path, config, "mqtt", for_servers if near else for_servers + for_users)
     if near:
-        yield _broker(config, "local", for_users)
+        yield _broker(path, config, "local", for_users)
     for camera in config.cameras:
         limit_s = probes.FRAME_S + LIMIT_S
         yield Check(f"camera {camera.name}", lambda camera=camera: _camera(camera), limit_s, True)  # type: ignore[misc]
@@ -176,7 +185,7 @@ def _bundle(config: "RuntimeConfig") -> Finding:
 
 
 def _updates(config: "RuntimeConfig") -> Finding:
-    from edge_runtime.firmware.updates import store_of
+    from edge_runtime.firmware.updates import store_of, today
 
     store = store_of(config)
     assert store is not None
@@ -190,38 +199,29 @@ def _updates(config: "RuntimeConfig") -> Finding:
         )
     if state.why:
         return Finding("warning", f"{found}; {state.failed} was given up: {state.why}", "sign a newer version")
-    if store.trust and (why := _is_not_trusted(_in_use(config), store)):
+    if why := store.fault(_in_use(config), today()):
         return Finding("warning", found, f"it runs all the same: {why}")
     return ok(found)
 
 
-def _is_not_trusted(folder: Path, store: "Store") -> str:
-    """Why the store would not install this bundle, and what to do; "" if it would. Of the versions it knows nothing."""
-    from edge_runtime.firmware.signature import SignatureError, check_new, required_signature, verified
-    from edge_runtime.firmware.updates import today
-
-    try:
-        check_new(verified(required_signature(folder), store.trust), -1, today())
-    except SignatureError as error:
-        return str(error)
-    return ""
-
-
-def _broker(config: "RuntimeConfig", table: str, subscriptions: list[str]) -> Check:
+def _broker(path: Path, config: "RuntimeConfig", table: str, subscriptions: list[probes.Subscription]) -> Check:
     from edge_runtime.wire import topics
 
     mqtt = config.mqtt if table == "mqtt" else config.near_broker
     assert mqtt is not None
 
     def check() -> Finding:
-        board, settings = config.board, mqtt.settings(config.board.id)
-        found = f"{mqtt.host}:{mqtt.port}: {probes.subscribed(settings, subscriptions)}"
-        if table == "mqtt" and probes.is_online(settings, topics.status(board.site, board.id)):
-            # Usually this one, as a service: no warning, which would hide others.
-            found += f"; a board with the id {board.id} is running: if it is another one, give it another id"
+        board = config.board
+        status = topics.status(board.site, board.id) if table == "mqtt" else ""
+        answer = probes.ask(mqtt.settings(board.id), subscriptions, status)
+        found, advice = f"{mqtt.host}:{mqtt.port}: {answer.found}", answer.warnings
+        if answer.has_board:
+            found += f"; a board with the id {board.id} is running"
+        if answer.has_board and not host_checks.runs_here(path):
+            advice.append(f"no process here runs {path}: if another board has this id, give one of them another id")
         if mqtt.insecure and not mqtt.ca_file:
-            return Finding("warning", found, "use TLS (ca_file) on a network that others use too")
-        return ok(found)
+            advice.append("use TLS (ca_file) on a network that others use too")
+        return Finding("warning" if advice else "ok", found, "; ".join(advice))
 
     return Check(f"broker {table}", check, probes.CONNECT_S + LIMIT_S)
 

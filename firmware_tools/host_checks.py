@@ -13,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from edge_runtime.cores import usable_cores
 from edge_runtime.errors import ConfigError
@@ -25,12 +25,16 @@ from edge_runtime.inference.backends import RUNTIMES, hint
 from edge_runtime.packages import how_to_install, how_to_repair
 from edge_runtime.planning.thermal import ThermalReader
 
+if TYPE_CHECKING:
+    from edge_runtime.config import BoardConfig
+
 Status = Literal["ok", "warning", "failure"]
 
 OLDEST = (3, 10)
 IMPORT_S = 60.0  # a slow SD card takes long to read OpenCV
 NEEDED_MB, SCARCE_MB = 120, 250  # memory; a board with onnxruntime takes about 115 MB
 FULL_MB, NEARLY_FULL_MB = 10, 200  # free on a disk
+WORN, FEW_SPARE = 9, 2  # of an eMMC, see _wear
 HOT_C = 80.0  # a Raspberry Pi slows itself down from here
 # In the order of preference; a CPU without any of them works, and is slower.
 CPU_FEATURES = ("asimddp", "i8mm", "asimd", "avx512_vnni", "avx_vnni", "avx2", "avx", "sse4_1")
@@ -61,11 +65,13 @@ def check_python() -> Finding:
     return ok(found)
 
 
-def check_packages(backends: Sequence[str] = tuple(RUNTIMES)) -> Finding:
+def check_packages(board: "BoardConfig | None" = None) -> Finding:
     """OpenCV and the runtimes, each imported in a process of its own: one that does not fit the processor crashes.
 
-    backends: one of them must work; none: the board needs no runtime.
+    One of the board's runtimes must work; a board that only offloads needs none. None: a board with the defaults.
     """
+    wanted, is_needed = (board.backend, board.paradigm != "offload") if board else ("auto", True)
+    backends = [name for name in RUNTIMES if is_needed and wanted in ("auto", name)]
     versions, broken = {}, {}
     for module in ("cv2", *(runtime for backend in backends for runtime in RUNTIMES[backend])):
         version, why = _import(module)
@@ -195,28 +201,61 @@ def check_place(key: str, path: Path, is_file: bool) -> str:
     return "" if is_writable(existing) else f"{key} = {path}: {existing} is not writable for this user"
 
 
-def check_disk(folder: Path, is_needed: bool) -> Finding:
-    """Whether a folder can be written to, and its disk has room. is_needed: the board keeps files there."""
-    existing = nearest(folder)
+def check_disk(folder: Path, kept: str, is_needed: bool, root: Path = Path("/")) -> Finding:
+    """Whether a folder can be written to, and its disk has room and is not worn out.
+
+    kept: what the board keeps there. is_needed: the board does not work in order without that.
+    """
+    existing = nearest(folder.absolute())
+    bad: Status = "failure" if is_needed else "warning"
+    advice = f"or name another place: it is for {kept}"
     if not existing.is_dir():
-        return Finding(
-            "failure", f"{existing}: is a file, not a folder", "name another place in [outbox] and [updates]"
-        )
+        return Finding(bad, f"{existing}: is a file, not a folder", f"remove it, {advice}")
     state = os.statvfs(existing)
-    free_mb = state.f_bavail * state.f_frsize >> 20
-    found = f"{existing}: {free_mb} MB free"
     if state.f_flag & os.ST_RDONLY or not is_writable(existing):
         why = "read-only" if state.f_flag & os.ST_RDONLY else "not writable for this user"
-        if not is_needed:
-            return ok(f"{existing}: {why}; a board without [outbox] and [updates] writes nothing")
-        return Finding(
-            "failure", f"{existing}: {why}", "mount it writable, or name another place in [outbox] and [updates]"
-        )
+        return Finding(bad, f"{existing}: {why}", f"make it writable, {advice}")
+    free_mb = state.f_bavail * state.f_frsize >> 20
+    wear, is_worn = _wear(existing, root)
+    found = f"{existing}: {free_mb} MB free{wear}"
     if free_mb < FULL_MB:
-        return Finding("failure" if is_needed else "warning", found, "delete files: the disk is full")
+        return Finding(bad, found, "delete files: the disk is full")
     if free_mb < NEARLY_FULL_MB:
         return Finding("warning", found, "delete files: the disk is nearly full")
+    if is_worn:
+        return Finding("warning", found, "replace the eMMC, or the board, soon")
     return ok(found)
+
+
+def _wear(folder: Path, root: Path) -> tuple[str, bool]:
+    """What the eMMC of this folder says of its own wear, and whether it will not last. An SD card says nothing.
+
+    JEDEC JESD84-B51, 7.4: life_time has tenths of the life that are used, for two kinds of cells, from 1 (0 to 10 %) to
+    11 (more than all); 0: unknown. pre_eol_info: 2 if 80 % of the spare blocks are used, 3 if 90 % are.
+    """
+    device = os.stat(folder).st_dev
+    block = (root / f"sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    disk = block.parent if (block / "partition").exists() else block
+    life, spare = (
+        max((int(number, 16) for number in re.findall("0x[0-9a-fA-F]+", _text(disk / "device" / name))), default=0)
+        for name in ("life_time", "pre_eol_info")
+    )
+    used = f", {10 * life - 10} to {10 * life} % of the eMMC's life used" if life else ""
+    used = ", eMMC worn out" if life > 10 else used
+    few = ", few spare blocks left" if spare >= FEW_SPARE else ""
+    return used + few, life >= WORN or spare >= FEW_SPARE
+
+
+def runs_here(config: Path) -> bool:
+    """Whether a process of this machine is `aiflow run` with this file."""
+    for process in Path("/proc").glob("[0-9]*"):
+        words, folder = _text(process / "cmdline").split("\0"), ""
+        with suppress(OSError):  # another user's: a service names an absolute path anyway
+            folder = os.readlink(process / "cwd")
+        files = [os.path.realpath(os.path.join(folder, word)) for word in words]
+        if "run" in words and os.path.realpath(config) in files:
+            return True
+    return False
 
 
 def check_clock() -> Finding:

@@ -3,7 +3,9 @@
 import queue
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edge_runtime.errors import AiflowError
@@ -11,34 +13,72 @@ from edge_runtime.errors import AiflowError
 if TYPE_CHECKING:
     from edge_runtime.capture import Cameras
     from edge_runtime.config import CameraConfig, RuntimeConfig
+    from edge_runtime.mqtt import Message
     from edge_runtime.mqtt.settings import MqttSettings
 
 CONNECT_S = 15.0  # for a connection with TLS and its subscriptions over a slow link
 STATUS_S = 2.0  # for a message that the broker has kept, once the connection is there
+GRANT = "give its account these rights, as a new `aiflow broker config` does"
 FRAME_S = 15.0  # for a camera's frames; a slow board may take some to start OpenCV, and 5 to open a stream
 
 
-def board_subscriptions(config: "RuntimeConfig") -> tuple[list[str], list[str]]:
-    """The topics to which a board subscribes: at the servers' broker, and at that of its users."""
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """A topic filter of a board."""
+
+    topic: str
+    without: str = ""  # what does not work if the broker forbids it; "": it does not connect
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a broker said."""
+
+    found: str
+    warnings: list[str]  # what it forbids
+    has_board: bool  # a board with this id is online
+
+
+def board_subscriptions(config: "RuntimeConfig") -> tuple[list[Subscription], list[Subscription]]:
+    """The subscriptions of a board: at the servers' broker, and at that of its users.
+
+    A test compares them with a board's routes. The routes themselves would load OpenCV, and a broken one may end this
+    process.
+    """
     from edge_runtime.config.camera_source import kind_of
     from edge_runtime.wire import topics
 
-    board = config.board
-    for_servers = [topics.reply(board.site, board.id), topics.server_statuses(board.site)]
-    for_users = [topics.settings(board.site, board.id)]
+    site, board = config.board.site, config.board.id
+    unknown = "the board does not know which servers are there, and what they can do"
+    for_servers = [Subscription(topics.reply(site, board)), Subscription(topics.server_statuses(site), unknown)]
+    if config.updates:
+        lost = "no bundle of `aiflow bundle push` arrives"
+        for_servers += [Subscription(topic(site, board), lost) for topic in (topics.bundle_offer, topics.bundle_chunk)]
+    for_users = [Subscription(topics.settings(site, board))]
+    for_users += [Subscription(camera.topic) for camera in config.cameras if camera.topic]
     if any(camera.source == "mqtt" and not camera.topic for camera in config.cameras):
-        for_users.append(topics.frames(board.site, board.id))
+        for_users.append(Subscription(topics.frames(site, board)))
     in_frigate = [camera.name_in_frigate for camera in config.cameras if kind_of(camera.source) == "frigate"]
     if in_frigate:
         prefix = config.frigate.prefix
-        for_users += [f"{prefix}/events", *(f"{prefix}/{name}/+/snapshot" for name in in_frigate)]
-    return for_servers, for_users + [camera.topic for camera in config.cameras if camera.topic]
+        for_users += [Subscription(f"{prefix}/{name}/+/snapshot") for name in in_frigate]
+        for_users.append(Subscription(f"{prefix}/events"))
+        for_users.append(Subscription(f"{prefix}/reviews", "events have no review and no severity of Frigate's"))
+    if config.homeassistant and config.homeassistant.discovery:
+        prefix = config.homeassistant.prefix
+        later = "Home Assistant does not show the board after its own start until the board connects again"
+        stays = "Home Assistant goes on to show what was removed from the board"
+        for_users.append(Subscription(topics.discovery_status(prefix), later))
+        for_users.append(Subscription(topics.discovery(prefix, site, board), stays))
+    return for_servers, for_users
 
 
-def subscribed(settings: "MqttSettings", subscriptions: list[str]) -> str:
+def ask(settings: "MqttSettings", subscriptions: Sequence[Subscription], status: str = "") -> Answer:
     """Connects as the program does, but with another client id, so that a running program keeps its connection.
 
     A broker that uses the account's name as the client id disconnects the running program all the same.
+    status: the topic of a board's status, whose last message the broker keeps; "": it is not asked for.
+    Raises AiflowError if there is no connection, or not all that a board needs.
     """
     import msgspec
 
@@ -46,9 +86,12 @@ def subscribed(settings: "MqttSettings", subscriptions: list[str]) -> str:
 
     settings = msgspec.structs.replace(settings, client_id=f"{settings.client_id}-validate")
     states: queue.SimpleQueue[tuple[State, str]] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[Message] = queue.SimpleQueue()
     client = MqttClient(
         settings,
-        subscriptions=[(topic, 1) for topic in subscriptions],
+        subscriptions=[(topic, 1) for topic in (*(each.topic for each in subscriptions), status) if topic],
+        optional=[*(each.topic for each in subscriptions if each.without), status],
+        on_message=lambda message: arrived.put(message) if message.topic == status else None,
         on_state=lambda state, reason: states.put((state, reason)),
     )
     with client:
@@ -57,26 +100,30 @@ def subscribed(settings: "MqttSettings", subscriptions: list[str]) -> str:
                 state, reason = states.get(timeout=CONNECT_S)
             except queue.Empty:
                 raise AiflowError(f"no answer within {CONNECT_S:.0f} s: is this the address of the broker?") from None
-            if state is State.ONLINE:
-                kind = "over TLS" if settings.uses_tls else "in plain text"
-                who = f"as {settings.username}" if settings.username else "without a login"
-                return f"connected {kind}, {who}; {len(subscriptions)} subscription(s) granted"
             if state is State.BACKOFF:
                 raise AiflowError(reason)
+            if state is State.ONLINE:
+                break
+        forbidden = client.forbidden
+        has_board = bool(status) and status not in forbidden and _is_online(arrived)
+    kind = "over TLS" if settings.uses_tls else "in plain text"
+    who = f"as {settings.username}" if settings.username else "without a login"
+    missing: dict[str, list[str]] = {}  # what does not work -> topics
+    for each in subscriptions:
+        if each.topic in forbidden:
+            missing.setdefault(each.without, []).append(each.topic)
+    granted = len(subscriptions) - sum(map(len, missing.values()))
+    return Answer(
+        f"connected {kind}, {who}; {granted} subscription(s) granted",
+        [f"the broker forbids {' and '.join(topics)}, so {why}: {GRANT}" for why, topics in missing.items()],
+        has_board,
+    )
 
 
-def is_online(settings: "MqttSettings", topic: str) -> bool:
-    """Whether a board's status, which its broker keeps, says that it runs; False as well if it may not be read."""
-    import msgspec
-
-    from edge_runtime.mqtt import Message, MqttClient
+def _is_online(arrived: "queue.SimpleQueue[Message]") -> bool:
     from testbed.statuses import read_status
 
-    settings = msgspec.structs.replace(settings, client_id=f"{settings.client_id}-validate")
-    arrived: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    client = MqttClient(settings, subscriptions=[(topic, 1)], optional=[topic], on_message=arrived.put)
-    with client, suppress(queue.Empty):
-        client.wait_online(CONNECT_S)
+    with suppress(queue.Empty):
         return read_status(arrived.get(timeout=STATUS_S).payload).state == "online"
     return False
 

@@ -58,6 +58,14 @@ class System:
     def unit(self, role: Role) -> Path:
         return self.root / UNITS / unit_name(role)
 
+    def state_of(self, config: Path) -> Path | None:
+        """The working directory of the service that runs this board.toml, below which it writes; None: none runs it."""
+        try:
+            text = self.unit("board").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        return self.root / STATE.relative_to("/") if f" run {config.absolute()}\n" in text else None
+
     def check(self, *, changes: bool) -> None:
         """Raises ServiceError if systemd does not run here, or may not be changed by this user."""
         if not (self.root / BOOTED).is_dir():

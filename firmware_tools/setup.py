@@ -1,4 +1,4 @@
-"""`aiflow setup`: writes a board.toml from five questions, or from flags. `aiflow doctor` then checks that it works."""
+"""`aiflow setup`: writes a board.toml from six questions, or from flags. `aiflow doctor` then checks that it works."""
 
 import argparse
 import json
@@ -18,13 +18,19 @@ if TYPE_CHECKING:
 
 MAX_ANSWER = 2048  # characters
 CAMERA = "/dev/video0"
+PASSWORD = "/etc/aiflow/password"
 QUESTIONS = {  # by the option's name in the parsed arguments
     "id": "Name of this board",
     "camera": "Camera (address, /dev/video0, rpicam, watch:FOLDER, mqtt)",
     "broker": "Broker of the servers",
     "username": "User name at the broker, empty for none",
+    "password_file": f"File whose first line is its password, empty for {PASSWORD}",
     "ca_file": "File of the broker's authority, empty for the system's",
 }
+SECRET = (
+    " Write the password into its first line. The service's account must be able to read it, and nobody else: "
+    "chgrp aiflow FILE; chmod 640 FILE"
+)
 # Options that are checked together, by the one that an error names.
 CHECKED = {
     "id": (),
@@ -40,7 +46,7 @@ CHECKED = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_board_flags(parser)
     parser.epilog = (
-        "On a terminal, it asks for id, camera, broker, username and ca-file if they are left out. "
+        "On a terminal, it asks for id, camera, broker, username, password-file and ca-file if they are left out. "
         "Elsewhere, id, camera and broker are needed."
     )
     parser.add_argument("--out", type=Path, default=Path("board.toml"), metavar="FILE", help="default: board.toml")
@@ -63,10 +69,13 @@ def add_board_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises ConfigError for an impossible flag, and AiflowError if something is not answered or not written."""
+    from firmware_tools.systemd_units import service_of
+
     if args.out.exists() and not args.force:
         raise AiflowError(f"{args.out} exists: name another --out, or replace it with --force")
     config_of_flags(args)
     ask(args)
+    _make_absolute(args)
     new = args.out.with_name(f".{args.out.name}.new")
     try:
         new.write_text("\n".join(_table(name, table) for name, table in tables(args).items()), encoding="utf-8")
@@ -77,6 +86,9 @@ def run(args: argparse.Namespace) -> None:
         raise AiflowError("a name in the answers is not UTF-8: rename the file or folder") from error
     finally:
         new.unlink(missing_ok=True)
+    for what, path in service_of(args.out, Path("aiflow")).files:
+        if not os.path.exists(path):
+            print(f"{path} ({what}) does not exist yet.{SECRET if what.endswith('password_file') else ''}")
     print(f"{args.out} is written. Now: aiflow doctor --config {args.out}")
 
 
@@ -85,6 +97,8 @@ def ask(args: argparse.Namespace) -> None:
     defaults = {"id": _host_id(), "camera": CAMERA, "broker": LOCAL}
     for flag, question in QUESTIONS.items():
         if flag == "ca_file" and not mqtt_table(args).get("tls"):
+            continue
+        if flag == "password_file" and not args.username:
             continue
         if flag not in defaults and not sys.stdin.isatty():
             continue  # no answer is an answer to these
@@ -96,6 +110,24 @@ def ask(args: argparse.Namespace) -> None:
                 print(error, file=sys.stderr)
             else:
                 setattr(args, flag, answer)
+
+
+def _make_absolute(args: argparse.Namespace) -> None:
+    """A service runs in another directory. Only after the checks: a path that begins with / may contain : and @."""
+    from edge_runtime.config.camera_source import WATCH, kind_of
+
+    for name in ("bundle", "password_file", "ca_file", "cert_file", "key_file", "camera_password_file"):
+        if path := getattr(args, name):
+            setattr(args, name, _absolute(path))
+    kind = kind_of(args.camera)
+    if kind == "watch":
+        args.camera = WATCH + _absolute(args.camera.removeprefix(WATCH))
+    elif kind in ("video", "pictures") and not args.camera.isdecimal():  # the number of a device
+        args.camera = _absolute(args.camera)
+
+
+def _absolute(path: str | Path) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def has_flags(args: argparse.Namespace) -> bool:
@@ -135,7 +167,7 @@ def tables(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     board = {"id": args.id or _host_id(), "site": args.site or "home", "bundle": str(args.bundle or SHIPPED_BUNDLE)}
     mqtt = mqtt_table(args)
     if "username" in mqtt:
-        mqtt.setdefault("password_file", "/etc/aiflow/password")
+        mqtt.setdefault("password_file", PASSWORD)
     found = {"board": board, "mqtt": mqtt, "cameras": {key: value for key, value in camera.items() if value}}
     return found | ({"homeassistant": {}} if args.homeassistant else {})
 

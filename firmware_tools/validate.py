@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from edge_runtime.errors import AiflowError, ConfigError
 from firmware_tools.host_checks import check_packages, check_place
-from firmware_tools.probes import board_subscriptions, seen, subscribed
+from firmware_tools.probes import Subscription, ask, board_subscriptions, seen
 
 if TYPE_CHECKING:
     from edge_runtime.config import MetricsConfig, RuntimeConfig
@@ -59,19 +59,17 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
     _warn(_metrics(config.metrics))
     print(f"{path}: server {server.id} of site {server.site} is in order")
     # Not the share of requests: a member that does not answer would take some of them from the running servers.
-    checks = [_broker("mqtt", config.mqtt_settings(), [topics.reply(server.site, server.id)])]
+    checks = [_broker("mqtt", config.mqtt_settings(), [Subscription(topics.reply(server.site, server.id))])]
     if config.upstream:
         above = config.upstream.settings(server.id)
-        checks.append(_broker("upstream.mqtt", above, [topics.reply(config.upstream.site, server.id)]))
+        checks.append(_broker("upstream.mqtt", above, [Subscription(topics.reply(config.upstream.site, server.id))]))
     return checks
 
 
 def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     """Returns the checks that need a connection."""
-    from edge_runtime.inference.backends import installed
-
     board = config.board
-    packages = check_packages(() if board.paradigm == "offload" else installed(board.backend))
+    packages = check_packages(board)
     if packages.status == "failure":
         raise ConfigError(f"the packages of a board: {packages.found}: {packages.advice}")
     # Now that OpenCV does not end this process.
@@ -148,5 +146,9 @@ def _passes(name: str, check: Callable[[], str]) -> bool:
     return True
 
 
-def _broker(table: str, settings: "MqttSettings", subscriptions: list[str]) -> Check:
-    return f"[{table}] {settings.host}:{settings.port}", lambda: subscribed(settings, subscriptions)
+def _broker(table: str, settings: "MqttSettings", subscriptions: list[Subscription]) -> Check:
+    def check() -> str:
+        answer = ask(settings, subscriptions)
+        return "\n".join([answer.found, *(f"warning: {warning}" for warning in answer.warnings)])
+
+    return f"[{table}] {settings.host}:{settings.port}", check

@@ -139,7 +139,7 @@ def test_its_example_is_in_order_and_the_tools_know_its_topics_and_files():
     assert config.frigate.url
     names = [camera.name_in_frigate for camera in config.cameras]
     _, for_users = board_subscriptions(config)
-    assert {"frigate/events", *(f"frigate/{name}/+/snapshot" for name in names)} <= set(for_users)
+    assert {"frigate/events", *(f"frigate/{name}/+/snapshot" for name in names)} <= {each.topic for each in for_users}
     files = dict(service_of(EXAMPLE, Path("aiflow")).files)
     assert files["[frigate] token_file"] == config.frigate.token_file
 

@@ -246,14 +246,21 @@ class Store:
             return sorted(path.name for path in self.folder.iterdir() if path.is_dir() and _is_entry(path.name))
         return []
 
-    def factory_fault(self) -> str:
-        """Why a board with a trust file could not install the bundle that the configuration names; "": it could."""
-        if self.trust:
-            try:
-                if verified(required_signature(self.factory), self.trust).id != open_bundle(self.factory).id.hex():
-                    return f"{self.factory}: the signature is of another bundle: sign it again"
-            except BundleError as error:
-                return str(error)
+    def fault(self, folder: Path, today: date | None = None) -> str:
+        """Why a board with this trust file would not install a bundle, whatever its version; "": it would.
+
+        today: None: even if the bundle has expired.
+        """
+        if not self.trust:
+            return ""
+        try:
+            statement = verified(required_signature(folder), self.trust)
+            if statement.id != open_bundle(folder).id.hex():
+                return f"{folder}: the signature is of another bundle: sign it again"
+            if today:
+                check_new(statement, -1, today)
+        except BundleError as error:
+            return str(error)
         return ""
 
     def _of_trusted(self, highest: dict[str, int]) -> dict[str, int]:

@@ -122,7 +122,7 @@ class Updates:
         """
         self._store, self._self_test, self._today = store, self_test, today
         self._publish, self._on_change, self._asks = publish, on_change, asks
-        if fault := store.factory_fault():  # it runs nevertheless: ADR 34
+        if fault := store.fault(store.factory):  # it runs nevertheless: ADR 34
             logger.warning("bundle of [board] not signed by a trusted key bundle=%s why=%s", store.factory, fault)
         found, state = store.start()
         self.bundle = found.bundle if found else open_bundle(store.factory)

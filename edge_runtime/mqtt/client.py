@@ -108,6 +108,7 @@ class MqttClient:
         self._degraded = 0  # times, for the log: on a slow link it may be after each message
         self._close_by: float | None = None
         self._last_step = 0.0  # when the owner thread last looked at the clock
+        self.forbidden: set[str] = set()  # the optional topic filters that the broker refused, while it is ONLINE
         self.trouble = ""  # why it is not connected; empty while it is, and during the first attempt
         self._online = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{settings.client_id}", daemon=True)
@@ -292,6 +293,7 @@ class MqttClient:
             self._queue.accept(message)
             connection.send(message, now)
         self._counts["connects"] += 1
+        self.forbidden = connection.forbidden
         self._set_state(State.ONLINE, f"{self.settings.host}:{self.settings.port}")
 
     def _after(self, connection: Connection) -> tuple[float, str]:

@@ -90,6 +90,7 @@ class Connection:
         self.loss: Loss | None = None
         self.online_at: float | None = None
         self.in_flight: dict[int, OutgoingMessage] = {}  # by packet id, in the order of sending
+        self.forbidden: set[str] = set()  # optional topic filters that the broker has refused
         self._settings, self._queue, self._counts, self._clock = settings, queue, counts, clock
         self._subscriptions, self._optional, self._will = subscriptions, optional, will
         self._manual_ack, self._on_message, self._on_ready, self._wake = manual_ack, on_message, on_ready, wake
@@ -246,6 +247,7 @@ class Connection:
         refused = {topic: code for topic, code in asked if code.is_failure}
         for topic in refused.keys() & self._optional:
             code = refused.pop(topic)
+            self.forbidden.add(topic)
             logger.info("mqtt goes on without client=%s topic=%s (%s)", self._settings.client_id, topic, code)
         if refused:  # A client that is online but deaf would be worse than one that is offline with a reason.
             told = ", ".join(f"{topic} ({code})" for topic, code in refused.items())

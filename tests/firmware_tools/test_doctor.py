@@ -18,14 +18,17 @@ from typing import Any
 import msgspec
 import pytest
 
+from edge_runtime.config import RuntimeConfig, load_toml
 from edge_runtime.errors import AiflowError
 from edge_runtime.firmware.store import State
 from edge_runtime.inference.bundle import Bundle, open_bundle
-from edge_runtime.mqtt import MqttClient, MqttConfig, Outcome
+from edge_runtime.mqtt import Message, MqttClient, MqttConfig, Outcome
 from edge_runtime.wire import topics
 from firmware_tools import cli, host_checks, probes
-from firmware_tools.doctor import Check, _with_config, bounded
+from firmware_tools.doctor import Check, _disk, _with_config, bounded
 from firmware_tools.host_checks import Finding, ok
+from firmware_tools.service import System
+from firmware_tools.systemd_units import service_of
 from tests.brokers import Mosquitto
 from tests.edge_runtime.capture.helpers import large_jpeg, write_photos
 from tests.edge_runtime.firmware.helpers import KEY, NEVER, OTHER_KEY, sign, trust
@@ -150,6 +153,15 @@ def test_an_installed_bundle_that_is_damaged_is_named_although_the_one_of_the_co
         assert f"{entry}/head.onnx is not the file" in found_by(name, path).found
 
 
+def with_trust(config: Callable[..., Path], tmp_path: Path, board_bundle: Bundle) -> Path:
+    """The board.toml of a board with a trust file, and with a bundle of its own in `shipped`."""
+    trust(tmp_path)
+    path = config("mqtt", more=f'[updates]\nfolder = "{tmp_path}/bundles"\ntrust_file = "{tmp_path}/trust"\n')
+    shutil.copytree(board_bundle.path, tmp_path / "shipped")
+    path.write_text(path.read_text().replace(str(board_bundle.path), str(tmp_path / "shipped")))
+    return path
+
+
 @pytest.mark.parametrize(
     ("key", "expires", "says"),
     [
@@ -162,28 +174,58 @@ def test_an_installed_bundle_that_is_damaged_is_named_although_the_one_of_the_co
 def test_a_bundle_in_use_that_a_board_with_a_trust_file_would_not_install_is_a_warning(
     config: Callable[..., Path], tmp_path: Path, board_bundle: Bundle, key: Any, expires: date, says: str
 ) -> None:
-    trust(tmp_path)
-    path = config("mqtt", more=f'[updates]\nfolder = "{tmp_path}/bundles"\ntrust_file = "{tmp_path}/trust"\n')
-    shutil.copytree(board_bundle.path, tmp_path / "shipped")
-    path.write_text(path.read_text().replace(str(board_bundle.path), str(tmp_path / "shipped")))
+    path = with_trust(config, tmp_path, board_bundle)
     if key:
         sign(open_bundle(tmp_path / "shipped"), 3, expires, key)
     finding = found_by("updates", path)
     assert (finding.status, says in finding.advice) == ("warning" if says else "ok", True)
 
 
-def test_a_running_board_with_the_same_id_is_named(config: Callable[..., Path], broker: Mosquitto) -> None:
+def test_a_bundle_in_use_that_another_bundles_signature_came_with_is_a_warning(
+    config: Callable[..., Path], tmp_path: Path, board_bundle: Bundle
+) -> None:
+    path = with_trust(config, tmp_path, board_bundle)
+    sign(open_bundle(tmp_path / "shipped"), 3)
+    manifest = tmp_path / "shipped" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes() + b"\n")  # another bundle with the same files
+    finding = found_by("updates", path)
+    assert (finding.status, "signature is of another bundle" in finding.advice) == ("warning", True)
+
+
+def test_a_board_with_the_same_id_that_runs_elsewhere_is_a_warning(
+    config: Callable[..., Path], broker: Mosquitto
+) -> None:
     path, status = config("mqtt", broker.port), topics.status("home", "b1")
     assert found_by("broker mqtt", path).status == "ok"
     with MqttClient(MqttConfig(port=broker.port).settings("other")) as other:
-        for state in ("online", "offline"):
+        for state, expected in (("online", "warning"), ("offline", "ok")):
             said = queue.SimpleQueue[Outcome]()
             payload = json.dumps({"state": state}).encode()
             other.publish(status, payload, retain=True, on_outcome=said.put)
             assert said.get(timeout=PATIENCE_S) is Outcome.DELIVERED
             finding = found_by("broker mqtt", path)
-            assert finding.status == "ok"
+            assert finding.status == expected
             assert ("a board with the id b1 is running" in finding.found) == (state == "online")
+
+
+def test_a_board_with_the_same_id_that_runs_here_with_this_file_is_in_order(
+    config: Callable[..., Path], broker: Mosquitto
+) -> None:
+    path, said = config("mqtt", broker.port), queue.SimpleQueue[Message]()
+    settings, status = MqttConfig(port=broker.port).settings("other"), topics.status("home", "b1")
+    command = [sys.executable, "-m", "firmware_tools", "run", "--no-show", path.name]
+    paths = os.pathsep.join(filter(None, sys.path))
+    with (
+        MqttClient(settings, subscriptions=[(status, 1)], on_message=said.put),
+        subprocess.Popen(command, cwd=path.parent, env=os.environ | {"PYTHONPATH": paths}) as board,
+    ):
+        try:
+            assert json.loads(said.get(timeout=PATIENCE_S).payload)["state"] == "online"
+            finding = found_by("broker mqtt", path)
+        finally:
+            board.terminate()
+    assert finding.status == "ok"
+    assert "a board with the id b1 is running" in finding.found
 
 
 @pytest.mark.parametrize("kept", ['[outbox]\nfile = "/proc/outbox"', '[updates]\nfolder = "/proc/bundles"'])
@@ -202,6 +244,42 @@ def test_each_folder_where_the_board_keeps_something_is_checked(config: Callable
     here, no_folder = f'[outbox]\nfile = "{tmp_path}/o"\n', f'[updates]\nfolder = "{tmp_path}/a-file/bundles"\n'
     finding = found_by("disk", config("mqtt", more=here + no_folder))
     assert (finding.status, finding.found) == ("failure", f"{tmp_path}/a-file: is a file, not a folder")
+
+
+def test_a_relative_place_is_that_of_the_service_if_one_runs_this_configuration(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, system = config("mqtt", more='[outbox]\nfile = "outbox.sqlite"\n'), System(tmp_path / "root")
+    assert found_by("disk", path).found.startswith(f"{tmp_path}: ")
+    assert system.state_of(path) is None
+    file(system.root, "etc/systemd/system/aiflow-board.service", service_of(path, Path("aiflow")).unit)
+    state = system.root / "var/lib/aiflow"
+    state.mkdir(parents=True)
+    assert system.state_of(path) == state
+    assert _disk(load_toml(path, RuntimeConfig), state).found.startswith(f"{state}: ")
+    assert system.state_of(tmp_path / "other.toml") is None
+
+
+@pytest.mark.parametrize(
+    ("board", "source", "state", "found"),
+    [
+        ("", "mqtt", None, "the choice of a backend"),
+        ("", "mqtt", "/proc/state", "the choice of a backend"),
+        ('paradigm = "offload"\n', "watch:/srv", "/proc/state", "what was read of watched folders"),
+        ('paradigm = "offload"\n', "watch:/srv", None, ""),  # only a service remembers what it read
+        ('paradigm = "offload"\n', "mqtt", "/proc/state", ""),
+    ],
+)
+def test_what_is_only_lost_at_a_restart_is_a_warning_if_its_place_cannot_be_written(
+    config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, board: str, source: str, state: str | None, found: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/cache")
+    path = config(source)
+    path.write_text(path.read_text().replace("[[cameras]]", f"{board}[[cameras]]"))
+    finding = _disk(load_toml(path, RuntimeConfig), state and Path(state))
+    assert finding.status == ("warning" if found else "ok")
+    assert found in finding.advice
 
 
 def test_what_is_broken_is_named_and_the_rest_is_checked(
@@ -345,7 +423,7 @@ def test_a_processor_is_named_with_its_features(tmp_path: Path) -> None:
         (1, False, True, "failure"),
         (1, False, False, "warning"),
         (1000, True, True, "failure"),
-        (1000, True, False, "ok"),
+        (1000, True, False, "warning"),
     ],
 )
 def test_a_full_or_read_only_disk_is_found(
@@ -353,7 +431,36 @@ def test_a_full_or_read_only_disk_is_found(
 ) -> None:
     state = SimpleNamespace(f_bavail=free_mb, f_frsize=1 << 20, f_flag=int(read_only))
     monkeypatch.setattr(host_checks.os, "statvfs", lambda _: state)
-    assert host_checks.check_disk(tmp_path / "not/there/yet", needed).status == status
+    assert host_checks.check_disk(tmp_path / "not/there/yet", "files", needed).status == status
+
+
+@pytest.mark.parametrize(
+    ("life", "spare", "status", "says"),
+    [
+        ("0x01 0x02\n", "0x01\n", "ok", "10 to 20 % of the eMMC's life used"),
+        ("0x09 0x01\n", "0x01\n", "warning", "80 to 90 % of the eMMC's life used"),
+        ("0x01 0x0b\n", "0x01\n", "warning", "eMMC worn out"),
+        ("0x02 0x02\n", "0x02\n", "warning", "10 to 20 % of the eMMC's life used, few spare blocks left"),
+        ("0x00 0x00\n", "0x00\n", "ok", "MB free"),
+        (None, None, "ok", "MB free"),  # an SD card
+    ],
+)
+@pytest.mark.parametrize("partition", ["", "/mmcblk0p2"])
+def test_the_wear_that_an_emmc_reports_is_found(
+    tmp_path: Path, life: str | None, spare: str | None, status: str, says: str, partition: str
+) -> None:
+    disk = "sys/devices/mmc0/mmc0:0001/block/mmcblk0"
+    file(tmp_path, f"{disk}{partition}/{'partition' if partition else 'dev'}", "2\n")
+    for name, text in (("life_time", life), ("pre_eol_info", spare)):
+        if text:
+            file(tmp_path, f"{disk}/device/{name}", text)
+    number = os.stat(tmp_path).st_dev
+    link = tmp_path / f"sys/dev/block/{os.major(number)}:{os.minor(number)}"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / f"{disk}{partition}")
+    finding = host_checks.check_disk(tmp_path, "files", is_needed=True, root=tmp_path)
+    assert finding.status == status
+    assert finding.found.endswith(says)
 
 
 @pytest.mark.parametrize(
@@ -408,3 +515,16 @@ def test_packages_that_are_missing_or_do_not_fit_the_processor_are_found(
     assert finding.status == status
     assert found in finding.found
     assert (finding.advice != "") == (status != "ok")
+
+
+@pytest.mark.parametrize(
+    ("board", "status"), [("", "failure"), ('paradigm = "offload"', "ok"), ('backend = "litert"', "failure")]
+)
+def test_only_the_runtimes_that_the_board_needs_are_looked_at(
+    config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, board: str, status: str
+) -> None:
+    path = config("mqtt")
+    path.write_text(path.read_text().replace('backend = "onnx"', board))
+    with_onnx = 'backend = "litert"' in board
+    fake_python(tmp_path, monkeypatch, f"*cv2*{'|*onnxruntime*' * with_onnx}) echo 1.0;;\n{MISSING}")
+    assert found_by("packages", path).status == status

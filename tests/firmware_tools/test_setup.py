@@ -11,6 +11,7 @@ import pytest
 from edge_runtime.config import HomeAssistantConfig, RuntimeConfig, load_toml
 from edge_runtime.inference.bundle import Bundle
 from firmware_tools import cli
+from firmware_tools.site_broker import Board, Site, write_site
 from tests.brokers import Mosquitto
 from tests.edge_runtime.capture.helpers import write_photos
 
@@ -94,6 +95,51 @@ def test_the_doctor_approves_of_what_it_writes(tmp_path: Path, board_bundle: Bun
     assert cli.main(["doctor", "--config", str(tmp_path / "board.toml")]) in (0, 1)  # 1: this machine's clock
 
 
+def test_the_doctor_approves_of_a_login_over_tls_once_the_password_is_where_it_says(
+    tmp_path: Path, board_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "p", 10)
+    site = Site("home", [Board("b1")], ["s1"])
+    write_site(tmp_path, site, make_tls=["localhost"], broker_folder=str(tmp_path / "broker"))
+    conf = (tmp_path / "broker" / "aiflow.conf").read_text().replace("listener 8883", "listener {port} 127.0.0.1")
+    with Mosquitto(tmp_path, conf + "persistence false\n") as broker:
+        flags = f"--id b1 --camera p --broker localhost --broker-port {broker.port} --username b1 --ca-file ca.pem"
+        assert setup(tmp_path, *flags.split(), "--password-file", "secret", "--bundle", str(board_bundle.path)) == 0
+        assert f"{tmp_path}/secret ([mqtt] password_file) does not exist yet. Write" in capsys.readouterr().out
+        doctor = ["doctor", "--config", str(tmp_path / "board.toml")]
+        assert cli.main(doctor) == 2
+        (tmp_path / "passwords" / "b1").rename(tmp_path / "secret")
+        monkeypatch.chdir("/")  # as a service: nothing is relative
+        assert cli.main(doctor) in (0, 1)  # 1: this machine's clock
+    assert "connected over TLS, as b1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("camera", "written"),
+    [
+        ("watch:uploads", "watch:{}/uploads"),
+        ("photos", "{}/photos"),
+        ("day.mp4", "{}/day.mp4"),
+        ("0", "/dev/video0"),
+        ("rpicam", "rpicam"),
+        ("rtsp://camera.lan/x", "rtsp://camera.lan/x"),
+    ],
+)
+def test_every_path_is_written_as_a_service_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, board_bundle: Bundle, camera: str, written: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("bundle", "ca.pem", "cert.pem", "key.pem"):
+        (tmp_path / name).touch()
+    flags = "--id b --broker broker.lan --username b --ca-file ca.pem --cert-file cert.pem --key-file key.pem"
+    assert setup(tmp_path, *flags.split(), "--password-file", "secret", "--bundle", "bundle", "--camera", camera) == 0
+    config = load_toml(tmp_path / "board.toml", RuntimeConfig)
+    assert config.cameras[0].source == written.format(tmp_path)
+    paths = (config.board.bundle, config.mqtt.password_file, config.mqtt.ca_file, config.mqtt.cert_file)
+    assert paths == tuple(f"{tmp_path}/{name}" for name in ("bundle", "secret", "ca.pem", "cert.pem"))
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -148,6 +194,7 @@ def test_without_a_terminal_no_username_and_the_systems_authorities_are_the_defa
     [
         ("attic\n\nbroker.lan\n\n\n", ""),
         ("Attic!\nattic\n\nbroker.lan\n\n\n", "--id: "),
+        ("attic\n\nbroker.lan\nporch\nmine\n\n", ""),
         ("attic\nrtsp://v:pa55@camera.lan/\n\nbroker.lan:1883\nbroker.lan\n\n\n", "--camera: "),
     ],
 )
@@ -162,6 +209,8 @@ def test_on_a_terminal_it_asks_until_an_answer_can_be_and_an_empty_one_is_the_de
     os.close(ours)
     config = load_toml(tmp_path / "board.toml", RuntimeConfig)
     assert out.count(b"[") >= 3
+    assert config.mqtt.password_file == (os.path.abspath("mine") if "mine" in typed else None)
+    assert (b"mine ([mqtt] password_file) does not exist yet" in out) == ("mine" in typed)
     assert refused.encode() in err
     assert b"pa55" not in err
     assert (config.board.id, config.cameras[0].source, config.mqtt.host) == ("attic", "/dev/video0", "broker.lan")

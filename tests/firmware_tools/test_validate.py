@@ -80,7 +80,7 @@ def test_a_camera_of_frigates_is_checked_as_far_as_that_is_possible(
     (tmp_path / "token").write_text("token")
     connect(board(broker.port, source="frigate", more=more))
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        f"OK      [mqtt] 127.0.0.1:{broker.port}: connected in plain text, without a login; 5 subscription(s) granted",
+        f"OK      [mqtt] 127.0.0.1:{broker.port}: connected in plain text, without a login; 6 subscription(s) granted",
         "OK      camera door: waits for events of Frigate over MQTT, which are not checked",
     ]
 
