@@ -29,7 +29,7 @@ COMMANDS = {
     "run": "run a board: camera -> head and draft -> MQTT -> events",
     "serve": "run an edge or cloud server",
     "validate": "check a configuration or a bundle without running it",
-    "setup": "write a board.toml, from five questions or from flags",
+    "setup": "write a board.toml, from a few questions or from flags",
     "doctor": "look at a board: system, cameras, brokers, bundle, speed, and what to do",
     "service": "install a board or a server as a service of systemd, see how it is, remove it",
     "broker": "write the configuration of a site's broker: accounts, rights, certificates",
