@@ -78,6 +78,10 @@ def check(config: Config) -> str:
             from models.tower_tail import read_tower_tail
 
             read_tower_tail(Path(config.tail), bundle)
+        if server.target == "lm":
+            from models.language_model import SHIPPED, read_learnt
+
+            read_learnt(Path(config.lm.weights or SHIPPED), bundle)
     if config.questions:
         from server.questions import Questions
 
