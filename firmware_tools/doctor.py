@@ -179,8 +179,9 @@ def _bundle(config: "RuntimeConfig") -> Finding:
     bundle = open_bundle(_in_use(config))
     found = f"{bundle.path}: {bundle.check(for_server=False)}"
     config.sampling(bundle.words)
-    if unknown := config.unknown_labels(bundle.manifest.class_names, bundle.manifest.classes):
-        return Finding("warning", found, "; ".join(unknown))
+    warnings = config.unknown_labels(bundle.manifest.class_names, bundle.manifest.classes)
+    if warnings := warnings + config.tight_limits(bundle.manifest.latent.level_bytes):
+        return Finding("warning", found, "; ".join(warnings))
     return ok(found)
 
 

@@ -6,6 +6,7 @@ name here), and takes only forms that it made itself. Nothing is loaded from any
 
 import base64
 import logging
+import re
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 MAX_FORM = 64 * 1024  # bytes
 TIMEOUT_S = 5.0  # of a read: a browser opens connections that it does not use
 SHOWN_PIXELS = 960
+# In names of copies: hyphens beside others or at an end, control characters, bytes that are not UTF-8, and %.
+ESCAPED = re.compile(r"-(?=-)|^-|-\Z|[%\x00-\x1f\x7f\udc80-\udcff]")
 STYLE = """
 :root{color-scheme:light dark}
 body{font:18px/1.4 system-ui,sans-serif;max-width:62rem;margin:auto;padding:1rem;text-align:center}
@@ -66,8 +69,13 @@ class Labels:
         return self._name(self.left[0])
 
     def _name(self, path: Path) -> str:
-        """One name for a path below the folder, which keeps the order of time."""
-        return "-".join(path.relative_to(self.frames).parts)
+        """A name of the frame alone, from its path below the folder: 2024-05-01/7.jpg is 2024-05-01--7.jpg.
+
+        So that no other path has the same, parts with hyphens that could be taken for those between parts have them as
+        %2D. Characters that a form of a page does not bring back as they were are written in the same way.
+        """
+        parts = path.relative_to(self.frames).parts
+        return "--".join(ESCAPED.sub(lambda found: f"%{ord(found[0]) & 0xFF:02X}", part) for part in parts)
 
 
 def _shown(path: Path) -> bytes | None:
@@ -107,7 +115,7 @@ class LabelServer(HTTPServer):
                 f'<button name="class" value="{escape(label)}">{escape(label)}</button>'
                 for label in self.labels.classes
             )
-            name = escape(self.labels.name.encode(errors="replace").decode())
+            name = escape(self.labels.name)
             body = (
                 f'<form method="post"><p><img alt="{name}" src="data:image/jpeg;base64,{data}"></p><p>{buttons}'
                 '<button name="class" value="">skip</button> <button name="end" value="1">end</button></p>'

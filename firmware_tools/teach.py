@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
         raise AiflowError(f"{out} cannot be written: {error.strerror}: name another --out, or make room") from error
     _print_report(photos, taught)
     print(
-        f"{out}: {args.name}, {len(photos.names)} photos, expected accuracy {question.record.accuracy:.3f}\n"
+        f"{out}: {args.name}, {len(photos.names)} photos, expected accuracy {question.record.accuracy:.3f}"
+        f"{_without(photos)}\n"
         f'server.toml, below [questions]:   {args.name} = "{out}"\n'
         f'board.toml, below [[cameras]]:   questions = ["{args.name}"]'
     )
@@ -150,6 +151,13 @@ def _question(bundle: Bundle, photos: "ClassPhotos", taught: "Taught", direction
     )
     of_features, of_labels = taught.weight[:, :FEATURES], taught.weight[:, FEATURES:]
     return Question(record, of_features.copy(), of_labels @ directions.T, taught.bias)
+
+
+def _without(photos: "ClassPhotos") -> str:
+    """Classes with one photo, of which the expected accuracy says nothing: a layer without it does not know them."""
+    counts = Counter(photos.labels.tolist())
+    alone = [name for label, name in enumerate(photos.classes) if counts[label] == 1]
+    return f" (without {', '.join(alone)}: one photo cannot be tried)" if alone else ""
 
 
 def _print_report(photos: "ClassPhotos", taught: "Taught") -> None:

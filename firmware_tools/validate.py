@@ -56,6 +56,7 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
     spent, cache = config.openai and config.openai.spent_file, config.lm.cache
     _warn([check_place("spent_file in [openai]", Path(spent), is_file=True)] if spent else [])
     _warn([check_place("cache in [lm]", Path(cache), is_file=False)] if cache else [])
+    _warn([config.hidden_frames()])
     _warn(_metrics(config.metrics))
     print(f"{path}: server {server.id} of site {server.site} is in order")
     # Not the share of requests: a member that does not answer would take some of them from the running servers.
@@ -87,6 +88,7 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     _warn([f"packages: {packages.found}: {packages.advice}"] if packages.status == "warning" else [])
     _warn(Cameras(config.cameras).check())
     _warn(config.unknown_labels(bundle.manifest.class_names, bundle.manifest.classes))
+    _warn(config.tight_limits(bundle.manifest.latent.level_bytes))
     if config.outbox:
         _warn([check_place("file in [outbox]", Path(config.outbox.file), is_file=True)])
     if config.updates:

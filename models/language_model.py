@@ -35,7 +35,14 @@ SIDE = 4
 PICTURE_TOKENS = SIDE * SIDE
 HIDDEN = 768  # of the projector
 RANK = 16
-ADAPTED = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")  # layers with a low-rank change, in every block
+# Layers with a low-rank change, in every block: the names of the sizes of their inputs and outputs.
+ADAPTED = {
+    "self_attn/q_proj": ("width", "heads"),
+    "self_attn/v_proj": ("width", "values"),
+    "self_attn/o_proj": ("heads", "width"),
+    "mlp/up_proj": ("width", "inner"),
+    "mlp/down_proj": ("inner", "width"),
+}
 # As SmolLM2 was trained on conversations, without its usual system message.
 BEFORE_PICTURE, AFTER_ANSWER = "<|im_start|>user\n", "<|im_end|>"
 BEFORE_ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
@@ -148,7 +155,7 @@ class SeeingModel(nn.Module):
         changes = {}
         for name, layer in list(language.model.named_modules()):
             parent, _, last = name.rpartition(".")
-            if last in ADAPTED:
+            if f"{parent.rpartition('.')[2]}/{last}" in ADAPTED:
                 changes[name] = Adapted(layer)
                 setattr(language.model.get_submodule(parent), last, changes[name])
         embeddings = language.get_input_embeddings().weight
@@ -178,25 +185,48 @@ def write_learnt(path: Path, weights: dict[str, Tensor], bundle: Bundle) -> None
 
 
 def read_learnt(path: Path, bundle: Bundle) -> Stored:
-    """Raises ConfigError if it is not for this bundle and this language model."""
+    """Raises ConfigError if it is damaged, or not for this bundle and this language model."""
+    again = "copy it again, or leave out `weights` in [lm] for the shipped file"
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): install the server's models again") from error
+        raise ConfigError(f"{path} cannot be read ({error}): {again}") from error
     if (about.get("bundle"), about.get("base")) != (bundle.id.hex(), SHA256):
         raise ConfigError(
             f"{path} was trained for bundle {about.get('bundle_name')} {about.get('bundle')} and another language "
             f"model or bundle than {bundle.manifest.name} {bundle.id.hex()}: want the bundle that it was trained for"
         )
-    try:
-        eyes = Eyes(weights[f"{EYES}positions"].shape[1])
-        eyes.load_state_dict({key.removeprefix(EYES): w for key, w in weights.items() if key.startswith(EYES)})
-    except (KeyError, RuntimeError) as error:
-        raise ConfigError(f"{path} has no projector ({error}): install the server's models again") from error
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ConfigError(f"{path}: tensor {name} has NaN or infinite values: {again}")
     changes = {key.removeprefix(CHANGES): w for key, w in weights.items() if key.startswith(CHANGES)}
+    try:
+        _, width = weights[f"{EYES}positions"].shape
+        eyes = Eyes(width)
+        others = {key: w for key, w in weights.items() if not key.startswith(CHANGES)}
+        eyes.load_state_dict({key.removeprefix(EYES): w for key, w in others.items()})
+        _check_changes(changes, width)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{path} has other tensors than those of a `Learnt` ({reason}): {again}") from error
     return Stored(eyes.eval().requires_grad_(False), changes)
+
+
+def _check_changes(changes: dict[str, Tensor], width: int) -> None:
+    """All blocks have the same layers, which fit each other and the projector, or it raises some standard error."""
+    sizes = {outputs: len(changes[f"layers/0/{layer}/up"]) for layer, (_, outputs) in ADAPTED.items()}
+    sizes["width"] = width
+    wanted: dict[str, tuple[int, ...]] = {}
+    for block in range(len(changes) // (2 * len(ADAPTED))):
+        for layer, (inputs, outputs) in ADAPTED.items():
+            wanted[f"layers/{block}/{layer}/down"] = RANK, sizes[inputs]
+            wanted[f"layers/{block}/{layer}/up"] = sizes[outputs], RANK
+    found = {name: tuple(change.shape) for name, change in changes.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(f"{name[:128]}: shape {found.get(name)}, want {wanted.get(name)}")
 
 
 # Plain Llama has no place for pictures. LLaVA has one, and transformers and vLLM know it; its tower is never asked.
@@ -243,14 +273,21 @@ def whole_folder(learnt: Path, cache: Path) -> Path:
 
 
 def assemble(language: Pretrained, changes: dict[str, Tensor], folder: Path) -> None:
-    """Writes a language model with its low-rank changes as a model of transformers that reads picture tokens."""
+    """Writes a language model with its low-rank changes as a model of transformers that reads picture tokens.
+
+    Raises ConfigError if they are of another language model.
+    """
     import transformers
 
     transformers.logging.disable_progress_bar()
     model, tokenizer = language
     for name in {key.rpartition("/")[0] for key in changes}:
-        layer = model.model.get_submodule(name.replace("/", "."))
-        layer.weight.data += (changes[f"{name}/up"] @ changes[f"{name}/down"]).to(layer.weight.dtype)
+        change = changes[f"{name}/up"] @ changes[f"{name}/down"]
+        try:
+            layer = model.model.get_submodule(name.replace("/", "."))
+            layer.weight.data += change.to(layer.weight.dtype)
+        except (AttributeError, RuntimeError) as error:
+            raise ConfigError(f"what was learnt is of another language model: {name}: {error}") from error
     tokenizer.add_special_tokens({"additional_special_tokens": [PLACE]})
     place = tokenizer.convert_tokens_to_ids(PLACE)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -93,11 +93,15 @@ class Question:
         return {self.record.classes[i]: round(float(shares[i]), 4) for i in np.argsort(-shares, kind="stable")}
 
     def write(self, path: Path) -> None:
-        """The same question gives the same bytes."""
+        """The same question gives the same bytes. Raises QuestionError for one that could not be read; OSError."""
         from safetensors.numpy import save
 
         metadata = {ENTRY: msgspec.json.encode(self.record).decode()}
-        path.write_bytes(save({"weight": self.weight, "label_weight": self.label_weight, "bias": self.bias}, metadata))
+        data = save({"weight": self.weight, "label_weight": self.label_weight, "bias": self.bias}, metadata)
+        if len(data) > MAX_BYTES:
+            raise QuestionError(f"{path} would have {len(data)} bytes, at most {MAX_BYTES}: want fewer classes")
+        _read_layer(path, data, len(_read_record(path, data).classes), self.label_weight.shape[1])
+        path.write_bytes(data)
 
 
 def read_question(path: Path, bundle: Bundle) -> Question:

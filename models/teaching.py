@@ -72,15 +72,18 @@ def teach(
     """Features [photos, D], labels 0..classes - 1 in the order of time, each class at least once, one of them twice.
 
     alone: the features of the same photos without labels of a board; by default the same. With one thread
-    (torch.set_num_threads), the same bits on every machine of a kind.
+    (torch.set_num_threads), the same bits on every machine of a kind. Raises ValueError if no class has two photos:
+    nothing would choose the penalty, and no accuracy could be expected.
     """
+    folds = torch.from_numpy(folds_of(labels))
+    if not (folds >= 0).any():
+        raise ValueError("no class has two photos: want a second one of a class at least")
     x, y = torch.from_numpy(features).double(), torch.from_numpy(labels)
     mean = x.mean(0)
     scale = float((x - mean).square().sum(1).mean().sqrt()) or 1.0  # so that the penalties fit features of any size
     basis, triangle = torch.linalg.qr(((x - mean) / scale).T)  # an orthonormal basis of the span [D, R]
     points = triangle.T.contiguous()  # the photos in it [photos, R]
     points_alone = points if alone is None else (torch.from_numpy(alone).double() - mean) / scale @ basis
-    folds = torch.from_numpy(folds_of(labels))
     logits = {penalty: torch.full((2, len(y), classes), torch.nan, dtype=torch.float64) for penalty in PENALTIES}
     for fold in range(FOLDS):
         is_out = folds == fold

@@ -6,6 +6,7 @@ only to the schema's own `$defs` and is replaced by what it names, so nothing is
 Validation is jsonschema's (the extra `json`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -90,6 +91,7 @@ def _checked(given: Any) -> dict[str, Any]:
         check_object(given, 2 * MAX_DEPTH, MAX_VALUES)
     except EnvelopeError as error:
         raise ConfigError(str(error)) from error
+    _check_values(given)
     require("jsonschema")
     from jsonschema import Draft202012Validator, SchemaError
 
@@ -102,6 +104,22 @@ def _checked(given: Any) -> dict[str, Any]:
     if not isinstance(schema, dict) or schema.get("type") != "object":
         raise ConfigError('its type must be "object": events carry an object')
     return schema
+
+
+def _check_values(value: Any, path: str = "$") -> None:
+    """Raises ConfigError for what TOML has and JSON has not: models are sent the schema, and answers compared with it.
+
+    Its depth is within the bounds of `check_object`.
+    """
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_values(each, f"{path}.{key}" if isinstance(value, dict) else f"{path}[{key}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path[:MAX_OBJECTION]} = {value}, which JSON does not have: want a finite number")
+    elif not (value is None or isinstance(value, str | int | float)):
+        raise ConfigError(
+            f"{path[:MAX_OBJECTION]} = {value} is a {type(value).__name__}, which JSON does not have: want a string"
+        )
 
 
 class _Expansion:

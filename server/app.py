@@ -78,6 +78,10 @@ def check(config: Config) -> str:
             from models.tower_tail import read_tower_tail
 
             read_tower_tail(Path(config.tail), bundle)
+        if server.target == "lm":
+            from models.language_model import SHIPPED, read_learnt
+
+            read_learnt(Path(config.lm.weights or SHIPPED), bundle)
     if config.questions:
         from server.questions import Questions
 
@@ -164,6 +168,8 @@ def load_target(config: Config) -> Loaded:
     config.check_target()
     server = config.server
     logger.info("server loads and tests its target, up to a minute id=%s target=%s", server.id, server.target)
+    if hidden := config.hidden_frames():
+        logger.warning("%s", hidden)
     if config.openai:
         from server.targets.openai import OpenAITarget
         from server.targets.vllm import VllmTarget

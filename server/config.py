@@ -243,6 +243,23 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
         return read_prompts({CAPTION: PromptConfig(QUESTION)} | self.prompts)
 
+    def hidden_frames(self) -> str:
+        """A warning for prompts that show fewer pictures than they say to boards that send features; empty: none."""
+        several = sorted(name for name, prompt in self.prompts.items() if prompt.frames > 1)
+        if not (self.tail and several):
+            return ""
+        return (
+            f"prompts with frames above 1 are asked about one picture if a board sends features: {', '.join(several)}; "
+            'want paradigm = "offload" for cameras with such a prompt, or no `tail`'
+        )
+
+    def _check_without_pictures(self) -> None:
+        """Raises ConfigError for another model that would get nothing, or never the pictures of a prompt."""
+        if not (self.tail or self.server.target == "lm"):
+            raise ConfigError("pictures = false, but this target answers pictures only: remove it")
+        if hidden := self.hidden_frames():
+            raise ConfigError(f"pictures = false, and {hidden}, or remove pictures = false")
+
     def check_target(self) -> None:
         """Raises ConfigError if the target lacks what it needs, or has what it cannot use."""
         server, (kind, _, where) = self.server, self.server.target.partition(":")
@@ -283,8 +300,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
                     'prediction = true in [openai] wants target = "openai:..." and the boards\' bundle as `bundle` in '
                     "[server], whose words their drafts have"
                 )
-        if not (server.pictures or self.tail or kind == "lm"):
-            raise ConfigError("pictures = false, but this target answers pictures only: remove it")
+        if not server.pictures:
+            self._check_without_pictures()
         if self.upstream or self.questions or server.questions_folder:
             raise ConfigError(
                 'questions and [upstream] need features and tokens of the bundle: remove them, or set target = "bundle"'

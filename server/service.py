@@ -292,7 +292,7 @@ class Service:
             "version": __version__,
             "tier": self.config.tier,
             "bundles": {},
-            "target": can.status(),
+            "target": can.status(self.target.limits),
             "pictures": self.takes_pictures,
             "queue": {"waiting": len(self.target_queue) + len(self.picture_queue), "capacity": self.config.queue},
             "engine": {

@@ -140,6 +140,7 @@ class ChatServer(ThreadingHTTPServer):
         self._schema = Draft202012Validator(self.request_schema)
         self.behave, self.retry_after = behave, "1"
         self.say: Callable[[Asked], str] = lambda asked: text_of(asked.picture)  # the text of an answer
+        self.finish_reason = "stop"  # of an answer
         self.is_down = False  # a proxy in front of it says 503
         self.key: str | None = None  # requests with another one are refused; None: any
         # An answer to "List models": https://platform.openai.com/docs/api-reference/models/list
@@ -200,7 +201,7 @@ class ChatServer(ThreadingHTTPServer):
 
     def respond(self, asked: Asked, usage: dict[str, Any] | None) -> bytes:
         """The body of an answer."""
-        return completion(self.say(asked), usage)
+        return completion(self.say(asked), usage, self.finish_reason)
 
     def bill(self, text: str) -> None:
         """An answer is sent."""
@@ -213,7 +214,7 @@ def text_of(picture: bytes) -> str:
     return f"picture {sha256(picture).hexdigest()[:16]}"
 
 
-def completion(text: str | None, usage: dict[str, Any] | None) -> bytes:
+def completion(text: str | None, usage: dict[str, Any] | None, finish_reason: str = "stop") -> bytes:
     """The body of a response as the API reference has it."""
     message = {"role": "assistant", "content": text, "refusal": None}
     found: dict[str, Any] = {
@@ -221,7 +222,7 @@ def completion(text: str | None, usage: dict[str, Any] | None) -> bytes:
         "object": "chat.completion",
         "created": 1,
         "model": "fake",
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
+        "choices": [{"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}],
     }
     return json.dumps(found | ({"usage": usage} if usage else {})).encode()
 

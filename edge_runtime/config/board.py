@@ -5,6 +5,7 @@ docs/CONFIGURATION.md lists every key with its default and its range; a test com
 
 import re
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Annotated, Literal
 
 import msgspec
@@ -108,6 +109,11 @@ class SamplingConfig(Struct, frozen=True, forbid_unknown_fields=True):
         if not self.temperature and (self.top_k is not None or self.top_p is not None or self.seed is not None):
             raise ConfigError("top_k, top_p and seed change nothing without a temperature: set one, such as 0.7")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it changes nothing: any server may answer."""
+        return not (self.temperature or self.min_tokens or self.stop) and self.repetition_penalty == 1.0
+
     def with_tokens(self, words: Sequence[str]) -> Options:
         """With the tokens of the stop words. words: the bundle's vocabulary. Raises ConfigError for another word."""
         if unknown := [word for word in self.stop if word not in words]:
@@ -179,6 +185,11 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
         if self.interval_s is not None:
             return self.interval_s
         return 0.0 if kind_of(self.source) in ("mqtt", "frigate", "watch") else 1.0
+
+    @property
+    def unlike_prompts(self) -> str:
+        """What it has that only targets without prompts answer (server/targets: `bundle`); empty: nothing."""
+        return "questions" if self.questions else "" if self.sampling.is_greedy else "[cameras.sampling]"
 
     @property
     def name_in_frigate(self) -> str:
@@ -302,6 +313,20 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         """By camera. words: the bundle's vocabulary. Raises ConfigError for a stop word that it does not have."""
         return {camera.name: camera.sampling.with_tokens(words) for camera in self.cameras}
 
+    def tight_limits(self, level_bytes: Sequence[float]) -> list[str]:
+        """A warning if most features cannot be as short as max_bytes. level_bytes: the bundle's, the coarsest first.
+
+        No error: the features of still, dark pictures are shorter, and a newer bundle may have coarser levels.
+        """
+        limit = self.board.max_bytes
+        if limit is None or self.board.paradigm == "offload" or not level_bytes or limit >= level_bytes[0]:
+            return []
+        return [
+            f"max_bytes = {limit} in [board] is less than the features of a usual frame have at the bundle's coarsest "
+            f"level, {level_bytes[0]:.0f} bytes: frames are sent with a part of their channels, or the device answers "
+            f"alone; want {ceil(level_bytes[0])} or more"
+        ]
+
     def unknown_labels(self, names: Mapping[str, str], classes: Sequence[str]) -> list[str]:
         """A warning for each label in a trigger that is no class of the bundle. names: of the classes, by id.
 
@@ -333,6 +358,12 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         self._check_frigate()
         self._check_pictures_stay()
         for camera in self.cameras:
+            if camera.prompt and camera.unlike_prompts:
+                raise ConfigError(
+                    f"camera {camera.name} has a prompt and {camera.unlike_prompts}, but no server answers both: the "
+                    'target "bundle" has no prompts, and the targets with prompts have neither taught questions nor '
+                    "sampling: remove one of them, or give it a camera of its own with the same source"
+                )
             needs_server = camera.questions or camera.triggers or camera.prompt
             if needs_server and (camera.paradigm or self.board.paradigm) == "device":
                 raise ConfigError(

@@ -82,6 +82,17 @@ def prompt_name(text: str) -> str:
     return text
 
 
+def no_prompt(unlike: str) -> Callable[[str], str]:
+    """ "none" alone, for a camera with `CameraConfig.unlike_prompts`: no server would answer all that it asks."""
+
+    def parse(text: str) -> str:
+        if prompt_name(text) != NO_PROMPT:
+            raise SettingError(f"this camera has {unlike}, which no server with prompts answers: want {NO_PROMPT!r}")
+        return NO_PROMPT
+
+    return parse
+
+
 def board_settings(config: RuntimeConfig) -> list[Setting]:
     """paradigm, quality_floor, paused, and for each camera <camera>_enabled, <camera>_motion and <camera>_prompt."""
     board = config.board
@@ -97,7 +108,8 @@ def board_settings(config: RuntimeConfig) -> list[Setting]:
     for camera in config.cameras:
         settings.append(Setting("enabled", "ON", choice(ON_OFF), camera.name))
         settings.append(Setting("motion", ON_OFF[camera.motion.enabled], choice(ON_OFF), camera.name))
-        settings.append(Setting("prompt", camera.prompt or NO_PROMPT, prompt_name, camera.name))
+        prompt = no_prompt(camera.unlike_prompts) if camera.unlike_prompts else prompt_name
+        settings.append(Setting("prompt", camera.prompt or NO_PROMPT, prompt, camera.name))
     return settings
 
 

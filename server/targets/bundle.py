@@ -69,6 +69,7 @@ class BundleTarget(Target[Job]):
             labels=bool(self.bundle.manifest.classes),
             sample=True,
             references=self.bundle.inter_tables is not None,
+            max_tokens=self.bundle.manifest.max_tokens,
             tokenizer=self.bundle.id.hex(),
         )
 

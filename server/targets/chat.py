@@ -64,6 +64,11 @@ class Completion(Struct):
         return not self.text and self.choices[0].finish_reason == "stop"
 
     @property
+    def is_cut(self) -> bool:
+        """The model had more to write than max_tokens."""
+        return bool(self.choices[0].finish_reason == "length")
+
+    @property
     def counts(self) -> TokenCounts | None:
         """None: not counted, or not soundly."""
         return _convert(self.usage, TokenCounts)

@@ -26,7 +26,10 @@ BLOCK = 16  # tokens per pass at most, after the prompt's pass: beyond it a pass
 SHARED_BLOCK = 8  # tokens per pass and row of several: the cost grows with all of them
 
 # Of foreign code on foreign inputs: they end one text, not the server.
-FAILURES = (AiflowError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+FAILURES = (
+    *(AiflowError, ValueError, TypeError, LookupError, AttributeError, RuntimeError),
+    *(ArithmeticError, AssertionError),
+)
 
 # From the tokens written so far, and how many passes in a row accepted no proposal, to the likely next tokens.
 Propose = Callable[[tuple[int, ...], int], tuple[int, ...]]

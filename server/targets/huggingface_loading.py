@@ -30,6 +30,8 @@ LOADING_ERRORS = (
     LookupError,
     TypeError,
     AttributeError,
+    ArithmeticError,
+    AssertionError,
     SafetensorError,
     StrictDataclassError,
 )
@@ -123,6 +125,10 @@ def _reason(error: BaseException, offline: bool) -> str:
         return "it needs code from its own folder, which is never run: want an architecture that transformers has"
     if "torchvision" in text.lower():
         return "its picture processor needs torchvision, which is not installed: want the build that fits this PyTorch"
+    if isinstance(error, ArithmeticError | AssertionError):  # which say nothing of the value that led to them
+        return (
+            f"cannot be loaded: {text[:600] or type(error).__name__}: want the values of its config.json as they were"
+        )
     if isinstance(error, OSError) and offline:
         text += " (nothing is downloaded: download the model first, or set offline = false in [hf], or --online)"
     return f"cannot be loaded: {text[:600] or type(error).__name__}"

@@ -16,7 +16,10 @@ from server.targets.huggingface_loading import Loaded
 MAX_PROMPT = 16_384  # characters; a page of instructions has about 3,000
 INPUTS_TO_DROP = ("labels",)  # for training only
 # Errors of processors and chat templates for inputs that they do not support.
-READING_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, TemplateError)
+READING_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError),
+    TemplateError,
+)
 
 
 class PromptError(AiflowError, ValueError):

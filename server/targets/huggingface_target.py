@@ -95,9 +95,10 @@ class HuggingFaceTarget(PromptedTarget):
         verified: Verified = "server" if uses_drafts else "none"
         # Nobody wants a draft of a JSON object.
         takes_drafts = uses_drafts and self._bundle is not None and self._prompts[self._usual].schema is None
-        name = f"hf:{self.model.name}"
-        prompts = tuple(sorted(self._prompts))
-        return self._with_features(Abilities(name, verified, drafts=takes_drafts, prompts=prompts))
+        name, prompts = f"hf:{self.model.name}", tuple(sorted(self._prompts))
+        longest = min(self._longest, MAX_TOKENS)
+        can = Abilities(name, verified, drafts=takes_drafts, prompts=prompts, max_tokens=longest)
+        return self._with_features(can)
 
     def answer(self, jobs: Sequence[PictureJob]) -> list[Answer]:
         first = self._written([self.asked(job) for job in jobs])

@@ -115,4 +115,4 @@ def load_language_model(settings: Config, bundle: Bundle) -> HuggingFaceModel:
 
 
 def _learnt(settings: Config) -> Path:
-    return Path(settings.lm.weights) if settings.lm.weights else SHIPPED
+    return Path(settings.lm.weights or SHIPPED)

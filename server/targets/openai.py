@@ -19,7 +19,7 @@ from typing import Any
 from edge_runtime.errors import AiflowError
 from edge_runtime.http_call import PERMANENT, TEMPORARY, CallError
 from edge_runtime.inference.bundle import Bundle
-from edge_runtime.logs import printable
+from edge_runtime.logs import is_told, printable
 from edge_runtime.wire import Usage
 from edge_runtime.wire.envelope import MAX_UINT32
 from server.config import OpenAIConfig
@@ -86,6 +86,7 @@ class OpenAITarget(PromptedTarget):
             verified="none",
             drafts=takes_drafts,
             prompts=tuple(sorted(self._prompts)),
+            max_tokens=self._longest,
             refused={"drafts": why} if why and not takes_drafts else {},
         )
 
@@ -169,6 +170,8 @@ class OpenAITarget(PromptedTarget):
         return self._ask(self._body(asked, job), job)
 
     def _answer_of(self, completion: chat.Completion, usage: Usage | None, started: float) -> Answer:
+        if completion.is_cut and is_told(count := self.calls.count("cut")):
+            logger.warning("answers are cut: max_tokens is too low target=%s count=%d", self._url, count)
         accepted, rejected = completion.prediction
         return Answer(
             text=completion.text.strip(),

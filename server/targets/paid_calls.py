@@ -153,9 +153,11 @@ class PaidCalls:
             return Usage(counts.prompt_tokens, counts.completion_tokens)
         return Usage(counts.prompt_tokens, counts.completion_tokens, cost, self._config.currency)
 
-    def count(self, what: str) -> None:
+    def count(self, what: str) -> int:
+        """How many there were."""
         with self._lock:
             self._calls[what] += 1
+            return self._calls[what]
 
 
 def retry_after_s(header: str | None, now: float) -> float:

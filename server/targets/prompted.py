@@ -83,6 +83,11 @@ class PromptedTarget(Target[PictureJob]):
     def _prompt_of(self, job: PictureJob) -> Prompt:
         return self._prompts[job.prompt or self._usual]
 
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest text of any prompt."""
+        return max(prompt.max_tokens or self._max_tokens for prompt in self._prompts.values())
+
     def _limit(self, job: PictureJob) -> int:
         """Of the tokens of a text."""
         limit = self._prompt_of(job).max_tokens or self._max_tokens

@@ -43,10 +43,11 @@ class Abilities:
     sample: bool = False  # it chooses tokens as a request wants, see Options in wire.envelope
     references: bool = False  # it keeps latents, so that later frames may be coded against them
     prompts: tuple[str, ...] = ()  # names of the prompts that it answers
+    max_tokens: int = 0  # of its longest text; 0: nothing says
     tokenizer: str = ""  # identity of the vocabulary of its token ids; empty: it answers with a text alone
     refused: Mapping[str, str] = field(default_factory=dict)  # "drafts", "features" -> why another server takes none
 
-    def status(self) -> dict[str, Any]:
+    def status(self, limits: "Limits") -> dict[str, Any]:
         """As the server publishes it."""
         return {
             "name": self.name,
@@ -59,6 +60,7 @@ class Abilities:
             "tokenizer": self.tokenizer,
             "prompts": self.prompts,
             "refused": self.refused,
+            "limits": {"batch": limits.batch, "calls": limits.calls, "max_tokens": self.max_tokens},
         }
 
 

@@ -30,6 +30,7 @@ class TwoBundles(Target[OwnedJob]):
             pictures=all(one.pictures for one in each),
             drafts=all(one.drafts for one in each),
             references=all(one.references for one in each),
+            max_tokens=min(one.max_tokens for one in each),
         )
 
     def job(self, received: Received) -> OwnedJob:

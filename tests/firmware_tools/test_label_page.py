@@ -1,12 +1,13 @@
 """The page that sorts frames into class folders: what a click does, and who may click."""
 
 import http.client
+import os
 import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -33,7 +34,13 @@ def frames(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(frames: Path, tmp_path: Path) -> Iterator[LabelServer]:
-    with LabelServer(Labels(frames, ["open", "half <open>"], tmp_path / "out")) as server:
+    with serving(Labels(frames, ["open", "half <open>"], tmp_path / "out")) as server:
+        yield server
+
+
+@contextmanager
+def serving(labels: Labels) -> Iterator[LabelServer]:
+    with LabelServer(labels) as server:
         thread = threading.Thread(target=server.serve_until_done)
         thread.start()
         yield server
@@ -64,8 +71,8 @@ def test_clicks_copy_the_frames_in_their_order(server: LabelServer, frames: Path
     out = tmp_path / "out"
     copied = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*.jpg")}
     assert copied == {
-        "open/a-0.jpg": (frames / "a/0.jpg").read_bytes(),
-        "half <open>/b-2.jpg": (frames / "b/2.jpg").read_bytes(),
+        "open/a--0.jpg": (frames / "a/0.jpg").read_bytes(),
+        "half <open>/b--2.jpg": (frames / "b/2.jpg").read_bytes(),
     }
     assert len(list(frames.rglob("*.jpg"))) == 4  # they stay
 
@@ -74,7 +81,24 @@ def test_what_was_sorted_is_not_shown_again(server: LabelServer, frames: Path, t
     click(server, "open")
     again = Labels(frames, ["open", "half <open>"], tmp_path / "out")
     assert again.show()
-    assert again.name == "a-1.jpg"
+    assert again.name == "a--1.jpg"
+
+
+def test_every_frame_has_a_copy_of_its_own_whatever_the_names(tmp_path: Path) -> None:
+    names = ["a/b-c", "a-b/c", "a-b-c", "a--b-c", "a-/b-c", "a/-b-c", "a%2D/b-c", "a%2D--b-c", "a\nb", "a%0Ab"]
+    for number, name in enumerate((*names, os.fsdecode(b"a\xff"), "2024-05-01/12-00-00")):
+        path = tmp_path / "frames" / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(cv2.imencode(".jpg", np.full((48, 64, 3), 20 * number, np.uint8))[1].tobytes())
+    with serving(Labels(tmp_path / "frames", ["open"], tmp_path / "out")) as server:
+        for number in range(12):
+            assert click(server, "open") == 303
+            assert len(list((tmp_path / "out" / "open").iterdir())) == number + 1
+        again = Labels(tmp_path / "frames", ["open"], tmp_path / "out")
+        assert again.show() is None  # the names are the same after a restart
+    copies = {path.read_bytes() for path in (tmp_path / "out" / "open").iterdir()}
+    assert len(copies) == 12
+    assert (tmp_path / "out" / "open" / "2024-05-01--12-00-00.jpg").exists()  # usual names stay readable
 
 
 def test_only_the_page_itself_may_click(server: LabelServer, tmp_path: Path) -> None:
@@ -89,7 +113,7 @@ def test_only_the_page_itself_may_click(server: LabelServer, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
     assert ask(server, "POST", form)[0] == 303  # the same form once more says nothing of the next frame
     assert server.labels.show()
-    assert server.labels.name == "a-1.jpg"
+    assert server.labels.name == "a--1.jpg"
     assert server.server_address[0] == "127.0.0.1"
 
 

@@ -94,6 +94,12 @@ def put(photos: Path, kind: str, name: str, data: bytes) -> None:
     (photos / kind / name).write_bytes(data)
 
 
+def one_each(photos: Path) -> None:
+    for path in photos.rglob("[1-9].jpg"):
+        path.unlink()
+    put(photos, "ajar", "0.jpg", jpeg("open", 7))
+
+
 def many_classes(photos: Path) -> None:
     for number in range(10_000):
         put(photos, f"class{number:05}", "a.jpg", jpeg("open", number) if number < 70 else b"never read")
@@ -149,13 +155,42 @@ def test_fewer_than_three_photos_are_refused_and_three_teach(photos: Path, board
     said = capsys.readouterr().out
     assert "| open | 1 | - |" in said
     assert "class open has too few photos for a reliable accuracy: 1," in said
+    assert re.search(r"expected accuracy [01]\.\d+ \(without open: one photo", said)  # nothing was measured of it
     assert "1 photos left out" in said
 
 
-def test_more_than_five_thousand_photos_are_refused(photos: Path) -> None:
-    many_photos(photos)
-    with pytest.raises(AiflowError, match="more than 5000 photos"):
-        read_class_photos([photos], lambda picture: None)
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda photos: shutil.rmtree(photos / "open"), "all photos are of the class 'closed'"),
+        (lambda photos: put(photos, "open", "x.jpg", jpeg("closed", 5)), "are the same file in two classes"),
+        (lambda photos: (photos / "x.jpg").write_bytes(jpeg("open", 9)), "x.jpg is in no folder"),
+        (lambda photos: [path.unlink() for path in photos.rglob("[1-9].jpg")], "2 different photos"),
+        (one_each, "each of the 3 classes has one photo.*want two different"),
+        (many_photos, "more than 5000 photos"),
+        (many_classes, "more than 64 classes"),
+    ],
+)
+def test_what_names_and_bytes_tell_is_told_before_the_networks_see_the_first_photo(
+    photos: Path, spoil: Callable[[Path], object], said: str
+) -> None:
+    spoil(photos)
+    seen: list[str] = []
+    with pytest.raises(AiflowError, match=said):
+        read_class_photos([photos], lambda picture: seen.append(picture.name))
+    assert seen == []
+
+
+def test_classes_of_one_photo_each_write_no_file(photos: Path, board_bundle: Bundle, capsys) -> None:
+    one_each(photos)
+    assert teach(photos, board_bundle) == 1
+    assert "each of the 3 classes has one photo" in capsys.readouterr().err
+    assert not (photos.parent / "gate.safetensors").exists()
+
+
+def test_a_photo_that_changes_while_photos_are_read_is_named(photos: Path) -> None:
+    with pytest.raises(AiflowError, match=r"1 photos changed while they were read: open/5.jpg"):
+        read_class_photos([photos], lambda picture: put(photos, "open", "5.jpg", jpeg("open", 50)))
 
 
 def test_a_server_with_a_question_of_another_bundle_is_refused_before_it_runs(

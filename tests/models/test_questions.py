@@ -102,6 +102,23 @@ def test_a_file_that_cannot_be_right_is_refused_by_name(tmp_path, board_bundle, 
     assert str(path) in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "tensors"),
+    [
+        ({"accuracy": float("nan")}, {}),
+        ({"temperature": float("inf")}, {}),
+        ({}, {"bias": np.array([0, np.nan, 0], np.float32)}),
+        ({}, {"label_weight": np.zeros((3, 1 << 17), np.float32)}),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(tmp_path, board_bundle, changes, tensors) -> None:
+    fine = msgspec.convert(record(board_bundle), Record)
+    question = Question(msgspec.structs.replace(fine, **changes), **(layer() | tensors))
+    with pytest.raises(QuestionError, match=r"gate\.safetensors"):
+        question.write(tmp_path / "gate.safetensors")
+    assert not (tmp_path / "gate.safetensors").exists()
+
+
 def test_a_missing_a_large_and_a_foreign_file_are_refused_by_name(tmp_path: Path, board_bundle) -> None:
     with pytest.raises(QuestionError, match="aiflow teach"):
         read_question(tmp_path / "none", board_bundle)

@@ -94,6 +94,11 @@ def test_three_photos_of_two_classes_are_enough() -> None:
     assert probabilities(taught, features[:3]).argmax(1).tolist() == [0, 0, 1]
 
 
+def test_classes_of_one_photo_each_teach_nothing_that_could_be_measured() -> None:
+    with pytest.raises(ValueError, match="no class has two photos"):
+        teach(*photos(1), 3)
+
+
 def test_photos_that_are_all_alike_teach_nothing_and_break_nothing() -> None:
     taught = teach(np.ones((4, 1280), np.float32), np.array([0, 0, 1, 1]), 2)
     assert probabilities(taught, np.ones((1, 1280), np.float32)) == pytest.approx(0.5, abs=0.01)

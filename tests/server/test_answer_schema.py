@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +44,10 @@ def inside(depth: int) -> dict[str, Any]:
     return {"type": "object", "properties": {"a": schema}}
 
 
+def of_toml(values: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {"a": msgspec.toml.decode(values)}}
+
+
 @pytest.mark.parametrize(
     ("schema", "message"),
     [
@@ -67,6 +72,12 @@ def inside(depth: int) -> dict[str, Any]:
         (inside(MAX_DEPTH), "inside one another"),
         (inside(400), "inside one another"),
         ({"type": "object", "enum": list(range(5000))}, "more than 4096 values"),
+        (of_toml("const = 2020-01-01"), r"\$\.properties\.a\.const = 2020-01-01 is a date, .* want a string"),
+        (of_toml("const = 2020-01-01T10:00:00Z"), "is a datetime"),
+        (of_toml("enum = [1, 10:00:00]"), r"a\.enum\[1\] = 10:00:00 is a time"),
+        (of_toml("maximum = inf"), r"a\.maximum = inf, which JSON does not have: want a finite number"),
+        (of_toml("enum = [nan]"), r"a\.enum\[0\] = nan"),
+        (of_toml("default = {b = [{c = -inf}]}"), r"a\.default\.b\[0\]\.c = -inf"),
     ],
 )
 def test_a_schema_that_is_none_or_has_no_bound_is_named(schema: dict[str, Any], message: str) -> None:

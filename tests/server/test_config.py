@@ -65,6 +65,18 @@ def test_another_server_as_target_needs_no_bundle(tmp_path: Path) -> None:
     assert config.openai.model == "m"
 
 
+SEVERAL = '[vllm]\ntail = "t"\n[prompts.moves]\nframes = 3\n[prompts.stays]\nframes = 1\n'
+
+
+def test_prompts_whose_frames_are_not_shown_to_boards_with_features_are_a_warning(tmp_path: Path) -> None:
+    text = OPENAI.replace("openai:", "vllm:") + 'bundle = "b"\n' + TABLE
+    config = load_toml(written(tmp_path, text + SEVERAL), Config)
+    config.check_target()
+    assert "asked about one picture if a board sends features: moves;" in config.hidden_frames()
+    assert load_toml(written(tmp_path, text + SEVERAL.replace("= 3", "= 1")), Config).hidden_frames() == ""
+    assert load_toml(written(tmp_path, text + SEVERAL.replace('tail = "t"', "")), Config).hidden_frames() == ""
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -85,6 +97,10 @@ def test_another_server_as_target_needs_no_bundle(tmp_path: Path) -> None:
         (OPENAI + TABLE + '[vllm]\ntail = "t"\n', r"\[vllm\] is of no use with target"),
         (OPENAI.replace("[server]\n", "[server]\ncalls = 2\n") + TABLE, "calls in .* is of no use with target"),
         (OPENAI.replace("openai:", "vllm:") + TABLE + '[vllm]\ntail = "t"\n', r"`tail` in \[vllm\] reads features"),
+        (
+            OPENAI.replace("openai:", "vllm:") + 'bundle = "b"\npictures = false\n' + TABLE + SEVERAL,
+            "one picture if .*: moves",
+        ),
         (OPENAI + TABLE + 'spent_file = "spent.json"\n', "without budget_per_day"),
         (OPENAI.replace("127.0.0.1", "gpu.lan") + TABLE, r"gpu\.lan is not on this machine and its address is http"),
         (OPENAI.replace("127.0.0.1", "me:secret@gpu.lan") + TABLE, "without a login"),

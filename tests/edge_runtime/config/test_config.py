@@ -338,6 +338,9 @@ TRIGGER = '[[cameras.triggers]]\nwhen = "{}"\n'
         ('prompt = "Is the gate open?"\n', "want a name: 1 to 32"),
         ('prompt = "none"\n', 'but not "none"'),
         ('prompt = "gate"\nparadigm = "device"\n', "asks none"),
+        (GATE + 'prompt = "gate"\n', "camera yard has a prompt and questions, but no server answers both"),
+        ('prompt = "gate"\n[cameras.sampling]\ntemperature = 0.7\n', r"a prompt and \[cameras\.sampling\]"),
+        ('prompt = "gate"\n[cameras.sampling]\nmin_tokens = 3\n', r"a prompt and \[cameras\.sampling\]"),
         ('questions = ["label"]\n', 'but not "label"'),
         (f"questions = {[f'q{i}' for i in range(17)]}\n".replace("'", '"'), "at most 16 long"),
     ],
@@ -403,3 +406,16 @@ def test_threads_are_measured_unless_they_or_the_share_of_a_core_are_given():
 def test_providers_without_onnxruntime_are_refused():
     with pytest.raises(ConfigError, match="providers are of onnxruntime"):
         BoardConfig("b1", "x", backend="litert", providers=("cuda",))
+
+
+def test_a_prompt_goes_with_sampling_that_changes_nothing() -> None:
+    greedy = SamplingConfig(temperature=0.0)
+    RuntimeConfig(BoardConfig("b1", "x"), (CameraConfig("yard", "0", prompt="gate", sampling=greedy),))
+
+
+@pytest.mark.parametrize(("limit", "paradigm", "warns"), [(128, "auto", 1), (129, "auto", 0), (40, "offload", 0)])
+def test_a_limit_below_the_coarsest_level_is_a_warning(limit: int, paradigm: str, warns: int) -> None:
+    board = BoardConfig("b1", "x", max_bytes=limit, paradigm=paradigm)
+    config = RuntimeConfig(board, (CameraConfig("yard", "0"),))
+    assert len(config.tight_limits((128.7, 170.9))) == warns
+    assert config.tight_limits(()) == []  # the bundle does not say

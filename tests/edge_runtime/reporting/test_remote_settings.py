@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.config import BoardConfig, CameraConfig, MotionConfig, PolicyConfig, RuntimeConfig
+from edge_runtime.config import BoardConfig, CameraConfig, MotionConfig, PolicyConfig, RuntimeConfig, SamplingConfig
 from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Outcome
 from edge_runtime.reporting import RemoteSettings, Setting, board_settings
 from edge_runtime.reporting.remote_settings import MAX_SETTING_BYTES, SettingError, number
@@ -147,6 +147,22 @@ def test_a_value_that_a_setting_does_not_take_is_named_counted_and_changes_nothi
     assert board.counts == (0, 1, 0)
     assert f"setting refused name='{name}' count=1" in caplog.text
     assert why in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("camera", "why"),
+    [
+        (CameraConfig("door", "mqtt", questions=("gate",)), "this camera has questions, which no server with prompts"),
+        (CameraConfig("door", "mqtt", sampling=SamplingConfig(temperature=1.0)), "has [cameras.sampling], which"),
+    ],
+)
+def test_a_camera_that_no_prompt_can_answer_gets_none_at_run_time(camera: CameraConfig, why: str, caplog) -> None:
+    board = Board(configuration(camera))
+    board.set("door_prompt", b"gate")
+    assert (board.settings["door_prompt"], board.counts) == ("none", (0, 1, 0))
+    assert why in caplog.text
+    board.set("door_prompt", b"None")
+    assert (board.settings["door_prompt"], board.counts) == ("none", (1, 1, 0))
 
 
 @pytest.mark.parametrize("name", ["", "zoom", "PAUSED", "side_enabled", "x" * 1000, "a\nb"])

@@ -13,6 +13,7 @@ from transformers.utils import is_torchvision_available
 
 from edge_runtime.errors import ConfigError
 from server.targets.huggingface_loading import TargetError, load
+from server.targets.huggingface_model import HuggingFaceModel
 from tests.server.targets.tiny_models import language_model, llava, smolvlm
 
 WEIGHTS = "model.safetensors"
@@ -141,6 +142,23 @@ def test_a_configuration_that_is_none_is_refused(folder: Path, text: str) -> Non
     (folder / "config.json").write_text(text)
     with pytest.raises(TargetError):
         load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pad_token_id", 10**6),
+        ("num_attention_heads", 0),
+        ("num_key_value_heads", 0),
+        ("head_dim", 0),
+        ("vocab_size", 0),
+        ("rms_norm_eps", "small"),
+    ],
+)
+def test_values_of_a_configuration_that_break_the_model_are_refused(folder: Path, key: str, value: object) -> None:
+    change_config(folder, **{key: value})
+    with pytest.raises(TargetError, match=str(folder)):
+        HuggingFaceModel.load(str(folder))
 
 
 @pytest.mark.skipif(is_torchvision_available(), reason="torchvision is installed")

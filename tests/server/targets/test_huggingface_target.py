@@ -94,6 +94,7 @@ def test_a_picture_is_answered_with_the_models_own_text_whatever_the_draft(model
     target = service.status()["target"]
     assert (target["name"], target["verified"], target["drafts"]) == (f"hf:{model.loaded.name}", "server", True)
     assert (target["latents"], target["pictures"]) == (False, True)
+    assert target["limits"]["max_tokens"] == 8
     assert service.status()["bundles"] == {bundle.id.hex(): bundle.manifest.name}  # whose drafts it reads
     assert "passes" in drafted.hops[0].stages_ms
 

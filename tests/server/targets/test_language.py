@@ -99,11 +99,14 @@ def test_a_prompt_of_several_frames_is_refused_by_name(config: Config) -> None:
     [
         ({"server": ServerConfig("s1", target="lm")}, "required key `bundle` is missing"),
         ({"lm": LanguageConfig("photos")}, r'prompt = "photos" in \[lm\] is none of the prompts caption, door, photo'),
+        ({"lm": LanguageConfig("photo", weights="/no/such/file")}, "/no/such/file cannot be read"),
+        ({"lm": LanguageConfig("photo")}, "was trained for bundle everyday-lite0"),  # the shipped file
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused_by_name(config: Config, changes: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(msgspec.structs.replace(config, **changes))
+    assert check(config)
 
 
 def test_settings_of_the_language_model_are_refused_without_it(config: Config, bundle: Bundle) -> None:

@@ -116,6 +116,18 @@ def test_an_answer_says_what_it_used_and_cost(other: ChatServer) -> None:
     assert usage["cost"] == usage["cost_today"] == pytest.approx(cost)
 
 
+def test_answers_that_max_tokens_cut_are_counted_and_told_ever_more_seldom(
+    other: ChatServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = target_of(other)
+    target.answer([job()])
+    other.finish_reason = "length"
+    assert {answer.text for answer in target.answer([job()] * 9)} == {text_of(b"picture")}
+    assert calls(target) == {"answered": 10, "cut": 9}
+    told = [record.message for record in caplog.records if "answers are cut" in record.message]
+    assert [line.rpartition("=")[2] for line in told] == ["1", "2", "4", "8"]
+
+
 @pytest.mark.parametrize("behaviour", ["no_usage", "odd_usage"])
 def test_an_answer_without_sound_counts_costs_the_estimate(other: ChatServer, behaviour: Behaviour) -> None:
     other.behave = lambda _: behaviour

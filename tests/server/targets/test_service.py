@@ -252,7 +252,7 @@ def target_job() -> object:
 
 
 def test_its_status_says_what_it_takes_and_what_it_has_used(other: ChatServer) -> None:
-    with serving(other, output_price=2.0, budget_per_day=5.0) as service:
+    with serving(other, output_price=2.0, budget_per_day=5.0, calls=3, max_tokens=70) as service:
         board = Board(service)
         board.ask(offload())
         board.reply()
@@ -268,6 +268,7 @@ def test_its_status_says_what_it_takes_and_what_it_has_used(other: ChatServer) -
         "tokenizer": "",
         "prompts": ["door"],
         "refused": {},
+        "limits": {"batch": 1, "calls": 3, "max_tokens": 70},
     }
     assert (status["strict"], status["bundles"], status["pictures"]) == (False, {}, True)
     assert status["usage"]["budget_per_day"] == 5.0

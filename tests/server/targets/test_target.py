@@ -128,6 +128,7 @@ def test_the_bundles_status_says_that_it_is_strict(bundle: Bundle, make_service)
         "tokenizer": bundle.id.hex(),
         "prompts": (),
         "refused": {},
+        "limits": {"batch": 8, "calls": 1, "max_tokens": bundle.manifest.max_tokens},
     }
 
 

@@ -205,7 +205,7 @@ def test_a_probe_that_is_refused_is_made_again_and_the_status_and_the_log_say_so
     for wait_s in (30, 60, 120):
         wait_out(target._drafts)
         target.probe_due()
-        assert target.abilities.status()["refused"]["drafts"].endswith(f": asked again after {wait_s} s")
+        assert target.abilities.status(target.limits)["refused"]["drafts"].endswith(f": asked again after {wait_s} s")
     target.probe_due()  # it is not due
     assert calls(target)["draft_refused"] == 3
     assert caplog.text.count("the other server gets no drafts") == 1
