@@ -1,4 +1,4 @@
-"""`aiflow setup`: writes a board.toml from a few questions, or from flags. `aiflow doctor` then checks that it works."""
+"""`aiflow setup`: writes a board.toml from questions, or from flags. `aiflow doctor` then checks that it works."""
 
 import argparse
 import json
