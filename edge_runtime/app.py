@@ -47,7 +47,9 @@ from edge_runtime.wire import Event, Options, topics
 
 logger = logging.getLogger(__name__)
 
-FIRST_TRIES = 6  # of a request, which would fit before its deadline as long as no reply time is known
+# Of the time until a request's deadline, which says for how slow an answer the user is prepared: so long it is not sent
+# again as long as no reply time is known. A copy may reach another server, which computes it, perhaps pays for it, too.
+UNKNOWN_SHARE = 1 / 6
 
 BOOT = secrets.token_hex(4)  # distinguishes one start of a board from the next
 
@@ -120,9 +122,7 @@ class Board:
             byte_budget=byte_budget,
             on_reply=self.references.heard,
             find_silence=self._find_silence,
-            # A copy may reach another server of the pool, which would compute it, perhaps pay for it, once more. The
-            # deadline says for how slow an answer the user is prepared.
-            unknown_resend_s=board.deadline_ms / 1e3 / FIRST_TRIES,
+            unknown_share=UNKNOWN_SHARE,
         )
         self.pipeline = self._new_pipeline(networks, sampling)
 
@@ -200,7 +200,11 @@ class Board:
             if self.updates:
                 self.updates.stop_with(stop)
                 running.enter_context(self.updates)
-            self.cameras.check()
+            try:
+                self.cameras.check()
+            except ConfigError:  # which says nothing of the bundle
+                self._forget_starts(stop)
+                raise
             self.notifier.ready()  # a board works without a broker: it does not wait for one
             try:
                 self.pipeline.run(self._frames(stop))
@@ -210,13 +214,17 @@ class Board:
             own = [camera.config.deadline_ms or 0 for camera in self.cameras]
             self.tracker.wait_until_settled(max(self.config.board.deadline_ms, *own) / 1e3, stop, self._progressed)
             self.notifier.stopping()
-        if self.updates and not (isinstance(stop, Stop) and stop.is_broken):
-            self.updates.forget_starts()
+            self._forget_starts(stop)  # before the rest of the end, which may take until the process is killed
         summary = self.summary()
         logger.info("board stopped %s", not_zero(summary))
         if self.updates and self.updates.restart_why:
             raise RestartError(f"{self.updates.restart_why}: the next start runs another bundle")
         return summary
+
+    def _forget_starts(self, stop: threading.Event) -> None:
+        """This start proves nothing against the bundle, unless one of its threads has died."""
+        if self.updates and not (isinstance(stop, Stop) and stop.is_broken):
+            self.updates.forget_starts()
 
     def _frames(self, stop: threading.Event) -> Iterator[Frame]:
         for frame in self.cameras.frames(stop, self._progressed):

@@ -247,13 +247,16 @@ def _wear(folder: Path, root: Path) -> tuple[str, bool]:
 
 
 def runs_here(config: Path) -> bool:
-    """Whether a process of this machine is `aiflow run` with this file."""
+    """Whether a process that this user can see is `aiflow run` with this file."""
+    wanted = os.path.realpath(config)
     for process in Path("/proc").glob("[0-9]*"):
         words, folder = _text(process / "cmdline").split("\0"), ""
+        if "run" not in words:
+            continue
         with suppress(OSError):  # another user's: a service names an absolute path anyway
             folder = os.readlink(process / "cwd")
-        files = [os.path.realpath(os.path.join(folder, word)) for word in words]
-        if "run" in words and os.path.realpath(config) in files:
+        files = [os.path.join(folder, word) for word in words if folder or os.path.isabs(word)]
+        if wanted in map(os.path.realpath, files):
             return True
     return False
 

@@ -64,7 +64,8 @@ class System:
             text = self.unit("board").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
-        return self.root / STATE.relative_to("/") if f" run {config.absolute()}\n" in text else None
+        runs_it = os.path.realpath(_config_of(text)) == os.path.realpath(config)
+        return self.root / STATE.relative_to("/") if runs_it else None
 
     def check(self, *, changes: bool) -> None:
         """Raises ServiceError if systemd does not run here, or may not be changed by this user."""
@@ -231,10 +232,16 @@ def _installed(path: Path, role: Role) -> str | None:
     return text
 
 
+def _config_of(unit: str) -> str:
+    """The configuration that a unit of ours names; "": it is no unit."""
+    start = next((line for line in unit.splitlines() if line.startswith("ExecStart=")), "")
+    return start.rpartition(" ")[2]
+
+
 def _check_config(installed: str, service: Service, name: str) -> None:
     """Raises ServiceError if the unit that is installed has another configuration: it would end, without a word."""
-    start = next((line for line in installed.splitlines() if line.startswith("ExecStart=")), "")
-    if (other := start.rpartition(" ")[2]) not in ("", str(service.config)):
+    other = _config_of(installed)
+    if other and os.path.realpath(other) != os.path.realpath(service.config):
         raise ServiceError(
             f"{name} runs {other}: a machine has one {service.role} as a service. To replace it: "
             f"aiflow service uninstall {service.role}, then install {service.config}"

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     finally:
         new.unlink(missing_ok=True)
     for what, path in service_of(args.out, Path("aiflow")).files:
-        if not os.path.exists(path):
+        if _is_missing(path):
             print(f"{path} ({what}) does not exist yet.{SECRET if what.endswith('password_file') else ''}")
     print(f"{args.out} is written. Now: aiflow doctor --config {args.out}")
 
@@ -124,6 +124,16 @@ def _make_absolute(args: argparse.Namespace) -> None:
         args.camera = WATCH + _absolute(args.camera.removeprefix(WATCH))
     elif kind in ("video", "pictures") and not args.camera.isdecimal():  # the number of a device
         args.camera = _absolute(args.camera)
+
+
+def _is_missing(path: str) -> bool:
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:  # nobody may look there but root
+        return False
+    return False
 
 
 def _absolute(path: str | Path) -> str:

@@ -44,6 +44,7 @@ LOADED_S = 1.0  # of requests between two looks at the queues
 # Under load the server's memory goes up and down by some 10 MB with the batches at hand, which would hide a leak.
 REST_EVERY_S = 30.0
 REST_S = STATUS_PERIOD_S + 1.0  # after the last answer: until then the server has given back what it has freed
+MIN_RESTS = 5  # otherwise memory cannot be compared
 OVERLOAD = 3.0
 MAX_GROWTH_MB = 1.0  # over the second half of a soak
 
@@ -203,7 +204,7 @@ def soak(scenario: Scenario) -> None:
                 load.send_for(LOADED_S, OVERLOAD * server_per_s)
                 most_open = max(most_open, *(board.tracker.summary()["open"] for board in load.boards))
             scenario.send_frames(False)
-            scenario.wait(30.0, lambda: scenario.counts.unsettled == 0)
+            scenario.wait(30.0, lambda: scenario.counts.unsettled == 0 and not any(map(_is_busy, load.boards)))
             scenario.wait(REST_S)
             times.append(time.monotonic())
             for name, process in watched.items():
@@ -219,10 +220,15 @@ def soak(scenario: Scenario) -> None:
     bound = next((status["queue"]["capacity"] for status in statuses if "queue" in status), 0)
     scenario.note(f"at most {most_open} of {OPEN} open at a board, {waiting} of {bound} waiting at the server")
     scenario.expect(most_open <= OPEN and waiting <= bound, "queues within their bounds")
+    scenario.expect(len(times) >= MIN_RESTS, f"{MIN_RESTS} rests ({len(times)} were): want --seconds 300 or more")
     for name, samples in anonymous.items():
         slope, growth = slope_of(times, samples)
         scenario.memory_slope[name] = round(slope, 3)
         scenario.expect(growth <= MAX_GROWTH_MB, f"flat memory of the {name} ({growth:+.2f} MiB over the second half)")
+
+
+def _is_busy(board: SimulatedBoard) -> bool:
+    return bool(board.tracker.summary()["open"])
 
 
 def _capacity(scenario: Scenario, load: LoadGenerator) -> float:

@@ -30,9 +30,9 @@ PAGES = ("text/html", "application/xhtml+xml")  # content types
 NOT_PICTURES = ("text/", "application/json", "application/xml", *PAGES)
 # How pages begin: most of the tags in the WHATWG's "MIME Sniffing", section 7.1, and the first line of XHTML.
 PAGE_START = re.compile(
-    rb"(?i)(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?<(?:!--|(?:!doctype\s+html|html|head|title|body|script)\b)"
+    rb"(?i)(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype\s+html|html|head|title|body|script)\b"
 )
-PAGE_START_BYTES = 64  # after blanks; enough to recognise a page
+PAGE_START_BYTES, PAGE_START_S = 64, 2.0  # after blanks; enough to recognise a page
 
 
 class HttpPictures:
@@ -61,7 +61,7 @@ class HttpPictures:
                     self._read_stream(answer, slot)
                     return True
                 if not (self._camera.snapshot or kind.startswith(("image/", *NOT_PICTURES))):
-                    _refuse_page(kind, _first_bytes(answer))
+                    _refuse_page(kind, self._first_bytes(answer))
                     return False
                 answered = time.monotonic()  # the picture is no newer than this, however long it takes to arrive
                 picture = self._read_picture(answer, asked)
@@ -155,6 +155,17 @@ class HttpPictures:
         self._unchanged_if = {k: v for k, v in unchanged.items() if v and v.isascii() and v.isprintable()}
         return picture
 
+    def _first_bytes(self, answer: http.client.HTTPResponse) -> bytes:
+        """Enough to recognise a page; less if the camera sends less within PAGE_START_S."""
+        data, until = b"", time.monotonic() + PAGE_START_S
+        with suppress(OSError, http.client.HTTPException):  # OpenCV asks again, and says what is wrong
+            while len(data.lstrip()) < PAGE_START_BYTES and len(data) < CHUNK_BYTES:
+                self._wait_at_most(max(0.01, until - time.monotonic()))
+                if time.monotonic() > until or not (more := answer.read1(CHUNK_BYTES)):
+                    break
+                data += more
+        return data
+
     # ---- requests ----
 
     def _get(self) -> http.client.HTTPResponse:
@@ -214,15 +225,6 @@ class HttpPictures:
 def _content_type(answer: http.client.HTTPResponse) -> str:
     """Empty if the camera sends none: get_content_type() of the headers would return text/plain."""
     return answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-
-
-def _first_bytes(answer: http.client.HTTPResponse) -> bytes:
-    """Enough to recognise a page; less if the camera sends less."""
-    data = b""
-    with suppress(OSError, http.client.HTTPException):  # OpenCV asks again, and says what is wrong
-        while len(data.lstrip()) < PAGE_START_BYTES and len(data) < CHUNK_BYTES and (more := answer.read1(CHUNK_BYTES)):
-            data += more
-    return data
 
 
 def _refuse_page(kind: str, data: bytes) -> None:

@@ -59,7 +59,8 @@ class RequestLifecycle(Generic[T]):
     The newest is refused, not the oldest: link and server have already worked for those that wait. If the oldest were
     dropped, a slow server would see each request end shortly before its reply.
 
-    min_resend_s: before a request is sent again; unknown_resend_s: the same, as long as no reply time is known.
+    min_resend_s: before a request is sent again; unknown_share: the same as a share of the time until its deadline, as
+    long as no reply time is known.
     outbox: its limits, if there is one; size_of: the bytes that a content takes there; may_store: whether it may go
     there. can_store: whether the outbox takes one more request. The caller keeps it up to date. is_complete: whether a
     content has all that its events and the outbox shall have; if not, `on_complete` follows.
@@ -71,7 +72,7 @@ class RequestLifecycle(Generic[T]):
         *,
         min_resend_s: float,
         rng: random.Random,
-        unknown_resend_s: float = 0.0,
+        unknown_share: float = 0.0,
         outbox: OutboxConfig | None = None,
         size_of: Callable[[T], int] = lambda _: 0,
         may_store: Callable[[T], bool] = lambda _: True,
@@ -82,7 +83,7 @@ class RequestLifecycle(Generic[T]):
         self.can_store = outbox is not None
         self._capacity, self._rng, self._outbox = capacity, rng, outbox
         self._size_of, self._may_store, self._is_complete = size_of, may_store, is_complete
-        self._resend = ResendTimer(min_resend_s, rng, unknown_resend_s)
+        self._resend = ResendTimer(min_resend_s, rng, unknown_share)
         self._retry = RetryTimer(outbox.replay_per_s if outbox else 1.0, rng)
         self._live: dict[bytes, Entry[T]] = {}  # those that are not KEPT
         self._stored: StoredEntries[T] = StoredEntries(outbox)  # some are live, too
@@ -299,13 +300,13 @@ class RequestLifecycle(Generic[T]):
     def _send_first(self, entry: Entry[T], now: float) -> list[Action[T]]:
         self._move(entry, State.OPEN)
         entry.sent_at, entry.sends, entry.doublings = now, 1, self._resend.doublings
-        entry.resend_at = now + self._resend.interval(entry.doublings)
+        entry.resend_at = now + self._resend.interval(entry.doublings, entry.deadline - now)
         return [self._send(entry, now, is_resend=False)]
 
     def _send_again(self, entry: Entry[T], now: float) -> Send[T]:
         is_asked_for, entry.is_asked_for = entry.is_asked_for, False
         entry.doublings += not is_asked_for  # a server that says "busy" is not silent
-        entry.resend_at = now + self._resend.interval(entry.doublings)
+        entry.resend_at = now + self._resend.interval(entry.doublings, entry.deadline - now)
         entry.sends += 1
         self._counts["resent"] += 1
         return self._send(entry, now, is_resend=True, is_asked_for=is_asked_for)

@@ -6,6 +6,7 @@ from math import ceil, inf
 
 SAMPLES = 64  # reply times that the resend interval is made from: some seconds of a busy board
 MAX_DOUBLINGS = 16
+MAX_UNKNOWN_S = 30.0  # the longest wait for a first reply before a request is sent again
 # A server that says "busy" is asked again after at least the first of these times, doubled each time up to the second,
 # whatever it says: one that says 1 ms would be asked hundreds of times per second.
 MIN_BUSY_S, MAX_BUSY_S = 0.05, 3.2
@@ -16,16 +17,19 @@ FIRST_RETRY_S, LAST_RETRY_S = 5.0, 600.0  # after a retry without a reply; doubl
 class ResendTimer:
     """How long to wait for a reply before a request is sent again."""
 
-    def __init__(self, min_s: float, rng: random.Random, unknown_s: float = 0.0) -> None:
-        """unknown_s: as long as no reply time is known."""
-        self._min_s, self._rng, self._unknown_s = min_s, rng, unknown_s
+    def __init__(self, min_s: float, rng: random.Random, unknown_share: float = 0.0) -> None:
+        """unknown_share: of the time until the deadline, as long as no reply time is known."""
+        self._min_s, self._rng, self._unknown_share = min_s, rng, unknown_share
         self._reply_times: deque[float] = deque(maxlen=SAMPLES)
         self.doublings = 0  # that a new request begins with
 
-    def interval(self, doublings: int) -> float:
-        """Seconds: four times what nearly all replies take, doubled so often, with jitter."""
+    def interval(self, doublings: int, left_s: float = 0.0) -> float:
+        """Seconds: four times what nearly all replies take, doubled so often, with jitter.
+
+        left_s: until the deadline.
+        """
         times = sorted(self._reply_times)
-        usual_s = 4 * times[ceil(0.95 * len(times)) - 1] if times else self._unknown_s
+        usual_s = 4 * times[ceil(0.95 * len(times)) - 1] if times else min(self._unknown_share * left_s, MAX_UNKNOWN_S)
         return max(self._min_s, usual_s) * 2.0 ** min(doublings, MAX_DOUBLINGS) * self._rng.uniform(1, 1.5)
 
     def replied(self, seconds: float | None, doublings: int) -> None:

@@ -121,11 +121,11 @@ class RequestTracker:
         byte_budget: ByteBudget | None = None,
         on_reply: Callable[[Reply], None] = lambda _: None,
         find_silence: Callable[[], str] = str,
-        unknown_resend_s: float = 0.0,
+        unknown_share: float = 0.0,
     ) -> None:
         """capacity: requests that wait for a reply; byte_budget: None: no limit; on_reply: is told each reply.
 
-        find_silence: why no server can answer now, in words for people; "" if one can. unknown_resend_s: see
+        find_silence: why no server can answer now, in words for people; "" if one can. unknown_share: see
         RequestLifecycle.
         """
         self._client, self._observer, self._find_silence = client, observer, find_silence
@@ -138,7 +138,7 @@ class RequestTracker:
         self._lifecycle: RequestLifecycle[Tracked] = RequestLifecycle(
             capacity,
             min_resend_s=resend_s,
-            unknown_resend_s=unknown_resend_s,
+            unknown_share=unknown_share,
             rng=random.Random(),
             outbox=outbox,
             size_of=lambda tracked: row_of(tracked).size,

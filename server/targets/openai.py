@@ -171,7 +171,7 @@ class OpenAITarget(PromptedTarget):
 
     def _answer_of(self, completion: chat.Completion, usage: Usage | None, started: float) -> Answer:
         if completion.is_cut and is_told(count := self.calls.count("cut")):
-            logger.warning("answers are cut: max_tokens is too low target=%s count=%d", self._url, count)
+            logger.warning("answers are cut at max_tokens target=%s count=%d", self._url, count)
         accepted, rejected = completion.prediction
         return Answer(
             text=completion.text.strip(),

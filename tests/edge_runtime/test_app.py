@@ -155,6 +155,14 @@ def test_a_trigger_takes_a_label_by_name_or_id_and_warns_of_another(broker, phot
     assert (warning in caplog.text) == (not fires)
 
 
+def test_until_an_answer_was_measured_a_board_asks_for_no_copy_that_another_server_would_be_paid_for(
+    board_bundle, broker, photos
+):
+    board = Board(configuration(board_bundle, broker.port, photos, resend_ms=20, paradigm="offload"))
+    board.servers.close()
+    assert board.tracker._lifecycle._resend.interval(0, left_s=60.0) >= 10.0
+
+
 def test_a_running_board_is_online_and_says_what_it_is(board_bundle, broker, photos):
     with Running(configuration(board_bundle, broker.port, photos, repeat=True)) as board:
         board.next("new")

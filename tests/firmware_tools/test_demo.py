@@ -18,9 +18,11 @@ import numpy as np
 import psutil
 import pytest
 
+from edge_runtime.inference.bundle import open_bundle
 from edge_runtime.mqtt import MqttClient, MqttSettings
 from edge_runtime.picture_checks import PictureError
 from edge_runtime.wire import AnsweredBy, Event, EventHop, encode_event, topics
+from firmware_tools.demo import answers_at_levels
 from firmware_tools.demo_page import JUDGED, AtLevel, PhotoResult, Results, TaughtQuestion, page, summary
 from firmware_tools.event_parts import marked, stages
 from models import SHIPPED_BUNDLE
@@ -281,8 +283,10 @@ def test_a_caption_of_a_shipped_photo_is_called_wrong_where_it_is_and_only_that_
         assert (known in Pictures(page(results_of(answered), "demo", "")).text) is is_judged
 
 
-def test_the_judged_photos_are_shipped_ones() -> None:
-    assert {name for name, _ in JUDGED} == {photo.name for photo in shipped()}
+def test_what_the_shipped_bundle_says_of_each_shipped_photo_is_judged() -> None:
+    photos, bundle = list(shipped()), open_bundle(SHIPPED_BUNDLE)
+    answers, level = answers_at_levels(bundle, "cloud", photos), bundle.manifest.latent.default_level
+    assert set(JUDGED) == {(photo.name, row[level].text) for photo, row in zip(photos, answers, strict=True)}
 
 
 def test_a_question_is_not_asked_about_the_photos_that_it_was_taught_with(result: PhotoResult) -> None:

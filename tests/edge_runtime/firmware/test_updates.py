@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from edge_runtime.app import Board, run_board
 from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig, SamplingConfig, UpdatesConfig
-from edge_runtime.errors import RestartError
+from edge_runtime.errors import ConfigError, RestartError
 from edge_runtime.firmware.incoming import StoreError
 from edge_runtime.firmware.signature import (
     MAX_SIGNATURE_BYTES,
@@ -472,7 +473,7 @@ def test_a_board_that_is_stopped_while_it_tries_a_backend_goes_on_with_the_trial
     assert running(store) == new.manifest.name
 
 
-@pytest.mark.parametrize("end", ["in order", "frame path", "thread"])
+@pytest.mark.parametrize("end", ["in order", "killed at the end", "camera", "frame path", "thread"])
 def test_only_an_orderly_end_does_not_count_against_a_bundle_on_trial(board_bundle, broker, tmp_path, monkeypatch, end):
     trust(tmp_path)
     config = RuntimeConfig(
@@ -490,9 +491,13 @@ def test_only_an_orderly_end_does_not_count_against_a_bundle_on_trial(board_bund
     stop.is_broken = end == "thread"  # as the hook of threading sets it
     if end == "frame path":
         monkeypatch.setattr(Pipeline, "run", lambda *_: 1 / 0)
-    with suppress(RuntimeError):
+    if end == "camera":
+        config = replace(config, cameras=(CameraConfig("door", str(tmp_path / "no.mp4")),))
+    if end == "killed at the end":  # what is left is not sent: the process is gone
+        monkeypatch.setattr(MqttClient, "finish", lambda *_: 1 / 0)
+    with suppress(RuntimeError, ConfigError, ZeroDivisionError):
         run_board(config, stop)
-    assert store.state().starts == (0 if end == "in order" else 1)
+    assert store.state().starts == (1 if end in ("frame path", "thread") else 0)
 
 
 @given(

@@ -32,7 +32,7 @@ from edge_runtime.requests.lifecycle import (
     STORE_S,
     RequestLifecycle,
 )
-from edge_runtime.requests.timing import FIRST_RETRY_S, LAST_RETRY_S, WINDOW
+from edge_runtime.requests.timing import FIRST_RETRY_S, LAST_RETRY_S, MAX_UNKNOWN_S, WINDOW
 from edge_runtime.wire import Reply, Status
 from edge_runtime.wire.envelope import MAX_VIA
 
@@ -99,12 +99,23 @@ def test_an_unanswered_request_is_sent_again_at_growing_distances_until_its_dead
 
 
 def test_until_a_reply_time_is_known_a_copy_waits_for_an_answer_as_slow_as_the_user_allows() -> None:
-    requests: RequestLifecycle[str] = RequestLifecycle(4, min_resend_s=1.0, unknown_resend_s=10.0, rng=random.Random(0))
-    requests.on_request(ONE, "", 60.0, 0.0)
-    assert 10.0 <= requests.next_at() <= 15.0
-    requests.on_reply(reply(ONE), 0.2)
-    requests.on_request(TWO, "", 60.0, 1.0)
-    assert 2.0 <= requests.next_at() <= 2.5
+    for deadline, wait_s in ((60.0, 10.0), (2.0, 1.0), (10_000.0, MAX_UNKNOWN_S)):
+        requests: RequestLifecycle[str] = RequestLifecycle(
+            4, min_resend_s=1.0, unknown_share=1 / 6, rng=random.Random(0)
+        )
+        requests.on_request(ONE, "", deadline, 0.0)
+        assert wait_s <= requests.next_at() <= 1.5 * wait_s
+        requests.on_reply(reply(ONE), 0.5)
+        requests.on_request(TWO, "", deadline + 9.0, 1.0)
+        assert 2.0 <= requests.next_at() - 1.0 <= 3.0
+
+
+def test_a_copy_that_could_not_leave_is_tried_again_soon_though_no_reply_time_is_known() -> None:
+    requests: RequestLifecycle[str] = RequestLifecycle(4, min_resend_s=1.0, unknown_share=1 / 6, rng=random.Random(0))
+    requests.on_request(ONE, "", 600.0, 0.0)
+    (sent,) = requests.on_time(now := requests.next_at())
+    assert requests.on_unsent(sent, Why("no_bytes", ""), now) == []
+    assert now + 1.0 <= requests.next_at() <= now + 1.5
 
 
 def test_nothing_is_sent_again_before_four_times_the_usual_reply_time() -> None:
