@@ -212,10 +212,11 @@ def test_the_command_measures_captions_and_labels_and_writes_what_it_is_asked_fo
         assert len(points) == PARTS + 1 + 2 + 3 * len(picture_codecs())
         assert points["level 0"]["bytes"][0] < points["level 1"]["bytes"][0]
         assert points["2000 bytes"]["bytes"] == points["level 1"]["bytes"]  # it fits
+        curves = {*picture_codecs(), *(["avif-bare"] if "avif" in picture_codecs() else [])}  # OpenCV may lack it
         for measure in measures:
             assert points["level 1"][f"{measure}_to_top"][0] in (1, None)  # None: 0 of 0
             assert points["2000 bytes"][measure] == points["level 1"][measure]
-            assert points["level 0"][f"{measure}_codec_bytes"].keys() == {*picture_codecs(), "avif-bare", "best"}
+            assert points["level 0"][f"{measure}_codec_bytes"].keys() == {*curves, "best"}
         assert [each["level"] for each in figures["coder"]] == [0, 1]
         for each in figures["coder"]:
             assert 0 < each["overhead_without_header_percent"] < each["overhead_percent"] < 2

@@ -101,7 +101,7 @@ def change_values(data: bytes, format: Format, max_bytes: int, rng: random.Rando
                     inside[key] = format.loads(format.dumps({"": other[other_key]}))[""]  # a copy: no cycles
         changed = format.dumps(tree)
         return changed if len(changed) <= max_bytes else None
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError):
+    except (msgspec.MsgspecError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None
 
 
