@@ -32,8 +32,12 @@ CAMERA = CameraConfig("door", "/dev/video0", interval_s=0, stall_s=600)
 
 def processes(of: int | None = None) -> list[psutil.Process]:
     """Those that read a camera for this process, or for another one."""
-    children = [child for child in psutil.Process(of).children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in children if "edge_runtime.opencv_process" in child.cmdline()]
+    found = []
+    for child in psutil.Process(of).children():
+        with suppress(psutil.NoSuchProcess):  # it has ended since, or is a zombie
+            if "edge_runtime.opencv_process" in child.cmdline():
+                found.append(child)
+    return found
 
 
 @pytest.fixture(autouse=True)
