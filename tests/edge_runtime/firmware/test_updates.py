@@ -495,9 +495,9 @@ def test_only_an_orderly_end_does_not_count_against_a_bundle_on_trial(board_bund
         config = replace(config, cameras=(CameraConfig("door", str(tmp_path / "no.mp4")),))
     counted, finish = [], MqttClient.finish
 
-    def finishes(client: MqttClient) -> None:
+    def finishes(client: MqttClient, *arguments: float) -> None:
         counted.append(store.state().starts)
-        finish(client)
+        finish(client, *arguments)
 
     monkeypatch.setattr(MqttClient, "finish", finishes)
     with suppress(RuntimeError, ConfigError):
