@@ -39,8 +39,8 @@ def read_class_photos(
 
     Raises AiflowError, which names the photos and what to do; PictureError for a source without photos.
     """
-    # All photos are read twice, so that what names and digests tell is told before the first call of `use`, which takes
-    # far longer, and that they need not be in memory together.
+    # All photos are read twice. So mistakes in names and duplicates are found before the first call of `use`, which is
+    # slow, and the photos need not be in memory together.
     photos, left = _check(sources)
     used: list[T] = []
     unreadable: list[str] = []

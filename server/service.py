@@ -333,12 +333,12 @@ class Service:
     # ---- any thread: the end of the service ----
 
     def accept_no_more(self) -> None:
-        """What comes from now on is given to other servers."""
+        """From now on, new requests are given to other servers."""
         with self._lock:
             self._is_stopping = True
 
     def hand_back(self, why: str) -> None:
-        """What waits is given to other servers."""
+        """Waiting requests are given to other servers."""
         for queue in (self.picture_queue, self.target_queue):
             for received in queue.clear():
                 self._busy(received, why)

@@ -188,7 +188,7 @@ class CameraConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def unlike_prompts(self) -> str:
-        """What it has that only targets without prompts answer (server/targets: `bundle`); empty: nothing."""
+        """The setting that only targets without prompts answer (server/targets: `bundle`); empty: there is none."""
         return "questions" if self.questions else "" if self.sampling.is_greedy else "[cameras.sampling]"
 
     @property
