@@ -103,9 +103,8 @@ class Board:
         self.reusable, self.references = ReusableAnswers(), ReferenceFrames(board.refresh_s)
         self.routers: list[Router] = []
         self.servers, self.local = self._clients()
-        names = bundle.manifest.class_names
-        unknown = config.unknown_labels(names, bundle.manifest.classes)
-        for warning in unknown + config.tight_limits(bundle.manifest.latent.level_bytes):
+        manifest, names = bundle.manifest, bundle.manifest.class_names
+        for warning in config.bundle_warnings(names, manifest.classes, manifest.latent.level_bytes):
             logger.warning("%s", warning)
         triggers = {camera.name: [Trigger(each.when, names) for each in camera.triggers] for camera in config.cameras}
         self.events = Events(self.local, site, board.id, self._event_published, triggers)

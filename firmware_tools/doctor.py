@@ -179,8 +179,8 @@ def _bundle(config: "RuntimeConfig") -> Finding:
     bundle = open_bundle(_in_use(config))
     found = f"{bundle.path}: {bundle.check(for_server=False)}"
     config.sampling(bundle.words)
-    warnings = config.unknown_labels(bundle.manifest.class_names, bundle.manifest.classes)
-    if warnings := warnings + config.tight_limits(bundle.manifest.latent.level_bytes):
+    manifest = bundle.manifest
+    if warnings := config.bundle_warnings(manifest.class_names, manifest.classes, manifest.latent.level_bytes):
         return Finding("warning", found, "; ".join(warnings))
     return ok(found)
 

@@ -129,10 +129,8 @@ def _make_absolute(args: argparse.Namespace) -> None:
 def _is_missing(path: str) -> bool:
     try:
         os.stat(path)
-    except FileNotFoundError:
-        return True
-    except OSError:  # nobody may look there but root
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)  # else nobody may look there but root
     return False
 
 

@@ -87,8 +87,8 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
         print(f"{store.folder}: {len(store.entries())} installed bundle(s), {len(store.trust)} trusted key(s)")
     _warn([f"packages: {packages.found}: {packages.advice}"] if packages.status == "warning" else [])
     _warn(Cameras(config.cameras).check())
-    _warn(config.unknown_labels(bundle.manifest.class_names, bundle.manifest.classes))
-    _warn(config.tight_limits(bundle.manifest.latent.level_bytes))
+    manifest = bundle.manifest
+    _warn(config.bundle_warnings(manifest.class_names, manifest.classes, manifest.latent.level_bytes))
     if config.outbox:
         _warn([check_place("file in [outbox]", Path(config.outbox.file), is_file=True)])
     if config.updates:

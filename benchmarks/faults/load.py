@@ -121,6 +121,10 @@ class LoadGenerator:
         self._scenario, self.boards, self._next = scenario, boards, cycle(boards)
         self._photos = encoded_photos(scenario.site.bundle, scenario.site.photos)
 
+    def most_open(self) -> int:
+        """The open requests of the board that has the most."""
+        return max(int(board.tracker.summary()["open"]) for board in self.boards)
+
     def send_once(self) -> None:
         """Sends the next board's next request."""
         self._scenario.asked += 1
@@ -202,9 +206,9 @@ def soak(scenario: Scenario) -> None:
             loaded_until = time.monotonic() + REST_EVERY_S
             while time.monotonic() < loaded_until:
                 load.send_for(LOADED_S, OVERLOAD * server_per_s)
-                most_open = max(most_open, *(board.tracker.summary()["open"] for board in load.boards))
+                most_open = max(most_open, load.most_open())
             scenario.send_frames(False)
-            scenario.wait(30.0, lambda: scenario.counts.unsettled == 0 and not any(map(_is_busy, load.boards)))
+            scenario.wait(30.0, lambda: scenario.counts.unsettled == 0 and not load.most_open())
             scenario.wait(REST_S)
             times.append(time.monotonic())
             for name, process in watched.items():
@@ -225,10 +229,6 @@ def soak(scenario: Scenario) -> None:
         slope, growth = slope_of(times, samples)
         scenario.memory_slope[name] = round(slope, 3)
         scenario.expect(growth <= MAX_GROWTH_MB, f"flat memory of the {name} ({growth:+.2f} MiB over the second half)")
-
-
-def _is_busy(board: SimulatedBoard) -> bool:
-    return bool(board.tracker.summary()["open"])
 
 
 def _capacity(scenario: Scenario, load: LoadGenerator) -> float:

@@ -313,6 +313,12 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         """By camera. words: the bundle's vocabulary. Raises ConfigError for a stop word that it does not have."""
         return {camera.name: camera.sampling.with_tokens(words) for camera in self.cameras}
 
+    def bundle_warnings(
+        self, names: Mapping[str, str], classes: Sequence[str], level_bytes: Sequence[float]
+    ) -> list[str]:
+        """A warning for each setting that does not go with the bundle. See the two methods below."""
+        return self._unknown_labels(names, classes) + self.tight_limits(level_bytes)
+
     def tight_limits(self, level_bytes: Sequence[float]) -> list[str]:
         """A warning if most features cannot be as short as max_bytes. level_bytes: the bundle's, the coarsest first.
 
@@ -327,7 +333,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
             f"alone; want {ceil(level_bytes[0])} or more"
         ]
 
-    def unknown_labels(self, names: Mapping[str, str], classes: Sequence[str]) -> list[str]:
+    def _unknown_labels(self, names: Mapping[str, str], classes: Sequence[str]) -> list[str]:
         """A warning for each label in a trigger that is no class of the bundle. names: of the classes, by id.
 
         No error: a server with another bundle may answer pictures, and a newer bundle may have other classes.
