@@ -18,6 +18,7 @@ from edge_runtime.reporting.discovery import Discovery
 from edge_runtime.reporting.frigate import FrigateAnswers
 from edge_runtime.reporting.home_assistant import device_message
 from edge_runtime.reporting.images import Images
+from edge_runtime.reporting.kept_frames import KeptFrames
 from edge_runtime.wire import Event, topics
 
 
@@ -45,12 +46,14 @@ class Users:
         self._site, self._board = site, board = config.board.site, config.board.id
         settings, home_assistant = board_settings(config), config.homeassistant
         self.settings = RemoteSettings(site, board, settings, self._apply)
-        self.discovery = self.images = self.frigate_answers = None
+        self.discovery = self.images = self.kept_frames = self.frigate_answers = None
         if home_assistant:
             message = device_message(config, settings, has_labels=has_labels, has_link=config.near_broker is not None)
             self.discovery = Discovery(home_assistant, site, board, message, self._publish)
         if home_assistant and home_assistant.images:
             self.images = Images(self._publish, site, board)
+        if config.kept_frames:
+            self.kept_frames = KeptFrames(config.kept_frames, partial(report_problem, "kept_frames"))
         self.frigate = FrigateTopics(config.frigate.prefix, cameras)
         if config.frigate.url:
             self.frigate_answers = FrigateAnswers(config.frigate, partial(report_problem, "frigate"))
@@ -87,11 +90,14 @@ class Users:
         """Never waits for the network."""
         if self.images:
             self.images.show(frame.camera, frame.pixels)
+        if self.kept_frames:
+            self.kept_frames.keep(frame.camera, frame.pixels, frame.captured_unix)
 
     def counts(self) -> Values:
         """Numbers with the names of reporting/counters.py; any thread."""
         answers = self.frigate_answers.counts() if self.frigate_answers else {}
-        return {"setting": self.settings.counts(), **self.frigate.counts(), **answers}
+        kept = self.kept_frames.counts() if self.kept_frames else {}
+        return {"setting": self.settings.counts(), **self.frigate.counts(), **answers, **kept}
 
     def _setting_arrived(self, message: Message) -> Rejection | None:
         if self._on_install and message.topic == topics.bundle_install(self._site, self._board):

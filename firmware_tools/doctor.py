@@ -127,6 +127,8 @@ def _disk(config: "RuntimeConfig | None", state: Path | None) -> Finding:
         found.append(host_checks.check_disk((base / config.outbox.file).parent, "the outbox", True))
     if config and config.updates:
         found.append(host_checks.check_disk(base / config.updates.folder, "installed bundles", True))
+    if config and config.kept_frames:
+        found.append(host_checks.check_disk(base / config.kept_frames.folder, "kept frames", False))
     if config and state and any(kind_of(camera.source) == "watch" for camera in config.cameras):
         found.append(host_checks.check_disk(state, "what was read of watched folders, over a restart", False))
     if config is None or config.board.paradigm != "offload":

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from-events",
         type=Path,
         metavar="DIR",
-        help="first sort the frames of this folder, such as a camera's that its events name, into --images on a page",
+        help="first sort the frames of this folder, such as a camera's in [kept_frames], into --images on a page",
     )
     parser.add_argument("--classes", type=_classes, metavar="A,B", help="with --from-events: the classes to sort into")
     parser.add_argument("--out", type=new_file, metavar="FILE", help="default: <name>.safetensors")

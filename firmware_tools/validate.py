@@ -93,6 +93,8 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
         _warn([check_place("file in [outbox]", Path(config.outbox.file), is_file=True)])
     if config.updates:
         _warn([check_place("folder in [updates]", Path(config.updates.folder), is_file=False)])
+    if config.kept_frames:
+        _warn([check_place("folder in [kept_frames]", Path(config.kept_frames.folder), is_file=False)])
     if below := urlsplit(config.frigate.url or "").path.strip("/"):
         _warn([f"url in [frigate] has the path /{below}: remove it, unless a proxy has Frigate there"])
     _warn(_metrics(config.metrics))

@@ -6,7 +6,18 @@ longer lie between them. Under load, the heap of a server grows by some 10 MB pe
 
 import ctypes
 
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+M_ARENA_MAX = -8  # malloc.h
+
+_libc = ctypes.CDLL(None)
+_mallopt, _trim = getattr(_libc, "mallopt", None), getattr(_libc, "malloc_trim", None)  # other C libraries have none
+
+
+def use_one_heap() -> None:
+    """Call it before there are threads. Otherwise each gets a heap of its own, and `give_back` cannot free the end of
+    those: mtrim in glibc's malloc.c.
+    """
+    if _mallopt:
+        _mallopt(M_ARENA_MAX, 1)
 
 
 def give_back() -> None:

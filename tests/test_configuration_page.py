@@ -49,7 +49,7 @@ def comments(text: str) -> dict[str, str]:
     """What is said of each key on its line."""
     found, table = {}, ""
     for line in uncommented(text).splitlines():
-        if header := re.match(r"\[+([a-z.]+)\]+", line):
+        if header := re.match(r"\[+([a-z_.]+)\]+", line):
             table = header[1]
         elif key := re.match(r"([a-z_]+) = [^#]*(.*)", line):
             found[f"{table}.{key[1]}"] = key[2]
@@ -122,8 +122,8 @@ def test_what_it_shows_as_required_is(tmp_path, name, kind):
     text = uncommented(file(name))
     required = [line for line in text.splitlines() if re.search(r"# required(;|:| in)", line)]
     # Of each file: id, bundle; name and source of a camera, its trigger; the outbox's file; the updates' folder; the
-    # metrics' port; the model of another server.
-    assert len(required) == {"board": 8, "server": 3}[name]
+    # folder of kept frames; the metrics' port; the model of another server.
+    assert len(required) == {"board": 9, "server": 3}[name]
     for line in required:
         (tmp_path / "cut.toml").write_text(text.replace(f"\n{line}\n", "\n"))
         with pytest.raises(ConfigError, match=f"required key `{line.split()[0]}`"):

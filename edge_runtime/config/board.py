@@ -225,6 +225,14 @@ class UpdatesConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ask: bool = False  # true: a bundle that came over MQTT waits until a user installs it
 
 
+class KeptFramesConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where frames are kept as files, for people who teach a question; a folder per camera."""
+
+    folder: str
+    every_s: Annotated[float, Meta(ge=0, le=86400)] = 60.0  # between two frames of a camera
+    max_files: Annotated[int, Meta(ge=1, le=50_000)] = 500  # of a camera; then the oldest is removed
+
+
 class MetricsConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """Where Prometheus reads the counters."""
 
@@ -288,6 +296,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     policy: PolicyConfig = PolicyConfig()
     outbox: OutboxConfig | None = None
     updates: UpdatesConfig | None = None
+    kept_frames: KeptFramesConfig | None = None
     metrics: MetricsConfig | None = None
     homeassistant: HomeAssistantConfig | None = None
     frigate: FrigateConfig = FrigateConfig()

@@ -67,6 +67,7 @@ BOARD = {
         "pictures that were in a watched folder at the first start"
     ),
     "unreadable": Meaning("Pictures that could not be decoded, and files of a watched folder that were refused"),
+    "frames_kept": Meaning("Frames that [kept_frames] keeps as files: kept, failed (not written)", "what"),
     "reopened": Meaning("Cameras opened again after a stall, an end or an error"),
     "cameras": Meaning("Cameras, by their state now", "state", is_gauge=True),
     "temperature_celsius": Meaning("Temperature of the hottest thermal zone, if the board has one", is_gauge=True),

@@ -22,7 +22,14 @@ import numpy as np
 import pytest
 
 from edge_runtime.app import Board, run_board
-from edge_runtime.config import BoardConfig, CameraConfig, MetricsConfig, RuntimeConfig, TriggerConfig
+from edge_runtime.config import (
+    BoardConfig,
+    CameraConfig,
+    KeptFramesConfig,
+    MetricsConfig,
+    RuntimeConfig,
+    TriggerConfig,
+)
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import INTER_TABLES, TABLES, Bundle, BundleError
@@ -344,6 +351,19 @@ def test_a_metrics_port_that_is_taken_is_in_the_status_and_stops_no_camera(board
             until(lambda: status(broker.port).get("problems") == wanted)
             other.close()
             until(lambda: status(broker.port).get("problems") == {})
+
+
+def test_frames_that_cannot_be_kept_are_in_the_status_and_stop_no_camera(board_bundle, broker, photos, tmp_path):
+    place = tmp_path / "frames"
+    place.write_text("a file")
+    config = configuration(board_bundle, broker.port, photos, repeat=True, paradigm="device")
+    with Running(msgspec.structs.replace(config, kept_frames=KeptFramesConfig(str(place), 0.0, 2))) as board:
+        camera = board.next("new").camera
+        wanted = {"kept_frames": f"{place} takes no frames: Not a directory"}
+        until(lambda: status(broker.port).get("problems") == wanted)
+        place.unlink()
+        until(lambda: status(broker.port).get("problems") == {})
+        until(lambda: len(list((place / camera).glob("*.jpg"))) == 2)
 
 
 def test_no_problem_is_forgotten_or_kept_when_two_parts_report_at_once(board_bundle):

@@ -213,6 +213,7 @@ def test_a_server_with_replicas_gets_the_threads_of_ray(written: Callable[..., P
         (BOARD, "mqtt", '[local]\nca_file = "ca.pem"\n', r"\[local\] ca_file = ca.pem: want an absolute path"),
         (BOARD, "mqtt", '[outbox]\nfile = "/srv/o.sqlite"\n', r"\[outbox\] file = /srv/o.sqlite: a service may write"),
         (BOARD, "mqtt", '[outbox]\nfile = "../o.sqlite"\n', r"\[outbox\] file = ../o.sqlite: a service may write"),
+        (BOARD, "mqtt", '[kept_frames]\nfolder = "/srv/f"\n', r"\[kept_frames\] folder = /srv/f: a service may write"),
         (SERVER, "cpu", '[questions]\ngate = "gate.q"\n', r"\[questions\] gate = gate.q: want an absolute path"),
         (OPENAI, "cpu", '[openai]\nmodel = "m"\nkey_file = "HOME/key"\n', r"\[openai\] key_file = .* does not see"),
         (

@@ -120,6 +120,7 @@ def check(path: Path) -> None:
     [
         ('[outbox]\nfile = "{0}/board.toml/outbox.sqlite"\n', "board.toml is a file, not a folder"),
         ('[outbox]\nfile = "{0}"\n', "is a folder: name a file in it"),
+        ('[kept_frames]\nfolder = "{0}/board.toml"\n', "board.toml is a file, not a folder"),
         ('[updates]\nfolder = "{0}/board.toml"\n', "board.toml is a file, not a folder"),
     ],
 )
@@ -133,6 +134,10 @@ def test_a_place_that_nobody_can_write_is_refused(
 @pytest.mark.parametrize(
     ("more", "warning"),
     [
+        (
+            '[kept_frames]\nfolder = "/proc/x"\n',
+            "folder in [kept_frames] = /proc/x: /proc is not writable for this user",
+        ),
         ('[outbox]\nfile = "/proc/x/outbox.sqlite"\n', "file in [outbox] = .*: /proc is not writable for this user"),
         ('[updates]\nfolder = "/proc/x"\n', "folder in [updates] = .*: /proc is not writable for this user"),
         ('[metrics]\nport = 1\nhost = "192.0.2.1"\n', "host in [metrics] = 192.0.2.1: Cannot assign"),

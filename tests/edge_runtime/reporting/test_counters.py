@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.app import Board
-from edge_runtime.config import BoardConfig, CameraConfig, RuntimeConfig
+from edge_runtime.config import BoardConfig, CameraConfig, KeptFramesConfig, RuntimeConfig
 from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.mqtt import MqttConfig
 from edge_runtime.reporting import BOARD, not_zero
@@ -17,10 +17,14 @@ NOT_EVERYWHERE = {"temperature_celsius", "throttled"}  # not every machine repor
 
 
 @pytest.fixture
-def board(board_bundle):
+def board(board_bundle, tmp_path):
     camera, frigate = CameraConfig("door", "frigate"), FrigateConfig(url="http://127.0.0.1:1")
     config = RuntimeConfig(
-        BoardConfig("b1", str(board_bundle.path)), (camera,), local=MqttConfig(port=1), frigate=frigate
+        BoardConfig("b1", str(board_bundle.path)),
+        (camera,),
+        local=MqttConfig(port=1),
+        kept_frames=KeptFramesConfig(str(tmp_path)),
+        frigate=frigate,
     )
     board = Board(config)
     yield board
