@@ -52,7 +52,7 @@ from edge_runtime.wire.event import PARADIGMS, AnsweredBy, Event, Rate, Reuse
 logger = logging.getLogger(__name__)
 
 REUSED = (  # fields of an earlier event that hold for the new one too
-    *("text", "tokens", "answered_by", "label", "scores", "confidence", "unsure", "answers"),
+    *("text", "tokens", "answered_by", "label", "scores", "confidence", "unsure", "cut", "answers"),
     *("object", "schema", "valid", "seed"),
 )
 MAX_SENT_PICTURE = MAX_ENVELOPE - 1024  # bytes, beside the other fields of a request; a larger picture is made smaller

@@ -177,7 +177,9 @@ class Engine:
                 known = _evidence(features[i], shares, job)
                 asked = {name: question.answer(known) for name, question in job.questions.items()}
             counts = text.accepted, text.proposed, text.accepted_again, text.passes
-            answers.append(Answer(text.without_end, *counts, confidence, scores, asked, stages_ms=stages))
+            answers.append(
+                Answer(text.without_end, *counts, confidence, scores, asked, stages_ms=stages, is_cut=text.is_cut)
+            )
         return answers
 
     @torch.inference_mode()

@@ -269,6 +269,7 @@ class Service:
             passes=answer.passes,
             confidence=None if answer.confidence is None else min(answer.confidence, 1.0),
             unsure=answer.unsure,
+            is_cut=answer.is_cut,
             hops=(Hop(self.tier, self.config.id, queued_ms, compute_ms, stages_ms, answer.usage),),
             label=next(iter(answer.scores), None),
             scores=answer.scores or None,

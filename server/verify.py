@@ -40,12 +40,17 @@ class Text:
     @property
     def is_done(self) -> bool:
         """The text has ended, or is as long as it may be."""
-        return not self.ends.isdisjoint(self.tokens[-1:]) or len(self.tokens) >= self.limit
+        return self.is_cut or not self.ends.isdisjoint(self.tokens[-1:])
 
     @property
     def needs_proposals(self) -> bool:
         """There are no proposals left, or they have become unlikely."""
         return self.has_diverged or not self.rest
+
+    @property
+    def is_cut(self) -> bool:
+        """It is as long as it may be, and has not ended."""
+        return self.ends.isdisjoint(self.tokens[-1:]) and len(self.tokens) >= self.limit
 
     @property
     def without_end(self) -> tuple[int, ...]:

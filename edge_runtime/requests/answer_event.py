@@ -26,6 +26,7 @@ def answer_event(event: Event, reply: Reply, text: str) -> Event:
         scores=reply.scores or {},
         confidence=reply.confidence,
         unsure=reply.unsure,
+        cut=reply.is_cut,
         answers=reply.answers or {},
         object=decode_object(reply.text) if checked and checked.valid else None,
         schema=checked.schema if checked else "",

@@ -201,6 +201,7 @@ class Reply(Struct, array_like=True, frozen=True, kw_only=True):
     unsure: bool = False  # the confidence is below what is usually right
     is_reference: bool = False  # the first server of the hops keeps the symbols: later frames may be coded against them
     checked: CheckedObject | None = None  # None: the prompt wanted no JSON object
+    is_cut: bool = False  # the text ends because it may have no more tokens
 
     @property
     def token_ids(self) -> list[int]:

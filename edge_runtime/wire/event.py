@@ -203,6 +203,7 @@ class Event(Struct, frozen=True, omit_defaults=True, kw_only=True):
         ),
     ] = ""
     unsure: Annotated[bool, Meta(description="True: the confidence is below what is usually right.")] = False
+    cut: Annotated[bool, Meta(description="True: the server's text ends because it may have no more tokens.")] = False
     answers: Annotated[
         Answers, Meta(description="Answers to taught questions: question to class to probability, 0..1.")
     ] = {}

@@ -189,6 +189,7 @@ const REPLY = [
   ["unsure", false, bool],
   ["isReference", false, bool],
   ["checked", null, orNull(checked)],
+  ["isCut", false, bool],
 ];
 
 // ---- msgpack ----

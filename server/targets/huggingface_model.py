@@ -177,6 +177,7 @@ class HuggingFaceModel:
             text.passes,
             math.exp(row.log_probability / len(text.tokens)),
             text=self.drafts.text(text.without_end),
+            is_cut=text.is_cut,
         )
 
     def _failed(self, error: BaseException) -> Answer:

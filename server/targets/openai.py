@@ -180,6 +180,7 @@ class OpenAITarget(PromptedTarget):
             confidence=None,
             stages_ms={"call": 1e3 * (time.monotonic() - started)},
             usage=usage,
+            is_cut=completion.is_cut,
         )
 
     def _refused(self, error: CallError, job: PictureJob) -> Answer:

@@ -121,6 +121,7 @@ class Answer:
     unsure: bool = False  # the confidence is below what is usually right
     retry_after_ms: int | None = None  # with an error: another try may end otherwise, after this time. None: it may not
     usage: Usage | None = None  # what it cost at somebody else's server
+    is_cut: bool = False  # it ends because it may have no more tokens
     checked: CheckedObject | None = None  # with a prompt that wants a JSON object: whether the text is one
 
 

@@ -333,14 +333,15 @@ class VllmTarget(OpenAITarget):
         read = Answer(text=text, accepted=accepted, proposed=len(found.tokens), confidence=None, usage=usage)
         has_ended = accepted == len(found.tokens) and completion.ends_here
         if has_ended or accepted == limit:
-            return replace(read, passes=1, stages_ms={"passes": 1e3 * (time.monotonic() - started)})
+            took_ms = 1e3 * (time.monotonic() - started)
+            return replace(read, passes=1, stages_ms={"passes": took_ms}, is_cut=accepted == limit)
         if not accepted:
             answer = self._plain(asked, prompt, job)
         else:
             answer = self._continued(asked, prompt, job, text, found.tokens[:accepted], limit)
         if answer.error:
             return answer
-        total = replace(read, text=answer.text, usage=added(usage, answer.usage))
+        total = replace(read, text=answer.text, usage=added(usage, answer.usage), is_cut=answer.is_cut)
         return _with_passes(total, answer.usage, 1e3 * (time.monotonic() - started), before=1)
 
     def _read_draft(

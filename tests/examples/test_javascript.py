@@ -54,6 +54,7 @@ def as_read(reply: Reply) -> dict[str, Any]:
         "hops": hops,
         "retryAfterMs": reply.retry_after_ms,
         "isReference": reply.is_reference,
+        "isCut": reply.is_cut,
         "checked": reply.checked and {"schema": reply.checked.schema, "valid": reply.checked.valid},
     }
 

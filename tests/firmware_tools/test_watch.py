@@ -50,6 +50,7 @@ def test_an_update_that_is_not_final_says_so_and_the_reason_is_not_repeated():
     assert line("b1", update).endswith("update  a dog runs  [for now, edge, 412 B, 60 ms]")
     assert line("b1", msgspec.structs.replace(update, final=True)).endswith("[edge, 412 B, 60 ms]")
     assert line("b1", msgspec.structs.replace(update, final=True, unsure=True)).endswith("[edge, unsure, 412 B, 60 ms]")
+    assert line("b1", msgspec.structs.replace(update, final=True, cut=True)).endswith("[edge, cut, 412 B, 60 ms]")
 
 
 @pytest.mark.parametrize(("text", "shown"), [("", "(no text)"), ("a dog runs", "a dog runs")])

@@ -175,6 +175,7 @@ def test_a_shorter_limit_cuts_the_same_text(engine: Engine, alone: dict[str, lis
     for draft in ((), alone["cloud"][3].tokens):
         answer = engine.answer([Job(SYMBOLS[3], draft=draft, tier="cloud", max_tokens=limit)])[0]
         assert answer.tokens == alone["cloud"][3].tokens[:limit]
+        assert answer.is_cut is (len(answer.tokens) == min(limit, MAX_TOKENS))  # with an end, it has one token less
 
 
 def test_the_tail_is_told_the_level_and_what_has_arrived(engine: Engine, alone: dict[str, list[Answer]]) -> None:

@@ -207,6 +207,7 @@ def test_a_reply_becomes_a_final_update_with_all_that_it_says(board, server):
         scores={"dog": 0.75},
         confidence=0.25,
         unsure=True,
+        is_cut=True,
         answers={"door": {"open": 0.75, "shut": 0.25}},
     )
     event = board.next_event()
@@ -215,7 +216,7 @@ def test_a_reply_becomes_a_final_update_with_all_that_it_says(board, server):
     assert event.answered_by is not None
     assert (event.answered_by.tier, event.answered_by.server) == ("cloud", "s1")
     assert (event.accepted, event.proposed, event.label, event.scores) == (1, 3, "dog", {"dog": 0.75})
-    assert (event.confidence, event.unsure) == (0.25, True)
+    assert (event.confidence, event.unsure, event.cut) == (0.25, True, True)
     assert event.answers == {"door": {"open": 0.75, "shut": 0.25}}
     assert event.hops[0].stages_ms == {"tail": 0.5}
     assert event.bytes_up == len(encode_request(request))

@@ -191,7 +191,8 @@ def test_any_draft_gives_the_text_of_none(llama: HuggingFaceModel, data) -> None
     near = [data.draw(st.sampled_from((word, word, word, "dog", ""))) for word in own.text.split()]
     draft = data.draw(st.one_of(st.just(" ".join(near)), st.lists(st.sampled_from(WORDS)).map(" ".join), st.text()))
     answer = llama.answer([replace(job, draft=draft)])[0]
-    assert (answer.error, answer.tokens) == ("", own.tokens)
+    assert (answer.error, answer.tokens, answer.is_cut) == ("", own.tokens, own.is_cut)
+    assert own.is_cut is (len(own.tokens) == job.max_tokens)
     assert answer.passes <= own.passes
 
 

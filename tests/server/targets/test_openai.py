@@ -120,9 +120,9 @@ def test_answers_that_max_tokens_cut_are_counted_and_told_ever_more_seldom(
     other: ChatServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = target_of(other)
-    target.answer([job()])
+    assert not target.answer([job()])[0].is_cut
     other.finish_reason = "length"
-    assert {answer.text for answer in target.answer([job()] * 9)} == {text_of(b"picture")}
+    assert {(answer.text, answer.is_cut) for answer in target.answer([job()] * 9)} == {(text_of(b"picture"), True)}
     assert calls(target) == {"answered": 10, "cut": 9}
     told = [record.message for record in caplog.records if "answers are cut" in record.message]
     assert [line.rpartition("=")[2] for line in told] == ["1", "2", "4", "8"]
