@@ -21,7 +21,9 @@ def run(args: argparse.Namespace) -> int:
     from edge_runtime.shutdown import stop_when_told
     from server.app import check, load_target, run_server
     from server.config import Config, RayConfig
+    from server.freed_memory import use_one_heap
 
+    use_one_heap()  # torch has threads from the first network on
     config = load_toml(args.config, Config, "server")
     if args.engine:
         config = replace(config, ray=(config.ray or RayConfig()) if args.engine == "ray" else None)

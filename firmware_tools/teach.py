@@ -104,7 +104,13 @@ def _sort(args: argparse.Namespace) -> None:
         raise AiflowError(
             "--from-events wants --classes, such as open,closed, and one folder for --images to sort into"
         )
-    with LabelServer(Labels(args.from_events, args.classes, args.images[0])) as server:
+    try:
+        labels = Labels(args.from_events, args.classes, args.images[0])
+    except OSError as error:
+        raise AiflowError(
+            f"{args.from_events} cannot be read: {error.strerror}: copy it, or run as its owner"
+        ) from error
+    with LabelServer(labels) as server:
         print(f"sort the frames in a browser on this machine: {server.address}", flush=True)
         server.serve_until_done()
 

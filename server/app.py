@@ -20,7 +20,6 @@ from edge_runtime.reporting.metrics import exported
 from edge_runtime.sd_notify import Notifier
 from server.config import Config, ServerConfig
 from server.counters import SERVER, values
-from server.freed_memory import use_one_heap
 from server.gateway import Gateway
 from server.reply_cache import MAX_AGE_S, ReplyCache
 from server.service import Service
@@ -121,7 +120,6 @@ def run_server(
     """
     settings, server, notifier = config.mqtt_settings(), config.server, notifier or Notifier()
     sys.setswitchinterval(SWITCH_S)
-    use_one_heap()
     target, on_questions = loaded or load_target(config)
     upstream, bounds = None, None
     if config.upstream:

@@ -3,6 +3,7 @@
 docs/CONFIGURATION.md lists every key with its default and its range; a test compares it with this file.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from math import ceil
@@ -11,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from edge_runtime.config.camera_source import KEYS, check_source_keys, kind_of
+from edge_runtime.config.camera_source import KEYS, WATCH, check_source_keys, kind_of
 from edge_runtime.config.conditions import LABEL, MAX_CONDITION, parse_condition
 from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.config.toml_file import MAX_SHOWN
@@ -372,6 +373,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 raise ConfigError(f"two cameras have the same {what} among {', '.join(values)}: give each its own")
         self._check_frigate()
         self._check_pictures_stay()
+        self._check_kept_frames()
         for camera in self.cameras:
             if camera.prompt and camera.unlike_prompts:
                 raise ConfigError(
@@ -405,6 +407,22 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 "[homeassistant] has images = true, but [policy] has may_offload = false: pictures may not leave this "
                 "board; set one of them differently"
             )
+
+    def _check_kept_frames(self) -> None:
+        """No camera reads what is kept: each frame would become another one. Raises ConfigError."""
+        if self.kept_frames is None:
+            return
+        for reader in self.cameras:
+            if kind_of(reader.source) not in ("watch", "pictures"):
+                continue
+            read = os.path.realpath(os.path.expanduser(reader.source.removeprefix(WATCH)))
+            for camera in self.cameras:
+                kept = os.path.realpath(os.path.join(self.kept_frames.folder, camera.name))
+                if os.path.commonpath([kept, read]) == read:
+                    raise ConfigError(
+                        f"[kept_frames] keeps frames in {kept}, which camera {reader.name} reads, so each would become "
+                        "another one: want another folder in [kept_frames]"
+                    )
 
     def _check_no_head_is_needed(self) -> None:
         """A board that offloads loads none. Raises ConfigError."""

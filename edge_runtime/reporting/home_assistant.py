@@ -22,7 +22,7 @@ MAX_STATE = 255  # characters of a state in Home Assistant
 MAX_PROMPT_NAME = 32  # characters
 CAMERA_STATES = ("starting", "waiting", "live", "stalled", "frozen", "lost", "ended", "off")
 CAPTION_FIELDS = {"text": templates.shown("text")} | templates.fields(
-    "camera", "frame", "captured", final="false", confidence="none", unsure="false", answered_by="none"
+    "camera", "frame", "captured", final="false", confidence="none", unsure="false", cut="false", answered_by="none"
 )
 EVENT_FIELDS = (
     {"event_type": "value_json.type", "label": f"{templates.shown('label')} or none"}

@@ -6,9 +6,10 @@
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,18 @@ logger = logging.getLogger(__name__)
 
 MAX_SIDE = 1280  # pixels
 QUALITY = 90  # of a JPEG
+MIN_FREE = 200 << 20  # bytes of the disk that stay free: outbox and updates need them more
 OWN_NAME = re.compile(r"\d{8}T\d{9}Z\.jpg")  # other files in the folder are never removed
+MILLISECOND = timedelta(milliseconds=1)
 
 
 class KeptFrames:
     """For the thread that handles frames, except `counts`, which is for any."""
 
     def __init__(self, config: KeptFramesConfig, on_trouble: Callable[[str], None]) -> None:
-        """on_trouble: called with why no frame can be kept, and with "" when they can again."""
-        self._config, self._on_trouble, self._trouble = config, on_trouble, ""
+        """on_trouble: called with why frames of a camera cannot be kept, and with "" when all can again."""
+        self._config, self._on_trouble = config, on_trouble
+        self._troubles: dict[str, str] = {}  # by camera
         self._due: dict[str, float] = {}  # by camera, time.monotonic()
         self._names: dict[str, dict[str, None]] = {}  # by camera: of its files, the oldest first
         self._counts = {"kept": 0, "failed": 0}
@@ -37,48 +41,57 @@ class KeptFrames:
     def keep(self, camera: str, pixels: np.ndarray, captured_unix: float) -> None:
         """A frame that was handled, uint8 RGB [H, W, 3], is written if its camera's interval is over.
 
-        captured_unix: seconds. A file is whole or not there.
+        captured_unix: seconds. Files are not synced: after a power cut, the newest ones may be empty.
         """
         now = time.monotonic()
         if now < self._due.get(camera, now):
             return
         self._due[camera] = now + self._config.every_s
-        captured = datetime.fromtimestamp(captured_unix, timezone.utc)
-        name = f"{captured:%Y%m%dT%H%M%S}{captured.microsecond // 1000:03}Z.jpg"
+        folder = Path(self._config.folder) / camera
         try:
-            self._write(camera, name, to_jpeg(shrunk(pixels, MAX_SIDE), QUALITY))
+            self._write(camera, folder, pixels, datetime.fromtimestamp(captured_unix, timezone.utc))
         except OSError as error:
             self._counts["failed"] += 1
             self._names.pop(camera, None)  # the folder may be another one when it works again
-            self._tell(f"{self._config.folder} takes no frames: {error.strerror or error}")
+            self._tell(camera, f"{folder} takes no frames: {error.strerror or error}")
         else:
             self._counts["kept"] += 1
-            self._tell("")
+            self._tell(camera, "")
 
     def counts(self) -> Values:
         return {"frames_kept": dict(self._counts)}
 
-    def _write(self, camera: str, name: str, jpeg: bytes) -> None:
+    def _write(self, camera: str, folder: Path, pixels: np.ndarray, captured: datetime) -> None:
         """Raises OSError."""
-        folder = Path(self._config.folder) / camera
-        names = self._names.get(camera)
-        if names is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            found = sorted(each for each in os.listdir(folder) if OWN_NAME.fullmatch(each))
+        if (names := self._names.get(camera)) is None:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = sorted(name for name in os.listdir(folder) if OWN_NAME.fullmatch(name))
             names = self._names[camera] = dict.fromkeys(found)
+        if shutil.disk_usage(folder).free < MIN_FREE:
+            raise OSError(f"less than {MIN_FREE >> 20} MB are free")
+        while (name := _name(captured)) in names:  # files of a watched folder may have one time
+            captured += MILLISECOND
         partial = folder / ".new"
-        partial.write_bytes(jpeg)
+        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(to_jpeg(shrunk(pixels, MAX_SIDE), QUALITY))
         os.replace(partial, folder / name)
-        names.pop(name, None)
         names[name] = None
         while len(names) > self._config.max_files:
             oldest = next(iter(names))
             (folder / oldest).unlink(missing_ok=True)
             del names[oldest]
 
-    def _tell(self, trouble: str) -> None:
-        if trouble != self._trouble:
-            self._trouble = trouble
-            if trouble:
-                logger.warning("%s", trouble)
-            self._on_trouble(trouble)
+    def _tell(self, camera: str, trouble: str) -> None:
+        before = self._troubles.get(camera, "")
+        if trouble == before:
+            return
+        if trouble:
+            logger.warning("%s", trouble)
+            self._troubles[camera] = trouble
+        else:
+            del self._troubles[camera]
+        self._on_trouble(next(iter(self._troubles.values()), ""))
+
+
+def _name(captured: datetime) -> str:
+    return f"{captured:%Y%m%dT%H%M%S}{captured.microsecond // 1000:03}Z.jpg"

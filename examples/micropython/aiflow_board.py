@@ -170,6 +170,7 @@ FIELDS = (
     (16, "final", True, lambda v: isinstance(v, bool)),
     (17, "answers", None, lambda v: v is None or _is_map(v, 16, _are_shares)),
     (18, "unsure", False, lambda v: isinstance(v, bool)),
+    (21, "is_cut", False, lambda v: isinstance(v, bool)),
 )
 
 
@@ -301,6 +302,7 @@ class Board:
             return  # it has ended, or has an answer already
         if status == OK:
             answer = {name: reply[name] for name in ("text", "label", "scores", "confidence", "answers", "unsure")}
+            answer["cut"] = reply["is_cut"]
             answer["answered_by"] = {"tier": TIERS[reply["tier"]], "server": reply["server"]}
             asked["answer"], asked["send_at"] = answer, asked["deadline"]
             self._tell(reply["final"])

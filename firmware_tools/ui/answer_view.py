@@ -17,7 +17,8 @@ def show_answer(camera: CameraRow, event: Event, draft: str, now: float) -> None
     camera.at, camera.frame, camera.type, camera.is_final = now, shown(event.frame), event.type, event.final
     camera.captured = event.captured.isoformat()
     camera.draft, camera.text = _runs(draft, text), _runs(text, draft or text)
-    camera.by, camera.confidence, camera.is_unsure = shown(answered_by(event)), event.confidence, event.unsure
+    camera.by, camera.confidence = shown(answered_by(event)), event.confidence
+    camera.is_unsure, camera.is_cut = event.unsure, event.cut
     camera.label = shown(event.label or "")
     camera.scores = [(shown(name), share) for name, share in list(event.scores.items())[:MAX_LABELS]]
     camera.answers = [(shown(question), *_likeliest(shares)) for question, shares in event.answers.items() if shares]

@@ -50,6 +50,7 @@ class CameraRow(Struct):
     by: str = ""
     confidence: float | None = None
     is_unsure: bool = False
+    is_cut: bool = False
     label: str = ""  # the likeliest
     scores: list[tuple[str, float]] = []  # the likeliest labels and their probabilities
     answers: list[tuple[str, str, float]] = []  # taught question, its likeliest class, probability

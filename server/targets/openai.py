@@ -170,8 +170,8 @@ class OpenAITarget(PromptedTarget):
         return self._ask(self._body(asked, job), job)
 
     def _answer_of(self, completion: chat.Completion, usage: Usage | None, started: float) -> Answer:
-        if completion.is_cut and is_told(count := self.calls.count("cut")):
-            logger.warning("answers are cut at max_tokens target=%s count=%d", self._url, count)
+        if completion.is_cut:
+            self._count_cut()
         accepted, rejected = completion.prediction
         return Answer(
             text=completion.text.strip(),
@@ -182,6 +182,10 @@ class OpenAITarget(PromptedTarget):
             usage=usage,
             is_cut=completion.is_cut,
         )
+
+    def _count_cut(self) -> None:
+        if is_told(count := self.calls.count("cut")):
+            logger.warning("answers are cut at max_tokens target=%s count=%d", self._url, count)
 
     def _refused(self, error: CallError, job: PictureJob) -> Answer:
         """The answer after a failure that no further try can mend."""

@@ -114,7 +114,7 @@ class PromptedTarget(Target[PictureJob]):
             stages_ms = {**first.stages_ms, "repair": 1e3 * (time.monotonic() - started)}
             raw = replace(raw, stages_ms=stages_ms, usage=added(first.usage, second.usage))
             try:
-                return _as_object(replace(raw, text=second.text), schema)
+                return _as_object(replace(raw, text=second.text, is_cut=second.is_cut), schema)
             except AnswerError:
                 pass
         self._count("invalid")

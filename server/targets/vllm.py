@@ -333,6 +333,8 @@ class VllmTarget(OpenAITarget):
         read = Answer(text=text, accepted=accepted, proposed=len(found.tokens), confidence=None, usage=usage)
         has_ended = accepted == len(found.tokens) and completion.ends_here
         if has_ended or accepted == limit:
+            if accepted == limit:
+                self._count_cut()
             took_ms = 1e3 * (time.monotonic() - started)
             return replace(read, passes=1, stages_ms={"passes": took_ms}, is_cut=accepted == limit)
         if not accepted:

@@ -359,7 +359,7 @@ def test_frames_that_cannot_be_kept_are_in_the_status_and_stop_no_camera(board_b
     config = configuration(board_bundle, broker.port, photos, repeat=True, paradigm="device")
     with Running(msgspec.structs.replace(config, kept_frames=KeptFramesConfig(str(place), 0.0, 2))) as board:
         camera = board.next("new").camera
-        wanted = {"kept_frames": f"{place} takes no frames: Not a directory"}
+        wanted = {"kept_frames": f"{place / camera} takes no frames: Not a directory"}
         until(lambda: status(broker.port).get("problems") == wanted)
         place.unlink()
         until(lambda: status(broker.port).get("problems") == {})

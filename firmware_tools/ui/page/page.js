@@ -113,7 +113,7 @@ function showBoard(row) {
 function showCamera(parts, board, camera) {
   const state = camera.state && camera.state !== "live" ? camera.state : "";
   setText(parts.where, joined(camera.name, state, camera.at && clock(camera.at), camera.type === "lost" && "lost",
-    camera.is_unsure && "unsure", camera.at && !camera.is_final && "not final"));
+    camera.is_unsure && "unsure", camera.is_cut && "cut", camera.at && !camera.is_final && "not final"));
   setRuns(parts.text, "", camera.text, "ins");
   if (camera.draft.length) setRuns(parts.draft, "draft: ", camera.draft, "del"); else setText(parts.draft, "");
   setText(parts.waiting, camera.waiting && `now, not verified yet: ${camera.waiting}`);

@@ -255,6 +255,17 @@ def test_two_cameras_of_one_name_are_refused(tmp_path):
         load(tmp_path, BOARD + 2 * CAMERA)
 
 
+@pytest.mark.parametrize("source", ["watch:{0}", "watch:{0}/kept", "watch:{0}/kept/door", "{0}/kept", "watch:{0}/link"])
+def test_a_camera_that_would_read_kept_frames_is_refused(tmp_path, source):
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    camera = f'[[cameras]]\nname = "door"\nsource = "{source.format(tmp_path)}"\n'
+    table = f'[kept_frames]\nfolder = "{tmp_path}/kept"\n'
+    with pytest.raises(ConfigError, match=r"keeps frames in .*/kept/door, which camera door reads"):
+        load(tmp_path, BOARD + camera + table)
+    for other in ("kept/uploads", "kept/door/uploads", "keptdoor"):
+        load(tmp_path, BOARD + camera.replace(source.format(tmp_path), f"watch:{tmp_path}/{other}") + table)
+
+
 @pytest.mark.parametrize(
     "text", ["[board\n", b"\xff\xfe", "x = " + "[" * 100_000], ids=["syntax", "encoding", "nesting"]
 )

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 
 from edge_runtime.config import KeptFramesConfig
 from edge_runtime.picture_checks import decode_picture
+from edge_runtime.reporting import kept_frames
 from edge_runtime.reporting.kept_frames import MAX_SIDE, KeptFrames
 from firmware_tools.label_page import Labels
 
@@ -79,7 +81,7 @@ def test_a_folder_that_takes_no_file_is_told_once_and_its_end_too(tmp_path: Path
     frames, told = kept(place)
     frames.keep(*frame(0))
     frames.keep(*frame(1))
-    assert told == [f"{place} takes no frames: Not a directory"]
+    assert told == [f"{place / 'gate'} takes no frames: Not a directory"]
     place.unlink()
     frames.keep(*frame(2))
     assert told[1:] == [""]
@@ -95,3 +97,40 @@ def test_a_folder_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
     frames.keep(*frame(2))
     assert names(tmp_path / "gate") == ["19700101T000002000Z.jpg"]
     assert [bool(text) for text in told] == [True, False]
+
+
+def test_each_camera_has_its_own_trouble_and_the_last_one_to_end_ends_it(tmp_path: Path) -> None:
+    for name in ("gate", "hall"):
+        (tmp_path / name).write_text("a file")
+    frames, told = kept(tmp_path)
+    for second in range(3):
+        for camera in ("gate", "hall", "yard"):
+            frames.keep(*frame(second, camera=camera))
+    gate, hall = (f"{tmp_path / name} takes no frames: File exists" for name in ("gate", "hall"))
+    assert told == [gate, gate]
+    for name in ("gate", "hall"):
+        (tmp_path / name).unlink()
+        frames.keep(*frame(9, camera=name))
+    assert told[2:] == [hall, ""]
+
+
+def test_frames_of_one_time_are_all_kept(tmp_path: Path) -> None:
+    frames, _ = kept(tmp_path)
+    for _ in range(3):
+        frames.keep(*frame(1.0))
+    assert names(tmp_path / "gate") == [f"19700101T00000100{number}Z.jpg" for number in range(3)]
+
+
+def test_a_disk_that_is_nearly_full_takes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_frames, "MIN_FREE", 1 << 60)
+    frames, told = kept(tmp_path)
+    frames.keep(*frame(0))
+    assert told == [f"{tmp_path / 'gate'} takes no frames: less than {1 << 40} MB are free"]
+    assert names(tmp_path / "gate") == []
+
+
+def test_only_their_owner_can_read_them(tmp_path: Path) -> None:
+    frames, _ = kept(tmp_path / "frames")
+    frames.keep(*frame(0))
+    (file,) = (tmp_path / "frames" / "gate").iterdir()
+    assert [path.stat().st_mode & 0o777 for path in (file, file.parent)] == [0o600, 0o700]

@@ -111,6 +111,17 @@ def test_one_call_more_repairs_an_answer_and_both_count(other: ChatServer, wrong
     assert ("people" in told["content"]) == (wrong == BAD)
 
 
+@pytest.mark.parametrize(("first", "second"), [("length", "stop"), ("stop", "length")])
+def test_a_repaired_answer_says_if_the_repair_was_cut(other: ChatServer, first: str, second: str) -> None:
+    def say(asked: Asked) -> str:
+        other.finish_reason = second if is_repair(asked) else first
+        return GOOD if is_repair(asked) else "{"
+
+    other.say = say
+    (answer,) = target_of(other).answer([job()])
+    assert (answer.text, answer.is_cut) == (GOOD, second == "length")
+
+
 def test_an_answer_that_stays_wrong_is_the_first_text_and_invalid(other: ChatServer) -> None:
     other.say = lambda asked: "still wrong" if is_repair(asked) else BAD
     target = target_of(other)

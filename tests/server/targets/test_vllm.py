@@ -106,6 +106,7 @@ def test_a_text_is_the_servers_own_whatever_the_draft(
 def test_a_limit_cuts_a_text_where_it_would_without_a_draft(target: Target, draft: str, limit: int) -> None:
     answer, alone = target.answer([job(draft, max_tokens=limit), job(max_tokens=limit)])
     assert (answer.text, answer.is_cut) == (alone.text, alone.is_cut)
+    assert calls(target).get("cut", 0) == 2 * answer.is_cut
 
 
 def test_a_vocabulary_that_spells_words_without_their_spaces_is_read(vllm: VllmServer, target: Target) -> None:
