@@ -18,7 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge_runtime.app import run_board
-from edge_runtime.config import BoardConfig, CameraConfig, MetricsConfig, RuntimeConfig
+from edge_runtime.config import BoardConfig, CameraConfig, KeptFramesConfig, MetricsConfig, RuntimeConfig
 from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.mqtt import MqttConfig
@@ -95,6 +95,7 @@ def exposed(board_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> I
             mqtt,
             near,
             metrics=MetricsConfig(ports["board"]),
+            kept_frames=KeptFramesConfig(str(folder / "kept")),
             frigate=FrigateConfig(url="http://127.0.0.1:1"),
         )
         threads = [
