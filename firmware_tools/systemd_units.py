@@ -125,9 +125,9 @@ def _board(path: Path, config: RuntimeConfig, aiflow: Path) -> Service:
     count = len(config.cameras)
     limits = {"memory_mb": BOARD_MB + CAMERA_MB * count, "tasks": BOARD_TASKS + CAMERA_TASKS * count}
     unit = _unit("board", path, aiflow, BOARD_STOP_S, devices, files, **limits)
-    writes = [*_named("outbox", config.outbox, "file"), *_named("updates", config.updates, "folder")]
-    writes += _named("kept_frames", config.kept_frames, "folder")
-    return Service("board", path, unit, (*files, *sources), tuple(writes))
+    folders = (*_named("updates", config.updates, "folder"), *_named("kept_frames", config.kept_frames, "folder"))
+    writes = (*_named("outbox", config.outbox, "file"), *folders)
+    return Service("board", path, unit, (*files, *sources), writes)
 
 
 def _server(path: Path, config: "Config", aiflow: Path) -> Service:

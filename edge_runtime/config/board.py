@@ -227,9 +227,9 @@ class UpdatesConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KeptFramesConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """Where frames are kept as files, for people who teach a question; a folder per camera."""
+    """Frames that the board keeps as files, so that people can teach a question with them."""
 
-    folder: str
+    folder: str  # with a folder for each camera
     every_s: Annotated[float, Meta(ge=0, le=86400)] = 60.0  # between two frames of a camera
     max_files: Annotated[int, Meta(ge=1, le=50_000)] = 500  # of a camera; then the oldest is removed
 

@@ -1,4 +1,4 @@
-"""Which frames a board keeps as files, how many, and what happens if it cannot."""
+"""A board keeps some frames as files: their names, their number, and faults of the disk."""
 
 import os
 from pathlib import Path
