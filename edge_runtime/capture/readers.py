@@ -17,9 +17,8 @@ from edge_runtime.capture.frame import CameraError, Counters, Frame
 from edge_runtime.capture.live import live_frames
 from edge_runtime.capture.picture_files import SUFFIXES, read_pictures
 from edge_runtime.capture.video_capture import DriverError, VideoCapture
-from edge_runtime.capture.watched_folder import folder_of
 from edge_runtime.config import CameraConfig
-from edge_runtime.config.camera_source import SCHEMES, kind_of, scheme_of
+from edge_runtime.config.camera_source import SCHEMES, kind_of, path_of, scheme_of
 from edge_runtime.logs import printable
 from edge_runtime.picture_checks import PictureError, decode_picture
 from edge_runtime.shutdown import DriverThread
@@ -143,7 +142,7 @@ def _ask_drive(path: Path) -> None:
 
 def _check_path(camera: CameraConfig) -> tuple[str, str]:
     kind = kind_of(camera.source)
-    path = folder_of(camera) if kind == "watch" else Path(camera.source)
+    path = Path(path_of(camera.source))
     try:
         _ask_drive(path)
         if path.is_file():

@@ -20,7 +20,7 @@ from edge_runtime.capture.frame import CameraError, Counters, Frame
 from edge_runtime.capture.picture_files import SUFFIXES
 from edge_runtime.capture.seen_files import SeenFiles, Version
 from edge_runtime.config import CameraConfig
-from edge_runtime.config.camera_source import WATCH
+from edge_runtime.config.camera_source import path_of
 from edge_runtime.logs import printable
 from edge_runtime.picture_checks import MAX_PICTURE_BYTES, PictureError, decode_picture
 
@@ -34,11 +34,6 @@ MAX_ENTRIES = 50_000  # files and folders; remembering them takes about 10 MB
 MAX_DEPTH = 8  # of folders in folders: cameras make one per day or hour
 
 MAX_LINES, MINUTE_S = 10, 60.0  # of the log, for unreadable files, in this time
-
-
-def folder_of(camera: CameraConfig) -> Path:
-    """The folder of a source `watch:FOLDER`. That of a user who is not here stays as it is written."""
-    return Path(os.path.expanduser(camera.source.removeprefix(WATCH)))
 
 
 class WatchedFolder:
@@ -56,7 +51,7 @@ class WatchedFolder:
         state: a folder for a file that remembers over a restart what has been read; None: nothing is remembered.
         """
         self._on_listed = on_listed
-        self._camera, self._counters, self.folder = camera, counters, folder_of(camera)
+        self._camera, self._counters, self.folder = camera, counters, Path(path_of(camera.source))
         # A camera whose folder is another one now has not seen it before.
         name = f"{camera.name}-{hashlib.blake2b(os.fsencode(self.folder), digest_size=8).hexdigest()}"
         self._seen = SeenFiles(state / name if state else None)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from edge_runtime.config.camera_source import KEYS, WATCH, check_source_keys, kind_of
+from edge_runtime.config.camera_source import KEYS, check_source_keys, kind_of, path_of
 from edge_runtime.config.conditions import LABEL, MAX_CONDITION, parse_condition
 from edge_runtime.config.frigate import FrigateConfig
 from edge_runtime.config.toml_file import MAX_SHOWN
@@ -415,7 +415,7 @@ class RuntimeConfig(Struct, frozen=True, forbid_unknown_fields=True):
         for reader in self.cameras:
             if kind_of(reader.source) not in ("watch", "pictures"):
                 continue
-            read = os.path.realpath(os.path.expanduser(reader.source.removeprefix(WATCH)))
+            read = os.path.realpath(path_of(reader.source))
             for camera in self.cameras:
                 kept = os.path.realpath(os.path.join(self.kept_frames.folder, camera.name))
                 if os.path.commonpath([kept, read]) == read:

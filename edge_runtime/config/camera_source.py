@@ -3,6 +3,7 @@
 edge_runtime/capture/ has a reader for each kind.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -51,6 +52,11 @@ def kind_of(source: str) -> Kind:
     if source.startswith("/dev/"):
         return "device"
     return "video" if source.lower().endswith(VIDEO_SUFFIXES) else "pictures"
+
+
+def path_of(source: str) -> str:
+    """The path of a source that is a file or a folder. "~" of a user who is not here stays as it is written."""
+    return os.path.expanduser(source.removeprefix(WATCH))
 
 
 def scheme_of(source: str) -> str:
