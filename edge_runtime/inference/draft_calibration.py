@@ -50,7 +50,8 @@ class Calibration:
         """
         if not isfinite(confidence):
             return 0.0
-        return float(np.interp(confidence, self._confidences, self._qualities))
+        quality = float(np.interp(confidence, self._confidences, self._qualities))
+        return min(quality, float(self._qualities[-1]))  # a slope between the smallest of floats may be infinite
 
     def min_confidence(self, quality_floor: float) -> float:
         """The least confidence whose predicted quality is above 0 and at least quality_floor; inf if there is none.

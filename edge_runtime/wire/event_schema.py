@@ -1,6 +1,7 @@
 """docs/event.schema.json, from the types in event.py: `python -m edge_runtime.wire.event_schema` prints it."""
 
 import sys
+from typing import Any
 
 import msgspec
 
@@ -28,7 +29,14 @@ def event_schema() -> bytes:
         "additionalProperties": True,
         "$defs": structs,
     }
-    return msgspec.json.format(msgspec.json.encode(schema)) + b"\n"
+    return msgspec.json.format(msgspec.json.encode(_with_sorted_enums(schema))) + b"\n"
+
+
+def _with_sorted_enums(schema: Any) -> Any:
+    """The same schema. The order in which msgspec writes an enum depends on its version."""
+    if isinstance(schema, dict):
+        return {key: sorted(each) if key == "enum" else _with_sorted_enums(each) for key, each in schema.items()}
+    return [_with_sorted_enums(each) for each in schema] if isinstance(schema, list) else schema
 
 
 if __name__ == "__main__":
