@@ -152,16 +152,17 @@ class Chain:
         return load_labels(self.bundle, self.head, self.backend, 1)
 
     def send(self, picture: Picture) -> Sent:
-        """Picture -> head -> draft -> envelope -> bytes -> envelope -> symbols. Raises EvaluationError."""
+        """Picture -> head -> labels -> draft -> envelope -> bytes -> envelope -> symbols. Raises EvaluationError."""
         pixels = to_input(decode_picture(picture.data))
         latent = self.head.latent(pixels)
-        drafted = self.draft.write(latent.symbols()) if self.draft else None
+        labels = self.labels_seen(latent)
+        drafted = self.draft.write(latent.symbols(), labels) if self.draft else None
         draft = drafted.tokens if drafted else ()
         if self.plan.paradigm == "device" or (drafted and self.plan.accepts(drafted.confidence)):
             return Sent(picture.name, 0, draft, latent.symbols(), draft_accepted=True)
         features = None if self.plan.paradigm == "offload" else self._features(picture, latent)
-        labels = self.labels_seen(latent) if features else ()
-        asked = build_request(self.bundle, bytes(8), self.plan, pixels, features, draft, labels=labels)
+        sent = labels if features else ()
+        asked = build_request(self.bundle, bytes(8), self.plan, pixels, features, draft, labels=sent)
         payload = wire.encode_request(asked)
         request = wire.decode_request(payload)
         draft = tuple(request.draft_ids)
@@ -172,11 +173,10 @@ class Chain:
         decoded = decode(request.content, self.bundle.tables)
         assert decoded.checked  # nothing on the way can have cut it
         level, channels = decoded.header.level, decoded.complete_channels
-        seen = request.seen_labels
-        return Sent(picture.name, len(payload), draft, decoded.symbols, level, channels, seen)
+        return Sent(picture.name, len(payload), draft, decoded.symbols, level, channels, request.seen_labels)
 
     def labels_seen(self, latent: Latent) -> list[tuple[int, float]]:
-        """Class and probability of the labels that the board sends with features."""
+        """Class and probability of the labels that the board tells its draft decoder, and sends with features."""
         if self.sends_labels and self.labels and latent.backbone_map is not None:
             return worth_sending(self.labels.likeliest(latent.backbone_map))
         return []

@@ -166,6 +166,7 @@ class Pipeline:
     def _device(self, work: FrameInProgress) -> Event:
         """The draft is the answer."""
         self._run_head(work)
+        self._find_labels(work)
         self._write_draft(work)
         return self._answer_on_device(work, work.plan.why)
 
@@ -241,9 +242,11 @@ class Pipeline:
 
     def _write_draft(self, work: FrameInProgress) -> None:
         if self.draft and work.latent:
-            sampling = work.plan.sampling
+            if self.sends_labels and self.draft.reads_labels:
+                self._find_labels(work)
+            sampling, labels = work.plan.sampling, worth_sending(work.labels or ())
             sampler = sampler_of(sampling, seed_of(sampling, work.request_id))
-            work.draft = self.draft.write(work.latent.symbols(), sampler)
+            work.draft = self.draft.write(work.latent.symbols(), labels, sampler)
             work.watch.lap("draft")
 
     def _find_labels(self, work: FrameInProgress) -> None:

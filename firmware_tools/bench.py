@@ -333,10 +333,18 @@ def measure_server(
     args: argparse.Namespace, bundle: Bundle, pixels: list[Any], latents: list[Any], symbols: Any, head_ms: float
 ) -> dict[str, Any]:
     """Measures a target. pixels, latents, symbols: of the same photos. head_ms: from the first to the second."""
-    from edge_runtime.inference.networks import load_draft
+    from edge_runtime.inference.choice import Setup
+    from edge_runtime.inference.labels import worth_sending
+    from edge_runtime.inference.networks import load_networks
 
-    draft = load_draft(bundle, args.backend, 1)
-    drafts, draft_ms = timed(lambda latent: draft.write(latent.symbols()).tokens, latents)
+    _, draft, labels = load_networks(bundle, Setup(args.backend, 1), has_labels=True)
+    assert draft
+
+    def draft_of(latent: Any) -> tuple[int, ...]:
+        seen = worth_sending(labels.likeliest(latent.backbone_map)) if labels else ()
+        return draft.write(latent.symbols(), seen).tokens
+
+    drafts, draft_ms = timed(draft_of, latents)
     if args.tier == "lm":
         from benchmarks import speculation
 

@@ -428,13 +428,15 @@ def gru_step(x: Tensor, h: Tensor, state: Tensor) -> Tensor:
 class DraftDecoder(nn.Module):
     """The board's text decoder: a gated recurrent unit (Cho et al., arXiv 1406.1078) with attention to the latent.
 
-    It has less than a million parameters: of a large vocabulary it knows the first words, which are the most frequent.
-    `encode_image` runs once per frame, then `step` once per token.
+    It has about a million parameters: of a large vocabulary it knows the first words, which are the most frequent. Its
+    first state tells it the labels that the board has seen, if there are any. `encode_image` and `first_state` run once
+    per frame, then `step` once per token.
     """
 
     never_emitted: Tensor
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, classes: int = 0) -> None:
+        """classes: of the labels that it knows; 0: it knows none."""
         super().__init__()
         self.image_conv = nn.Conv2d(LATENT[0], DRAFT_MEMORY, 3, padding=1)
         self.image_positions = nn.Parameter(torch.zeros(DRAFT_MEMORY, *LATENT[1:]))
@@ -444,6 +446,8 @@ class DraftDecoder(nn.Module):
         self.state_gates = nn.Linear(DRAFT_STATE, 3 * DRAFT_STATE)
         self.out = nn.Linear(DRAFT_STATE + DRAFT_MEMORY, DRAFT_EMBEDDING)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
+        self.labels = nn.Embedding(classes, DRAFT_STATE)
+        nn.init.normal_(self.labels.weight, std=0.3)
         nn.init.normal_(self.tokens.weight, std=0.1)
         banned = torch.zeros(vocabulary)
         banned[list(NEVER_EMITTED)] = -1e4  # finite, so that it can be part of the bias in the 8-bit export
@@ -454,24 +458,39 @@ class DraftDecoder(nn.Module):
         memory = F.relu(self.image_conv(symbols) + self.image_positions)
         return memory.flatten(2).transpose(1, 2)
 
-    def new_state(self, batch: int) -> Tensor:
-        """The state before the first token, zeros [B, 256]."""
-        return self.bias.new_zeros(batch, DRAFT_STATE)
+    def first_state(self, classes: Tensor, probabilities: Tensor) -> Tensor:
+        """Labels, class int64 and probability float, each [B, K], to the state before the first token, [B, 256].
+
+        A label that is missing has the probability 0. Without labels, the state is zero.
+        """
+        state: Tensor = (self.labels(classes) * probabilities[..., None]).sum(1)
+        return state
 
     def step(self, token: Tensor, state: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """token int64 [B], state [B, 256], memory [B, N, 128], to (logits [B, V], next state [B, 256])."""
+        hidden, state = self.read(token, state, memory)
+        return self.choose(hidden), state
+
+    def choose(self, hidden: Tensor) -> Tensor:
+        """Hidden [..., 128] to the logits of the next token [..., V]."""
+        return F.linear(hidden, self.tokens.weight, self.bias + self.never_emitted)
+
+    def read(self, token: Tensor, state: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """As `step`, but to (hidden [B, 128], next state)."""
         scores = memory @ self.query(state)[:, :, None] * (1.0 / math.sqrt(DRAFT_MEMORY))  # [B, N, 1]
         seen = (scores.softmax(1) * memory).sum(1)
         x = self.input_gates(torch.cat([self.tokens(token), seen], -1))
         h = self.state_gates(state)
         state = gru_step(x, h, state)
-        hidden = self.out(torch.cat([state, seen], -1))
-        return F.linear(hidden, self.tokens.weight, self.bias + self.never_emitted), state
+        hidden: Tensor = self.out(torch.cat([state, seen], -1))
+        return hidden, state
 
-    def forward(self, tokens: Tensor, memory: Tensor, dropout: float = 0.0) -> Tensor:
-        """Teacher forcing: tokens int64 [B, T] from BOS on, to logits [B, T, V]."""
-        drop, state, out = Dropout(dropout), self.new_state(len(tokens)), []
+    def forward(self, tokens: Tensor, memory: Tensor, state: Tensor, wanted: Tensor, dropout: float = 0.0) -> Tensor:
+        """Teacher forcing: tokens int64 [B, T] from BOS on, from the first state on. To the logits of what follows each
+        token where `wanted`, a mask [B, T], says so: [wanted.sum(), V].
+        """
+        drop, out = Dropout(dropout), []
         for t in range(tokens.shape[1]):
-            logits, state = self.step(tokens[:, t], state, drop(memory))
-            out.append(logits)
-        return torch.stack(out, 1)
+            hidden, state = self.read(tokens[:, t], state, drop(memory))
+            out.append(hidden)
+        return self.choose(torch.stack(out, 1)[wanted])

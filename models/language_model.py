@@ -178,10 +178,17 @@ EYES, CHANGES = "eyes.", "changes."
 
 
 def write_learnt(path: Path, weights: dict[str, Tensor], bundle: Bundle) -> None:
-    """Writes the state of a `Learnt` as float16. bundle: whose features it reads."""
+    """Writes the state of a `Learnt` as float16. bundle: whose features it reads, so any with the same tail will do."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: weight.to(torch.float16).contiguous() for name, weight in weights.items()}
-    save_file(tensors, path, {"bundle": bundle.id.hex(), "bundle_name": bundle.manifest.name, "base": SHA256})
+    save_file(tensors, path, {"tail": _tail(bundle), "bundle_name": bundle.manifest.name, "base": SHA256})
+
+
+def _tail(bundle: Bundle) -> str:
+    """The hash of its tail, in hex. Raises ConfigError."""
+    if (tail := bundle.manifest.files.get(bundle.manifest.tail)) is None:
+        raise ConfigError(f"bundle {bundle.manifest.name} has no tail, whose features the language model reads")
+    return tail.sha256
 
 
 def read_learnt(path: Path, bundle: Bundle) -> Stored:
@@ -193,10 +200,10 @@ def read_learnt(path: Path, bundle: Bundle) -> Stored:
             weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): {again}") from error
-    if (about.get("bundle"), about.get("base")) != (bundle.id.hex(), SHA256):
+    if (about.get("tail"), about.get("base")) != (_tail(bundle), SHA256):
         raise ConfigError(
-            f"{path} was trained for bundle {about.get('bundle_name')} {about.get('bundle')} and another language "
-            f"model or bundle than {bundle.manifest.name} {bundle.id.hex()}: want the bundle that it was trained for"
+            f"{path} was trained for bundle {about.get('bundle_name')}, and for another language model or another tail "
+            f"than that of {bundle.manifest.name} {bundle.id.hex()}: want the bundle that it was trained for"
         )
     for name, weight in weights.items():
         if not weight.isfinite().all():

@@ -33,10 +33,10 @@ def outputs(bundle: Bundle, backend: str, pictures: Iterator[Picture]) -> Iterat
     for picture in pictures:
         pixels = to_input(decode_picture(picture.data))
         latent = head.latent(pixels)
-        tokens = draft.write(latent.symbols()).tokens
         seen = (
             worth_sending(labels.likeliest(latent.backbone_map)) if labels and latent.backbone_map is not None else []
         )
+        tokens = draft.write(latent.symbols(), seen).tokens
         request = build_request(bundle, bytes(8), PLAN, pixels, features_of(latent, bundle), tokens, labels=seen)
         yield {
             "picture": picture.name,

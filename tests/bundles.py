@@ -11,6 +11,7 @@ from torch import nn
 
 from edge_runtime.inference.bundle import (
     BOS,
+    DRAFT_LABELS,
     INTER_TABLES,
     MANIFEST,
     SCHEMA,
@@ -24,7 +25,7 @@ from edge_runtime.inference.bundle import (
     open_bundle,
 )
 from edge_runtime.wire.tables import count_inter_tables, count_tables
-from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
+from models.export.draft_export import draft_labels, quantise_draft, write_draft_litert, write_draft_onnx
 from models.family import LATENT, Classifier, DecoderShape, Head, Tail, TextDecoder
 from models.lookahead import LookaheadNet, lookahead_file, tensors_of
 from tests import exports
@@ -62,6 +63,8 @@ def tiny_bundle(path: Path, classes: tuple[str, ...] = CLASSES, seed: int = 34, 
         for suffix, write in ((".onnx", write_draft_onnx), (".tflite", write_draft_litert)):
             encoder, step = write(int8_draft)
             files |= {f"draft_look{suffix}": encoder, f"draft_step{suffix}": step}
+        if classes == CLASSES:
+            files[DRAFT_LABELS] = draft_labels(exports.draft(VOCABULARY))
         for name, data in files.items():
             (path / name).write_bytes(data)
     for tier, sizes in SHAPES.items():

@@ -15,7 +15,7 @@ from models.export.draft_export import quantise_draft, write_draft_litert, write
 from models.export.litert_graph import write_litert
 from models.export.onnx_graph import write_onnx
 from models.export.quantise import Int8Network, quantise_with_labels
-from models.family import LATENT, DraftDecoder, Head
+from models.family import DRAFT_STATE, LATENT, DraftDecoder, Head
 
 VOCABULARY = 60
 CLASSES = {"cat": 281, "dog": 207, "horse": 339}  # to the index of a class of ImageNet: tabby, golden retriever, sorrel
@@ -72,7 +72,7 @@ def int8_networks() -> dict[str, Int8Network]:
 
 @cache
 def draft(vocabulary: int = VOCABULARY) -> DraftDecoder:
-    """A draft decoder whose texts depend on the latent; a few of them end early."""
+    """A draft decoder whose texts depend on the latent and on labels; a few of them end early."""
     torch.manual_seed(2)
     draft = DraftDecoder(vocabulary).eval()
     with torch.no_grad():
@@ -81,6 +81,8 @@ def draft(vocabulary: int = VOCABULARY) -> DraftDecoder:
         for layer in (draft.query, draft.input_gates, draft.state_gates, draft.out):
             layer.weight *= 3
         draft.bias[EOS] = 20.0
+    generator = torch.Generator().manual_seed(10)
+    draft.labels = torch.nn.Embedding.from_pretrained(torch.randn(len(CLASSES), DRAFT_STATE, generator=generator))
     return draft
 
 

@@ -17,6 +17,7 @@ from edge_runtime.disk import replace_file, sync
 from edge_runtime.errors import AiflowError
 from edge_runtime.firmware.signature import SIGNATURE, SignatureError, Statement, read_signature
 from edge_runtime.inference.bundle import (
+    DRAFT_LABELS,
     INTER_TABLES,
     MANIFEST,
     TABLES,
@@ -56,8 +57,9 @@ class Wanted:
 
 def board_files(manifest: Manifest, suffixes: Iterable[str]) -> list[str]:
     """The files that a board needs if it runs the networks of these suffixes; a server needs the others."""
+    suffixes = list(suffixes)
     networks = [f"{network}{s}" for s in suffixes for network in ("head", "draft_look", "draft_step")]
-    optional = [INTER_TABLES, *(f"labels{s}" for s in suffixes)]
+    optional = [INTER_TABLES, *(f"labels{s}" for s in suffixes), *([DRAFT_LABELS] if suffixes else [])]
     return [TABLES, VOCABULARY, *networks, *(name for name in optional if name in manifest.files)]
 
 

@@ -25,9 +25,11 @@ from edge_runtime.wire.tables import MAX_CHANNELS, MAX_SIDE, Tables
 SCHEMA = 1
 MANIFEST = "manifest.json"
 TABLES, INTER_TABLES, VOCABULARY = "tables.bin", "inter_tables.bin", "vocabulary.txt"
+DRAFT_LABELS = "draft_labels.bin"  # what each label adds to the draft decoder's first state: float16, little-endian
 SERVER_SUFFIX = ".safetensors"  # of PyTorch's weights: the server's part of a bundle, which a board may lack
 MAX_MANIFEST_BYTES = 256 * 1024  # the shipped one has 4 KB
 MAX_TABLES_BYTES = 8 << 20  # the shipped ones have 6 KB
+MAX_DRAFT_LABELS_BYTES = 64 << 20  # the shipped ones have 512 KB
 MAX_VOCABULARY_BYTES = 16 << 20  # for the largest vocabulary, 16 bytes per word
 MAX_WORD = 128  # characters
 CHUNK = 1 << 20  # bytes of a file in memory at once

@@ -1,9 +1,10 @@
-"""The draft decoder of the board: symbols to a draft text, one token after the other.
+"""The draft decoder of the board: symbols, and labels if there are any, to a draft text, one token after the other.
 
-Each is the most probable one, unless the text is sampled: then server and board choose with the same noise.
+Each token is the most probable one, unless the text is sampled: then server and board choose with the same noise.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +27,33 @@ class Drafted:
 class Draft:
     """A loaded draft decoder. Its encoder runs once per frame, its recurrent step once per token."""
 
-    def __init__(self, encoder: Model, step: Model, max_tokens: int) -> None:
-        self._encoder, self._step, self._max_tokens = encoder, step, max_tokens
+    def __init__(
+        self, encoder: Model, step: Model, max_tokens: int, labels: npt.NDArray[np.floating[Any]] | None = None
+    ) -> None:
+        """labels: what each label adds to the first state, [classes, STATE]; None: the decoder knows no labels."""
+        self._encoder, self._step, self._max_tokens, self._labels = encoder, step, max_tokens, labels
 
-    def write(self, symbols: npt.NDArray[Any], sampler: Sampler | None = None) -> Drafted:
+    @property
+    def reads_labels(self) -> bool:
+        """Labels make its texts better."""
+        return self._labels is not None
+
+    def write(
+        self,
+        symbols: npt.NDArray[Any],
+        labels: Iterable[tuple[int, float]] = (),
+        sampler: Sampler | None = None,
+    ) -> Drafted:
         """Symbols [64, 7, 7] to a draft that ends with EOS or after max_tokens. Raises BackendError.
 
-        sampler: chooses the tokens; None: the most probable ones. EOS takes the place of its other end tokens.
+        labels: class and probability of those that the board has seen; a decoder that knows none ignores them. sampler:
+        chooses the tokens; None: the most probable ones. EOS takes the place of its other end tokens.
         """
         [memory] = _outputs(self._encoder, 1, symbols[None].astype(np.float32))
         state = np.zeros((1, STATE), np.float32)
+        if self._labels is not None:
+            for number, probability in labels:
+                state += np.float32(probability) * self._labels[number].astype(np.float32)
         tokens: list[int] = []
         log_probability = 0.0
         while len(tokens) < self._max_tokens:

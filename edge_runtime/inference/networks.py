@@ -6,11 +6,12 @@ from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_runtime.inference.backends import SUFFIXES, BackendError, load_model
-from edge_runtime.inference.bundle import Bundle
+from edge_runtime.inference.bundle import DRAFT_LABELS, MAX_DRAFT_LABELS_BYTES, Bundle, BundleError
 from edge_runtime.inference.choice import Setup
-from edge_runtime.inference.draft import Draft
+from edge_runtime.inference.draft import STATE, Draft
 from edge_runtime.inference.head import Head
 from edge_runtime.inference.labels import Labels
 from edge_runtime.inference.preprocess import PIXELS
@@ -48,12 +49,28 @@ def load_draft(bundle: Bundle, backend: str, threads: int) -> Draft:
     Raises BundleError, BackendError.
     """
     encoder, step = (load_model(bundle.file(f"draft_{part}{SUFFIXES[backend]}"), threads) for part in ("look", "step"))
-    draft, latent = Draft(encoder, step, bundle.manifest.max_tokens), bundle.manifest.latent
+    latent, labels = bundle.manifest.latent, _draft_labels(bundle)
+    draft = Draft(encoder, step, bundle.manifest.max_tokens, labels)
     with np.errstate(invalid="ignore"):  # the difference of two infinite logits
         tried = draft.write(np.zeros((latent.channels, latent.height, latent.width), np.int8))
     if not isfinite(tried.confidence):
         raise BackendError(f"the draft decoder of {bundle.path} computes no finite numbers: install another bundle")
     return draft
+
+
+def _draft_labels(bundle: Bundle) -> npt.NDArray[np.float16] | None:
+    """What each label adds to the draft decoder's first state, [classes, STATE]. None: it knows no labels."""
+    if DRAFT_LABELS not in bundle.manifest.files:
+        return None
+    data, classes = bundle.read(DRAFT_LABELS, MAX_DRAFT_LABELS_BYTES), len(bundle.manifest.classes)
+    if len(data) != (wanted := 2 * STATE * classes):
+        raise BundleError(
+            f"{bundle.path / DRAFT_LABELS} has {len(data)} bytes, {classes} classes want {wanted}: build it again"
+        )
+    labels = np.frombuffer(data, "<f2").reshape(classes, STATE)
+    if not np.isfinite(labels).all():
+        raise BundleError(f"{bundle.path / DRAFT_LABELS} has numbers that are not finite: build it again")
+    return labels
 
 
 def load_labels(bundle: Bundle, head: Head, backend: str, threads: int, providers: Sequence[str] = ()) -> Labels | None:

@@ -76,6 +76,11 @@ def _int8(weight: Tensor, bias: Tensor | None = None) -> Int8Linear:
     return Int8Linear(codes, scales, None if bias is None else bias.detach().float().numpy(force=True))
 
 
+def draft_labels(draft: DraftDecoder) -> bytes:
+    """What each label adds to the first state: float16 [classes, 256], little-endian. A board adds these up itself."""
+    return draft.labels.weight.detach().numpy(force=True).astype("<f2").tobytes()
+
+
 class _Operations(Protocol[Name]):
     """The operations that a format implements. Rows are [1, width], the memory is [1, 49, 128]."""
 

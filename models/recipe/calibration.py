@@ -11,8 +11,8 @@ import torch
 
 from edge_runtime.inference import draft_calibration
 from edge_runtime.inference.backends import load_model
-from edge_runtime.inference.bundle import EOS, PAD
-from edge_runtime.inference.draft import Draft
+from edge_runtime.inference.bundle import DRAFT_LABELS, EOS, PAD
+from edge_runtime.inference.draft import STATE, Draft
 from models.backbone import pretrained_lite0
 from models.recipe import stage5_symbols, stage6_targets, stage7_critic, stage8_texts
 from models.recipe.scores import ciders, strip
@@ -114,8 +114,10 @@ def texts_of_tier(work: Workspace, tier: str) -> Scored:
 def drafts_of(work: Workspace, bundle: Path, suffix: str) -> tuple[Scored, list[list[int]]]:
     """The drafts of one runtime, as a board writes them."""
     encoder, step = (load_model(bundle / f"draft_{part}.{suffix}") for part in ("look", "step"))
-    draft = Draft(encoder, step, MAX_TOKENS)
-    drafts = [draft.write(each) for each in stage5_symbols.symbols(work, work.array("codes-dev"), len(GAINS) - 1)]
+    labels = np.fromfile(bundle / DRAFT_LABELS, "<f2").reshape(-1, STATE)
+    draft, seen = Draft(encoder, step, MAX_TOKENS, labels), np.load(work / "seen-dev.npy")
+    symbols = stage5_symbols.symbols(work, work.array("codes-dev"), len(GAINS) - 1)
+    drafts = [draft.write(each, stage5_symbols.labels_of(row).items()) for each, row in zip(symbols, seen, strict=True)]
     texts = [[token for token in drafted.tokens if token != EOS] for drafted in drafts]
     return scored(work, [drafted.confidence for drafted in drafts], texts), texts
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from edge_runtime.inference.bundle import (
+    DRAFT_LABELS,
     INTER_TABLES,
     MANIFEST,
     SCHEMA,
@@ -23,8 +24,8 @@ from edge_runtime.inference.bundle import (
 )
 from edge_runtime.inference.preprocess import PIXELS
 from models.backbone import pretrained_lite0
-from models.export.draft_export import quantise_draft, write_draft_litert, write_draft_onnx
-from models.family import GROUPS, LATENT, DraftDecoder, decoder_shapes
+from models.export.draft_export import draft_labels, quantise_draft, write_draft_litert, write_draft_onnx
+from models.family import GROUPS, LATENT, decoder_shapes
 from models.imagenet import imagenet_classes
 from models.lookahead import lookahead_file
 from models.recipe import stage3_bottleneck, stage4_head, stage5_symbols, stage7_critic, stage9_draft
@@ -46,8 +47,9 @@ def run(work: Workspace, out: Path, licences: dict[str, str]) -> None:
         weights = stage7_critic.final_weights(work, tier)
         decoder = {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")}
         _save(decoder, out / f"{tier}.safetensors")
-    draft = DraftDecoder(min(work.vocabulary, stage9_draft.DRAFT_WORDS))
+    draft = stage9_draft.new_draft(work)
     draft.load_state_dict(work.averaged(stage9_draft.CRITIC))
+    (out / DRAFT_LABELS).write_bytes(draft_labels(draft))
     int8 = quantise_draft(draft)
     for suffix, files in (("onnx", write_draft_onnx(int8)), ("tflite", write_draft_litert(int8))):
         for part, data in zip(("look", "step"), files, strict=True):

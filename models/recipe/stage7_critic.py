@@ -37,7 +37,7 @@ class Settings:
     """Length of training, learning rates and weights of the cross-entropy."""
 
     cloud_steps: int = 1000
-    edge_steps: int = 400
+    edge_steps: int = 900
     cloud_learning_rate: float = 1.5e-4
     edge_learning_rate: float = 3e-4
     caption_weight: float = 0.2
@@ -123,8 +123,11 @@ def each_of(photos: int) -> Tensor:
 
 
 def chosen_tokens(logits: Tensor) -> Tensor:
-    """A random next token for each row of logits [B, V], int64 [B]."""
-    return torch.multinomial((logits.float() / TEMPERATURE).softmax(-1), 1)[:, 0]
+    """A random next token for each row of logits [B, V], int64 [B]. Much faster than torch.multinomial."""
+    sums = (logits.float() / TEMPERATURE).softmax(-1).cumsum(-1)
+    # Above 0, so that no token is chosen whose probability is 0; at most the last sum, which need not be 1.
+    places = (1.0 - torch.rand(len(sums), 1)) * sums[:, -1:]
+    return torch.searchsorted(sums, places)[:, 0]
 
 
 def sample(decoder: TextDecoder, memory: Memory) -> Tensor:

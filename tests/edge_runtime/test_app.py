@@ -32,7 +32,7 @@ from edge_runtime.config import (
 )
 from edge_runtime.errors import ConfigError
 from edge_runtime.inference.backends import BackendError
-from edge_runtime.inference.bundle import INTER_TABLES, TABLES, Bundle, BundleError
+from edge_runtime.inference.bundle import DRAFT_LABELS, INTER_TABLES, TABLES, Bundle, BundleError
 from edge_runtime.mqtt import Message, MqttConfig
 from edge_runtime.wire import Event, Reply, Status, decode_event, decode_request, encode_reply, topics
 from tests.brokers import PLAIN, Mosquitto
@@ -401,7 +401,7 @@ def test_what_is_open_at_a_stop_is_still_published_as_lost(board_bundle, broker,
 
 
 @pytest.mark.parametrize(
-    "name", [TABLES, INTER_TABLES, "vocabulary.txt", "head.onnx", "draft_look.onnx", "draft_step.onnx"]
+    "name", [TABLES, INTER_TABLES, DRAFT_LABELS, "vocabulary.txt", "head.onnx", "draft_look.onnx", "draft_step.onnx"]
 )
 def test_a_missing_or_altered_file_is_found_at_start(board_bundle, tmp_path, photos, name):
     copy = Path(shutil.copytree(board_bundle.path, tmp_path / "copy"))

@@ -17,7 +17,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Drafted
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Latent
-from edge_runtime.inference.labels import MIN_SENT
+from edge_runtime.inference.labels import MIN_SENT, worth_sending
 from edge_runtime.inference.networks import Networks, load_draft, load_head, load_labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols
@@ -182,7 +182,9 @@ def test_a_reply_that_is_faster_than_the_draft_is_not_replaced_by_the_draft(star
     class Waiting:
         """A draft decoder that takes longer than the answer."""
 
-        def write(self, symbols: np.ndarray, sampler: None) -> Drafted:
+        reads_labels = False
+
+        def write(self, symbols: np.ndarray, labels: object, sampler: None) -> Drafted:
             board.tracker.reply_arrived(verified(server.next()))
             assert board.next_event().type == "update"
             return Drafted((5, 6, 2), 0.5)
@@ -203,7 +205,9 @@ def test_a_draft_that_comes_after_the_request_was_refused_is_in_the_event_of_its
     class Waiting:
         """A draft decoder that takes longer than the server's reply."""
 
-        def write(self, symbols: np.ndarray, sampler: None) -> Drafted:
+        reads_labels = False
+
+        def write(self, symbols: np.ndarray, labels: object, sampler: None) -> Drafted:
             request_id = decode_request(server.next()).id
             board.tracker.reply_arrived(encode_reply(Reply(id=request_id, status=status, retry_after_ms=120_000)))
             until(lambda: board.tracker.summary()["busy" if status is Status.BUSY else "lost"] == 1)
@@ -355,10 +359,11 @@ def test_a_sampled_draft_has_the_noise_of_the_request_and_its_events_have_the_se
     assert request.options == sampling
     noise = int.from_bytes(request.id, "big") if seed is None else seed
     latent = board.pipeline.head.latent(to_input(frame().pixels))
-    drafted = board.pipeline.draft.write(latent.symbols(), Sampler(sampling, noise))
+    labels = worth_sending(board.pipeline.labels.likeliest(latent.backbone_map))
+    drafted = board.pipeline.draft.write(latent.symbols(), labels, Sampler(sampling, noise))
     assert tuple(request.draft_ids) == drafted.tokens == seen.tokens
     if seed is not None:  # the noise of a random id may choose the likeliest tokens
-        assert drafted.tokens != board.pipeline.draft.write(latent.symbols()).tokens
+        assert drafted.tokens != board.pipeline.draft.write(latent.symbols(), labels).tokens
     while not (update := board.next_event()).final:
         pass
     assert seen.seed == update.seed == f"{noise:016x}"
@@ -599,6 +604,20 @@ def test_labels_go_with_the_features_and_into_the_event(start, server, board_bun
     for number, probability in labels.items():
         assert event.scores[board_bundle.manifest.classes[number]] == pytest.approx(probability, abs=1 / 255)
     assert len(labels) == sum(probability >= MIN_SENT for probability in event.scores.values()) > 0
+
+
+@pytest.mark.parametrize("paradigm", ["device", "speculative", "split"])
+@pytest.mark.parametrize("sends_labels", [True, False])
+def test_a_draft_is_written_from_the_labels_that_the_board_looks_for(start, board_bundle, paradigm, sends_labels):
+    board = start(paradigm)
+    board.pipeline.draft = load_draft(board_bundle, "onnx", 1)
+    board.pipeline.sends_labels = sends_labels
+    latent = board.pipeline.head.latent(to_input(frame().pixels))
+    seen = worth_sending(board.pipeline.labels.likeliest(latent.backbone_map))
+    with_labels, without = (board.pipeline.draft.write(latent.symbols(), labels).tokens for labels in (seen, ()))
+    assert with_labels != without
+    tokens = board.pipeline.handle(frame()).tokens
+    assert tokens == (with_labels if sends_labels or paradigm == "device" else without)
 
 
 @pytest.mark.parametrize("paradigm", ["speculative", "split", "offload"])

@@ -22,7 +22,8 @@ def test_8_bits_hardly_ever_change_the_next_token(tmp_path, suffix):
         symbols = latent[None].astype(np.float32)
         tokens = [BOS, *rng.integers(4, exports.VOCABULARY, 9)]
         with torch.inference_mode():
-            exact_memory, exact_state = draft.encode_image(torch.from_numpy(symbols)), draft.new_state(1)
+            exact_memory = draft.encode_image(torch.from_numpy(symbols))
+            exact_state = draft.first_state(torch.tensor([[1]]), torch.tensor([[0.5]]))
         (memory,) = encoder.run(symbols)
         state = exact_state.numpy()
         assert np.abs(memory - exact_memory.numpy()).max() < 0.1

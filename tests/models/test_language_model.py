@@ -1,5 +1,6 @@
 """A language model that reads features: what is trained is what is served, and what does not fit is refused."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,14 @@ def test_what_is_served_scores_as_in_training(tmp_path: Path, bundle: Bundle) ->
 def test_another_bundle_is_refused_by_name(tmp_path: Path, bundle: Bundle) -> None:
     write_learnt(tmp_path / "learnt.safetensors", random_learnt().learnt.state_dict(), bundle)
     other = tiny_bundle(tmp_path / "other", seed=35)
-    with pytest.raises(ConfigError, match=f"trained for bundle tiny-34 .* than tiny-35 {other.id.hex()}"):
+    with pytest.raises(ConfigError, match=f"trained for bundle tiny-34, .* than that of tiny-35 {other.id.hex()}"):
         read_learnt(tmp_path / "learnt.safetensors", other)
+
+
+def test_another_draft_or_decoder_in_the_bundle_changes_nothing(tmp_path: Path, bundle: Bundle) -> None:
+    write_learnt(tmp_path / "learnt.safetensors", random_learnt().learnt.state_dict(), bundle)
+    newer = dataclasses.replace(bundle, id=bytes(8))
+    assert read_learnt(tmp_path / "learnt.safetensors", newer)
 
 
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, bundle: Bundle) -> None:

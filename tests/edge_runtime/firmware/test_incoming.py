@@ -9,7 +9,7 @@ import pytest
 
 from edge_runtime.firmware.incoming import PART, StoreError, WrongHashError, board_files
 from edge_runtime.firmware.store import INCOMING, Store
-from edge_runtime.inference.bundle import MANIFEST, TABLES, VOCABULARY, Bundle, BundleError
+from edge_runtime.inference.bundle import DRAFT_LABELS, MANIFEST, TABLES, VOCABULARY, Bundle, BundleError
 from tests.edge_runtime.firmware.helpers import SMALL, fill, rewritten, sign, trust, variant
 
 PIECE = 100
@@ -28,7 +28,8 @@ def store(board_bundle: Bundle, tmp_path: Path) -> Store:
 
 def test_a_board_needs_its_own_files_only(board_bundle: Bundle) -> None:
     onnx = board_files(board_bundle.manifest, [".onnx"])
-    assert sorted(onnx) == sorted([*SMALL, "head.onnx", "draft_look.onnx", "draft_step.onnx", "labels.onnx"])
+    networks = ["head.onnx", "draft_look.onnx", "draft_step.onnx", "labels.onnx", DRAFT_LABELS]
+    assert sorted(onnx) == sorted([*SMALL, *networks])
     both = board_files(board_bundle.manifest, [".onnx", ".tflite"])
     assert {name for name in board_bundle.manifest.files if name.endswith((".onnx", ".tflite", ".bin", ".txt"))} == set(
         both
