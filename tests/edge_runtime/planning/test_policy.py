@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from edge_runtime.config import PolicyConfig
 from edge_runtime.planning import Decision, Measurements, Policy, Snapshot
 from edge_runtime.planning.board_estimator import BoardSnapshot
+from edge_runtime.planning.candidates import candidate
 from edge_runtime.planning.link_estimator import LinkSnapshot
 from edge_runtime.planning.link_model import LinkEstimate
 from edge_runtime.planning.policy import LAST_RETRY_S, LASTING_FRAMES, PROBE_EVERY
@@ -185,6 +186,18 @@ def test_a_link_that_changes_often_makes_pictures_a_risk():
 
 def test_without_measurements_no_picture_is_sent_on_a_link_that_may_be_slow():
     assert choose(Snapshot()).paradigm != "offload"
+
+
+@pytest.mark.parametrize(
+    ("paradigm", "sends_draft", "longer_ms"),
+    [("split", False, 2.0), ("speculative", True, 2.0), ("offload", True, 2.0), ("offload", False, 0.0)],
+)
+def test_labels_take_time_before_features_and_drafts_only(paradigm, sends_draft, longer_ms):
+    without, with_labels = (
+        candidate(paradigm, with_values(KNOWN, labels_ms=ms), writes_draft=True, sends_draft=sends_draft).ms
+        for ms in (0.0, 2.0)
+    )
+    assert with_labels - without == pytest.approx(longer_ms)
 
 
 # ---- hysteresis and probes ----
