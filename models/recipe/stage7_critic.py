@@ -37,7 +37,7 @@ class Settings:
     """Length of training, learning rates and weights of the cross-entropy."""
 
     cloud_steps: int = 1000
-    edge_steps: int = 900
+    edge_steps: int = 400
     cloud_learning_rate: float = 1.5e-4
     edge_learning_rate: float = 3e-4
     caption_weight: float = 0.2
