@@ -125,7 +125,7 @@ class Chain:
         sends_labels: bool = True,
     ) -> None:
         """min_confidence: accept a draft with at least this confidence without verification; None: verify all.
-        sends_labels: with the features, if the bundle has labels for a board.
+        sends_labels: with the features, and drafts are written from them, if the bundle has labels for a board.
 
         Raises EvaluationError for a rate that the bundle does not have.
         """

@@ -1,9 +1,9 @@
 """The path of a frame, top to bottom: read this file first.
 
-plan -> input -> head -> symbols -> draft -> bits -> request -> event "new": one function per paradigm says in which
-order. Nothing here waits for the network. requests/ ends every request in one more event, whether a reply comes or not,
-and stores those that cannot be sent now, if there is an outbox. planning/ decides which paradigm a frame takes, and why
-(`Plan`); a plan with `keep` goes to the outbox at once.
+plan -> input -> head -> symbols -> labels -> draft -> bits -> request -> event "new": one function per paradigm says in
+which order. Nothing here waits for the network. requests/ ends every request in one more event, whether a reply comes
+or not, and stores those that cannot be sent now, if there is an outbox. planning/ decides which paradigm a frame takes,
+and why (`Plan`); a plan with `keep` goes to the outbox at once.
 """
 
 import logging
@@ -108,8 +108,9 @@ class Pipeline:
         reusable: ReusableAnswers | None = None,
         references: ReferenceFrames | None = None,
     ) -> None:
-        """Without a head, every plan must be to offload. sends_labels: with the features; if False, labels are found
-        only for frames that the board answers alone. reusable, references: what servers reply goes into both.
+        """Without a head, every plan must be to offload. sends_labels: with the features, and drafts are written from
+        them; if False, labels are found only for frames that the board answers alone. reusable, references: what
+        servers reply goes into both.
         """
         self.head, self.draft, self.labels = networks
         self.bundle, self.planner = bundle, planner
@@ -166,8 +167,7 @@ class Pipeline:
     def _device(self, work: FrameInProgress) -> Event:
         """The draft is the answer."""
         self._run_head(work)
-        self._find_labels(work)
-        self._write_draft(work)
+        self._write_draft(work, alone=True)
         return self._answer_on_device(work, work.plan.why)
 
     def _split(self, work: FrameInProgress) -> Event:
@@ -175,7 +175,7 @@ class Pipeline:
         self._run_head(work)
         why_unsent = self._send_features(work)
         if why_unsent or work.plan.writes_draft:
-            self._write_draft(work)
+            self._write_draft(work, alone=bool(why_unsent))
         return self._answer_on_device(work, why_unsent) if why_unsent else self._announce(work)
 
     def _speculative(self, work: FrameInProgress) -> Event:
@@ -205,7 +205,7 @@ class Pipeline:
         if why_unsent or work.plan.writes_draft or self.tracker.has_outbox:
             self._run_head(work)
         if not work.draft and (why_unsent or work.plan.writes_draft):
-            self._write_draft(work)
+            self._write_draft(work, alone=bool(why_unsent))
         return self._answer_on_device(work, why_unsent) if why_unsent else self._announce(work, self._compact(work))
 
     # ---- their steps ----
@@ -240,9 +240,10 @@ class Pipeline:
             work.latent = self.head.latent(work.pixels)
             work.watch.lap("head")
 
-    def _write_draft(self, work: FrameInProgress) -> None:
+    def _write_draft(self, work: FrameInProgress, alone: bool = False) -> None:
+        """alone: the draft will be the answer, so labels are wanted in any case."""
         if self.draft and work.latent:
-            if self.sends_labels and self.draft.reads_labels:
+            if (alone or self.sends_labels) and self.draft.reads_labels:
                 self._find_labels(work)
             sampling, labels = work.plan.sampling, worth_sending(work.labels or ())
             sampler = sampler_of(sampling, seed_of(sampling, work.request_id))
@@ -261,7 +262,11 @@ class Pipeline:
 
     def _compact(self, work: FrameInProgress) -> bytes:
         """An offloaded request with features instead of the picture, for the outbox. Empty: it keeps none."""
-        features = self._features(work) if self.tracker.has_outbox else None
+        if not self.tracker.has_outbox:
+            return b""
+        if self.sends_labels:
+            self._find_labels(work)
+        features = self._features(work)
         plan = replace(work.plan, paradigm="speculative")
         return encode_request(self._request(work, plan, features)) if features else b""
 

@@ -340,11 +340,12 @@ def measure_server(
     _, draft, labels = load_networks(bundle, Setup(args.backend, 1), has_labels=True)
     assert draft
 
-    def draft_of(latent: Any) -> tuple[int, ...]:
-        seen = worth_sending(labels.likeliest(latent.backbone_map)) if labels else ()
-        return draft.write(latent.symbols(), seen).tokens
+    def labels_of(latent: Any) -> list[tuple[int, float]]:
+        return worth_sending(labels.likeliest(latent.backbone_map)) if labels else []
 
-    drafts, draft_ms = timed(draft_of, latents)
+    seen, labels_ms = timed(labels_of, latents)
+    pairs = list(zip(latents, seen, strict=True))
+    drafts, draft_ms = timed(lambda pair: draft.write(pair[0].symbols(), pair[1]).tokens, pairs)
     if args.tier == "lm":
         from benchmarks import speculation
 
@@ -364,9 +365,10 @@ def measure_server(
             from benchmarks import speculation
 
             settings: dict[str, Any] = {"rounds": args.rounds, "threads": args.threads}
-            if args.target:  # for its pictures, the board runs the head for the draft alone
+            if args.target:  # for its pictures, the board runs head and labels for the draft alone
                 settings["assistant"] = args.assistant
-                return speculation.run_hf(bundle, pixels, drafts, head_ms + draft_ms, args.target, **settings)
+                before_ms = head_ms + labels_ms + draft_ms
+                return speculation.run_hf(bundle, pixels, drafts, before_ms, args.target, **settings)
             return speculation.run(bundle, symbols, drafts, draft_ms, args.tier, **settings)
     from benchmarks import gateway
 

@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--level", type=int, metavar="N", help="finest level that is sent (default: the bundle's)")
         kind.add_argument("--groups", type=int, metavar="N", help="channel groups that are sent (default: all)")
         kind.add_argument("--bytes", type=number, metavar="N", help="longest features; coarser ones are sent if needed")
-        kind.add_argument("--no-labels", action="store_true", help="send features without the board's labels")
+        kind.add_argument(
+            "--no-labels", action="store_true", help="no labels of the board, for drafts or with features"
+        )
         kind.add_argument("--images", **PHOTOS, required=True)
         kind.add_argument("--bundle", type=Path, default=SHIPPED_BUNDLE, help="default: the shipped bundle")
         kind.add_argument("--backend", choices=["onnx", "litert"], default="onnx")

@@ -16,7 +16,7 @@ def marked(text: str, other: str) -> list[tuple[str, bool]]:
 def stages(event: Event) -> dict[str, float]:
     """Milliseconds from pixels to the last answer: the board's stages, the link, the servers'."""
     times = event.timings_ms
-    names = ("resize", "head", "draft", "encode", "labels")
+    names = ("resize", "head", "labels", "draft", "encode")
     board: dict[str, float] = {name: times[name] for name in names if name in times}
     if "answer" not in times:
         return board

@@ -264,7 +264,8 @@ class BoardConfig(Struct, frozen=True, forbid_unknown_fields=True):
     threads: Annotated[int, Meta(ge=1, le=16)] | None = None  # of the networks; None: measured at the first start
     # Of onnxruntime, tried in this order before the CPU, for head and labels; those that do not work are left out.
     providers: Annotated[tuple[Literal["tensorrt", "cuda"], ...], Meta(max_length=2)] = ()
-    # send: with the features, for ten bytes and better answers. alone: only for frames that no server verifies.
+    # send: for drafts, and with the features, for ten bytes and better answers. alone: only for frames that no server
+    # verifies.
     labels: Literal["send", "alone", "never"] = "send"
     paradigm: Literal["auto", "device", "split", "speculative", "offload"] = "auto"  # auto: chosen per frame
     tier: Literal["edge", "cloud"] | None = None  # the lowest tier that may answer; none: any server

@@ -2,7 +2,7 @@
 
 SETUP is a Setup as JSON, with the backend "none" for a board that only offloads.
 
-It runs before the bundle is installed, in a process of its own: one frame goes through head, symbols, draft, labels,
+It runs before the bundle is installed, in a process of its own: one frame goes through head, symbols, labels, draft,
 bits and back.
 """
 
@@ -26,12 +26,14 @@ def check(folder: Path, setup: Setup) -> None:
     tables, _ = bundle.tables, bundle.inter_tables
     symbols = np.zeros(tables.shape, np.int8)
     if setup.backend != "none":
-        head, draft, _ = load_networks(bundle, setup, has_labels=True)  # which tries the labels
+        head, draft, labels = load_networks(bundle, setup, has_labels=True)
         assert head
         assert draft
         pixels = np.random.default_rng(0).integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)
-        symbols = head.symbols(pixels)
-        bundle.text(list(draft.write(symbols).tokens))
+        latent = head.latent(pixels)
+        symbols = latent.symbols()
+        seen = labels.likeliest(latent.backbone_map) if labels and latent.backbone_map is not None else []
+        bundle.text(list(draft.write(symbols, seen).tokens))
     level, groups = tables.levels - 1, tables.groups
     if (decode(encode(symbols, tables, level, groups), tables).symbols != symbols).any():
         raise AiflowError("the symbols of a frame do not come back from their bits: build the bundle again")

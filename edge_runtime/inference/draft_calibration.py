@@ -51,7 +51,9 @@ class Calibration:
         if not isfinite(confidence):
             return 0.0
         quality = float(np.interp(confidence, self._confidences, self._qualities))
-        return min(quality, float(self._qualities[-1]))  # a slope between the smallest of floats may be infinite
+        # A slope between the smallest of floats may be infinite, so the next point bounds it.
+        following = min(int(np.searchsorted(self._confidences, confidence, "right")), len(self._qualities) - 1)
+        return min(quality, float(self._qualities[following]))
 
     def min_confidence(self, quality_floor: float) -> float:
         """The least confidence whose predicted quality is above 0 and at least quality_floor; inf if there is none.

@@ -68,7 +68,8 @@ def candidate(
         work_ms = known(server.picture_server_ms, latent_ms + PICTURE_EXTRA_MS)
         best_work_ms = known(server.picture_server_ms, latent_ms)
     else:
-        before, encode = resize + head, encode + labels
+        before = resize + head + (labels if sends_draft else 0.0)
+        encode += 0.0 if sends_draft else labels
         work_ms = best_work_ms = server.kind_server_ms.get(decoding, latent_ms)
     before += draft if sends_draft else 0.0
     sent_share = 1.0 - (board.accepted_unverified_share or 0.0) if paradigm == "speculative" else 1.0

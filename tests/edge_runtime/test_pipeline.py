@@ -620,6 +620,33 @@ def test_a_draft_is_written_from_the_labels_that_the_board_looks_for(start, boar
     assert tokens == (with_labels if sends_labels or paradigm == "device" else without)
 
 
+def test_a_draft_that_will_be_the_answer_is_written_from_labels_even_if_none_are_sent(start, board_bundle):
+    board = start("split", board={"bytes_per_minute": 200})
+    board.pipeline.draft, board.pipeline.sends_labels = load_draft(board_bundle, "onnx", 1), False
+    latent = board.pipeline.head.latent(to_input(frame().pixels))
+    seen = worth_sending(board.pipeline.labels.likeliest(latent.backbone_map))
+    event = board.pipeline.handle(frame())
+    assert event.final
+    assert event.tokens == board.pipeline.draft.write(latent.symbols(), seen).tokens
+
+
+@pytest.mark.parametrize("writes_draft", [True, False])
+def test_what_a_picture_leaves_in_the_outbox_has_the_labels(start, board_bundle, tmp_path, writes_draft):
+    outbox = OutboxConfig(str(tmp_path / "outbox"))
+    board = start("offload", writes_draft=writes_draft, board={"outbox": outbox})
+    board.pipeline.head = load_head(board_bundle, "onnx", 1)
+    board.pipeline.labels = load_labels(board_bundle, board.pipeline.head, "onnx", 1)
+    board.pipeline.handle(frame())
+    assert decode_request(board.announced[0]).seen_labels
+
+
+def test_a_draft_that_knows_no_labels_looks_for_none(start, board_bundle, monkeypatch):
+    board = start("offload", sends_draft=True)
+    board.pipeline.draft._labels = None
+    monkeypatch.setattr("edge_runtime.inference.labels.Labels.likeliest", lambda *_: pytest.fail("was run"))
+    assert board.pipeline.handle(frame()).tokens
+
+
 @pytest.mark.parametrize("paradigm", ["speculative", "split", "offload"])
 def test_a_frame_that_a_server_verifies_costs_a_board_that_sends_none_no_labels(start, paradigm, monkeypatch):
     board = start(paradigm)

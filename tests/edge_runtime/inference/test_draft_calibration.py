@@ -126,6 +126,12 @@ def test_exactly_the_drafts_from_the_least_confidence_on_are_good_enough(table, 
         assert not is_enough(calibration, math.nextafter(least, -1), floor)
 
 
+@pytest.mark.parametrize("table", [[(1e-310, 0.1), (1, 1)], [(5e-324, 0.1), (1e-310, 0.2), (1, 0.9)]])
+def test_between_the_smallest_of_floats_a_quality_never_falls_either(table):
+    qualities = [Calibration(table).predicted_quality(x) for x in (0, 5e-324, 1e-323, 5e-311, 1e-310, 1e-309, 0.5, 1)]
+    assert qualities == sorted(qualities)
+
+
 @given(tables, st.floats(allow_nan=False), st.data())
 def test_a_quality_that_is_in_the_table_is_reached_at_its_point(table, confidence, data):
     points = [*table[:7], (1.0, 1.0)] if not table or table[-1][0] < 1 else table
