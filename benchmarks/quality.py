@@ -243,7 +243,7 @@ def proven_chain(
         paradigm = "speculative"
         min_confidence = Calibration(bundle.manifest.draft_calibration).min_confidence(floor)
     if paradigm == "device":
-        return Chain(bundle, paradigm, backend, tier, None, rate=rate)
+        return Chain(bundle, paradigm, backend, tier, None, rate=rate, sends_labels=sends_labels)
     from server.loading import ready_engine
 
     if tier == "lm":
