@@ -38,6 +38,7 @@ OPTIONAL = {
     "psutil": ("psutil", "test"),
     "zstandard": ("zstandard", "test"),
 }
+OLDEST_PYTHON = {"transformers": (3, 11)}  # of those that an extra leaves out for an older one
 COMPILED = OPTIONAL.keys() | {"numpy", "msgspec"}  # may be installed and not load
 MAX_WHY = 200  # characters
 PASSING = (errno.ENOMEM, errno.EIO, errno.EMFILE, errno.ENFILE)  # why a good package may not load now
@@ -55,8 +56,12 @@ def refuse_32_bit(largest: int = sys.maxsize) -> None:
 class MissingPackageError(ConfigError):
     """A package that only some commands need is not installed."""
 
-    def __init__(self, module: str) -> None:
-        super().__init__(f"the Python package {OPTIONAL[module][0]} is not installed: {how_to_install(module)}")
+    def __init__(self, module: str, python: tuple[int, ...] = sys.version_info[:2]) -> None:
+        package, remedy = OPTIONAL[module][0], how_to_install(module)
+        if python < (oldest := OLDEST_PYTHON.get(module, python)):
+            wanted, present = (".".join(map(str, version)) for version in (oldest, python))
+            remedy = f"it needs Python {wanted} or newer, this is {present}: install aiflow with a newer Python"
+        super().__init__(f"the Python package {package} is not installed: {remedy}")
 
 
 def require(*modules: str) -> None:

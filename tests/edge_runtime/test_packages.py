@@ -31,6 +31,14 @@ def test_each_package_is_in_the_extra_that_is_said_to_bring_it():
         assert distribution in extras[extra], distribution
 
 
+def test_a_package_that_needs_a_newer_python_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert str(MissingPackageError("transformers", (3, 10))).endswith(
+        "is not installed: it needs Python 3.11 or newer, this is 3.10: install aiflow with a newer Python"
+    )
+    assert str(MissingPackageError("transformers", (3, 11))).endswith("pip install '.[hf]'")
+
+
 def test_in_a_checkout_the_command_installs_its_extra(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert how_to_install("torch") == "pip install '.[pytorch]'"
