@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 from contextlib import suppress
-from typing import TextIO
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}  # syslog(3)
@@ -26,7 +25,7 @@ class JournalFormatter(logging.Formatter):
         return "\n".join(mark + line for line in super().format(record).splitlines())
 
 
-class JournalHandler(logging.StreamHandler[TextIO]):
+class JournalHandler(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 cannot subscript it
     """Sends each record as a datagram with its fields: https://systemd.io/JOURNAL_NATIVE_PROTOCOL.
 
     What the journal does not take, such as a record that is larger than a datagram, goes to standard error.
