@@ -10,7 +10,7 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' edge_runtime/__init__.
 # The time in what is built, so that a commit gives the same files again.
 wheels man deb: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
 
-.PHONY: help venv demo language test test-all test-lowest test-tflite test-systemd arm64 lint fuzz bench faults soak constraints schema wheels man deb image release-version release clean
+.PHONY: help venv demo language test test-all test-lowest test-oldest test-tflite test-systemd arm64 lint fuzz bench faults soak constraints schema wheels man deb image release-version release clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 13
@@ -58,6 +58,14 @@ test-lowest:  ## every test with the lowest versions that setup.cfg allows, in a
 	.venv-lowest/bin/pip install --quiet '$(TORCH)'
 	.venv-lowest/bin/pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[test]'
 	.venv-lowest/bin/python -m pytest -q -W ignore::DeprecationWarning  # of the newest packages that the lowest ones call
+
+# The tests of CI run with one Python, and what it does not have in common with the oldest one stops a whole board.
+test-oldest:  ## a board with Python 3.10, if there is one: it is installed and captions a picture
+	python=$$(ls -d $$HOME/.pyenv/versions/3.10.*/bin/python /usr/bin/python3.10 2>/dev/null | tail -1); \
+	if [ -z "$$python" ]; then echo 'Python 3.10 not found, so not tested'; exit 0; fi; \
+	$$python -m venv --clear .venv-oldest && \
+	.venv-oldest/bin/pip install --quiet --editable '.[board,litert,json,signed,completion]' && \
+	.venv-oldest/bin/aiflow run --show --camera docs/ui.png
 
 test-tflite: venv  ## the symbols of tflite-runtime against those of LiteRT, in an environment of its own; needs Python 3.11
 	$(PYTHON) -m venv --clear .venv-tflite
