@@ -60,16 +60,18 @@ def candidate(
     link, server, board = snapshot.link, snapshot.server, snapshot.board
     resize, head = known(board.resize_ms, RESIZE_MS), known(board.head_ms, HEAD_MS)
     draft, encode = known(board.draft_ms, DRAFT_MS), known(board.encode_ms, ENCODE_MS)
-    labels = known(board.labels_ms, 0.0)  # found before the draft is written, and before features are encoded
+    if sends_draft:  # labels are found before it is written, or else before features are encoded
+        draft += known(board.labels_ms, 0.0)
+    elif paradigm != "offload":
+        encode += known(board.labels_ms, 0.0)
     decoding: Decoding = "drafted" if sends_draft else "plain"
     latent_ms = known(server.server_ms, SERVER_MS)
     if paradigm == "offload":
-        before, encode = resize + (head + labels if sends_draft else 0.0), known(board.picture_ms, encode)
+        before, encode = resize + (head if sends_draft else 0.0), known(board.picture_ms, encode)
         work_ms = known(server.picture_server_ms, latent_ms + PICTURE_EXTRA_MS)
         best_work_ms = known(server.picture_server_ms, latent_ms)
     else:
-        before = resize + head + (labels if sends_draft else 0.0)
-        encode += 0.0 if sends_draft else labels
+        before = resize + head
         work_ms = best_work_ms = server.kind_server_ms.get(decoding, latent_ms)
     before += draft if sends_draft else 0.0
     sent_share = 1.0 - (board.accepted_unverified_share or 0.0) if paradigm == "speculative" else 1.0
