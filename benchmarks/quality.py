@@ -20,7 +20,7 @@ from edge_runtime.inference.bundle import Bundle
 from edge_runtime.inference.draft import Draft
 from edge_runtime.inference.draft_calibration import Calibration
 from edge_runtime.inference.head import Latent
-from edge_runtime.inference.labels import Labels, worth_sending
+from edge_runtime.inference.labels import Labels, labels_seen
 from edge_runtime.inference.networks import load_draft, load_head, load_labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import RatedSymbols, features_of
@@ -155,7 +155,7 @@ class Chain:
         """Picture -> head -> labels -> draft -> envelope -> bytes -> envelope -> symbols. Raises EvaluationError."""
         pixels = to_input(decode_picture(picture.data))
         latent = self.head.latent(pixels)
-        labels = self.labels_seen(latent)
+        labels = self.labels_seen(latent) if self.plan.paradigm != "offload" else []
         drafted = self.draft.write(latent.symbols(), labels) if self.draft else None
         draft = drafted.tokens if drafted else ()
         if self.plan.paradigm == "device" or (drafted and self.plan.accepts(drafted.confidence)):
@@ -177,9 +177,7 @@ class Chain:
 
     def labels_seen(self, latent: Latent) -> list[tuple[int, float]]:
         """Class and probability of the labels that the board tells its draft decoder, and sends with features."""
-        if self.sends_labels and self.labels and latent.backbone_map is not None:
-            return worth_sending(self.labels.likeliest(latent.backbone_map))
-        return []
+        return labels_seen(self.labels, latent) if self.sends_labels else []
 
     def _features(self, picture: Picture, latent: Latent) -> RatedSymbols:
         rate = self.rate

@@ -334,16 +334,12 @@ def measure_server(
 ) -> dict[str, Any]:
     """Measures a target. pixels, latents, symbols: of the same photos. head_ms: from the first to the second."""
     from edge_runtime.inference.choice import Setup
-    from edge_runtime.inference.labels import worth_sending
+    from edge_runtime.inference.labels import labels_seen
     from edge_runtime.inference.networks import load_networks
 
     _, draft, labels = load_networks(bundle, Setup(args.backend, 1), has_labels=True)
     assert draft
-
-    def labels_of(latent: Any) -> list[tuple[int, float]]:
-        return worth_sending(labels.likeliest(latent.backbone_map)) if labels else []
-
-    seen, labels_ms = timed(labels_of, latents)
+    seen, labels_ms = timed(lambda latent: labels_seen(labels, latent), latents)
     pairs = list(zip(latents, seen, strict=True))
     drafts, draft_ms = timed(lambda pair: draft.write(pair[0].symbols(), pair[1]).tokens, pairs)
     if args.tier == "lm":

@@ -12,7 +12,7 @@ from pathlib import Path
 from edge_runtime import wire
 from edge_runtime.capture.picture_files import Picture, read_pictures
 from edge_runtime.inference.bundle import Bundle, open_bundle
-from edge_runtime.inference.labels import worth_sending
+from edge_runtime.inference.labels import labels_seen
 from edge_runtime.inference.networks import load_draft, load_head, load_labels
 from edge_runtime.inference.preprocess import to_input
 from edge_runtime.inference.rate import features_of
@@ -33,9 +33,7 @@ def outputs(bundle: Bundle, backend: str, pictures: Iterator[Picture]) -> Iterat
     for picture in pictures:
         pixels = to_input(decode_picture(picture.data))
         latent = head.latent(pixels)
-        seen = (
-            worth_sending(labels.likeliest(latent.backbone_map)) if labels and latent.backbone_map is not None else []
-        )
+        seen = labels_seen(labels, latent)
         tokens = draft.write(latent.symbols(), seen).tokens
         request = build_request(bundle, bytes(8), PLAN, pixels, features_of(latent, bundle), tokens, labels=seen)
         yield {

@@ -15,6 +15,7 @@ import numpy as np
 from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import open_bundle
 from edge_runtime.inference.choice import Setup
+from edge_runtime.inference.labels import labels_seen
 from edge_runtime.inference.networks import load_networks
 from edge_runtime.inference.preprocess import PIXELS
 from edge_runtime.wire.bitstream import decode, encode
@@ -32,8 +33,7 @@ def check(folder: Path, setup: Setup) -> None:
         pixels = np.random.default_rng(0).integers(0, 256, (PIXELS, PIXELS, 3), np.uint8)
         latent = head.latent(pixels)
         symbols = latent.symbols()
-        seen = labels.likeliest(latent.backbone_map) if labels and latent.backbone_map is not None else []
-        bundle.text(list(draft.write(symbols, seen).tokens))
+        bundle.text(list(draft.write(symbols, labels_seen(labels, latent)).tokens))
     level, groups = tables.levels - 1, tables.groups
     if (decode(encode(symbols, tables, level, groups), tables).symbols != symbols).any():
         raise AiflowError("the symbols of a frame do not come back from their bits: build the bundle again")

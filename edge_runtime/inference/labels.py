@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.inference.backends import BackendError, Model
-from edge_runtime.inference.head import Codes
+from edge_runtime.inference.head import Codes, Latent
 from edge_runtime.wire.labels import MAX_LABELS
 
 MIN_SENT = 0.02  # probability of a label that is worth its bytes
@@ -48,6 +48,13 @@ class Labels:
         powers = np.exp((codes.astype(np.float32) - codes.max()) * self._scale)
         probabilities: npt.NDArray[np.float32] = powers / powers.sum()
         return probabilities
+
+
+def labels_seen(labels: Labels | None, latent: Latent) -> list[tuple[int, float]]:
+    """Those of a frame that are worth sending. Without a network for them, or its input, none. Raises BackendError."""
+    if labels is None or latent.backbone_map is None:
+        return []
+    return worth_sending(labels.likeliest(latent.backbone_map))
 
 
 def worth_sending(likeliest: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

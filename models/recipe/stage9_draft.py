@@ -61,7 +61,8 @@ def run(work: Workspace, settings: Settings) -> None:
     torch.manual_seed(9)
     rng = np.random.default_rng(9)
     parts = [
-        (imitated(work, part), work.array(f"codes-{part}"), labels_seen(work, part)) for part in ("train", "unlabelled")
+        (imitated(work, part), work.array(f"codes-{part}"), np.load(work / f"seen-{part}.npy"))
+        for part in ("train", "unlabelled")
     ]
     texts = np.concatenate([its for its, _, _ in parts])
     codes = np.concatenate([codes[: len(its)] for its, codes, _ in parts])
@@ -88,7 +89,7 @@ def run_critic(work: Workspace, settings: Settings) -> None:
     total, quality = settings.critic_steps, partial(evaluate, work)
     training = critic.training_of(work, CRITIC, net, net, total, settings.critic_learning_rate, quality)
     captions, texts = np.load(work / "captions-train.npy"), imitated(work, "train")
-    codes, labels = work.array("codes-train"), labels_seen(work, "train")
+    codes, labels = work.array("codes-train"), np.load(work / "seen-train.npy")
     chances = sampling_chances(np.load(work / "collections-train.npy"))
     scorer = Cider(references(captions), end=True)
     for _ in training.steps():
@@ -120,21 +121,15 @@ def imitated(work: Workspace, part: str) -> np.ndarray:
     return texts
 
 
-def labels_seen(work: Workspace, part: str) -> np.ndarray:
-    """The labels that a board has seen in all views of a part, uint8 [N, 15], see stage 5."""
-    labels: np.ndarray = np.load(work / f"seen-{part}.npy")
-    return labels
-
-
 def some_labels(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same rows of `labels_seen`, some of them with only their first k labels, k random."""
+    """The same rows of seen-* (stage 5), some of them with only their first k labels, k random."""
     most = labels.shape[1] // LABEL_BYTES
     kept = np.where(rng.random(len(labels)) < FEWER_LABELS, rng.integers(0, most + 1, len(labels)), most)
     return np.where(np.arange(labels.shape[1]) < LABEL_BYTES * kept[:, None], labels, 0).astype(np.uint8)
 
 
 def views_of(work: Workspace, codes: np.ndarray, labels: np.ndarray) -> Seen:
-    """Codes uint8 [B, 64, 7, 7] and rows of `labels_seen` to what the decoder sees."""
+    """Codes uint8 [B, 64, 7, 7] and rows of seen-* to what the decoder sees."""
     symbols = stage5_symbols.symbols(work, codes, len(GAINS) - 1).astype(np.float32)
     parts = torch.from_numpy(labels.reshape(len(labels), -1, LABEL_BYTES).astype(np.int64))
     return Seen(torch.from_numpy(symbols), 256 * parts[..., 0] + parts[..., 1], parts[..., 2] / 255)
@@ -173,7 +168,7 @@ def evaluate(work: Workspace, weights: dict[str, Tensor], limit: int | None = No
     """CIDEr of the draft alone, and how much of the cloud's text it predicts before its first mistake."""
     net = new_draft(work)
     net.load_state_dict(weights, strict=False)
-    codes, labels, truth = work.array("codes-dev"), labels_seen(work, "dev"), np.load(work / "texts-dev.npy")
+    codes, labels, truth = work.array("codes-dev"), np.load(work / "seen-dev.npy"), np.load(work / "texts-dev.npy")
     rows = np.full((len(truth), truth.shape[1] - 1), PAD, np.int64)
 
     def write(photos: np.ndarray) -> list[list[int]]:
