@@ -168,6 +168,7 @@ def test_a_black_hole_in_the_share_shows_in_counters_log_and_status(
 ) -> None:
     member = join("s1")
     with Listener(broker.port, topics.server_status("home", "s1")) as person:
+        status_of(person, share_proven=True)  # so that the next one without is of the black hole
         swallowed = list[Message]()
         settings = MqttSettings("127.0.0.1", broker.port, client_id="black-hole")
         share = topics.request_share("servers", "home")
