@@ -325,6 +325,7 @@ class Drive:
 
         for name in ("scandir", "stat", "open"):
             monkeypatch.setattr(os, name, slow(getattr(os, name)))
+        monkeypatch.setattr(Path, "stat", slow(Path.stat))  # in Python 3.10, it does not look for `stat` in `os`
 
 
 @pytest.mark.parametrize("blocked", ["cam", "cam/b.jpg"])

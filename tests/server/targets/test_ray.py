@@ -25,7 +25,8 @@ from server.questions import Questions
 from tests.server.boards import config
 
 pytest.importorskip("ray", reason="needs Ray: pip install '.[ray]'")
-with warnings.catch_warnings(action="ignore"):  # of Ray's own libraries
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of Ray's own libraries
     from server.targets import ray_engine, ray_replicas
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]

@@ -29,7 +29,8 @@ from tests.server.targets.test_ray import replicas
 from tests.server.targets.test_target import picture
 from tests.server.targets.tiny_models import VISION_MODELS
 
-with warnings.catch_warnings(action="ignore"):  # of Ray's own libraries
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of Ray's own libraries
     from server.targets import ray_replicas
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
