@@ -8,7 +8,7 @@ from collections.abc import Callable
 from edge_runtime.mqtt import Message, MqttClient, MqttSettings, Timing
 from tests import event_contract
 
-PATIENCE_S = 20.0  # for something that takes much less than a second if nothing is wrong
+PATIENCE_S = 60.0  # for something that takes much less than a second if nothing is wrong
 QUICK = Timing(backoff_base=0.02, backoff_cap=0.1, refused_cap=0.2, handshake=2.0, degraded=0.3, short_session=0.0)
 _numbers = itertools.count()  # a broker disconnects a client when another one with its id connects
 

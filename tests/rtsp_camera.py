@@ -106,6 +106,7 @@ class RtspCamera:
                             return
                         self.wfile.write(packet)
                         number += 1
+                    camera.sent_at[-1] = time.monotonic()  # a busy machine may have stopped this thread before
 
         socketserver.ThreadingTCPServer.daemon_threads = True
         self._server = socketserver.ThreadingTCPServer(("127.0.0.1", port), Connection)

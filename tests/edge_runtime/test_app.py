@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from edge_runtime import pipeline
 from edge_runtime.app import Board, run_board
 from edge_runtime.config import (
     BoardConfig,
@@ -185,11 +186,22 @@ def test_a_running_board_is_online_and_says_what_it_is(board_bundle, broker, pho
         assert (offline["state"], offline["boot"]) == ("offline", online["boot"])
 
 
-def test_the_status_says_what_each_camera_does_now(board_bundle, broker, photos):
+@pytest.fixture
+def hold_photos(monkeypatch):
+    """An event until which no photo is handled, so that the board is online before they end."""
+    may_go, resize = threading.Event(), pipeline.to_input
+    monkeypatch.setattr(pipeline, "to_input", lambda *of: may_go.wait(PATIENCE_S) and resize(*of))
+    return may_go
+
+
+def test_the_status_says_what_each_camera_does_now(board_bundle, broker, photos, hold_photos):
     with Listener(broker.port, topics.status(SITE, BOARD)) as user:
         with Running(configuration(board_bundle, broker.port, photos, paradigm="device")) as board:
+            told = ["starting"]
+            while told[-1] != "live":
+                told.append(json.loads(user.next())["cameras"]["door"])
+            hold_photos.set()
             board.wait_ended()
-        told = []
         while (now := json.loads(user.next()))["state"] == "online":
             told.append(now["cameras"]["door"])
     assert told[-2:] == ["live", "ended"]
@@ -287,7 +299,7 @@ def test_each_of_several_mqtt_cameras_has_a_topic_and_what_names_none_is_counted
     assert "publish pictures on aiflow/home/b1/down/frame/front or aiflow/home/b1/down/frame/back" in caplog.text
 
 
-def test_both_brokers_have_the_same_status(board_bundle, start_broker, photos):
+def test_both_brokers_have_the_same_status(board_bundle, start_broker, photos, hold_photos):
     far, near = start_broker(), start_broker()
     config = configuration(board_bundle, far.port, photos, paradigm="device")
     config = msgspec.structs.replace(config, local=MqttConfig(port=near.port, keepalive_s=2))
@@ -296,6 +308,9 @@ def test_both_brokers_have_the_same_status(board_bundle, start_broker, photos):
         Listener(near.port, topics.status(SITE, BOARD)) as near_user,
     ):
         with Running(config) as board:
+            for user in (far_user, near_user):
+                user.next()
+            hold_photos.set()
             board.wait_ended()
         for user in (far_user, near_user):
             told = []

@@ -268,7 +268,7 @@ def test_only_the_last_word_is_kept_and_a_board_that_asks_meanwhile_gets_the_fir
 
 def test_without_a_cloud_on_its_broker_the_edge_has_the_last_word(sites: Sites, board: Board) -> None:
     with sites.serving("e1", "edge", sites.below, up=sites.up()) as edge:
-        board.ask(request(sites.bundle, 1, budget_ms=3000, options=WANTS_CLOUD))
+        board.ask(request(sites.bundle, 1, budget_ms=6000, options=WANTS_CLOUD))
         first, last = board.reply(), board.reply()
         assert (last.tier, last.server, last.final) == (Tier.EDGE, "e1", True)
         assert last == msgspec.structs.replace(first, final=True)

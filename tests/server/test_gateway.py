@@ -162,11 +162,11 @@ def quick_expiry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.gateway.PROBE_EXPIRY_S", 1.0)  # the broker's smallest
 
 
-@pytest.mark.usefixtures("quick_expiry")
 def test_a_black_hole_in_the_share_shows_in_counters_log_and_status(
-    broker: Mosquitto, join: Join, caplog: pytest.LogCaptureFixture
+    broker: Mosquitto, join: Join, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:
     member = join("s1")
+    request.getfixturevalue("quick_expiry")  # not before: nobody repeats the one probe of a new connection
     with Listener(broker.port, topics.server_status("home", "s1")) as person:
         status_of(person, share_proven=True)  # so that the next one without is of the black hole
         swallowed = list[Message]()
@@ -187,7 +187,6 @@ def test_a_black_hole_in_the_share_shows_in_counters_log_and_status(
     assert sum("did not come back" in record.message for record in caplog.records) == 1
 
 
-@pytest.mark.usefixtures("quick_expiry")
 def test_a_suspended_server_says_why_and_gets_no_requests_until_it_resumes(broker: Mosquitto, join: Join) -> None:
     tired, fresh = join("s1"), join("s2")
     with Listener(broker.port, topics.server_status("home", "s1")) as board:

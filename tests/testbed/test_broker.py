@@ -14,7 +14,7 @@ from edge_runtime.mqtt import MqttClient, MqttSettings, Outcome, Publish
 from testbed.broker import BrokerError, find_mosquitto, free_port, start_embedded
 from tests.brokers import mosquitto_or_skip
 
-PATIENCE_S = 15
+PATIENCE_S = 60
 
 
 @pytest.fixture(params=["mosquitto", "iotcore"])

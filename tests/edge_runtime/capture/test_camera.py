@@ -21,7 +21,9 @@ from tests.rtsp_camera import OPENCV, TOLERANCE_S, RtspCamera
 
 @pytest.mark.parametrize("fault", ["stalls", "ends"])
 def test_a_live_camera_that_stalls_or_ends_is_opened_again(network_camera, stop, fault):
-    cameras = Cameras([CameraConfig("door", network_camera.url, 0, stall_s=1)])
+    states: list[str] = []
+    config = CameraConfig("door", network_camera.url, 0, stall_s=1)
+    cameras = Cameras([config], lambda: states.append(cameras.states()["door"].state))
     taken = in_background(cameras.frames(stop))
     first = network_camera.connection()
     first.show(10, 10, 10)
@@ -33,7 +35,8 @@ def test_a_live_camera_that_stalls_or_ends_is_opened_again(network_camera, stop,
     assert "no new frame for 1 s" in cameras.states()["door"].why
     second.show(200, 200, 200)
     until(lambda: shade_of(taken.get(timeout=PATIENCE_S)) == 200)
-    assert (cameras["door"].counters.reopened, cameras.states()["door"].state) == (1, "live")
+    assert cameras["door"].counters.reopened >= 1
+    assert states[:3] == ["live", "stalled", "live"]  # it may stall again: nothing more is shown
 
 
 def test_a_camera_that_cannot_be_opened_is_tried_again_until_stopped(stop, no_pause):

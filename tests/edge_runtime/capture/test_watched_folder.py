@@ -4,8 +4,10 @@ import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -179,12 +181,17 @@ def test_pictures_that_are_found_together_come_in_the_order_of_their_times_and_n
     assert [frame.captured_unix for frame in frames] == [500, 1000, 1000, 2000]
 
 
-def test_a_picture_that_is_being_written_is_waited_for(folder, stop):
+def test_a_picture_that_is_being_written_is_waited_for(folder, stop, monkeypatch):
+    now = [time.monotonic()]
+    monkeypatch.setattr(watched_folder, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     watching, data = Watching(folder, stop), jpeg(50)
     with (folder / "slow.jpg").open("wb", buffering=0) as file:
         for at in range(0, len(data), 100):
             file.write(data[at : at + 100])
             watching.listed()
+            now[0] += 0.6 * watched_folder.STABLE_S  # two of these are more than a file may rest
+    watching.listed()
+    now[0] += watched_folder.STABLE_S
     assert watching.next() == ("slow.jpg", 50)
     assert watching.counters.unreadable == 0
 

@@ -26,7 +26,7 @@ from edge_runtime.requests.actions import Found
 from edge_runtime.requests.outbox import APPLICATION, BACKLOG, MEMORY_BYTES, Outbox
 from edge_runtime.requests.tracked import Row
 
-LONG_S = 20.0  # for what takes milliseconds when nothing is wrong
+LONG_S = 60.0  # for what takes milliseconds when nothing is wrong
 YEAR = 366 * 86400.0
 
 
@@ -434,12 +434,12 @@ def start():
     outbox.start()
     return outbox
 def wait(count):
-    while count > 0: count -= len(stored.get(timeout=20))
+    while count > 0: count -= len(stored.get(timeout=60))
 def read(outbox, n):
     outbox.read(row(n).id)
-    return said.get(timeout=20)
+    return said.get(timeout=60)
 outbox = start()
-assert found.get(timeout=20) == (0, 0)
+assert found.get(timeout=60) == (0, 0)
 for n in range(10): outbox.put(row(n))
 wait(10)
 other = folder / "other"
@@ -459,7 +459,7 @@ outbox = start()
 outbox.put(row(500))
 while not outbox.fault: time.sleep(0.01)
 mount("-o", "remount,rw")
-assert found.get(timeout=20) == (59, 0)
+assert found.get(timeout=60) == (59, 0)
 wait(1)
 assert outbox.fault == "" and outbox.close() == []
 print("all held")

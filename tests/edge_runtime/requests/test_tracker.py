@@ -49,7 +49,7 @@ from tests.listener import PATIENCE_S, QUICK, Listener, until
 SITE, BOARD = "home", "b1"
 DRAFT = (7, 8, 2)
 FOREVER_S = 600.0  # a deadline that no test waits for
-SOON_S = 1.0  # one that passes, but not before the request has left
+SOON_S = 3.0  # one that passes, but not before the request has left
 
 
 class Board:
