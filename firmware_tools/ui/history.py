@@ -74,7 +74,10 @@ SELECT id, text FROM answers WHERE id > max(
     (SELECT coalesce(max(id), 0) FROM vectors), (SELECT coalesce(max(id), 0) FROM answers) - ?)
 ORDER BY id LIMIT ?
 """
-ADD_VECTOR = "INSERT OR REPLACE INTO vectors SELECT ?1, ?2 WHERE EXISTS (SELECT * FROM answers WHERE id = ?1)"
+# Not `?1` twice: Python 3.12.0 to 3.12.3 warn of a number in a placeholder.
+ADD_VECTOR = """
+INSERT OR REPLACE INTO vectors SELECT id, vector FROM (SELECT ? AS id, ? AS vector) JOIN answers USING (id)
+"""
 OLD_VECTORS = "DELETE FROM vectors WHERE id <= (SELECT max(id) FROM vectors) - ?"
 OLD = """
 DELETE FROM answers WHERE id <= (SELECT max(id) FROM (SELECT id, at FROM answers ORDER BY id LIMIT ?) WHERE at < ?)
