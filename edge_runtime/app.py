@@ -121,6 +121,7 @@ class Board:
             byte_budget=byte_budget,
             on_reply=self.references.heard,
             find_silence=self._find_silence,
+            has_other_server=self.measurements.has_other_server,
             unknown_share=UNKNOWN_SHARE,
         )
         self.pipeline = self._new_pipeline(networks, sampling)
@@ -362,7 +363,7 @@ class Board:
         return f"no connection to the broker {mqtt.host}:{mqtt.port}: {self.servers.trouble or 'not yet'}"
 
     def _server_status_arrived(self, message: Message) -> None:
-        self.measurements.status_arrived(message.topic, message.payload, time.monotonic())
+        self.measurements.status_arrived(message.topic, message.payload, time.monotonic(), message.retained)
 
     def _status(self, state: str) -> Publish:
         value: dict[str, Any] = {"state": state, "boot": BOOT}

@@ -108,9 +108,9 @@ class Pipeline:
         reusable: ReusableAnswers | None = None,
         references: ReferenceFrames | None = None,
     ) -> None:
-        """Without a head, every plan must be to offload. sends_labels: with the features, and drafts are written from
-        them; if False, labels are found only for frames that the board answers alone. reusable, references: what
-        servers reply goes into both.
+        """Without a head, every plan must be to offload or to send nothing. reusable, references: what servers reply
+        goes into both. sends_labels: with the features, and drafts are written from them; if False, labels are found
+        only for frames that the board answers alone.
         """
         self.head, self.draft, self.labels = networks
         self.bundle, self.planner = bundle, planner

@@ -42,7 +42,7 @@ class LinkEstimator:
     """Times are seconds of one clock; server_ms is the time that servers spend on a request."""
 
     def __init__(self) -> None:
-        self.answered_at = -inf  # the latest reply
+        self.proven_at = -inf  # when the latest of the requests that were answered was sent
         self._model = LinkModel()
         self._open: dict[bytes, OpenRequest] = {}
         self._sizes: dict[ParadigmName, RecentValues] = {}
@@ -61,7 +61,8 @@ class LinkEstimator:
     def answered(self, request_id: bytes, at: float) -> OpenRequest | None:
         """Returns the request that was open; None for a second reply, or one to an unknown request."""
         if request := self._open.pop(request_id, None):
-            self._answers, self._losses_in_row, self.answered_at = self._answers + 1, 0, at
+            self._answers, self._losses_in_row = self._answers + 1, 0
+            self.proven_at = max(self.proven_at, request.sent_at)
             self._losses.add(0.0, at)
         return request
 

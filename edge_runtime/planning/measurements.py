@@ -7,6 +7,7 @@ never steps back.
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -38,6 +39,7 @@ class Snapshot:
 
     is_online: bool = True  # the broker is connected, and there is a server behind it
     why_offline: str = "no server takes requests"  # if it is not online
+    awaited: str = ""  # if it is not online: what says when it is again, so that no frame has to find out; "": nothing
     link: LinkSnapshot = field(default_factory=LinkSnapshot)
     server: ServerSnapshot = field(default_factory=ServerSnapshot)
     board: BoardSnapshot = field(default_factory=BoardSnapshot)
@@ -104,13 +106,20 @@ class Measurements:
         """No server answered the request in time."""
         self._put(RequestLost(request_id, now), now)
 
-    def status_arrived(self, topic: str, payload: bytes, now: float) -> None:
-        """A server's status, as received. Called by one thread only, the MQTT client's."""
-        self._statuses.arrived(topic, payload, now)
+    def status_arrived(self, topic: str, payload: bytes, now: float, is_retained: bool = False) -> None:
+        """A server's status, as received. Called by one thread only, the MQTT client's.
+
+        is_retained: the broker had kept it.
+        """
+        self._statuses.arrived(topic, payload, now, is_retained)
 
     def find_silence(self) -> str:
         """Why no server can be expected to answer, in words; "" if one can."""
         return self._statuses.find_silence()
+
+    def has_other_server(self, refused: AbstractSet[str], now: float) -> bool:
+        """Whether a server besides these takes requests, as far as is known."""
+        return self._statuses.has_other(refused, now)
 
     def _put(self, message: RequestSent | RequestAnswered | RequestLost, *numbers: float) -> None:
         if not all(self._is_good(number) for number in numbers):
@@ -150,6 +159,11 @@ class Measurements:
         while self._inbox:
             self._apply(self._inbox.popleft())
 
+    def takes(self, now: float, prompt: str = "", samples: bool = False) -> Takes:
+        """What the servers take. prompt, samples: as for `snapshot`."""
+        self.catch_up(now)
+        return self._statuses.takes(self._now, prompt, samples)
+
     def snapshot(self, now: float, prompt: str = "", samples: bool = False) -> Snapshot:
         """From all messages until now. prompt: only servers that have it count in `takes`; empty: all do.
 
@@ -161,8 +175,9 @@ class Measurements:
         last_minute, last_quarter = (self._bytes_spent(now, within_s) for within_s in (MINUTE_S, MINUTE_S / 4))
         is_connected = self._is_connected
         return Snapshot(
-            is_online=is_connected and not self._statuses.all_refuse(now, self._link.answered_at),
-            why_offline="no server takes requests" if is_connected else "no connection to the broker",
+            is_online=is_connected and not self._statuses.all_refuse(now, self._link.proven_at),
+            why_offline=self._statuses.why_refused() if is_connected else "no connection to the broker",
+            awaited="a server's status says when one does" if is_connected and self._statuses.will_say(now) else "",
             link=self._link.snapshot(now, self._server.usual_ms(now), last_minute, last_quarter),
             server=self._server.snapshot(now, self._statuses.claims(now)),
             board=self._board.snapshot(now),

@@ -85,6 +85,10 @@ class BoardPlanner:
             return self._without_link(replace(plan, why=why, explain=Explain("device", why)))
         if paradigm == "auto":
             return self._choose(plan, camera, now)
+        if paradigm != "device" and (
+            lacking := self._measurements.takes(now, plan.prompt, not plan.sampling.is_greedy).lacking
+        ):
+            return replace(plan, why=f"device: {lacking}", explain=Explain("device", f"device: {lacking}"))
         name = cast(ParadigmName, paradigm)  # the setting accepts no other word
         return replace(plan, paradigm=name, explain=Explain(name, "configured"))
 

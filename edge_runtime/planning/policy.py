@@ -7,7 +7,8 @@ A state machine: a `Snapshot` and the time come in, a `Decision` goes out; the s
 - A paradigm that is not well known is probed: one frame uses it, at most every PROBE_EVERY frames, and only if it could
   be better than the one in use. The more a probe may cost, the longer it waits.
 - If the link is down, loses most requests or is too slow for the deadline, the device answers alone. A real request
-  tests the link again after 1, 2, 4, ... 60 s.
+  tests the link again after 1, 2, 4, ... 60 s. If the servers say that they take no requests, their statuses say when
+  they do, so no request tests that.
 - On a link that changes often, large requests are a risk: if one is being sent when a slow link takes over, all others
   wait for it.
 
@@ -159,8 +160,8 @@ class Policy:
 
     def _why_nothing_is_possible(self, snapshot: Snapshot) -> str:
         takes = snapshot.takes
-        if takes.wanted and not takes.latents and not takes.pictures:
-            return f"no server has {takes.wanted}"
+        if takes.lacking:
+            return takes.lacking
         features = "no server takes this bundle's features" if self._has_head else "the board has no head"
         return (
             f"{features}, and {'no server takes pictures' if self.config.may_offload else 'pictures may not leave it'}"
@@ -178,6 +179,9 @@ class Policy:
         limit: float,
         now: float,
     ) -> Decision:
+        if outage == "offline" and snapshot.awaited:
+            self._retry = None
+            return self._device_alone(snapshot, possible, f"{why}: {snapshot.awaited}", outage)
         if self._retry and self._retry.outage == "offline" and outage != "offline":
             self._retry = None  # broker or server are back: what was lost before says little about them
         retry = self._retry = self._retry or _LinkRetry(now + FIRST_RETRY_S, FIRST_RETRY_S, outage)

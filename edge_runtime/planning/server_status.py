@@ -7,12 +7,14 @@ this board has measured its own value, and the statuses of servers that answered
 import logging
 import statistics
 from collections import Counter
+from collections.abc import Set as AbstractSet
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.errors import AiflowError
+from edge_runtime.logs import printable
 from edge_runtime.wire import TopicError, topics
 from edge_runtime.wire.bounded import decode_bounded
 from edge_runtime.wire.envelope import Millis, Name, UInt32
@@ -23,6 +25,7 @@ MAX_STATUS = 16 * 1024  # bytes of JSON; a server writes 1 KB
 SERVERS = 16  # whose statuses are remembered
 CONTRADICTION_RATIO = 8.0  # a claimed price that differs by this factor from the measured one is counted
 MAX_PROMPTS = 64  # that a server may have
+MAX_WHY = 200  # characters of a server's reason, in events and logs
 CLAIM_AGE_S = 60.0  # a server publishes its status every 10 s
 
 
@@ -55,6 +58,7 @@ class ServerStatus(Struct, frozen=True):
     price_ms: _Price = _Price()
     share_proven: bool = True  # False: requests do not reach this server
     accepting: bool = True  # False: it takes no requests at present
+    why: str = ""  # it takes none, in its words
     target: _Target = _Target()
     bundles: dict[str, str] = {}  # id, in hex digits, to name
     pictures: bool = True  # False: it takes latents only
@@ -62,6 +66,16 @@ class ServerStatus(Struct, frozen=True):
     @property
     def takes_requests(self) -> bool:
         return self.state == "online" and self.share_proven and self.accepting
+
+    @property
+    def refuses(self) -> bool:
+        """By its own decision, which it will publish when it changes."""
+        return self.state == "online" and not self.accepting
+
+    @property
+    def reason(self) -> str:
+        """Why it refuses, in its words; "" if it does not, or does not say."""
+        return printable(self.why, MAX_WHY) if self.refuses else ""
 
 
 _status = msgspec.json.Decoder(ServerStatus)
@@ -91,10 +105,16 @@ class Takes(NamedTuple):
     wanted: str = ""  # only servers that can do this count, in words; empty: all
     drafts: bool = False  # with pictures; only if a server says so
 
+    @property
+    def lacking(self) -> str:
+        """What no server has, in words, so that a request would be in vain; "" if that is not known."""
+        return "" if self.latents or self.pictures or not self.wanted else f"no server has {self.wanted}"
+
 
 class _Received(NamedTuple):
     status: ServerStatus
     at: float
+    is_retained: bool  # the broker had kept it, so the server itself may be gone
     refusing_since: float | None  # when it first said that it takes no requests; None: it takes them
 
 
@@ -115,8 +135,8 @@ class ServerStatuses:
         self._received: dict[str, _Received] = {}  # by server, the stalest first; replaced by the MQTT client's thread
         self._answered: dict[str, None] = {}  # servers, the latest to answer last; replaced by the frame path
 
-    def arrived(self, topic: str, payload: bytes, now: float) -> None:
-        """A message on the topic of a server's status."""
+    def arrived(self, topic: str, payload: bytes, now: float, is_retained: bool = False) -> None:
+        """A message on the topic of a server's status. is_retained: the broker had kept it."""
         try:
             server = topics.server_of(topic)
             if not payload:  # somebody has deleted the retained status of a server that is gone
@@ -145,7 +165,9 @@ class ServerStatuses:
         # A server that is online repeats its status all the time. "offline" is only published when it leaves.
         if since is not None and status.state == "online" and before and before.refusing_since is not None:
             since = before.refusing_since
-        self._received = {**received, server: _Received(status, now, since)}
+        # At each connection the broker repeats what it keeps, which is then as old as it was before.
+        at = before.at if is_retained and before and before.is_retained else now
+        self._received = {**received, server: _Received(status, at, is_retained, since)}
 
     def answered(self, server: str) -> None:
         """A server has answered this board."""
@@ -155,26 +177,33 @@ class ServerStatuses:
     def find_silence(self) -> str:
         """Why no server can be expected to answer, in words; "" if one can. Any thread."""
         statuses = [each.status for each in self._received.values()]
-        # A server that has answered without ever publishing a status may answer again.
-        if any(status.takes_requests for status in statuses) or self._answered.keys() - self._received.keys():
+        if any(status.takes_requests for status in statuses) or self._without_status():
             return ""
         if not statuses:
             return "no server has been heard: does `aiflow serve` run, with the same site and broker?"
-        names = ", ".join(f"{status.server} ({status.state})" for status in statuses)
-        return f"no server takes requests: {names}: look at the server's log"
+        is_explained = all(status.reason for status in statuses)
+        return self.why_refused() + ("" if is_explained else ": look at the server's log")
+
+    def why_refused(self) -> str:
+        """In words, if no server takes requests. Any thread."""
+        statuses = [each.status for each in self._received.values()]
+        names = ", ".join(f"{status.server} ({status.reason or status.state})" for status in statuses)
+        return f"no server takes requests: {names}" if names else "no server takes requests"
 
     def claims(self, now: float) -> Claims:
         """Of the servers that are online."""
-        received = [each for each in self._received.values() if abs(now - each.at) <= CLAIM_AGE_S]
-        online = [each.status for each in received if each.status.state == "online"]
+        online = [each.status for each in self._received.values() if self._is_online(each, now)]
         queue_ms = [status.price_ms.batch if status.queue.waiting else 0.0 for status in online]
         pass_ms = [status.price_ms.one_pass for status in online if status.price_ms.one_pass]
         return Claims(*(statistics.median(values) if values else None for values in (queue_ms, pass_ms)))
 
     def takes(self, now: float, prompt: str = "", samples: bool = False) -> Takes:
-        """By the servers that take requests; with the name of a prompt, by those that have it; by those that sample."""
-        received = [each.status for each in self._received.values() if abs(now - each.at) <= CLAIM_AGE_S]
-        if not (taking := [status for status in received if status.takes_requests]):
+        """By the servers that take requests; with the name of a prompt, by those that have it; by those that sample.
+
+        If none takes requests at present, by those that are online: one of them may be the first to take them again.
+        """
+        online = [each.status for each in self._received.values() if self._is_online(each, now)]
+        if not (taking := [status for status in online if status.takes_requests] or online):
             return Takes()
         wanted = []
         if prompt:
@@ -194,13 +223,39 @@ class ServerStatuses:
             not prompt and any(status.target.drafts and self._bundle in status.bundles for status in with_pictures),
         )
 
-    def all_refuse(self, now: float, answered_at: float) -> bool:
-        """All servers say that they take no requests, and no server has answered since they said so.
+    def all_refuse(self, now: float, proven_at: float) -> bool:
+        """All servers say that they take no requests, and no server has answered one that came after they said so.
 
-        answered_at: the latest answer of any server, -inf if there was none.
+        proven_at: when the latest request that has an answer was sent, -inf if there was none. A server that leaves
+        still answers what it has.
         """
         since = [each.refusing_since for each in self._received.values()]
-        return bool(since) and all(at is not None and min(at, now) >= answered_at for at in since)
+        return bool(since) and all(at is not None and min(at, now) >= proven_at for at in since)
+
+    def will_say(self, now: float) -> bool:
+        """All servers that are online say that they do not accept requests, so they will say when they do again.
+
+        Only as long as each repeats its status: nobody takes back the status of a server that died without its will.
+        """
+        received = [each for each in self._received.values() if each.status.state == "online"]
+        is_said = all(each.status.refuses and self._is_online(each, now) for each in received)
+        return bool(received) and is_said and not self._without_status()
+
+    def has_other(self, refused: AbstractSet[str], now: float) -> bool:
+        """Whether a server besides these takes requests, as far as is known. Any thread."""
+        taking = {
+            name for name, each in self._received.items() if self._is_online(each, now) and each.status.takes_requests
+        }
+        return not refused >= taking | self._without_status()
+
+    def _without_status(self) -> AbstractSet[str]:
+        """Servers that have answered without ever publishing a status: they may answer again."""
+        return self._answered.keys() - self._received.keys()
+
+    @staticmethod
+    def _is_online(each: _Received, now: float) -> bool:
+        """It says so, and has said it lately."""
+        return each.status.state == "online" and abs(now - each.at) <= CLAIM_AGE_S
 
     def _report(self, kind: str, whose: str, why: str) -> None:
         self._counts[kind] += 1

@@ -51,7 +51,7 @@ class Entry(Generic[T]):
     copies_asked_for: int = 0  # by replies in this try, so that the copy before each has no other reply
     is_asked_for: bool = False  # the next copy is
     why_not_yet: Why | None = None  # what the latest of these replies said
-    unknown_bundle: int = 0  # of these, from servers without the bundle
+    unknown_bundle: tuple[str, ...] = ()  # the servers of those replies that say that they lack the bundle
     lost_its_reference: bool = False  # a server has said so: once, of the first copy
     latest: tuple[str, bytes] | None = None  # server and tokens of the latest reply that is not final
     not_final: int = 0  # replies that are not final

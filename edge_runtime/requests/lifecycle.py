@@ -18,6 +18,7 @@ At every moment: accepted + found = answered + lost + open + kept.
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from math import inf
 from typing import Generic, TypeVar
 
@@ -50,7 +51,9 @@ RETRY_DEADLINE_S = 30.0  # for the reply to a request that comes out of the outb
 AWAY_S = 5.0  # after a frame found the link away, nothing is retried for this time
 POLL_S = 0.5  # between two looks whether a kept request may be retried
 DEFAULT_BUSY_S = 1.0  # for a server that says "busy" without a time
-MAX_UNKNOWN_BUNDLE = 16  # such replies in one try; if one of four servers has the bundle, 1 % of requests miss it
+# Replies "unknown bundle" in one try. If one of four servers has the bundle, 1 % of requests miss it after 16. If no
+# server is known that has not refused, more copies than a few would only cost bytes.
+MAX_UNKNOWN_BUNDLE, FEW_UNKNOWN_BUNDLE = 16, 4
 
 
 class RequestLifecycle(Generic[T]):
@@ -64,6 +67,7 @@ class RequestLifecycle(Generic[T]):
     outbox: its limits, if there is one; size_of: the bytes that a content takes there; may_store: whether it may go
     there. can_store: whether the outbox takes one more request. The caller keeps it up to date. is_complete: whether a
     content has all that its events and the outbox shall have; if not, `on_complete` follows.
+    has_other_server: whether a server besides these, by name, may take a request at this time.
     """
 
     def __init__(
@@ -77,12 +81,14 @@ class RequestLifecycle(Generic[T]):
         size_of: Callable[[T], int] = lambda _: 0,
         may_store: Callable[[T], bool] = lambda _: True,
         is_complete: Callable[[T], bool] = lambda _: True,
+        has_other_server: Callable[[AbstractSet[str], float], bool] = lambda refused, now: True,
     ) -> None:
         if capacity < 1 or min_resend_s <= 0:
             raise ValueError(f"capacity = {capacity}, min_resend_s = {min_resend_s}: want at least 1, and more than 0")
         self.can_store = outbox is not None
         self._capacity, self._rng, self._outbox = capacity, rng, outbox
         self._size_of, self._may_store, self._is_complete = size_of, may_store, is_complete
+        self._has_other_server = has_other_server
         self._resend = ResendTimer(min_resend_s, rng, unknown_share)
         self._retry = RetryTimer(outbox.replay_per_s if outbox else 1.0, rng)
         self._live: dict[bytes, Entry[T]] = {}  # those that are not KEPT
@@ -359,13 +365,20 @@ class RequestLifecycle(Generic[T]):
         self._counts["busy"] += 1
         told_s = DEFAULT_BUSY_S if reply.retry_after_ms is None else reply.retry_after_ms / 1e3
         # A server without the bundle is not overloaded, so its replies do not double the wait for another server.
-        entry.resend_at = now + busy_wait_s(told_s, entry.copies_asked_for - entry.unknown_bundle, self._rng)
+        entry.resend_at = now + busy_wait_s(told_s, entry.copies_asked_for - len(entry.unknown_bundle), self._rng)
         self._ask_for_copy(entry, reply)
-        entry.unknown_bundle += reply.status is Status.UNKNOWN_BUNDLE
-        if entry.resend_at < entry.deadline and entry.unknown_bundle < MAX_UNKNOWN_BUNDLE:
+        if reply.status is Status.UNKNOWN_BUNDLE:
+            entry.unknown_bundle += (reply.server,)
+        if entry.resend_at < entry.deadline and not self._is_vain(entry, now):
             return []
         entry.resend_at = inf
         return self.on_complete(entry.id, now)
+
+    def _is_vain(self, entry: Entry[T], now: float) -> bool:
+        """Whether enough servers have said that they lack the bundle."""
+        refused = entry.unknown_bundle
+        few = len(refused) >= FEW_UNKNOWN_BUNDLE and not self._has_other_server(frozenset(refused), now)
+        return few or len(refused) >= MAX_UNKNOWN_BUNDLE
 
     def _send_alone(self, entry: Entry[T], reply: Reply, now: float) -> list[Action[T]]:
         """The server lacks the reference of the first copy. Later copies have none.
@@ -453,7 +466,7 @@ class RequestLifecycle(Generic[T]):
         entry.was_kept = True
         entry.is_unclear |= entry.sends > 0  # a reply after the next send may be to a copy of this try
         entry.content, entry.sends, entry.deadline, entry.resend_at = None, 0, inf, inf
-        entry.copies_asked_for, entry.why_not_yet, entry.unknown_bundle = 0, None, 0
+        entry.copies_asked_for, entry.why_not_yet, entry.unknown_bundle = 0, None, ()
         entry.is_asked_for = entry.is_held_back = False
         self._move(entry, State.KEPT)
         return actions

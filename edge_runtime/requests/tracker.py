@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -121,12 +122,13 @@ class RequestTracker:
         byte_budget: ByteBudget | None = None,
         on_reply: Callable[[Reply], None] = lambda _: None,
         find_silence: Callable[[], str] = str,
+        has_other_server: Callable[[AbstractSet[str], float], bool] = lambda refused, now: True,
         unknown_share: float = 0.0,
     ) -> None:
         """capacity: requests that wait for a reply; byte_budget: None: no limit; on_reply: is told each reply.
 
-        find_silence: why no server can answer now, in words for people; "" if one can. unknown_share: see
-        RequestLifecycle.
+        find_silence: why no server can answer now, in words for people; "" if one can.
+        has_other_server, unknown_share: see RequestLifecycle.
         """
         self._client, self._observer, self._find_silence = client, observer, find_silence
         self._capacity, self._budget, self._on_reply = capacity, byte_budget or ByteBudget(), on_reply
@@ -139,6 +141,7 @@ class RequestTracker:
             capacity,
             min_resend_s=resend_s,
             unknown_share=unknown_share,
+            has_other_server=has_other_server,
             rng=random.Random(),
             outbox=outbox,
             size_of=lambda tracked: row_of(tracked).size,

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -23,6 +24,7 @@ import pytest
 
 from edge_runtime import pipeline
 from edge_runtime.app import Board, run_board
+from edge_runtime.capture import Frame
 from edge_runtime.config import (
     BoardConfig,
     CameraConfig,
@@ -35,6 +37,7 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.inference.backends import BackendError
 from edge_runtime.inference.bundle import DRAFT_LABELS, INTER_TABLES, TABLES, Bundle, BundleError
 from edge_runtime.mqtt import Message, MqttConfig
+from edge_runtime.requests.lifecycle import FEW_UNKNOWN_BUNDLE
 from edge_runtime.wire import Event, Reply, Status, decode_event, decode_request, encode_reply, topics
 from tests.brokers import PLAIN, Mosquitto
 from tests.listener import PATIENCE_S, Listener, until
@@ -169,6 +172,41 @@ def test_until_an_answer_was_measured_a_board_asks_for_no_copy_that_another_serv
     board = Board(configuration(board_bundle, broker.port, photos, resend_ms=20, paradigm="offload"))
     board.servers.close()
     assert board.tracker._lifecycle._resend.interval(0, left_s=60.0) >= 10.0
+
+
+def asking(config: RuntimeConfig, prompt: str) -> RuntimeConfig:
+    (camera,) = config.cameras
+    return msgspec.structs.replace(config, cameras=(msgspec.structs.replace(camera, prompt=prompt),))
+
+
+def test_a_picture_goes_a_few_times_to_a_server_of_which_nothing_is_known_and_that_lacks_its_prompt(
+    board_bundle, broker, photos
+):
+    def refuse(payload: bytes) -> bytes:
+        request_id = decode_request(payload).id
+        return encode_reply(Reply(id=request_id, status=Status.UNKNOWN_BUNDLE, server="s1", retry_after_ms=1))
+
+    config = asking(configuration(board_bundle, broker.port, photos, paradigm="offload"), "gate")
+    with Listener(broker.port, topics.request(SITE, BOARD), answer=refuse, to=topics.reply(SITE, BOARD)) as server:
+        with Running(config) as board:
+            assert all("unknown_bundle" in board.next("lost").why for _ in range(3))
+            board.wait_ended()
+        assert server.heard.qsize() == 3 * FEW_UNKNOWN_BUNDLE
+
+
+def test_no_picture_is_sent_if_a_retained_status_says_that_its_prompt_is_missing(board_bundle, broker):
+    said = json.dumps({"state": "online", "server": "s1", "target": {"prompts": ["door"]}}).encode()
+    topic = topics.server_status(SITE, "s1")
+    with Listener(broker.port, topic) as server:
+        server.client.publish(topic, said, qos=1, retain=True)
+        server.next()  # the broker has it
+    board = Board(asking(configuration(board_bundle, broker.port, "mqtt", paradigm="offload"), "gate"))
+    with board.servers:
+        until(lambda: board.measurements.takes(time.monotonic(), "gate").lacking)
+        assert board.measurements._statuses._received["s1"].is_retained
+        event = board.pipeline.handle(Frame("door", np.zeros((8, 8, 3), np.uint8), 1.6e9, time.monotonic()))
+    assert event is not None
+    assert (event.why, event.final) == ("device: no server has the prompt gate", True)
 
 
 def test_a_running_board_is_online_and_says_what_it_is(board_bundle, broker, photos):

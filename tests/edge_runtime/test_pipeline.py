@@ -419,6 +419,16 @@ def test_device_sends_nothing_and_its_event_is_final(start):
     assert board.client.stats()["published"] == 2  # the event, and the retained last one
 
 
+def test_a_board_without_a_head_can_send_nothing_and_says_why(start):
+    board = start("offload")
+    board.pipeline.planner = FixedPlanner(Plan("device", "device: no server has the prompt gate", 1000))
+    board.pipeline.handle(frame())
+    event = board.next_event()
+    assert (event.type, event.final, event.bytes_up) == ("new", True, 0)
+    assert (event.paradigm, event.why) == ("device", "device: no server has the prompt gate")
+    assert board.order == ["new"]
+
+
 def test_a_frame_that_was_handled_is_free_before_the_next_one_is_read(start):
     def frames() -> Iterator[Frame]:
         for seed in range(2):

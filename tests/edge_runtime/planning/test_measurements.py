@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from edge_runtime.planning import Measurements, Snapshot
 from edge_runtime.planning.link_estimator import MAX_OPEN
 from edge_runtime.planning.measurements import QUEUE
+from edge_runtime.planning.server_status import CLAIM_AGE_S
 from edge_runtime.planning.thermal import ThermalState
 from edge_runtime.requests.byte_budget import ByteBudget
 from edge_runtime.wire import Hop, Reply, Status, Tier, encode_tokens, topics
@@ -247,6 +248,24 @@ def test_a_server_that_answers_is_not_offline_because_it_repeats_that_its_share_
     assert exchange(measurements, 1).is_online
     measurements.status_arrived(topic("a"), status_of(share_proven=False), 10.0)
     assert measurements.snapshot(10.5).is_online
+
+
+def test_a_server_that_leaves_still_answers_what_it_has_and_says_when_it_is_back():
+    measurements = Measurements()
+    measurements.status_arrived(topic("a"), status_of("a"), 0.0)
+    measurements.sent((1).to_bytes(8, "big"), "split", 430, 1.0)
+    measurements.snapshot(1.0)
+    refusal = status_of("a", accepting=False, why="the budget of the day is spent")
+    measurements.status_arrived(topic("a"), refusal, 2.0)
+    measurements.answered(reply_to(1, server="a"), 3.0)
+    snapshot = measurements.snapshot(4.0)
+    assert not snapshot.is_online
+    assert snapshot.why_offline == "no server takes requests: a (the budget of the day is spent)"
+    assert snapshot.awaited
+    assert not measurements.snapshot(2.0 + CLAIM_AGE_S + 1).awaited  # it may have died
+    measurements.status_arrived(topic("a"), refusal, 100.0)
+    measurements.connected(False)
+    assert not measurements.snapshot(101.0).awaited
 
 
 def test_an_answer_that_came_by_way_of_a_server_says_nothing_of_the_tier_above_it():

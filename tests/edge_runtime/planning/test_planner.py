@@ -51,6 +51,10 @@ class Board:
             sampling={"plain": sampling},
         )
 
+    def server_says(self, **status: Any) -> None:
+        payload = json.dumps({"state": "online", "server": "s1", **status}).encode()
+        self.measurements.status_arrived(topics.server_status("home", "s1"), payload, time.monotonic())
+
     def set(self, name: str, value: str) -> None:
         topic = topics.setting("home", "b1", name)
         self.settings.message_arrived(Message(topic, value.encode(), 1, False, None, lambda: None), Publisher())
@@ -93,6 +97,48 @@ def test_a_cameras_prompt_is_planned_for_and_can_be_switched():
     board.set("plain_prompt", "drive")
     plan = board.planner.plan("plain")
     assert (plan.paradigm, plan.why) == ("device", "device: no server has the prompt drive")
+
+
+@pytest.mark.parametrize("paradigm", ["split", "speculative", "offload"])
+def test_a_request_for_a_prompt_that_no_server_has_is_not_sent_whatever_the_paradigm(paradigm):
+    board = Board()
+    board.set("paradigm", paradigm)
+    board.set("plain_prompt", "Gate")
+    assert board.planner.plan("plain").paradigm == paradigm  # nothing is known of the servers
+    board.server_says(target={"latents": False, "prompts": ["gate"]})
+    plan = board.planner.plan("plain")
+    assert (plan.paradigm, plan.why) == ("device", "device: no server has the prompt Gate")
+    assert plan.explain == Explain("device", plan.why)
+    board.set("plain_prompt", "gate")
+    assert board.planner.plan("plain").paradigm == paradigm
+
+
+def test_while_the_only_server_accepts_no_requests_the_device_answers_every_frame(monkeypatch):
+    board = Board(tier=None)
+    board.set("plain_prompt", "gate")
+    start = time.monotonic()
+    for second in range(300):
+        monkeypatch.setattr(time, "monotonic", lambda now=start + second: now)
+        if second % 10 == 0:
+            board.server_says(
+                target={"latents": False, "prompts": ["gate"]}, accepting=False, why="the budget is spent"
+            )
+        plan = board.planner.plan("plain")
+        assert plan.paradigm == "device"
+        assert plan.why.startswith("device: no server takes requests: s1 (the budget is spent): ")
+    board.server_says(target={"latents": False, "prompts": ["gate"]})
+    assert board.planner.plan("plain").paradigm == "offload"
+
+
+def test_a_server_that_died_while_it_accepted_no_requests_is_tried_again(monkeypatch):
+    board = Board(tier=None)
+    start = time.monotonic()
+    board.server_says(accepting=False)
+    tries = []
+    for second in range(90):
+        monkeypatch.setattr(time, "monotonic", lambda now=start + second: now)
+        tries += [second] * (board.planner.plan("plain").paradigm != "device")
+    assert tries == [62, 64, 68, 76]
 
 
 def test_a_sampled_text_is_asked_of_a_server_that_samples_and_no_draft_is_final():

@@ -275,6 +275,18 @@ def test_a_link_that_is_down_is_tested_at_growing_intervals_and_used_again_when_
     assert "next try in 1 s" in policy.choose(offline, 301.0, DEADLINE_MS).explain.reason
 
 
+def test_a_link_is_not_tested_while_the_servers_will_say_when_they_take_requests():
+    policy = Policy(PolicyConfig())
+    unknown = with_values(KNOWN, is_online=False)
+    awaited = with_values(unknown, awaited="a status says when")
+    decisions = [policy.choose(awaited, float(second), DEADLINE_MS) for second in range(300)]
+    assert {(each.paradigm, each.outage) for each in decisions} == {("device", "offline")}
+    assert decisions[0].explain.reason == "device: no server takes requests: a status says when"
+    later = [policy.choose(unknown, 300.0 + second, DEADLINE_MS) for second in range(9)]
+    assert [second for second, decision in enumerate(later) if decision.is_probe] == [1, 3, 7]
+    assert policy.choose(KNOWN, 310.0, DEADLINE_MS).outage is None
+
+
 def test_a_server_that_is_back_is_asked_soon_whatever_was_lost_while_it_was_away():
     policy = Policy(PolicyConfig())
     for second in range(40):

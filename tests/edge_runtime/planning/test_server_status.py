@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from edge_runtime.planning.server_status import (
     CLAIM_AGE_S,
     MAX_STATUS,
+    MAX_WHY,
     SERVERS,
     ServerStatuses,
     StatusError,
@@ -31,8 +32,8 @@ class Statuses(ServerStatuses):
         self.counts: Counter[str] = Counter()
         super().__init__(self.counts, bundle)
 
-    def receive(self, server: str, now: float, **status: object) -> None:
-        self.arrived(topics.server_status("home", server), status_of(server, **status), now)
+    def receive(self, server: str, now: float, is_retained: bool = False, **status: object) -> None:
+        self.arrived(topics.server_status("home", server), status_of(server, **status), now, is_retained)
 
 
 def test_a_server_whose_retained_status_is_deleted_is_forgotten():
@@ -226,3 +227,97 @@ def test_no_server_can_answer_while_all_are_offline_unless_one_answered_without_
     assert "a (offline)" in statuses.find_silence()
     statuses.answered("b")
     assert not statuses.find_silence()
+
+
+BUDGET = "the budget of the day is spent, the next day begins at 2026-12-02 00:00 UTC"
+
+
+def test_the_reason_for_silence_is_the_servers_own_words():
+    statuses = Statuses()
+    statuses.receive("attic", 0.0, accepting=False, why=BUDGET)
+    assert statuses.find_silence() == f"no server takes requests: attic ({BUDGET})"
+    statuses.receive("barn", 0.0, state="offline", why="ignored: it cannot be the present reason")
+    expected = f"no server takes requests: attic ({BUDGET}), barn (offline): look at the server's log"
+    assert statuses.find_silence() == expected
+
+
+def test_a_servers_words_are_bounded_and_printable():
+    statuses = Statuses()
+    statuses.receive("attic", 0.0, accepting=False, why="\x1b[2J\n" + 1000 * "x")
+    assert statuses.find_silence().isprintable()
+    assert len(statuses.find_silence()) < MAX_WHY + 100
+
+
+@pytest.mark.parametrize(
+    ("others", "will_say"),
+    [
+        ({}, True),
+        ({"b": {"accepting": False}}, True),
+        ({"b": {"state": "offline"}}, True),
+        ({"b": {"share_proven": False}}, False),
+        ({"b": {}}, False),
+        ({"a": {"state": "offline"}}, False),
+    ],
+)
+def test_servers_that_are_online_and_do_not_accept_say_when_they_do(others, will_say):
+    statuses = Statuses()
+    assert not statuses.will_say(0.0)
+    statuses.receive("a", 1.0, accepting=False)
+    for server, status in others.items():
+        statuses.receive(server, 1.0, **status)
+    assert statuses.will_say(1.0) is will_say
+
+
+def test_a_server_that_answers_without_a_status_will_not_say_when_it_takes_requests():
+    statuses = Statuses()
+    statuses.receive("a", 1.0, accepting=False)
+    statuses.answered("b")
+    assert not statuses.will_say(1.0)
+
+
+def test_a_refusal_that_its_server_no_longer_repeats_is_not_waited_for():
+    statuses = Statuses()
+    for now in (0.0, 50.0):
+        statuses.receive("a", now, accepting=False)
+    assert statuses.will_say(50.0 + CLAIM_AGE_S)
+    assert not statuses.will_say(51.0 + CLAIM_AGE_S)
+
+
+def test_a_retained_refusal_is_not_newer_after_another_connection():
+    statuses = Statuses()
+    for now in (0.0, 50.0):
+        statuses.receive("a", now, is_retained=True, accepting=False)
+    assert statuses.will_say(CLAIM_AGE_S)
+    assert not statuses.will_say(CLAIM_AGE_S + 1)
+    statuses.receive("a", 100.0, accepting=False)  # by the server itself
+    statuses.receive("a", 200.0, is_retained=True, accepting=False)
+    assert statuses.will_say(201.0)
+
+
+def test_if_no_server_accepts_requests_what_those_that_are_online_take_counts():
+    statuses = Statuses()
+    statuses.receive("a", 1.0, target={"latents": False, "prompts": ["gate"]}, accepting=False)
+    statuses.receive("gone", 1.0, state="offline")
+    assert statuses.takes(1.0, "gate") == Takes(latents=False, wanted="the prompt gate")
+    assert statuses.takes(1.0, "drive").lacking == "no server has the prompt drive"
+    statuses.receive("b", 2.0)
+    assert statuses.takes(2.0) == Takes()
+
+
+def test_what_is_lacking_is_named_only_if_all_servers_lack_it():
+    assert not Takes().lacking
+    assert not Takes(False, False).lacking
+    assert not Takes(False, True, "the prompt gate").lacking
+    assert Takes(False, False, "the prompt gate").lacking == "no server has the prompt gate"
+
+
+def test_another_server_is_known_by_a_fresh_status_or_by_its_answers():
+    statuses = Statuses()
+    assert not statuses.has_other(frozenset(), 0.0)
+    statuses.receive("a", 0.0)
+    statuses.receive("full", 0.0, accepting=False)
+    assert statuses.has_other(frozenset(), 0.0)
+    assert not statuses.has_other({"a"}, 0.0)
+    assert not statuses.has_other(frozenset(), CLAIM_AGE_S + 1)
+    statuses.answered("b")
+    assert statuses.has_other({"a"}, 0.0)

@@ -26,6 +26,7 @@ from edge_runtime.requests.actions import (
 from edge_runtime.requests.entries import DROP_EVERY_S, DROPS, MAX_STORED
 from edge_runtime.requests.lifecycle import (
     AWAY_S,
+    FEW_UNKNOWN_BUNDLE,
     MAX_UNKNOWN_BUNDLE,
     POLL_S,
     RETRY_DEADLINE_S,
@@ -401,6 +402,19 @@ def test_many_servers_without_the_bundle_are_asked_before_a_usual_deadline() -> 
         assert requests.on_reply(reply(ONE, Status.UNKNOWN_BUNDLE, retry_after_ms=100), now) == []
         assert resend(requests, now := requests.next_at())
     assert kinds(requests.on_reply(reply(ONE), now)) == [Answer]
+
+
+def test_few_copies_are_sent_if_no_server_is_known_that_has_not_refused() -> None:
+    requests: RequestLifecycle[str] = RequestLifecycle(
+        4, min_resend_s=1.0, rng=random.Random(0), has_other_server=lambda refused, now: not refused >= {"s1", "s2"}
+    )
+    requests.on_request(ONE, "x", 60.0, 0.0)
+    now = 0.0
+    for _ in range(FEW_UNKNOWN_BUNDLE):  # s2 has not been asked
+        assert requests.on_reply(reply(ONE, Status.UNKNOWN_BUNDLE, retry_after_ms=100), now) == []
+        assert resend(requests, now := requests.next_at())
+    last = Reply(id=ONE, status=Status.UNKNOWN_BUNDLE, server="s2", retry_after_ms=100)
+    assert kinds(requests.on_reply(last, now)) == [Lose]
 
 
 def test_a_bundle_that_no_server_has_is_named_at_the_deadline() -> None:
