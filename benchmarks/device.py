@@ -59,7 +59,7 @@ def time_stages(bundle: Bundle, frames: Sequence[NDArray[np.uint8]], backend: st
     cv2.setNumThreads(1)  # as the runtime does
     networks = load_networks(bundle, Setup(backend, 1), has_labels=True)
     plan = Plan("speculative", "benchmark", LONG_MS)
-    published: queue.SimpleQueue[float] = queue.SimpleQueue()
+    published: queue.Queue[float] = queue.Queue()
     timings: list[dict[str, float]] = []
     with start_embedded() as port, MqttClient(MqttConfig(port=port).settings(BOARD)) as client:
         client.wait_online(PATIENCE_S)

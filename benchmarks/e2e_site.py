@@ -71,7 +71,7 @@ class MeasuredBoard:
         board |= {"deadline_ms": int(1e3 * DEADLINE_S), "resend_ms": int(1e3 * RESEND_S)}
         tables = {"board": board, "mqtt": {"port": link.port}, "local": {"port": site.local}}
         self._process = AiflowProcess("run", tables | {"cameras": [{"name": "photos", "source": "mqtt"}]}, folder)
-        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._inbox: queue.Queue[Message] = queue.Queue()
         self._client = MqttClient(
             MqttConfig(port=site.local).settings(f"user-of-{name}"),
             subscriptions=[(topics.event(SITE, name), 1)],

@@ -68,7 +68,7 @@ class Boards:
         self._bundle, self._frames, self._interval_s, self._ids = bundle, frames, interval_s, RequestIds()
         self._plan = Plan("speculative", "benchmark", int(1e3 * BUDGET_S))
         self.names = [f"board-{number}" for number in range(count)]
-        self._replies: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
+        self._replies: queue.Queue[tuple[float, Message]] = queue.Queue()
         self._open: dict[bytes, Asked] = {}
         self._due: list[tuple[float, str, bytes]] = []  # a heap: when, board, request to send again or none
         self.reply_ms: dict[str, list[float]] = {name: [] for name in self.names}

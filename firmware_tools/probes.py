@@ -85,8 +85,8 @@ def ask(settings: "MqttSettings", subscriptions: Sequence[Subscription], status:
     from edge_runtime.mqtt import MqttClient, State
 
     settings = msgspec.structs.replace(settings, client_id=f"{settings.client_id}-validate")
-    states: queue.SimpleQueue[tuple[State, str]] = queue.SimpleQueue()
-    arrived: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    states: queue.Queue[tuple[State, str]] = queue.Queue()
+    arrived: queue.Queue[Message] = queue.Queue()
     client = MqttClient(
         settings,
         subscriptions=[(topic, 1) for topic in (*(each.topic for each in subscriptions), status) if topic],
@@ -120,7 +120,7 @@ def ask(settings: "MqttSettings", subscriptions: Sequence[Subscription], status:
     )
 
 
-def _is_online(arrived: "queue.SimpleQueue[Message]") -> bool:
+def _is_online(arrived: "queue.Queue[Message]") -> bool:
     from testbed.statuses import read_status
 
     with suppress(queue.Empty):

@@ -217,7 +217,7 @@ def through_a_server(
 
 def play(board: Process, port: int, pictures: int) -> tuple[dict[str, Answer], tuple[int, int]]:
     """Runs a board until each picture has its final event. Returns answers by picture, and the most `memory` it had."""
-    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    inbox: queue.Queue[Message] = queue.Queue()
     settings = MqttConfig(port=port).settings("listener")
     found: dict[str, Answer] = {}
     with MqttClient(settings, subscriptions=[(topics.event(SITE, BOARD), 1)], on_message=inbox.put) as client:

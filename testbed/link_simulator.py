@@ -72,7 +72,7 @@ class LinkSimulator:
         self._connections: set[asyncio.Task[None]] = set()
         self._traces: set[asyncio.Task[None]] = set()  # at most one: the trace that is playing
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
-        self._started: queue.SimpleQueue[Address | OSError | UnicodeError] = queue.SimpleQueue()
+        self._started: queue.Queue[Address | OSError | UnicodeError] = queue.Queue()
 
     def __enter__(self) -> "LinkSimulator":
         self._thread.start()

@@ -232,7 +232,7 @@ def wait_online(board: Process, port: int, site: str, name: str) -> None:
 
 
 def _wait_for_status(process: Process, port: int, topic: str, is_ready: Callable[[StatusFields], bool]) -> None:
-    statuses: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    statuses: queue.Queue[Message] = queue.Queue()
     settings = MqttConfig(port=port).settings(f"waits-for-{process.pid}")
     deadline = time.monotonic() + START_S
     with MqttClient(settings, subscriptions=[(topic, 1)], on_message=statuses.put):

@@ -31,7 +31,7 @@ class FaultSite:
             SERVER: self._server(SERVER),
             SPARE: self._server(SPARE),
         }
-        self.messages: queue.SimpleQueue[tuple[float, Message]] = queue.SimpleQueue()
+        self.messages: queue.Queue[tuple[float, Message]] = queue.Queue()
 
     @contextmanager
     def run(self) -> Iterator["FaultSite"]:

@@ -118,8 +118,6 @@ class Cameras:
         a slow board gets the newest frame. At the end every thread has ended, or still hangs in a driver after CLOSE_S:
         see shutdown.threads_in_driver.
         """
-        # Not a SimpleQueue: before Python 3.13, its `get` waits without a limit if its timeout passes while a signal is
-        # handled, and a board that is told to stop would hang here.
         handover: queue.Queue[tuple[Camera, Frame | None]] = queue.Queue()
         threads = [
             DriverThread(target=camera.hand_over, args=(handover,), name=f"source-{name}")

@@ -78,7 +78,7 @@ class Outbox:
         self._config, self._path = config, Path(config.file).expanduser()
         self._on_found, self._on_stored, self._on_read = on_found, on_stored, on_read
         self._group_s = 0.0 if config.every_request else GROUP_S
-        self._commands: queue.SimpleQueue[tuple[Callable[[Any], None], Any] | None] = queue.SimpleQueue()
+        self._commands: queue.Queue[tuple[Callable[[Any], None], Any] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._db: sqlite3.Connection | None = None
         self._fresh: dict[bytes, Row] = {}  # not on disk yet

@@ -57,7 +57,7 @@ class UmqttClient:
 
     def __init__(self, client_id: str, host: str, port: int = 1883, keepalive: int = 0) -> None:
         self._client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv311)
-        self._heard = heard = queue.SimpleQueue[paho.MQTTMessage]()
+        self._heard = heard = queue.Queue[paho.MQTTMessage]()
         self._client.on_message = lambda *arguments: heard.put(arguments[2])
         self._address = host, port, keepalive or 60
 
@@ -72,7 +72,7 @@ class UmqttClient:
         self._client.loop_start()
 
     def subscribe(self, topic: bytes, qos: int) -> None:
-        subscribed: queue.SimpleQueue[object] = queue.SimpleQueue()
+        subscribed: queue.Queue[object] = queue.Queue()
         self._client.on_subscribe = lambda *arguments: subscribed.put(arguments)
         self._client.subscribe(topic.decode(), qos)
         subscribed.get(timeout=PATIENCE_S)

@@ -199,7 +199,7 @@ def test_a_board_with_the_same_id_that_runs_elsewhere_is_a_warning(
     assert found_by("broker mqtt", path).status == "ok"
     with MqttClient(MqttConfig(port=broker.port).settings("other")) as other:
         for state, expected in (("online", "warning"), ("offline", "ok")):
-            said = queue.SimpleQueue[Outcome]()
+            said = queue.Queue[Outcome]()
             payload = json.dumps({"state": state}).encode()
             other.publish(status, payload, retain=True, on_outcome=said.put)
             assert said.get(timeout=PATIENCE_S) is Outcome.DELIVERED
@@ -211,7 +211,7 @@ def test_a_board_with_the_same_id_that_runs_elsewhere_is_a_warning(
 def test_a_board_with_the_same_id_that_runs_here_with_this_file_is_in_order(
     config: Callable[..., Path], broker: Mosquitto
 ) -> None:
-    path, said = config("mqtt", broker.port), queue.SimpleQueue[Message]()
+    path, said = config("mqtt", broker.port), queue.Queue[Message]()
     settings, status = MqttConfig(port=broker.port).settings("other"), topics.status("home", "b1")
     command = [sys.executable, "-m", "firmware_tools", "run", "--no-show", path.name]
     paths = os.pathsep.join(filter(None, sys.path))
