@@ -35,7 +35,8 @@ from server.serving import serve
 from server.targets.openai import OpenAITarget
 from testbed.chat_server import BEHAVIOURS, Behaviour, ChatServer, text_of
 
-FAULTS: tuple[Behaviour, ...] = tuple(each for each in BEHAVIOURS if each not in ("answer", "no_usage", "odd_usage"))
+ANSWERS: tuple[Behaviour, ...] = ("answer", "no_usage", "odd_usage", "long_text")
+FAULTS: tuple[Behaviour, ...] = tuple(each for each in BEHAVIOURS if each not in ANSWERS)
 SETTLE_S = 600.0  # for the last request's end
 REPEAT_SHARE = 0.1  # of the answered requests, asked once more afterwards
 

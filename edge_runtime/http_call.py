@@ -37,6 +37,8 @@ Kind = Literal[
     "no_answer",  # a body that is not what the API promises
     "paused",  # no call was made: an earlier one said to wait
     "over_budget",  # no call was made
+    "too_late",  # no call was made: the time that is left is too short for an answer
+    "given_up",  # no call was made: enough calls for the same may have been billed
     "stopped",
 ]
 # It gets no better by itself, so another try is in vain.

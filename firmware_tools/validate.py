@@ -56,7 +56,7 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
     spent, cache = config.openai and config.openai.spent_file, config.lm.cache
     _warn([check_place("spent_file in [openai]", Path(spent), is_file=True)] if spent else [])
     _warn([check_place("cache in [lm]", Path(cache), is_file=False)] if cache else [])
-    _warn([config.hidden_frames()])
+    _warn([config.hidden_frames(), config.short_stop()])
     _warn(_metrics(config.metrics))
     print(f"{path}: server {server.id} of site {server.site} is in order")
     # Not the share of requests: a member that does not answer would take some of them from the running servers.

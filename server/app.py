@@ -168,8 +168,8 @@ def load_target(config: Config) -> Loaded:
     config.check_target()
     server = config.server
     logger.info("server loads and tests its target, up to a minute id=%s target=%s", server.id, server.target)
-    if hidden := config.hidden_frames():
-        logger.warning("%s", hidden)
+    for warning in filter(None, (config.hidden_frames(), config.short_stop())):
+        logger.warning("%s", warning)
     if config.openai:
         from server.targets.openai import OpenAITarget
         from server.targets.vllm import VllmTarget

@@ -76,7 +76,7 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
     def check(self, url: str, prompts: Mapping[str, Prompt]) -> None:
         """Raises ConfigError for what can never work, and for an address that would send pictures in the clear."""
         check_usual(self.prompt, prompts, "[openai]")
-        if self.budget_per_day and not (self.input_price or self.output_price):
+        if self.budget_per_day and not self.is_priced:
             raise ConfigError("budget_per_day without a price never ends: set input_price and output_price in [openai]")
         estimate = self.estimate(prompts.values())
         if self.budget_per_day and estimate > self.budget_per_day:
@@ -105,6 +105,10 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
         frames = max((prompt.frames for prompt in asked), default=1)
         longest = max(self.max_tokens, *(prompt.max_tokens or 0 for prompt in asked), 0)
         return self.cost(frames * USUAL_INPUT_TOKENS, longest)
+
+    @property
+    def is_priced(self) -> bool:
+        return bool(self.input_price or self.output_price)
 
     def cost(self, input_tokens: int, output_tokens: int) -> float:
         """In the currency."""
@@ -242,6 +246,17 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         from models.captions import QUESTION  # a server of other targets may have no models
 
         return read_prompts({CAPTION: PromptConfig(QUESTION)} | self.prompts)
+
+    def short_stop(self) -> str:
+        """A warning if a call that is paid for may be cut off when the server stops; empty: none."""
+        stop_s, asked = self.server.stop_s, self.openai
+        if asked is None or not asked.is_priced or stop_s >= asked.timeout_s:
+            return ""
+        return (
+            f"stop_s = {stop_s:g} in [server] is shorter than timeout_s = {asked.timeout_s:g} in [openai]: a stop or a "
+            "restart cuts off calls that may be billed, and the boards' copies are paid again; want stop_s at least as "
+            "long, then install the service again"
+        )
 
     def hidden_frames(self) -> str:
         """A warning for prompts that show fewer pictures than they say to boards that send features; empty: none."""

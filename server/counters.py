@@ -37,10 +37,11 @@ SERVER = {
     ),
     "target_calls": Meaning(
         "Calls to another server as the target, by what became of them: answered, retried (called once more), "
-        "cut (answered with a text that max_tokens cut), usage_unknown (answered without token counts), repair (called "
+        "cut (answered with a text that max_tokens or the longest reply cut), usage_unknown (answered without sound "
+        "token counts), given_up (no more calls for a request, since four may have been billed), repair (called "
         "since the answer does not match its schema), invalid (no text matched it), draft_refused, draft_unread and "
         "features_refused (a request or a probe: it may be probed again), draft_recut (asked again without the draft); "
-        "paused and over_budget were not made",
+        "paused, over_budget and too_late (too little time is left) were not made",
         "what",
     ),
     "target_tokens": Meaning(

@@ -10,7 +10,7 @@ from benchmarks.unreliable_target import FAULTS
 from edge_runtime.config import convert
 from edge_runtime.http_call import MAX_RESPONSE
 from server.config import USUAL_INPUT_TOKENS, Config
-from server.targets.openai import TRIES
+from server.targets.paid_calls import TRIES
 from server.targets.target import Verified
 from tests.pages import says
 

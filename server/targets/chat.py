@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_runtime.http_call import CallError
-from edge_runtime.wire.envelope import MAX_TEXT, UInt32
+from edge_runtime.wire.envelope import MAX_TEXT
 from server.prompts import Prompt
 from server.targets.prompted import objection, words
 from server.targets.target import PictureJob
@@ -29,16 +29,21 @@ class _Choice(Struct):
     finish_reason: Any = None
 
 
+# More than any model reads at once. One absurd count would close the budget of the day.
+MAX_COUNT = 10_000_000
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+
+
 class TokenCounts(Struct):
     """As the other server counts them."""
 
-    prompt_tokens: UInt32
-    completion_tokens: UInt32
+    prompt_tokens: Count
+    completion_tokens: Count
 
 
 class _PredictionCounts(Struct):
-    accepted_prediction_tokens: UInt32 = 0
-    rejected_prediction_tokens: UInt32 = 0
+    accepted_prediction_tokens: Count = 0
+    rejected_prediction_tokens: Count = 0
 
 
 class _UsageDetails(Struct):
@@ -71,7 +76,19 @@ class Completion(Struct):
     @property
     def counts(self) -> TokenCounts | None:
         """None: not counted, or not soundly."""
-        return _convert(self.usage, TokenCounts)
+        counts = _convert(self.usage, TokenCounts)
+        # With zeros, answers would cost nothing.
+        is_sound = counts and counts.prompt_tokens and (counts.completion_tokens or not self.text)
+        return counts if is_sound else None
+
+    @property
+    def why_uncounted(self) -> str:
+        """Why there are no `counts`, in a few fixed sentences."""
+        if self.usage is None:
+            return "the response has no usage"
+        if _convert(self.usage, TokenCounts):
+            return "its usage says 0 tokens"
+        return f"its usage is not two counts of 0 to {MAX_COUNT} tokens"
 
     @property
     def prediction(self) -> tuple[int, int]:
@@ -123,9 +140,16 @@ def read(response: bytes, may_be_empty: bool = False) -> Completion:
         raise CallError("no_answer", f"the response is no chat completion but {kind}: is the address right?") from error
     if not may_be_empty and not text.strip():
         raise CallError("no_answer", "the model wrote no text: does it think longer than max_tokens?")
-    if len(text) > MAX_TEXT:
-        raise CallError("no_answer", f"a text of {len(text)} characters, at most {MAX_TEXT}: lower max_tokens")
     return completion
+
+
+def fitted(text: str) -> str:
+    """A text as long as a reply may have it, cut between two words: it has been paid for."""
+    if len(text) <= MAX_TEXT:
+        return text
+    head, around = text[:MAX_TEXT], text[MAX_TEXT - 1 : MAX_TEXT + 1]
+    is_between_words = any(character.isspace() for character in around)
+    return head.rstrip() if is_between_words else head.rsplit(maxsplit=1)[0]
 
 
 def _convert(value: Any, wanted: type[Read]) -> Read | None:

@@ -7,13 +7,15 @@ With `prediction = true` it gets the board's draft as a predicted output, which 
 https://platform.openai.com/docs/guides/predicted-outputs. A server that refuses a draft gets none for a while.
 
 A call that fails for a while is made again within the request's deadline, after a random time that doubles with each
-try. A failure that a further try cannot mend (any other status, a response that is none) is an error at once.
+try. A failure that a further try cannot mend (any other status, a response that is none) is an error at once. After
+TRIES calls that may have been billed, the request has failed, whatever copies of it come: each copy would be paid anew.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from edge_runtime.errors import AiflowError
@@ -27,15 +29,13 @@ from server.prompts import Prompt
 from server.targets import chat
 from server.targets.acceptance import Acceptance
 from server.targets.draft_style import DraftStyle
-from server.targets.paid_calls import LONGEST_WAIT_S, PaidCalls
-from server.targets.prompted import PromptedTarget
+from server.targets.paid_calls import GIVEN_UP, LONGEST_WAIT_S, TRIES, PaidCalls
+from server.targets.prompted import REPLY_S, PromptedTarget
 from server.targets.target import Abilities, Answer, Limits, PictureJob
 
 logger = logging.getLogger(__name__)
 
-TRIES = 4  # of one request
 BUSY_RETRY_MS = 1000  # for a board, if nobody says how long
-REPLY_S = 1.0  # before the deadline, for the reply's way to the board
 UNAUTHORIZED = 401  # the key is wrong; 403 may be about the draft alone
 MAX_WHY = 256  # characters, of a reason in the status
 MARGIN_S = 5.0  # that a call may take beyond its timeout before it counts as hanging
@@ -112,7 +112,8 @@ class OpenAITarget(PromptedTarget):
     # ---- one request ----
 
     def _answer(self, job: PictureJob) -> Answer:
-        prompt = self._prompt_of(job)
+        prompt, whole = self._prompt_of(job), job
+        job = replace(job, deadline=job.deadline - REPLY_S)  # of its calls
         asked = chat.messages(prompt, job)
         draft = self._style.apply(job.draft) if self._takes_drafts and prompt.schema is None else ""
         answer, refusal = self._try_draft(asked, prompt, job, draft) if draft else (None, None)
@@ -121,7 +122,7 @@ class OpenAITarget(PromptedTarget):
             self._draft_failed(refusal)
         if prompt.schema is None and not answer.error:
             self._style.learn(answer.text)
-        return self._checked(job, answer)
+        return self._checked(whole, answer)
 
     def _try_draft(
         self, asked: list[chat.Message], prompt: Prompt, job: PictureJob, draft: str
@@ -138,7 +139,7 @@ class OpenAITarget(PromptedTarget):
                 return None, error
             if error.kind in TEMPORARY:
                 return None, None
-            return Answer(error=str(error), retry_after_ms=max(BUSY_RETRY_MS, math.ceil(1e3 * wait_s))), None
+            return self._unanswered(error, job, wait_s), None
         except DraftError as error:
             return None, error
         return answer, None
@@ -160,7 +161,7 @@ class OpenAITarget(PromptedTarget):
         """The answer by way of the draft; None: there is none. Raises CallError and DraftError."""
         started = time.monotonic()
         body = self._body(asked, job, prediction={"type": "content", "content": draft})
-        completion, usage = self.calls.ask(body, job.deadline)
+        completion, usage = self.calls.ask(body, job.deadline, key=job.key, usual=job.prompt or self._usual)
         if not self._drafts.is_taken:
             self._drafts.taken(time.monotonic())
         return self._answer_of(completion, usage, started)
@@ -169,42 +170,57 @@ class OpenAITarget(PromptedTarget):
         """The answer without a draft."""
         return self._ask(self._body(asked, job), job)
 
-    def _answer_of(self, completion: chat.Completion, usage: Usage | None, started: float) -> Answer:
-        if completion.is_cut:
+    def _answer_of(self, completion: chat.Completion, usage: Usage | None, started: float, begun: str = "") -> Answer:
+        """begun: the beginning of the text, which the completion continues."""
+        text = (begun + completion.text).strip()
+        kept = chat.fitted(text)
+        if is_cut := completion.is_cut or kept != text:
             self._count_cut()
         accepted, rejected = completion.prediction
         return Answer(
-            text=completion.text.strip(),
+            text=kept,
             accepted=accepted,
             proposed=min(accepted + rejected, MAX_UINT32),
             confidence=None,
             stages_ms={"call": 1e3 * (time.monotonic() - started)},
             usage=usage,
-            is_cut=completion.is_cut,
+            is_cut=is_cut,
         )
 
     def _count_cut(self) -> None:
         if is_told(count := self.calls.count("cut")):
-            logger.warning("answers are cut at max_tokens target=%s count=%d", self._url, count)
+            logger.warning("answers are cut at max_tokens or the longest reply target=%s count=%d", self._url, count)
 
     def _refused(self, error: CallError, job: PictureJob) -> Answer:
         """The answer after a failure that no further try can mend."""
         return Answer(error=str(error))
 
+    def _unanswered(self, error: CallError, job: PictureJob, wait_s: float, before: str = "") -> Answer:
+        """The answer after the last try of this copy of a request. before: why an earlier try failed."""
+        why = f"{before}; then {error}" if before and error.kind == "too_late" else str(error)
+        if not self.calls.is_given_up(job.key):
+            return Answer(error=why, retry_after_ms=max(BUSY_RETRY_MS, math.ceil(1e3 * wait_s)))
+        if error.kind == "given_up":
+            return Answer(error=why)
+        self.calls.count("given_up")
+        return Answer(error=f"{why}; {GIVEN_UP}")
+
     def _ask(self, body: bytes, job: PictureJob) -> Answer:
         """The first text, after as many tries as it takes."""
-        started, tries = time.monotonic(), 0
+        started, tries, before = time.monotonic(), 0, ""
         while True:
             tries += 1
             try:
-                completion, usage = self.calls.ask(body, job.deadline)
+                completion, usage = self.calls.ask(body, job.deadline, key=job.key, usual=job.prompt or self._usual)
             except CallError as error:
                 self.calls.count(error.kind)
                 wait_s = self.calls.wait_s(error, tries)
                 if error.kind in PERMANENT:
                     return self._refused(error, job)
-                if error.kind not in TEMPORARY or tries == TRIES or not self.calls.wait(wait_s, job.deadline):
-                    return Answer(error=str(error), retry_after_ms=max(BUSY_RETRY_MS, math.ceil(1e3 * wait_s)))
+                is_last = error.kind not in TEMPORARY or tries == TRIES or self.calls.is_given_up(job.key)
+                if is_last or not self.calls.wait(wait_s, job.deadline):
+                    return self._unanswered(error, job, wait_s, before)
+                before = str(error)
                 self.calls.count("retried")
             else:
                 return self._answer_of(completion, usage, started)
@@ -214,7 +230,7 @@ class OpenAITarget(PromptedTarget):
         started = time.monotonic()
         body = self._body(chat.repair(chat.messages(self._prompt_of(job), job), text, wrong), job)
         try:
-            return self._answer_of(*self.calls.ask(body, until), started)
+            return self._answer_of(*self.calls.ask(body, until, key=job.key), started)
         except CallError as error:
             self.calls.count(error.kind)
             return Answer(error=str(error))

@@ -4,11 +4,13 @@ Knows nothing of prompts, pictures and drafts. A call that is made is one call: 
 wait, a random time that doubles with each try, or longer if the other server wants that.
 """
 
+import logging
 import math
 import random
+import statistics
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -18,8 +20,11 @@ from edge_runtime.errors import ConfigError
 from edge_runtime.http_call import MAY_BE_BILLED, CallError, Endpoint
 from edge_runtime.wire import Usage
 from server.config import OpenAIConfig
+from server.reply_cache import Key
 from server.targets import chat
 from server.targets.spending import Spending, next_day
+
+logger = logging.getLogger(__name__)
 
 REMEDIES = {
     **dict.fromkeys((301, 302, 307, 308), "write the final address into target"),
@@ -28,10 +33,76 @@ REMEDIES = {
     404: "does the address end as that server's documentation says, usually in /v1, and is `model` its model's name?",
 }
 
+RAISE_DEADLINE = "the model needs longer, raise `deadline_ms` of the board"
 FIRST_WAIT_S, LAST_WAIT_S = 0.5, 8.0  # at most, before the second try and before later ones
 MAX_PAUSE_S = 3600.0  # then one call is tried, whatever Retry-After said
 LONG_PAUSE_S = 10.0  # a server that is paused for longer leaves its share
 LONGEST_WAIT_S = LAST_WAIT_S + LONG_PAUSE_S  # of a thread; for a longer pause it would be taken for one that hangs
+TRIES = 4  # of one request: of each of its copies, and of those that may have been billed, of all its copies
+MAX_REQUESTS = 4096  # whose calls are remembered
+DELAYED_S = 30.0  # by so much, copies of one request may be on their way for different times
+GIVEN_UP = (
+    f"{TRIES} calls for this request may have been billed, so no more are made: see the other server's log, and raise "
+    "`timeout_s` in [openai] if they took too long"
+)
+SHORTEST_CALL_S = 0.05  # no model looks at a picture in less
+RECENT, KNOWN = 16, 3  # calls whose times are remembered, and that make a usual time
+SLOWER = 1.5  # a call that had to end is taken to need so many times as long
+FIRST_TRIAL_S, LAST_TRIAL_S = 30.0, 600.0  # between two calls that are made although they usually take too long
+
+
+class BilledCalls:
+    """How many calls of each request may have been billed, over all its copies, until its deadline.
+
+    All times are seconds of one clock. Not for several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[Key, tuple[int, float]] = {}  # how many, and the deadline; the oldest first
+
+    def add(self, key: Key, deadline: float, now: float) -> None:
+        self._calls[key] = self.count(key) + 1, deadline
+        self._calls = {key: each for key, each in self._calls.items() if each[1] + DELAYED_S > now}
+        if len(self._calls) > MAX_REQUESTS:
+            del self._calls[next(iter(self._calls))]
+
+    def count(self, key: Key) -> int:
+        return self._calls.get(key, (0, 0.0))[0]
+
+
+class UsualTime:
+    """How long calls of one kind take lately, and whether one more is worth its price.
+
+    All times are seconds of one clock. Not for several threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._took = deque[float]([], RECENT)
+        self._trial_at, self._trial_wait_s = -math.inf, FIRST_TRIAL_S
+
+    def answered(self, took_s: float, was_doubted: bool) -> None:
+        """was_doubted: `seconds` was more than the time that the call had: what was known is of another time."""
+        if was_doubted:
+            self._took.clear()
+            self._trial_wait_s = FIRST_TRIAL_S
+        self._took.append(took_s)
+
+    def timed_out(self, after_s: float) -> None:
+        """Nobody knows how long it would have taken."""
+        self._took.append(SLOWER * after_s)
+
+    @property
+    def seconds(self) -> float:
+        """The median; 0: too few calls are known."""
+        return statistics.median(self._took) if len(self._took) >= KNOWN else 0.0
+
+    def is_trial_due(self, now: float) -> bool:
+        """A call may be made although it usually takes too long, since the model may be faster again."""
+        if now < self._trial_at:
+            return False
+        self._trial_at = now + self._trial_wait_s
+        self._trial_wait_s = min(LAST_TRIAL_S, 2 * self._trial_wait_s)
+        return True
 
 
 class PaidCalls:
@@ -50,10 +121,13 @@ class PaidCalls:
         file = Path(config.spent_file) if config.spent_file else None
         self._spending = Spending(config.budget_per_day, estimate, file)
         self.stop = threading.Event()
-        self._lock = threading.Lock()  # over the next three
+        self._lock = threading.Lock()  # over all below
         self._calls: Counter[str] = Counter()  # by what became of them
         self._tokens: Counter[str] = Counter()
         self._paused_until = -math.inf  # seconds, time.monotonic(): until then the other server wants no call
+        self._billed = BilledCalls()
+        self._usual: defaultdict[str, UsualTime] = defaultdict(UsualTime)  # by what is asked
+        self._told: set[str] = set()  # what was wrong with token counts
 
     def why_closed(self, now: float) -> str:
         """Why no call is made for a while, see `Target.why_closed`."""
@@ -87,27 +161,72 @@ class PaidCalls:
         is_short = seconds <= LONGEST_WAIT_S and time.monotonic() + seconds < deadline
         return is_short and not self.stop.wait(max(0.0, seconds))
 
-    def ask(self, body: bytes, deadline: float, may_be_empty: bool = False) -> tuple[chat.Completion, Usage | None]:
-        """A response, and what it used if the other server says so. may_be_empty: see `chat.read`. Raises CallError."""
+    def is_given_up(self, key: Key | None) -> bool:
+        """No more calls are made for this request, since too many of them may have been billed."""
+        with self._lock:
+            return key is not None and self._billed.count(key) >= TRIES
+
+    def ask(
+        self, body: bytes, deadline: float, may_be_empty: bool = False, key: Key | None = None, usual: str | None = None
+    ) -> tuple[chat.Completion, Usage | None]:
+        """A response, and what it used if the other server says so. Raises CallError.
+
+        may_be_empty: see `chat.read`. key: of the request that the call is for; None: of none. usual: a name that all
+        calls have which take about as long; None: it is not known.
+        """
+        if self.is_given_up(key):
+            raise CallError("given_up", GIVEN_UP)
         pause_s = self._paused_until - time.monotonic()
         if not self.wait(pause_s, deadline):
             if self.stop.is_set():
                 raise CallError("stopped", "this server stops")
             raise CallError("paused", "the other server limits the rate of calls")
+        is_doubted = self._check_time(deadline, usual)
         set_aside = self._spending.begin(self._wall_clock())
         if set_aside is None:
             raise CallError("over_budget", "the budget of the day is spent: another server may answer")
-        cost = set_aside  # until it is known
+        cost: float | None = None  # until it is known
+        is_free = False
+        started = time.monotonic()
         try:
             completion = chat.read(self._call(deadline, "/chat/completions", body), may_be_empty)
+            took_s = time.monotonic() - started
             if counts := completion.counts:
                 cost = self._config.cost(counts.prompt_tokens, counts.completion_tokens)
         except CallError as error:
-            cost = cost if error.kind in MAY_BE_BILLED else 0.0
-            raise
+            is_free = error.kind not in MAY_BE_BILLED
+            if error.kind != "timeout":
+                raise
+            with self._lock:
+                if usual is not None:
+                    self._usual[usual].timed_out(time.monotonic() - started)
+            if key is None or time.monotonic() < deadline:
+                raise
+            raise CallError("timeout", f"{error}, all that its deadline leaves: {RAISE_DEADLINE}") from error
         finally:
-            self._spending.end(set_aside, cost, self._wall_clock())
-        return completion, self._usage(completion, cost)
+            self._spending.end(set_aside, 0.0 if is_free else cost, self._wall_clock())
+            if key is not None and not is_free:
+                with self._lock:
+                    self._billed.add(key, deadline, time.monotonic())
+        if usual is not None:
+            with self._lock:
+                self._usual[usual].answered(took_s, is_doubted)
+        return completion, self._usage(completion, set_aside if cost is None else cost)
+
+    def _check_time(self, deadline: float, usual: str | None) -> bool:
+        """Whether a call is likely to take too long, but is made to find out. Raises CallError if it is not made."""
+        now = time.monotonic()
+        left_s = deadline - now
+        if left_s < SHORTEST_CALL_S:
+            raise CallError("too_late", f"{max(0.0, left_s):.1f} s are left for a call: {RAISE_DEADLINE}")
+        with self._lock:
+            if usual is None or (usual_s := self._usual[usual].seconds) <= left_s:
+                return False
+            if self._usual[usual].is_trial_due(now):
+                return True
+        raise CallError(
+            "too_late", f"a call takes {usual_s:.1f} s lately, and {left_s:.1f} s are left: {RAISE_DEADLINE}"
+        )
 
     def models(self, deadline: float) -> bytes:
         """The other server's list of its models, which costs nothing. Raises CallError."""
@@ -142,6 +261,7 @@ class PaidCalls:
         counts, (accepted, rejected) = completion.counts, completion.prediction
         if counts is None:
             self.count("usage_unknown")
+            self._tell_once(completion.why_uncounted)
             return None
         with self._lock:
             self._tokens["input"] += counts.prompt_tokens
@@ -149,9 +269,16 @@ class PaidCalls:
             if accepted or rejected:
                 self._tokens["prediction_accepted"] += accepted
                 self._tokens["prediction_rejected"] += rejected
-        if not (self._config.input_price or self._config.output_price):
+        if not self._config.is_priced:
             return Usage(counts.prompt_tokens, counts.completion_tokens)
         return Usage(counts.prompt_tokens, counts.completion_tokens, cost, self._config.currency)
+
+    def _tell_once(self, why: str) -> None:
+        with self._lock:
+            is_new = why not in self._told
+            self._told.add(why)
+        if is_new and self._config.is_priced:
+            logger.warning("a call without token counts costs the estimate model=%s why=%s", self._config.model, why)
 
     def count(self, what: str) -> int:
         """How many there were."""

@@ -16,6 +16,7 @@ from edge_runtime.errors import AiflowError
 from edge_runtime.inference.bundle import Bundle
 from edge_runtime.wire import CheckedObject, ContentKind, Usage
 from server.received import Received
+from server.reply_cache import Key
 
 MediaType = Literal["image/jpeg", "image/webp"]
 # How far a text is the target's own, whatever the draft: docs/adr/0019.
@@ -98,6 +99,7 @@ class PictureJob:
     image_tokens: Any = None  # of a latent, in place of the picture: a Tensor [N, D], or its text of image_embeds.py
     labels_told: str = ""  # words of the likeliest labels, which the prompt of some models contains
     scores: Mapping[str, float] = field(default_factory=dict)  # of the likeliest labels, as in the answer
+    key: Key | None = None  # of its request, whose copies all have the same; None: a probe asks
 
 
 @dataclass(frozen=True)
@@ -192,4 +194,5 @@ def picture_job(received: Received, bundle: Bundle | None = None, image_tokens: 
         request.options.max_tokens if request.options else None,
         request.options.prompt if request.options else "",
         image_tokens=image_tokens,
+        key=received.key,
     )

@@ -351,7 +351,7 @@ class VllmTarget(OpenAITarget):
     ) -> tuple[Verdict, chat.Completion, Usage | None]:
         """One pass over the draft; it writes one token more. Raises CallError and DraftError."""
         body = chat.body(self.config.model, _begun(asked, draft), prompt, 1, prompt_logprobs=1, **CONTINUE)
-        completion, usage = self.calls.ask(body, job.deadline, may_be_empty=True)
+        completion, usage = self.calls.ask(body, job.deadline, may_be_empty=True, key=job.key)
         return verdict(completion, draft), completion, usage
 
     def _continued(
@@ -360,14 +360,13 @@ class VllmTarget(OpenAITarget):
         """The whole text, from its beginning on. Raises CallError."""
         started = time.monotonic()
         body = chat.body(self.config.model, _begun(asked, text), prompt, limit - len(tokens), **CONTINUE)
-        completion, usage = self.calls.ask(body, job.deadline, may_be_empty=True)
+        completion, usage = self.calls.ask(body, job.deadline, may_be_empty=True, key=job.key)
         ids = completion.prompt_token_ids
         # A beginning may be cut into other tokens than the model chose, and then the text would not be its own.
         if not isinstance(ids, list) or ids[-len(tokens) :] != list(tokens):
             self.calls.count("draft_recut")
             return self._plain(asked, prompt, job)
-        answer = self._answer_of(completion, usage, started)
-        return replace(answer, text=(text + completion.text).strip())
+        return self._answer_of(completion, usage, started, begun=text)
 
 
 def _begun(asked: Sequence[chat.Message], text: str) -> list[chat.Message]:

@@ -172,6 +172,21 @@ def test_a_server_has_its_places_and_its_metrics_checked(
         check(path)
 
 
+@pytest.mark.parametrize(
+    ("stop_s", "more", "is_warned"),
+    [(10, "output_price = 1.0\n", True), (60, "output_price = 1.0\n", False), (10, "", False)],
+)
+def test_a_stop_that_cuts_off_paid_calls_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stop_s: int, more: str, is_warned: bool
+) -> None:
+    path = tmp_path / "server.toml"
+    head = f'[server]\nid = "s1"\ntarget = "openai:http://127.0.0.1:1/v1"\nstop_s = {stop_s}\n'
+    path.write_text(head + '[openai]\nmodel = "m"\n' + more)
+    check(path)
+    warning = "warning: stop_s = 10 in [server] is shorter than timeout_s = 60 in [openai]"
+    assert (warning in capsys.readouterr().out) == is_warned
+
+
 def test_it_does_not_disconnect_the_board_that_runs(board: Callable[..., Path], broker: Mosquitto) -> None:
     connect(board(broker.port))
     assert "as b1-validate " in broker.said()

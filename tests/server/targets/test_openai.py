@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,15 +15,31 @@ import pytest
 from edge_runtime.errors import ConfigError
 from edge_runtime.http_call import MAX_RESPONSE, CallError, Endpoint
 from edge_runtime.wire import Usage
+from edge_runtime.wire.envelope import MAX_TEXT
 from firmware_tools.certificates import made
 from server.config import OpenAIConfig
 from server.prompts import QUESTION, PromptConfig, read_prompts
 from server.targets import PictureJob, paid_calls
-from server.targets.openai import TRIES, OpenAITarget
-from server.targets.paid_calls import retry_after_s
+from server.targets.chat import fitted
+from server.targets.openai import OpenAITarget
+from server.targets.paid_calls import (
+    DELAYED_S,
+    FIRST_TRIAL_S,
+    KNOWN,
+    LAST_TRIAL_S,
+    MAX_REQUESTS,
+    RECENT,
+    SLOWER,
+    TRIES,
+    BilledCalls,
+    UsualTime,
+    retry_after_s,
+)
+from server.targets.prompted import REPLY_S
 from testbed.chat_server import COMPLETION_TOKENS, PROMPT_TOKENS, Behaviour, ChatServer, completion, text_of
 
 PATIENCE_S = 60.0
+KEY = "b1", bytes(8)
 DAY_S = 86_400
 PERMANENT: dict[Behaviour, str] = {
     "error_400": "refused",
@@ -35,7 +52,6 @@ PERMANENT: dict[Behaviour, str] = {
     "no_utf8": "no_answer",
     "no_choices": "no_answer",
     "no_text": "no_answer",
-    "long_text": "no_answer",
     "promise_less": "no_answer",
 }
 TEMPORARY: dict[Behaviour, str] = {
@@ -138,6 +154,54 @@ def test_an_answer_without_sound_counts_costs_the_estimate(other: ChatServer, be
     assert target.status()["usage"]["cost"] == pytest.approx(100 * 10.0 / 1e6)
 
 
+@pytest.mark.parametrize(
+    ("usage", "why"),
+    [
+        ({"prompt_tokens": 0, "completion_tokens": 0}, "its usage says 0 tokens"),
+        ({"prompt_tokens": 300, "completion_tokens": 0}, "its usage says 0 tokens"),
+        ({"prompt_tokens": 0, "completion_tokens": 20}, "its usage says 0 tokens"),
+        ({"prompt_tokens": 4_000_000_000, "completion_tokens": 20}, "its usage is not two counts of 0 to 10000000 tok"),
+        ({"prompt_tokens": 300, "completion_tokens": 10_000_001}, "its usage is not two counts of 0 to 10000000 tok"),
+        (None, "the response has no usage"),
+    ],
+)
+def test_counts_that_cannot_be_true_cost_the_estimate_and_are_told_once(
+    other: ChatServer, usage: object, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    other.respond = lambda asked, _: completion("A dog.", usage)
+    target = target_of(other, input_price=1.0, output_price=10.0, budget_per_day=1.0, max_tokens=100)
+    assert {(answer.text, answer.usage) for answer in target.answer([job()] * 3)} == {("A dog.", None)}
+    used = target.status()["usage"]
+    assert (used["calls"], used["tokens"]) == ({"answered": 3, "usage_unknown": 3}, {})
+    assert used["cost"] == pytest.approx(3 * (1500 * 1.0 + 100 * 10.0) / 1e6)
+    (told,) = [record.message for record in caplog.records if "costs the estimate" in record.message]
+    assert why in told
+
+
+def test_a_text_that_is_too_long_for_a_reply_is_paid_so_it_is_cut_between_two_words(other: ChatServer) -> None:
+    other.say = lambda _: 2000 * "words "
+    target = target_of(other)
+    (answer,) = target.answer([job()])
+    assert (answer.text, answer.is_cut, answer.error) == ((1365 * "words ").rstrip(), True, "")
+    assert len(answer.text) <= MAX_TEXT
+    assert calls(target) == {"answered": 1, "cut": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("a" * MAX_TEXT, "a" * MAX_TEXT),
+        ("a" * (MAX_TEXT + 1), "a" * MAX_TEXT),
+        ("b " + "a" * MAX_TEXT, "b"),
+        ("b " + "a" * (MAX_TEXT - 2) + " c", "b " + "a" * (MAX_TEXT - 2)),
+        ("b " + "a" * (MAX_TEXT - 3) + " c", "b " + "a" * (MAX_TEXT - 3)),
+    ],
+    ids=["fits", "one word", "in a word", "after a word", "before a word"],
+)
+def test_a_text_is_cut_between_two_words_if_there_are_two(text: str, kept: str) -> None:
+    assert fitted(text) == kept
+
+
 @pytest.mark.parametrize(("behaviour", "kind"), PERMANENT.items())
 def test_what_gets_no_better_is_an_error_at_once(other: ChatServer, behaviour: Behaviour, kind: str) -> None:
     other.behave = lambda _: behaviour
@@ -169,9 +233,111 @@ def test_what_does_not_get_better_is_given_to_another_server(other: ChatServer) 
 def test_nothing_is_tried_after_the_deadline(other: ChatServer) -> None:
     other.behave = lambda _: "stall"
     target = target_of(other)
-    (answer,) = target.answer([job(left_s=0.3)])
+    (answer,) = target.answer([job(left_s=REPLY_S + 0.3)])
     assert answer.retry_after_ms is not None
     assert (len(other.asked), calls(target)) == (1, {"timeout": 1})
+
+
+def test_a_call_leaves_time_for_its_reply_and_says_that_the_deadline_is_too_short(other: ChatServer) -> None:
+    other.behave = lambda _: "stall"
+    target, asked = target_of(other), job(left_s=REPLY_S + 0.3, key=KEY)
+    (answer,) = target.answer([asked])
+    assert time.monotonic() < asked.deadline
+    assert "no whole response within 0.3 s" in answer.error
+    assert "raise `deadline_ms` of the board" in answer.error
+    assert (answer.retry_after_ms is not None, calls(target)) == (True, {"timeout": 1})
+
+
+def test_without_time_for_a_call_none_is_made_and_nothing_is_billed(other: ChatServer) -> None:
+    target = target_of(other, output_price=10.0, budget_per_day=1.0)
+    (answer,) = target.answer([job(left_s=REPLY_S, key=KEY)])
+    assert "0.0 s are left for a call: the model needs longer, raise `deadline_ms`" in answer.error
+    assert (other.asked, calls(target), target.status()["usage"]["cost"]) == ([], {"too_late": 1}, 0.0)
+    assert answer.retry_after_ms is not None  # a faster server of the pool may answer
+
+
+def test_what_usually_takes_too_long_is_asked_only_now_and_then(
+    other: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt is slow. Another one is not, and a longer deadline is enough."""
+    target = OpenAITarget(other.url, OpenAIConfig("fake"), prompts=read_prompts({"count": PromptConfig("How many?")}))
+    for _ in range(KNOWN):
+        target.calls._usual["door"].timed_out(10.0)
+    trial, refused = target.answer([job(left_s=12.0), job(left_s=12.0, prompt="door")])
+    assert (trial.text, "raise `deadline_ms`" in refused.error) == (text_of(b"picture"), False)  # it is faster again
+    for _ in range(KNOWN):
+        target.calls._usual["door"].timed_out(10.0)
+    target.calls._usual["door"].is_trial_due(time.monotonic())
+    refused, longer, other_prompt = target.answer(
+        [job(left_s=12.0), job(left_s=20.0), job(left_s=12.0, prompt="count")]
+    )
+    assert re.match(r"a call takes 15\.0 s lately, and 1[01]\.\d s are left: the model needs longer", refused.error)
+    assert (longer.error, other_prompt.error) == ("", "")
+    assert calls(target) == {"answered": 4, "too_late": 1}
+
+
+def test_a_usual_time_is_a_median_which_a_faster_call_replaces() -> None:
+    usual = UsualTime()
+    for took_s, median_s in ((9.0, 0.0), (9.0, 0.0), (2.0, 9.0), (2.0, 5.5), (2.0, 2.0)):
+        usual.answered(took_s, was_doubted=False)
+        assert usual.seconds == median_s
+    for _ in range(RECENT):
+        usual.timed_out(4.0)
+    assert usual.seconds == SLOWER * 4.0
+    usual.answered(1.0, was_doubted=True)
+    assert usual.seconds == 0.0
+
+
+def test_a_model_that_stays_slow_is_tried_ever_more_seldom_and_never_for_the_last_time() -> None:
+    usual, trials = UsualTime(), list[float]()
+    for second in range(86_400):
+        if usual.is_trial_due(float(second)):
+            trials.append(second)
+    assert trials[:4] == [0, 30, 90, 210]
+    assert 140 < len(trials) < 160  # in a day
+    usual.answered(1.0, was_doubted=True)
+    assert usual.is_trial_due(86_400.0 + LAST_TRIAL_S)
+    assert usual.is_trial_due(86_400.0 + LAST_TRIAL_S + FIRST_TRIAL_S)
+
+
+def test_the_copies_of_a_request_share_the_calls_that_may_be_billed(other: ChatServer) -> None:
+    other.behave = lambda call: "error_503" if call in (1, 2, 3) else "reset"
+    target = target_of(other)
+    (busy,) = target.answer([job(key=KEY)])
+    assert (len(other.asked), busy.retry_after_ms is not None) == (4, True)
+    (failed,) = target.answer([job(key=KEY)])
+    assert (len(other.asked), failed.retry_after_ms) == (3 + TRIES, None)
+    assert f"{TRIES} calls for this request may have been billed" in failed.error
+    assert "the response broke off" in failed.error
+    assert target.answer([job(key=KEY)])[0].retry_after_ms is None
+    assert (len(other.asked), calls(target)["given_up"]) == (3 + TRIES, 2)
+    other.behave = lambda _: "answer"
+    assert [answer.error for answer in target.answer([job(key=("b1", bytes(7) + b"2")), job(key=("b2", KEY[1]))])] == [
+        "",
+        "",
+    ]
+
+
+def test_calls_that_cost_nothing_give_no_request_up(other: ChatServer) -> None:
+    other.behave = lambda _: "error_503"
+    target = target_of(other)
+    for _ in range(3):
+        assert target.answer([job(key=KEY)])[0].retry_after_ms is not None
+    other.behave = lambda _: "answer"
+    assert target.answer([job(key=KEY)])[0].error == ""
+
+
+def test_billed_calls_are_remembered_until_the_deadline_and_not_for_more_requests_than_may_be() -> None:
+    billed = BilledCalls()
+    billed.add(KEY, 10.0, 0.0)
+    billed.add(KEY, 10.0, 9.0)
+    billed.add(("b2", bytes(8)), 99.0, 10.0)
+    assert billed.count(KEY) == 2
+    billed.add(("b2", bytes(8)), 99.0, 10.0 + DELAYED_S)
+    assert (billed.count(KEY), billed.count(("b2", bytes(8)))) == (0, 2)
+    for number in range(MAX_REQUESTS):
+        billed.add(("b3", number.to_bytes(8, "big")), 99.0, 10.0)
+    assert (billed.count(("b2", bytes(8))), len(billed._calls)) == (0, MAX_REQUESTS)
 
 
 def test_nobody_listening_is_told_by_name() -> None:
@@ -345,7 +511,7 @@ def test_only_calls_that_the_other_server_may_have_billed_count(
 ) -> None:
     other.behave = lambda _: behaviour
     target = target_of(other, output_price=10.0, budget_per_day=1.0, timeout_s=0.2)
-    target.answer([job(left_s=1.0)])
+    target.answer([job(left_s=REPLY_S + 1.0)])
     assert (target.status()["usage"]["cost"] > 0) == is_charged
 
 

@@ -32,7 +32,7 @@ from edge_runtime.wire import (
     decode_reply,
     encode_request,
 )
-from server.app import run_server
+from server.app import load_target, run_server
 from server.config import Config, OpenAIConfig, ServerConfig, UpstreamConfig
 from server.counters import SERVER, values
 from server.gateway import Arrival
@@ -194,6 +194,26 @@ def test_calls_that_fail_for_a_while_are_busy_and_others_have_failed(
     assert is_balanced(service)
 
 
+def test_a_board_that_asks_again_and_again_pays_for_four_calls(
+    other: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.targets.paid_calls.FIRST_WAIT_S", 0.01)
+    other.behave = lambda call: "error_503" if 0 < call < 4 else "reset"
+    with serving(other, output_price=1.0) as service:
+        board = Board(service)
+        board.ask(offload())
+        assert board.reply().status is Status.BUSY
+        for _ in range(3):
+            board.ask(offload())
+            reply = board.reply()
+            assert (reply.status, "4 calls for this request may have been billed" in reply.error) == (
+                Status.FAILED,
+                True,
+            )
+    assert len(other.asked) == 3 + 4
+    assert is_balanced(service)
+
+
 @pytest.mark.parametrize("calls", [1, 4])  # with one, the thread that must notice the stop is itself in the call
 def test_a_server_that_stops_ends_its_calls_and_tells_their_boards(other: ChatServer, calls: int) -> None:
     other.behave = lambda _: "stall"
@@ -296,6 +316,14 @@ def test_a_server_with_such_a_target_needs_no_torch(other: ChatServer) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not {"torch", "safetensors", "models"} & set(done.stdout.split())
+
+
+def test_the_start_warns_of_a_stop_that_cuts_off_paid_calls(
+    other: ChatServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server, paid = ServerConfig("s1", target=f"openai:{other.url}"), OpenAIConfig("fake", output_price=1.0)
+    load_target(Config(server, openai=paid))
+    assert "stop_s = 10 in [server] is shorter than timeout_s = 60 in [openai]" in caplog.text
 
 
 def test_a_boards_picture_becomes_an_event_with_the_other_servers_text(
