@@ -1,25 +1,43 @@
-"""What can be found out of a broker and of a camera without running a board: `aiflow validate` and `aiflow doctor`."""
+"""What can be found out of a broker, of a camera and of another server as target, without running a board or a server:
+`aiflow validate` and `aiflow doctor`.
+"""
 
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from edge_runtime.errors import AiflowError
+from edge_runtime.logs import printable
 
 if TYPE_CHECKING:
     from edge_runtime.capture import Cameras
     from edge_runtime.config import CameraConfig, RuntimeConfig
     from edge_runtime.mqtt import Message
     from edge_runtime.mqtt.settings import MqttSettings
+    from edge_runtime.planning.server_status import ServerStatus
+    from server.config import OpenAIConfig
 
 CONNECT_S = 15.0  # for a connection with TLS and its subscriptions over a slow link
 STATUS_S = 2.0  # for a message that the broker has kept, once the connection is there
+MODELS_S = 15.0  # for another server's list of its models
+MAX_NAMED, MAX_NAME = 8, 64  # names in a warning, and characters of each
+NO_LIST = {404, 405, 501}  # statuses of servers that may answer questions, but list no models
 GRANT = "give its account these rights, as a new `aiflow broker config` does"
 FRAME_S = 15.0  # for a camera's frames; a slow board may take some to start OpenCV, and 5 to open a stream
+
+
+class _Model(TypedDict):
+    id: str
+
+
+class _Models(TypedDict):
+    """A response to "List models": https://platform.openai.com/docs/api-reference/models/list."""
+
+    data: list[_Model]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +144,84 @@ def _is_online(arrived: "queue.Queue[Message]") -> bool:
     with suppress(queue.Empty):
         return read_status(arrived.get(timeout=STATUS_S).payload).state == "online"
     return False
+
+
+def missing_prompts(settings: "MqttSettings", site: str, prompts: Mapping[str, str]) -> list[str]:
+    """A warning for each prompt that no server has, by the statuses that the broker has kept; without any, none.
+
+    prompts: camera to prompt. Raises AiflowError if there is no connection.
+    """
+    online = [status for status in _server_statuses(settings, site) if status.state == "online"]
+    if not online:  # the board may be the first to start
+        return []
+    known = sorted({name for status in online for name in status.target.prompts})
+    wanted = f"want one of {_named(known)}, or" if known else "they have no prompts:"
+    return [
+        f"camera {camera} has prompt = {prompt!r}, but no server that is online has it: {wanted} "
+        f"add [prompts.{prompt}] to a server.toml"
+        for camera, prompt in prompts.items()
+        if prompt not in known
+    ]
+
+
+def _server_statuses(settings: "MqttSettings", site: str) -> list["ServerStatus"]:
+    """Raises AiflowError if there is no connection."""
+    import msgspec
+
+    from edge_runtime.mqtt import Message, MqttClient
+    from edge_runtime.planning.server_status import SERVERS, StatusError, decode_status
+    from edge_runtime.wire import topics
+
+    settings = msgspec.structs.replace(settings, client_id=f"{settings.client_id}-validate")
+    arrived: queue.Queue[Message] = queue.Queue(SERVERS)
+
+    def keep(message: Message) -> None:
+        with suppress(queue.Full):
+            arrived.put_nowait(message)
+
+    topic = topics.server_statuses(site)
+    with MqttClient(settings, subscriptions=[(topic, 1)], optional=[topic], on_message=keep) as client:
+        if not client.wait_online(CONNECT_S):
+            raise AiflowError(f"no second connection within {CONNECT_S:.0f} s, to read the statuses of the servers")
+        time.sleep(STATUS_S)  # nothing says that the last one has come
+    found = []
+    while not arrived.empty():
+        with suppress(StatusError):
+            found.append(decode_status(arrived.get().payload))
+    return found
+
+
+def listed_model(url: str, config: "OpenAIConfig") -> tuple[str, list[str]]:
+    """What another server says of its models, which costs nothing, and warnings: some servers list none, or not all.
+
+    Raises AiflowError if nobody is there, or if it refuses.
+    """
+    import msgspec
+
+    from edge_runtime.http_call import CallError
+    from server.targets.paid_calls import PaidCalls
+
+    # Without the file of the budget, in which the server that runs writes.
+    calls = PaidCalls(url, msgspec.structs.replace(config, budget_per_day=None, spent_file=None), 0.0)
+    try:
+        data = msgspec.json.decode(calls.models(time.monotonic() + MODELS_S), type=_Models)["data"]
+    except CallError as error:
+        if error.status not in NO_LIST:
+            raise
+        return "there is a server", [f"it lists no models: {error}"]
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return "there is a server", ["its list of models cannot be read: is the address right? It usually ends in /v1"]
+    names = [model["id"] for model in data]
+    if config.model in names:
+        return f"it has the model {config.model}", []
+    listed = f"it lists {_named(names)}" if names else "its list is empty"
+    return "it answers", [f"model = {config.model!r} in [openai] is not in its list of models: {listed}"]
+
+
+def _named(names: Sequence[str]) -> str:
+    """For a message. The names may come from a stranger."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return printable(", ".join(name[:MAX_NAME] for name in names[:MAX_NAMED])) + more
 
 
 def seen(camera: "CameraConfig", count: int = 1) -> str:

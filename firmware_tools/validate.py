@@ -4,13 +4,14 @@ import argparse
 import logging
 import socket
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from edge_runtime.errors import AiflowError, ConfigError
 from firmware_tools.host_checks import check_packages, check_place
-from firmware_tools.probes import Subscription, ask, board_subscriptions, seen
+from firmware_tools.probes import Subscription, ask, board_subscriptions, listed_model, missing_prompts, seen
 
 if TYPE_CHECKING:
     from edge_runtime.config import MetricsConfig, RuntimeConfig
@@ -24,7 +25,9 @@ Check = tuple[str, Callable[[], str]]  # what is checked; a function that return
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="board.toml, server.toml or the directory of a bundle")
     parser.add_argument(
-        "--connect", action="store_true", help="also connect to the brokers and read a frame from each camera"
+        "--connect",
+        action="store_true",
+        help="also connect to the brokers and to an address in target, and read a frame from each camera",
     )
 
 
@@ -64,6 +67,9 @@ def _check_server(path: Path, config: "Config") -> list[Check]:
     if config.upstream:
         above = config.upstream.settings(server.id)
         checks.append(_broker("upstream.mqtt", above, [Subscription(topics.reply(config.upstream.site, server.id))]))
+    if openai := config.openai:
+        url = server.target.partition(":")[2]
+        checks.append((f"[openai] {url}", lambda: _with_warnings(*listed_model(url, openai))))
     return checks
 
 
@@ -100,7 +106,9 @@ def _check_board(path: Path, config: "RuntimeConfig") -> list[Check]:
     _warn(_metrics(config.metrics))
     print(f"{path}: board {board.id} with {len(config.cameras)} camera(s) is in order")
     for_servers, for_users = board_subscriptions(config)
-    checks = [_broker("mqtt", settings, for_servers if near else for_servers + for_users)]
+    prompts = {camera.name: camera.prompt for camera in config.cameras if camera.prompt}
+    missing = partial(missing_prompts, settings, board.site, prompts) if prompts else list
+    checks = [_broker("mqtt", settings, for_servers if near else for_servers + for_users, missing)]
     if near_settings:
         checks.append(_broker("local", near_settings, for_users))
     return checks + [(f"camera {camera.name}", lambda camera=camera: seen(camera)) for camera in config.cameras]
@@ -150,9 +158,20 @@ def _passes(name: str, check: Callable[[], str]) -> bool:
     return True
 
 
-def _broker(table: str, settings: "MqttSettings", subscriptions: list[Subscription]) -> Check:
+def _broker(
+    table: str,
+    settings: "MqttSettings",
+    subscriptions: list[Subscription],
+    more: Callable[[], list[str]] = list,
+) -> Check:
+    """more: finds further warnings, once there was a connection."""
+
     def check() -> str:
         answer = ask(settings, subscriptions)
-        return "\n".join([answer.found, *(f"warning: {warning}" for warning in answer.warnings)])
+        return _with_warnings(answer.found, [*answer.warnings, *more()])
 
     return f"[{table}] {settings.host}:{settings.port}", check
+
+
+def _with_warnings(found: str, warnings: list[str]) -> str:
+    return "\n".join([found, *(f"warning: {warning}" for warning in warnings)])

@@ -107,7 +107,7 @@ def _write(text: str) -> None:
 def line(board: str, event: Event) -> str:
     """An event as a line: time, board and camera, text, label, taught answers, who answered, bytes, time, and why."""
     by = event.answered_by.tier if event.answered_by else "nobody"
-    doubt = ", unsure" * event.unsure + ", cut" * event.cut
+    doubt = ", unsure" * event.unsure + ", cut" * event.cut + ", not valid" * (event.valid is False)
     price = f"{event.bytes_up} B" if event.bytes_up else "nothing sent"
     state = "" if event.final or event.type == "new" else "for now, "
     named = {"label": event.scores, **event.answers}

@@ -6,7 +6,9 @@ only to the schema's own `$defs` and is replaced by what it names, so nothing is
 Validation is jsonschema's (the extra `json`).
 """
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,6 +26,7 @@ MAX_SCHEMA = 64 * 1024  # bytes of its file; it goes along with each picture, so
 MAX_VALUES = 4096  # of the schema as it is written
 MAX_DEPTH, MAX_PARTS = 32, 512  # of its subschemas, when each `$ref` is replaced
 MAX_OBJECTIONS, MAX_OBJECTION = 3, 200  # that are told, and characters of each
+MAX_STARTS = 64  # braces of a text from which an object is read
 
 ANNOTATIONS = {"$schema", "$comment", "title", "description", "default", "examples", "format"}
 ASSERTIONS = {
@@ -34,6 +37,9 @@ WITH_ONE = {"items", "additionalProperties", "not"}  # their value is a schema
 WITH_LIST = {"allOf", "anyOf", "oneOf", "prefixItems"}  # a list of schemas
 WITH_NAMES = {"properties"}  # names to schemas
 DEFINITIONS = "$defs"
+
+BEGINNING = re.compile(r'\{\s*["}]')  # of an object: most other braces of a text are none
+DECODER = json.JSONDecoder(parse_int=float)  # it finds the ends of objects: an int may have too many digits for Python
 
 
 class AnswerError(AiflowError, ValueError):
@@ -57,20 +63,58 @@ class AnswerSchema:
     def object_in(self, text: str) -> str:
         """The JSON of the object that a model wrote. Raises AnswerError if there is none, or if it does not match.
 
-        What is written around the object is left out: many models put it between fences, or explain it.
+        What is written around the object is left out: many models put it between fences, or explain it. Of several
+        objects, the last one that matches counts, since a model that thinks in words writes its answer last.
         """
         begin, end = text.find("{"), text.rfind("}")
         if not 0 <= begin < end:
             raise AnswerError("there is no JSON object in it")
-        found = text[begin : end + 1]
+        wrong = ""
+        for found in reversed(_objects(text) or [text[begin : end + 1]]):
+            if not (objection := self._objection(found)):
+                return found
+            wrong = wrong or objection  # to the last one
+        raise AnswerError(wrong)
+
+    def _objection(self, found: str) -> str:
+        """Why a JSON is no object within the bounds, or does not match; empty: it is one that does."""
         try:
             value = decode_object(found)
         except EnvelopeError as error:
-            raise AnswerError(str(error)[:MAX_OBJECTION]) from error
-        wrong = list(islice(self._validator.iter_errors(value), MAX_OBJECTIONS))
-        if wrong:
-            raise AnswerError("; ".join(f"{each.json_path}: {each.message}"[:MAX_OBJECTION] for each in wrong))
-        return found
+            return str(error)[:MAX_OBJECTION]
+        wrong = islice(self._validator.iter_errors(value), MAX_OBJECTIONS)
+        return "; ".join(f"{each.json_path}: {each.message}"[:MAX_OBJECTION] for each in wrong)
+
+
+def _objects(text: str) -> list[str]:
+    """The JSON objects in a text that are not a part of something else in braces, in time linear in its length.
+
+    A part of a broken object would match many schemas. It is inside braces that end after it, or before the place where
+    the decoder gave up. So that place is where the next object may begin, and no character is decoded twice.
+    """
+    found = list[str]()
+    opened = list[int]()  # for each brace that is open: the number of objects that were found before it
+    whole = broken = starts = 0  # ends of the last object and of the last part of one; tries to read one
+    for brace in re.finditer("[{}]", text):
+        at = brace.start()
+        if at < whole:
+            continue
+        if brace[0] == "}":
+            del found[opened.pop() if opened else len(found) :]
+            continue
+        if at >= broken and starts < MAX_STARTS and BEGINNING.match(text, at):
+            starts += 1
+            try:
+                _, whole = DECODER.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                broken = error.pos
+            except RecursionError:
+                broken = len(text)
+            else:
+                found.append(text[at:whole])
+                continue
+        opened.append(len(found))
+    return found
 
 
 def _read(path: str) -> Any:

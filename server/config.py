@@ -91,6 +91,10 @@ class OpenAIConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 'target = "openai:..." or "vllm:..." wants an address such as http://127.0.0.1:8080/v1, with a host, '
                 "without a login and without ? or #; a key belongs into key_file of [openai]"
             )
+        if url.rstrip("/").endswith("/chat/completions"):
+            raise ConfigError(
+                "the address in target ends in /chat/completions: leave out /chat/completions, which this server adds"
+            )
         if url.lower().startswith("http:") and not self.insecure and not is_loopback(host):
             raise ConfigError(
                 f"target on {host} is not on this machine and its address is http: everybody on the way could read the "

@@ -44,6 +44,7 @@ from server.gateway import Arrival
 from server.pictures import PictureCostError, PictureDecoder, PictureWorkerError
 from server.received import Received
 from server.reply_cache import ReplyCache, Seen
+from server.target_failures import TargetFailures
 from server.targets import Answer, FeaturesError, Target
 from server.upstream import Upstream
 
@@ -78,6 +79,7 @@ class Service:
             config.queue, limits.batch, config.batch_wait_ms / 1e3, time.monotonic, (limits.calls + 1) // 2
         )
         self.batch_times = BatchTimes(limits.call_s)
+        self._failures = TargetFailures(target.abilities.name)
         self.counts: Counter[tuple[str, str]] = Counter()  # by name and label, see counters.py
         self.metrics_problem = ""  # set on the metrics' thread
         self._lock = threading.Lock()  # over counts and _is_stopping; held for a few statements
@@ -196,7 +198,8 @@ class Service:
                     try:
                         self._reply(batch.items[i], jobs[i], answer, started, decoded, done)
                     except EnvelopeError as error:  # numbers that no reply may have
-                        self._refuse(batch.items[i], Status.FAILED, f"the target's answer cannot be sent: {error}")
+                        why = f"the target's answer cannot be sent: {error}"
+                        self._target_failed(batch.items[i], Status.FAILED, why)
         finally:
             self.batch_times.end()
             for received, cost_ms in zip(batch.items, costs_ms, strict=True):
@@ -215,7 +218,7 @@ class Service:
         except PictureWorkerError as error:
             self._busy(received, f"{error}: another server may answer")
         except FeaturesError as error:
-            self._refuse(received, Status.FAILED, str(error))
+            self._target_failed(received, Status.FAILED, str(error))
         except Exception as error:  # a target may run networks here too: as in `_compute`
             logger.exception("content not read id=%s", received.request.id.hex())
             self._refuse(received, Status.FAILED, _in_engine(error))
@@ -248,10 +251,11 @@ class Service:
         """From an answer to a reply; the times are of its batch."""
         if answer.error:
             status = Status.FAILED if answer.retry_after_ms is None else Status.BUSY
-            self._refuse(received, status, answer.error, answer.retry_after_ms)
+            self._target_failed(received, status, answer.error, answer.retry_after_ms)
             return
         if len(answer.text) > MAX_TEXT:
-            self._refuse(received, Status.FAILED, f"the target wrote {len(answer.text)} characters, want {MAX_TEXT}")
+            why = f"the target wrote {len(answer.text)} characters, want {MAX_TEXT}"
+            self._target_failed(received, Status.FAILED, why)
             return
         stages_ms = {"decode": 1e3 * (decoded - started) + received.picture_ms} | answer.stages_ms
         queued_ms = max(0.0, 1e3 * (started - received.arrival.at) - received.picture_ms)
@@ -277,9 +281,16 @@ class Service:
             is_reference=received.pixels is None and self.target.abilities.references,
             checked=answer.checked,
         )
+        self._failures.answered()
         above = self.target.request_above(received, job) if self.upstream else received
         if not self.escalator.ask(above, reply):
             self._finish(received, reply)
+
+    def _target_failed(self, received: Received, status: Status, why: str, retry_ms: int | None = None) -> None:
+        """Refuses a request since the target has no answer, and tells the log, which boards refer to."""
+        if not self._is_stopping:  # a target that is closed ends its calls, as it must
+            self._failures.failed(status.name.lower(), why, time.monotonic())
+        self._refuse(received, status, why, retry_ms)
 
     # ---- any thread ----
 

@@ -246,6 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error(503)
         if self.path != "/v1/models":
             return self._error(404)
+        if self.server.key is not None and self.headers["Authorization"] != f"Bearer {self.server.key}":
+            return self._error(401)
         return self._send(json.dumps({"object": "list", "data": self.server.models}).encode())
 
     def do_POST(self) -> None:

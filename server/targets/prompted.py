@@ -122,9 +122,9 @@ class PromptedTarget(Target[PictureJob]):
 
 
 def added(one: Usage | None, other: Usage | None) -> Usage | None:
-    """Tokens and cost of two calls; None: one of them did not say."""
+    """Tokens and cost of two calls, as far as they are known; None: neither of them said."""
     if one is None or other is None:
-        return None
+        return one or other
     cost = None if one.cost is None or other.cost is None else one.cost + other.cost
     inputs, outputs = one.input_tokens + other.input_tokens, one.output_tokens + other.output_tokens
     return Usage(min(inputs, MAX_UINT32), min(outputs, MAX_UINT32), cost, one.currency)

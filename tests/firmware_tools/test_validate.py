@@ -1,6 +1,7 @@
 """`aiflow validate --connect`: a line per broker and camera, and what is wrong with each."""
 
 import argparse
+import json
 import re
 import socket
 import threading
@@ -14,9 +15,12 @@ import pytest
 
 from edge_runtime.errors import AiflowError, ConfigError
 from edge_runtime.inference.bundle import Bundle, open_bundle
+from edge_runtime.wire import topics
 from firmware_tools import probes, validate
 from models import SHIPPED_BUNDLE
+from testbed.chat_server import ChatServer
 from tests.brokers import PLAIN, Mosquitto
+from tests.listener import Listener
 
 
 @pytest.fixture
@@ -265,3 +269,105 @@ def test_a_server_with_another_server_as_target_is_in_order_without_a_bundle_and
     key.write_text("sk-secret\n")
     validate.run(argparse.Namespace(path=path, connect=False))
     assert "server s1 of site home is in order" in capsys.readouterr().out
+
+
+@pytest.fixture
+def other() -> Iterator[ChatServer]:
+    with ChatServer() as server:
+        yield server
+
+
+def server_toml(folder: Path, url: str, port: int, model: str = "fake", kind: str = "openai") -> Path:
+    (folder / "key").write_text("sk-secret\n")
+    path = folder / "server.toml"
+    path.write_text(
+        f'[server]\nid = "s1"\ntarget = "{kind}:{url}"\n[mqtt]\nport = {port}\n'
+        f'[openai]\nmodel = "{model}"\nkey_file = "{folder}/key"\n'
+    )
+    return path
+
+
+@pytest.mark.parametrize("kind", ["openai", "vllm"])
+def test_an_address_with_the_path_of_the_api_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    for path in ("/v1/chat/completions", "/v1/chat/completions/"):
+        with pytest.raises(ConfigError, match="leave out /chat/completions"):
+            check(server_toml(tmp_path, f"http://127.0.0.1:1{path}", 1, kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["openai", "vllm"])
+def test_a_target_that_lists_the_model_is_in_order(
+    tmp_path: Path, broker: Mosquitto, other: ChatServer, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    connect(server_toml(tmp_path, other.url, broker.port, kind=kind))
+    assert capsys.readouterr().out.splitlines()[-1] == f"OK      [openai] {other.url}: it has the model fake"
+    assert other.asked == []  # nothing was paid
+
+
+def test_a_model_that_the_target_does_not_list_is_a_warning(
+    tmp_path: Path, broker: Mosquitto, other: ChatServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = server_toml(tmp_path, other.url, broker.port, "mistaken")
+    for models, listed in (
+        (["fake", "b\x1b"], "it lists fake, b\ufffd"),
+        ([str(n) for n in range(10)], "it lists 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"),
+        ([], "its list is empty"),
+    ):
+        other.models = [{"id": name} for name in models]
+        connect(path)
+        assert f"'mistaken' in [openai] is not in its list of models: {listed}" in capsys.readouterr().out
+    other.models = [{"name": "fake"}]
+    connect(path)
+    assert "warning: its list of models cannot be read" in capsys.readouterr().out
+    connect(server_toml(tmp_path, other.url.removesuffix("/v1"), broker.port))
+    assert "warning: it lists no models: the other server says 404 Not Found: does the address end" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_target_that_refuses_the_key_or_is_not_there_is_named(
+    tmp_path: Path, broker: Mosquitto, other: ChatServer, deaf: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other.key = "another"
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+    for url, cause in (
+        (other.url, "the other server says 401 Unauthorized: is the key in key_file right?"),
+        (nobody, "no connection to 127.0.0.1: Connection refused"),
+        (f"http://127.0.0.1:{deaf}/v1", "the response broke off"),
+    ):
+        with pytest.raises(AiflowError, match=r"1 of 2 connections failed: \[openai\]"):
+            connect(server_toml(tmp_path, url, broker.port))
+        said = capsys.readouterr().out
+        assert f"FAILED  [openai] {url}: {cause}" in said
+        assert "sk-secret" not in said
+
+
+def test_the_file_of_the_budget_is_not_written(tmp_path: Path, broker: Mosquitto, other: ChatServer) -> None:
+    path = server_toml(tmp_path, other.url, broker.port)
+    budget = f'input_price = 1.0\nbudget_per_day = 1.0\nspent_file = "{tmp_path}/spent.json"\n'
+    path.write_text(path.read_text() + budget)
+    connect(path)
+    assert not (tmp_path / "spent.json").exists()
+
+
+def test_a_prompt_that_no_server_has_is_a_warning(
+    board: Callable[..., Path], broker: Mosquitto, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = board(broker.port)
+    path.write_text(path.read_text().replace('name = "door"', 'name = "door"\nprompt = "drive"'))
+    with Listener(broker.port, topics.server_statuses("home")) as servers:
+
+        def warned(server: str, **status: object) -> str:
+            sent = json.dumps({"server": server, "state": "online", **status}).encode()
+            servers.client.publish(topics.server_status("home", server), sent, retain=True)
+            assert servers.next() == sent
+            connect(path)
+            return "\n".join(line for line in capsys.readouterr().out.splitlines() if "has prompt = " in line)
+
+        assert warned("s1", state="offline") == ""
+        assert warned("s1", target={}).endswith("they have no prompts: add [prompts.drive] to a server.toml")
+        assert warned("s2", target={"prompts": ["yard", "door"]}) == (
+            "warning: camera door has prompt = 'drive', but no server that is online has it: want one of door, yard, "
+            "or add [prompts.drive] to a server.toml"
+        )
+        assert warned("s1", target={"prompts": ["drive"]}) == ""

@@ -53,6 +53,12 @@ def test_an_update_that_is_not_final_says_so_and_the_reason_is_not_repeated():
     assert line("b1", msgspec.structs.replace(update, final=True, cut=True)).endswith("[edge, cut, 412 B, 60 ms]")
 
 
+@pytest.mark.parametrize(("valid", "mark"), [(None, ""), (True, ""), (False, ", not valid")])
+def test_an_answer_that_does_not_match_the_schema_of_its_prompt_is_marked(valid, mark):
+    update = msgspec.structs.replace(NEW, type="update", final=True, after_ms=60.0, valid=valid)
+    assert line("b1", update).endswith(f"[device{mark}, 412 B, 60 ms]")
+
+
 @pytest.mark.parametrize(("text", "shown"), [("", "(no text)"), ("a dog runs", "a dog runs")])
 def test_a_loss_says_why(text, shown):
     lost = msgspec.structs.replace(NEW, type="lost", final=True, text=text, why="no reply to 2 sent")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edge_runtime.errors import ConfigError
 from edge_runtime.wire import decode_object
-from server.answer_schema import MAX_DEPTH, MAX_PARTS, MAX_SCHEMA, AnswerError, AnswerSchema
+from server.answer_schema import MAX_DEPTH, MAX_PARTS, MAX_SCHEMA, MAX_STARTS, AnswerError, AnswerSchema
 
 DOOR: dict[str, Any] = {
     "type": "object",
@@ -125,6 +125,12 @@ def test_a_schema_may_be_in_a_file_and_use_its_own_definitions(tmp_path: Path) -
         '{"people": 1, "parcel": "left"}',
         'Here it is:\n```json\n{"people": 1, "parcel": "left"}\n```\n',
         '<think>one person</think>{"people": 1, "parcel": "left"}',
+        'The set {a}: {"people": 1, "parcel": "left"}',
+        '<think>So {x} is {"people": ...} then</think>{"people": 1, "parcel": "left"}',
+        '<think>First {"people": </think>{"people": 1, "parcel": "left"}',
+        '{"people": 2, "parcel": "none"}, no: {"people": 1, "parcel": "left"}',
+        '{"people": 1, "parcel": "left"} I hope this {"helps": true} :-}',
+        "{" * 100 + '{"a"' * 60 + '{"people": 1, "parcel": "left"}',
     ],
 )
 def test_what_is_written_around_the_object_is_left_out(text: str) -> None:
@@ -137,7 +143,11 @@ def test_what_is_written_around_the_object_is_left_out(text: str) -> None:
         ("One person.", "no JSON object"),
         ("} {", "no JSON object"),
         ('{"people": 1, "parcel": "le', "no JSON object"),
-        ('{"people": 1} {"people": 2}', "not JSON"),
+        ('{"people": 1} {"people": -2}', r"\$\.people: -2 is less"),
+        ('{"people": left}', "not JSON"),
+        ('{"people": ' + "9" * 5000 + ', "parcel": "left"}', "not JSON|64 bits"),
+        ('{"a":' * 1600 + "1" + "}" * 100, "not JSON"),
+        ('{"people": 1, "parcel": "left", "animals": ' + "[" * 50 + "]" * 50 + "}", "inside one another"),
         ('{"people": -1, "parcel": "left"}', r"\$\.people: -1 is less than the minimum"),
         ('{"parcel": "left"}', r"\$: 'people' is a required property"),
         ('{"people": 1, "parcel": "left", "cars": 2}', "cars"),
@@ -147,6 +157,30 @@ def test_what_is_written_around_the_object_is_left_out(text: str) -> None:
 def test_what_is_wrong_is_said_to_the_model(text: str, message: str) -> None:
     with pytest.raises(AnswerError, match=message):
         door.object_in(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": {"b": 1}, "c": ',
+        '{"a": {"b": 1}, "c": }',
+        '{"a": "the "big" dog", "b": {"c": 1}}',
+        '{"a": {"b": x}, "c": {"d": 1}}',
+        "{a: {'b': 1}, c: {\"d\": 1}}",
+    ],
+)
+def test_a_part_of_a_broken_object_is_no_answer(text: str) -> None:
+    with pytest.raises(AnswerError, match="not JSON"):
+        AnswerSchema("any", {"type": "object"}).object_in(text)
+
+
+def test_no_text_costs_more_than_so_many_checks() -> None:
+    read, of_many = [], AnswerSchema("any", {"type": "object", "minProperties": 1})
+    check = of_many._objection
+    of_many._objection = lambda found: read.append(found) or check(found)
+    with pytest.raises(AnswerError):
+        of_many.object_in("{}" * 4096)
+    assert read == ["{}"] * MAX_STARTS
 
 
 def test_what_is_said_is_short_however_wrong_the_answer_is() -> None:
@@ -162,7 +196,15 @@ answers = st.dictionaries(
 ).map(json.dumps)
 
 
-@given(st.text() | answers | answers.map(lambda text: f"```\n{text}\n```"))
+pieces = st.sampled_from(["{", "}", '{"people": 1, "parcel": "left"}', '{"people":', '"', "{a}", " ", "\\", "[", "]"])
+
+
+@given(
+    st.text()
+    | answers
+    | answers.map(lambda text: f"```\n{text}\n```")
+    | st.lists(answers | pieces, max_size=12).map("".join)
+)
 def test_any_text_is_an_object_that_a_board_can_read_or_a_named_error(text: str) -> None:
     try:
         found = door.object_in(text)

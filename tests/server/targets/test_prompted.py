@@ -111,6 +111,20 @@ def test_one_call_more_repairs_an_answer_and_both_count(other: ChatServer, wrong
     assert ("people" in told["content"]) == (wrong == BAD)
 
 
+@pytest.mark.parametrize("unknown", [{0}, {1}, {0, 1}])
+@pytest.mark.parametrize("repaired", [GOOD, BAD])
+def test_a_call_without_counts_leaves_those_of_the_other_one(
+    other: ChatServer, unknown: set[int], repaired: str
+) -> None:
+    other.say = lambda asked: repaired if is_repair(asked) else BAD
+    other.behave = lambda call: "no_usage" if call in unknown else "answer"
+    target = target_of(other, output_price=10.0)
+    (answer,) = target.answer([job()])
+    one = Usage(PROMPT_TOKENS, COMPLETION_TOKENS, pytest.approx(10.0 * COMPLETION_TOKENS / 1e6), "USD")
+    assert answer.usage == (None if len(unknown) == 2 else one)
+    assert answer.checked == CheckedObject("count", repaired == GOOD)
+
+
 @pytest.mark.parametrize(("first", "second"), [("length", "stop"), ("stop", "length")])
 def test_a_repaired_answer_says_if_the_repair_was_cut(other: ChatServer, first: str, second: str) -> None:
     def say(asked: Asked) -> str:

@@ -1,6 +1,7 @@
 """A server whose target is another server: the path of a request from a board to it and back."""
 
 import json
+import logging
 import queue
 import subprocess
 import sys
@@ -42,7 +43,7 @@ from server.service import Service
 from server.serving import serve
 from server.targets.openai import OpenAITarget
 from server.watchdog import Watchdog
-from testbed.chat_server import ChatServer, text_of
+from testbed.chat_server import Behaviour, ChatServer, text_of
 from tests.brokers import Mosquitto
 from tests.server.boards import board_of, is_balanced
 from tests.server.boards import request as latent
@@ -418,3 +419,55 @@ def test_above_an_edge_server_it_answers_pictures_and_leaves_features_to_the_edg
         for thread in threads:
             thread.join(PATIENCE_S)
     assert len(other.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "said"),
+    [
+        ("error_500", "kind=busy count=1 error=the other server says 500"),
+        (
+            "error_401",
+            "kind=failed count=1 error=the other server says 401 Unauthorized: is the key in key_file right?",
+        ),
+        ("html", "kind=failed count=1 error=the response is no chat completion but HTML"),
+        ("no_json", "kind=failed count=1 error=the response is no chat completion but 13 bytes"),
+        ("stall", "kind=busy count=1 error=no whole response within 0.5 s"),
+    ],
+)
+def test_the_log_says_why_the_target_fails_and_when_it_answers_again(
+    other: ChatServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    behaviour: Behaviour,
+    said: str,
+) -> None:
+    monkeypatch.setattr("server.targets.openai.TRIES", 1)
+    key = tmp_path / "key"
+    key.write_text("sk-secret\n")
+    other.behave = lambda call: "answer" if call == 3 else behaviour
+    with caplog.at_level(logging.DEBUG), serving(other, key_file=str(key), timeout_s=0.5) as service:
+        board = Board(service)
+        for number in range(4):
+            board.ask(offload(number))
+            assert (board.reply().status is Status.OK) == (number == 3)
+    lines = [record.getMessage() for record in caplog.records if record.name == "server.target_failures"]
+    first, second, again = lines
+    assert f"target failed target=openai:{other.url} {said}" in first
+    assert "count=2" in second
+    assert again == f"target answers again target=openai:{other.url} failures=3"
+    for secret in ("sk-secret", "data:image", "people, animals"):
+        assert secret not in caplog.text
+
+
+def test_a_server_that_stops_does_not_blame_its_target(other: ChatServer, caplog: pytest.LogCaptureFixture) -> None:
+    other.behave = lambda _: "stall"
+    target, stop = OpenAITarget(other.url, OpenAIConfig("fake")), threading.Event()
+    service = Service(ServerConfig("s1", target="openai:x", stop_s=0.0), target, ReplyCache())
+    thread = threading.Thread(target=serve, args=(service, stop))
+    thread.start()
+    Board(service).ask(offload())
+    assert other.arrived.acquire(timeout=PATIENCE_S)
+    stop.set()
+    thread.join(PATIENCE_S)
+    assert "target failed" not in caplog.text
