@@ -107,7 +107,8 @@ def _objects(text: str) -> list[str]:
             try:
                 _, whole = DECODER.raw_decode(text, at)
             except json.JSONDecodeError as error:
-                broken = error.pos
+                # The place of a string without an end is where it begins. No object can follow in it.
+                broken = len(text) if error.msg.startswith("Unterminated string") else error.pos
             except RecursionError:
                 broken = len(text)
             else:

@@ -85,10 +85,11 @@ class BoardPlanner:
             return self._without_link(replace(plan, why=why, explain=Explain("device", why)))
         if paradigm == "auto":
             return self._choose(plan, camera, now)
-        if paradigm != "device" and (
-            lacking := self._measurements.takes(now, plan.prompt, not plan.sampling.is_greedy).lacking
-        ):
-            return replace(plan, why=f"device: {lacking}", explain=Explain("device", f"device: {lacking}"))
+        takes = self._measurements.takes(now, plan.prompt, not plan.sampling.is_greedy)
+        if paradigm != "device" and takes.lacking:
+            why = f"device: {takes.lacking}"
+            alone = replace(plan, why=why, explain=Explain("device", why))
+            return self._without_link(alone) if takes.later else alone
         name = cast(ParadigmName, paradigm)  # the setting accepts no other word
         return replace(plan, paradigm=name, explain=Explain(name, "configured"))
 
@@ -120,7 +121,8 @@ class BoardPlanner:
             # Whoever configures split or offload wants to measure the target alone. Here only the time counts.
             propose=decision.paradigm in ("split", "offload"),
         )
-        return self._without_link(chosen) if decision.outage and decision.paradigm == "device" else chosen
+        is_for_later = decision.outage or (snapshot.takes.lacking and snapshot.takes.later)
+        return self._without_link(chosen) if is_for_later and decision.paradigm == "device" else chosen
 
     def _without_link(self, plan: Plan) -> Plan:
         """The device answers. If there is an outbox, a server answers too, later."""

@@ -7,8 +7,9 @@ this board has measured its own value, and the statuses of servers that answered
 import logging
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -58,7 +59,7 @@ class ServerStatus(Struct, frozen=True):
     price_ms: _Price = _Price()
     share_proven: bool = True  # False: requests do not reach this server
     accepting: bool = True  # False: it takes no requests at present
-    why: str = ""  # it takes none, in its words
+    why: Any = ""  # it takes none, in its words; for people, so another type is no reason to refuse a status
     target: _Target = _Target()
     bundles: dict[str, str] = {}  # id, in hex digits, to name
     pictures: bool = True  # False: it takes latents only
@@ -75,7 +76,7 @@ class ServerStatus(Struct, frozen=True):
     @property
     def reason(self) -> str:
         """Why it refuses, in its words; "" if it does not, or does not say."""
-        return printable(self.why, MAX_WHY) if self.refuses else ""
+        return printable(self.why, MAX_WHY) if self.refuses and isinstance(self.why, str) else ""
 
 
 _status = msgspec.json.Decoder(ServerStatus)
@@ -104,15 +105,21 @@ class Takes(NamedTuple):
     pictures: bool = True
     wanted: str = ""  # only servers that can do this count, in words; empty: all
     drafts: bool = False  # with pictures; only if a server says so
+    later: str = ""  # servers that can do what is wanted, but take no requests at present, each with its reason
 
     @property
     def lacking(self) -> str:
-        """What no server has, in words, so that a request would be in vain; "" if that is not known."""
-        return "" if self.latents or self.pictures or not self.wanted else f"no server has {self.wanted}"
+        """What no server has or takes requests for, in words, so that one would be in vain; "" if none is known to."""
+        if self.latents or self.pictures or not self.wanted:
+            return ""
+        if self.later:
+            return f"no server with {self.wanted} takes requests: {self.later}"
+        return f"no server has {self.wanted}"
 
 
 class _Received(NamedTuple):
     status: ServerStatus
+    online: ServerStatus  # the latest that says what its target can do: that of a server that leaves says nothing
     at: float
     is_retained: bool  # the broker had kept it, so the server itself may be gone
     refusing_since: float | None  # when it first said that it takes no requests; None: it takes them
@@ -167,7 +174,8 @@ class ServerStatuses:
             since = before.refusing_since
         # At each connection the broker repeats what it keeps, which is then as old as it was before.
         at = before.at if is_retained and before and before.is_retained else now
-        self._received = {**received, server: _Received(status, at, is_retained, since)}
+        online = before.online if before and status.state != "online" else status
+        self._received = {**received, server: _Received(status, online, at, is_retained, since)}
 
     def answered(self, server: str) -> None:
         """A server has answered this board."""
@@ -186,9 +194,13 @@ class ServerStatuses:
 
     def why_refused(self) -> str:
         """In words, if no server takes requests. Any thread."""
-        statuses = [each.status for each in self._received.values()]
-        names = ", ".join(f"{status.server} ({status.reason or status.state})" for status in statuses)
+        names = self._named([each.status for each in self._received.values()])
         return f"no server takes requests: {names}" if names else "no server takes requests"
+
+    @staticmethod
+    def _named(statuses: Sequence[ServerStatus]) -> str:
+        """With what each says of itself."""
+        return ", ".join(f"{status.server} ({status.reason or status.state})" for status in statuses)
 
     def claims(self, now: float) -> Claims:
         """Of the servers that are online."""
@@ -202,16 +214,17 @@ class ServerStatuses:
 
         If none takes requests at present, by those that are online: one of them may be the first to take them again.
         """
-        online = [each.status for each in self._received.values() if self._is_online(each, now)]
+        received = list(self._received.values())
+        online = [each.status for each in received if self._is_online(each, now)]
         if not (taking := [status for status in online if status.takes_requests] or online):
             return Takes()
-        wanted = []
-        if prompt:
-            taking = [status for status in taking if prompt in status.target.prompts]
-            wanted.append(f"the prompt {prompt}")
-        if samples:
-            taking = [status for status in taking if status.target.sample]
-            wanted.append("a target that samples")
+
+        def is_able(status: ServerStatus) -> bool:
+            return (not prompt or prompt in status.target.prompts) and (not samples or status.target.sample)
+
+        wanted = [f"the prompt {prompt}"] * bool(prompt) + ["a target that samples"] * samples
+        taking = [status for status in taking if is_able(status)]
+        others = [each.status for each in received if each.status not in taking and is_able(each.online)]
         with_pictures = [status for status in taking if status.pictures]
         # A server that names no bundle says nothing of it.
         with_bundle = [status for status in taking if not status.bundles or self._bundle in status.bundles]
@@ -221,6 +234,7 @@ class ServerStatuses:
             " and ".join(wanted),
             # The draft is a caption, so it is no guess at the answer to a prompt that asks something else.
             not prompt and any(status.target.drafts and self._bundle in status.bundles for status in with_pictures),
+            self._named(others) if wanted else "",
         )
 
     def all_refuse(self, now: float, proven_at: float) -> bool:

@@ -115,7 +115,9 @@ class OpenAITarget(PromptedTarget):
         prompt, whole = self._prompt_of(job), job
         job = replace(job, deadline=job.deadline - REPLY_S)  # of its calls
         asked = chat.messages(prompt, job)
-        draft = self._style.apply(job.draft) if self._takes_drafts and prompt.schema is None else ""
+        # A draft is a call of its own for some servers, and its answer may come too late as well.
+        may_draft = self._takes_drafts and prompt.schema is None and not self._is_slow(job)
+        draft = self._style.apply(job.draft) if may_draft else ""
         answer, refusal = self._try_draft(asked, prompt, job, draft) if draft else (None, None)
         answer = answer or self._plain(asked, prompt, job)
         if refusal and not answer.error:  # else it may be the request that is refused, whatever its draft
@@ -143,6 +145,9 @@ class OpenAITarget(PromptedTarget):
         except DraftError as error:
             return None, error
         return answer, None
+
+    def _is_slow(self, job: PictureJob) -> bool:
+        return self.calls.is_slow(job.deadline, job.prompt or self._usual)
 
     def _draft_failed(self, error: AiflowError) -> None:
         """A request was answered only without its draft."""

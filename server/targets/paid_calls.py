@@ -49,6 +49,9 @@ SHORTEST_CALL_S = 0.05  # no model looks at a picture in less
 RECENT, KNOWN = 16, 3  # calls whose times are remembered, and that make a usual time
 SLOWER = 1.5  # a call that had to end is taken to need so many times as long
 FIRST_TRIAL_S, LAST_TRIAL_S = 30.0, 600.0  # between two calls that are made although they usually take too long
+MOST_LEFT = 0.9  # of the most time that such calls had lately
+# A gateway has passed the call on and stopped waiting, so the model may answer it, as after a timeout of ours.
+GATEWAY_TIMEOUTS = {504, 524}
 
 
 class BilledCalls:
@@ -78,27 +81,33 @@ class UsualTime:
 
     def __init__(self) -> None:
         self._took = deque[float]([], RECENT)
+        self._left = deque[float]([], RECENT)  # seconds that doubted calls had
         self._trial_at, self._trial_wait_s = -math.inf, FIRST_TRIAL_S
 
     def answered(self, took_s: float, was_doubted: bool) -> None:
         """was_doubted: `seconds` was more than the time that the call had: what was known is of another time."""
         if was_doubted:
             self._took.clear()
+        if was_doubted or took_s < self.seconds:  # it is faster again
             self._trial_wait_s = FIRST_TRIAL_S
         self._took.append(took_s)
 
     def timed_out(self, after_s: float) -> None:
         """Nobody knows how long it would have taken."""
-        self._took.append(SLOWER * after_s)
+        self._took.append(max(self.seconds, SLOWER * after_s))
 
     @property
     def seconds(self) -> float:
         """The median; 0: too few calls are known."""
         return statistics.median(self._took) if len(self._took) >= KNOWN else 0.0
 
-    def is_trial_due(self, now: float) -> bool:
-        """A call may be made although it usually takes too long, since the model may be faster again."""
-        if now < self._trial_at:
+    def is_trial_due(self, now: float, left_s: float) -> bool:
+        """A call may be made although it usually takes too long, since the model may be faster again.
+
+        left_s: for this call. Late copies of requests have little, and would only prove that it is not enough.
+        """
+        self._left.append(left_s)
+        if now < self._trial_at or left_s < MOST_LEFT * max(self._left):
             return False
         self._trial_at = now + self._trial_wait_s
         self._trial_wait_s = min(LAST_TRIAL_S, 2 * self._trial_wait_s)
@@ -181,10 +190,7 @@ class PaidCalls:
             if self.stop.is_set():
                 raise CallError("stopped", "this server stops")
             raise CallError("paused", "the other server limits the rate of calls")
-        is_doubted = self._check_time(deadline, usual)
-        set_aside = self._spending.begin(self._wall_clock())
-        if set_aside is None:
-            raise CallError("over_budget", "the budget of the day is spent: another server may answer")
+        set_aside, is_doubted = self._begin(deadline, usual)
         cost: float | None = None  # until it is known
         is_free = False
         started = time.monotonic()
@@ -194,7 +200,7 @@ class PaidCalls:
             if counts := completion.counts:
                 cost = self._config.cost(counts.prompt_tokens, counts.completion_tokens)
         except CallError as error:
-            is_free = error.kind not in MAY_BE_BILLED
+            is_free = error.kind not in MAY_BE_BILLED and error.status not in GATEWAY_TIMEOUTS
             if error.kind != "timeout":
                 raise
             with self._lock:
@@ -213,6 +219,17 @@ class PaidCalls:
                 self._usual[usual].answered(took_s, is_doubted)
         return completion, self._usage(completion, set_aside if cost is None else cost)
 
+    def _begin(self, deadline: float, usual: str | None) -> tuple[float, bool]:
+        """What is set aside for a call, and whether it is likely to take too long. Raises CallError if none is made."""
+        set_aside = self._spending.begin(self._wall_clock())
+        if set_aside is None:
+            raise CallError("over_budget", "the budget of the day is spent: another server may answer")
+        try:
+            return set_aside, self._check_time(deadline, usual)
+        except CallError:
+            self._spending.end(set_aside, 0.0, self._wall_clock())
+            raise
+
     def _check_time(self, deadline: float, usual: str | None) -> bool:
         """Whether a call is likely to take too long, but is made to find out. Raises CallError if it is not made."""
         now = time.monotonic()
@@ -222,11 +239,16 @@ class PaidCalls:
         with self._lock:
             if usual is None or (usual_s := self._usual[usual].seconds) <= left_s:
                 return False
-            if self._usual[usual].is_trial_due(now):
+            if self._usual[usual].is_trial_due(now, left_s):
                 return True
         raise CallError(
             "too_late", f"a call takes {usual_s:.1f} s lately, and {left_s:.1f} s are left: {RAISE_DEADLINE}"
         )
+
+    def is_slow(self, deadline: float, usual: str) -> bool:
+        """A call is likely to take longer than the time that is left."""
+        with self._lock:
+            return self._usual[usual].seconds > deadline - time.monotonic()
 
     def models(self, deadline: float) -> bytes:
         """The other server's list of its models, which costs nothing. Raises CallError."""

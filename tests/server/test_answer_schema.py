@@ -167,6 +167,7 @@ def test_what_is_wrong_is_said_to_the_model(text: str, message: str) -> None:
         '{"a": "the "big" dog", "b": {"c": 1}}',
         '{"a": {"b": x}, "c": {"d": 1}}',
         "{a: {'b': 1}, c: {\"d\": 1}}",
+        '{"note": "cut {} off',
     ],
 )
 def test_a_part_of_a_broken_object_is_no_answer(text: str) -> None:

@@ -51,9 +51,9 @@ class Board:
             sampling={"plain": sampling},
         )
 
-    def server_says(self, **status: Any) -> None:
-        payload = json.dumps({"state": "online", "server": "s1", **status}).encode()
-        self.measurements.status_arrived(topics.server_status("home", "s1"), payload, time.monotonic())
+    def server_says(self, server: str = "s1", **status: Any) -> None:
+        payload = json.dumps({"state": "online", "server": server, **status}).encode()
+        self.measurements.status_arrived(topics.server_status("home", server), payload, time.monotonic())
 
     def set(self, name: str, value: str) -> None:
         topic = topics.setting("home", "b1", name)
@@ -111,6 +111,24 @@ def test_a_request_for_a_prompt_that_no_server_has_is_not_sent_whatever_the_para
     assert plan.explain == Explain("device", plan.why)
     board.set("plain_prompt", "gate")
     assert board.planner.plan("plain").paradigm == paradigm
+
+
+@pytest.mark.parametrize("paradigm", ["auto", "split"])
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [({"accepting": False, "why": "the budget is spent"}, "the budget is spent"), ({"state": "offline"}, "offline")],
+)
+def test_a_frame_waits_for_the_server_that_has_its_prompt(paradigm, status, reason):
+    board = Board(OutboxConfig("outbox.db"), tier=None)
+    board.set("paradigm", paradigm)
+    board.set("plain_prompt", "gate")
+    target = {"latents": True, "prompts": ["gate"]}
+    board.server_says(target=target)
+    board.server_says(**({"target": target} if status.get("why") else {}), **status)
+    board.server_says("s2")
+    plan = board.planner.plan("plain")
+    assert (plan.paradigm, plan.keep) == ("speculative", True)
+    assert f"no server with the prompt gate takes requests: s1 ({reason})" in plan.why
 
 
 def test_while_the_only_server_accepts_no_requests_the_device_answers_every_frame(monkeypatch):

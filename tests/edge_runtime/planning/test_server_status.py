@@ -175,7 +175,7 @@ def test_with_a_prompt_only_servers_that_have_it_count():
     assert statuses.takes(1.0, "gate") == Takes(False, False, "the prompt gate")
     assert statuses.takes(1.0) == Takes()
     statuses.receive("one", 2.0, target={"latents": False, "prompts": ["drive"]}, accepting=False)
-    assert statuses.takes(2.0, "drive") == Takes(False, False, "the prompt drive")
+    assert statuses.takes(2.0, "drive") == Takes(False, False, "the prompt drive", later="one (online)")
 
 
 def test_for_sampled_texts_only_servers_that_sample_count():
@@ -246,6 +246,13 @@ def test_a_servers_words_are_bounded_and_printable():
     statuses.receive("attic", 0.0, accepting=False, why="\x1b[2J\n" + 1000 * "x")
     assert statuses.find_silence().isprintable()
     assert len(statuses.find_silence()) < MAX_WHY + 100
+
+
+@pytest.mark.parametrize("why", [None, 7, {"a": 1}])
+def test_a_reason_that_is_no_text_is_left_out(why):
+    statuses = Statuses()
+    statuses.receive("attic", 0.0, accepting=False, why=why)
+    assert statuses.find_silence() == "no server takes requests: attic (online): look at the server's log"
 
 
 @pytest.mark.parametrize(

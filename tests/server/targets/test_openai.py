@@ -267,7 +267,7 @@ def test_what_usually_takes_too_long_is_asked_only_now_and_then(
     assert (trial.text, "raise `deadline_ms`" in refused.error) == (text_of(b"picture"), False)  # it is faster again
     for _ in range(KNOWN):
         target.calls._usual["door"].timed_out(10.0)
-    target.calls._usual["door"].is_trial_due(time.monotonic())
+    target.calls._usual["door"].is_trial_due(time.monotonic(), 11.0)
     refused, longer, other_prompt = target.answer(
         [job(left_s=12.0), job(left_s=20.0), job(left_s=12.0, prompt="count")]
     )
@@ -291,13 +291,43 @@ def test_a_usual_time_is_a_median_which_a_faster_call_replaces() -> None:
 def test_a_model_that_stays_slow_is_tried_ever_more_seldom_and_never_for_the_last_time() -> None:
     usual, trials = UsualTime(), list[float]()
     for second in range(86_400):
-        if usual.is_trial_due(float(second)):
+        if usual.is_trial_due(float(second), 5.0):
             trials.append(second)
     assert trials[:4] == [0, 30, 90, 210]
     assert 140 < len(trials) < 160  # in a day
     usual.answered(1.0, was_doubted=True)
-    assert usual.is_trial_due(86_400.0 + LAST_TRIAL_S)
-    assert usual.is_trial_due(86_400.0 + LAST_TRIAL_S + FIRST_TRIAL_S)
+    assert usual.is_trial_due(86_400.0 + LAST_TRIAL_S, 5.0)
+    assert usual.is_trial_due(86_400.0 + LAST_TRIAL_S + FIRST_TRIAL_S, 5.0)
+
+
+def test_a_late_copy_of_a_request_is_no_trial_and_one_that_times_out_is_no_sign_of_a_faster_model() -> None:
+    usual = UsualTime()
+    for _ in range(KNOWN):
+        usual.answered(9.0, was_doubted=False)
+    assert usual.is_trial_due(0.0, 8.0)
+    usual.timed_out(0.5)
+    assert usual.seconds == 9.0
+    assert [usual.is_trial_due(100.0, left_s) for left_s in (2.0, 7.0, 7.9)] == [False, False, True]
+
+
+def test_no_draft_is_paid_for_an_answer_that_would_come_too_late(other: ChatServer) -> None:
+    target = target_of(other, prediction=True)
+    for _ in range(KNOWN):
+        target.calls._usual["door"].timed_out(10.0)
+    target.calls._usual["door"].is_trial_due(time.monotonic(), 11.0)
+    (answer,) = target.answer([job(left_s=12.0, draft="a cat", key=KEY)])
+    assert "raise `deadline_ms`" in answer.error
+    assert (other.asked, calls(target)) == ([], {"too_late": 1})
+
+
+@pytest.mark.parametrize(("status", "cost"), [(504, 4.0), (524, 4.0), (502, 0.0)])
+def test_a_gateway_that_stopped_waiting_may_have_had_the_call_billed(
+    other: ChatServer, status: int, cost: float
+) -> None:
+    other.behave = lambda _: f"error_{status}"
+    target = target_of(other, output_price=1e4, max_tokens=100, budget_per_day=100.0)  # 1 a call
+    (answer,) = target.answer([job(key=KEY)])
+    assert (answer.retry_after_ms is None, target.status()["usage"]["cost"]) == (cost > 0, cost)
 
 
 def test_the_copies_of_a_request_share_the_calls_that_may_be_billed(other: ChatServer) -> None:
