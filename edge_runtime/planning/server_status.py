@@ -109,7 +109,9 @@ class Takes(NamedTuple):
 
     @property
     def lacking(self) -> str:
-        """What no server has or takes requests for, in words, so that one would be in vain; "" if none is known to."""
+        """Why a request would be in vain, in words: no server can do what is wanted, or none of those that can takes
+        requests. "" if one does, or if that is not known.
+        """
         if self.latents or self.pictures or not self.wanted:
             return ""
         if self.later:

@@ -203,8 +203,8 @@ class PaidCalls:
             is_free = error.kind not in MAY_BE_BILLED and error.status not in GATEWAY_TIMEOUTS
             if error.kind != "timeout":
                 raise
-            with self._lock:
-                if usual is not None:
+            if usual is not None:
+                with self._lock:
                     self._usual[usual].timed_out(time.monotonic() - started)
             if key is None or time.monotonic() < deadline:
                 raise
